@@ -1,0 +1,197 @@
+"""Everything that can go wrong, as one tree.
+
+FleetError
+├── ConfigurationError          this process is set up wrongly; nothing was sent
+├── BrokerUnavailable           the broker cannot be reached
+├── InvalidRequest              the request can never work as it is
+│   ├── ContextLengthExceeded
+│   └── UnsupportedCapability
+├── ModelNotServed              this instance does not serve that model
+├── PolicyError                 not allowed here
+├── Unauthorized                the MLX server refused the worker's key
+├── Cancelled                   the caller gave up
+├── Expired                     the deadline passed before the work began
+├── ReplyLost                   a part of the reply never arrived
+├── ReplyOverflow               the caller reads slower than its buffer allows
+└── ProviderError               the MLX server failed
+    ├── InstanceUnavailable
+    ├── Overloaded
+    ├── RequestTimeout
+    ├── ConnectionFailure
+    └── MalformedOutput
+
+An error crosses the wire as data (`code`, `message`, `retryable`, `metadata`) and is rebuilt on the other
+side as the same class. Texts are always ours: nothing that a caller or an MLX server wrote is ever part of one.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+__all__ = [
+    "BrokerUnavailable",
+    "Cancelled",
+    "ConfigurationError",
+    "ConnectionFailure",
+    "ContextLengthExceeded",
+    "Expired",
+    "FleetError",
+    "InstanceUnavailable",
+    "InvalidRequest",
+    "MalformedOutput",
+    "ModelNotServed",
+    "Overloaded",
+    "PolicyError",
+    "ProviderError",
+    "ReplyLost",
+    "ReplyOverflow",
+    "RequestTimeout",
+    "Unauthorized",
+    "UnsupportedCapability",
+]
+
+
+class FleetError(Exception):
+    """The root: `code` names the kind on the wire, `retryable` says whether another try elsewhere may work."""
+
+    code: ClassVar[str] = "fleet_error"
+    retryable: bool = False
+
+    def __init__(self, message: str = "", *, retryable: bool | None = None, **metadata: Any) -> None:
+        super().__init__(message or (type(self).__doc__ or "").split("\n", 1)[0])
+        if retryable is not None:
+            self.retryable = retryable
+        self.metadata: dict[str, Any] = metadata
+
+    @property
+    def message(self) -> str:
+        return str(self.args[0])
+
+    @classmethod
+    def rebuild(cls, code: str, message: str, *, retryable: bool, metadata: dict[str, Any]) -> FleetError:
+        """Return the error that `code` names; one that this version does not know becomes a plain `FleetError`."""
+        error = FleetError.__new__(_by_code().get(code, FleetError))
+        FleetError.__init__(error, message, retryable=retryable)
+        error.metadata = dict(metadata) if type(error) is not FleetError else {**metadata, "code": code}
+        return error
+
+
+class ConfigurationError(FleetError):
+    """The configuration is wrong."""
+
+    code = "configuration_error"
+
+
+class BrokerUnavailable(FleetError):
+    """The broker cannot be reached."""
+
+    code = "broker_unavailable"
+
+
+class InvalidRequest(FleetError):
+    """The request can never work as it is."""
+
+    code = "invalid_request"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """The conversation does not fit into the model's context window."""
+
+    code = "context_length_exceeded"
+
+
+class UnsupportedCapability(InvalidRequest):
+    """The model or the instance cannot do what was asked."""
+
+    code = "unsupported_capability"
+
+
+class ModelNotServed(FleetError):
+    """The instance does not serve that model."""
+
+    code = "model_not_served"
+
+
+class PolicyError(FleetError):
+    """The request is not allowed here."""
+
+    code = "policy_error"
+
+
+class Unauthorized(FleetError):
+    """The MLX server refused the worker's api_key."""
+
+    code = "unauthorized"
+
+
+class Cancelled(FleetError):
+    """The request was cancelled."""
+
+    code = "cancelled"
+
+
+class Expired(FleetError):
+    """The deadline passed before the work began."""
+
+    code = "expired"
+
+
+class ReplyLost(FleetError):
+    """A part of the reply never arrived."""
+
+    code = "reply_lost"
+
+
+class ReplyOverflow(FleetError):
+    """The caller reads its stream slower than it is generated, and the buffer is full."""
+
+    code = "reply_overflow"
+
+
+class ProviderError(FleetError):
+    """The MLX server failed."""
+
+    code = "provider_error"
+
+
+class InstanceUnavailable(ProviderError):
+    """The MLX server is down, or up and unable to generate."""
+
+    code = "instance_unavailable"
+    retryable = True
+
+
+class Overloaded(ProviderError):
+    """The MLX server is busy; `metadata["retry_after"]`, if present, is seconds."""
+
+    code = "overloaded"
+    retryable = True
+
+
+class RequestTimeout(ProviderError):
+    """Time ran out while the work was running."""
+
+    code = "timeout"
+
+
+class ConnectionFailure(ProviderError):
+    """The connection to the MLX server failed or broke."""
+
+    code = "connection_failure"
+    retryable = True
+
+
+class MalformedOutput(ProviderError):
+    """The MLX server answered something that is not the protocol."""
+
+    code = "malformed_output"
+
+
+def _by_code() -> dict[str, type[FleetError]]:
+    known: dict[str, type[FleetError]] = {}
+    pending: list[type[FleetError]] = [FleetError]
+    while pending:
+        error = pending.pop()
+        known[error.code] = error
+        pending.extend(error.__subclasses__())
+    return known

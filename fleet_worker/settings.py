@@ -1,0 +1,233 @@
+"""What can be configured, and the one place that reads the environment and the configuration file.
+
+Sources, strongest first: arguments of `Settings(...)`, `FLEET_*` environment variables (nested names joined by
+`__`, as in `FLEET_ROUTER__TIMEOUT=60`), the TOML file that `FLEET_CONFIG` names, the defaults below.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+from fleet_worker.errors import ConfigurationError
+
+__all__ = ["Instance", "Model", "Settings"]
+
+Capability = Literal["chat", "stream_chat", "embed"]
+Server = Literal["auto", "mlx_lm", "vllm_mlx", "mlx_openai", "omni", "openai"]
+Features = Annotated[
+    dict[str, bool], BeforeValidator(lambda value: dict.fromkeys(value, True) if isinstance(value, list) else value)
+]
+"""`{tools = true, vision = false}`, or a list of what is there."""
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, populate_by_name=True)
+
+
+class Model(_Group):
+    """One model that an instance serves, under the public name that callers ask for."""
+
+    backend: str | None = None
+    """The one string ever sent to this server as `model`; the public name if not set."""
+    context_window: int | None = Field(None, gt=0)
+    max_output_tokens: int = Field(4096, gt=0)
+    """What `max_tokens` becomes when the caller does not say: servers default to anything from 512 to 1,000,000."""
+    temperature: float = Field(0.7, ge=0, le=2)
+    """What `temperature` becomes when the caller does not say: servers default to anything from 0.0 to 1.0."""
+    dimensions: int | None = Field(None, gt=0)
+    """Length of an embedding, checked in every reply if set."""
+    starts_in_reasoning: bool = False
+    """True if the chat template itself opens `<think>`, so that the output begins inside of it."""
+    features: Features = {}
+
+
+class Limits(_Group):
+    concurrency: int = Field(1, ge=1, le=256)
+    """Slots: how many requests this instance runs at the same time."""
+    embed_batch: int = Field(64, ge=1)
+    """Inputs per request to the server; a larger embedding is split."""
+
+
+class Usage(_Group):
+    inference: bool = True
+    embedding: bool = True
+    image: bool = False
+
+
+class Fleet(_Group):
+    """A host opts in explicitly; all three are enforced."""
+
+    enabled: bool = False
+    respond_to_requests: bool = False
+    capabilities: tuple[Capability, ...] = ("chat", "stream_chat", "embed")
+
+
+class Clocks(_Group):
+    """Seconds. Three clocks for one request, because each detects another fault."""
+
+    connect: float = Field(5.0, gt=0)
+    first_content: float = Field(240.0, gt=0)
+    """Queueing and prefill at the server. A long prompt on a cold cache takes minutes."""
+    gap: float = Field(60.0, gt=0)
+    """Silence between two events once content flows; must tolerate the prefill of a neighbour."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Clocks:
+        if self.gap > self.first_content:
+            raise ValueError("clocks.gap must not exceed clocks.first_content")
+        return self
+
+
+class Instance(_Group):
+    """One MLX server."""
+
+    base_url: str | None = Field(
+        None, validation_alias=AliasChoices("base_url", "api_base", "endpoint", "mlx_api_base")
+    )
+    """Without it, the worker looks at ports 8000 and 8080 of this machine."""
+    api_key: SecretStr | None = Field(None, validation_alias=AliasChoices("api_key", "mlx_api_key"))
+    server: Server = "auto"
+    usage: Usage = Usage()
+    limits: Limits = Limits()
+    fleet: Fleet = Fleet()
+    clocks: Clocks = Clocks()
+    models: dict[str, Model] = {}
+    """Listed models win. With none listed, the worker serves what the server reports and the lists below let pass."""
+    model_whitelist: tuple[str, ...] = ()
+    model_blacklist: tuple[str, ...] = ()
+    features: Features = {}
+
+    @field_validator("base_url")
+    @classmethod
+    def _without_v1(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        url = url.rstrip("/").removesuffix("/v1").rstrip("/")
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("must be an http:// or https:// URL")
+        return url
+
+    @property
+    def opted_in(self) -> bool:
+        return self.fleet.enabled and self.fleet.respond_to_requests
+
+    @property
+    def capabilities(self) -> tuple[Capability, ...]:
+        """What its lanes may carry: what it opted in for, as far as its usage allows."""
+        allowed = {"chat": self.usage.inference, "stream_chat": self.usage.inference, "embed": self.usage.embedding}
+        return tuple(capability for capability in self.fleet.capabilities if allowed[capability])
+
+    def lets_pass(self, model: str) -> bool:
+        """Tell whether the whitelist and the blacklist (case-insensitive substrings) let this model be served."""
+        name = model.lower()
+        if self.model_whitelist and not any(part.lower() in name for part in self.model_whitelist):
+            return False
+        return not any(part.lower() in name for part in self.model_blacklist)
+
+
+class Router(_Group):
+    timeout: float = Field(300.0, gt=0)
+    """Seconds a request may take in all when the caller does not say."""
+    max_timeout: float = Field(3600.0, gt=0, le=3600)
+    connect_timeout: float = Field(10.0, gt=0)
+    """Seconds to wait for the broker when a request is submitted."""
+    reply_expires: float = Field(120.0, ge=1)
+    """Seconds after which the broker forgets the reply queue of a router that is gone."""
+    max_buffered: int = Field(20_000, ge=1)
+    """Deltas that one stream may have waiting for its reader."""
+
+
+class Worker(_Group):
+    start_timeout: float = Field(60.0, gt=0)
+    """Seconds to wait at start for the MLX server to answer."""
+    max_pending: int = Field(10_000, ge=1)
+    """Reply frames that may wait for the broker; beyond it the tasks, and so the MLX servers, wait."""
+
+
+class Settings(BaseSettings):
+    """All of it. Raises `ConfigurationError`, never showing a value, when something is wrong."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="FLEET_", env_nested_delimiter="__", frozen=True, extra="forbid", hide_input_in_errors=True
+    )
+
+    broker_url: str = Field("redis://127.0.0.1:6379/0", repr=False)
+    host: str = Field(default_factory=lambda: socket.gethostname().split(".")[0], min_length=1)
+    max_body_bytes: int = Field(8 * 1024 * 1024, ge=1024)
+    """Largest request in bytes of JSON, images included."""
+    features: Features = {}
+    router: Router = Router()
+    worker: Worker = Worker()
+    instances: dict[str, Instance] = {}
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigurationError(_explain(error)) from None
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, InitSettingsSource(settings_cls, _config_file())
+
+    @field_validator("broker_url")
+    @classmethod
+    def _known_broker(cls, url: str) -> str:
+        if urlsplit(url).scheme not in ("redis", "rediss", "valkey", "valkeys", "amqp", "amqps", "pyamqp"):
+            raise ValueError("must begin with redis://, rediss://, valkey://, amqp:// or amqps://")
+        return url.replace("valkey", "redis", 1) if url.startswith("valkey") else url
+
+    @field_validator("instances")
+    @classmethod
+    def _usable_names(cls, instances: dict[str, Instance]) -> dict[str, Instance]:
+        for name in instances:
+            if not name.replace("-", "").replace("_", "").isalnum():
+                raise ValueError("an instance is named with letters, digits, '-' and '_' only")
+        return instances
+
+
+def _config_file() -> dict[str, Any]:
+    name = os.environ.get("FLEET_CONFIG")
+    if not name:
+        return {}
+    try:
+        return tomllib.loads(Path(name).expanduser().read_text("utf-8"))
+    except OSError as error:
+        raise ConfigurationError(f"FLEET_CONFIG names {name}, which cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"FLEET_CONFIG names {name}, which is not valid TOML: {error}") from None
+
+
+def _explain(error: ValidationError) -> str:
+    """Say where and why, without the value: it may be a key."""
+    faults = [
+        f"{'.'.join(map(str, fault['loc'])) or 'settings'}: {fault['msg']}"
+        for fault in error.errors(include_input=False, include_url=False, include_context=False)
+    ]
+    return "configuration: " + "; ".join(faults)
