@@ -1,0 +1,69 @@
+"""What an instance offers: its models under their public names, with what each can do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import PurePath
+
+from fleet_worker.capabilities import Feature, features_of, serves
+from fleet_worker.errors import ModelNotServed, UnsupportedCapability
+from fleet_worker.messages import ChatParams, FleetRequest
+from fleet_worker.settings import Capability, Instance, Model
+
+__all__ = ["Offering", "offering_for", "offerings_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Offering:
+    """One model of one instance. `backend` is the one string ever sent to that server as `model`."""
+
+    model: str
+    backend: str
+    settings: Model
+    features: Mapping[str, Feature]
+    capabilities: tuple[Capability, ...]
+
+
+def offerings_of(instance: Instance, provider: Mapping[str, bool], reported: Iterable[str]) -> dict[str, Offering]:
+    """Return the offerings by public name: the configured models, else what the server reports and the lists let pass.
+
+    Only a hint is reported: mlx_lm.server lists the disk cache of its host, or an absolute path, of which only the
+    last part becomes the public name.
+    """
+    models = dict(instance.models) or {PurePath(name).name: Model(backend=name) for name in reported}
+    offerings = {}
+    for name, model in models.items():
+        if not instance.lets_pass(name):
+            continue
+        features = features_of(name, model, instance, provider)
+        capabilities = tuple(each for each in instance.capabilities if serves(features, each))
+        if capabilities:
+            offerings[name] = Offering(name, model.backend or name, model, features, capabilities)
+    return offerings
+
+
+def offering_for(request: FleetRequest, offerings: Mapping[str, Offering]) -> Offering:
+    """Return what serves this request.
+
+    Raises:
+        ModelNotServed: no offering has exactly that name; lanes of two models may collide, so the name decides.
+        UnsupportedCapability: the model is served, but not for this.
+    """
+    offering = offerings.get(request.model)
+    if offering is None:
+        raise ModelNotServed("this instance does not serve the requested model", served=sorted(offerings)[:20])
+    if request.operation not in offering.capabilities:
+        raise UnsupportedCapability(f"{offering.model} is served here for {', '.join(offering.capabilities)} only")
+    if isinstance(request.params, ChatParams):
+        _check_features(request.params, offering)
+    return offering
+
+
+def _check_features(params: ChatParams, offering: Offering) -> None:
+    # vllm-mlx and mlx-openai-server drop images for a text model silently and answer 200.
+    if params.has_images and not offering.features["vision"].value:
+        raise UnsupportedCapability(f"{offering.model} does not take images; if it does, set its feature vision = true")
+    tools = offering.features["tools"]
+    if params.tools and not tools.value and tools.source != "default":
+        raise UnsupportedCapability(f"{offering.model} is configured without tools")

@@ -1,0 +1,211 @@
+"""What differs between MLX servers: quirks, request bodies, and how their failures are told apart."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fleet_worker.errors import (
+    ContextLengthExceeded,
+    FleetError,
+    InstanceUnavailable,
+    InvalidRequest,
+    ModelNotServed,
+    Overloaded,
+    ProviderError,
+    RequestTimeout,
+    Unauthorized,
+    UnsupportedCapability,
+)
+from fleet_worker.messages import ChatParams, Message
+from fleet_worker.offerings import Offering
+
+__all__ = ["QUIRKS", "Quirks", "chat_body", "error_for", "finish_reason", "kind_of"]
+
+_COMMON = frozenset({"messages", "max_tokens", "temperature", "top_p", "stop", "tools"})
+_MLX_LM = _COMMON | {
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logit_bias",
+    "seed",
+    "chat_template_kwargs",
+}
+_VLLM = _COMMON | {
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "repetition_penalty",
+    "tool_choice",
+    "response_format",
+    "chat_template_kwargs",
+}
+_OPENAI = _COMMON | {
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "seed",
+    "tool_choice",
+    "parallel_tool_calls",
+    "response_format",
+    "reasoning_effort",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Quirks:
+    """One kind of server."""
+
+    fields: frozenset[str]
+    """What its chat endpoint knows; anything else is not sent."""
+    keeps_alive: bool = True
+    """False for HTTP/1.0. The others close an idle connection after 5 s."""
+    says_done: bool = True
+    """A whole stream ends with `[DONE]`."""
+    hides_length: int | None = None
+    """It says "stop" when it was cut by max_tokens; the number is how many tokens it then falls short."""
+    base64_vectors: bool = False
+
+
+QUIRKS: dict[str, Quirks] = {
+    "mlx_lm": Quirks(fields=_MLX_LM, keeps_alive=False),
+    "vllm_mlx": Quirks(fields=_VLLM),
+    "mlx_openai": Quirks(
+        fields=_COMMON | {"top_k", "min_p", "seed", "tool_choice", "response_format", "chat_template_kwargs"},
+        hides_length=0,
+        base64_vectors=True,
+    ),
+    "omni": Quirks(fields=_COMMON | {"response_format"}, hides_length=1),
+    "openai": Quirks(fields=_OPENAI, says_done=False),
+}
+
+
+def kind_of(http_version: str, headers: Mapping[str, str], health: Any) -> str:
+    """Tell which server answered `GET /health`; `openai` for one that shows no mark of its own."""
+    if http_version == "HTTP/1.0" and headers.get("server", "").startswith("BaseHTTP"):
+        return "mlx_lm"
+    if isinstance(health, dict):
+        if "engine_type" in health:
+            return "vllm_mlx"
+        if "model_status" in health:
+            return "mlx_openai"
+    return "openai"
+
+
+def chat_body(params: ChatParams, offering: Offering, quirks: Quirks) -> dict[str, Any]:
+    """The body for one server: always streaming (only a stream can be stopped), always with explicit limits."""
+    given = params.model_dump(exclude_none=True)
+    given["messages"] = [_message(message) for message in params.messages]
+    given["max_tokens"] = params.max_tokens or params.max_completion_tokens or offering.settings.max_output_tokens
+    given.setdefault("temperature", offering.settings.temperature)
+    if params.reasoning_effort and "reasoning_effort" not in quirks.fields:
+        given["chat_template_kwargs"] = {
+            "reasoning_effort": params.reasoning_effort,
+            **given.get("chat_template_kwargs", {}),
+        }
+    body = {name: value for name, value in given.items() if name in quirks.fields}
+    return {**body, "model": offering.backend, "stream": True, "stream_options": {"include_usage": True}}
+
+
+def _message(message: Message) -> dict[str, Any]:
+    plain = message.model_dump(exclude_none=True)
+    plain.setdefault("content", "")
+    if (
+        message.role == "developer"
+    ):  # OpenAI's newer name; mlx-openai-server answers 422 to it, templates do not know it
+        plain["role"] = "system"
+    return plain
+
+
+_FINISH = {
+    "stop": "stop",
+    "end_turn": "stop",
+    "eos": "stop",
+    "tool_calls": "tool_calls",
+    "tool_use": "tool_calls",
+    "function_call": "tool_calls",
+    "length": "length",
+    "max_tokens": "length",
+    "content_filter": "content_filter",
+}
+
+
+def finish_reason(said: str, quirks: Quirks, *, completion_tokens: int | None, max_tokens: int) -> str:
+    """Return OpenAI's word for why the answer ended: stop, length, tool_calls, content_filter or error."""
+    reason = _FINISH.get(said, "error")
+    if reason == "stop" and quirks.hides_length is not None and completion_tokens is not None:
+        return "length" if completion_tokens >= max_tokens - quirks.hides_length else "stop"
+    return reason
+
+
+_CONTEXT = re.compile(
+    r"context.{0,20}(length|window)|maximum context|too many tokens|prompt is too long", re.IGNORECASE
+)
+_MISSING_MODEL = re.compile(
+    r"cached snapshot|model_not_found|repository not found|repo_?id|model.{0,200}(does not exist|not found)",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+def error_for(status: int, body: bytes, *, retry_after: float | None = None) -> FleetError:
+    """Map an HTTP status and whatever body came with it to our error.
+
+    The body is only searched for marks: servers repeat prompts in it, so no word of it reaches our text.
+    """
+    text = _error_text(body)
+    if "generation thread died" in text:  # mlx_lm.server 0.32: a 404 for every request until it is restarted
+        return InstanceUnavailable("the MLX server's generation thread has died: restart the server")
+    if status in (400, 404, 413, 422) and _CONTEXT.search(text):
+        return ContextLengthExceeded()
+    match status:
+        case 401 | 403:
+            return Unauthorized(f"the MLX server answered {status}: check api_key of this instance")
+        case 404:
+            return _not_found(text)
+        case 400 | 411 | 413 | 422:
+            return InvalidRequest(f"the MLX server refused the request ({status})")
+        case 408 | 504:
+            return RequestTimeout(f"the MLX server gave up ({status})", retryable=True)
+        case 429 | 529:
+            return _overloaded(status, retry_after)
+        case 503:
+            busy = "busy" in text or retry_after is not None
+            return (
+                _overloaded(status, retry_after) if busy else InstanceUnavailable("the MLX server is not ready (503)")
+            )
+        case 502:
+            return InstanceUnavailable("the proxy before the MLX server does not reach it (502)")
+    return ProviderError(f"the MLX server answered {status}", retryable=status >= 500)
+
+
+def _not_found(text: str) -> FleetError:
+    if _MISSING_MODEL.search(text):
+        return ModelNotServed("the MLX server does not have the model that `backend` names")
+    if text.strip(' "{}') in ("Not Found", "detail:Not Found", 'detail":"Not Found'):
+        return UnsupportedCapability("the MLX server has no such endpoint")
+    # mlx_lm.server answers 404 to whatever its chat template or tokenizer could not take
+    return InvalidRequest("the MLX server could not make a prompt of these messages (404)")
+
+
+def _overloaded(status: int, retry_after: float | None) -> Overloaded:
+    error = Overloaded(f"the MLX server is busy ({status})")
+    if retry_after is not None:
+        error.metadata["retry_after"] = retry_after
+    return error
+
+
+def _error_text(body: bytes) -> str:
+    """The words of an error in any of the shapes seen: `{"error": str|object}`, `{"detail": str|list|object}`, text."""
+    text = body[:4096].decode("utf-8", "replace")
+    try:
+        parsed = json.loads(text)
+    except ValueError:
+        return text
+    if isinstance(parsed, dict) and isinstance(parsed.get("detail"), list):  # a validation report repeats the input
+        return "validation"
+    return json.dumps(parsed, ensure_ascii=False)
