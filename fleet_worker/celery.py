@@ -1,0 +1,83 @@
+"""The Celery application: how brokers are used, and why. `celery -A fleet_worker` finds `app` here.
+
+Delivery is guaranteed end to end by the router's attempts, not by the broker's redelivery, which cannot tell a long
+generation from a dead worker.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import kombu.transport.redis
+from celery import Celery
+
+from fleet_worker.lanes import transport_of
+from fleet_worker.settings import Settings
+
+__all__ = ["create_app"]
+
+# When a Redis connection drops, kombu puts the messages that are being worked on back into their queue, and the same
+# worker takes them a second time while the first still runs (measured, kombu 5.7). Our tasks survive the drop.
+kombu.transport.redis.Channel.do_restore = False
+
+
+def create_app(settings: Settings) -> Celery:
+    """Return a Celery application for a router or a node; it connects to nothing yet."""
+    app = Celery("fleet_worker", set_as_current=False)
+    app.conf.update(
+        broker_url=settings.broker_url,
+        broker_transport_options=transport_options(settings),
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        broker_connection_timeout=5,
+        broker_heartbeat=20,
+        broker_pool_limit=16,
+        # JSON only, and no results but our own replies.
+        accept_content=["json"],
+        task_serializer="json",
+        task_ignore_result=True,
+        # A node of N slots holds exactly N messages.
+        worker_pool="threads",
+        worker_prefetch_multiplier=1,
+        task_acks_late=True,
+        # Events for Flower. Those of the sender would carry arguments and open a metric series for every router.
+        worker_send_task_events=True,
+        task_send_sent_event=False,
+        task_create_missing_queues=False,
+        worker_hijack_root_logger=False,
+        worker_redirect_stdouts=False,
+        timezone="UTC",
+    )
+    return app
+
+
+def transport_options(settings: Settings) -> dict[str, Any]:
+    if transport_of(settings.broker_url) == "amqp":
+        return {"confirm_publish": True}
+    return {
+        # Without it a task that runs longer than the visibility timeout is run again and again, and a worker whose
+        # broker restarts under a running task exits (both measured).
+        "ack_emulation": False,
+        "socket_timeout": 10.0,
+        "socket_connect_timeout": 5.0,
+        "socket_keepalive": True,
+        "health_check_interval": 10,
+    }
+
+
+@functools.cache
+def _app() -> Celery:
+    from fleet_worker.worker import serve_with  # the worker's side is imported only where a worker runs
+
+    settings = Settings()
+    app = create_app(settings)
+    serve_with(app, settings)
+    return app
+
+
+def __getattr__(name: str) -> Any:
+    # `celery -A fleet_worker` asks for `app`. Settings are read then, not when this module is imported.
+    if name == "app":
+        return _app()
+    raise AttributeError(name)

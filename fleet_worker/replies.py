@@ -1,0 +1,415 @@
+"""Both ends of the reply protocol: what a node owes its routers, and where a router receives it.
+
+One message carries the frames of all requests that a node owes a router since its last publish. The frames of one
+attempt are numbered without a gap, the last one is a response or an error, and nothing else ends a reply.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import queue
+import socket
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from kombu import Connection, Consumer, Producer
+
+from fleet_worker.errors import BrokerUnavailable, FleetError, InvalidRequest, ReplyLost, ReplyOverflow, RequestTimeout
+from fleet_worker.lanes import reply_queue
+from fleet_worker.messages import Accepted, Alive, ChatResponse, Deltas, EmbedResponse, Failure, Frame, Reply
+
+__all__ = ["Answer", "Mailbox", "ReplyInbox", "ReplySender"]
+
+log = logging.getLogger(__name__)
+
+ALIVE_EVERY = 1.0
+RESEND_WINDOW = 5.0
+"""Seconds of published frames that are published again after the broker was lost: it may have lost them."""
+RESEND_FRAMES = 20_000
+REMEMBERED = 10_000
+"""Attempts that a node remembers, so that a redelivered one is not generated twice."""
+_BACKOFF = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0)
+
+
+# --- The node's end --------------------------------------------------------------------------------------------------
+
+
+class Answer:
+    """The reply to one attempt, as the task that serves it writes it."""
+
+    def __init__(self, sender: ReplySender, request_id: str, attempt: int, reply_to: str) -> None:
+        self._sender = sender
+        self.id = request_id
+        self.attempt = attempt
+        self.reply_to = reply_to
+        self._seq = 0
+        self.deadline = time.monotonic() + 3600.0
+
+    def put(self, frame: type[Accepted] | type[Deltas], **fields: Any) -> None:
+        """Append a frame. Waits while too many are pending, so that nobody reads on from the MLX server.
+
+        Raises:
+            RequestTimeout: the broker did not take anything until the deadline.
+        """
+        self._sender._append(self, frame(**self._next(), **fields), wait_until=self.deadline)
+
+    def end(self, frame: type[ChatResponse] | type[EmbedResponse], **fields: Any) -> None:
+        self._sender._append(self, frame(**self._next(), node=self._sender.node, **fields), wait_until=None)
+
+    def fail(self, error: FleetError) -> None:
+        failure = Failure(
+            **self._next(),
+            code=error.code,
+            message=error.message,
+            error_class=type(error).__name__,
+            retryable=error.retryable,
+            metadata=error.metadata,
+        )
+        self._sender._append(self, failure, wait_until=None)
+
+    def alive(self) -> Alive:
+        return Alive(id=self.id, attempt=self.attempt, seq=self._seq)
+
+    def _next(self) -> dict[str, Any]:
+        seq, self._seq = self._seq, self._seq + 1
+        return {"id": self.id, "attempt": self.attempt, "seq": seq}
+
+
+class ReplySender:
+    """Publishes the frames of a node from one thread with one connection, as fast as the broker takes them.
+
+    It clocks itself: while a publish is on its way, frames gather for the next. So a lone token leaves at once, and
+    the cost of a token falls as the load rises. When the broker is away the frames wait, and beyond `max_pending` the
+    tasks wait too. A broker that comes back may have forgotten: what was published last is published again, and the
+    router drops what it knows.
+    """
+
+    def __init__(self, connect: Callable[[], Connection], node: str, *, max_pending: int) -> None:
+        self.node = node
+        self._max_pending = max_pending
+        self._changed = threading.Condition()
+        self._pending: dict[str, list[Frame]] = {}
+        self._count = 0
+        self._answers: dict[tuple[str, int], Answer] = {}
+        self._taken: OrderedDict[tuple[str, int], None] = OrderedDict()
+        self._recent: deque[tuple[float, str, list[Frame]]] = deque()
+        self._closed = threading.Event()
+        self._publisher = _Publisher(connect, node)
+        self._thread = threading.Thread(target=self._run, name="fleet-replies", daemon=True)
+        self._thread.start()
+
+    @contextmanager
+    def answering(self, request_id: str, attempt: int, reply_to: str) -> Iterator[Answer | None]:
+        """Open the answer to an attempt; None if this node has it already (a redelivered message)."""
+        key = (request_id, attempt)
+        with self._changed:
+            if key in self._taken:
+                answer = None
+            else:
+                self._taken[key] = None
+                if len(self._taken) > REMEMBERED:
+                    self._taken.popitem(last=False)
+                answer = self._answers[key] = Answer(self, request_id, attempt, reply_to)
+                self._changed.notify()
+        try:
+            yield answer
+        finally:
+            if answer:
+                with self._changed:
+                    self._answers.pop(key, None)
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Publish what is pending and end; what the broker does not take within `timeout` seconds is given up."""
+        self._closed.set()
+        with self._changed:
+            self._changed.notify_all()
+        self._thread.join(timeout)
+
+    def _append(self, answer: Answer, frame: Frame, *, wait_until: float | None) -> None:
+        with self._changed:
+            while wait_until is not None and self._count >= self._max_pending:
+                if not self._changed.wait(wait_until - time.monotonic()):
+                    raise RequestTimeout("the broker took no replies until the deadline")
+            self._pending.setdefault(answer.reply_to, []).append(frame)
+            self._count += 1
+            if self._count == 1:
+                self._changed.notify_all()
+
+    def _run(self) -> None:
+        next_alive = time.monotonic() + ALIVE_EVERY
+        while True:
+            batch = self._take(next_alive)
+            if time.monotonic() >= next_alive:
+                next_alive = time.monotonic() + ALIVE_EVERY
+                self._add_alive(batch)
+            if not batch and self._closed.is_set():
+                break
+            for reply_to, frames in batch.items():
+                self._publish(reply_to, frames)
+        self._publisher.drop()
+
+    def _take(self, next_alive: float) -> dict[str, list[Frame]]:
+        """Wait for frames, or for the time to show life, and return all that is pending."""
+        with self._changed:
+            while not self._pending and not self._closed.is_set():
+                idle = not self._answers and not self._recent
+                left = next_alive - time.monotonic()
+                if not idle and left <= 0:
+                    break
+                self._changed.wait(None if idle else left)
+            batch, self._pending, self._count = self._pending, {}, 0
+            self._changed.notify_all()
+        return batch
+
+    def _add_alive(self, batch: dict[str, list[Frame]]) -> None:
+        """Show life to every router that has work here, or had until a moment ago.
+
+        The latter is how a broker that was lost right after a last frame is noticed.
+        """
+        self._forget_old()
+        with self._changed:
+            answers = list(self._answers.values())
+        for answer in answers:
+            batch.setdefault(answer.reply_to, []).append(answer.alive())
+        for _, reply_to, _ in self._recent:
+            batch.setdefault(reply_to, [])
+
+    def _forget_old(self) -> None:
+        oldest = time.monotonic() - RESEND_WINDOW
+        while self._recent and (self._recent[0][0] < oldest or len(self._recent) > RESEND_FRAMES):
+            self._recent.popleft()
+
+    def _publish(self, reply_to: str, frames: list[Frame]) -> None:
+        """Publish, however long the broker is away, unless the node ends."""
+        failures = 0
+        while True:
+            try:
+                if failures:
+                    self._resend()
+                self._publisher.publish(reply_to, frames)
+            except Exception as error:
+                self._publisher.drop()
+                if failures == 0:
+                    log.warning("replies wait: the broker is away (%s)", type(error).__name__)
+                if self._closed.wait(_BACKOFF[min(failures, len(_BACKOFF) - 1)]) and failures > 3:
+                    return
+                failures += 1
+            else:
+                break
+        if failures:
+            log.warning("the broker is back, replies flow again")
+        if frames:
+            self._recent.append((time.monotonic(), reply_to, frames))
+
+    def _resend(self) -> None:
+        for _, reply_to, frames in self._recent:
+            self._publisher.publish(reply_to, frames)
+
+
+class _Publisher:
+    """One connection, opened when needed, dropped when it fails."""
+
+    def __init__(self, connect: Callable[[], Connection], node: str) -> None:
+        self._connect = connect
+        self._node = node
+        self._connection: Connection | None = None
+        self._producer: Producer | None = None
+        self._queues: OrderedDict[str, Any] = OrderedDict()
+
+    def publish(self, reply_to: str, frames: list[Frame]) -> None:
+        if self._producer is None:
+            self._connection = self._connect()
+            self._producer = Producer(self._connection.channel(), auto_declare=False)
+        self._producer.publish(
+            Reply(node=self._node, frames=frames).encode(),
+            exchange="",
+            routing_key=reply_to,
+            content_type="application/json",
+            content_encoding="utf-8",
+            declare=[self._queue(reply_to)],
+            delivery_mode=1,
+            retry=False,
+        )
+
+    def drop(self) -> None:
+        connection, self._connection, self._producer = self._connection, None, None
+        if connection is not None:
+            with contextlib.suppress(Exception):
+                connection.close()
+
+    def _queue(self, reply_to: str) -> Any:
+        if reply_to not in self._queues:
+            self._queues[reply_to] = reply_queue(reply_to)
+            if len(self._queues) > REMEMBERED:
+                self._queues.popitem(last=False)
+        return self._queues[reply_to]
+
+
+# --- The router's end ------------------------------------------------------------------------------------------------
+
+
+class Mailbox:
+    """Where the frames of one request arrive, in order and once each, for one reader: a thread or an asyncio task."""
+
+    def __init__(self, request_id: str, attempt: int, max_buffered: int) -> None:
+        self.id = request_id
+        self.attempt = attempt
+        self.node: str | None = None
+        """The node that accepted this attempt; another that has it too (a redelivery) is not listened to."""
+        self._max_buffered = max_buffered
+        self._buffered = 0
+        self._next_seq = 0
+        self._ended = False
+        self._frames: queue.SimpleQueue[Frame] = queue.SimpleQueue()
+        self._wake: Callable[[], object] | None = None
+
+    def put(self, node: str, frame: Frame) -> None:
+        """Called by the inbox thread only. Repeats are dropped; a gap ends the reply with `ReplyLost`."""
+        if self._ended or frame.attempt != self.attempt or self.node not in (None, node):
+            return
+        if frame.seq > self._next_seq:
+            self._fail(ReplyLost(f"frame {self._next_seq} of the reply never arrived", retryable=True))
+            return
+        if frame.seq < self._next_seq or isinstance(frame, Alive):
+            return
+        self.node = node
+        self._next_seq += 1
+        self._ended = isinstance(frame, ChatResponse | EmbedResponse | Failure)
+        self._buffered += len(frame.deltas) if isinstance(frame, Deltas) else 0
+        if self._buffered > self._max_buffered and not self._ended:
+            self._fail(ReplyOverflow(f"{self._buffered} deltas wait for a reader (router.max_buffered)"))
+        else:
+            self._deliver(frame)
+
+    def get(self, timeout: float) -> Frame:
+        """Return the next frame; raises `queue.Empty` if none comes within `timeout` seconds."""
+        return self._read(self._frames.get(timeout=max(0.0, timeout)))
+
+    async def aget(self, timeout: float) -> Frame:
+        """As `get`, for an asyncio task."""
+        with contextlib.suppress(queue.Empty):
+            return self._read(self._frames.get_nowait())
+        loop = asyncio.get_running_loop()
+        arrived = asyncio.Event()
+        self._wake = lambda: loop.call_soon_threadsafe(arrived.set)
+        try:
+            async with asyncio.timeout(timeout):
+                while self._frames.empty():
+                    await arrived.wait()
+                    arrived.clear()
+        except TimeoutError:
+            raise queue.Empty from None
+        finally:
+            self._wake = None
+        return self._read(self._frames.get_nowait())
+
+    def _read(self, frame: Frame) -> Frame:
+        if isinstance(frame, Deltas):
+            self._buffered -= len(frame.deltas)
+        return frame
+
+    def _fail(self, error: FleetError) -> None:
+        self._ended = True
+        self._deliver(
+            Failure(
+                id=self.id,
+                attempt=self.attempt,
+                seq=self._next_seq,
+                code=error.code,
+                message=error.message,
+                error_class=type(error).__name__,
+                retryable=error.retryable,
+                metadata=error.metadata,
+            )
+        )
+
+    def _deliver(self, frame: Frame) -> None:
+        self._frames.put(frame)
+        if wake := self._wake:
+            with contextlib.suppress(RuntimeError):  # the event loop of its reader is closed
+                wake()
+
+
+class ReplyInbox:
+    """One reply queue, one thread and one connection for all requests of a router."""
+
+    def __init__(self, connect: Callable[[], Connection], name: str, *, max_buffered: int) -> None:
+        self.name = name
+        self._connect = connect
+        self._queue = reply_queue(name)
+        self._max_buffered = max_buffered
+        self._mailboxes: dict[str, Mailbox] = {}
+        self._listening = threading.Event()
+        self._closed = threading.Event()
+        self._failure = ""
+        self._thread = threading.Thread(target=self._run, name="fleet-inbox", daemon=True)
+
+    def start(self, timeout: float) -> None:
+        """Listen; raises `BrokerUnavailable` if the broker is not there within `timeout` seconds."""
+        self._thread.start()
+        if not self._listening.wait(timeout):
+            self._closed.set()
+            raise BrokerUnavailable(f"the broker did not answer within {timeout:g} s ({self._failure or 'no answer'})")
+
+    def close(self) -> None:
+        """Stop listening and delete the reply queue."""
+        self._closed.set()
+        if self._thread.is_alive():
+            self._wake_up()
+            self._thread.join(timeout=5)
+
+    @contextmanager
+    def mailbox(self, request_id: str, attempt: int) -> Iterator[Mailbox]:
+        mailbox = self._mailboxes[request_id] = Mailbox(request_id, attempt, self._max_buffered)
+        try:
+            yield mailbox
+        finally:
+            self._mailboxes.pop(request_id, None)
+
+    def _run(self) -> None:
+        failures = 0
+        while not self._closed.is_set():
+            try:
+                with self._connect() as connection:
+                    self._listen(connection)
+                failures = 0
+            except Exception as error:
+                self._failure = type(error).__name__
+                if self._listening.is_set() and failures == 0:
+                    log.warning("the reply queue is cut off: the broker is away (%s)", self._failure)
+                self._closed.wait(_BACKOFF[min(failures, len(_BACKOFF) - 1)])
+                failures += 1
+
+    def _listen(self, connection: Connection) -> None:
+        with connection.channel() as channel:
+            consumer = Consumer(channel, [self._queue], on_message=self._receive, auto_declare=True)
+            with consumer:
+                self._listening.set()
+                while not self._closed.is_set():
+                    with contextlib.suppress(socket.timeout):
+                        connection.drain_events(timeout=1.0)
+            with contextlib.suppress(Exception):  # it expires anyway
+                self._queue.bind(channel).delete()
+
+    def _receive(self, message: Any) -> None:
+        try:
+            reply = Reply.decode(message.body)
+        except InvalidRequest as error:
+            log.error("a message in the reply queue was dropped: %s", error)
+        else:
+            for frame in reply.frames:
+                if mailbox := self._mailboxes.get(frame.id):
+                    mailbox.put(reply.node, frame)
+        message.ack()
+
+    def _wake_up(self) -> None:
+        """An empty reply to ourselves ends the wait in `drain_events` at once."""
+        with contextlib.suppress(Exception), self._connect() as connection:
+            publisher = _Publisher(lambda: connection, self.name)
+            publisher.publish(self.name, [])

