@@ -192,6 +192,6 @@ def _by_code() -> dict[str, type[FleetError]]:
     pending: list[type[FleetError]] = [FleetError]
     while pending:
         error = pending.pop()
-        known[error.code] = error
+        known.setdefault(error.code, error)
         pending.extend(error.__subclasses__())
     return known

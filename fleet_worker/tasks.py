@@ -15,10 +15,8 @@ from celery import Celery
 from fleet_worker.errors import Expired, FleetError, InvalidRequest, ProviderError
 from fleet_worker.lanes import REPLY_PREFIX, task_name
 from fleet_worker.messages import (
-    Accepted,
     ChatParams,
     ChatResponse,
-    Deltas,
     EmbedParams,
     EmbedResponse,
     FleetRequest,
@@ -68,7 +66,7 @@ def register_tasks(app: Celery, node: Node) -> None:
             if work and isinstance(work.params, ChatParams):
                 with node.mlx.stream_chat(work.params, work.offering, deadline=work.deadline) as stream:
                     for deltas in stream:
-                        work.answer.put(Deltas, deltas=deltas)
+                        work.answer.put(deltas)
                 work.respond(stream.answer())
 
     @task
@@ -164,7 +162,7 @@ def _accept(node: Node, envelope: Any, operation: str, answer: Answer) -> _Work:
     if remaining <= 0:
         raise Expired(f"the request waited {queue_wait:.1f} s in its lane, longer than its timeout")
     answer.deadline = started + remaining
-    answer.put(Accepted, instance=node.instance, queue_wait=queue_wait)
+    answer.accept(instance=node.instance, queue_wait=queue_wait)
     return _Work(node, request, offering, answer, queue_wait, started, started + remaining)
 
 

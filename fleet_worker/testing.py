@@ -28,7 +28,12 @@ def embedded_broker() -> Iterator[str]:
 
 @contextmanager
 def running_node(
-    broker_url: str, name: str = "sim@test", *, env: dict[str, str] | None = None, **instance: Any
+    broker_url: str,
+    name: str = "sim@test",
+    *,
+    env: dict[str, str] | None = None,
+    ready_within: float = READY_WITHIN,
+    **instance: Any,
 ) -> Iterator[ChildProcess]:
     """A real `celery worker` process that serves one instance with these settings (`base_url=...`, `models=...`).
 
@@ -41,7 +46,7 @@ def running_node(
         environment = {"FLEET_CONFIG": str(config), "FLEET_BROKER_URL": broker_url, **(env or {})}
         command = python("-m", "celery", "-A", "fleet_worker", "worker", "-n", name, "--loglevel", "INFO")
         with child(name, command, environment) as process:
-            process.wait_for("is ready", READY_WITHIN)
+            process.wait_for("is ready", ready_within)
             yield process
 
 
@@ -63,6 +68,4 @@ def _table(path: tuple[str, ...], values: dict[str, Any]) -> Iterator[str]:
 
 
 def _value(value: Any) -> str:
-    import json
-
     return json.dumps(value, ensure_ascii=False)

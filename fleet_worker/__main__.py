@@ -1,0 +1,3 @@
+from fleet_worker.cli import main
+
+main()
