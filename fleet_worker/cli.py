@@ -79,7 +79,7 @@ def chat(model: str, prompt: str, system: str | None, stream: bool, **options: A
     """Ask MODEL a PROMPT; `-` reads it from standard input."""
     from fleet_worker.router import Router
 
-    text = click.get_text_stream("stdin").read() if prompt == "-" else prompt
+    text = sys.stdin.read() if prompt == "-" else prompt
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": text})
     given = {name: value for name, value in options.items() if value is not None}
@@ -101,7 +101,7 @@ def embed(model: str, texts: tuple[str, ...], timeout: float | None) -> None:
     """Embed TEXTS with MODEL: one JSON line each, in their order; `-` reads one text per line of standard input."""
     from fleet_worker.router import Router
 
-    inputs = click.get_text_stream("stdin").read().splitlines() if texts == ("-",) else list(texts)
+    inputs = sys.stdin.read().splitlines() if texts == ("-",) else list(texts)
     with Router(Settings()) as router:
         vectors = router.embed(model, inputs, timeout=timeout).vectors
     for text, vector in zip(inputs, vectors, strict=True):

@@ -1,0 +1,19 @@
+"""A simulated MLX server: real sockets, a token clock, text that a test can compute, scripted faults, exact accounts.
+
+In this process, on a thread of its own:
+
+    with SimulatedMLX(flavour="mlx_lm", models=["sim-chat"], ttft=0.02, token_interval=0.005) as server:
+        httpx.post(f"{server.base_url}/v1/chat/completions", json={...})
+
+or as a process, which prints its address as one line of JSON and ends on SIGTERM:
+
+    python -m fleet_worker.simulator --flavour mlx_lm --model sim-chat --ttft 0.02
+"""
+
+from fleet_worker.simulator.flavours import FLAVOURS, Flavour
+from fleet_worker.simulator.machine import Request
+from fleet_worker.simulator.replies import Fault
+from fleet_worker.simulator.server import SimulatedMLX
+from fleet_worker.simulator.texts import embedding, reply_tokens
+
+__all__ = ["FLAVOURS", "Fault", "Flavour", "Request", "SimulatedMLX", "embedding", "reply_tokens"]

@@ -1,0 +1,48 @@
+"""The simulated MLX server as a process; the options of `SimulatedMLX` are the options here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from fleet_worker.simulator.machine import Machine
+from fleet_worker.simulator.replies import Fault
+from fleet_worker.simulator.server import SimulatedMLX
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve until SIGTERM or SIGINT."""
+    options = _options(arguments)
+    signals = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    with SimulatedMLX(**options) as server:
+        sys.stdout.write(json.dumps({"base_url": server.base_url, "pid": os.getpid()}) + "\n")
+        sys.stdout.flush()
+        signal.sigwait(signals)
+    return 0
+
+
+def _options(arguments: Sequence[str] | None) -> Mapping[str, Any]:
+    parser = argparse.ArgumentParser(prog="python -m fleet_worker.simulator")
+    parser.add_argument("--model", action="append", dest="models")
+    parser.add_argument("--listed", action="append")
+    parser.add_argument("--reasoning", action="append")
+    parser.add_argument("--tool-calls", type=json.loads, help="JSON")
+    parser.add_argument("--faults", type=lambda text: [Fault(**fault) for fault in json.loads(text)], help="JSON")
+    for option in fields(Machine):
+        flag = "--" + option.name.replace("_", "-")
+        if isinstance(option.default, bool):
+            parser.add_argument(flag, action="store_true", default=None)
+        elif isinstance(option.default, int | float | str):
+            parser.add_argument(flag, type=type(option.default))
+    return {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

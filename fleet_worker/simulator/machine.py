@@ -1,0 +1,234 @@
+"""One simulated machine: its options, its fault plan, its accounts, and its one generation thread."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Self
+
+from fleet_worker.simulator.flavours import FLAVOURS, Body, Flavour
+from fleet_worker.simulator.replies import Fault
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is known of one request, at one moment."""
+
+    method: str
+    path: str
+    headers: Mapping[str, str]
+    body: Any
+    fault: str | None
+    generated: int  # tokens
+    generated_after_leave: int
+    finished: bool  # answered to the end, if only with an error
+    disconnected: bool  # the client left before
+
+    @property
+    def model(self) -> str | None:
+        return self.body.get("model") if isinstance(self.body, dict) else None
+
+
+@dataclass
+class Record:
+    """The account of one request while it runs."""
+
+    method: str
+    path: str
+    headers: Mapping[str, str]
+    body: Any = None
+    fault: str | None = None
+    generated: int = 0
+    generated_after_leave: int = 0
+    finished: bool = False
+    disconnected: bool = False
+
+
+@dataclass(kw_only=True, eq=False)
+class Machine:
+    """What a simulated server is and does, without its sockets."""
+
+    flavour: str | Flavour = "mlx_lm"
+    models: Sequence[str] = ("sim-chat",)
+    listed: Sequence[str] | None = None  # what /v1/models says, if it does not say `models`
+    port: int = 0
+    backlog: int = 128  # mlx_lm.server 0.32 has 5; a client that finds it full waits a second
+    slots: int = 0  # requests that generate at the same time; 0: as many as the flavour has
+    ttft: float = 0.0  # seconds to the first token
+    token_interval: float = 0.0  # seconds between tokens; 0: as fast as it goes
+    tokens_per_write: int = 8  # when the interval is 0
+    tokens: int = 32  # the natural length of a reply
+    stamped: bool = False  # every token is the monotonic time at which it was written, in seconds
+    separators: bool = False  # replies contain U+2028 and its like
+    reasoning: Sequence[str] = ()  # tokens of reasoning before every reply
+    think_tags: bool = False  # reasoning is in the content, in <think> tags
+    tool_calls: Sequence[Body] = ()  # the reply to requests with tools: {"name": ..., "arguments": {...}}
+    dimensions: int = 384
+    api_key: str = ""
+    prefill_rate: float = 0.0  # prompt tokens a second, while no stream moves; 0: prefill takes no time
+    load_delay: float = 0.0  # seconds to make another model the resident one
+    old_health: bool = False  # as mlx_lm.server up to 0.32.0: healthy with a dead thread, and requests hang
+    keep_alive: float = 5.0  # seconds until an idle connection is closed
+    heartbeat: float = 5.0  # seconds between comments of a silent stream
+    history: int = 10_000  # requests remembered
+    faults: Sequence[Fault] = ()
+
+    def __post_init__(self) -> None:
+        self.behaviour = FLAVOURS[self.flavour] if isinstance(self.flavour, str) else self.flavour
+        self.engine = Engine(self)
+        self._plan = list(self.faults)
+        self._records: deque[Record] = deque(maxlen=self.history)
+        self._counts: Counter[str] = Counter()
+        self._changed = threading.Condition()
+        self._watchers = 0
+
+    # --- for tests, from any thread
+
+    def fail(self, *faults: Fault) -> None:
+        """Add faults to the plan."""
+        with self._changed:
+            self._plan.extend(faults)
+
+    @property
+    def requests(self) -> list[Request]:
+        """The last requests, oldest first, as they stand now."""
+        with self._changed:
+            return [Request(**vars(record)) for record in self._records]
+
+    @property
+    def counters(self) -> Mapping[str, int]:
+        """Totals since the start: connections, requests, finished, disconnected, generated, generated_after_leave,
+        loads, evictions; and what is now: open_connections, running."""
+        return Counter({**self._counts, "running": self.engine.running})
+
+    @property
+    def generated_after_leave(self) -> int:
+        """Tokens generated for clients that had left."""
+        return self._counts["generated_after_leave"]
+
+    def wait_for(self, predicate: Callable[[Self], bool], timeout: float = 5.0) -> None:
+        """Return when the predicate holds; it is asked again whenever an account changes.
+
+        Raises:
+            TimeoutError: it does not hold in time.
+        """
+        with self._changed:
+            self._watchers += 1
+            try:
+                if not self._changed.wait_for(lambda: predicate(self), timeout):
+                    raise TimeoutError(f"not within {timeout} s: {dict(self._counts)}")
+            finally:
+                self._watchers -= 1
+
+    # --- for the server
+
+    @property
+    def dies_loudly(self) -> bool:
+        """mlx_lm.server 0.32.2 says that its thread is dead; older ones, and the other servers, do not."""
+        return self.behaviour.batches_by_model and not self.old_health
+
+    def next_fault(self, path: str, raw: bytes) -> Fault | None:
+        """The first fault that fits this request, used up by it."""
+        with self._changed:
+            for at, fault in enumerate(self._plan):
+                if fault.fits(path, raw):
+                    self._plan[at : at + 1] = fault.used()
+                    return fault
+        return None
+
+    def begin(self, record: Record) -> None:
+        """Remember a request."""
+        with self._changed:
+            self._records.append(record)
+        self.count(requests=1)
+
+    def count(self, **changes: int) -> None:
+        """Change some accounts, and wake who waits for it."""
+        for name, change in changes.items():
+            self._counts[name] += change
+        if self._watchers:
+            with self._changed:
+                self._changed.notify_all()
+
+
+class Engine:
+    """The one generation thread: whose turn it is, which model is resident, and whether it is alive."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.slots = machine.slots or machine.behaviour.slots
+        self.dead = False
+        self.resident: str | None = machine.models[0]
+        self.busy_until = 0.0  # somebody's prefill: no stream moves before
+        self.running = 0
+        self._machine = machine
+        self._key: object = None
+        self._waiting: deque[tuple[object, asyncio.Future[None]]] = deque()
+        self._prompts: deque[list[str]] = deque(maxlen=10)
+        self._loading = asyncio.Lock()
+
+    @asynccontextmanager
+    async def turn(self, key: object) -> AsyncIterator[None]:
+        """Wait for a slot, first come first served. Requests with another key wait until the others are done."""
+        if self._waiting or not self._fits(key):
+            turn = asyncio.get_running_loop().create_future()
+            self._waiting.append((key, turn))
+            await turn
+        else:
+            self._take(key)
+        try:
+            yield
+        finally:
+            self.running -= 1
+            self._admit()
+            self._machine.count()
+
+    def full(self) -> bool:
+        return self.running >= self.slots
+
+    def _fits(self, key: object) -> bool:
+        return self.running == 0 or (key == self._key and not self.full())
+
+    def _take(self, key: object) -> None:
+        self.running, self._key = self.running + 1, key
+        self._machine.count()
+
+    def _admit(self) -> None:
+        while self._waiting and (self.dead or self._fits(self._waiting[0][0])):
+            key, turn = self._waiting.popleft()
+            if not turn.cancelled():
+                self._take(key)
+                turn.set_result(None)
+
+    def die(self) -> None:
+        """End the generation thread: only a restart brings it back."""
+        self.dead = True
+        self._admit()
+
+    async def load(self, model: str) -> bool:
+        """Make this model the resident one. If there is no such model, the resident one is dropped all the same."""
+        wanted = self._machine.models[0] if model == "default_model" else model
+        async with self._loading:
+            if wanted not in self._machine.models:
+                self.resident = None
+                self._machine.count(evictions=1)
+                return False
+            if wanted != self.resident:
+                await asyncio.sleep(self._machine.load_delay)
+                self.resident = wanted
+                self._machine.count(loads=1)
+            return True
+
+    def recall(self, prompt: Sequence[str]) -> int:
+        """How many tokens this prompt has in common with the start of an earlier one; remembers it."""
+        known = max((_common(prompt, old) for old in self._prompts), default=0)
+        self._prompts.append(list(prompt))
+        return max(0, min(known, len(prompt) - 1))
+
+
+def _common(one: Sequence[str], other: Sequence[str]) -> int:
+    pairs = zip(one, other, strict=False)
+    return next((at for at, (left, right) in enumerate(pairs) if left != right), min(len(one), len(other)))

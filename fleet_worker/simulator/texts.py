@@ -1,0 +1,56 @@
+"""What the simulated models say: pure functions of what they are asked, so that a test can compute it too."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from array import array
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from pydantic_core import to_json
+
+# fmt: off
+WORDS = (
+    "the", "of", "and", "to", "in", "is", "was", "for", "on", "with", "as", "by", "at", "from", "it", "an", "sea",
+    "ship", "wind", "wave", "harbour", "light", "night", "stone", "river", "north", "salt", "rope", "sail", "deck",
+    "keel", "storm", "calm", "anchor", "shore", "island", "morning", "captain", "crew", "tide", "slowly", "towards",
+    "beneath", "between", "another", "größer", "naïve", "café", "mañana", "žena", "șase", "đêm", "Москва", "ветер",
+    "φάρος", "東京", "海", "🚢", "🌊", "👩\u200d🚀", "—",
+)
+# fmt: on
+VOCABULARY = (*(f" {word}" for word in WORDS), ",", ".", "!")
+"""64 tokens, one for six bits: with a leading space as real ones have, some of them beyond ASCII."""
+
+
+def reply_tokens(
+    messages: Sequence[Mapping[str, Any]], max_tokens: int, *, tokens: int = 32, separators: bool = False
+) -> list[str]:
+    """The tokens that answer these messages: the same messages always get the same ones.
+
+    The reply ends by itself after `tokens` tokens. With `separators` it contains U+2028, U+2029 and U+0085, which
+    JSON allows raw and which are not line ends of an event stream.
+    """
+    conversation = json.dumps([[message.get("role"), message.get("content")] for message in messages])
+    digest = hashlib.shake_128(conversation.encode()).digest(max(0, min(max_tokens, tokens)))
+    words = [VOCABULARY[byte & 63] for byte in digest]
+    if separators:
+        words = [word + "\u2028\u2029\x85"[at % 3] if at % 2 else word for at, word in enumerate(words)]
+    return [words[0].removeprefix(" "), *words[1:]] if words else []
+
+
+def embedding(text: str, dimensions: int = 384) -> list[float]:
+    """The unit vector of this text: always the same one, and each number exact as a float32."""
+    numbers = array("I", hashlib.shake_128(text.encode()).digest(4 * dimensions))
+    centred = [number / 2**31 - 1.0 for number in numbers]
+    norm = sum(number * number for number in centred) ** 0.5
+    return array("f", [number / norm for number in centred]).tolist()
+
+
+@lru_cache(maxsize=4096)
+def encoded_embedding(text: str, dimensions: int, as_base64: bool) -> bytes:
+    """The vector as it stands in a response: a list of numbers, or base64 of little-endian float32."""
+    vector = embedding(text, dimensions)
+    return to_json(base64.b64encode(array("f", vector).tobytes()).decode() if as_base64 else vector)

