@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import queue
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import AsyncIterator, Iterator
-from types import TracebackType
 from typing import Any, Self, cast
 
 from kombu.exceptions import OperationalError
@@ -196,20 +195,21 @@ class _Call:
         self._node = node
         self._deadline = 0.0
         self._accepted = False
-        self._open = contextlib.ExitStack()
         self._mailbox: Mailbox | None = None
+        self._error: FleetError | None = None
 
     def __enter__(self) -> Self:
         if self._mailbox is None:
             inbox = self._router._listening()
             self._deadline = time.monotonic() + self._request.timeout_seconds
             request = self._request.submitted_to(inbox.name)
-            self._mailbox = self._open.enter_context(inbox.mailbox(request.request_id, request.attempt))
+            self._mailbox = inbox.mailbox(request.request_id, request.attempt)
             self._router._publish(request, self._node)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._open.close()
+        if self._mailbox:
+            self._mailbox.close()
 
     async def __aenter__(self) -> Self:
         if self._mailbox is None:
@@ -217,26 +217,26 @@ class _Call:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._open.close()
+        self.__exit__()
 
     def frame(self) -> Frame:
-        """Return the next frame that is not bookkeeping; raises the error that ends the reply."""
+        """Return the next frame that is not bookkeeping; raises the error that ended the reply, every time."""
         while True:
             try:
-                frame = self._box.get(self._deadline - time.monotonic())
+                frame = None if self._error else self._box.get(self._deadline - time.monotonic())
             except queue.Empty:
-                raise self._late() from None
-            if not self._bookkeeping(frame):
-                return frame
+                frame = None
+            if content := self._content(frame):
+                return content
 
     async def aframe(self) -> Frame:
         while True:
             try:
-                frame = await self._box.aget(self._deadline - time.monotonic())
+                frame = None if self._error else await self._box.aget(self._deadline - time.monotonic())
             except queue.Empty:
-                raise self._late() from None
-            if not self._bookkeeping(frame):
-                return frame
+                frame = None
+            if content := self._content(frame):
+                return content
 
     def result(self) -> ChatResponse | EmbedResponse:
         return cast(ChatResponse | EmbedResponse, self.frame())
@@ -250,11 +250,16 @@ class _Call:
             raise RuntimeError("the request was not submitted: use it in a with block, or iterate it")
         return self._mailbox
 
-    def _bookkeeping(self, frame: Frame) -> bool:
+    def _content(self, frame: Frame | None) -> Frame | None:
+        """Return the frame if it holds anything of the answer. No frame means that time is over."""
         if isinstance(frame, Failure):
-            raise frame.error()
+            self._error = frame.error()
+        elif frame is None:
+            self._error = self._error or self._late()
+        if self._error:
+            raise self._error
         self._accepted = True
-        return isinstance(frame, Accepted)
+        return None if isinstance(frame, Accepted) else frame
 
     def _late(self) -> FleetError:
         seconds = self._request.timeout_seconds
@@ -270,11 +275,12 @@ class ChatStream:
     """A streamed answer: iterate it for its deltas; then `response` is the whole, as `Router.chat` returns it.
 
     Works with `with` and `for`, and with `async with` and `async for`. Nothing is sent before it is entered or
-    iterated.
+    iterated. An error ends it; what arrived before was yielded.
     """
 
     def __init__(self, call: _Call) -> None:
         self._call = call
+        self._ready: deque[Delta] = deque()
         self._deltas: list[Delta] = []
         self._response: ChatResponse | None = None
 
@@ -282,8 +288,8 @@ class ChatStream:
         self._call.__enter__()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._call.__exit__(kind, error, at)
+    def __exit__(self, *_: object) -> None:
+        self._call.__exit__()
 
     async def __aenter__(self) -> Self:
         await self._call.__aenter__()
@@ -293,15 +299,26 @@ class ChatStream:
         await self._call.__aexit__()
 
     def __iter__(self) -> Iterator[Delta]:
-        with self._call:
-            while self._response is None:
-                yield from self._take(self._call.frame())
+        return self
 
-    async def __aiter__(self) -> AsyncIterator[Delta]:
-        async with self._call:
-            while self._response is None:
-                for delta in self._take(await self._call.aframe()):
-                    yield delta
+    def __next__(self) -> Delta:
+        while not self._ready:
+            if self._response is not None:
+                raise StopIteration
+            self._call.__enter__()
+            self._take(self._call.frame())
+        return self._ready.popleft()
+
+    def __aiter__(self) -> AsyncIterator[Delta]:
+        return self
+
+    async def __anext__(self) -> Delta:
+        while not self._ready:
+            if self._response is not None:
+                raise StopAsyncIteration
+            await self._call.__aenter__()
+            self._take(await self._call.aframe())
+        return self._ready.popleft()
 
     @property
     def response(self) -> ChatResponse:
@@ -310,9 +327,9 @@ class ChatStream:
             raise RuntimeError("the stream has not ended: iterate it to its end first")
         return self._response
 
-    def _take(self, frame: Frame) -> list[Delta]:
+    def _take(self, frame: Frame) -> None:
         if isinstance(frame, Deltas):
             self._deltas += frame.deltas
-            return frame.deltas
-        self._response = cast(ChatResponse, frame).model_copy(update=join(self._deltas))
-        return []
+            self._ready.extend(frame.deltas)
+        else:
+            self._response = cast(ChatResponse, frame).model_copy(update=join(self._deltas))

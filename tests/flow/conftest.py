@@ -9,6 +9,11 @@ from tests.brokers import BROKERS
 CHAT, EMBED = "sim-chat", "sim-embed"
 
 
+def work(mlx):
+    """The requests that a simulated server had to work for."""
+    return [request for request in mlx.requests if request.method == "POST"]
+
+
 @pytest.fixture(scope="session", params=BROKERS)
 def broker(request):
     with BROKERS[request.param]() as broker:

@@ -17,7 +17,7 @@ from fleet_worker import (
 )
 from fleet_worker.simulator import embedding, reply_tokens
 from tests.brokers import free_port
-from tests.flow.conftest import CHAT, EMBED
+from tests.flow.conftest import CHAT, EMBED, work
 
 pytestmark = pytest.mark.usefixtures("node")
 
@@ -128,24 +128,24 @@ def test_an_embedding_of_nothing_or_of_token_ids_is_refused(router, texts):
 
 
 def test_a_model_is_only_used_for_what_it_can_do(router, mlx):
-    seen = len(mlx.requests)
+    seen = len(work(mlx))
     with pytest.raises(Expired):
         router.embed(CHAT, ["a"], timeout=0.5)
     with pytest.raises(UnsupportedCapability):
         router.embed(CHAT, ["a"], timeout=20, node="sim@test")
     with pytest.raises(ModelNotServed):
         router.chat("another model", HELLO, timeout=20, node="sim@test")
-    assert len(mlx.requests) == seen
+    assert len(work(mlx)) == seen
 
 
 def test_a_name_that_only_shares_its_lane_with_a_served_model_is_not_served(router, mlx):
-    seen = len(mlx.requests)
+    seen = len(work(mlx))
     with pytest.raises(ModelNotServed):
         router.chat("SIM_CHAT", HELLO, timeout=20)
-    assert len(mlx.requests) == seen
+    assert len(work(mlx)) == seen
 
 
 def test_a_broker_that_is_not_there_is_said_within_the_connect_timeout():
     settings = Settings(broker_url=f"redis://127.0.0.1:{free_port()}/0", router={"connect_timeout": 0.5})
-    with Router(settings) as router, pytest.raises(BrokerUnavailable, match="0.5 s"):
+    with Router(settings) as router, pytest.raises(BrokerUnavailable, match="within 0"):
         router.chat(CHAT, HELLO)

@@ -1,0 +1,98 @@
+"""A deadline is a deadline: expired work never starts, running work stops."""
+
+import time
+
+import pytest
+
+from fleet_worker import Expired, InstanceUnavailable, RequestTimeout, Router, Settings
+from fleet_worker.messages import FleetRequest
+from fleet_worker.simulator import Fault, reply_tokens
+from fleet_worker.testing import SimulatedMLX, running_node
+from tests.flow.conftest import CHAT, work
+
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+@pytest.fixture
+def slow(broker):
+    """An instance of one slot whose tokens take 50 ms each."""
+    with (
+        SimulatedMLX(models=[CHAT], token_interval=0.05, tokens=1000) as mlx,
+        running_node(broker.url, "slow@test", base_url=mlx.base_url, models={CHAT: {}}),
+    ):
+        yield mlx
+
+
+def test_work_that_expired_in_its_lane_never_reaches_the_server(slow, router, broker):
+    with router.stream_chat(CHAT, HELLO, max_tokens=40, timeout=20) as running:
+        next(running)
+        # A second router, which is gone when the only slot becomes free: nobody waits for this answer.
+        with Router(Settings(broker_url=broker.url)) as other, pytest.raises(Expired):
+            other.chat(CHAT, HELLO, timeout=0.5)
+        for _ in running:
+            pass
+    router.chat(CHAT, HELLO, max_tokens=1, timeout=20)
+    assert len(work(slow)) == 2
+
+
+def test_running_work_is_stopped_at_its_deadline(slow, router):
+    started = time.monotonic()
+    with pytest.raises(RequestTimeout):
+        router.chat(CHAT, HELLO, max_tokens=900, timeout=1)
+    assert time.monotonic() - started < 5
+    slow.wait_for(lambda mlx: mlx.counters["running"] == 0, 5)
+    assert work(slow)[0].generated < 100
+
+
+def test_a_server_that_falls_silent_is_left_at_the_deadline_too(slow, router):
+    slow.fail(Fault("freeze", at_token=3))
+    stream = router.stream_chat(CHAT, HELLO, timeout=1)
+    assert [next(stream).content for _ in range(3)] == reply_tokens(HELLO, 3, tokens=1000)
+    with pytest.raises(RequestTimeout):
+        next(stream)
+    router.chat(CHAT, HELLO, max_tokens=1, timeout=20)  # the slot is free again
+
+
+def test_a_dead_server_is_said_at_once_and_may_be_tried_elsewhere(slow, router):
+    slow.kill()
+    with pytest.raises(InstanceUnavailable) as caught:
+        router.chat(CHAT, HELLO, timeout=20)
+    assert caught.value.retryable
+    slow.restart()
+    assert router.chat(CHAT, HELLO, max_tokens=1, timeout=20).finish_reason == "length"
+
+
+def test_a_malformed_envelope_is_answered_and_never_reaches_the_server(slow, router, broker):
+    """A router of another make may send what ours would refuse; the worker checks everything again."""
+    faults = {
+        "protocol_version": 1,
+        "operation": "sing",
+        "provider": "openai",
+        "model": 5,
+        "params": {"messages": []},
+        "timeout_seconds": -1,
+        "schema_version": 1,
+    }
+    for field, value in faults.items():
+        failure = _answer_to(router, {field: value})
+        assert failure.code == "invalid_request", field
+    assert _answer_to(router, {"expires_at": time.time() - 1}).code == "expired"
+    assert _answer_to(router, {"model": "SIM.chat"}).code == "model_not_served"
+    assert _answer_to(router, {"provider_instance": "other"}).code == "invalid_request"
+    assert work(slow) == []
+
+
+def _answer_to(router, changes):
+    """Send an envelope around the router's own checks, and return the last frame of its reply."""
+    request, _ = router._request("chat", CHAT, {"messages": HELLO}, timeout=10)
+    inbox = router._listening()
+    request = request.submitted_to(inbox.name)
+    envelope = request.encode() | changes
+
+    class Tampered(FleetRequest):
+        def encode(self):
+            return envelope
+
+    mailbox = inbox.mailbox(request.request_id, 1)
+    router._publish(Tampered.model_construct(**dict(request)), None)
+    return mailbox.get(10)

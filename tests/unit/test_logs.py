@@ -1,0 +1,139 @@
+import logging
+from types import SimpleNamespace
+
+import celery.worker.consumer.consumer as celery_consumer
+import celery.worker.state
+import pytest
+from celery import Celery, signals
+from celery.utils.timer2 import Timer
+from celery.worker.control import Panel
+from celery.worker.request import Request
+
+from fleet_worker.logs import protect_logs
+
+SECRET = "swordfish"
+LOGGERS = ["celery.pool", "httpcore", "httpx", "kombu", "amqp"]
+
+
+@pytest.fixture
+def protected():
+    """`protect_logs` is for the life of a process: what it changes is put back."""
+    panel, dump = dict(Panel.data), celery_consumer.dump_body
+    receivers, levels = (
+        list(signals.after_setup_logger.receivers),
+        {name: logging.getLogger(name).level for name in LOGGERS},
+    )
+    protect_logs()
+    yield
+    Panel.data.clear()
+    Panel.data.update(panel)
+    celery_consumer.dump_body = dump
+    signals.after_setup_logger.receivers = receivers
+    signals.after_setup_logger.sender_receivers_cache.clear()
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+
+
+@pytest.fixture(scope="module")
+def request_of_a_worker():
+    """A task with a secret among its arguments, as a worker holds it: sent and received over a broker in memory."""
+    app = Celery("test", broker="memory://", set_as_current=False)
+    app.conf.update(task_serializer="json", accept_content=["json"])
+
+    @app.task(name="fleet.chat")
+    def chat(envelope, *, prompt):
+        """Never runs."""
+
+    with app.connection_for_write() as connection:
+        connection.default_channel.queue_declare("celery")
+        chat.apply_async(args=[{"prompt": [SECRET]}], kwargs={"prompt": SECRET}, task_id="r-1", connection=connection)
+        message = connection.default_channel.basic_get("celery", no_ack=True)
+        yield Request(message, app=app, hostname="local@mini-7", decoded=False)
+    app.close()
+
+
+@pytest.fixture
+def worker(request_of_a_worker):
+    """The state that remote-control commands see, with that task reserved, active and scheduled."""
+    timer = Timer()
+    timer.auto_start = False
+    timer.schedule.enter_after(60, timer.Entry(print, (request_of_a_worker,)))
+    worker_state = celery.worker.state
+    worker_state.task_reserved(request_of_a_worker)
+    yield SimpleNamespace(tset=set, consumer=SimpleNamespace(timer=timer), hostname="local@mini-7")
+    worker_state.reserved_requests.discard(request_of_a_worker)
+    worker_state.active_requests.discard(request_of_a_worker)
+    worker_state.requests.pop("r-1", None)
+
+
+def answers(state, request):
+    """What every command that shows tasks answers, under each of its names."""
+    shown = {}
+    for name in ("reserved", "dump_reserved", "scheduled", "dump_schedule"):
+        shown[name] = Panel.data[name](state)
+    shown["query_task"] = Panel.data["query_task"](state, ["r-1"])
+    celery.worker.state.task_accepted(request)
+    for name in ("active", "dump_active"):
+        shown[name] = Panel.data[name](state)
+    shown["query_task of an active one"] = Panel.data["query_task"](state, ["r-1"])
+    return shown
+
+
+def test_without_protection_every_command_shows_the_arguments(worker, request_of_a_worker):
+    """Else the next test proves nothing."""
+    shown = answers(worker, request_of_a_worker)
+    assert {name for name, answer in shown.items() if SECRET in repr(answer)} == shown.keys()
+
+
+def test_no_command_shows_the_arguments_of_a_task_under_any_of_its_names(protected, worker, request_of_a_worker):
+    shown = answers(worker, request_of_a_worker)
+    assert {name for name, answer in shown.items() if SECRET in repr(answer)} == set()
+
+
+def test_what_else_a_command_answers_stays(protected, worker, request_of_a_worker):
+    shown = answers(worker, request_of_a_worker)
+    for answer in (shown["reserved"][0], shown["scheduled"][0]["request"], shown["active"][0]):
+        assert (answer["id"], answer["name"], answer["hostname"]) == ("r-1", "fleet.chat", "local@mini-7")
+        assert answer["args"] == answer["kwargs"] == "-"
+    state, info = shown["query_task"]["r-1"]
+    assert (state, info["id"]) == ("reserved", "r-1")
+
+
+def test_a_command_can_be_asked_for_less(protected, worker, request_of_a_worker):
+    celery.worker.state.task_accepted(request_of_a_worker)
+    assert SECRET not in repr(Panel.data["active"](worker, safe=True))
+
+
+def test_protecting_twice_is_protecting_once(protected, worker, request_of_a_worker):
+    protect_logs()
+    assert Panel.data["reserved"](worker)[0]["id"] == "r-1"
+    assert SECRET not in repr(Panel.data["reserved"](worker))
+
+
+def test_a_message_that_celery_does_not_understand_is_not_shown(protected):
+    body = f'{{"prompt": "{SECRET}"}}'.encode()
+    shown = celery_consumer.dump_body(SimpleNamespace(body=body), body)
+    assert SECRET not in shown
+    assert str(len(body)) in shown
+
+
+@pytest.mark.parametrize("name", LOGGERS)
+def test_loggers_that_show_arguments_or_keys_do_not_speak_of_details(protected, name):
+    assert not logging.getLogger(name).isEnabledFor(logging.DEBUG)
+
+
+def test_a_request_to_a_server_is_no_line_of_the_log(protected):
+    assert not logging.getLogger("httpx").isEnabledFor(logging.INFO)
+
+
+def test_a_log_level_of_debug_does_not_undo_it(protected):
+    for name in LOGGERS:
+        logging.getLogger(name).setLevel(logging.DEBUG)
+    signals.after_setup_logger.send(sender=None, logger=logging.getLogger(), loglevel=logging.DEBUG, logfile=None)
+    assert [name for name in LOGGERS if logging.getLogger(name).isEnabledFor(logging.DEBUG)] == []
+
+
+def test_a_logger_that_was_told_to_say_less_says_less(protected):
+    logging.getLogger("kombu").setLevel(logging.ERROR)
+    protect_logs()
+    assert logging.getLogger("kombu").level == logging.ERROR
