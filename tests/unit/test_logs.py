@@ -8,6 +8,8 @@ from celery import Celery, signals
 from celery.utils.timer2 import Timer
 from celery.worker.control import Panel
 from celery.worker.request import Request
+from kombu import Connection, Message
+from kombu.exceptions import DecodeError
 
 from fleet_worker.logs import protect_logs
 
@@ -19,15 +21,18 @@ LOGGERS = ["celery.pool", "httpcore", "httpx", "kombu", "amqp"]
 def protected():
     """`protect_logs` is for the life of a process: what it changes is put back."""
     panel, dump = dict(Panel.data), celery_consumer.dump_body
-    receivers, levels = (
-        list(signals.after_setup_logger.receivers),
-        {name: logging.getLogger(name).level for name in LOGGERS},
-    )
+    methods = {owner: dict(vars(owner)) for owner in (celery_consumer.Consumer, Request)}
+    receivers = list(signals.after_setup_logger.receivers)
+    levels = {name: logging.getLogger(name).level for name in LOGGERS}
     protect_logs()
     yield
     Panel.data.clear()
     Panel.data.update(panel)
     celery_consumer.dump_body = dump
+    for owner, before in methods.items():
+        for name, changed in dict(vars(owner)).items():
+            if changed is not before.get(name):
+                setattr(owner, name, before[name])
     signals.after_setup_logger.receivers = receivers
     signals.after_setup_logger.sender_receivers_cache.clear()
     for name, level in levels.items():
@@ -115,6 +120,50 @@ def test_a_message_that_celery_does_not_understand_is_not_shown(protected):
     shown = celery_consumer.dump_body(SimpleNamespace(body=body), body)
     assert SECRET not in shown
     assert str(len(body)) in shown
+
+
+@pytest.fixture
+def bad_message():
+    """Returns a function that makes a message of a body, with headers that repeat its arguments."""
+    with Connection("memory://") as connection:
+
+        def make(body):
+            headers = {"id": "r-1", "task": "fleet.chat", "argsrepr": SECRET, "kwargsrepr": SECRET}
+            channel = connection.default_channel
+            return Message(
+                body, 1, "application/json", "utf-8", headers=headers, accept={"application/json"}, channel=channel
+            )
+
+        yield make
+
+
+bare_consumer = object.__new__(celery_consumer.Consumer)  # it needs no worker to complain
+bare_consumer.connection_errors = ()
+
+
+@pytest.mark.parametrize("body", [SECRET.encode() + b"\xff", f'["{SECRET}'.encode()])
+def test_a_message_that_cannot_be_decoded_is_not_shown(protected, caplog, bad_message, body):
+    """The error of a decoder holds all that it could not decode, and headers may hold the arguments."""
+    message = bad_message(body)
+    try:
+        message.decode()
+    except DecodeError as error:
+        bare_consumer.on_decode_error(message, error)
+    assert "decode" in caplog.text
+    assert "r-1" in caplog.text
+    assert SECRET not in caplog.text
+
+
+def test_a_message_that_is_no_task_is_not_shown(protected, caplog, bad_message):
+    bare_consumer.on_unknown_message(SECRET, bad_message(SECRET))
+    assert "unknown message" in caplog.text
+    assert SECRET not in caplog.text
+
+
+def test_events_name_the_lane_of_a_task_and_never_its_arguments(protected, request_of_a_worker):
+    """Whatever the sender, who may not be ours, says that its arguments look like."""
+    assert SECRET not in f"{request_of_a_worker.argsrepr} {request_of_a_worker.kwargsrepr}"
+    assert request_of_a_worker.argsrepr == request_of_a_worker.delivery_info["routing_key"] == "celery"
 
 
 @pytest.mark.parametrize("name", LOGGERS)

@@ -1,0 +1,1 @@
+from tests.flow.conftest import broker, router  # noqa: F401 - fixtures
