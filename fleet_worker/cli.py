@@ -13,6 +13,8 @@ import click
 from fleet_worker.errors import BrokerUnavailable, ConfigurationError, Expired, FleetError, InvalidRequest
 from fleet_worker.settings import Settings
 
+__all__ = ["main"]
+
 EXIT_FAILED = 1
 EXIT_USAGE = 64
 EXIT_UNAVAILABLE = 69

@@ -6,6 +6,7 @@ All models are frozen, refuse what they do not know, and never show a prompt, a 
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import sys
 import time
@@ -15,6 +16,7 @@ from functools import cached_property
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 from fleet_worker.errors import FleetError, InvalidRequest
 from fleet_worker.lanes import Priority
@@ -90,9 +92,9 @@ class Message(_Wire):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]] | None = Field(None, repr=False)
-    name: str | None = None
+    name: str | None = Field(None, repr=False)
     tool_calls: list[dict[str, Any]] | None = Field(None, repr=False)
-    tool_call_id: str | None = None
+    tool_call_id: str | None = Field(None, repr=False)
 
     @model_validator(mode="after")
     def _says_something(self) -> Message:
@@ -165,7 +167,7 @@ class EmbedParams(_Wire):
         return [texts] if isinstance(texts, str) else texts
 
 
-PARAMS: dict[Operation, type[ChatParams] | type[EmbedParams]] = {
+PARAMS: dict[str, type[ChatParams] | type[EmbedParams]] = {
     "chat": ChatParams,
     "stream_chat": ChatParams,
     "embed": EmbedParams,
@@ -186,7 +188,7 @@ class FleetRequest(_Wire):
     operation: Operation
     provider: Literal["mlx"]
     provider_instance: str = Field(min_length=1)
-    model: str = Field(min_length=1, max_length=500)
+    model: str = Field(min_length=1, max_length=200)
     params: ChatParams | EmbedParams = Field(repr=False)
     reply_to: str = Field(pattern=r"^llm\.fleet\.reply\.[a-z0-9.-]+\.[1-9][0-9]*$", max_length=255)
     message_context: dict[str, Any] = Field(repr=False)
@@ -196,6 +198,15 @@ class FleetRequest(_Wire):
     timeout_seconds: float = Field(gt=0)
     expires_at: float
     priority: Priority
+
+    @field_validator("message_context", "caller", "trace_context")
+    @classmethod
+    def _finite(cls, value: dict[str, Any]) -> dict[str, Any]:
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError, RecursionError):
+            raise ValueError("only finite numbers, text, lists and objects") from None
+        return value
 
     @model_validator(mode="before")
     @classmethod
@@ -207,9 +218,9 @@ class FleetRequest(_Wire):
         if values.get("operation") == "stream":
             values = {**values, "operation": "stream_chat"}
         # The operation decides what params mean; a union would report the faults of both.
-        kind = PARAMS.get(values.get("operation"))
-        params = values.get("params")
-        if kind is None or isinstance(params, kind):
+        operation, params = values.get("operation"), values.get("params")
+        kind = PARAMS.get(operation) if isinstance(operation, str) else None
+        if kind is None or "params" not in values or isinstance(params, kind):
             return values
         return {**values, "params": kind.model_validate(_without_nulls(params))}
 
@@ -273,9 +284,30 @@ def check_size(value: Any, max_bytes: int) -> None:
 def explain(error: ValidationError) -> str:
     """Say where and why, without the value: it may be a prompt."""
     faults = error.errors(include_input=False, include_url=False, include_context=False)
-    shown = [f"{'.'.join(map(str, fault['loc'])) or 'request'}: {fault['msg']}" for fault in faults[:5]]
+    shown = [f"{_where(fault) or 'request'}: {_why(fault)}" for fault in faults[:5]]
     more = [f"and {len(faults) - 5} more"] if len(faults) > 5 else []
     return "; ".join(shown + more)
+
+
+def _where(fault: ErrorDetails) -> str:
+    """The path in names of ours only: the keys of a caller's object are data, and pydantic adds members of unions."""
+    known = [str(part) for part in fault["loc"] if isinstance(part, int) or part in _field_names()]
+    unknown = [str(fault["loc"][-1])[:40]] if fault["type"] == "extra_forbidden" else []  # a name, not a value
+    return ".".join(known + unknown)
+
+
+def _why(fault: ErrorDetails) -> str:
+    if fault["type"].startswith("union_tag"):  # pydantic's text repeats what stood there
+        return "is of an unknown type"
+    return fault["msg"].removeprefix("Value error, ")
+
+
+@functools.cache
+def _field_names() -> frozenset[str]:
+    models = [_Wire]
+    for model in models:
+        models += model.__subclasses__()
+    return frozenset(name for model in models for name in model.model_fields)
 
 
 def _without_nulls(params: Any) -> Any:
@@ -401,7 +433,7 @@ Frame = Accepted | Deltas | ChatResponse | EmbedResponse | Failure | Alive
 class Reply(_Wire):
     """One broker message: the frames of all requests that a node owes a router since its last publish."""
 
-    v: Literal[2] = PROTOCOL_VERSION
+    v: Literal[2]
     node: str
     frames: list[Annotated[Frame, Field(discriminator="kind")]]
 

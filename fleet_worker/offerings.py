@@ -31,16 +31,20 @@ def offerings_of(instance: Instance, provider: Mapping[str, bool], reported: Ite
     Only a hint is reported: mlx_lm.server lists the disk cache of its host, or an absolute path, of which only the
     last part becomes the public name.
     """
-    models = dict(instance.models) or {PurePath(name).name: Model(backend=name) for name in reported}
+    found = {_public_name(backend): Model(backend=backend) for backend in reported}
+    models = instance.models or {name: model for name, model in found.items() if instance.lets_pass(name)}
     offerings = {}
     for name, model in models.items():
-        if not instance.lets_pass(name):
-            continue
         features = features_of(name, model, instance, provider)
         capabilities = tuple(each for each in instance.capabilities if serves(features, each))
         if capabilities:
             offerings[name] = Offering(name, model.backend or name, model, features, capabilities)
     return offerings
+
+
+def _public_name(reported: str) -> str:
+    path = PurePath(reported)
+    return path.name if path.is_absolute() else reported
 
 
 def offering_for(request: FleetRequest, offerings: Mapping[str, Offering]) -> Offering:

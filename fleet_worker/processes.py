@@ -93,6 +93,8 @@ class ChildProcess:
             except subprocess.TimeoutExpired:
                 self._process.kill()
         code = self._process.wait(10)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
         self._reader.join(5)
         if self._process.stdout:
             self._process.stdout.close()

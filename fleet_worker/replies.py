@@ -23,7 +23,18 @@ from kombu import Connection, Consumer, Producer
 
 from fleet_worker.errors import BrokerUnavailable, FleetError, InvalidRequest, ReplyLost, ReplyOverflow, RequestTimeout
 from fleet_worker.lanes import reply_queue
-from fleet_worker.messages import Accepted, Alive, ChatResponse, Delta, Deltas, EmbedResponse, Failure, Frame, Reply
+from fleet_worker.messages import (
+    PROTOCOL_VERSION,
+    Accepted,
+    Alive,
+    ChatResponse,
+    Delta,
+    Deltas,
+    EmbedResponse,
+    Failure,
+    Frame,
+    Reply,
+)
 
 __all__ = ["Answer", "Mailbox", "ReplyInbox", "ReplySender"]
 
@@ -139,6 +150,13 @@ class ReplySender:
             if answer:
                 with self._changed:
                     self._answers.pop(key, None)
+                    if not self._answers:
+                        self._changed.notify_all()
+
+    def wait_until_idle(self) -> None:
+        """Return when no answer is open; each ends by its deadline."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._answers)
 
     def close(self, timeout: float = 10.0) -> None:
         """Publish what is pending and end; what the broker does not take within `timeout` seconds is given up."""
@@ -206,7 +224,7 @@ class ReplySender:
 
     def _publish(self, reply_to: str, frames: list[Frame]) -> None:
         """Publish, however long the broker is away, unless the node ends."""
-        body = Reply(node=self.node, frames=frames).encode()
+        body = Reply(v=PROTOCOL_VERSION, node=self.node, frames=frames).encode()
         failures = 0
         while True:
             try:
@@ -443,4 +461,4 @@ class ReplyInbox:
     def _wake_up(self) -> None:
         """An empty reply to ourselves ends the wait in `drain_events` at once."""
         with contextlib.suppress(Exception), self._connect() as connection:
-            _Publisher(lambda: connection).publish(self.name, Reply(node="", frames=[]).encode())
+            _Publisher(lambda: connection).publish(self.name, Reply(v=PROTOCOL_VERSION, node="", frames=[]).encode())

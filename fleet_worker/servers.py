@@ -147,7 +147,7 @@ _CONTEXT = re.compile(
     r"context.{0,20}(length|window)|maximum context|too many tokens|prompt is too long", re.IGNORECASE
 )
 _MISSING_MODEL = re.compile(
-    r"cached snapshot|model_not_found|repository not found|repo_?id|model.{0,200}(does not exist|not found)",
+    r"cached snapshot|model_not_found|repository not found|repo[_ ]?id|model.{0,200}(does not exist|not found)",
     re.IGNORECASE | re.DOTALL,
 )
 
@@ -186,7 +186,7 @@ def error_for(status: int, body: bytes, *, retry_after: float | None = None) -> 
 def _not_found(text: str) -> FleetError:
     if _MISSING_MODEL.search(text):
         return ModelNotServed("the MLX server does not have the model that `backend` names")
-    if text.strip(' "{}') in ("Not Found", "detail:Not Found", 'detail":"Not Found'):
+    if re.fullmatch(r"\W*(?:detail\W+)?Not Found\W*", text):
         return UnsupportedCapability("the MLX server has no such endpoint")
     # mlx_lm.server answers 404 to whatever its chat template or tokenizer could not take
     return InvalidRequest("the MLX server could not make a prompt of these messages (404)")
@@ -201,11 +201,11 @@ def _overloaded(status: int, retry_after: float | None) -> Overloaded:
 
 def _error_text(body: bytes) -> str:
     """The words of an error in any of the shapes seen: `{"error": str|object}`, `{"detail": str|list|object}`, text."""
-    text = body[:4096].decode("utf-8", "replace")
+    text = body.decode("utf-8", "replace")
     try:
         parsed = json.loads(text)
     except ValueError:
-        return text
+        return "validation" if re.match(r'\{\s*"detail"\s*:\s*\[', text) else text[:4096]
     if isinstance(parsed, dict) and isinstance(parsed.get("detail"), list):  # a validation report repeats the input
         return "validation"
     return json.dumps(parsed, ensure_ascii=False)

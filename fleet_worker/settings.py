@@ -11,7 +11,7 @@ import socket
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from pydantic import (
     AliasChoices,
@@ -24,7 +24,13 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 
 from fleet_worker.errors import ConfigurationError
 
@@ -39,7 +45,9 @@ Features = Annotated[
 
 
 class _Group(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, populate_by_name=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", hide_input_in_errors=True, populate_by_name=True, allow_inf_nan=False
+    )
 
 
 class Model(_Group):
@@ -121,7 +129,9 @@ class Instance(_Group):
         if url is None:
             return None
         url = url.rstrip("/").removesuffix("/v1").rstrip("/")
-        parts = urlsplit(url)
+        parts = _split(url)
+        if parts.username or parts.password:
+            raise ValueError("must not hold a user or a password: use api_key")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("must be an http:// or https:// URL")
         return url
@@ -155,6 +165,12 @@ class Router(_Group):
     max_buffered: int = Field(20_000, ge=1)
     """Deltas that one stream may have waiting for its reader."""
 
+    @model_validator(mode="after")
+    def _bounded(self) -> Router:
+        if self.timeout > self.max_timeout:
+            raise ValueError("router.timeout must not exceed router.max_timeout")
+        return self
+
 
 class Worker(_Group):
     start_timeout: float = Field(60.0, gt=0)
@@ -184,6 +200,8 @@ class Settings(BaseSettings):
             super().__init__(**values)
         except ValidationError as error:
             raise ConfigurationError(_explain(error)) from None
+        except SettingsError as error:
+            raise ConfigurationError(f"configuration: a FLEET_ variable is not JSON: {error}") from None
 
     @classmethod
     def settings_customise_sources(
@@ -199,7 +217,7 @@ class Settings(BaseSettings):
     @field_validator("broker_url")
     @classmethod
     def _known_broker(cls, url: str) -> str:
-        if urlsplit(url).scheme not in ("redis", "rediss", "valkey", "valkeys", "amqp", "amqps", "pyamqp"):
+        if _split(url).scheme not in ("redis", "rediss", "valkey", "valkeys", "amqp", "amqps", "pyamqp"):
             raise ValueError("must begin with redis://, rediss://, valkey://, amqp:// or amqps://")
         return url.replace("valkey", "redis", 1) if url.startswith("valkey") else url
 
@@ -210,6 +228,15 @@ class Settings(BaseSettings):
             if not name.replace("-", "").replace("_", "").isalnum():
                 raise ValueError("an instance is named with letters, digits, '-' and '_' only")
         return instances
+
+
+def _split(url: str) -> SplitResult:
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018 - it is checked when it is read
+    except ValueError:  # whose text repeats the password
+        raise ValueError("is not a URL") from None
+    return parts
 
 
 def _config_file() -> dict[str, Any]:

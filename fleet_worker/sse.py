@@ -20,6 +20,7 @@ class EventStream:
     def __init__(self) -> None:
         self._rest = b""
         self._data: list[bytes] = []
+        self._held = 0
         self.comments = 0
         """Comment lines (`: keepalive`) seen: prefill progress on mlx_lm.server, mere heartbeats on vllm-mlx."""
 
@@ -32,18 +33,21 @@ class EventStream:
         buffered = self._rest + received if self._rest else received
         end = _last_line_end(buffered)
         self._rest = buffered[end:]
-        if len(self._rest) > MAX_EVENT_BYTES:
+        events = self._events(buffered[:end])
+        if len(self._rest) + self._held > MAX_EVENT_BYTES:
             raise MalformedOutput("the MLX server sent an event that never ends")
-        return self._events(buffered[:end])
+        return events
 
     def _events(self, lines: bytes) -> list[bytes]:
         events = []
         for line in lines.splitlines():  # bytes.splitlines cuts at \n, \r\n and \r only
             if line.startswith(b"data:"):
                 self._data.append(line[6:] if line[5:6] == b" " else line[5:])
+                self._held += len(line)
             elif not line and self._data:
                 events.append(self._data[0] if len(self._data) == 1 else b"\n".join(self._data))
                 self._data = []
+                self._held = 0
             elif line.startswith(b":"):
                 self.comments += 1
         return events

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
-import time
+import threading
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 
 EXIT_CONFIGURATION = 78  # sysexits.h EX_CONFIG
 EXIT_UNAVAILABLE = 69  # sysexits.h EX_UNAVAILABLE
+LEAVE_AFTER = 15.0
+"""Seconds that Celery gets to say goodbye to the broker once a stopping node has no more work."""
 
 
 def serve_with(app: Celery, settings: Settings) -> None:
@@ -147,18 +150,35 @@ def lanes_of(node_name: str, offerings: dict[str, Offering]) -> list[str]:
 
 
 def _watch_life(worker: Any, node: Node, lanes: list[str], *, slots: int) -> None:
+    ended = threading.Event()
+
     def ready(sender: Any, **_: Any) -> None:
         for each in lanes:
             log.info("%s serves lane %s", node.name, each)
         log.info("%s is ready, %d slot%s", node.name, slots, "" if slots == 1 else "s")
 
-    def ended(sender: Any, **_: Any) -> None:
+    def stopping(sender: str, **_: Any) -> None:
+        if sender == node.name:
+            threading.Thread(target=_leave_a_silent_broker, args=(node, ended), daemon=True).start()
+
+    def stopped(sender: Any, **_: Any) -> None:
         """All tasks have ended by now: their last frames go out, then the connections close."""
         if sender is worker:
-            started = time.monotonic()
             node.sender.close()
             node.mlx.close()
-            log.info("%s ended, replies flushed in %.1f s", node.name, time.monotonic() - started)
+            ended.set()
+            log.info("%s ended", node.name)
 
     signals.worker_ready.connect(ready, weak=False)
-    signals.worker_shutdown.connect(ended, weak=False)
+    signals.worker_shutting_down.connect(stopping, weak=False)
+    signals.worker_shutdown.connect(stopped, weak=False)
+
+
+def _leave_a_silent_broker(node: Node, ended: threading.Event) -> None:
+    """Exit when the work is done, even if the broker is frozen: Celery would wait for it without an end."""
+    node.sender.wait_until_idle()
+    if not ended.wait(LEAVE_AFTER):
+        log.warning("%s leaves: its work is done, and the broker does not answer", node.name)
+        node.sender.close(timeout=1.0)
+        logging.shutdown()
+        os._exit(0)

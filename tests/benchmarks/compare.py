@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import statistics
@@ -120,7 +121,7 @@ def paced_streams() -> list[Row]:
         cpu = it.cpu() - cpu
         messages = _messages(it) - messages
     counted = sum(len(arrivals) for _, arrivals in results)
-    gaps = [max(b - a for (a, _), (b, _) in zip(arrivals, arrivals[1:], strict=False)) for _, arrivals in results]
+    gaps = [max(b - a for (a, _), (b, _) in itertools.pairwise(arrivals)) for _, arrivals in results]
     name = "32 streams, 20 ms/token, 100 tokens"
     return [
         Row(name, "tokens/s of direct", ">= 0.98", direct_seconds / seconds * counted / (streams * tokens)),

@@ -643,7 +643,7 @@ frames = st.one_of(
 
 @given(st.lists(frames, max_size=4))
 def test_a_reply_is_the_same_after_its_way(sent):
-    reply = Reply(node="local@mini-7", frames=sent)
+    reply = Reply(v=2, node="local@mini-7", frames=sent)
     body = reply.encode()
     assert json.loads(body)["v"] == 2
     assert Reply.decode(body) == reply
@@ -706,7 +706,7 @@ def test_frames_show_no_completion_and_no_vector():
     delta = Delta(content=SECRET, reasoning=SECRET, tool_calls=[call])
     answer = ChatResponse(**head, **ends, content=SECRET, reasoning=SECRET, tool_calls=[call], finish_reason="stop")
     assert embedded.vectors == [[0.25, 0.5]]
-    sent = [delta, Deltas(**head, deltas=[delta]), answer, embedded, Reply(node="n", frames=[answer, embedded])]
+    sent = [delta, Deltas(**head, deltas=[delta]), answer, embedded, Reply(v=2, node="n", frames=[answer, embedded])]
     shown = " ".join(f"{each!r} {each}" for each in sent)
     assert SECRET not in shown
     assert vector not in shown

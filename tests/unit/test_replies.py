@@ -26,9 +26,8 @@ def deltas(seq, text="x", attempt=1, count=1):
 
 def response(seq):
     timings = Timings(queue_wait=0.0, duration=1.0)
-    return ChatResponse(
-        id="r", attempt=1, seq=seq, node="n", instance="i", model="m", finish_reason="stop", usage=Usage(), timings=timings
-    )
+    facts = {"node": "n", "instance": "i", "model": "m", "finish_reason": "stop", "usage": Usage(), "timings": timings}
+    return ChatResponse(id="r", attempt=1, seq=seq, **facts)
 
 
 def alive(seq):
@@ -202,6 +201,11 @@ class Broker:
         return Connection("memory://", transport_options={"polling_interval": 0.001})
 
 
+def put_many(answer, count):
+    for _ in range(count):
+        answer.put([Delta(content="x")])
+
+
 def test_when_the_broker_is_away_a_bounded_number_of_frames_wait():
     broker = Broker()
     broker.away = True
@@ -210,8 +214,7 @@ def test_when_the_broker_is_away_a_bounded_number_of_frames_wait():
     with sender.answering("r", 1, name) as answer:
         answer.deadline = time.monotonic() + 0.5
         with pytest.raises(RequestTimeout):
-            for _ in range(20):
-                answer.put([Delta(content="x")])
+            put_many(answer, 20)
         inbox = ReplyInbox(lambda: Connection("memory://"), name, max_buffered=100)
         inbox.start(5)
         mailbox = inbox.mailbox("r", 1)
@@ -224,7 +227,7 @@ def test_when_the_broker_is_away_a_bounded_number_of_frames_wait():
 def test_a_message_of_another_protocol_is_dropped_and_the_next_one_read(sender, inbox, memory):
     mailbox = inbox.mailbox("r", 1)
     with memory() as connection, connection.Producer() as producer:
-        for body in (b"not json", b'{"v": 9}', Reply(node="n", frames=[accepted()]).encode()):
+        for body in (b"not json", b'{"v": 9}', Reply(v=2, node="n", frames=[accepted()]).encode()):
             producer.publish(
                 body, exchange="", routing_key=inbox.name, content_type="application/json", content_encoding="utf-8"
             )
