@@ -193,7 +193,6 @@ class _Call:
         self._router = router
         self._request = request
         self._node = node
-        self._deadline = 0.0
         self._accepted = False
         self._mailbox: Mailbox | None = None
         self._error: FleetError | None = None
@@ -201,9 +200,9 @@ class _Call:
     def __enter__(self) -> Self:
         if self._mailbox is None:
             inbox = self._router._listening()
-            self._deadline = time.monotonic() + self._request.timeout_seconds
+            deadline = time.monotonic() + self._request.timeout_seconds
             request = self._request.submitted_to(inbox.name)
-            self._mailbox = inbox.mailbox(request.request_id, request.attempt)
+            self._mailbox = inbox.mailbox(request.request_id, request.attempt, deadline=deadline)
             self._router._publish(request, self._node)
         return self
 
@@ -223,7 +222,7 @@ class _Call:
         """Return the next frame that is not bookkeeping; raises the error that ended the reply, every time."""
         while True:
             try:
-                frame = None if self._error else self._box.get(self._deadline - time.monotonic())
+                frame = None if self._error else self._box.get()
             except queue.Empty:
                 frame = None
             if content := self._content(frame):
@@ -232,7 +231,7 @@ class _Call:
     async def aframe(self) -> Frame:
         while True:
             try:
-                frame = None if self._error else await self._box.aget(self._deadline - time.monotonic())
+                frame = None if self._error else await self._box.aget()
             except queue.Empty:
                 frame = None
             if content := self._content(frame):

@@ -93,6 +93,6 @@ def _answer_to(router, changes):
         def encode(self):
             return envelope
 
-    mailbox = inbox.mailbox(request.request_id, 1)
+    mailbox = inbox.mailbox(request.request_id, 1, deadline=time.monotonic() + 10)
     router._publish(Tampered.model_construct(**dict(request)), None)
-    return mailbox.get(10)
+    return mailbox.get()

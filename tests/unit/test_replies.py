@@ -34,17 +34,22 @@ def alive(seq):
     return Alive(id="r", attempt=1, seq=seq)
 
 
+def mailbox_of(attempt=1, max_buffered=100, seconds=0.0):
+    return Mailbox("r", attempt, deadline=time.monotonic() + seconds, max_buffered=max_buffered)
+
+
 def drain(mailbox):
+    """What has arrived by now, from a mailbox whose deadline has passed."""
     frames = []
     while True:
         try:
-            frames.append(mailbox.get(0))
+            frames.append(mailbox.get())
         except queue.Empty:
             return frames
 
 
 def test_frames_arrive_in_order():
-    mailbox = Mailbox("r", 1, 100)
+    mailbox = mailbox_of()
     whole = [accepted(), deltas(1), deltas(2), response(3)]
     for frame in whole:
         mailbox.put("n", frame)
@@ -54,7 +59,7 @@ def test_frames_arrive_in_order():
 @given(st.lists(st.integers(0, 3), max_size=12))
 def test_what_is_published_again_is_dropped(repeats):
     """After any frame, the sender may publish any of those before it again."""
-    mailbox = Mailbox("r", 1, 100)
+    mailbox = mailbox_of()
     whole = [accepted(), deltas(1), deltas(2), response(3)]
     for position, frame in enumerate(whole):
         mailbox.put("n", frame)
@@ -64,7 +69,7 @@ def test_what_is_published_again_is_dropped(repeats):
 
 
 def test_a_gap_ends_the_reply_with_an_error():
-    mailbox = Mailbox("r", 1, 100)
+    mailbox = mailbox_of()
     for frame in (accepted(), deltas(1), deltas(3), response(4)):
         mailbox.put("n", frame)
     *_, last = drain(mailbox)
@@ -74,7 +79,7 @@ def test_a_gap_ends_the_reply_with_an_error():
 
 
 def test_a_sign_of_life_shows_that_the_end_is_missing():
-    mailbox = Mailbox("r", 1, 100)
+    mailbox = mailbox_of()
     mailbox.put("n", accepted())
     mailbox.put("n", alive(1))
     assert [frame.kind for frame in drain(mailbox)] == ["accepted"]
@@ -83,7 +88,7 @@ def test_a_sign_of_life_shows_that_the_end_is_missing():
 
 
 def test_frames_of_another_attempt_or_another_node_are_not_listened_to():
-    mailbox = Mailbox("r", 2, 100)
+    mailbox = mailbox_of(attempt=2)
     mailbox.put("n", accepted(attempt=1))
     mailbox.put("n", accepted(attempt=2))
     mailbox.put("other", deltas(1, attempt=2))
@@ -92,7 +97,7 @@ def test_frames_of_another_attempt_or_another_node_are_not_listened_to():
 
 
 def test_a_reader_that_is_too_slow_is_told_so():
-    mailbox = Mailbox("r", 1, 10)
+    mailbox = mailbox_of(max_buffered=10)
     mailbox.put("n", accepted())
     for seq in range(1, 8):
         mailbox.put("n", deltas(seq, count=3))
@@ -102,38 +107,38 @@ def test_a_reader_that_is_too_slow_is_told_so():
 
 
 def test_a_reader_that_keeps_up_may_read_any_amount():
-    mailbox = Mailbox("r", 1, 10)
+    mailbox = mailbox_of(max_buffered=10)
     mailbox.put("n", accepted())
     for seq in range(1, 100):
         mailbox.put("n", deltas(seq, count=5))
         assert drain(mailbox)[-1].kind == "deltas"
 
 
-def test_an_asyncio_reader_is_woken_by_the_inbox_thread():
-    mailbox = Mailbox("r", 1, 100)
+def test_an_asyncio_reader_is_woken_by_the_inbox_thread_and_by_its_deadline():
+    mailbox = mailbox_of(seconds=0.5)
 
     async def read():
-        reader = asyncio.create_task(mailbox.aget(5))
+        reader = asyncio.create_task(mailbox.aget())
         await asyncio.sleep(0)
         threading.Thread(target=mailbox.put, args=("n", accepted())).start()
         assert (await reader).kind == "accepted"
         with pytest.raises(queue.Empty):
-            await mailbox.aget(0.01)
+            await mailbox.aget()
 
     asyncio.run(read())
 
 
 def test_a_frame_for_an_event_loop_that_is_closed_harms_nobody():
-    mailbox = Mailbox("r", 1, 100)
+    mailbox = mailbox_of()
 
     async def give_up():
-        reader = asyncio.create_task(mailbox.aget(5))
+        reader = asyncio.create_task(mailbox.aget())
         await asyncio.sleep(0)
         reader.cancel()
 
     asyncio.run(give_up())
     mailbox.put("n", accepted())
-    assert mailbox.get(0).kind == "accepted"
+    assert mailbox.get().kind == "accepted"
 
 
 @pytest.fixture
@@ -158,13 +163,13 @@ def sender(memory):
 
 
 def test_a_whole_reply_travels_from_node_to_router(sender, inbox):
-    mailbox = inbox.mailbox("r", 1)
+    mailbox = inbox.mailbox("r", 1, deadline=time.monotonic() + 10)
     with sender.answering("r", 1, inbox.name) as answer:
         answer.accept(instance="i", queue_wait=0.5)
         answer.put([Delta(content="a"), Delta(content="b")])
         timings = Timings(queue_wait=0.5, duration=1.0)
         answer.end(ChatResponse, instance="i", model="m", finish_reason="stop", usage=Usage(), timings=timings)
-    kinds = [mailbox.get(5).kind for _ in range(3)]
+    kinds = [mailbox.get().kind for _ in range(3)]
     assert kinds == ["accepted", "deltas", "response"]
 
 
@@ -180,7 +185,7 @@ def test_a_redelivered_attempt_is_not_answered_twice(sender, inbox):
 
 def test_a_request_in_progress_shows_life(sender, inbox):
     seen = queue.SimpleQueue()
-    mailbox = inbox.mailbox("r", 1)
+    mailbox = inbox.mailbox("r", 1, deadline=time.monotonic() + 10)
     mailbox.put = lambda node, frame: seen.put(frame)
     with sender.answering("r", 1, inbox.name) as answer:
         answer.accept(instance="i", queue_wait=0.0)
@@ -217,18 +222,18 @@ def test_when_the_broker_is_away_a_bounded_number_of_frames_wait():
             put_many(answer, 20)
         inbox = ReplyInbox(lambda: Connection("memory://"), name, max_buffered=100)
         inbox.start(5)
-        mailbox = inbox.mailbox("r", 1)
+        mailbox = inbox.mailbox("r", 1, deadline=time.monotonic() + 10)
         broker.away = False
-        assert [mailbox.get(10).seq for _ in range(5)] == [0, 1, 2, 3, 4]
+        assert [mailbox.get().seq for _ in range(5)] == [0, 1, 2, 3, 4]
     inbox.close()
     sender.close()
 
 
 def test_a_message_of_another_protocol_is_dropped_and_the_next_one_read(sender, inbox, memory):
-    mailbox = inbox.mailbox("r", 1)
+    mailbox = inbox.mailbox("r", 1, deadline=time.monotonic() + 10)
     with memory() as connection, connection.Producer() as producer:
         for body in (b"not json", b'{"v": 9}', Reply(v=2, node="n", frames=[accepted()]).encode()):
             producer.publish(
                 body, exchange="", routing_key=inbox.name, content_type="application/json", content_encoding="utf-8"
             )
-    assert mailbox.get(5).kind == "accepted"
+    assert mailbox.get().kind == "accepted"
