@@ -16,6 +16,7 @@ from fleet_worker.errors import ConfigurationError, FleetError, InstanceUnavaila
 from fleet_worker.lanes import direct_lane, lane, lane_queue, transport_of
 from fleet_worker.logs import protect_logs
 from fleet_worker.mlx import DEFAULT_URLS, Health, MLXClient
+from fleet_worker.monitoring import BatchedEvents
 from fleet_worker.offerings import Offering, offerings_of
 from fleet_worker.replies import ReplySender
 from fleet_worker.settings import Instance, Settings
@@ -39,6 +40,7 @@ def serve_with(app: Celery, settings: Settings) -> None:
             _begin(app, settings, worker=instance)
 
     signals.celeryd_init.connect(begin, weak=False)
+    app.steps["consumer"].add(BatchedEvents)
 
 
 def _begin(app: Celery, settings: Settings, *, worker: Any) -> None:
