@@ -21,6 +21,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from kombu import Connection, Consumer, Producer
+from kombu.exceptions import OperationalError
 
 from fleet_worker.errors import BrokerUnavailable, FleetError, InvalidRequest, ReplyLost, ReplyOverflow, RequestTimeout
 from fleet_worker.lanes import reply_queue
@@ -49,6 +50,8 @@ ALIVE_EVERY = 1.0
 RESEND_WINDOW = 5.0
 """Seconds of published frames that are published again after the broker was lost: it may have lost them."""
 RESEND_BYTES = 16 * 1024 * 1024
+TRIES = 5
+"""How often the broker may refuse a message, as too large perhaps, before it is given up; it may be away for ever."""
 REMEMBERED = 10_000
 """Attempts that a node remembers, so that a redelivered one is not generated twice."""
 _NEVER = float("inf")
@@ -67,6 +70,8 @@ class Answer:
         self.attempt = attempt
         self.reply_to = reply_to
         self._seq = 0
+        self.appended = 0
+        """Frames that the sender has; those of `_seq` beyond it are still on their way to it."""
         self.deadline = time.monotonic() + 3600.0
 
     def accept(self, **fields: Any) -> None:
@@ -98,7 +103,7 @@ class Answer:
         self._sender._append(self, failure, delay=0.0)
 
     def alive(self) -> Alive:
-        return Alive(id=self.id, attempt=self.attempt, seq=self._seq)
+        return Alive(id=self.id, attempt=self.attempt, seq=self.appended)
 
     def _next(self) -> dict[str, Any]:
         seq, self._seq = self._seq, self._seq + 1
@@ -121,8 +126,8 @@ class ReplySender:
         self._pending: dict[str, list[Frame]] = {}
         self._count = 0
         self._due = _NEVER
-        """When what is pending must leave, and when the last publish began: monotonic seconds."""
-        self._published = 0.0
+        """When what is pending must leave; when the last publish began; when to show life: monotonic seconds."""
+        self._published = self._next_alive = 0.0
         self._answers: dict[tuple[str, int], Answer] = {}
         self._taken: OrderedDict[tuple[str, int], None] = OrderedDict()
         self._recent: deque[tuple[float, str, bytes]] = deque()
@@ -174,6 +179,7 @@ class ReplySender:
                     raise RequestTimeout("the broker took no replies until the deadline")
             self._pending.setdefault(answer.reply_to, []).append(frame)
             self._count += 1
+            answer.appended += 1
             due = self._published + self._gap() if delay is None else time.monotonic() + delay
             if due < self._due:
                 self._due = due
@@ -183,45 +189,37 @@ class ReplySender:
         return min(LONGEST_GAP, len(self._answers) * GAP_PER_ANSWER)
 
     def _run(self) -> None:
-        next_alive = time.monotonic() + ALIVE_EVERY
-        while True:
-            batch = self._take(next_alive)
-            if time.monotonic() >= next_alive:
-                next_alive = time.monotonic() + ALIVE_EVERY
-                self._add_alive(batch)
-            if not batch and self._closed.is_set():
-                break
-            for reply_to, frames in batch.items():
+        while not (self._closed.is_set() and not self._pending):
+            for reply_to, frames in self._take().items():
                 self._publish(reply_to, frames)
         self._publisher.drop()
 
-    def _take(self, next_alive: float) -> dict[str, list[Frame]]:
+    def _take(self) -> dict[str, list[Frame]]:
         """Wait until frames are due, or until it is time to show life, and return all that is pending."""
         with self._changed:
             while not self._closed.is_set():
                 idle = not self._answers and not self._recent
-                wake = self._due if idle else min(self._due, next_alive)
+                wake = self._due if idle else min(self._due, self._next_alive)
                 left = wake - time.monotonic()
                 if left <= 0:
                     break
                 self._changed.wait(None if wake is _NEVER else left)
+            self._published, self._due = time.monotonic(), _NEVER
+            if self._published >= self._next_alive:
+                self._show_life()
             batch, self._pending, self._count = self._pending, {}, 0
-            self._due, self._published = _NEVER, time.monotonic()
             self._changed.notify_all()
         return batch
 
-    def _add_alive(self, batch: dict[str, list[Frame]]) -> None:
-        """Show life to every router that has work here, or had until a moment ago.
-
-        The latter is how a broker that was lost right after a last frame is noticed.
-        """
+    def _show_life(self) -> None:
+        """Tell every router that has work here, or had until a moment ago: so a broker that was lost right after a
+        last frame is noticed, and the frame published again."""
+        self._next_alive = self._published + ALIVE_EVERY
         self._forget_old()
-        with self._changed:
-            answers = list(self._answers.values())
-        for answer in answers:
-            batch.setdefault(answer.reply_to, []).append(answer.alive())
         for _, reply_to, _ in self._recent:
-            batch.setdefault(reply_to, [])
+            self._pending.setdefault(reply_to, [])
+        for answer in self._answers.values():
+            self._pending.setdefault(answer.reply_to, []).append(answer.alive())
 
     def _publish(self, reply_to: str, frames: list[Frame]) -> None:
         """Publish, however long the broker is away, unless the node ends."""
@@ -234,16 +232,25 @@ class ReplySender:
                 self._publisher.publish(reply_to, body)
                 break
             except Exception as error:
-                self._publisher.drop()
-                if failures == 0:
-                    log.warning("replies wait: the broker is away (%s)", type(error).__name__)
-                if self._closed.wait(_BACKOFF[min(failures, len(_BACKOFF) - 1)]) and failures > 3:
-                    return
                 failures += 1
+                if not self._again(error, failures):
+                    return
         if failures:
             log.warning("the broker is back, replies flow again")
         if frames:
             self._remember(reply_to, body)
+
+    def _again(self, error: Exception, failures: int) -> bool:
+        """Wait before another try, and tell whether there should be one."""
+        self._publisher.drop()
+        if failures == 1:
+            log.warning("replies wait: the broker is away (%s)", type(error).__name__)
+        closing = self._closed.wait(_BACKOFF[min(failures, len(_BACKOFF)) - 1])
+        refused = not isinstance(error, self._publisher.connection_errors)
+        if failures < TRIES or not (closing or refused):
+            return True
+        log.error("replies were given up: %s", "the node ends" if closing else f"refused, {type(error).__name__}")
+        return False
 
     def _resend(self) -> None:
         for _, reply_to, body in self._recent:
@@ -267,11 +274,13 @@ class _Publisher:
         self._connect = connect
         self._connection: Connection | None = None
         self._producer: Producer | None = None
+        self.connection_errors: tuple[type[Exception], ...] = (OSError, OperationalError)
         self._queues: OrderedDict[str, Any] = OrderedDict()
 
     def publish(self, reply_to: str, body: bytes) -> None:
         if self._producer is None:
             self._connection = self._connect()
+            self.connection_errors = (OSError, OperationalError, *self._connection.connection_errors)
             # Replies have no priority: on Redis it would be four lists to expire instead of one.
             self._connection.transport_options = {**self._connection.transport_options, "priority_steps": [0]}
             self._producer = Producer(self._connection.channel(), auto_declare=False)

@@ -194,6 +194,20 @@ def test_a_request_in_progress_shows_life(sender, inbox):
         assert (life.kind, life.seq) == ("alive", 1)
 
 
+def test_a_sign_of_life_never_runs_ahead_of_the_frames(sender, inbox):
+    """Many short waits around the moment when life is shown: a frame on its way must not look lost."""
+    mailbox = inbox.mailbox("r", 1, deadline=time.monotonic() + 10)
+    with sender.answering("r", 1, inbox.name) as answer:
+        answer.accept(instance="i", queue_wait=0.0)
+        for _ in range(300):
+            sender._next_alive = 0.0
+            answer.put([Delta(content="x")])
+        answer.fail(ReplyLost("the end"))
+    frames = [mailbox.get() for _ in range(302)]
+    assert [frame.seq for frame in frames] == list(range(302))
+    assert frames[-1].message == "the end"
+
+
 class Broker:
     """Connections that fail while it is away."""
 
