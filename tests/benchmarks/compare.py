@@ -114,10 +114,10 @@ def paced_streams() -> list[Row]:
     streams, tokens = 32, 100
     with fleet("--ttft", "0.02", "--token-interval", "0.02", "--tokens", "1000") as it:
         asyncio.run(_many(it.router, streams, 5))
-        direct_seconds, _, _ = _timed(lambda: _direct_many(it, streams, tokens))
+        direct_seconds, _ = _timed(lambda: _direct_many(it, streams, tokens))
         cpu = it.cpu()
         messages = _messages(it)
-        seconds, results, _ = _timed(lambda: asyncio.run(_many(it.router, streams, tokens)))
+        seconds, results = _timed(lambda: asyncio.run(_many(it.router, streams, tokens)))
         cpu = it.cpu() - cpu
         messages = _messages(it) - messages
     counted = sum(len(arrivals) for _, arrivals in results)
@@ -136,12 +136,12 @@ def fast_streams() -> list[Row]:
     streams, tokens = 64, 200
     with fleet("--ttft", "0", "--token-interval", "0", "--tokens", "100000") as it:
         asyncio.run(_many(it.router, streams, 20))
-        direct_seconds, _, _ = _timed(lambda: _direct_many(it, streams, tokens))
+        direct_seconds, _ = _timed(lambda: _direct_many(it, streams, tokens))
         rss = 0.0
         rates, shares = [], []
         for _ in range(5):
             messages = _messages(it)
-            seconds, results, _ = _timed(lambda: asyncio.run(_many(it.router, streams, tokens)))
+            seconds, results = _timed(lambda: asyncio.run(_many(it.router, streams, tokens)))
             counted = sum(len(arrivals) for _, arrivals in results)
             rates.append(counted / seconds)
             shares.append((_messages(it) - messages - streams) / counted)
@@ -193,7 +193,7 @@ def memory() -> list[Row]:
         def through(_: int) -> None:
             it.router.chat("sim-chat", MESSAGES, max_tokens=1, timeout=30)
 
-        _in_flight(through, 2000, 16)
+        _in_flight(through, 3000, 16)
         before, node_before = _rss(os.getpid()), _rss(it.node.pid)
         _in_flight(through, 10_000, 16)
         growth, node_growth = _rss(os.getpid()) - before, _rss(it.node.pid) - node_before
@@ -253,18 +253,23 @@ def _direct_many(it: Fleet, streams: int, tokens: int) -> list[tuple[float, int]
 
 def _in_flight(call: Callable[[int], Any], times: int, width: int) -> float:
     """Calls per second."""
+
+    def some(first: int) -> None:
+        for number in range(first, times, width):
+            call(number)
+
     with ThreadPoolExecutor(width) as pool:
-        seconds, _, _ = _timed(lambda: list(pool.map(call, range(times))))
+        seconds, _ = _timed(lambda: list(pool.map(some, range(width))))
     return times / seconds
 
 
 # --- Measures --------------------------------------------------------------------------------------------------------
 
 
-def _timed(call: Callable[[], Any]) -> tuple[float, Any, None]:
+def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
     started = time.monotonic()
     result = call()
-    return time.monotonic() - started, result, None
+    return time.monotonic() - started, result
 
 
 def _p(values: list[float], percent: int) -> float:
