@@ -57,6 +57,9 @@ def _begin(app: Celery, settings: Settings, *, worker: Any) -> None:
     sender = ReplySender(app.connection_for_write, node_name, max_pending=settings.worker.max_pending)
     node = Node(node_name, name, offerings, mlx, sender, settings.max_body_bytes)
     register_tasks(app, node)
+    # With Python's 5 ms, the thread that takes messages waits too long for its turn among busy slots: a fifth fewer
+    # requests a second.
+    sys.setswitchinterval(0.001)
     lanes = lanes_of(node_name, offerings)
     app.conf.worker_concurrency = instance.limits.concurrency
     app.conf.task_queues = [lane_queue(each, transport_of(settings.broker_url)) for each in lanes]
