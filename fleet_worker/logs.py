@@ -9,10 +9,14 @@ from typing import Any
 import celery.worker.consumer.consumer as celery_consumer
 from celery import signals
 from celery.worker.control import Panel
+from celery.worker.request import Request
+from kombu import Message
+from kombu.exceptions import DecodeError
 
 __all__ = ["protect_logs"]
 
 _LEAST_LEVELS = {
+    "celery.worker.strategy": logging.WARNING,  # "received": one line a task, when it ends, is enough
     "celery.pool": logging.INFO,  # DEBUG shows the arguments of every task
     "httpcore": logging.INFO,  # DEBUG shows headers, so keys
     "httpx": logging.WARNING,  # INFO is a line per request
@@ -22,19 +26,43 @@ _LEAST_LEVELS = {
 
 
 def protect_logs() -> None:
-    """Keep bodies and arguments out of this process's logs, and of what `celery inspect` and Flower may ask it."""
+    """Keep bodies and arguments out of this process's logs and events, and of what `celery inspect` and Flower ask."""
     _quieten()
     signals.after_setup_logger.connect(_quieten, weak=False)  # --loglevel DEBUG must not undo it
     # Celery logs up to 1,024 characters of a message that it does not know or cannot decode.
     celery_consumer.dump_body = lambda message, body: f"({len(message.body)}b, not shown)"
-    for command in ("active", "reserved", "scheduled", "query_task"):
-        Panel.data[command] = _without_arguments(Panel.data[command])
+    for complaint in ("on_unknown_message", "on_unknown_task", "on_decode_error"):
+        original = getattr(celery_consumer.Consumer, complaint)
+        setattr(celery_consumer.Consumer, complaint, _without_quotes(original))
+    # In events and in Flower, arguments look as the sender says, and a sender that is not ours says all of them.
+    Request.argsrepr = property(lambda request: request.delivery_info["routing_key"] or "-")
+    Request.kwargsrepr = ""
+    showing = [Panel.data[command] for command in ("active", "reserved", "scheduled", "query_task")]
+    for name, command in Panel.data.items():  # each has an alias
+        if command in showing:
+            Panel.data[name] = _without_arguments(command)
 
 
 def _quieten(**_: Any) -> None:
     for name, level in _LEAST_LEVELS.items():
         logger = logging.getLogger(name)
         logger.setLevel(max(level, logger.level))
+
+
+def _without_quotes(complain: Callable[..., Any]) -> Callable[..., Any]:
+    """The same method of Celery's consumer, which logs a bad message, with less to quote.
+
+    Headers may show the arguments, and the error of a decoder (UnicodeDecodeError) the whole body.
+    """
+
+    def discreet(consumer: Any, *about: Any) -> Any:
+        for message in about:
+            if isinstance(message, Message):
+                headers = message.headers if isinstance(message.headers, dict) else {}
+                message.headers = {key: headers[key] for key in ("id", "task", "root_id") if key in headers}
+        return complain(consumer, *("not JSON" if isinstance(each, DecodeError) else each for each in about))
+
+    return discreet
 
 
 def _without_arguments(command: Callable[..., Any]) -> Callable[..., Any]:

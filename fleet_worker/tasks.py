@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import celery.worker.strategy as celery_strategy
 from celery import Celery
+from celery.exceptions import InvalidTaskError
 
 from fleet_worker.errors import Expired, FleetError, InvalidRequest, ProviderError
 from fleet_worker.lanes import REPLY_PREFIX, task_name
@@ -51,7 +53,8 @@ def register_tasks(app: Celery, node: Node) -> None:
     """
 
     def task(function: Any) -> Any:
-        return app.task(name=task_name(function.__name__), throws=(FleetError,), ignore_result=True)(function)
+        options = {"throws": (FleetError,), "ignore_result": True, "Strategy": f"{__name__}:careful_strategy"}
+        return app.task(name=task_name(function.__name__), **options)(function)
 
     @task
     def chat(envelope: dict[str, Any]) -> None:
@@ -82,6 +85,19 @@ def register_tasks(app: Celery, node: Node) -> None:
                     usage=vectors.usage,
                     timings=work.timings(),
                 )
+
+
+def careful_strategy(task: Any, app: Any, consumer: Any) -> Any:
+    """Celery's own way to take a message, but one that is no task is dropped; Celery lets it end the worker."""
+    take = celery_strategy.default(task, app, consumer)
+
+    def take_if_sound(message: Any, *rest: Any, **options: Any) -> Any:
+        match message.payload:
+            case [list(), dict(), _] if "id" in message.headers:
+                return take(message, *rest, **options)
+        raise InvalidTaskError("a task is [args, kwargs, embed] with an id")
+
+    return take_if_sound
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,6 +46,11 @@ class Flower:
         path = "/tasks/datatable?draw=1&start=0&length=1000&order[0][column]=0&order[0][dir]=asc&columns[0][data]=name"
         return json.loads(self.page(path))["data"]
 
+    def ended(self, task_id: str) -> dict[str, Any]:
+        """Return what is known of a task, once it has ended: Flower hears of it a moment after the caller."""
+        self.eventually(lambda: self.api("tasks").get(task_id, {}).get("state") in ("SUCCESS", "FAILURE"))
+        return self.api(f"task/info/{task_id}")
+
     def alive(self) -> set[str]:
         """The workers that /workers shows as online."""
         workers = json.loads(self.page("/workers?json=1"))["data"]
@@ -67,15 +73,27 @@ class Flower:
                 assert holds()
 
 
+def composed_commands() -> list[list[str]]:
+    """The commands in docker/compose.yaml, which are written so that no YAML parser is needed to read them."""
+    text = (ROOT / "docker" / "compose.yaml").read_text("utf-8")
+    return [json.loads(command) for command in re.findall(r"^ +command: (\[.*?\])$", text, re.DOTALL | re.MULTILINE)]
+
+
+def composed_options() -> list[str]:
+    """The options of Flower in docker/compose.yaml."""
+    return next(command for command in composed_commands() if "flower" in command)[4:]
+
+
 @contextmanager
-def running_flower(broker_url: str, *options: str) -> Iterator[Flower]:
-    """Flower of the app that nodes and routers use, with the configuration of a router: no instance in it."""
+def running_flower(broker_url: str) -> Iterator[Flower]:
+    """Flower as in docker/compose.yaml, for this machine only; its configuration is that of a router: no instance."""
     environment = {
         "FLEET_CONFIG": str(ROOT / "config" / "router.toml"),
         "FLEET_BROKER_URL": broker_url,
         "FLOWER_BASIC_AUTH": ":".join(AUTH),
     }
-    command = python("-m", "celery", "-A", "fleet_worker", "flower", "--address=127.0.0.1", "--port=0", *options)
+    here = ["--address=127.0.0.1", "--port=0"]  # the last one counts
+    command = python("-m", "celery", "-A", "fleet_worker", "flower", *composed_options(), *here)
     with child("Flower", command, environment) as process:
         line = process.wait_for("Visit me at ", 30)
         flower = Flower(process, line.split("Visit me at ")[1].strip())
