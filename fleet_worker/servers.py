@@ -81,7 +81,7 @@ QUIRKS: dict[str, Quirks] = {
         base64_vectors=True,
     ),
     "omni": Quirks(fields=_COMMON | {"response_format"}, hides_length=1),
-    "openai": Quirks(fields=_OPENAI, says_done=False),
+    "openai": Quirks(fields=_OPENAI, says_done=False, base64_vectors=True),
 }
 
 
@@ -108,6 +108,8 @@ def chat_body(params: ChatParams, offering: Offering, quirks: Quirks) -> dict[st
             "reasoning_effort": params.reasoning_effort,
             **given.get("chat_template_kwargs", {}),
         }
+    if params.tool_choice == "none" and "tool_choice" not in quirks.fields:
+        given.pop("tools", None)
     body = {name: value for name, value in given.items() if name in quirks.fields}
     return {**body, "model": offering.backend, "stream": True, "stream_options": {"include_usage": True}}
 
@@ -115,10 +117,8 @@ def chat_body(params: ChatParams, offering: Offering, quirks: Quirks) -> dict[st
 def _message(message: Message) -> dict[str, Any]:
     plain = message.model_dump(exclude_none=True)
     plain.setdefault("content", "")
-    if (
-        message.role == "developer"
-    ):  # OpenAI's newer name; mlx-openai-server answers 422 to it, templates do not know it
-        plain["role"] = "system"
+    # OpenAI's newer name for it: mlx-openai-server answers 422, and templates do not know it.
+    plain["role"] = plain["role"].replace("developer", "system")
     return plain
 
 
@@ -150,6 +150,8 @@ _MISSING_MODEL = re.compile(
     r"cached snapshot|model_not_found|repository not found|repo[_ ]?id|model.{0,200}(does not exist|not found)",
     re.IGNORECASE | re.DOTALL,
 )
+
+_MISSING_ROUTE = re.compile(r"\W*(detail\W*)?(404\W*)?(page )?not found\W*", re.IGNORECASE)
 
 
 def error_for(status: int, body: bytes, *, retry_after: float | None = None) -> FleetError:
@@ -186,7 +188,7 @@ def error_for(status: int, body: bytes, *, retry_after: float | None = None) -> 
 def _not_found(text: str) -> FleetError:
     if _MISSING_MODEL.search(text):
         return ModelNotServed("the MLX server does not have the model that `backend` names")
-    if re.fullmatch(r"\W*(?:detail\W+)?Not Found\W*", text):
+    if _MISSING_ROUTE.fullmatch(text):
         return UnsupportedCapability("the MLX server has no such endpoint")
     # mlx_lm.server answers 404 to whatever its chat template or tokenizer could not take
     return InvalidRequest("the MLX server could not make a prompt of these messages (404)")
@@ -200,12 +202,15 @@ def _overloaded(status: int, retry_after: float | None) -> Overloaded:
 
 
 def _error_text(body: bytes) -> str:
-    """The words of an error in any of the shapes seen: `{"error": str|object}`, `{"detail": str|list|object}`, text."""
+    """The words of an error in any of the shapes seen: `{"error": str|object}`, `{"detail": str|list|object}`, text.
+
+    None of a validation report, which repeats the input, nor of JSON that is too long to be more than that.
+    """
     text = body.decode("utf-8", "replace")
     try:
         parsed = json.loads(text)
-    except ValueError:
-        return "validation" if re.match(r'\{\s*"detail"\s*:\s*\[', text) else text[:4096]
-    if isinstance(parsed, dict) and isinstance(parsed.get("detail"), list):  # a validation report repeats the input
-        return "validation"
-    return json.dumps(parsed, ensure_ascii=False)
+    except (ValueError, RecursionError):
+        return "" if text.lstrip().startswith(("{", "[")) else text[:4096]
+    if isinstance(parsed, dict) and isinstance(parsed.get("detail"), list):
+        return ""
+    return json.dumps(parsed, ensure_ascii=False)[:4096]

@@ -12,19 +12,33 @@ from contextlib import contextmanager
 __all__ = ["Guard", "Watchdog"]
 
 
+_LOOKS_AGAIN = 0.1
+"""Seconds between two looks at a reader that has been busy for longer than its limit: nobody says when it is back."""
+
+
 class Guard:
     """One connection under watch. Its reader moves `limit` (monotonic seconds) as it makes progress."""
 
-    def __init__(self, connection: socket.socket, limit: float) -> None:
+    def __init__(self, connection: socket.socket | None, limit: float) -> None:
         self._connection = connection
         self.limit = limit
+        self.busy_until = 0.0
+        """Set while the reader is busy elsewhere: until then the limit does not count. It moves the limit first."""
         self.cut = False
         """True once the connection was cut because the limit had passed."""
+
+    def _due(self, now: float) -> float:
+        """When to cut, or to look again."""
+        busy_until = self.busy_until  # read before the limit, or the old one might count
+        if not busy_until or self.limit > now:
+            return self.limit
+        return min(busy_until, now + _LOOKS_AGAIN)
 
     def _cut(self) -> None:
         self.cut = True
         with contextlib.suppress(OSError):  # closed meanwhile
-            self._connection.shutdown(socket.SHUT_RDWR)
+            if self._connection:
+                self._connection.shutdown(socket.SHUT_RDWR)
 
 
 class Watchdog:
@@ -44,7 +58,7 @@ class Watchdog:
         self._thread.start()
 
     @contextmanager
-    def guard(self, connection: socket.socket, limit: float) -> Iterator[Guard]:
+    def guard(self, connection: socket.socket | None, limit: float) -> Iterator[Guard]:
         guard = Guard(connection, limit)
         with self._changed:
             self._guards.add(guard)
@@ -72,8 +86,10 @@ class Watchdog:
         with self._changed:
             while not self._closed:
                 now = time.monotonic()
+                self._wakes_at = float("inf")
                 for guard in self._guards:
-                    if guard.limit <= now and not guard.cut:
+                    if not guard.cut and (due := guard._due(now)) <= now:
                         guard._cut()
-                self._wakes_at = min((guard.limit for guard in self._guards if not guard.cut), default=float("inf"))
+                    elif not guard.cut:
+                        self._wakes_at = min(self._wakes_at, due)
                 self._changed.wait(None if self._wakes_at == float("inf") else max(0.0, self._wakes_at - now))

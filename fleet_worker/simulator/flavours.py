@@ -110,6 +110,8 @@ class Flavour:
         offered = {"embed": self.embeddings, "health": self.has_health}.get(operation, bool(operation))
         if offered and method == wanted:
             return operation
+        if self.http10 and method == "OPTIONS":
+            return Answer(204)
         if self.http10:
             return NOT_FOUND if method in ("GET", "POST") else UNSUPPORTED_METHOD
         return answer(405, {"detail": "Method Not Allowed"}) if offered else answer(404, {"detail": "Not Found"})
@@ -157,21 +159,35 @@ MLX_LM_FIELDS: tuple[tuple[str, Any, Any, float | None, float | None], ...] = (
 
 
 def mlx_lm_refuses(body: Body) -> Answer | None:
-    """mlx_lm.server 0.32: a field that is present must have its type, so that an explicit null is refused."""
+    """mlx_lm.server 0.32: fields first, and what the chat template does not take as a 404."""
     if body.get("max_completion_tokens") is not None:
         body = {**body, "max_tokens": body["max_completion_tokens"]}
+    if problem := mlx_lm_field(body):
+        return answer(400, {"error": problem})
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        return answer(400, {"error": "'str' object has no attribute 'get'"})
+    if not all("role" in message for message in messages):
+        return answer(404, {"error": "'dict object' has no attribute 'role'"})
+    return None
+
+
+def mlx_lm_field(body: Body) -> str | None:
+    """A field that is present must have its type, so that an explicit null is refused."""
     for name, default, kind, least, most in MLX_LM_FIELDS:
         value = body.get(name, default)
         if not isinstance(value, kind):
             kinds = kind if isinstance(kind, tuple) else (kind,)
-            return answer(400, {"error": f"{name} must be of type {', '.join(one.__name__ for one in kinds)}"})
+            return f"{name} must be of type {', '.join(one.__name__ for one in kinds)}"
         if least is not None and value < least:
-            return answer(400, {"error": f"{name} must be at least {least}"})
+            return f"{name} must be at least {least}"
         if most is not None and value > most:
-            return answer(400, {"error": f"{name} must be at most {most}"})
-    if "messages" not in body:
-        return answer(400, {"error": "Request did not contain messages"})
-    return answer(400, {"error": "'str' object has no attribute 'get'"}) if has_messages(body) else None
+            return f"{name} must be at most {most}"
+    try:
+        _ = {int(token): float(bias) for token, bias in (body.get("logit_bias") or {}).items()}
+    except ValueError:
+        return "logit_bias must be a dict of int to float"
+    return None if "messages" in body else "Request did not contain messages"
 
 
 def is_poison(body: Body) -> bool:

@@ -62,14 +62,16 @@ class SimulatedMLX(Machine):
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.add(writer)
+        # asyncio does it only for sockets that name their protocol, and `create_server` makes none.
+        writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.count(connections=1, open_connections=1)
         try:
             exchange = await self._exchange(reader, writer)
             while await exchange.run():
                 async with asyncio.timeout(self.keep_alive):
                     exchange = await self._exchange(reader, writer)
-        except (ConnectionError, asyncio.IncompleteReadError, TimeoutError):
-            pass  # the client left, or was idle for too long
+        except (ConnectionError, asyncio.IncompleteReadError, TimeoutError, asyncio.CancelledError):
+            pass  # the client left, or was idle for too long, or the server is killed
         finally:
             self._writers.discard(writer)
             self.count(open_connections=-1)
@@ -80,7 +82,8 @@ class SimulatedMLX(Machine):
         first, *lines = head.split("\r\n")[:-2]
         method, path, _ = first.split(" ")
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-        raw = await reader.readexactly(int(headers.get("content-length", "0")))
+        length = headers.get("content-length", "")
+        raw = await reader.readexactly(int(length) if length.isdecimal() else 0)
         if headers.get("transfer-encoding") == "chunked" and not self.behaviour.http10:
             raw = await _chunked_body(reader)
         return Exchange(self, Reply(reader, writer, self.behaviour), Record(method, path, headers), raw)
@@ -167,10 +170,17 @@ class Exchange:
 
     def _unreadable(self) -> Answer | None:
         """Parse the body; what is wrong with it?"""
-        if self.flavour.http10 and "content-length" not in self.record.headers:
+        length = self.record.headers.get("content-length")
+        if self.flavour.http10 and length is None:
             return self.flavour.error(411, "Content-Length header is required")
+        if length is not None and not length.isdecimal():
+            return self.flavour.error(400, "Invalid Content-Length header")
         try:
+            if self.flavour.http10:
+                self.raw.decode()
             self.record.body = from_json(self.raw)
+        except UnicodeDecodeError as error:  # mlx_lm.server 0.32 does not expect it
+            raise ConnectionAbortedError("the handler has raised") from error
         except ValueError as error:
             return self.flavour.not_json(f"Invalid JSON in request body: {error}")
         fine = isinstance(self.record.body, dict)

@@ -1,0 +1,349 @@
+"""A chat stream that goes wrong: every fault of the simulated server, the clocks, and readers that leave."""
+
+import traceback
+from contextlib import closing
+
+import pytest
+
+from fleet_worker.errors import (
+    ConnectionFailure,
+    FleetError,
+    InstanceUnavailable,
+    InvalidRequest,
+    MalformedOutput,
+    Overloaded,
+    ProviderError,
+    RequestTimeout,
+    UnsupportedCapability,
+)
+from fleet_worker.simulator import FLAVOURS, Fault, reply_tokens
+from fleet_worker.simulator.replies import TABLES
+from tests.clients import HELLO, Client, answering, said, served, took_less_than
+
+SECRET = "swordfish"
+PRIVATE = [{"role": "user", "content": f"My password is {SECRET}."}]
+UVICORN = sorted(set(FLAVOURS) - {"mlx_lm"})
+WHOLE = "".join(reply_tokens(HELLO, 100))
+GAP, FIRST, DEADLINE = r"clocks\.gap", r"clocks\.first_content", "the deadline passed"
+"""How the text of a `RequestTimeout` says which clock it was."""
+
+
+# --- Every fault
+
+BROKEN = {
+    "empty_reply": ConnectionFailure,
+    "empty_body": ConnectionFailure,
+    "status": ProviderError,
+    "eof": ConnectionFailure,
+    "reset": ConnectionFailure,
+    "truncate": ConnectionFailure,
+    "error_event": ProviderError,
+    "early_error": ProviderError,
+    "garbage": MalformedOutput,
+    "done_without_finish": ConnectionFailure,
+    "finish_without_done": ConnectionFailure,
+}
+SILENT = {"slow_headers", "thread_death", "freeze", "heartbeat_only"}
+HARMLESS = {"drip", "split", "join", "crlf", "cr"}
+OF_VECTORS = {"wrong_count", "wrong_dimension", "nan"}
+
+
+def test_every_fault_of_the_simulated_server_is_expected_here():
+    assert {kind for table in TABLES for kind in table} == {*BROKEN, *SILENT, *HARMLESS, *OF_VECTORS}
+
+
+@pytest.mark.parametrize("at_token", [0, 5])
+@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_broken_answer_is_one_error_for_a_chat_and_a_stream(flavour, kind, at_token):
+    """And no word of the request, of the server or of the key is in its text."""
+    if (flavour, kind) == ("openai", "finish_without_done"):
+        return
+    with served(flavour, api_key=SECRET, client={"api_key": SECRET}) as (server, client):
+        server.fail(Fault(kind, at_token=at_token, message=f"cannot say {SECRET}", times=2))
+        for ask in (client.ask, client.stream):
+            with pytest.raises(FleetError) as raised:
+                ask(PRIVATE)
+            assert type(raised.value) is BROKEN[kind]
+            assert raised.value.retryable is (kind != "garbage")
+            assert SECRET not in told(raised.value)
+        assert [request.fault for request in server.requests] == [kind, kind]
+
+
+def test_a_plain_openai_server_need_not_say_done():
+    with served("openai") as (server, client):
+        server.fail(Fault("finish_without_done", times=2))
+        assert client.ask().content == client.stream()[1]["content"] == WHOLE
+
+
+def test_what_arrived_before_a_failure_is_delivered():
+    with served("vllm_batched") as (server, client):
+        server.fail(Fault("eof", at_token=5))
+        with client.open() as stream:
+            arrived = iter(stream)
+            assert [delta.content for _ in range(5) for delta in next(arrived)] == reply_tokens(HELLO, 5)
+            with pytest.raises(ConnectionFailure):
+                next(arrived)
+
+
+def test_a_dead_generation_thread_is_an_instance_that_is_gone():
+    with served() as (server, client):
+        server.fail(Fault("thread_death"))
+        for _ in range(2):
+            with pytest.raises(InstanceUnavailable, match="restart"):
+                client.ask()
+
+
+@pytest.mark.parametrize(
+    ("code", "expected", "retryable"),
+    [
+        (500, ProviderError, True),
+        ("500", ProviderError, True),
+        (429, Overloaded, True),
+        ("429", Overloaded, True),
+        (503, InstanceUnavailable, True),
+        (400, InvalidRequest, False),
+        ("generation_failed", ProviderError, True),
+    ],
+)
+@pytest.mark.parametrize("flavour", ["mlx_lm", "vllm_batched", "mlx_openai"])
+def test_an_error_inside_a_stream_says_by_its_code_what_to_do(flavour, code, expected, retryable):
+    """Even if a finish_reason and [DONE] follow, as they do from mlx-openai-server."""
+    with served(flavour) as (server, client):
+        server.fail(Fault("error_event", at_token=3, code=code, times=2))
+        for ask in (client.ask, client.stream):
+            with pytest.raises(FleetError) as raised:
+                ask()
+            assert (type(raised.value), raised.value.retryable) == (expected, retryable)
+
+
+def test_a_busy_server_may_say_so_in_a_stream():
+    """vllm-mlx's Simple engine: 200, a role, an error."""
+    with served("vllm_simple", token_interval=0.02) as (_, client), client.open() as stream:
+        next(iter(stream))
+        with pytest.raises(ProviderError) as raised:
+            client.ask()
+        assert raised.value.retryable
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "expected"),
+    [
+        (429, {"retry-after": "7"}, {"retry_after": 7.0}),
+        (503, {"retry-after": "0.5"}, {"retry_after": 0.5}),
+        (429, {"retry-after": "Wed, 21 Oct 2026 07:28:00 GMT"}, {}),
+        (429, {"retry-after": "nan"}, {}),
+        (429, {"retry-after": "inf"}, {}),
+        (429, {"retry-after": "-1"}, {}),
+        (429, {}, {}),
+    ],
+)
+def test_a_busy_server_may_say_when_to_come_back(status, headers, expected):
+    with served("vllm_batched") as (server, client):
+        server.fail(Fault("status", status=status, headers=headers))
+        with pytest.raises(Overloaded) as raised:
+            client.ask()
+        assert raised.value.metadata == expected
+
+
+@pytest.mark.parametrize(("body", "seconds"), [("x" * 70_000, 30), ('{"error": ', 30), ('{"error": ', 0.3)])
+def test_an_error_whose_body_never_ends_is_told_by_its_status(body, seconds):
+    with (
+        answering("HTTP/1.1 404 Not Found\r\ncontent-length: 999999\r\n\r\n" + body) as url,
+        closing(Client(url)) as client,
+        took_less_than(4),
+        pytest.raises(InvalidRequest),
+    ):
+        client.ask(seconds=seconds)
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_route_that_is_not_there_is_a_capability_that_is_not_there(flavour):
+    with (
+        served(flavour) as (server, _),
+        closing(Client(f"{server.base_url}/nowhere")) as client,
+        pytest.raises(UnsupportedCapability),
+    ):
+        client.ask()
+
+
+# --- The clocks and the deadline
+
+
+@pytest.mark.parametrize("kind", sorted(SILENT))
+@pytest.mark.parametrize("flavour", ["mlx_lm", "vllm_batched"])
+def test_silence_before_the_first_content_may_be_tried_elsewhere(flavour, kind):
+    """Heartbeats are no content; neither is a role."""
+    clocks = {"first_content": 0.3, "gap": 0.3}
+    with served(flavour, old_health=True, heartbeat=0.02, client={"clocks": clocks}) as (server, client):
+        server.fail(Fault(kind, seconds=0.02 if kind == "heartbeat_only" else 30))
+        with took_less_than(5), pytest.raises(RequestTimeout, match=FIRST) as raised:
+            client.stream()
+        assert raised.value.retryable
+
+
+def test_a_server_that_answers_nobody_is_a_silent_one():
+    """A stopped process: the kernel still shakes hands."""
+    with answering("") as url, closing(Client(url, clocks={"first_content": 0.3, "gap": 0.3})) as client:
+        with took_less_than(5), pytest.raises(RequestTimeout, match=FIRST) as raised:
+            client.ask()
+        assert raised.value.retryable
+
+
+@pytest.mark.parametrize("kind", ["freeze", "heartbeat_only"])
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_silence_in_mid_answer_is_the_end_of_it(flavour, kind):
+    with served(flavour, client={"clocks": {"gap": 0.2}}) as (server, client):
+        server.fail(Fault(kind, at_token=5, seconds=0.02))
+        with took_less_than(5), pytest.raises(RequestTimeout, match=GAP) as raised:
+            client.stream()
+        assert not raised.value.retryable
+        server.wait_for(lambda it: it.counters["disconnected"] == 1)
+
+
+@pytest.mark.parametrize("flavour", ["mlx_lm", "vllm_batched"])
+def test_bytes_that_never_become_an_event_are_no_progress(flavour):
+    with served(flavour, client={"clocks": {"first_content": 0.3, "gap": 0.3}}) as (server, client):
+        server.fail(Fault("drip", seconds=0.05))
+        with took_less_than(5), pytest.raises(RequestTimeout):
+            client.stream()
+
+
+def test_a_slow_stream_is_no_silent_one():
+    with served(token_interval=0.1, tokens=8, client={"clocks": {"first_content": 0.4, "gap": 0.4}}) as (_, client):
+        assert client.ask().content == "".join(reply_tokens(HELLO, 8))
+
+
+def test_a_reader_that_takes_its_time_is_not_the_server_s_silence():
+    """While it is busy with what it has, the server cannot be blamed. The other server is the clock."""
+    with (
+        served("vllm_batched", token_interval=0.01, tokens=60, client={"clocks": {"gap": 0.2}}) as (_, client),
+        served(ttft=0.4, tokens=1) as (_, elsewhere),
+        client.open() as stream,
+    ):
+        arrived = iter(stream)
+        pieces = next(arrived) + next(arrived)
+        elsewhere.ask()
+        pieces += [delta for deltas in arrived for delta in deltas]
+        assert [delta.content for delta in pieces] == reply_tokens(HELLO, 60, tokens=60)
+
+
+def test_the_gap_is_watched_again_after_a_slow_reader():
+    with (
+        served("vllm_batched", client={"clocks": {"gap": 0.2}}) as (server, client),
+        served(ttft=0.5, tokens=1) as (_, elsewhere),
+    ):
+        server.fail(Fault("freeze", at_token=1))
+        with took_less_than(5), client.open() as stream:
+            arrived = iter(stream)
+            next(arrived)
+            elsewhere.ask()
+            with pytest.raises(RequestTimeout, match=GAP):
+                next(arrived)
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_stream_ends_at_its_deadline(flavour):
+    with served(flavour, token_interval=0.02, tokens=1000) as (server, client):
+        with took_less_than(5), pytest.raises(RequestTimeout, match=DEADLINE) as raised:
+            client.stream(seconds=0.3, max_tokens=1000)
+        assert not raised.value.retryable
+        server.wait_for(lambda it: it.counters["disconnected"] == 1)
+        assert server.generated_after_leave < 10
+
+
+def test_a_silent_stream_ends_at_its_deadline():
+    with served("vllm_batched") as (server, client):
+        faults = [Fault("freeze", at_token=3), Fault("heartbeat_only"), Fault("slow_headers", seconds=30)]
+        server.fail(*faults)
+        for _ in faults:
+            with took_less_than(5), pytest.raises(RequestTimeout, match=DEADLINE):
+                client.stream(seconds=0.3)
+
+
+def test_a_reader_that_takes_too_much_time_meets_the_deadline():
+    """At once, whatever has arrived meanwhile."""
+    with (
+        served("vllm_batched", token_interval=0.01, tokens=1000) as (_, client),
+        served(ttft=0.5, tokens=1) as (_, elsewhere),
+        client.open(seconds=0.3, max_tokens=1000) as stream,
+    ):
+        arrived = iter(stream)
+        next(arrived)
+        elsewhere.ask()
+        with pytest.raises(RequestTimeout, match=DEADLINE):
+            next(arrived)
+
+
+# --- The end
+
+
+def test_a_server_that_is_done_and_does_not_close_is_left():
+    stream = f"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n{said('Hi')}"
+    with answering(stream) as url, closing(Client(url)) as client, took_less_than(10):
+        assert client.ask().content == "Hi"
+
+
+def test_what_comes_after_done_is_not_read():
+    with served() as (server, client):
+        late = 'data: {"error": "late"}\n\n'
+        server.fail(Fault("status", status=200, body=said("Hi") + late + said("more"), times=2))
+        assert client.ask().content == client.stream()[1]["content"] == "Hi"
+
+
+def test_a_blank_line_after_the_last_event_may_be_missing():
+    with served() as (server, client):
+        server.fail(Fault("status", status=200, body=said("Hi").rstrip("\n"), times=2))
+        assert client.ask().content == client.stream()[1]["content"] == "Hi"
+
+
+def test_an_answer_that_is_no_stream_is_no_answer():
+    whole = {"choices": [{"finish_reason": "stop", "message": {"content": "Hi"}}]}
+    with served("openai") as (server, client):
+        server.fail(Fault("status", status=200, body=whole))
+        with pytest.raises(ConnectionFailure):
+            client.ask()
+
+
+# --- Readers that leave
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_stream_that_is_left_stops_its_server(flavour):
+    with served(flavour, token_interval=0.01, tokens=5000) as (server, client):
+        with client.open(max_tokens=5000) as stream:
+            next(iter(stream))
+        server.wait_for(lambda it: it.counters["disconnected"] == 1 and it.counters["running"] == 0)
+        assert server.generated_after_leave < 10
+        assert server.requests[0].generated < 100
+
+
+@pytest.mark.parametrize("flavour", UVICORN)
+def test_a_stream_may_be_left_before_it_is_read(flavour):
+    with served(flavour, token_interval=0.01, tokens=5000) as (server, client):
+        with client.open(max_tokens=5000):
+            pass
+        server.wait_for(lambda it: it.counters["disconnected"] == 1 and it.counters["running"] == 0)
+
+
+def test_a_reader_that_fails_leaves_too():
+    """With its own error."""
+    with served("vllm_batched", token_interval=0.01, tokens=5000) as (server, client):
+        with pytest.raises(ZeroDivisionError), client.open(max_tokens=5000):
+            raise ZeroDivisionError
+        server.wait_for(lambda it: it.counters["disconnected"] == 1)
+
+
+def test_a_client_goes_on_after_a_stream_was_left():
+    with served("vllm_batched", token_interval=0.005) as (server, client):
+        for _ in range(3):
+            with client.open() as stream:
+                next(iter(stream))
+        assert client.ask().content == WHOLE
+        server.wait_for(lambda it: it.counters["disconnected"] == 3)
+        assert server.counters["connections"] == 4
+
+
+def told(error):
+    """All that a log could show of it."""
+    return "".join(traceback.format_exception(error)) + repr(error) + str(error.metadata)
