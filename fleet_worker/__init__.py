@@ -2,7 +2,7 @@
 
 from fleet_worker import errors
 from fleet_worker.errors import *  # noqa: F403
-from fleet_worker.messages import ChatResponse, Delta, EmbedResponse, Timings, Usage
+from fleet_worker.frames import ChatResponse, Delta, EmbedResponse, Timings, Usage
 from fleet_worker.router import ChatStream, Router
 from fleet_worker.settings import Instance, Model, Settings
 

@@ -12,8 +12,8 @@ import httpx
 from fleet_worker.chunks import ChunkReader
 from fleet_worker.clock import Clock
 from fleet_worker.errors import ConnectionFailure, FleetError, MalformedOutput
+from fleet_worker.frames import Delta, Usage
 from fleet_worker.http_errors import foreign_errors_mapped, raw
-from fleet_worker.messages import Delta, Usage
 from fleet_worker.servers import Quirks, finish_reason
 from fleet_worker.sse import EventStream
 from fleet_worker.thinking import ThinkingSplitter

@@ -8,8 +8,8 @@ from typing import Any
 from pydantic_core import from_json
 
 from fleet_worker.errors import MalformedOutput
+from fleet_worker.frames import Delta, Usage
 from fleet_worker.http_errors import error_event
-from fleet_worker.messages import Delta, Usage
 from fleet_worker.thinking import ThinkingSplitter
 
 __all__ = ["ChunkReader", "usage_of"]

@@ -27,8 +27,9 @@ from fleet_worker.chat_stream import ChatAnswer, ChatStream
 from fleet_worker.chunks import usage_of
 from fleet_worker.clock import Clock
 from fleet_worker.errors import ConfigurationError, MalformedOutput
+from fleet_worker.frames import Usage, join
 from fleet_worker.http_errors import foreign_errors_mapped, raise_for_status, raw
-from fleet_worker.messages import ChatParams, Usage, join
+from fleet_worker.messages import ChatParams
 from fleet_worker.offerings import Offering
 from fleet_worker.servers import QUIRKS, Quirks, chat_body, kind_of
 from fleet_worker.settings import Instance

@@ -24,19 +24,9 @@ from kombu import Connection, Consumer, Producer
 from kombu.exceptions import OperationalError
 
 from fleet_worker.errors import BrokerUnavailable, FleetError, InvalidRequest, ReplyLost, ReplyOverflow, RequestTimeout
+from fleet_worker.frames import Accepted, Alive, ChatResponse, Delta, Deltas, EmbedResponse, Failure, Frame, Reply
 from fleet_worker.lanes import reply_queue
-from fleet_worker.messages import (
-    PROTOCOL_VERSION,
-    Accepted,
-    Alive,
-    ChatResponse,
-    Delta,
-    Deltas,
-    EmbedResponse,
-    Failure,
-    Frame,
-    Reply,
-)
+from fleet_worker.wire import PROTOCOL_VERSION
 
 __all__ = ["Answer", "Mailbox", "ReplyInbox", "ReplySender"]
 

@@ -15,6 +15,7 @@ from kombu.exceptions import OperationalError
 
 from fleet_worker.celery import create_app
 from fleet_worker.errors import BrokerUnavailable, Expired, FleetError, InvalidRequest, RequestTimeout
+from fleet_worker.frames import Accepted, ChatResponse, Delta, Deltas, EmbedResponse, Failure, Frame, join
 from fleet_worker.lanes import (
     Priority,
     direct_lane,
@@ -25,19 +26,7 @@ from fleet_worker.lanes import (
     task_name,
     transport_of,
 )
-from fleet_worker.messages import (
-    Accepted,
-    ChatResponse,
-    Delta,
-    Deltas,
-    EmbedResponse,
-    Failure,
-    FleetRequest,
-    Frame,
-    Operation,
-    join,
-    validate_params,
-)
+from fleet_worker.messages import FleetRequest, Operation, validate_params
 from fleet_worker.replies import Mailbox, ReplyInbox
 from fleet_worker.settings import Settings
 

@@ -15,15 +15,9 @@ from celery import Celery
 from celery.exceptions import InvalidTaskError
 
 from fleet_worker.errors import Expired, FleetError, InvalidRequest, ProviderError
+from fleet_worker.frames import ChatResponse, EmbedResponse, Timings
 from fleet_worker.lanes import REPLY_PREFIX, task_name
-from fleet_worker.messages import (
-    ChatParams,
-    ChatResponse,
-    EmbedParams,
-    EmbedResponse,
-    FleetRequest,
-    Timings,
-)
+from fleet_worker.messages import ChatParams, EmbedParams, FleetRequest
 from fleet_worker.mlx import ChatAnswer, MLXClient
 from fleet_worker.offerings import Offering, offering_for
 from fleet_worker.replies import Answer, ReplySender

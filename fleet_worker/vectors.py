@@ -10,7 +10,7 @@ from typing import Any
 
 from fleet_worker.errors import MalformedOutput
 
-__all__ = ["vectors_of"]
+__all__ = ["pack_vector", "unpack_vector", "vectors_of"]
 
 
 def vectors_of(answer: dict[str, Any], count: int, dimensions: int | None) -> tuple[list[str], int]:
@@ -32,7 +32,7 @@ def vectors_of(answer: dict[str, Any], count: int, dimensions: int | None) -> tu
             raise MalformedOutput(f"the MLX server sent a vector of {len(vector)} instead of {expected} dimensions")
         if not math.isfinite(sum(vector)):
             raise MalformedOutput("the MLX server sent a vector that is not finite")
-    return [_packed(vector) for vector in vectors], expected
+    return [pack_vector(vector) for vector in vectors], expected
 
 
 def _in_order(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -42,15 +42,19 @@ def _in_order(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _floats(embedding: Any) -> array[float]:
-    if not isinstance(embedding, str):
-        return array("f", embedding)
-    vector = array("f", base64.b64decode(embedding, validate=True))
-    if sys.byteorder == "big":
-        vector.byteswap()
-    return vector
+    return unpack_vector(embedding) if isinstance(embedding, str) else array("f", embedding)
 
 
-def _packed(vector: array[float]) -> str:
+def pack_vector(vector: array[float]) -> str:
+    """Return the float32 of this array (which may be changed by it) as they travel."""
     if sys.byteorder == "big":
         vector.byteswap()
     return base64.b64encode(vector).decode("ascii")
+
+
+def unpack_vector(text: str) -> array[float]:
+    """Raises `ValueError` for what is not base64 of whole float32."""
+    vector = array("f", base64.b64decode(text, validate=True))
+    if sys.byteorder == "big":
+        vector.byteswap()
+    return vector

@@ -6,7 +6,8 @@ import threading
 import time
 from contextlib import ExitStack, contextmanager, suppress
 
-from fleet_worker.messages import ChatParams, join
+from fleet_worker.frames import join
+from fleet_worker.messages import ChatParams
 from fleet_worker.mlx import MLXClient
 from fleet_worker.offerings import offerings_of
 from fleet_worker.settings import Instance, Model

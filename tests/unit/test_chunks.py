@@ -16,7 +16,7 @@ from fleet_worker.errors import (
     Overloaded,
     ProviderError,
 )
-from fleet_worker.messages import Delta, Usage, join
+from fleet_worker.frames import Delta, Usage, join
 from fleet_worker.thinking import ThinkingSplitter
 
 

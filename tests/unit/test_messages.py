@@ -4,33 +4,36 @@ import math
 import struct
 import time
 import traceback
+from array import array
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fleet_worker.errors import FleetError, InvalidRequest, Overloaded
-from fleet_worker.messages import (
+from fleet_worker.frames import (
     Accepted,
     Alive,
-    ChatParams,
     ChatResponse,
     Delta,
     Deltas,
-    EmbedParams,
     EmbedResponse,
     Failure,
-    FleetRequest,
     Reply,
     Timings,
     Usage,
     join,
-    pack_vector,
-    unpack_vector,
-    validate_params,
 )
+from fleet_worker.messages import ChatParams, EmbedParams, FleetRequest, validate_params
+from fleet_worker.vectors import pack_vector, unpack_vector
 
 SECRET = "swordfish"
+
+
+def packed(vector):
+    return pack_vector(array("f", vector))
+
+
 LARGE = 8 * 1024 * 1024
 IMAGE = "data:image/png;base64,iVBORw0KGgo="
 
@@ -626,7 +629,7 @@ frames = st.one_of(
         st.lists(objects, max_size=2),
     ),
     st.builds(
-        lambda head, vectors: EmbedResponse(**head, **ends, data=[pack_vector(each) for each in vectors], dimensions=2),
+        lambda head, vectors: EmbedResponse(**head, **ends, data=[packed(each) for each in vectors], dimensions=2),
         heads,
         st.lists(st.lists(st.floats(width=32, allow_nan=False), min_size=2, max_size=2), max_size=2),
     ),
@@ -701,7 +704,7 @@ def test_a_refused_reply_is_not_repeated(frame):
 def test_frames_show_no_completion_and_no_vector():
     head = {"id": "r-1", "attempt": 1, "seq": 1}
     call = {"function": {"name": SECRET, "arguments": SECRET}}
-    vector = pack_vector([0.25, 0.5])
+    vector = packed([0.25, 0.5])
     embedded = EmbedResponse(**head, **ends, data=[vector], dimensions=2)
     delta = Delta(content=SECRET, reasoning=SECRET, tool_calls=[call])
     answer = ChatResponse(**head, **ends, content=SECRET, reasoning=SECRET, tool_calls=[call], finish_reason="stop")
@@ -737,9 +740,7 @@ def test_a_response_knows_its_request():
 
 
 def test_reading_the_vectors_does_not_change_a_response():
-    first, second = (
-        EmbedResponse(id="r", attempt=1, seq=1, data=[pack_vector([1.5])], dimensions=1, **ends) for _ in "ab"
-    )
+    first, second = (EmbedResponse(id="r", attempt=1, seq=1, data=[packed([1.5])], dimensions=1, **ends) for _ in "ab")
     assert first.vectors == [[1.5]]
     assert first == second
     assert first.model_dump_json() == second.model_dump_json()
@@ -757,13 +758,13 @@ def test_messages_do_not_change(message):
 
 @given(st.lists(st.floats(width=32, allow_nan=False)))
 def test_a_vector_of_float32_travels_exactly(vector):
-    there = unpack_vector(pack_vector(vector))
+    there = unpack_vector(packed(vector)).tolist()
     assert struct.pack(f"{len(vector)}d", *there) == struct.pack(f"{len(vector)}d", *vector)
 
 
 @given(st.lists(st.floats(-1, 1)))
 def test_a_vector_travels_as_little_endian_float32(vector):
-    assert base64.b64decode(pack_vector(vector)) == struct.pack(f"<{len(vector)}f", *vector)
+    assert base64.b64decode(packed(vector)) == struct.pack(f"<{len(vector)}f", *vector)
 
 
 # --- Pieces and the whole

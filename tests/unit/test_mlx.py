@@ -20,7 +20,7 @@ from fleet_worker.errors import (
     Unauthorized,
     UnsupportedCapability,
 )
-from fleet_worker.messages import Usage
+from fleet_worker.frames import Usage
 from fleet_worker.mlx import DEFAULT_URLS, Health
 from fleet_worker.simulator import FLAVOURS, Fault, embedding, reply_tokens
 from fleet_worker.testing import SimulatedMLX

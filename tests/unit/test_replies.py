@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from kombu import Connection
 
 from fleet_worker.errors import ReplyLost, ReplyOverflow, RequestTimeout
+from fleet_worker.frames import Accepted, Alive, ChatResponse, Delta, Deltas, Failure, Reply, Timings, Usage
 from fleet_worker.lanes import reply_name
-from fleet_worker.messages import Accepted, Alive, ChatResponse, Delta, Deltas, Failure, Reply, Timings, Usage
 from fleet_worker.replies import Mailbox, ReplyInbox, ReplySender
 
 

@@ -1,0 +1,61 @@
+"""What every message on the wire has in common: frozen, strict, JSON, and silent about what is in it."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any, Final
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from fleet_worker.errors import InvalidRequest
+
+__all__ = ["PROTOCOL_VERSION", "Wire", "check_size", "explain"]
+
+PROTOCOL_VERSION: Final = 2
+
+
+class Wire(BaseModel):
+    """A message, or a part of one. It refuses what it does not know, and its errors do not quote what they refuse."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
+
+
+def check_size(value: Any, max_bytes: int) -> None:
+    """Raises `InvalidRequest` for what is not JSON (a NaN is not) or more than `max_bytes` of it."""
+    try:
+        size = len(json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode())
+    except (TypeError, ValueError, RecursionError):
+        raise InvalidRequest("the request is not JSON: only finite numbers, text, lists and objects") from None
+    if size > max_bytes:
+        raise InvalidRequest(f"the request is {size:,} bytes, the limit (max_body_bytes) is {max_bytes:,}")
+
+
+def explain(error: ValidationError) -> str:
+    """Say where and why, without the value: it may be a prompt."""
+    faults = error.errors(include_input=False, include_url=False, include_context=False)
+    shown = [f"{_where(fault) or 'request'}: {_why(fault)}" for fault in faults[:5]]
+    more = [f"and {len(faults) - 5} more"] if len(faults) > 5 else []
+    return "; ".join(shown + more)
+
+
+def _where(fault: ErrorDetails) -> str:
+    """The path in names of ours only: the keys of a caller's object are data, and pydantic adds members of unions."""
+    known = [str(part) for part in fault["loc"] if isinstance(part, int) or part in _field_names()]
+    unknown = [str(fault["loc"][-1])[:40]] if fault["type"] == "extra_forbidden" else []  # a name, not a value
+    return ".".join(known + unknown)
+
+
+def _why(fault: ErrorDetails) -> str:
+    if fault["type"].startswith("union_tag"):  # pydantic's text repeats what stood there
+        return "is of an unknown type"
+    return fault["msg"].removeprefix("Value error, ")
+
+
+@functools.cache
+def _field_names() -> frozenset[str]:
+    models = [Wire]
+    for model in models:
+        models += model.__subclasses__()
+    return frozenset(name for model in models for name in model.model_fields)
