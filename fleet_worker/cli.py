@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import click
 
 from fleet_worker.errors import BrokerUnavailable, ConfigurationError, Expired, FleetError, InvalidRequest
+from fleet_worker.frames import Delta
 from fleet_worker.settings import Settings
 
 __all__ = ["main"]
@@ -45,9 +46,13 @@ def cli() -> None:
 @click.option("--simulated", is_flag=True, help="Talk to a simulated MLX server: for machines without MLX.")
 def demo(simulated: bool) -> None:
     """Start a broker, MLX servers with small models and their nodes here, and talk through them."""
-    from fleet_worker.demo import run  # needs the extra `demo`
+    try:
+        from fleet_worker.demo import run
 
-    sys.exit(run(simulated=simulated))
+        sys.exit(run(simulated=simulated))
+    except ModuleNotFoundError as error:
+        message = f"the demo needs more packages ({error.name}): pip install 'fleet-worker[demo]'"
+        raise ConfigurationError(message) from None
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})
@@ -59,14 +64,11 @@ def worker(instance: str | None, loglevel: str, celery_options: tuple[str, ...])
 
     Further options are passed on to `celery worker`.
     """
-    from fleet_worker.celery import create_app  # the worker's side is imported only where a worker runs
-    from fleet_worker.worker import serve_with
+    from celery.bin.celery import celery
 
-    settings = Settings()
-    app = create_app(settings)
-    serve_with(app, settings)
-    name = f"{instance or 'celery'}@{settings.host}"
-    app.worker_main(["worker", "-n", name, "--loglevel", loglevel, *celery_options])
+    name = f"{instance or 'celery'}@{Settings().host}"
+    arguments = ["-A", "fleet_worker", "worker", "-n", name, "--loglevel", loglevel, *celery_options]
+    sys.exit(celery.main(arguments, prog_name="celery", standalone_mode=False))
 
 
 @cli.command()
@@ -81,18 +83,33 @@ def chat(model: str, prompt: str, system: str | None, stream: bool, **options: A
     """Ask MODEL a PROMPT; `-` reads it from standard input."""
     from fleet_worker.router import Router
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _standard_input() if prompt == "-" else prompt
+    if not text.strip():
+        raise InvalidRequest("the prompt is empty")
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": text})
     given = {name: value for name, value in options.items() if value is not None}
     with Router(Settings()) as router:
         if stream:
-            with router.stream_chat(model, messages, **given) as pieces:
-                for delta in pieces:
-                    click.echo(delta.content or "", nl=False)
-            click.echo()
+            with router.stream_chat(model, messages, **given) as deltas:
+                _print_as_it_comes(deltas)
         else:
             click.echo(router.chat(model, messages, **given).content or "")
+
+
+def _print_as_it_comes(deltas: Iterable[Delta]) -> None:
+    """End the line also when the stream breaks off, so that the error begins a new one."""
+    started = False
+    try:
+        for delta in deltas:
+            if delta.content:
+                click.echo(delta.content, nl=False)
+                started = True
+    except FleetError:
+        if started:
+            click.echo()
+        raise
+    click.echo()
 
 
 @cli.command()
@@ -103,17 +120,29 @@ def embed(model: str, texts: tuple[str, ...], timeout: float | None) -> None:
     """Embed TEXTS with MODEL: one JSON line each, in their order; `-` reads one text per line of standard input."""
     from fleet_worker.router import Router
 
-    inputs = sys.stdin.read().splitlines() if texts == ("-",) else list(texts)
+    inputs = _lines(_standard_input()) if texts == ("-",) else list(texts)
     with Router(Settings()) as router:
         vectors = router.embed(model, inputs, timeout=timeout).vectors
     for text, vector in zip(inputs, vectors, strict=True):
         click.echo(json.dumps({"input": text, "embedding": vector}, ensure_ascii=False))
 
 
+def _standard_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError:
+        raise InvalidRequest("standard input is not UTF-8 text") from None
+
+
+def _lines(text: str) -> list[str]:
+    """Only at line ends: `str.splitlines` cuts at U+2028 and others too, which are part of a text."""
+    return [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")]
+
+
 def main() -> None:
-    """The entry point: every error of ours becomes one line and an exit code."""
+    """The entry point: whatever ends a command becomes an exit code, and an error one line."""
     with _errors_explained():
-        cli()
+        sys.exit(cli(standalone_mode=False))
 
 
 @contextmanager
@@ -121,10 +150,20 @@ def _errors_explained() -> Iterator[None]:
     try:
         yield
     except FleetError as error:
-        click.echo(f"fleet-worker: {error.message}", err=True)
+        click.echo(f"fleet-worker: {error.message}{_hint(error)}", err=True)
         sys.exit(_exit_code(error))
-    except KeyboardInterrupt:
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
         sys.exit(EXIT_INTERRUPTED)
+
+
+def _hint(error: FleetError) -> str:
+    if not isinstance(error, BrokerUnavailable):
+        return ""
+    place = Settings().broker_url.partition("://")[2].rpartition("@")[2].partition("/")[0]  # without user and password
+    return f": is a broker running at {place}? (FLEET_BROKER_URL, or broker_url in the file that FLEET_CONFIG names)"
 
 
 def _exit_code(error: FleetError) -> int:

