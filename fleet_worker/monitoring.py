@@ -9,6 +9,9 @@ from celery import bootsteps
 __all__ = ["BatchedEvents"]
 
 FLUSH_AFTER = 0.2
+MOST_EVENTS = 10_000
+"""Celery sends a full buffer (of 24) from the thread that filled it, a task's: on AMQP that thread and the event loop
+then use one connection at a time, and the node hangs."""
 
 
 class BatchedEvents(bootsteps.StartStopStep):  # type: ignore[misc]
@@ -27,6 +30,7 @@ class BatchedEvents(bootsteps.StartStopStep):  # type: ignore[misc]
     def start(self, consumer: Any) -> None:
         self._waiting = False
         if consumer.hub:
+            consumer.event_dispatcher.buffer_limit = MOST_EVENTS
             consumer.event_dispatcher.on_send_buffered = lambda: self._gather(consumer)
 
     def _gather(self, consumer: Any) -> None:

@@ -151,7 +151,9 @@ _MISSING_MODEL = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 
-_MISSING_ROUTE = re.compile(r"\W*(detail\W*)?(404\W*)?(page )?not found\W*", re.IGNORECASE)
+_MISSING_ROUTE = re.compile(
+    r'\W*(detail\W*)?(404\W*)?(page )?not found\W*|\W*error\W*message\W*not found\.?".*', re.IGNORECASE | re.DOTALL
+)
 
 
 def error_for(status: int, body: bytes, *, retry_after: float | None = None) -> FleetError:

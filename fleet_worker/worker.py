@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from celery import Celery, signals
-from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential_jitter
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential, wait_random
 
 from fleet_worker.errors import ConfigurationError, FleetError, InstanceUnavailable
 from fleet_worker.lanes import direct_lane, lane, lane_queue, transport_of
@@ -121,7 +121,7 @@ def _find_server(instance: Instance, timeout: float) -> tuple[str, Health]:
     attempts = Retrying(
         retry=retry_if_exception_type(InstanceUnavailable),
         stop=stop_after_delay(timeout),
-        wait=wait_exponential_jitter(initial=0.1, max=2.0),
+        wait=wait_exponential(multiplier=0.1, max=2.0) + wait_random(max=0.1),
         reraise=True,
     )
     return attempts(_ready_server, instance, urls, timeout)

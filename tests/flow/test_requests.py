@@ -53,6 +53,12 @@ def test_an_embedding_keeps_the_order_of_its_texts(router):
         assert all(math.isclose(a, b, abs_tol=1e-6) for a, b in zip(vector, embedding(text), strict=True))
 
 
+def test_many_short_requests_follow_each_other(router):
+    """Each makes three events for Flower, which must not keep the node from its work."""
+    for _ in range(60):
+        assert router.chat(CHAT, HELLO, max_tokens=1, timeout=10).finish_reason == "length"
+
+
 def test_many_threads_share_one_router(router):
     def ask(number):
         messages = [{"role": "user", "content": f"question {number}"}]

@@ -167,6 +167,15 @@ def test_a_route_that_is_not_there_is_a_capability_that_is_not_there(flavour):
         client.ask()
 
 
+@pytest.mark.parametrize("body", [{"error": {"message": "Not Found", "code": "not_found"}}, "404 page not found\n"])
+def test_a_missing_route_has_several_names(body):
+    """The first is our own embedding server's, asked for a chat."""
+    with served("openai") as (server, client):
+        server.fail(Fault("status", status=404, body=body))
+        with pytest.raises(UnsupportedCapability):
+            client.ask()
+
+
 # --- The clocks and the deadline
 
 
