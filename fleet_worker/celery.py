@@ -12,6 +12,7 @@ from typing import Any
 import kombu.transport.redis
 from celery import Celery
 
+from fleet_worker.errors import ConfigurationError
 from fleet_worker.lanes import transport_of
 from fleet_worker.settings import Settings
 
@@ -80,9 +81,13 @@ def transport_options(settings: Settings) -> dict[str, Any]:
 
 @functools.cache
 def _app() -> Celery:
-    from fleet_worker.worker import serve_with  # the worker's side is imported only where a worker runs
+    # The worker's side is imported only where a worker may run.
+    from fleet_worker.worker import EXIT_CONFIGURATION, refuse, serve_with
 
-    settings = Settings()
+    try:
+        settings = Settings()
+    except ConfigurationError as error:
+        refuse(error, EXIT_CONFIGURATION)
     app = create_app(settings)
     serve_with(app, settings)
     return app

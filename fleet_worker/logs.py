@@ -43,7 +43,10 @@ def protect_logs() -> None:
             Panel.data[name] = _without_arguments(command)
 
 
-def _quieten(**_: Any) -> None:
+def _quieten(loglevel: int | str | None = None, **_: Any) -> None:
+    """Our own few lines are shown at WARNING too, which is the level of `celery worker` if nobody says another."""
+    level = logging.getLevelName(loglevel) if isinstance(loglevel, str) else loglevel or logging.WARNING
+    logging.getLogger("fleet_worker").setLevel(level if level > logging.WARNING else min(level, logging.INFO))
     for name, level in _LEAST_LEVELS.items():
         logger = logging.getLogger(name)
         logger.setLevel(max(level, logger.level))

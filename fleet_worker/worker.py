@@ -22,7 +22,7 @@ from fleet_worker.replies import ReplySender
 from fleet_worker.settings import Instance, Settings
 from fleet_worker.tasks import Node, register_tasks
 
-__all__ = ["EXIT_CONFIGURATION", "EXIT_UNAVAILABLE", "lanes_of", "select_instance", "serve_with"]
+__all__ = ["EXIT_CONFIGURATION", "EXIT_UNAVAILABLE", "lanes_of", "refuse", "select_instance", "serve_with"]
 
 log = logging.getLogger(__name__)
 
@@ -50,9 +50,9 @@ def _begin(app: Celery, settings: Settings, *, worker: Any) -> None:
         protect_logs()
         mlx, offerings = _find_models(settings, name, instance)
     except ConfigurationError as error:
-        _refuse(error, EXIT_CONFIGURATION)
+        refuse(error, EXIT_CONFIGURATION)
     except FleetError as error:
-        _refuse(error, EXIT_UNAVAILABLE)
+        refuse(error, EXIT_UNAVAILABLE)
     node_name = worker.hostname = f"{name}@{worker.hostname.partition('@')[2]}"
     sender = ReplySender(app.connection_for_write, node_name, max_pending=settings.worker.max_pending)
     node = Node(node_name, name, offerings, mlx, sender, settings.max_body_bytes)
@@ -66,7 +66,8 @@ def _begin(app: Celery, settings: Settings, *, worker: Any) -> None:
     _watch_life(worker, node, lanes, slots=instance.limits.concurrency)
 
 
-def _refuse(error: FleetError, exit_code: int) -> NoReturn:
+def refuse(error: FleetError, exit_code: int) -> NoReturn:
+    """End this process with one line that says why."""
     print(f"fleet-worker: {error.message}", file=sys.stderr, flush=True)  # noqa: T201 - logging is not set up yet
     raise SystemExit(exit_code)
 
