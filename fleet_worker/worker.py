@@ -53,7 +53,8 @@ def _begin(app: Celery, settings: Settings, *, worker: Any) -> None:
         refuse(error, EXIT_CONFIGURATION)
     except FleetError as error:
         refuse(error, EXIT_UNAVAILABLE)
-    node_name = worker.hostname = f"{name}@{worker.hostname.partition('@')[2]}"
+    host = settings.host if "host" in settings.model_fields_set else worker.hostname.partition("@")[2]
+    node_name = worker.hostname = f"{name}@{host}"
     sender = ReplySender(app.connection_for_write, node_name, max_pending=settings.worker.max_pending)
     node = Node(node_name, name, offerings, mlx, sender, settings.max_body_bytes)
     register_tasks(app, node)
