@@ -48,7 +48,7 @@ def _begin(app: Celery, settings: Settings, *, worker: Any) -> None:
     try:
         name, instance = select_instance(settings, worker.hostname)
         protect_logs()
-        mlx, offerings = _find_models(settings, name, instance)
+        mlx, offerings, found = _find_models(settings, name, instance)
     except ConfigurationError as error:
         refuse(error, EXIT_CONFIGURATION)
     except FleetError as error:
@@ -64,7 +64,7 @@ def _begin(app: Celery, settings: Settings, *, worker: Any) -> None:
     lanes = lanes_of(node_name, offerings)
     app.conf.worker_concurrency = instance.limits.concurrency
     app.conf.task_queues = [lane_queue(each, transport_of(settings.broker_url)) for each in lanes]
-    _watch_life(worker, node, lanes, slots=instance.limits.concurrency)
+    _watch_life(worker, node, lanes, found=found, slots=instance.limits.concurrency)
 
 
 def refuse(error: FleetError, exit_code: int) -> NoReturn:
@@ -96,8 +96,8 @@ def select_instance(settings: Settings, node_name: str) -> tuple[str, Instance]:
     return wanted, serving[wanted]
 
 
-def _find_models(settings: Settings, name: str, instance: Instance) -> tuple[MLXClient, dict[str, Offering]]:
-    """Wait for the MLX server, learn what kind it is, and return its client and offerings.
+def _find_models(settings: Settings, name: str, instance: Instance) -> tuple[MLXClient, dict[str, Offering], str]:
+    """Wait for the MLX server, learn what kind it is, and return its client, its offerings, and what was found.
 
     Raises:
         InstanceUnavailable: it did not become ready within `worker.start_timeout`.
@@ -114,8 +114,7 @@ def _find_models(settings: Settings, name: str, instance: Instance) -> tuple[MLX
             f"instance {name} has nothing to offer: list its models under [instances.{name}.models], "
             "and check fleet.capabilities, usage, and the model lists"
         )
-    log.info("instance %s: %s server at %s", name, server, url)
-    return client, offerings
+    return client, offerings, f"{server} server at {url}"
 
 
 def _find_server(instance: Instance, timeout: float) -> tuple[str, Health]:
@@ -156,10 +155,11 @@ def lanes_of(node_name: str, offerings: dict[str, Offering]) -> list[str]:
     return [*sorted(shared), direct_lane(node_name)]
 
 
-def _watch_life(worker: Any, node: Node, lanes: list[str], *, slots: int) -> None:
+def _watch_life(worker: Any, node: Node, lanes: list[str], *, found: str, slots: int) -> None:
     ended = threading.Event()
 
     def ready(sender: Any, **_: Any) -> None:
+        log.info("%s found %s", node.name, found)
         for each in lanes:
             log.info("%s serves lane %s", node.name, each)
         log.info("%s is ready, %d slot%s", node.name, slots, "" if slots == 1 else "s")
