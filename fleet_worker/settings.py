@@ -219,6 +219,8 @@ class Settings(BaseSettings):
     def _known_broker(cls, url: str) -> str:
         if _split(url).scheme not in ("redis", "rediss", "valkey", "valkeys", "amqp", "amqps", "pyamqp"):
             raise ValueError("must begin with redis://, rediss://, valkey://, amqp:// or amqps://")
+        if ";" in url:  # kombu's list of brokers to fail over to: it hides only the first password in its logs
+            raise ValueError("must name one broker, without ';'")
         return url.replace("valkey", "redis", 1) if url.startswith("valkey") else url
 
     @field_validator("instances")

@@ -35,8 +35,11 @@ LEAVE_AFTER = 15.0
 def serve_with(app: Celery, settings: Settings) -> None:
     """Make every worker that is started from `app` an inference node."""
 
-    def begin(sender: str, instance: Any, conf: Any, **_: Any) -> None:
+    def begin(sender: str, instance: Any, options: dict[str, Any], **_: Any) -> None:
         if instance.app is app:
+            if options.get("concurrency"):
+                slots = ConfigurationError("slots are set by limits.concurrency of the instance: leave out -c")
+                refuse(slots, EXIT_CONFIGURATION)
             _begin(app, settings, worker=instance)
 
     signals.celeryd_init.connect(begin, weak=False)

@@ -345,6 +345,11 @@ def test_a_worker_becomes_the_node_of_its_instance(line, url_key, suffix, mlx, c
         assert process.wait(WITHIN) == 0
 
 
+def test_slots_are_not_set_on_the_command_line(mlx, configured):
+    configured(local={"base_url": mlx.base_url})
+    assert_refused(run(f"{WORKERS[0]} -c 9"), 78, "limits.concurrency")
+
+
 def test_the_configured_host_is_part_of_the_name(mlx, configured):
     configured('host = "mini-7"', local={"base_url": mlx.base_url})
     with worker(WORKERS[1]) as process:

@@ -451,3 +451,9 @@ def test_the_worker_s_file_speaks_of_every_setting_of_an_instance():
 
 def test_the_environment_of_the_machine_is_not_seen():
     assert not [name for name in os.environ if name.startswith("FLEET_")]
+
+
+def test_a_list_of_brokers_is_refused_and_shows_no_password():
+    with pytest.raises(ConfigurationError, match="one broker") as caught:
+        Settings(broker_url="redis://u:first@h1;redis://u:swordfish@h2")
+    assert "swordfish" not in str(caught.value)
