@@ -82,12 +82,12 @@ def transport_options(settings: Settings) -> dict[str, Any]:
 @functools.cache
 def _app() -> Celery:
     # The worker's side is imported only where a worker may run.
-    from fleet_worker.worker import EXIT_CONFIGURATION, refuse, serve_with
+    from fleet_worker.worker import refuse, serve_with
 
     try:
         settings = Settings()
     except ConfigurationError as error:
-        refuse(error, EXIT_CONFIGURATION)
+        refuse(error)
     app = create_app(settings)
     serve_with(app, settings)
     return app

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from celery import Celery, signals
+from celery.concurrency import get_implementation
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential, wait_random
 
 from fleet_worker.errors import ConfigurationError, FleetError, InstanceUnavailable
@@ -37,13 +38,21 @@ def serve_with(app: Celery, settings: Settings) -> None:
 
     def begin(sender: str, instance: Any, options: dict[str, Any], **_: Any) -> None:
         if instance.app is app:
-            if options.get("concurrency"):
-                slots = ConfigurationError("slots are set by limits.concurrency of the instance: leave out -c")
-                refuse(slots, EXIT_CONFIGURATION)
+            _refuse_options(options)
             _begin(app, settings, worker=instance)
 
     signals.celeryd_init.connect(begin, weak=False)
     app.steps["consumer"].add(BatchedEvents)
+
+
+def _refuse_options(options: dict[str, Any]) -> None:
+    """The settings say all this; a command line that says otherwise would be obeyed in parts."""
+    if options.get("concurrency") or options.get("autoscale"):
+        refuse(ConfigurationError("slots are set by limits.concurrency of the instance: leave out -c"))
+    if options.get("queues"):
+        refuse(ConfigurationError("queues are the lanes of what the instance serves: leave out -Q"))
+    if options.get("pool") not in (None, get_implementation("threads")):
+        refuse(ConfigurationError("a node works with threads, whatever it waits for is elsewhere: leave out -P"))
 
 
 def _begin(app: Celery, settings: Settings, *, worker: Any) -> None:
@@ -53,7 +62,7 @@ def _begin(app: Celery, settings: Settings, *, worker: Any) -> None:
         protect_logs()
         mlx, offerings, found = _find_models(settings, name, instance)
     except ConfigurationError as error:
-        refuse(error, EXIT_CONFIGURATION)
+        refuse(error)
     except FleetError as error:
         refuse(error, EXIT_UNAVAILABLE)
     host = settings.host if "host" in settings.model_fields_set else worker.hostname.partition("@")[2]
@@ -70,7 +79,7 @@ def _begin(app: Celery, settings: Settings, *, worker: Any) -> None:
     _watch_life(worker, node, lanes, found=found, slots=instance.limits.concurrency)
 
 
-def refuse(error: FleetError, exit_code: int) -> NoReturn:
+def refuse(error: FleetError, exit_code: int = EXIT_CONFIGURATION) -> NoReturn:
     """End this process with one line that says why."""
     print(f"fleet-worker: {error.message}", file=sys.stderr, flush=True)  # noqa: T201 - logging is not set up yet
     raise SystemExit(exit_code)

@@ -1,6 +1,7 @@
 """For every test: no FLEET_* variable of the machine is seen, and its folder says which tier it belongs to."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -25,3 +26,12 @@ def clean_environ(monkeypatch):
     for name in os.environ:
         if name.upper().startswith("FLEET_"):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def interruptible():
+    """A test run in the background, or under nohup, has these ignored, and so would what it starts."""
+    handlers = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGHUP)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -345,9 +345,12 @@ def test_a_worker_becomes_the_node_of_its_instance(line, url_key, suffix, mlx, c
         assert process.wait(WITHIN) == 0
 
 
-def test_slots_are_not_set_on_the_command_line(mlx, configured):
+@pytest.mark.parametrize(
+    ("option", "said"), {"-c 9": "limits.concurrency", "-Q mine": "leave out -Q", "-P solo": "leave out -P"}.items()
+)
+def test_what_the_settings_say_is_refused_on_the_command_line(option, said, mlx, configured):
     configured(local={"base_url": mlx.base_url})
-    assert_refused(run(f"{WORKERS[0]} -c 9"), 78, "limits.concurrency")
+    assert_refused(run(f"{WORKERS[0]} {option}"), 78, said)
 
 
 def test_the_configured_host_is_part_of_the_name(mlx, configured):

@@ -24,15 +24,6 @@ PARTS = {"simulator": "the server of smollm2-135m", "chat@demo": "the node chat@
 
 
 @pytest.fixture(autouse=True)
-def interruptible():
-    """A test run in the background, or under nohup, has these ignored, and so would the demo."""
-    handlers = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGHUP)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     """Where it keeps what it needs while it runs."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
