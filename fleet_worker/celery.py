@@ -72,6 +72,8 @@ def transport_options(settings: Settings) -> dict[str, Any]:
         # Without it a task that runs longer than the visibility timeout is run again and again, and a worker whose
         # broker restarts under a running task exits (both measured).
         "ack_emulation": False,
+        # Seconds until a lane that was joined is served: a wait for messages of the old ones has to end first.
+        "polling_interval": 0.25,
         "socket_timeout": 10.0,
         "socket_connect_timeout": 5.0,
         "socket_keepalive": True,

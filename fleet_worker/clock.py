@@ -51,7 +51,7 @@ class Clock:
 
     def content(self) -> float:
         """Content arrived: return the moment. Its reader may take its time with it, up to the deadline."""
-        now = time.monotonic()
+        now = self._watchdog.last_content = time.monotonic()
         self._guard.busy_until = self._deadline
         if not self._flowing:
             self._flowing = True

@@ -39,6 +39,7 @@ from fleet_worker.watchdog import Watchdog
 
 __all__ = ["DEFAULT_URLS", "ChatAnswer", "ChatStream", "Embeddings", "Health", "MLXClient"]
 
+_CANARY = {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0.0}
 DEFAULT_URLS = ("http://127.0.0.1:8000", "http://127.0.0.1:8080")
 
 
@@ -78,6 +79,7 @@ class MLXClient:
             trust_env=False,
         )
         self._watchdog = Watchdog()
+        self.url = base_url
 
     def close(self) -> None:
         self._watchdog.close()
@@ -132,7 +134,17 @@ class MLXClient:
         clock = self._clock(deadline)
         with self._response("POST", "/v1/embeddings", clock, body) as response:
             raise_for_status(response, clock)
-            return _object(_read(response, clock))
+            answer = _object(_read(response, clock))
+        clock.content()
+        return answer
+
+    def canary(self, offering: Offering, *, deadline: float) -> None:
+        """Ask for one token, or one vector; raises a `FleetError` unless the server works."""
+        if "embed" in offering.capabilities:
+            self.embed(["canary"], offering, deadline=deadline)
+            return
+        tokens = 1 + (self._quirks.hides_length or 0)  # mlx-omni-server drops the last one
+        self.chat(ChatParams.model_validate({**_CANARY, "max_tokens": tokens}), offering, deadline=deadline)
 
     def models(self) -> list[str]:
         """Return the ids that `GET /v1/models` reports: a hint (a disk cache, an empty body, or one absolute path)."""
@@ -147,13 +159,19 @@ class MLXClient:
             raise MalformedOutput("the MLX server's list of models is not one")
         return [entry["id"] for entry in listed if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
 
-    def health(self) -> Health:
-        """Ask `/health`; a server without it is ready if it answers at all.
+    @property
+    def last_content(self) -> float:
+        """When this server last delivered anything that was asked for, or 0."""
+        return self._watchdog.last_content
+
+    def health(self, timeout: float | None = None) -> Health:
+        """Ask `/health`; a server without it is ready if it answers at all. Without a timeout `clocks.connect` counts.
 
         Raises:
             InstanceUnavailable: nothing listens there.
+            RequestTimeout: no answer within `timeout` seconds.
         """
-        clock = self._clock(time.monotonic() + self._instance.clocks.connect)
+        clock = self._clock(time.monotonic() + (timeout or self._instance.clocks.connect))
         with self._response("GET", "/health", clock) as response:
             content = _read(response, clock)
         try:

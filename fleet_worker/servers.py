@@ -70,15 +70,18 @@ class Quirks:
     hides_length: int | None = None
     """It says "stop" when it was cut by max_tokens; the number is how many tokens it then falls short."""
     base64_vectors: bool = False
+    lists_models: bool = False
+    """`/v1/models` names all it serves. (mlx_lm.server names what is on the disk.)"""
 
 
 QUIRKS: dict[str, Quirks] = {
     "mlx_lm": Quirks(fields=_MLX_LM, keeps_alive=False),
-    "vllm_mlx": Quirks(fields=_VLLM),
+    "vllm_mlx": Quirks(fields=_VLLM, lists_models=True),
     "mlx_openai": Quirks(
         fields=_COMMON | {"top_k", "min_p", "seed", "tool_choice", "response_format", "chat_template_kwargs"},
         hides_length=0,
         base64_vectors=True,
+        lists_models=True,
     ),
     "omni": Quirks(fields=_COMMON | {"response_format"}, hides_length=1),
     "openai": Quirks(fields=_OPENAI, says_done=False, base64_vectors=True),

@@ -175,6 +175,16 @@ class Router(_Group):
 class Worker(_Group):
     start_timeout: float = Field(60.0, gt=0)
     """Seconds to wait at start for the MLX server to answer."""
+    probe_interval: float = Field(0.5, gt=0, le=60)
+    """Seconds between two looks at the health of the MLX server."""
+    probe_timeout: float = Field(0.5, gt=0, le=60)
+    """Seconds after which an answer counts as late, and the node takes no new work until there is one."""
+    stall_after: float = Field(20.0, gt=0)
+    """Seconds without a token, while work is in progress, after which the node takes no more of it."""
+    canary_interval: float = Field(60.0, ge=1)
+    """Seconds between two requests for one token, by which a server that had failed proves that it works again."""
+    models_interval: float = Field(300.0, ge=1)
+    """Seconds between two looks at the server's list of models."""
     max_pending: int = Field(10_000, ge=1)
     """Reply frames that may wait for the broker; beyond it the tasks, and so the MLX servers, wait."""
 

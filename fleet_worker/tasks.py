@@ -14,29 +14,18 @@ import celery.worker.strategy as celery_strategy
 from celery import Celery
 from celery.exceptions import InvalidTaskError
 
-from fleet_worker.errors import Expired, FleetError, InvalidRequest, ProviderError
+from fleet_worker.errors import Expired, FleetError, InstanceUnavailable, InvalidRequest, ProviderError
 from fleet_worker.frames import ChatResponse, EmbedResponse, Timings
 from fleet_worker.lanes import REPLY_PREFIX, task_name
 from fleet_worker.messages import ChatParams, EmbedParams, FleetRequest
-from fleet_worker.mlx import ChatAnswer, MLXClient
+from fleet_worker.mlx import ChatAnswer
+from fleet_worker.node import Node
 from fleet_worker.offerings import Offering, offering_for
-from fleet_worker.replies import Answer, ReplySender
+from fleet_worker.replies import Answer
 
-__all__ = ["Node", "register_tasks"]
+__all__ = ["register_tasks"]
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Node:
-    """What the tasks of one inference node work with."""
-
-    name: str
-    instance: str
-    offerings: dict[str, Offering]
-    mlx: MLXClient
-    sender: ReplySender
-    max_body_bytes: int
 
 
 def register_tasks(app: Celery, node: Node) -> None:
@@ -141,7 +130,9 @@ def _working(node: Node, envelope: Any, operation: str) -> Iterator[_Work | None
             yield None
             return
         try:
-            yield _accept(node, envelope, operation, answer)
+            work = _accept(node, envelope, operation, answer)
+            with node.working(work.offering.model):
+                yield work
         except FleetError as error:
             answer.fail(error)
             raise error from None
@@ -162,7 +153,7 @@ def _address(envelope: Any) -> tuple[str, int, str]:
 
 
 def _accept(node: Node, envelope: Any, operation: str, answer: Answer) -> _Work:
-    request = FleetRequest.decode(envelope, max_bytes=node.max_body_bytes)
+    request = FleetRequest.decode(envelope, max_bytes=node.settings.max_body_bytes)
     if request.operation != operation:
         raise InvalidRequest(f"a request for {request.operation} came as a task for {operation}")
     if request.provider_instance not in ("any", node.instance):
@@ -171,6 +162,8 @@ def _accept(node: Node, envelope: Any, operation: str, answer: Answer) -> _Work:
     started, queue_wait, remaining = time.monotonic(), request.queue_wait, request.remaining
     if remaining <= 0:
         raise Expired(f"the request waited {queue_wait:.1f} s in its lane, longer than its timeout")
+    if node.state.status == "unavailable":  # taken in the moment before its lanes were left
+        raise InstanceUnavailable(f"the instance is not available: {node.state.reason}")
     answer.deadline = started + remaining
     answer.accept(instance=node.instance, queue_wait=queue_wait)
     return _Work(node, request, offering, answer, queue_wait, started, started + remaining)

@@ -54,6 +54,8 @@ class Watchdog:
         self._guards: set[Guard] = set()
         self._wakes_at = float("inf")
         self._closed = False
+        self.last_content = 0.0
+        """When content last arrived on any of them."""
         self._thread = threading.Thread(target=self._run, name="fleet-watchdog", daemon=True)
         self._thread.start()
 

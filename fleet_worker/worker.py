@@ -14,16 +14,18 @@ from celery.concurrency import get_implementation
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential, wait_random
 
 from fleet_worker.errors import ConfigurationError, FleetError, InstanceUnavailable
-from fleet_worker.lanes import direct_lane, lane, lane_queue, transport_of
+from fleet_worker.intake import Intake
+from fleet_worker.lanes import lane_queue, transport_of
 from fleet_worker.logs import protect_logs
 from fleet_worker.mlx import DEFAULT_URLS, Health, MLXClient
 from fleet_worker.monitoring import BatchedEvents
+from fleet_worker.node import Node, lanes_of
 from fleet_worker.offerings import Offering, offerings_of
 from fleet_worker.replies import ReplySender
 from fleet_worker.settings import Instance, Settings
-from fleet_worker.tasks import Node, register_tasks
+from fleet_worker.tasks import register_tasks
 
-__all__ = ["EXIT_CONFIGURATION", "EXIT_UNAVAILABLE", "lanes_of", "refuse", "select_instance", "serve_with"]
+__all__ = ["EXIT_CONFIGURATION", "EXIT_UNAVAILABLE", "refuse", "select_instance", "serve_with"]
 
 log = logging.getLogger(__name__)
 
@@ -60,23 +62,33 @@ def _begin(app: Celery, settings: Settings, *, worker: Any) -> None:
     try:
         name, instance = select_instance(settings, worker.hostname)
         protect_logs()
-        mlx, offerings, found = _find_models(settings, name, instance)
+        mlx, offerings, server = _find_models(settings, name, instance)
     except ConfigurationError as error:
         refuse(error)
     except FleetError as error:
         refuse(error, EXIT_UNAVAILABLE)
     host = settings.host if "host" in settings.model_fields_set else worker.hostname.partition("@")[2]
     node_name = worker.hostname = f"{name}@{host}"
-    sender = ReplySender(app.connection_for_write, node_name, max_pending=settings.worker.max_pending)
-    node = Node(node_name, name, offerings, mlx, sender, settings.max_body_bytes)
+    transport = transport_of(settings.broker_url)
+    node = Node(
+        settings,
+        name=node_name,
+        instance=name,
+        server=server,
+        mlx=mlx,
+        offerings=offerings,
+        sender=ReplySender(app.connection_for_write, node_name, max_pending=settings.worker.max_pending),
+        intake=Intake(app, transport),
+    )
     register_tasks(app, node)
     # With Python's 5 ms, the thread that takes messages waits too long for its turn among busy slots: a fifth fewer
     # requests a second.
     sys.setswitchinterval(0.001)
+    app.conf.worker_concurrency = node.slots
     lanes = lanes_of(node_name, offerings)
-    app.conf.worker_concurrency = instance.limits.concurrency
-    app.conf.task_queues = [lane_queue(each, transport_of(settings.broker_url)) for each in lanes]
-    _watch_life(worker, node, lanes, found=found, slots=instance.limits.concurrency)
+    app.conf.task_queues = [lane_queue(each, transport) for each in lanes]
+    app.amqp.queues.deselect(lanes)  # joined when the instance has shown that it works
+    _watch_life(worker, node)
 
 
 def refuse(error: FleetError, exit_code: int = EXIT_CONFIGURATION) -> NoReturn:
@@ -109,7 +121,7 @@ def select_instance(settings: Settings, node_name: str) -> tuple[str, Instance]:
 
 
 def _find_models(settings: Settings, name: str, instance: Instance) -> tuple[MLXClient, dict[str, Offering], str]:
-    """Wait for the MLX server, learn what kind it is, and return its client, its offerings, and what was found.
+    """Wait for the MLX server, and return its client, what it offers, and what kind it is.
 
     Raises:
         InstanceUnavailable: it did not become ready within `worker.start_timeout`.
@@ -126,7 +138,7 @@ def _find_models(settings: Settings, name: str, instance: Instance) -> tuple[MLX
             f"instance {name} has nothing to offer: list its models under [instances.{name}.models], "
             "and check fleet.capabilities, usage, and the model lists"
         )
-    return client, offerings, f"{server} server at {url}"
+    return client, offerings, server
 
 
 def _find_server(instance: Instance, timeout: float) -> tuple[str, Health]:
@@ -161,20 +173,12 @@ def _health(instance: Instance, url: str) -> Health | None:
     return health if health.ready else None
 
 
-def lanes_of(node_name: str, offerings: dict[str, Offering]) -> list[str]:
-    """Every lane this node takes work from: one per capability and model, and the one for this node only."""
-    shared = {lane(each, offering.model) for offering in offerings.values() for each in offering.capabilities}
-    return [*sorted(shared), direct_lane(node_name)]
-
-
-def _watch_life(worker: Any, node: Node, lanes: list[str], *, found: str, slots: int) -> None:
+def _watch_life(worker: Any, node: Node) -> None:
     ended = threading.Event()
 
     def ready(sender: Any, **_: Any) -> None:
-        log.info("%s found %s", node.name, found)
-        for each in lanes:
-            log.info("%s serves lane %s", node.name, each)
-        log.info("%s is ready, %d slot%s", node.name, slots, "" if slots == 1 else "s")
+        log.info("%s found a %s server at %s", node.name, node.server, node.mlx.url)
+        node.start()
 
     def stopping(sender: str, **_: Any) -> None:
         if sender == node.name:
@@ -183,6 +187,7 @@ def _watch_life(worker: Any, node: Node, lanes: list[str], *, found: str, slots:
     def stopped(sender: Any, **_: Any) -> None:
         """All tasks have ended by now: their last frames go out, then the connections close."""
         if sender is worker:
+            node.close()
             node.sender.close()
             node.mlx.close()
             ended.set()

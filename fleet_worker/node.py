@@ -1,0 +1,156 @@
+"""An inference node: one instance, what it offers, and the lanes it takes work from while it really can work."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from fleet_worker.errors import FleetError, ModelNotServed
+from fleet_worker.intake import Intake
+from fleet_worker.lanes import direct_lane, lane
+from fleet_worker.mlx import MLXClient
+from fleet_worker.offerings import Offering, offerings_of
+from fleet_worker.readiness import Readiness, State
+from fleet_worker.replies import ReplySender
+from fleet_worker.servers import QUIRKS
+from fleet_worker.settings import Instance, Settings
+from fleet_worker.watch import Watch
+
+__all__ = ["Node", "lanes_of"]
+
+log = logging.getLogger(__name__)
+
+
+class Node:
+    """What the tasks of one node work with, and what follows from how that goes.
+
+    `offerings` are by public name; they are replaced as a whole, never changed in place.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        name: str,
+        instance: str,
+        server: str,
+        mlx: MLXClient,
+        offerings: dict[str, Offering],
+        sender: ReplySender,
+        intake: Intake,
+    ) -> None:
+        self.name = name
+        self.instance = instance
+        self.server = server
+        self.settings = settings
+        self.mlx = mlx
+        self.offerings = offerings
+        self.sender = sender
+        self.state = State("starting")
+        self._intake = intake
+        self._lock = threading.Lock()
+        self._running = 0
+        self._working_since: float | None = None
+        self._readiness = Readiness(stall_after=settings.worker.stall_after)
+        self._watch = Watch(
+            mlx,
+            self._readiness,
+            settings.worker,
+            canary_for=self._canary_for,
+            working_since=lambda: self._working_since,
+            models=self._models_reported,
+            changed=self._follow,
+        )
+        self.on_change: Callable[[], None] = lambda: None
+
+    @property
+    def settings_of_instance(self) -> Instance:
+        return self.settings.instances[self.instance]
+
+    @property
+    def slots(self) -> int:
+        return self.settings_of_instance.limits.concurrency
+
+    @property
+    def running(self) -> int:
+        """Requests that the server is working on."""
+        return self._running
+
+    @property
+    def lanes(self) -> frozenset[str]:
+        """The lanes that it takes work from at the moment."""
+        return self._intake.lanes
+
+    def start(self) -> None:
+        self._watch.start()
+
+    def close(self) -> None:
+        self._watch.close()
+
+    @contextmanager
+    def working(self, model: str) -> Iterator[None]:
+        """The server works on a request for this model; how it ends says something about the server."""
+        self._count(+1)
+        try:
+            yield
+        except FleetError as error:
+            if isinstance(error, ModelNotServed):
+                self._readiness.lacks(model)
+            else:
+                self._readiness.failed(error)
+            self._watch.look_now()
+            raise
+        finally:
+            self._count(-1)
+
+    def _count(self, more: int) -> None:
+        with self._lock:
+            before, self._running = self._running, self._running + more
+            if not before or not self._running:
+                self._working_since = time.monotonic() if self._running else None
+
+    def _canary_for(self) -> Offering | None:
+        """The first one that is there: any other might make a server swap models."""
+        missing = self.state.missing
+        return next((each for name, each in self.offerings.items() if name not in missing), None)
+
+    def _models_reported(self, reported: list[str]) -> None:
+        instance = self.settings_of_instance
+        if not instance.models:
+            if found := offerings_of(instance, self.settings.features, reported):
+                self.offerings = found
+        elif reported and QUIRKS[self.server].lists_models:
+            there = {name for name, each in self.offerings.items() if each.backend in reported}
+            self._readiness.has(frozenset(there))
+            for name in self.offerings.keys() - there:
+                self._readiness.lacks(name)
+        self._follow()
+
+    def _follow(self) -> None:
+        """Called by the watch: make the lanes follow the truth."""
+        before, self.state = self.state, self._readiness.state
+        offered = {name: each for name, each in self.offerings.items() if name not in self.state.missing}
+        wanted = frozenset(lanes_of(self.name, offered)) if self.state.ready and offered else frozenset()
+        left, joined = self._intake.lanes - wanted, wanted - self._intake.lanes
+        if left or joined:
+            self._intake.follow(wanted)
+            self._tell(left, joined)
+        if before != self.state or left or joined:
+            self.on_change()
+
+    def _tell(self, left: frozenset[str], joined: frozenset[str]) -> None:
+        for each in sorted(joined):
+            log.info("%s serves lane %s", self.name, each)
+        for each in sorted(left):
+            log.warning("%s leaves lane %s: %s", self.name, each, self.state.reason or "the model is not there")
+        if joined:
+            log.info("%s is ready, %d slot%s", self.name, self.slots, "" if self.slots == 1 else "s")
+
+
+def lanes_of(node_name: str, offerings: dict[str, Offering]) -> list[str]:
+    """Every lane this node takes work from: one per capability and model, and the one for this node only."""
+    shared = {lane(each, offering.model) for offering in offerings.values() for each in offering.capabilities}
+    return [*sorted(shared), direct_lane(node_name)]

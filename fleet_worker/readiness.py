@@ -1,0 +1,158 @@
+"""Can this instance really work? What was seen decides; what `/health` says is only a part of it.
+
+    starting ────── proof ──────> available <── it answers again ── degraded (late: not an answer for a moment)
+                                   │     ▲                              │
+       refused, not ready, dead,   │     │ proof                        │ no sign of life for GIVE_UP_AFTER
+       or failing without a break  ▼     │                              ▼
+                                  unavailable <──────────────────────────
+
+Proof is a real token, or a canary that worked: servers answer 200 with a dead engine. `degraded` is slow but alive and
+takes no new work; an instance that fell silent in the middle of work is degraded too, and has to prove itself.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Literal
+
+from fleet_worker.errors import (
+    ConfigurationError,
+    FleetError,
+    InstanceUnavailable,
+    ProviderError,
+    RequestTimeout,
+    Unauthorized,
+)
+
+__all__ = ["Readiness", "State", "Status"]
+
+Status = Literal["starting", "available", "degraded", "unavailable"]
+
+GIVE_UP_AFTER = 10.0
+"""Seconds without any sign of life after which a late server counts as dead."""
+FAILURES = 3
+"""Requests in a row that the server failed, none working in between, after which it has to prove itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What an instance is, and why; `missing` are models that its server turned out not to have."""
+
+    status: Status
+    reason: str = ""
+    missing: frozenset[str] = frozenset()
+
+    @property
+    def ready(self) -> bool:
+        return self.status == "available"
+
+
+class Readiness:
+    """Judges one instance. Moments are monotonic seconds; any thread may tell what it saw."""
+
+    def __init__(self, *, stall_after: float) -> None:
+        self._stall_after = stall_after
+        self._lock = threading.Lock()
+        self._unproven: tuple[Status, str] | None = ("starting", "not tried yet")
+        self._late_since: float | None = None
+        self._sign = 0.0
+        self._failures = 0
+        self._missing: frozenset[str] = frozenset()
+
+    # What the tasks saw
+
+    def failed(self, error: FleetError) -> None:
+        """A request ended with this error."""
+        with self._lock:
+            if isinstance(error, InstanceUnavailable):
+                self._doubt("unavailable", error.message)
+            elif _blames_the_server(error):
+                self._failures += 1
+                if self._failures >= FAILURES:
+                    self._doubt("unavailable", f"{self._failures} requests failed in a row, the last: {error.message}")
+
+    def lacks(self, model: str) -> None:
+        """The server says that it does not have this model."""
+        with self._lock:
+            self._missing |= {model}
+
+    # What the watch saw
+
+    def content_at(self, moment: float) -> None:
+        """The server delivered something at that moment: the one real proof."""
+        with self._lock:
+            if moment > self._sign:
+                self._sign = moment
+                self._failures = 0
+                self._unproven = self._late_since = None
+
+    def answered(self, ready: bool) -> None:
+        """`/health` answered."""
+        with self._lock:
+            self._late_since = None
+            if not ready:
+                self._doubt("unavailable", "the MLX server says that it is not ready")
+
+    def late(self, asked: float, now: float) -> None:
+        """`/health` did not answer. No sign of trouble while content arrives."""
+        with self._lock:
+            if self._sign >= asked:
+                return
+            self._late_since = self._late_since or asked
+            if now - self._late_since >= GIVE_UP_AFTER:
+                self._doubt("unavailable", "the MLX server does not answer")
+
+    def refused(self) -> None:
+        """Nothing listens there, or it hangs up."""
+        with self._lock:
+            self._late_since = None
+            self._doubt("unavailable", "the MLX server does not accept connections")
+
+    def working_since(self, moment: float | None, now: float) -> None:
+        """Work has been in progress since that moment (None: there is none), of which the last sign is known."""
+        with self._lock:
+            if moment is not None and now - max(moment, self._sign) > self._stall_after:
+                self._doubt("degraded", f"no token for more than {self._stall_after:g} s while work is in progress")
+
+    def canary_ended(self, error: FleetError | None) -> None:
+        """A canary ended: it worked, or failed with this error."""
+        with self._lock:
+            if error:
+                self._unproven = ("unavailable", f"a canary failed: {error.message}")
+            else:
+                self._failures = 0
+                self._unproven = self._late_since = None
+
+    def has(self, models: frozenset[str]) -> None:
+        """The server has these of the models that it lacked."""
+        with self._lock:
+            self._missing -= models
+
+    # What follows
+
+    @property
+    def needs_canary(self) -> bool:
+        """True if only a canary, or real work, can show whether it works."""
+        return self._unproven is not None and self._late_since is None
+
+    @property
+    def state(self) -> State:
+        with self._lock:
+            if self._unproven:
+                return State(*self._unproven, missing=self._missing)
+            if self._late_since is not None:
+                return State("degraded", "the MLX server answers late", self._missing)
+            return State("available", missing=self._missing)
+
+    def _doubt(self, status: Status, reason: str) -> None:
+        """The first reason stays until it is disproved, except that dead says more than slow."""
+        if self._unproven is None or (self._unproven[0] == "degraded" and status == "unavailable"):
+            self._unproven = (status, reason)
+
+
+def _blames_the_server(error: FleetError) -> bool:
+    """Errors that a healthy server may show once, and only a sick or a wrongly configured one always."""
+    if isinstance(error, RequestTimeout):
+        return error.retryable  # its own clocks, not the caller's deadline
+    return isinstance(error, ProviderError | Unauthorized | ConfigurationError)
