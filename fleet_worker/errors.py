@@ -7,6 +7,7 @@ FleetError
 │   ├── ContextLengthExceeded
 │   └── UnsupportedCapability
 ├── ModelNotServed              this instance does not serve that model
+├── ModelUnavailable            no instance of the fleet offers that model
 ├── PolicyError                 not allowed here
 ├── Unauthorized                the MLX server refused the worker's key
 ├── Cancelled                   the caller gave up
@@ -40,6 +41,7 @@ __all__ = [
     "InvalidRequest",
     "MalformedOutput",
     "ModelNotServed",
+    "ModelUnavailable",
     "Overloaded",
     "PolicyError",
     "ProviderError",
@@ -110,6 +112,12 @@ class ModelNotServed(FleetError):
     """The instance does not serve that model."""
 
     code = "model_not_served"
+
+
+class ModelUnavailable(FleetError):
+    """No instance of the fleet offers that model; `metadata["nearest"]` are names of models that exist."""
+
+    code = "model_unavailable"
 
 
 class PolicyError(FleetError):

@@ -13,10 +13,14 @@ __all__ = [
     "EXCHANGE",
     "Priority",
     "Transport",
+    "ask_exchange",
+    "ask_queue",
     "direct_lane",
     "lane",
     "lane_queue",
     "priority",
+    "registry_exchange",
+    "registry_queue",
     "reply_name",
     "reply_queue",
     "route_to",
@@ -90,6 +94,38 @@ def reply_queue(name: str) -> Queue:
     Redis only a publisher that has declared the queue sets the time to live of its list.
     """
     return Queue(name, Exchange(""), routing_key=name, durable=False, expires=float(name.rpartition(".")[2]))
+
+
+def registry_exchange(transport: Transport) -> Exchange:
+    """Where registry events are published, with the routing key `llm.registry.<event_type>`.
+
+    On Redis a fanout, so PUBLISH: the list of a topic's dead subscriber grows without end (measured).
+    """
+    kind = "fanout" if transport == "redis" else "topic"
+    return Exchange("llm.registry", type=kind, durable=True, delivery_mode="transient")
+
+
+def registry_queue(transport: Transport) -> Queue:
+    """A new subscription to all registry events, which leaves nothing behind when its subscriber dies."""
+    return _subscription("llm.registry.view", registry_exchange(transport), "llm.registry.*", transport)
+
+
+def ask_exchange() -> Exchange:
+    """Where a router asks all registry nodes to say what there is."""
+    return Exchange("llm.registry.ask", type="fanout", durable=True, delivery_mode="transient")
+
+
+def ask_queue(transport: Transport) -> Queue:
+    return _subscription("llm.registry.ask", ask_exchange(), "", transport)
+
+
+def _subscription(name: str, exchange: Exchange, key: str, transport: Transport) -> Queue:
+    """On Redis every subscriber gets everything, whatever its queue is called, but each name stays in a set for ever;
+    so they all have one. On RabbitMQ a queue is one subscriber's own."""
+    if transport == "redis":
+        return Queue(name, exchange, routing_key=key, durable=False)
+    own = f"{name}.{uuid.uuid4().hex[:12]}"
+    return Queue(own, exchange, routing_key=key, durable=False, exclusive=True, auto_delete=True, max_length=10_000)
 
 
 def priority(level: Priority, transport: Transport) -> int:

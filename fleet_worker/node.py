@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
+from fleet_worker import __version__
 from fleet_worker.errors import FleetError, ModelNotServed
 from fleet_worker.intake import Intake
 from fleet_worker.lanes import direct_lane, lane
@@ -15,8 +17,10 @@ from fleet_worker.mlx import MLXClient
 from fleet_worker.offerings import Offering, offerings_of
 from fleet_worker.readiness import Readiness, State
 from fleet_worker.replies import ReplySender
+from fleet_worker.reports import NodeReport, Reporter, reported_model, socket_path
 from fleet_worker.servers import QUIRKS
 from fleet_worker.settings import Instance, Settings
+from fleet_worker.tally import Tally
 from fleet_worker.watch import Watch
 
 __all__ = ["Node", "lanes_of"]
@@ -64,7 +68,9 @@ class Node:
             models=self._models_reported,
             changed=self._follow,
         )
-        self.on_change: Callable[[], None] = lambda: None
+        self._reporter = Reporter(socket_path(settings.state_dir, name.partition("@")[2]), self._report)
+        self.tally = Tally()
+        self._tokens = (time.monotonic(), 0)
 
     @property
     def settings_of_instance(self) -> Instance:
@@ -85,10 +91,25 @@ class Node:
         return self._intake.lanes
 
     def start(self) -> None:
+        log.info("%s found a %s server at %s", self.name, self.server, self.mlx.url)
         self._watch.start()
+        self._reporter.start()
 
-    def close(self) -> None:
+    def drain(self) -> None:
+        """Take no more work; what is running goes on."""
+        self._readiness.drain()
+        self._follow()
+
+    def wait_until_idle(self) -> None:
+        """Return when no request is in progress; each ends by its deadline."""
+        self.sender.wait_until_idle()
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Let the last frames go out within `timeout` seconds, then close the connections."""
         self._watch.close()
+        self._reporter.close()
+        self.sender.close(timeout)
+        self.mlx.close()
 
     @contextmanager
     def working(self, model: str) -> Iterator[None]:
@@ -101,6 +122,7 @@ class Node:
                 self._readiness.lacks(model)
             else:
                 self._readiness.failed(error)
+            self.tally.error(error.code)
             self._watch.look_now()
             raise
         finally:
@@ -139,7 +161,7 @@ class Node:
             self._intake.follow(wanted)
             self._tell(left, joined)
         if before != self.state or left or joined:
-            self.on_change()
+            self._reporter.tell()
 
     def _tell(self, left: frozenset[str], joined: frozenset[str]) -> None:
         for each in sorted(joined):
@@ -148,6 +170,31 @@ class Node:
             log.warning("%s leaves lane %s: %s", self.name, each, self.state.reason or "the model is not there")
         if joined:
             log.info("%s is ready, %d slot%s", self.name, self.slots, "" if self.slots == 1 else "s")
+
+    def _report(self) -> NodeReport:
+        last, state = self.mlx.last_content, self.state
+        return NodeReport(
+            node=self.name,
+            instance=self.instance,
+            pid=os.getpid(),
+            version=__version__,
+            server=self.server,
+            status=state.status,
+            reason=state.reason,
+            slots=self.slots,
+            running=self._running,
+            tokens_per_second=self._tokens_per_second(),
+            last_token_age=round(time.monotonic() - last, 3) if last else None,
+            reply_lag=self.sender.take_lag(),
+            lanes=sorted(self.lanes),
+            models=[reported_model(each, available=name not in state.missing) for name, each in self.offerings.items()],
+            tally=self.tally.report(),
+        )
+
+    def _tokens_per_second(self) -> float:
+        """Since the last report."""
+        (before, tokens), self._tokens = self._tokens, (time.monotonic(), self.tally.tokens)
+        return round((self._tokens[1] - tokens) / max(self._tokens[0] - before, 0.001), 1)
 
 
 def lanes_of(node_name: str, offerings: dict[str, Offering]) -> list[str]:

@@ -58,6 +58,7 @@ class Readiness:
         self._late_since: float | None = None
         self._sign = 0.0
         self._failures = 0
+        self._draining = False
         self._missing: frozenset[str] = frozenset()
 
     # What the tasks saw
@@ -129,6 +130,10 @@ class Readiness:
         with self._lock:
             self._missing -= models
 
+    def drain(self) -> None:
+        """Nothing more is to be taken, whatever the server can do."""
+        self._draining = True
+
     # What follows
 
     @property
@@ -139,6 +144,8 @@ class Readiness:
     @property
     def state(self) -> State:
         with self._lock:
+            if self._draining:
+                return State("unavailable", "the node is ending", self._missing)
             if self._unproven:
                 return State(*self._unproven, missing=self._missing)
             if self._late_since is not None:

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from typing import Any
 from weakref import WeakValueDictionary
 
-from kombu import Connection, Consumer, Producer
+from kombu import Connection, Consumer, Producer, Queue
 from kombu.exceptions import OperationalError
 
 from fleet_worker.errors import BrokerUnavailable, FleetError, InvalidRequest, ReplyLost, ReplyOverflow, RequestTimeout
@@ -115,6 +115,8 @@ class ReplySender:
         self._changed = threading.Condition()
         self._pending: dict[str, list[Frame]] = {}
         self._count = 0
+        self._oldest = 0.0
+        self._lag = 0.0
         self._due = _NEVER
         """When what is pending must leave; when the last publish began; when to show life: monotonic seconds."""
         self._published = self._next_alive = 0.0
@@ -149,6 +151,13 @@ class ReplySender:
                     if not self._answers:
                         self._changed.notify_all()
 
+    def take_lag(self) -> float:
+        """Return the longest time in seconds that a frame has waited for its publish since the last call."""
+        with self._changed:
+            waiting = time.monotonic() - self._oldest if self._count else 0.0
+            lag, self._lag = max(self._lag, waiting), 0.0
+        return round(lag, 4)
+
     def wait_until_idle(self) -> None:
         """Return when no answer is open; each ends by its deadline."""
         with self._changed:
@@ -168,6 +177,8 @@ class ReplySender:
                 if not self._changed.wait(wait_until - time.monotonic()):
                     raise RequestTimeout("the broker took no replies until the deadline")
             self._pending.setdefault(answer.reply_to, []).append(frame)
+            if not self._count:
+                self._oldest = time.monotonic()
             self._count += 1
             answer.appended += 1
             due = self._published + self._gap() if delay is None else time.monotonic() + delay
@@ -197,6 +208,8 @@ class ReplySender:
             self._published, self._due = time.monotonic(), _NEVER
             if self._published >= self._next_alive:
                 self._show_life()
+            if self._count:
+                self._lag = max(self._lag, self._published - self._oldest)
             batch, self._pending, self._count = self._pending, {}, 0
             self._changed.notify_all()
         return batch
@@ -392,10 +405,24 @@ class Mailbox:
 
 
 class ReplyInbox:
-    """One reply queue, one thread and one connection for all requests of a router."""
+    """One reply queue, one thread and one connection for all requests of a router.
 
-    def __init__(self, connect: Callable[[], Connection], name: str, *, max_buffered: int) -> None:
+    `also` is a subscription that the same thread listens to: a maker of its queue, and what takes its messages.
+    `listening` is called with a channel each time it has begun to listen.
+    """
+
+    def __init__(
+        self,
+        connect: Callable[[], Connection],
+        name: str,
+        *,
+        max_buffered: int,
+        also: tuple[Callable[[], Queue], Callable[[Any], None]] | None = None,
+        listening: Callable[[Any], None] = lambda channel: None,
+    ) -> None:
         self.name = name
+        self._also = also
+        self._on_listening = listening
         self._connect = connect
         self._queue = reply_queue(name)
         self._max_buffered = max_buffered
@@ -442,13 +469,24 @@ class ReplyInbox:
     def _listen(self, connection: Connection) -> None:
         with connection.channel() as channel:
             consumer = Consumer(channel, [self._queue], on_message=self._receive, auto_declare=True)
-            with consumer:
+            with consumer, self._other(channel):
+                self._drain(connection, 0.01)  # only now kombu's Redis transport subscribes
+                self._on_listening(channel)
                 self._listening.set()
                 while not self._closed.is_set():
-                    with contextlib.suppress(socket.timeout):
-                        connection.drain_events(timeout=1.0)
+                    self._drain(connection, 1.0)
             with contextlib.suppress(Exception):  # it expires anyway
                 self._queue.bind(channel).delete()
+
+    def _drain(self, connection: Connection, timeout: float) -> None:
+        with contextlib.suppress(socket.timeout):
+            connection.drain_events(timeout=timeout)
+
+    def _other(self, channel: Any) -> Any:
+        if self._also is None:
+            return contextlib.nullcontext()
+        new_queue, take = self._also
+        return Consumer(channel, [new_queue()], on_message=take, no_ack=True)
 
     def _receive(self, message: Any) -> None:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import random
 import threading
 import time
 import uuid
@@ -11,6 +12,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, Self, cast
 
+from kombu import Producer
 from kombu.exceptions import OperationalError
 
 from fleet_worker.celery import create_app
@@ -18,19 +20,25 @@ from fleet_worker.errors import BrokerUnavailable, Expired, FleetError, InvalidR
 from fleet_worker.frames import Accepted, ChatResponse, Delta, Deltas, EmbedResponse, Failure, Frame, join
 from fleet_worker.lanes import (
     Priority,
+    ask_exchange,
     direct_lane,
     lane,
     priority,
+    registry_queue,
     reply_name,
     route_to,
     task_name,
     transport_of,
 )
 from fleet_worker.messages import FleetRequest, Operation, validate_params
+from fleet_worker.registry import Registry
 from fleet_worker.replies import Mailbox, ReplyInbox
 from fleet_worker.settings import Settings
 
 __all__ = ["ChatStream", "Router"]
+
+RETRY_AFTER = 0.2
+"""Seconds before a second attempt, at most; twice as much before each further one."""
 
 
 class Router:
@@ -49,6 +57,7 @@ class Router:
         self._settings = settings or Settings()
         self._transport = transport_of(self._settings.broker_url)
         self._app = create_app(self._settings)
+        self._registry = Registry()
         self._inbox: ReplyInbox | None = None
         self._starting = threading.Lock()
 
@@ -71,6 +80,12 @@ class Router:
         if inbox:
             inbox.close()
         self._app.close()
+
+    @property
+    def registry(self) -> Registry:
+        """The live view of the fleet. Connects, and takes up to a second if it has not done so yet."""
+        self._listening()
+        return self._registry.settle()
 
     def chat(self, model: str, messages: list[dict[str, Any]], **options: Any) -> ChatResponse:
         """Return the whole answer."""
@@ -150,10 +165,24 @@ class Router:
             if self._inbox is None:
                 router = self._settings.router
                 name = reply_name(self._settings.host, router.reply_expires)
-                inbox = ReplyInbox(self._app.connection_for_read, name, max_buffered=router.max_buffered)
+                inbox = ReplyInbox(
+                    self._app.connection_for_read,
+                    name,
+                    max_buffered=router.max_buffered,
+                    also=(lambda: registry_queue(self._transport), self._registry.receive),
+                    listening=self._ask_who_is_there,
+                )
                 inbox.start(router.connect_timeout)
                 self._inbox = inbox
             return self._inbox
+
+    def _check_offered(self, request: FleetRequest) -> None:
+        self._registry.check(request.model, request.operation, request.provider_instance)
+
+    def _ask_who_is_there(self, channel: Any) -> None:
+        """Every registry node answers at once, instead of when its next event is due."""
+        self._registry.asked()
+        Producer(channel, ask_exchange()).publish({}, serializer="json", retry=False)
 
     def _publish(self, request: FleetRequest, node: str | None) -> None:
         name = direct_lane(node) if node else lane(request.operation, request.model)
@@ -176,12 +205,18 @@ class Router:
 
 
 class _Call:
-    """One request under way: submitted on entering, read until its last frame, left behind on leaving."""
+    """One request under way: submitted on entering, read until its last frame, left behind on leaving.
+
+    An attempt that failed in a way that another one may not is followed by another one, as long as nothing of the
+    answer was seen.
+    """
 
     def __init__(self, router: Router, request: FleetRequest, node: str | None) -> None:
         self._router = router
         self._request = request
         self._node = node
+        self._deadline = 0.0
+        self._begun = False
         self._accepted = False
         self._mailbox: Mailbox | None = None
         self._error: FleetError | None = None
@@ -189,10 +224,11 @@ class _Call:
     def __enter__(self) -> Self:
         if self._mailbox is None:
             inbox = self._router._listening()
-            deadline = time.monotonic() + self._request.timeout_seconds
-            request = self._request.submitted_to(inbox.name)
-            self._mailbox = inbox.mailbox(request.request_id, request.attempt, deadline=deadline)
-            self._router._publish(request, self._node)
+            if not self._node:
+                self._router._check_offered(self._request)
+            self._deadline = time.monotonic() + self._request.timeout_seconds
+            self._request = self._request.submitted_to(inbox.name)
+            self._submit(inbox)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -214,7 +250,10 @@ class _Call:
                 frame = None if self._error else self._box.get()
             except queue.Empty:
                 frame = None
-            if content := self._content(frame):
+            if (pause := self._pause_before_another(frame)) is not None:
+                time.sleep(pause)
+                self._try_again()
+            elif content := self._content(frame):
                 return content
 
     async def aframe(self) -> Frame:
@@ -223,7 +262,10 @@ class _Call:
                 frame = None if self._error else await self._box.aget()
             except queue.Empty:
                 frame = None
-            if content := self._content(frame):
+            if (pause := self._pause_before_another(frame)) is not None:
+                await asyncio.sleep(pause)
+                await asyncio.to_thread(self._try_again)
+            elif content := self._content(frame):
                 return content
 
     def result(self) -> ChatResponse | EmbedResponse:
@@ -238,6 +280,27 @@ class _Call:
             raise RuntimeError("the request was not submitted: use it in a with block, or iterate it")
         return self._mailbox
 
+    def _submit(self, inbox: ReplyInbox) -> None:
+        self._mailbox = inbox.mailbox(self._request.request_id, self._request.attempt, deadline=self._deadline)
+        self._router._publish(self._request, self._node)
+
+    def _pause_before_another(self, frame: Frame | None) -> float | None:
+        """Return the seconds until the next attempt; None if there is none to be made."""
+        if not isinstance(frame, Failure) or not frame.retryable or self._begun:
+            return None
+        attempt = self._request.attempt
+        pause: float = random.uniform(0.5, 1.0) * RETRY_AFTER * 2 ** (attempt - 1)  # noqa: S311 - it spreads load
+        if attempt >= self._router._settings.router.max_attempts or time.monotonic() + pause >= self._deadline:
+            return None
+        return pause
+
+    def _try_again(self) -> None:
+        """The same request as its next attempt; what an older one still says is not listened to."""
+        self.__exit__()
+        self._accepted = False
+        self._request = self._request.model_copy(update={"attempt": self._request.attempt + 1})
+        self._submit(self._router._listening())
+
     def _content(self, frame: Frame | None) -> Frame | None:
         """Return the frame if it holds anything of the answer. No frame means that time is over."""
         if isinstance(frame, Failure):
@@ -247,7 +310,10 @@ class _Call:
         if self._error:
             raise self._error
         self._accepted = True
-        return None if isinstance(frame, Accepted) else frame
+        if isinstance(frame, Accepted):
+            return None
+        self._begun = True
+        return frame
 
     def _late(self) -> FleetError:
         seconds = self._request.timeout_seconds

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import SplitResult, urlsplit
 
+import platformdirs
 from pydantic import (
     AliasChoices,
     BaseModel,
@@ -158,6 +159,8 @@ class Router(_Group):
     timeout: float = Field(300.0, gt=0)
     """Seconds a request may take in all when the caller does not say."""
     max_timeout: float = Field(3600.0, gt=0, le=3600)
+    max_attempts: int = Field(3, ge=1, le=10)
+    """How often a request is tried, if it failed in a way that another node may not, before any of its answer came."""
     connect_timeout: float = Field(10.0, gt=0)
     """Seconds to wait for the broker when a request is submitted."""
     reply_expires: float = Field(120.0, ge=1)
@@ -181,12 +184,25 @@ class Worker(_Group):
     """Seconds after which an answer counts as late, and the node takes no new work until there is one."""
     stall_after: float = Field(20.0, gt=0)
     """Seconds without a token, while work is in progress, after which the node takes no more of it."""
+    canary: bool = True
+    """Prove by a request for one token that the server works, at start and when it had failed."""
     canary_interval: float = Field(60.0, ge=1)
     """Seconds between two requests for one token, by which a server that had failed proves that it works again."""
     models_interval: float = Field(300.0, ge=1)
     """Seconds between two looks at the server's list of models."""
     max_pending: int = Field(10_000, ge=1)
     """Reply frames that may wait for the broker; beyond it the tasks, and so the MLX servers, wait."""
+
+
+class Registry(_Group):
+    """The registry node of a host; intervals are seconds."""
+
+    readiness_interval: float = Field(15.0, gt=0)
+    """Between two events about each instance. A router forgets a host that was silent for three of them."""
+    models_interval: float = Field(60.0, gt=0)
+    """Between two events about each model. What changes is told at once."""
+    metrics_port: int | None = Field(None, ge=0, le=65535)
+    """Serve Prometheus metrics on this port of 127.0.0.1; not at all if not set."""
 
 
 class Settings(BaseSettings):
@@ -198,11 +214,14 @@ class Settings(BaseSettings):
 
     broker_url: str = Field("redis://127.0.0.1:6379/0", repr=False)
     host: str = Field(default_factory=lambda: socket.gethostname().split(".")[0], min_length=1)
+    state_dir: Path = Field(default_factory=lambda: platformdirs.user_state_path("fleet-worker"))
+    """Where the processes of this host find each other; all of them need the same."""
     max_body_bytes: int = Field(8 * 1024 * 1024, ge=1024)
     """Largest request in bytes of JSON, images included."""
     features: Features = {}
     router: Router = Router()
     worker: Worker = Worker()
+    registry: Registry = Registry()
     instances: dict[str, Instance] = {}
 
     def __init__(self, **values: Any) -> None:

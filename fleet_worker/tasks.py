@@ -44,6 +44,7 @@ def register_tasks(app: Celery, node: Node) -> None:
         with _working(node, envelope, "chat") as work:
             if work and isinstance(work.params, ChatParams):
                 answer = node.mlx.chat(work.params, work.offering, deadline=work.deadline)
+                node.tally.generated(answer.usage.completion_tokens or 0)
                 work.respond(answer)
 
     @task
@@ -52,6 +53,7 @@ def register_tasks(app: Celery, node: Node) -> None:
             if work and isinstance(work.params, ChatParams):
                 with node.mlx.stream_chat(work.params, work.offering, deadline=work.deadline) as stream:
                     for deltas in stream:
+                        node.tally.generated(len(deltas))
                         work.answer.put(deltas)
                 work.respond(stream.answer())
 
@@ -114,7 +116,9 @@ class _Work:
     def ending(self) -> dict[str, Any]:
         return {"instance": self.node.instance, "model": self.offering.model}
 
-    def timings(self, **measured: Any) -> Timings:
+    def timings(self, **measured: float | None) -> Timings:
+        named = {"ttft_seconds": measured.get("ttft"), "tokens_per_second": measured.get("tokens_per_second")}
+        self.node.tally.request(self.request.operation, queue_wait_seconds=self.queue_wait, **named)
         return Timings(queue_wait=self.queue_wait, duration=time.monotonic() - self.started, **measured)
 
 

@@ -93,6 +93,8 @@ class Watch:
             self._was_refused = True
         else:
             self._readiness.answered(ready)
+            if ready and not self._settings.canary:
+                self._readiness.canary_ended(None)
             if self._was_refused:  # another server, perhaps, than the one before
                 self._was_refused, self._next_models = False, 0.0
         self._readiness.content_at(self._mlx.last_content)
@@ -110,7 +112,7 @@ class Watch:
     def _canary_is_due(self) -> bool:
         """Never while it works for somebody: that is the better canary."""
         idle = self._working_since() is None
-        return idle and self._readiness.needs_canary and self._next_canary <= time.monotonic()
+        return self._settings.canary and idle and self._readiness.needs_canary and self._next_canary <= time.monotonic()
 
     def _send_canary(self) -> None:
         """One token, to see whether it works. The one at start does not count for how often there may be one."""

@@ -21,6 +21,7 @@ from fleet_worker.mlx import DEFAULT_URLS, Health, MLXClient
 from fleet_worker.monitoring import BatchedEvents
 from fleet_worker.node import Node, lanes_of
 from fleet_worker.offerings import Offering, offerings_of
+from fleet_worker.registry_node import NAME, RegistryNode
 from fleet_worker.replies import ReplySender
 from fleet_worker.settings import Instance, Settings
 from fleet_worker.tasks import register_tasks
@@ -41,7 +42,18 @@ def serve_with(app: Celery, settings: Settings) -> None:
     def begin(sender: str, instance: Any, options: dict[str, Any], **_: Any) -> None:
         if instance.app is app:
             _refuse_options(options)
-            _begin(app, settings, worker=instance)
+            name, _, host = instance.hostname.partition("@")
+            host = settings.host if "host" in settings.model_fields_set else host
+            protect_logs()
+            try:
+                if name == NAME:
+                    _begin_registry(app, settings, host, worker=instance)
+                else:
+                    _begin(app, settings, host, worker=instance)
+            except ConfigurationError as error:
+                refuse(error)
+            except FleetError as error:
+                refuse(error, EXIT_UNAVAILABLE)
 
     signals.celeryd_init.connect(begin, weak=False)
     app.steps["consumer"].add(BatchedEvents)
@@ -57,17 +69,17 @@ def _refuse_options(options: dict[str, Any]) -> None:
         refuse(ConfigurationError("a node works with threads, whatever it waits for is elsewhere: leave out -P"))
 
 
-def _begin(app: Celery, settings: Settings, *, worker: Any) -> None:
-    """Set the worker up before Celery reads its pool, concurrency and queues; exit if it cannot serve."""
-    try:
-        name, instance = select_instance(settings, worker.hostname)
-        protect_logs()
-        mlx, offerings, server = _find_models(settings, name, instance)
-    except ConfigurationError as error:
-        refuse(error)
-    except FleetError as error:
-        refuse(error, EXIT_UNAVAILABLE)
-    host = settings.host if "host" in settings.model_fields_set else worker.hostname.partition("@")[2]
+def _begin_registry(app: Celery, settings: Settings, host: str, *, worker: Any) -> None:
+    opted_in(settings)
+    node = RegistryNode(app, settings, host)
+    worker.hostname = node.name
+    _watch_life(worker, node)
+
+
+def _begin(app: Celery, settings: Settings, host: str, *, worker: Any) -> None:
+    """Set the worker up before Celery reads its pool, concurrency and queues."""
+    name, instance = select_instance(settings, worker.hostname)
+    mlx, offerings, server = _find_models(settings, name, instance)
     node_name = worker.hostname = f"{name}@{host}"
     transport = transport_of(settings.broker_url)
     node = Node(
@@ -97,18 +109,24 @@ def refuse(error: FleetError, exit_code: int = EXIT_CONFIGURATION) -> NoReturn:
     raise SystemExit(exit_code)
 
 
-def select_instance(settings: Settings, node_name: str) -> tuple[str, Instance]:
-    """Return the instance that a worker of this name serves: `local@mini-7` serves `local`.
-
-    Raises:
-        ConfigurationError: no instance has opted in, or the name does not tell which one is meant.
-    """
+def opted_in(settings: Settings) -> dict[str, Instance]:
+    """Return the instances that this host serves; raises `ConfigurationError` if there is none."""
     serving = {name: instance for name, instance in settings.instances.items() if instance.opted_in}
     if not serving:
         raise ConfigurationError(
             "no instance has opted in: set fleet = { enabled = true, respond_to_requests = true } for an instance "
             "in the file that FLEET_CONFIG names"
         )
+    return serving
+
+
+def select_instance(settings: Settings, node_name: str) -> tuple[str, Instance]:
+    """Return the instance that a worker of this name serves: `local@mini-7` serves `local`.
+
+    Raises:
+        ConfigurationError: no instance has opted in, or the name does not tell which one is meant.
+    """
+    serving = opted_in(settings)
     wanted = node_name.partition("@")[0]
     if wanted == "celery" and len(serving) == 1:  # Celery's default name: the worker was started without -n
         wanted = next(iter(serving))
@@ -173,23 +191,21 @@ def _health(instance: Instance, url: str) -> Health | None:
     return health if health.ready else None
 
 
-def _watch_life(worker: Any, node: Node) -> None:
+def _watch_life(worker: Any, node: Node | RegistryNode) -> None:
     ended = threading.Event()
 
     def ready(sender: Any, **_: Any) -> None:
-        log.info("%s found a %s server at %s", node.name, node.server, node.mlx.url)
         node.start()
 
     def stopping(sender: str, **_: Any) -> None:
         if sender == node.name:
+            node.drain()
             threading.Thread(target=_leave_a_silent_broker, args=(node, ended), daemon=True).start()
 
     def stopped(sender: Any, **_: Any) -> None:
-        """All tasks have ended by now: their last frames go out, then the connections close."""
+        """All tasks have ended by now."""
         if sender is worker:
             node.close()
-            node.sender.close()
-            node.mlx.close()
             ended.set()
             log.info("%s ended", node.name)
 
@@ -198,11 +214,11 @@ def _watch_life(worker: Any, node: Node) -> None:
     signals.worker_shutdown.connect(stopped, weak=False)
 
 
-def _leave_a_silent_broker(node: Node, ended: threading.Event) -> None:
+def _leave_a_silent_broker(node: Node | RegistryNode, ended: threading.Event) -> None:
     """Exit when the work is done, even if the broker is frozen: Celery would wait for it without an end."""
-    node.sender.wait_until_idle()
+    node.wait_until_idle()
     if not ended.wait(LEAVE_AFTER):
         log.warning("%s leaves: its work is done, and the broker does not answer", node.name)
-        node.sender.close(timeout=1.0)
+        node.close(timeout=1.0)
         logging.shutdown()
         os._exit(0)

@@ -10,8 +10,14 @@ CHAT, EMBED = "sim-chat", "sim-embed"
 
 
 def work(mlx):
-    """The requests that a simulated server had to work for."""
-    return [request for request in mlx.requests if request.method == "POST"]
+    """The requests that a simulated server had to work for, without the node's own canary."""
+    return [request for request in mlx.requests if request.method == "POST" and not is_canary(request)]
+
+
+def is_canary(request):
+    return request.body.get("input") == ["canary"] or request.body.get("messages") == [
+        {"role": "user", "content": "Hi"}
+    ]
 
 
 @pytest.fixture(scope="session", params=BROKERS)

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from fleet_worker.testing import SimulatedMLX, running_node
+from tests.flow.conftest import work
 
 QUESTION = [{"role": "user", "content": "What is the weather in Paris?"}]
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
@@ -46,7 +47,7 @@ def test_a_tool_call_arrives_whole_and_in_pieces(router, able):
         assert call["function"]["name"] == "weather"
         assert json.loads(call["function"]["arguments"]) == CALL["arguments"]
     assert pieces
-    assert able.requests[-1].body["tools"] == [TOOL]
+    assert work(able)[-1].body["tools"] == [TOOL]
 
 
 def test_the_answer_to_a_tool_call_goes_back(router, able):
@@ -55,14 +56,14 @@ def test_the_answer_to_a_tool_call_goes_back(router, able):
     answer = {"role": "tool", "tool_call_id": "c1", "content": "12 °C"}
     messages = [*QUESTION, {"role": "assistant", "content": None, "tool_calls": [call]}, answer]
     router.chat(model, messages, max_tokens=20, timeout=20)
-    sent = able.requests[-1].body["messages"]
+    sent = work(able)[-1].body["messages"]
     assert sent[1]["tool_calls"] == [call]
     assert sent[2] == answer
 
 
 def test_structured_output_is_asked_for_where_the_server_knows_it(router, able):
     router.chat(able.models[0], QUESTION, response_format=SCHEMA, max_tokens=20, timeout=20)
-    assert able.requests[-1].body.get("response_format") == (None if able.flavour == "mlx_lm" else SCHEMA)
+    assert work(able)[-1].body.get("response_format") == (None if able.flavour == "mlx_lm" else SCHEMA)
 
 
 def test_reasoning_is_kept_apart(router, able):

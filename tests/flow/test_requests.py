@@ -96,7 +96,7 @@ def test_an_image_travels_as_a_data_url(router, mlx):
     picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
     messages = [{"role": "user", "content": [{"type": "text", "text": "What is it?"}, picture]}]
     router.chat(CHAT, messages, max_tokens=2, timeout=20)
-    assert mlx.requests[-1].body["messages"][0]["content"][1]["image_url"]["url"] == "data:image/png;base64,AAAA"
+    assert work(mlx)[-1].body["messages"][0]["content"][1]["image_url"]["url"] == "data:image/png;base64,AAAA"
 
 
 REFUSED = {

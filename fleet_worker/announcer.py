@@ -1,0 +1,107 @@
+"""Publishes what a host has to tell, best effort: nothing waits for it, and nothing fails with it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Iterable
+
+from kombu import Connection, Producer
+
+from fleet_worker.lanes import Transport, registry_exchange
+from fleet_worker.registry_events import Announcement
+
+__all__ = ["Announcer"]
+
+log = logging.getLogger(__name__)
+
+PAUSE = 0.05
+"""Seconds between two rounds: what changes in the meantime travels together."""
+
+
+class Announcer:
+    """One thread and one connection. `announcements` makes the messages for the kinds that were asked for, at the
+    moment at which they leave; a round that the broker does not take is given up, since the next one says it all.
+    """
+
+    def __init__(
+        self,
+        connect: Callable[[], Connection],
+        transport: Transport,
+        announcements: Callable[[frozenset[str]], Iterable[tuple[str, Announcement]]],
+    ) -> None:
+        self._connect = connect
+        self._exchange = registry_exchange(transport)
+        self._announcements = announcements
+        self._connection: Connection | None = None
+        self._producer: Producer | None = None
+        self._wanted: frozenset[str] = frozenset()
+        self._changed = threading.Condition()
+        self._closed = False
+        self.failures = 0
+        """Rounds that were given up, in all."""
+        self._failing = False
+        self._thread = threading.Thread(target=self._run, name="fleet-announcer", daemon=True)
+        self._thread.start()
+
+    def announce(self, *kinds: str) -> None:
+        """Publish soon what there is to say of these kinds."""
+        with self._changed:
+            self._wanted |= frozenset(kinds)
+            self._changed.notify()
+
+    def close(self, timeout: float = 2.0) -> None:
+        """Publish what is still wanted and end, within `timeout` seconds."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join(timeout)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._wanted or self._closed)
+                kinds, self._wanted = self._wanted, frozenset()
+            if not kinds:
+                break
+            self._round(kinds)
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed, PAUSE)
+        self._drop()
+
+    def _round(self, kinds: frozenset[str]) -> None:
+        try:
+            for event_type, announcement in self._announcements(kinds):
+                self._publish(event_type, announcement)
+        except Exception as error:  # whatever it is, no request has to suffer from it
+            self.failures += 1
+            if not self._failing:
+                log.warning("registry events cannot be published (%s), and are left out", type(error).__name__)
+            self._failing = True
+            self._drop()
+        else:
+            if self._failing:
+                log.warning("registry events are published again")
+            self._failing = False
+
+    def _publish(self, event_type: str, announcement: Announcement) -> None:
+        if self._producer is None:
+            self._connection = self._connect()
+            self._producer = Producer(self._connection.channel(), self._exchange)
+        self._producer.publish(
+            announcement.encode(),
+            routing_key=f"llm.registry.{event_type}",
+            content_type="application/json",
+            content_encoding="utf-8",
+            type="llm.registry.event",
+            app_id="fleet-worker-mlx",
+            delivery_mode=1,
+            retry=False,
+        )
+
+    def _drop(self) -> None:
+        connection, self._connection, self._producer = self._connection, None, None
+        if connection is not None:
+            with contextlib.suppress(Exception):
+                connection.close()

@@ -1,0 +1,60 @@
+"""What a node has measured since it started: histograms and counts, as Prometheus has them, without any content."""
+
+from __future__ import annotations
+
+import bisect
+import threading
+from collections import Counter
+from typing import Any
+
+__all__ = ["BOUNDS", "Tally"]
+
+BOUNDS = {
+    "ttft_seconds": (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 240.0),
+    "queue_wait_seconds": (0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0),
+    "tokens_per_second": (1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 50.0, 75.0, 100.0, 200.0, 500.0),
+}
+"""Upper bounds of the buckets of each histogram; above the last one there is one more."""
+
+
+class Tally:
+    """Counts, from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._buckets = {name: [0] * (len(bounds) + 1) for name, bounds in BOUNDS.items()}
+        self._sums = dict.fromkeys(BOUNDS, 0.0)
+        self._requests: Counter[str] = Counter()
+        self._errors: Counter[str] = Counter()
+        self.tokens = 0
+        """Generated in all."""
+
+    def request(self, operation: str, **measured: float | None) -> None:
+        """A request was answered; `measured` are values of the histograms, None where there is none."""
+        with self._lock:
+            self._requests[operation] += 1
+            for name, value in measured.items():
+                if value is not None:
+                    self._buckets[name][bisect.bisect_left(BOUNDS[name], value)] += 1
+                    self._sums[name] += value
+
+    def generated(self, tokens: int) -> None:
+        with self._lock:
+            self.tokens += tokens
+
+    def error(self, code: str) -> None:
+        with self._lock:
+            self._errors[code] += 1
+
+    def report(self) -> dict[str, Any]:
+        """Return `{tokens, requests: {operation: n}, errors: {code: n}, histograms: {name: {buckets: [n], sum}}}`."""
+        with self._lock:
+            histograms = {
+                name: {"buckets": list(self._buckets[name]), "sum": round(self._sums[name], 6)} for name in BOUNDS
+            }
+            return {
+                "tokens": self.tokens,
+                "requests": dict(self._requests),
+                "errors": dict(self._errors),
+                "histograms": histograms,
+            }
