@@ -17,6 +17,7 @@ from fleet_worker.settings import Settings
 __all__ = ["main"]
 
 EXIT_FAILED = 1
+EXIT_NOT_RUNNING = 3  # as of systemctl
 EXIT_USAGE = 64
 EXIT_UNAVAILABLE = 69
 EXIT_CONFIGURATION = 78
@@ -26,6 +27,7 @@ _EXAMPLES = """\b
 Examples:
   fleet-worker demo                                   the whole thing on this machine
   FLEET_CONFIG=worker.toml fleet-worker worker --instance local
+  FLEET_CONFIG=worker.toml fleet-worker service install
   fleet-worker chat qwen3-14b "Why is the sky blue?"
   git diff | fleet-worker chat qwen3-14b --system "Review this diff." -
   fleet-worker embed all-minilm-l6-v2 "a text" "another"
@@ -69,6 +71,65 @@ def worker(instance: str | None, loglevel: str, celery_options: tuple[str, ...])
     name = f"{instance or 'celery'}@{Settings().host}"
     arguments = ["-A", "fleet_worker", "worker", "-n", name, "--loglevel", loglevel, *celery_options]
     sys.exit(celery.main(arguments, prog_name="celery", standalone_mode=False))
+
+
+@cli.group("service")
+def service_commands() -> None:
+    """Keep `fleet-worker up` running, as a service of this user: of launchd on macOS, of systemd on Linux."""
+
+
+@service_commands.command("install")
+@click.option("--print", "only_print", is_flag=True, help="Print the file that would be written, and do no more.")
+def install_service(only_print: bool) -> None:
+    """Write the service's file and start it; do it again to restart it.
+
+    The file that FLEET_CONFIG names has to say everything: the service gets no other variable of this shell.
+    """
+    from fleet_worker.service import configuration, service_manager
+
+    config, left_out = configuration()
+    manager = service_manager()
+    text = manager.text(config)
+    if left_out:
+        advice = f"say it in {config} instead, and chmod 600 that file"
+        click.echo(f"fleet-worker: the service does not get {', '.join(left_out)}: {advice}", err=True)
+    problem = None if only_print else manager.problem()
+    if only_print or problem:
+        click.echo(text, nl=False)
+        if problem:
+            click.echo(f"fleet-worker: nothing was installed: {problem}", err=True)
+        click.echo(f"fleet-worker: the text above belongs in {manager.file}", err=True)
+        sys.exit(EXIT_UNAVAILABLE if problem else 0)
+    manager.install(text)
+    click.echo("\n".join([f"Installed and started: {manager.file}", *manager.hints]))
+
+
+@service_commands.command("uninstall")
+def uninstall_service() -> None:
+    """End the service, as by SIGTERM, and remove its file."""
+    from fleet_worker.service import service_manager
+
+    manager = service_manager()
+    problem = manager.problem()
+    if problem and manager.file.exists():
+        click.echo(f"fleet-worker: {manager.file} is still there: {problem}", err=True)
+        sys.exit(EXIT_UNAVAILABLE)
+    removed = not problem and manager.uninstall()
+    click.echo(f"Ended and removed: {manager.file}" if removed else "The service is not installed.")
+
+
+@service_commands.command("status")
+def service_status() -> None:
+    """Say whether the service runs: exit code 0 if it does, 3 if not, 69 if that cannot be known."""
+    from fleet_worker.service import service_manager
+
+    manager = service_manager()
+    if problem := manager.problem():
+        click.echo(f"fleet-worker: {problem}", err=True)
+        sys.exit(EXIT_UNAVAILABLE)
+    running, words = manager.status()
+    click.echo(words)
+    sys.exit(0 if running else EXIT_NOT_RUNNING)
 
 
 @cli.command()
