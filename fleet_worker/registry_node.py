@@ -54,7 +54,7 @@ class RegistryNode:
         app.steps["consumer"].add(self._listening_step())
 
     def start(self) -> None:
-        """Begin to beat, in a thread: a beat process of its own would outlive a killed worker, and then there are two."""
+        """Begin to beat, in a thread: a beat process would outlive a killed worker, and soon there would be two."""
         beat = Service(self._app, max_interval=1, scheduler_cls=_QuietScheduler)
         threading.Thread(target=beat.start, name="fleet-beat", daemon=True).start()
         self._announcer.announce(*KINDS)
@@ -187,12 +187,7 @@ class RegistryNode:
             "capacity": capacity,
             "health": health,
             "lane": report.lanes if report else [],
-            "metadata": {
-                "extension": "fleet_worker",
-                "provider": "mlx",
-                "configured": True,
-                "live": report is not None,
-            },
+            "metadata": {"extension": "fleet_worker", "configured": True, "live": report is not None},
         }
 
     def _error(self, report: NodeReport | None, *, missing: bool) -> str:
