@@ -6,8 +6,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from fleet_worker import __version__
 from fleet_worker.errors import FleetError, ModelNotServed
@@ -43,6 +44,7 @@ class Node:
         server: str,
         mlx: MLXClient,
         offerings: dict[str, Offering],
+        reported: Sequence[str],
         sender: ReplySender,
         intake: Intake,
     ) -> None:
@@ -52,6 +54,7 @@ class Node:
         self.settings = settings
         self.mlx = mlx
         self.offerings = offerings
+        self._reported = reported
         self.sender = sender
         self.state = State("starting")
         self._intake = intake
@@ -73,12 +76,12 @@ class Node:
         self._tokens = (time.monotonic(), 0)
 
     @property
-    def settings_of_instance(self) -> Instance:
+    def instance_settings(self) -> Instance:
         return self.settings.instances[self.instance]
 
     @property
     def slots(self) -> int:
-        return self.settings_of_instance.limits.concurrency
+        return self.instance_settings.limits.concurrency
 
     @property
     def running(self) -> int:
@@ -94,6 +97,21 @@ class Node:
         log.info("%s found a %s server at %s", self.name, self.server, self.mlx.url)
         self._watch.start()
         self._reporter.start()
+
+    def reload(self, settings: Settings) -> bool:
+        """Follow new settings of what is offered; False if anything else of it changed, which takes a new process."""
+        instance = settings.instances.get(self.instance)
+        if instance is None or not instance.opted_in:
+            return False
+        if _fixed(settings, instance) != _fixed(self.settings, self.instance_settings):
+            return False
+        offerings = offerings_of(instance, settings.features, self._reported)
+        if not offerings:
+            log.error("%s would have nothing to offer, and keeps what it has", self.name)
+            return True
+        self.settings, self.offerings = settings, offerings
+        self._follow()
+        return True
 
     def drain(self) -> None:
         """Take no more work; what is running goes on."""
@@ -140,7 +158,7 @@ class Node:
         return next((each for name, each in self.offerings.items() if name not in missing), None)
 
     def _models_reported(self, reported: list[str]) -> None:
-        instance = self.settings_of_instance
+        instance, self._reported = self.instance_settings, reported
         if not instance.models:
             if found := offerings_of(instance, self.settings.features, reported):
                 self.offerings = found
@@ -195,6 +213,17 @@ class Node:
         """Since the last report."""
         (before, tokens), self._tokens = self._tokens, (time.monotonic(), self.tally.tokens)
         return round((self._tokens[1] - tokens) / max(self._tokens[0] - before, 0.001), 1)
+
+
+_OFFERED = {"models", "model_whitelist", "model_blacklist", "features"}
+
+
+def _fixed(settings: Settings, instance: Instance) -> dict[str, Any]:
+    """What a running node cannot change."""
+    return {
+        "instance": instance.model_dump(exclude=_OFFERED | {"fleet", "usage"}),
+        "settings": settings.model_dump(exclude={"instances", "features", "router", "registry"}),
+    }
 
 
 def lanes_of(node_name: str, offerings: dict[str, Offering]) -> list[str]:

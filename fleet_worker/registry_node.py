@@ -58,6 +58,17 @@ class RegistryNode:
         beat = Service(self._app, max_interval=1, scheduler_cls=_QuietScheduler)
         threading.Thread(target=beat.start, name="fleet-beat", daemon=True).start()
         self._announcer.announce(*KINDS)
+        log.info("%s is ready, and tells of %s", self.name, ", ".join(self._served()))
+
+    def reload(self, settings: Settings) -> bool:
+        """Tell of the instances that are configured now; False if anything else changed, which takes a new process."""
+        parts = {"broker_url", "host", "state_dir", "registry"}
+        if settings.model_dump(include=parts) != self._settings.model_dump(include=parts):
+            return False
+        self._settings = settings
+        self._models = {name: self._models.get(name) or _configured(settings, name) for name in self._served()}
+        self._announcer.announce(*KINDS)
+        return True
 
     def drain(self) -> None:
         """Nothing to do: it works for nobody."""

@@ -258,6 +258,8 @@ class Settings(BaseSettings):
         for name in instances:
             if not name.replace("-", "").replace("_", "").isalnum():
                 raise ValueError("an instance is named with letters, digits, '-' and '_' only")
+            if name == "registry":
+                raise ValueError("'registry' is the name of the registry node: call the instance otherwise")
         return instances
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from fleet_worker.processes import ChildFailed, ChildProcess, child, python
 from fleet_worker.simulator import SimulatedMLX
 
-__all__ = ["ChildFailed", "ChildProcess", "SimulatedMLX", "embedded_broker", "running_node"]
+__all__ = ["ChildFailed", "ChildProcess", "SimulatedMLX", "embedded_broker", "running_host", "running_node"]
 
 READY_WITHIN = 30.0
 
@@ -40,14 +40,41 @@ def running_node(
     Raises:
         ChildFailed: it did not become ready; the text holds what it printed.
     """
-    with tempfile.TemporaryDirectory(prefix="fleet-node-") as folder:
+    instance_name, _, host = name.partition("@")
+    instances = {instance_name: instance}
+    with running_host(
+        broker_url, instances, host=host, env=env, ready_within=ready_within, registry=False
+    ) as processes:
+        yield processes[instance_name]
+
+
+@contextmanager
+def running_host(
+    broker_url: str,
+    instances: dict[str, dict[str, Any]],
+    *,
+    host: str = "test",
+    registry: bool = True,
+    env: dict[str, str] | None = None,
+    ready_within: float = READY_WITHIN,
+) -> Iterator[dict[str, ChildProcess]]:
+    """A host with a node for each of these instances, and its registry node as "registry"; yields the processes.
+
+    Raises:
+        ChildFailed: one of them did not become ready; the text holds what it printed.
+    """
+    with tempfile.TemporaryDirectory(prefix="fleet-host-") as folder, ExitStack() as stack:
         config = Path(folder, "worker.toml")
-        config.write_text(worker_toml(name.partition("@")[0], instance), "utf-8")
-        environment = {"FLEET_CONFIG": str(config), "FLEET_BROKER_URL": broker_url, **(env or {})}
-        command = python("-m", "celery", "-A", "fleet_worker", "worker", "-n", name, "--loglevel", "INFO")
-        with child(name, command, environment) as process:
+        config.write_text("\n".join(worker_toml(name, values) for name, values in instances.items()), "utf-8")
+        environment = {"FLEET_CONFIG": str(config), "FLEET_BROKER_URL": broker_url, "FLEET_STATE_DIR": folder}
+        processes = {}
+        for name in [*instances, *(["registry"] if registry else [])]:
+            node = f"{name}@{host}"
+            command = python("-m", "celery", "-A", "fleet_worker", "worker", "-n", node, "--loglevel", "INFO")
+            processes[name] = stack.enter_context(child(node, command, {**environment, **(env or {})}))
+        for process in processes.values():
             process.wait_for("is ready", ready_within)
-            yield process
+        yield processes
 
 
 def worker_toml(instance: str, values: dict[str, Any]) -> str:

@@ -1,11 +1,8 @@
-"""The life of an inference node: a Celery worker that serves exactly one instance."""
+"""What a worker process becomes by its name: the inference node of one instance, or the registry node of its host."""
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
-import threading
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -16,11 +13,12 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_e
 from fleet_worker.errors import ConfigurationError, FleetError, InstanceUnavailable
 from fleet_worker.intake import Intake
 from fleet_worker.lanes import lane_queue, transport_of
+from fleet_worker.life import EXIT_CONFIGURATION, Life, opted_in
 from fleet_worker.logs import protect_logs
 from fleet_worker.mlx import DEFAULT_URLS, Health, MLXClient
 from fleet_worker.monitoring import BatchedEvents
 from fleet_worker.node import Node, lanes_of
-from fleet_worker.offerings import Offering, offerings_of
+from fleet_worker.offerings import offerings_of
 from fleet_worker.registry_node import NAME, RegistryNode
 from fleet_worker.replies import ReplySender
 from fleet_worker.settings import Instance, Settings
@@ -28,16 +26,11 @@ from fleet_worker.tasks import register_tasks
 
 __all__ = ["EXIT_CONFIGURATION", "EXIT_UNAVAILABLE", "refuse", "select_instance", "serve_with"]
 
-log = logging.getLogger(__name__)
-
-EXIT_CONFIGURATION = 78  # sysexits.h EX_CONFIG
 EXIT_UNAVAILABLE = 69  # sysexits.h EX_UNAVAILABLE
-LEAVE_AFTER = 15.0
-"""Seconds that Celery gets to say goodbye to the broker once a stopping node has no more work."""
 
 
 def serve_with(app: Celery, settings: Settings) -> None:
-    """Make every worker that is started from `app` an inference node."""
+    """Make every worker that is started from `app` a node."""
 
     def begin(sender: str, instance: Any, options: dict[str, Any], **_: Any) -> None:
         if instance.app is app:
@@ -73,13 +66,20 @@ def _begin_registry(app: Celery, settings: Settings, host: str, *, worker: Any) 
     opted_in(settings)
     node = RegistryNode(app, settings, host)
     worker.hostname = node.name
-    _watch_life(worker, node)
+    Life(worker, node).begin()
 
 
 def _begin(app: Celery, settings: Settings, host: str, *, worker: Any) -> None:
     """Set the worker up before Celery reads its pool, concurrency and queues."""
     name, instance = select_instance(settings, worker.hostname)
-    mlx, offerings, server = _find_models(settings, name, instance)
+    mlx, server, reported = _find_server_of(instance, settings.worker.start_timeout)
+    offerings = offerings_of(instance, settings.features, reported)
+    if not offerings:
+        mlx.close()
+        raise ConfigurationError(
+            f"instance {name} has nothing to offer: list its models under [instances.{name}.models], "
+            "and check fleet.capabilities, usage, and the model lists"
+        )
     node_name = worker.hostname = f"{name}@{host}"
     transport = transport_of(settings.broker_url)
     node = Node(
@@ -89,6 +89,7 @@ def _begin(app: Celery, settings: Settings, host: str, *, worker: Any) -> None:
         server=server,
         mlx=mlx,
         offerings=offerings,
+        reported=reported,
         sender=ReplySender(app.connection_for_write, node_name, max_pending=settings.worker.max_pending),
         intake=Intake(app, transport),
     )
@@ -100,24 +101,13 @@ def _begin(app: Celery, settings: Settings, host: str, *, worker: Any) -> None:
     lanes = lanes_of(node_name, offerings)
     app.conf.task_queues = [lane_queue(each, transport) for each in lanes]
     app.amqp.queues.deselect(lanes)  # joined when the instance has shown that it works
-    _watch_life(worker, node)
+    Life(worker, node).begin()
 
 
 def refuse(error: FleetError, exit_code: int = EXIT_CONFIGURATION) -> NoReturn:
     """End this process with one line that says why."""
     print(f"fleet-worker: {error.message}", file=sys.stderr, flush=True)  # noqa: T201 - logging is not set up yet
     raise SystemExit(exit_code)
-
-
-def opted_in(settings: Settings) -> dict[str, Instance]:
-    """Return the instances that this host serves; raises `ConfigurationError` if there is none."""
-    serving = {name: instance for name, instance in settings.instances.items() if instance.opted_in}
-    if not serving:
-        raise ConfigurationError(
-            "no instance has opted in: set fleet = { enabled = true, respond_to_requests = true } for an instance "
-            "in the file that FLEET_CONFIG names"
-        )
-    return serving
 
 
 def select_instance(settings: Settings, node_name: str) -> tuple[str, Instance]:
@@ -138,25 +128,16 @@ def select_instance(settings: Settings, node_name: str) -> tuple[str, Instance]:
     return wanted, serving[wanted]
 
 
-def _find_models(settings: Settings, name: str, instance: Instance) -> tuple[MLXClient, dict[str, Offering], str]:
-    """Wait for the MLX server, and return its client, what it offers, and what kind it is.
+def _find_server_of(instance: Instance, timeout: float) -> tuple[MLXClient, str, list[str]]:
+    """Wait for the MLX server; return its client, what kind it is, and what it reports if no models are configured.
 
     Raises:
-        InstanceUnavailable: it did not become ready within `worker.start_timeout`.
-        ConfigurationError: it serves nothing that this instance may offer.
+        InstanceUnavailable: it did not become ready within `timeout` seconds.
     """
-    url, health = _find_server(instance, settings.worker.start_timeout)
+    url, health = _find_server(instance, timeout)
     server = health.server if instance.server == "auto" else instance.server
     client = MLXClient(instance, url, server=server)
-    reported = [] if instance.models else client.models()
-    offerings = offerings_of(instance, settings.features, reported)
-    if not offerings:
-        client.close()
-        raise ConfigurationError(
-            f"instance {name} has nothing to offer: list its models under [instances.{name}.models], "
-            "and check fleet.capabilities, usage, and the model lists"
-        )
-    return client, offerings, server
+    return client, server, [] if instance.models else client.models()
 
 
 def _find_server(instance: Instance, timeout: float) -> tuple[str, Health]:
@@ -189,36 +170,3 @@ def _health(instance: Instance, url: str) -> Health | None:
     finally:
         client.close()
     return health if health.ready else None
-
-
-def _watch_life(worker: Any, node: Node | RegistryNode) -> None:
-    ended = threading.Event()
-
-    def ready(sender: Any, **_: Any) -> None:
-        node.start()
-
-    def stopping(sender: str, **_: Any) -> None:
-        if sender == node.name:
-            node.drain()
-            threading.Thread(target=_leave_a_silent_broker, args=(node, ended), daemon=True).start()
-
-    def stopped(sender: Any, **_: Any) -> None:
-        """All tasks have ended by now."""
-        if sender is worker:
-            node.close()
-            ended.set()
-            log.info("%s ended", node.name)
-
-    signals.worker_ready.connect(ready, weak=False)
-    signals.worker_shutting_down.connect(stopping, weak=False)
-    signals.worker_shutdown.connect(stopped, weak=False)
-
-
-def _leave_a_silent_broker(node: Node | RegistryNode, ended: threading.Event) -> None:
-    """Exit when the work is done, even if the broker is frozen: Celery would wait for it without an end."""
-    node.wait_until_idle()
-    if not ended.wait(LEAVE_AFTER):
-        log.warning("%s leaves: its work is done, and the broker does not answer", node.name)
-        node.close(timeout=1.0)
-        logging.shutdown()
-        os._exit(0)

@@ -1,0 +1,115 @@
+"""The life of a worker process after its start: alone of its name, reloaded by SIGHUP, ended warmly."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from celery import signals
+from celery.worker import state as celery_state
+
+from fleet_worker.errors import ConfigurationError
+from fleet_worker.node import Node
+from fleet_worker.registry_node import RegistryNode
+from fleet_worker.settings import Instance, Settings
+
+__all__ = ["EXIT_AGAIN", "EXIT_CONFIGURATION", "Life", "opted_in"]
+
+log = logging.getLogger(__name__)
+
+EXIT_AGAIN = 75  # sysexits.h EX_TEMPFAIL: start me again
+EXIT_CONFIGURATION = 78  # sysexits.h EX_CONFIG
+LEAVE_AFTER = 15.0
+"""Seconds that Celery gets to say goodbye to the broker once a stopping node has no more work."""
+
+
+class Life:
+    """Of one Celery worker, told by Celery's signals."""
+
+    def __init__(self, worker: Any, node: Node | RegistryNode) -> None:
+        self._worker = worker
+        self._node = node
+        self._ended = threading.Event()
+
+    def begin(self) -> None:
+        signals.worker_ready.connect(self._ready, weak=False)
+        signals.worker_shutting_down.connect(self._stopping, weak=False)
+        signals.worker_shutdown.connect(self._stopped, weak=False)
+
+    def _ready(self, **_: Any) -> None:
+        self._node.start()
+        _in_thread(self._leave_if_not_alone)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # Celery's own handler starts the process anew
+            signal.signal(signal.SIGHUP, lambda *_: _in_thread(self._reload))
+
+    def _leave_if_not_alone(self) -> None:
+        """Two nodes of one name would be one to everybody else. Celery only warns, and not here."""
+        name = self._node.name
+        try:
+            answers = self._worker.app.control.ping(destination=[name], limit=2, timeout=2.0)
+        except Exception as error:
+            log.warning("whether there is another %s could not be asked (%s)", name, type(error).__name__)
+        else:
+            if len(answers) > 1:
+                log.critical("another node is named %s: give the instance, or the host, a name of its own", name)
+                self._end(EXIT_CONFIGURATION)
+
+    def _reload(self) -> None:
+        """Follow the configuration, without touching what is running."""
+        name = self._node.name
+        try:
+            settings = Settings()
+            opted_in(settings)
+        except ConfigurationError as error:
+            log.error("%s keeps its old configuration: %s", name, error.message)
+            return
+        if self._node.reload(settings):
+            log.info("%s follows the new configuration", name)
+        else:
+            log.warning("%s ends: its new configuration needs a new process", name)
+            self._end(EXIT_AGAIN)
+
+    def _end(self, exit_code: int) -> None:
+        """As by SIGTERM, but with this exit code: Celery looks at it between two turns of its event loop."""
+        self._stopping(sender=self._node.name)
+        celery_state.should_stop = exit_code
+
+    def _stopping(self, sender: str, **_: Any) -> None:
+        if sender == self._node.name:
+            self._node.drain()
+            _in_thread(self._leave_a_silent_broker)
+
+    def _stopped(self, sender: Any, **_: Any) -> None:
+        """All tasks have ended by now."""
+        if sender is self._worker:
+            self._node.close()
+            self._ended.set()
+            log.info("%s ended", self._node.name)
+
+    def _leave_a_silent_broker(self) -> None:
+        """Exit when the work is done, even if the broker is frozen: Celery would wait for it without an end."""
+        self._node.wait_until_idle()
+        if not self._ended.wait(LEAVE_AFTER):
+            log.warning("%s leaves: its work is done, and the broker does not answer", self._node.name)
+            self._node.close(timeout=1.0)
+            logging.shutdown()
+            os._exit(0)
+
+
+def _in_thread(target: Callable[[], None]) -> None:
+    threading.Thread(target=target, daemon=True).start()
+
+
+def opted_in(settings: Settings) -> dict[str, Instance]:
+    """Return the instances that this host serves; raises `ConfigurationError` if there is none."""
+    serving = {name: instance for name, instance in settings.instances.items() if instance.opted_in}
+    if not serving:
+        raise ConfigurationError(
+            "no instance has opted in: set fleet = { enabled = true, respond_to_requests = true } for an instance "
+            "in the file that FLEET_CONFIG names"
+        )
+    return serving
