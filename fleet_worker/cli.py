@@ -31,6 +31,7 @@ Examples:
   fleet-worker chat qwen3-14b "Why is the sky blue?"
   git diff | fleet-worker chat qwen3-14b --system "Review this diff." -
   fleet-worker embed all-minilm-l6-v2 "a text" "another"
+  FLEET_CONFIG=worker.toml fleet-worker doctor        what may be wrong here, and what to do
 """
 
 
@@ -188,6 +189,21 @@ def embed(model: str, texts: tuple[str, ...], timeout: float | None) -> None:
         click.echo(json.dumps({"input": text, "embedding": vector}, ensure_ascii=False))
 
 
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print every finding as a line of JSON.")
+def doctor(as_json: bool) -> None:
+    """Find out what may be wrong here, and say what to do.
+
+    Looks at the configuration, the broker and its clock, the MLX servers, this machine, and the nodes of the fleet.
+    The exit code is 0 if all is well, 1 after warnings, 2 after errors, 78 if the configuration cannot be used.
+    """
+    from fleet_worker.doctor import examine, exit_code, show
+
+    findings = examine()
+    show(findings, as_json=as_json)
+    sys.exit(exit_code(findings))
+
+
 def _standard_input() -> str:
     try:
         return sys.stdin.buffer.read().decode()
@@ -223,7 +239,7 @@ def _errors_explained() -> Iterator[None]:
 def _hint(error: FleetError) -> str:
     if not isinstance(error, BrokerUnavailable):
         return ""
-    place = Settings().broker_url.partition("://")[2].rpartition("@")[2].partition("/")[0]  # without user and password
+    place = Settings().broker_place
     return f": is a broker running at {place}? (FLEET_BROKER_URL, or broker_url in the file that FLEET_CONFIG names)"
 
 

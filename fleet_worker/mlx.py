@@ -49,6 +49,8 @@ class Health:
 
     ready: bool
     server: str
+    engine: str | None = None
+    """What vllm-mlx calls its engine: a "simple" one has a single slot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,9 +183,10 @@ class MLXClient:
         server = kind_of(response.http_version, response.headers, said)
         if response.status_code == 404:
             return Health(ready=True, server=server)
-        status = said.get("status") if isinstance(said, dict) else None
-        sick = status in ("unhealthy", "unavailable", "loading", "error")
-        return Health(ready=response.is_success and not sick, server=server)
+        known = said if isinstance(said, dict) else {}
+        sick = known.get("status") in ("unhealthy", "unavailable", "loading", "error")
+        engine = known.get("engine_type")
+        return Health(response.is_success and not sick, server, engine if isinstance(engine, str) else None)
 
     def _clock(self, deadline: float) -> Clock:
         return Clock(self._watchdog, self._instance.clocks, deadline)

@@ -7,6 +7,7 @@ Sources, strongest first: arguments of `Settings(...)`, `FLEET_*` environment va
 from __future__ import annotations
 
 import os
+import re
 import socket
 import tomllib
 from pathlib import Path
@@ -35,7 +36,7 @@ from pydantic_settings import (
 
 from fleet_worker.errors import ConfigurationError
 
-__all__ = ["Instance", "Model", "Settings"]
+__all__ = ["Instance", "Model", "Settings", "config_path"]
 
 Capability = Literal["chat", "stream_chat", "embed"]
 Server = Literal["auto", "mlx_lm", "vllm_mlx", "mlx_openai", "omni", "openai"]
@@ -243,6 +244,11 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, env_settings, InitSettingsSource(settings_cls, _config_file())
 
+    @property
+    def broker_place(self) -> str:
+        """Where the broker is, for texts: `broker_url` without scheme, user, password and all that follows the port."""
+        return re.split("[/?#]", self.broker_url.partition("://")[2].rpartition("@")[2])[0]
+
     @field_validator("broker_url")
     @classmethod
     def _known_broker(cls, url: str) -> str:
@@ -272,16 +278,22 @@ def _split(url: str) -> SplitResult:
     return parts
 
 
-def _config_file() -> dict[str, Any]:
+def config_path() -> Path | None:
+    """The configuration file that FLEET_CONFIG names, if it names one."""
     name = os.environ.get("FLEET_CONFIG")
-    if not name:
+    return Path(name).expanduser() if name else None
+
+
+def _config_file() -> dict[str, Any]:
+    path = config_path()
+    if path is None:
         return {}
     try:
-        return tomllib.loads(Path(name).expanduser().read_text("utf-8"))
+        return tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
-        raise ConfigurationError(f"FLEET_CONFIG names {name}, which cannot be read: {error.strerror}") from None
+        raise ConfigurationError(f"FLEET_CONFIG names {path}, which cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"FLEET_CONFIG names {name}, which is not valid TOML: {error}") from None
+        raise ConfigurationError(f"FLEET_CONFIG names {path}, which is not valid TOML: {error}") from None
 
 
 def _explain(error: ValidationError) -> str:

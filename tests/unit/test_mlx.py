@@ -358,7 +358,8 @@ def test_half_a_response_is_waited_for_until_the_deadline(framing):
 def test_a_server_shows_what_kind_it_is(flavour):
     """mlx-omni-server has no /health, and looks like any other FastAPI."""
     with served(flavour, client={"server": "openai"}) as (_, client):
-        assert client.health() == Health(ready=True, server=KINDS[flavour] if flavour != "omni" else "openai")
+        engine = {"vllm_simple": "simple", "vllm_batched": "batched"}.get(flavour)
+        assert client.health() == Health(True, KINDS[flavour] if flavour != "omni" else "openai", engine)
 
 
 def test_a_dead_generation_thread_is_told_by_newer_servers_only():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fleet_worker.errors import ConfigurationError
-from fleet_worker.settings import Instance, Model, Settings
+from fleet_worker.settings import Instance, Model, Settings, config_path
 
 SECRET = "swordfish"
 CONFIG = Path(__file__).parents[2] / "config"
@@ -457,3 +457,24 @@ def test_a_list_of_brokers_is_refused_and_shows_no_password():
     with pytest.raises(ConfigurationError, match="one broker") as caught:
         Settings(broker_url="redis://u:first@h1;redis://u:swordfish@h2")
     assert "swordfish" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "place"),
+    {
+        "redis://broker:6379/0": "broker:6379",
+        "rediss://operator:hush@hush@broker/0?ssl_cert_reqs=none": "broker",
+        "redis://:12/hush@broker:6379": "broker:6379",
+        "amqps://guest:hush@[::1]:5671//": "[::1]:5671",
+        "redis://broker:1?password=hush": "broker:1",
+        "redis:///0": "",
+    }.items(),
+)
+def test_the_place_of_a_broker_shows_no_password(url, place):
+    assert Settings(broker_url=url).broker_place == place
+
+
+def test_the_configuration_file_is_known_by_its_path(monkeypatch):
+    assert config_path() is None
+    monkeypatch.setenv("FLEET_CONFIG", "~/worker.toml")
+    assert config_path() == Path.home() / "worker.toml"
