@@ -48,7 +48,8 @@ class Intake:
 
             def start(self, consumer: Any) -> None:
                 intake._consumer = consumer
-                intake._apply()
+                # Not now: what RabbitMQ delivers before the event loop runs has no callback yet, and is never handled.
+                consumer.call_soon(intake._apply)
 
         return Lanes
 
