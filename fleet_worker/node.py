@@ -110,6 +110,7 @@ class Node:
             log.error("%s would have nothing to offer, and keeps what it has", self.name)
             return True
         self.settings, self.offerings = settings, offerings
+        self._readiness.has(offerings)
         self._follow()
         return True
 
@@ -164,7 +165,7 @@ class Node:
                 self.offerings = found
         elif reported and QUIRKS[self.server].lists_models:
             there = {name for name, each in self.offerings.items() if each.backend in reported}
-            self._readiness.has(frozenset(there))
+            self._readiness.has(there)
             for name in self.offerings.keys() - there:
                 self._readiness.lacks(name)
         self._follow()

@@ -13,6 +13,7 @@ takes no new work; an instance that fell silent in the middle of work is degrade
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -125,10 +126,10 @@ class Readiness:
                 self._failures = 0
                 self._unproven = self._late_since = None
 
-    def has(self, models: frozenset[str]) -> None:
-        """The server has these of the models that it lacked."""
+    def has(self, models: Iterable[str]) -> None:
+        """The server has these models, even if it lacked them before."""
         with self._lock:
-            self._missing -= models
+            self._missing -= frozenset(models)
 
     def drain(self) -> None:
         """Nothing more is to be taken, whatever the server can do."""

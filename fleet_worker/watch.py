@@ -97,6 +97,7 @@ class Watch:
                 self._readiness.canary_ended(None)
             if self._was_refused:  # another server, perhaps, than the one before
                 self._was_refused, self._next_models = False, 0.0
+                self._readiness.has(self._readiness.state.missing)
         self._readiness.content_at(self._mlx.last_content)
         self._readiness.working_since(self._working_since(), time.monotonic())
 

@@ -15,6 +15,7 @@ SLOW_HEALTH = {"kind": "slow_headers", "path": "/health", "seconds": 60, "times"
 QUICK = {
     "FLEET_WORKER__CANARY_INTERVAL": "1",
     "FLEET_WORKER__STALL_AFTER": "1",
+    "FLEET_WORKER__MODELS_INTERVAL": "1",
     "FLEET_REGISTRY__READINESS_INTERVAL": "1",
     "FLEET_REGISTRY__MODELS_INTERVAL": "1",
 }
@@ -49,7 +50,7 @@ def ready(host, servers, router):
         server._plan.clear()
         if not server._thread.is_alive():
             server.restart()
-    wait_until(lambda: len(router.registry.offerings(ready=True)) == 3, 30)
+    wait_until(lambda: len(router.registry.offerings(ready=True)) == 3, 20)
 
 
 def wait_until(true, seconds=10.0):
