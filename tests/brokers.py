@@ -67,6 +67,13 @@ class Valkey:
         with redis.Redis.from_url(self.url) as client:
             return [key for key in client.scan_iter("llm.fleet.reply.*") if client.ttl(key) == -1]
 
+    def inventory(self) -> dict[str, int]:
+        """Every key that does not expire by itself, with its size."""
+        with redis.Redis.from_url(self.url) as client:
+            sizes = {b"set": client.scard, b"list": client.llen, b"hash": client.hlen, b"zset": client.zcard}
+            lasting = [key for key in client.scan_iter() if client.ttl(key) == -1]
+            return {key.decode(): sizes.get(client.type(key), client.strlen)(key) for key in lasting}
+
     def signal(self, number: signal.Signals) -> None:
         self._server._process.send_signal(number)
 
@@ -122,6 +129,18 @@ class RabbitMQ:
         queues = json.loads(self._control("list_queues", "name", "arguments", "--formatter", "json", "--silent"))
         replies = [queue for queue in queues if queue["name"].startswith("llm.fleet.reply.")]
         return [queue["name"] for queue in replies if "x-expires" not in str(queue["arguments"])]
+
+    def inventory(self) -> dict[str, int]:
+        """Every queue and exchange, with how many bindings it has."""
+        bindings = json.loads(
+            self._control("list_bindings", "source_name", "destination_name", "--formatter", "json", "--silent")
+        )
+        names = [
+            each["name"]
+            for what in ("list_queues", "list_exchanges")
+            for each in json.loads(self._control(what, "name", "--formatter", "json", "--silent"))
+        ]
+        return {name: sum(name in each.values() for each in bindings) for name in names}
 
     def _control(self, *arguments: str) -> str:
         command = [str(RABBITMQ.with_name("rabbitmqctl")), "-n", self._env["RABBITMQ_NODENAME"], *arguments]

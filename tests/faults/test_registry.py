@@ -1,0 +1,89 @@
+"""Processes of a host killed and frozen: what its routers see, and what is left behind."""
+
+import signal
+import time
+
+import pytest
+
+from fleet_worker import Router, Settings
+from fleet_worker.processes import child, python
+from fleet_worker.testing import SimulatedMLX, running_host
+from tests.flow.test_readiness import HELLO, QUICK, statuses, wait_until
+
+WITHIN = 10.0
+
+
+@pytest.fixture(scope="module")
+def servers():
+    with SimulatedMLX(models=["m"]) as one, SimulatedMLX(models=["m"]) as two:
+        yield {"one": one, "two": two}
+
+
+@pytest.fixture
+def host(broker, servers):
+    instances = {name: {"base_url": server.base_url, "models": {"m": {}}} for name, server in servers.items()}
+    with running_host(broker.url, instances, env=QUICK) as processes:
+        yield processes
+
+
+@pytest.fixture
+def settled(host, router):
+    """A host whose nodes are all available to its router."""
+    wait_until(lambda: statuses(router) == {"one": "available", "two": "available"})
+    return host
+
+
+def test_a_killed_and_a_frozen_node_are_noticed_and_the_other_goes_on(settled, router):
+    one, two = settled["one"], settled["two"]
+    one.signal(signal.SIGKILL)
+    wait_until(lambda: statuses(router)["one"] == "unavailable", 2)
+    assert {router.chat("m", HELLO, max_tokens=1, timeout=20).node for _ in range(5)} == {"two@test"}
+    two.signal(signal.SIGSTOP)
+    wait_until(lambda: statuses(router)["two"] == "unavailable", WITHIN)
+    two.signal(signal.SIGCONT)
+    wait_until(lambda: statuses(router)["two"] == "available", WITHIN)
+
+
+def test_a_host_that_ends_says_so_and_one_that_is_killed_is_forgotten(settled, router):
+    settled["registry"].signal(signal.SIGTERM)
+    wait_until(lambda: set(statuses(router).values()) == {"unavailable"}, WITHIN)
+    assert settled["registry"].wait(WITHIN) == 0
+    wait_until(lambda: statuses(router) == {}, WITHIN)
+    # Without a word of any registry node requests are not refused: their lanes are still served.
+    with Router(Settings(broker_url=router._settings.broker_url)) as fresh:
+        assert fresh.chat("m", HELLO, max_tokens=1, timeout=20).content
+
+
+def test_a_killed_registry_node_leaves_no_beat_and_its_successor_takes_over(settled, router):
+    registry = settled["registry"]
+    registry.signal(signal.SIGKILL)
+    registry.wait(WITHIN)
+    wait_until(lambda: statuses(router) == {}, WITHIN)
+    heard = []
+    router.registry.subscribe(heard.append)
+    time.sleep(2.5)
+    assert not heard
+
+
+def test_events_go_on_after_the_broker_was_restarted(settled, router, broker):
+    broker.stop()
+    time.sleep(1)
+    broker.start()
+    wait_until(lambda: statuses(router) == {}, 30)
+    wait_until(lambda: statuses(router) == {"one": "available", "two": "available"}, 40)
+    assert all(process.ended is False for process in settled.values())
+
+
+def test_killed_routers_leave_nothing_behind(settled, broker, router):
+    """But what expires: twelve routers die while they wait for a reply, and while they listen to the registry."""
+    asking = (
+        "import os; from fleet_worker import Router, Settings;"
+        f"s = Router(Settings(broker_url='{broker.url}', router={{'reply_expires': 2}}))"
+        f".stream_chat('m', {HELLO}, max_tokens=20, timeout=20); next(s); os._exit(0)"
+    )
+    before = broker.inventory()
+    processes = [child(f"router {number}", python("-c", asking)) for number in range(12)]
+    for process in processes:
+        with process as one:
+            assert one.wait(30) == 0
+    wait_until(lambda: broker.inventory() == before, 20)
