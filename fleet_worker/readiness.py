@@ -13,7 +13,8 @@ takes no new work; an instance that fell silent in the middle of work is degrade
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,12 +53,14 @@ class State:
 class Readiness:
     """Judges one instance. Moments are monotonic seconds; any thread may tell what it saw."""
 
-    def __init__(self, *, stall_after: float) -> None:
+    def __init__(self, *, stall_after: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._stall_after = stall_after
+        self._clock = clock
         self._lock = threading.Lock()
         self._unproven: tuple[Status, str] | None = ("starting", "not tried yet")
         self._late_since: float | None = None
         self._sign = 0.0
+        self._blamed_at = 0.0
         self._failures = 0
         self._draining = False
         self._missing: frozenset[str] = frozenset()
@@ -71,6 +74,7 @@ class Readiness:
                 self._doubt("unavailable", error.message)
             elif _blames_the_server(error):
                 self._failures += 1
+                self._blamed_at = self._clock()
                 if self._failures >= FAILURES:
                     self._doubt("unavailable", f"{self._failures} requests failed in a row, the last: {error.message}")
 
@@ -85,9 +89,9 @@ class Readiness:
         """The server delivered something at that moment: the one real proof."""
         with self._lock:
             if moment > self._sign:
-                self._sign = moment
-                self._failures = 0
-                self._unproven = self._late_since = None
+                self._sign, self._late_since = moment, None
+                if moment > self._blamed_at:  # what came before a fault disproves nothing
+                    self._failures, self._unproven = 0, None
 
     def answered(self, ready: bool) -> None:
         """`/health` answered."""
@@ -96,13 +100,13 @@ class Readiness:
             if not ready:
                 self._doubt("unavailable", "the MLX server says that it is not ready")
 
-    def late(self, asked: float, now: float) -> None:
+    def late(self, asked: float) -> None:
         """`/health` did not answer. No sign of trouble while content arrives."""
         with self._lock:
             if self._sign >= asked:
                 return
             self._late_since = self._late_since or asked
-            if now - self._late_since >= GIVE_UP_AFTER:
+            if self._clock() - self._late_since >= GIVE_UP_AFTER:
                 self._doubt("unavailable", "the MLX server does not answer")
 
     def refused(self) -> None:
@@ -111,10 +115,10 @@ class Readiness:
             self._late_since = None
             self._doubt("unavailable", "the MLX server does not accept connections")
 
-    def working_since(self, moment: float | None, now: float) -> None:
+    def working_since(self, moment: float | None) -> None:
         """Work has been in progress since that moment (None: there is none), of which the last sign is known."""
         with self._lock:
-            if moment is not None and now - max(moment, self._sign) > self._stall_after:
+            if moment is not None and self._clock() - max(moment, self._sign) > self._stall_after:
                 self._doubt("degraded", f"no token for more than {self._stall_after:g} s while work is in progress")
 
     def canary_ended(self, error: FleetError | None) -> None:
@@ -157,6 +161,7 @@ class Readiness:
         """The first reason stays until it is disproved, except that dead says more than slow."""
         if self._unproven is None or (self._unproven[0] == "degraded" and status == "unavailable"):
             self._unproven = (status, reason)
+            self._blamed_at = self._clock()
 
 
 def _blames_the_server(error: FleetError) -> bool:

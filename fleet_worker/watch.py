@@ -87,7 +87,7 @@ class Watch:
         try:
             ready = self._healthy()
         except RequestTimeout:
-            self._readiness.late(asked, time.monotonic())
+            self._readiness.late(asked)
         except FleetError:
             self._readiness.refused()
             self._was_refused = True
@@ -99,7 +99,7 @@ class Watch:
                 self._was_refused, self._next_models = False, 0.0
                 self._readiness.has(self._readiness.state.missing)
         self._readiness.content_at(self._mlx.last_content)
-        self._readiness.working_since(self._working_since(), time.monotonic())
+        self._readiness.working_since(self._working_since())
 
     def _healthy(self) -> bool:
         try:
