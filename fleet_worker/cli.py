@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,12 +21,14 @@ EXIT_FAILED = 1
 EXIT_NOT_RUNNING = 3  # as of systemctl
 EXIT_USAGE = 64
 EXIT_UNAVAILABLE = 69
+EXIT_RUNS_ALREADY = 75  # EX_TEMPFAIL: whoever starts us again, launchd or systemd, is right to try later, as after 69
 EXIT_CONFIGURATION = 78
 EXIT_INTERRUPTED = 130
 
 _EXAMPLES = """\b
 Examples:
   fleet-worker demo                                   the whole thing on this machine
+  FLEET_CONFIG=worker.toml fleet-worker up            all nodes of this host
   FLEET_CONFIG=worker.toml fleet-worker worker --instance local
   FLEET_CONFIG=worker.toml fleet-worker service install
   fleet-worker chat qwen3-14b "Why is the sky blue?"
@@ -131,6 +134,37 @@ def service_status() -> None:
     running, words = manager.status()
     click.echo(words)
     sys.exit(0 if running else EXIT_NOT_RUNNING)
+
+
+@cli.command()
+def up() -> None:
+    """Run a node for every instance of this host that has opted in, and keep them running.
+
+    SIGTERM and Ctrl-C let running requests end, a second one does not. SIGHUP reads the configuration again.
+    """
+    from fleet_worker.locks import Held
+    from fleet_worker.up import Up
+
+    settings = Settings()
+    form = "[%(asctime)s: %(levelname)s/up] %(message)s"  # as that of the nodes, whose lines are between ours
+    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format=form)
+    try:
+        sys.exit(Up(settings).run())
+    except Held as error:
+        click.echo(f"fleet-worker: fleet-worker up runs already on this host, pid {error.pid or 'unknown'}", err=True)
+        sys.exit(EXIT_RUNS_ALREADY)
+
+
+@cli.command()
+def reload() -> None:
+    """Have the `fleet-worker up` of this host read its configuration again."""
+    from fleet_worker.up import reload_running
+
+    pid = reload_running(Settings())  # a wrong configuration is said here, and disturbs nobody
+    if not pid:
+        click.echo("fleet-worker: no fleet-worker up runs on this host", err=True)
+        sys.exit(EXIT_UNAVAILABLE)
+    click.echo(f"fleet-worker up, pid {pid}, reads its configuration again; its log says what becomes of it")
 
 
 @cli.command()

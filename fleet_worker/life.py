@@ -15,9 +15,9 @@ from celery.worker import state as celery_state
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.node import Node
 from fleet_worker.registry_node import RegistryNode
-from fleet_worker.settings import Instance, Settings
+from fleet_worker.settings import Settings
 
-__all__ = ["EXIT_AGAIN", "EXIT_CONFIGURATION", "Life", "opted_in"]
+__all__ = ["EXIT_AGAIN", "EXIT_CONFIGURATION", "Life"]
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class Life:
         name = self._node.name
         try:
             settings = Settings()
-            opted_in(settings)
+            settings.serving()
         except ConfigurationError as error:
             log.error("%s keeps its old configuration: %s", name, error.message)
             return
@@ -102,14 +102,3 @@ class Life:
 
 def _in_thread(target: Callable[[], None]) -> None:
     threading.Thread(target=target, daemon=True).start()
-
-
-def opted_in(settings: Settings) -> dict[str, Instance]:
-    """Return the instances that this host serves; raises `ConfigurationError` if there is none."""
-    serving = {name: instance for name, instance in settings.instances.items() if instance.opted_in}
-    if not serving:
-        raise ConfigurationError(
-            "no instance has opted in: set fleet = { enabled = true, respond_to_requests = true } for an instance "
-            "in the file that FLEET_CONFIG names"
-        )
-    return serving

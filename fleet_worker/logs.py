@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import celery.worker.consumer.consumer as celery_consumer
-from celery import signals
+from celery import Celery, signals
 from celery.worker.control import Panel
 from celery.worker.request import Request
 from kombu import Message
 from kombu.exceptions import DecodeError
 
-__all__ = ["protect_logs"]
+__all__ = ["name_lines", "protect_logs"]
 
 _LEAST_LEVELS = {
     "celery.worker.strategy": logging.WARNING,  # "received": one line a task, when it ends, is enough
@@ -41,6 +41,13 @@ def protect_logs() -> None:
     for name, command in Panel.data.items():  # each has an alias
         if command in showing:
             Panel.data[name] = _without_arguments(command)
+
+
+def name_lines(app: Celery, node_name: str) -> None:
+    """Say in every line which node logs it, where Celery says MainProcess: all nodes of a host may share a log."""
+    name = node_name.replace("%", "%%")
+    for setting in ("worker_log_format", "worker_task_log_format"):
+        app.conf[setting] = app.conf[setting].replace("%(processName)s", name)
 
 
 def _quieten(loglevel: int | str | None = None, **_: Any) -> None:

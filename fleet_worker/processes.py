@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import FrameType
 from typing import Any, Self, TypeVar
 
-__all__ = ["ChildFailed", "ChildLost", "ChildProcess", "Children", "Interrupted", "child", "python"]
+__all__ = ["ChildFailed", "ChildLost", "ChildProcess", "Children", "Interrupted", "child", "how_ended", "python"]
 
 KEPT_LINES = 5_000
 
@@ -47,6 +47,11 @@ class Interrupted(BaseException):
 def python(*arguments: str) -> list[str]:
     """The command line of this interpreter with these arguments."""
     return [sys.executable, *arguments]
+
+
+def how_ended(code: int | None) -> str:
+    """Words for an exit code as `subprocess` knows it."""
+    return f"ended with exit code {code}" if code is None or code >= 0 else f"was killed by signal {-code}"
 
 
 class ChildProcess:
@@ -105,8 +110,7 @@ class ChildProcess:
     def obituary(self) -> str:
         """How it ended, and its last words."""
         code = self._process.poll()
-        how = f"ended with exit code {code}" if code is None or code >= 0 else f"was killed by signal {-code}"
-        return f"{self.name} {how}:\n{self._tail().rstrip()}"
+        return f"{self.name} {how_ended(code)}:\n{self._tail().rstrip()}"
 
     def signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):

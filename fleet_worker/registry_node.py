@@ -25,13 +25,12 @@ from fleet_worker.lanes import ask_queue, direct_lane, lane_queue, transport_of
 from fleet_worker.offerings import offerings_of
 from fleet_worker.registry_events import READINESS, Announcement, EventType, RegistryEvent
 from fleet_worker.reports import NodeReport, ReportedModel, Reports, reported_model, socket_path
-from fleet_worker.settings import Settings
+from fleet_worker.settings import REGISTRY, Settings
 
-__all__ = ["NAME", "RegistryNode"]
+__all__ = ["RegistryNode"]
 
 log = logging.getLogger(__name__)
 
-NAME = "registry"
 KINDS = ("readiness", "models")
 _TYPES: dict[str, EventType] = {"available": "offering_available", "degraded": "offering_degraded"}
 
@@ -40,7 +39,7 @@ class RegistryNode:
     """What one host has to tell, and the Celery worker that tells it."""
 
     def __init__(self, app: Celery, settings: Settings, host: str) -> None:
-        self.name = f"{NAME}@{host}"
+        self.name = f"{REGISTRY}@{host}"
         self._settings = settings
         self._host = host
         self._app = app

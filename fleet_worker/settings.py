@@ -36,7 +36,10 @@ from pydantic_settings import (
 
 from fleet_worker.errors import ConfigurationError
 
-__all__ = ["Instance", "Model", "Settings", "config_path"]
+__all__ = ["REGISTRY", "Instance", "Model", "Settings", "config_path"]
+
+REGISTRY = "registry"
+"""What the registry node of every host is called, as in `registry@mini-7`, and so no instance may be."""
 
 Capability = Literal["chat", "stream_chat", "embed"]
 Server = Literal["auto", "mlx_lm", "vllm_mlx", "mlx_openai", "omni", "openai"]
@@ -193,6 +196,13 @@ class Worker(_Group):
     """Seconds between two looks at the server's list of models."""
     max_pending: int = Field(10_000, ge=1)
     """Reply frames that may wait for the broker; beyond it the tasks, and so the MLX servers, wait."""
+    drain_grace: float = Field(30.0, ge=0)
+    """Seconds that running requests have to end when a node is stopped."""
+
+    @property
+    def killed_after(self) -> float:
+        """Seconds after which a stopped node is killed: its requests' grace, and 15 s for its last words."""
+        return self.drain_grace + 15.0
 
 
 class Registry(_Group):
@@ -264,9 +274,24 @@ class Settings(BaseSettings):
         for name in instances:
             if not name.replace("-", "").replace("_", "").isalnum():
                 raise ValueError("an instance is named with letters, digits, '-' and '_' only")
-            if name == "registry":
-                raise ValueError("'registry' is the name of the registry node: call the instance otherwise")
+            if name == REGISTRY:
+                raise ValueError(f"'{REGISTRY}' is the name of the registry node: call the instance otherwise")
         return instances
+
+    @field_validator("state_dir")
+    @classmethod
+    def _from_home(cls, folder: Path) -> Path:
+        return folder.expanduser()
+
+    def serving(self) -> dict[str, Instance]:
+        """Return the instances that this host serves, by name; raises `ConfigurationError` if there is none."""
+        serving = {name: instance for name, instance in self.instances.items() if instance.opted_in}
+        if not serving:
+            raise ConfigurationError(
+                "no instance has opted in: set fleet = { enabled = true, respond_to_requests = true } for an instance "
+                "in the file that FLEET_CONFIG names"
+            )
+        return serving
 
 
 def _split(url: str) -> SplitResult:

@@ -10,18 +10,19 @@ from celery import Celery, signals
 from celery.concurrency import get_implementation
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential, wait_random
 
+from fleet_worker import lifeline
 from fleet_worker.errors import ConfigurationError, FleetError, InstanceUnavailable
 from fleet_worker.intake import Intake
 from fleet_worker.lanes import lane_queue, transport_of
-from fleet_worker.life import EXIT_CONFIGURATION, Life, opted_in
-from fleet_worker.logs import protect_logs
+from fleet_worker.life import EXIT_CONFIGURATION, Life
+from fleet_worker.logs import name_lines, protect_logs
 from fleet_worker.mlx import DEFAULT_URLS, Health, MLXClient
 from fleet_worker.monitoring import BatchedEvents
 from fleet_worker.node import Node, lanes_of
 from fleet_worker.offerings import offerings_of
-from fleet_worker.registry_node import NAME, RegistryNode
+from fleet_worker.registry_node import RegistryNode
 from fleet_worker.replies import ReplySender
-from fleet_worker.settings import Instance, Settings
+from fleet_worker.settings import REGISTRY, Instance, Settings
 from fleet_worker.tasks import register_tasks
 
 __all__ = ["EXIT_CONFIGURATION", "EXIT_UNAVAILABLE", "refuse", "select_instance", "serve_with"]
@@ -39,7 +40,8 @@ def serve_with(app: Celery, settings: Settings) -> None:
             host = settings.host if "host" in settings.model_fields_set else host
             protect_logs()
             try:
-                if name == NAME:
+                lifeline.bind(instance.hostname, grace=settings.worker.killed_after)
+                if name == REGISTRY:
                     _begin_registry(app, settings, host, worker=instance)
                 else:
                     _begin(app, settings, host, worker=instance)
@@ -47,6 +49,7 @@ def serve_with(app: Celery, settings: Settings) -> None:
                 refuse(error)
             except FleetError as error:
                 refuse(error, EXIT_UNAVAILABLE)
+            name_lines(app, instance.hostname)
 
     signals.celeryd_init.connect(begin, weak=False)
     app.steps["consumer"].add(BatchedEvents)
@@ -63,7 +66,7 @@ def _refuse_options(options: dict[str, Any]) -> None:
 
 
 def _begin_registry(app: Celery, settings: Settings, host: str, *, worker: Any) -> None:
-    opted_in(settings)
+    settings.serving()
     node = RegistryNode(app, settings, host)
     worker.hostname = node.name
     Life(worker, node).begin()
@@ -116,7 +119,7 @@ def select_instance(settings: Settings, node_name: str) -> tuple[str, Instance]:
     Raises:
         ConfigurationError: no instance has opted in, or the name does not tell which one is meant.
     """
-    serving = opted_in(settings)
+    serving = settings.serving()
     wanted = node_name.partition("@")[0]
     if wanted == "celery" and len(serving) == 1:  # Celery's default name: the worker was started without -n
         wanted = next(iter(serving))

@@ -11,7 +11,7 @@ from celery.worker.request import Request
 from kombu import Connection, Message
 from kombu.exceptions import DecodeError
 
-from fleet_worker.logs import protect_logs
+from fleet_worker.logs import name_lines, protect_logs
 
 SECRET = "swordfish"
 LOGGERS = ["celery.pool", "httpcore", "httpx", "kombu", "amqp"]
@@ -186,3 +186,12 @@ def test_a_logger_that_was_told_to_say_less_says_less(protected):
     logging.getLogger("kombu").setLevel(logging.ERROR)
     protect_logs()
     assert logging.getLogger("kombu").level == logging.ERROR
+
+
+def test_every_line_names_the_node_that_logs_it():
+    app = Celery("test", set_as_current=False)
+    name_lines(app, "local@mini%7")
+    record = logging.LogRecord("celery.worker", logging.INFO, "worker.py", 1, "hello", None, None)
+    record.task_name = record.task_id = "-"
+    for setting in ("worker_log_format", "worker_task_log_format"):
+        assert "INFO/local@mini%7]" in logging.Formatter(app.conf[setting]).format(record)

@@ -101,6 +101,18 @@ def test_the_file_may_be_named_from_the_home_directory(tmp_path, monkeypatch):
     assert Settings().host == "mini-7"
 
 
+def test_the_state_is_kept_where_the_system_keeps_such_things_or_where_one_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    assert Settings().state_dir.is_relative_to(tmp_path)
+    assert Settings().state_dir.name == "fleet-worker"
+    assert Settings(state_dir="~/here").state_dir == tmp_path / "here"
+
+
+def test_a_stopped_node_has_15_s_more_than_its_requests():
+    assert Settings(worker={"drain_grace": 2}).worker.killed_after == 17
+
+
 def test_settings_do_not_change():
     settings = Settings(instances={"local": {}})
     for group, name, value in [
@@ -164,6 +176,10 @@ def test_no_clock_may_run_for_ever(clock):
 def test_the_gap_is_no_longer_than_the_first_content():
     assert "clocks.gap" in refused(instances={"local": {"clocks": {"gap": 61, "first_content": 60}}})
     assert one(clocks={"gap": 60, "first_content": 60}).clocks.gap == 60
+
+
+def test_the_name_of_the_registry_node_is_taken():
+    assert "'registry' is the name of the registry node" in refused(instances={"registry": {}})
 
 
 @pytest.mark.parametrize("name", ["a b", "a@b", "a.b", "a/b", ""])
@@ -383,6 +399,13 @@ def test_a_model_needs_no_words():
     assert one(models={"m": {}}).models == {"m": Model()}
 
 
+def test_only_what_has_opted_in_is_served():
+    fleet = {"enabled": True, "respond_to_requests": True}
+    assert set(Settings(instances={"local": {"fleet": fleet}, "idle": {}}).serving()) == {"local"}
+    with pytest.raises(ConfigurationError, match="no instance has opted in: set fleet = "):
+        Settings(instances={"idle": {}}).serving()
+
+
 # --- The shipped files
 
 
@@ -419,6 +442,7 @@ def test_the_shipped_worker_has_opted_in_with_two_instances(monkeypatch):
         "local": ("chat", "stream_chat"),
         "embed": ("embed",),
     }
+    assert Settings().serving() == instances
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
