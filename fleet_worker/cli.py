@@ -91,8 +91,8 @@ def install_service(only_print: bool) -> None:
     """
     from fleet_worker.service import configuration, service_manager
 
-    config, left_out = configuration()
-    manager = service_manager()
+    config, left_out, ends_within = configuration()
+    manager = service_manager(ends_within)
     text = manager.text(config)
     if left_out:
         advice = f"say it in {config} instead, and chmod 600 that file"

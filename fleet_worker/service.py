@@ -15,10 +15,9 @@ from typing import Any
 from tenacity import Retrying, retry_if_result, stop_after_delay, wait_fixed
 
 from fleet_worker.errors import ConfigurationError, FleetError
-from fleet_worker.settings import Settings
+from fleet_worker.settings import Settings, Worker
 
 __all__ = [
-    "DRAIN_GRACE",
     "LABEL",
     "UNIT",
     "Launchd",
@@ -31,9 +30,9 @@ __all__ = [
 
 LABEL = "org.fleet-worker.up"
 UNIT = "fleet-worker.service"
-DRAIN_GRACE = 30.0
-"""Seconds that running requests get to end after SIGTERM."""
-LEAVE_WITHIN = 30.0
+ENDS_WITHIN = Worker().killed_after
+"""Seconds in which `fleet-worker up` has ended after SIGTERM, if the configuration says nothing else."""
+LEAVE_WITHIN = 15.0
 """Seconds that the processes may take beyond that, before the manager kills what is left."""
 ANSWER_WITHIN = 30.0
 """Seconds for a manager to answer."""
@@ -43,8 +42,9 @@ OPEN_FILES = 8192
 Ran = subprocess.CompletedProcess[str]
 
 
-def configuration() -> tuple[Path, list[str]]:
-    """Return the absolute path that FLEET_CONFIG names, and the FLEET_* variables that the service will not have.
+def configuration() -> tuple[Path, list[str], float]:
+    """Return the absolute path that FLEET_CONFIG names, the FLEET_* variables that the service will not have, and the
+    seconds that its nodes may take to end.
 
     Raises:
         ConfigurationError: it is not set, or that file alone is no valid configuration.
@@ -52,9 +52,9 @@ def configuration() -> tuple[Path, list[str]]:
     name = os.environ.get("FLEET_CONFIG")
     if not name:
         raise ConfigurationError("FLEET_CONFIG is not set: a service needs a file, as FLEET_CONFIG=worker.toml")
-    _AsTheService()
+    settings = _AsTheService()
     left_out = [each for each in os.environ if each.upper().startswith("FLEET_") and each != "FLEET_CONFIG"]
-    return Path(name).expanduser().absolute(), sorted(left_out)
+    return Path(name).expanduser().absolute(), sorted(left_out), settings.worker.killed_after
 
 
 class _AsTheService(Settings):
@@ -67,7 +67,7 @@ class _AsTheService(Settings):
 
 
 def launchd_plist(
-    config: Path, *, log: Path, interpreter: str = sys.executable, drain_grace: float = DRAIN_GRACE
+    config: Path, *, log: Path, interpreter: str = sys.executable, ends_within: float = ENDS_WITHIN
 ) -> bytes:
     """The property list of the agent; raises `ConfigurationError` for a path that it cannot hold."""
     limits = {"NumberOfFiles": OPEN_FILES}
@@ -78,7 +78,7 @@ def launchd_plist(
         "RunAtLoad": True,
         "KeepAlive": True,
         "ThrottleInterval": 10,
-        "ExitTimeOut": _stop_within(drain_grace),
+        "ExitTimeOut": _stop_within(ends_within),
         # Without it launchd takes the job for one that may wait, and throttles its CPU and disk.
         "ProcessType": "Interactive",
         "SoftResourceLimits": limits,
@@ -114,14 +114,14 @@ WantedBy=default.target
 """
 
 
-def systemd_unit(config: Path, *, interpreter: str = sys.executable, drain_grace: float = DRAIN_GRACE) -> str:
+def systemd_unit(config: Path, *, interpreter: str = sys.executable, ends_within: float = ENDS_WITHIN) -> str:
     """The text of the unit; raises `ConfigurationError` for a path that it cannot hold."""
     if re.search(r"""["'\\]""", interpreter):
         raise ConfigurationError(f"systemd starts no program that has quotes or backslashes in its path: {interpreter}")
     return _UNIT.format(
         variable=_quoted(f"FLEET_CONFIG={_plain(str(config))}"),
         command=" ".join([_quoted(_plain(interpreter)), *UP]),
-        stop_within=_stop_within(drain_grace),
+        stop_within=_stop_within(ends_within),
         open_files=OPEN_FILES,
     )
 
@@ -138,21 +138,22 @@ def _quoted(word: str) -> str:
     return f'"{escaped}"'
 
 
-def _stop_within(drain_grace: float) -> int:
-    return math.ceil(drain_grace + LEAVE_WITHIN)
+def _stop_within(ends_within: float) -> int:
+    return math.ceil(ends_within + LEAVE_WITHIN)
 
 
-def service_manager() -> Launchd | Systemd:
+def service_manager(ends_within: float = ENDS_WITHIN) -> Launchd | Systemd:
     """The one whose command is there; without any, the one of this platform, which can still say what it would do."""
     if shutil.which("launchctl") or (sys.platform == "darwin" and not shutil.which("systemctl")):
-        return Launchd()
-    return Systemd()
+        return Launchd(ends_within)
+    return Systemd(ends_within)
 
 
 class Launchd:
     """An agent of this user. Every method but `text` and `problem` raises `FleetError` with what went wrong."""
 
-    def __init__(self) -> None:
+    def __init__(self, ends_within: float) -> None:
+        self._ends_within = ends_within
         library = Path.home() / "Library"
         self.file = library / "LaunchAgents" / f"{LABEL}.plist"
         self._log = library / "Logs" / "fleet-worker" / "up.log"
@@ -165,7 +166,7 @@ class Launchd:
         ]
 
     def text(self, config: Path) -> str:
-        return launchd_plist(config, log=self._log).decode()
+        return launchd_plist(config, log=self._log, ends_within=self._ends_within).decode()
 
     def problem(self) -> str | None:
         """Why it cannot be used here and now."""
@@ -195,7 +196,7 @@ class Launchd:
         question = ("launchctl", "print", self._agent)
         if _failed(_run(*question)):
             return False
-        within = _stop_within(DRAIN_GRACE) + ANSWER_WITHIN
+        within = _stop_within(self._ends_within) + ANSWER_WITHIN
         _run("launchctl", "bootout", self._agent, within=within)
         if not _failed(_repeat(question, until_it_fails=True, within=within)):
             raise FleetError(f"{LABEL} did not end within {within:g} s")
@@ -225,13 +226,14 @@ class Systemd:
         f"Log: journalctl --user -u {UNIT} -f",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, ends_within: float) -> None:
+        self._ends_within = ends_within
         given = os.environ.get("XDG_CONFIG_HOME", "")
         folder = Path(given) if given.startswith("/") else Path.home() / ".config"  # as systemd reads it
         self.file = folder / "systemd" / "user" / UNIT
 
     def text(self, config: Path) -> str:
-        return systemd_unit(config)
+        return systemd_unit(config, ends_within=self._ends_within)
 
     def problem(self) -> str | None:
         """Why it cannot be used here and now."""
@@ -248,13 +250,14 @@ class Systemd:
         _succeed("systemctl", "--user", "daemon-reload")
         _succeed("systemctl", "--user", "enable", UNIT)
         # Where --now of `enable` would leave a running one as it is.
-        _succeed("systemctl", "--user", "restart", UNIT, within=_stop_within(DRAIN_GRACE) + ANSWER_WITHIN)
+        _succeed("systemctl", "--user", "restart", UNIT, within=_stop_within(self._ends_within) + ANSWER_WITHIN)
 
     def uninstall(self) -> bool:
         """End the unit and remove the file; False if there was none."""
         if not self.file.exists():
             return False
-        _succeed("systemctl", "--user", "disable", "--now", UNIT, within=_stop_within(DRAIN_GRACE) + ANSWER_WITHIN)
+        within = _stop_within(self._ends_within) + ANSWER_WITHIN
+        _succeed("systemctl", "--user", "disable", "--now", UNIT, within=within)
         self.file.unlink(missing_ok=True)
         _succeed("systemctl", "--user", "daemon-reload")
         return True

@@ -139,11 +139,11 @@ def verified(text, folder, **variables):
 # --- both -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("grace", "seconds"), [(0.0, 30), (90.5, 121)])
+@pytest.mark.parametrize(("grace", "seconds"), [(0.0, 15), (90.5, 106)])
 def test_a_longer_drain_is_waited_for(grace, seconds):
-    agent = plistlib.loads(launchd_plist(CONFIG, log=LOG, drain_grace=grace))
+    agent = plistlib.loads(launchd_plist(CONFIG, log=LOG, ends_within=grace))
     assert agent["ExitTimeOut"] == seconds
-    assert unit(drain_grace=grace)["Service"]["TimeoutStopSec"] == str(seconds)
+    assert unit(ends_within=grace)["Service"]["TimeoutStopSec"] == str(seconds)
 
 
 @pytest.mark.parametrize("name", UNUSABLE)
