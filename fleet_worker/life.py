@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import celery.apps.worker as celery_worker
 from celery import signals
 from celery.worker import state as celery_state
 
@@ -34,17 +35,29 @@ class Life:
         self._worker = worker
         self._node = node
         self._ended = threading.Event()
+        self._is_ready = False
+        self._reloads = False
 
     def begin(self) -> None:
         signals.worker_ready.connect(self._ready, weak=False)
         signals.worker_shutting_down.connect(self._stopping, weak=False)
         signals.worker_shutdown.connect(self._stopped, weak=False)
+        celery_worker.install_worker_restart_handler = lambda worker: None  # it would start the process anew
+        signal.signal(signal.SIGHUP, lambda *_: self._hang_up())
 
     def _ready(self, **_: Any) -> None:
         self._node.start()
         _in_thread(self._leave_if_not_alone)
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # Celery's own handler starts the process anew
-            signal.signal(signal.SIGHUP, lambda *_: _in_thread(self._reload))
+        self._is_ready = True
+        if self._reloads:
+            _in_thread(self._reload)
+
+    def _hang_up(self) -> None:
+        """SIGHUP: read the configuration again, now or as soon as there is somebody to follow it."""
+        if self._is_ready:
+            _in_thread(self._reload)
+        else:
+            self._reloads = True
 
     def _leave_if_not_alone(self) -> None:
         """Two nodes of one name would be one to everybody else. Celery only warns, and not here."""

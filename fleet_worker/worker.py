@@ -41,6 +41,8 @@ def serve_with(app: Celery, settings: Settings) -> None:
             protect_logs()
             try:
                 lifeline.bind(instance.hostname, grace=settings.worker.killed_after)
+                if transport_of(settings.broker_url) == "amqp":
+                    _refuse_a_taken_name(app, f"{name}@{host}")
                 if name == REGISTRY:
                     _begin_registry(app, settings, host, worker=instance)
                 else:
@@ -63,6 +65,19 @@ def _refuse_options(options: dict[str, Any]) -> None:
         refuse(ConfigurationError("queues are the lanes of what the instance serves: leave out -Q"))
     if options.get("pool") not in (None, get_implementation("threads")):
         refuse(ConfigurationError("a node works with threads, whatever it waits for is elsewhere: leave out -P"))
+
+
+def _refuse_a_taken_name(app: Celery, node_name: str) -> None:
+    """On RabbitMQ the second of two nodes of one name would end with a traceback: Celery's control queue is exclusive.
+
+    (On Redis nothing stops it, and it notices when it is ready.)
+    """
+    try:
+        taken = app.control.ping(destination=[node_name], limit=1, timeout=0.7)
+    except Exception:  # the broker is away: it is waited for later
+        return
+    if taken:
+        raise ConfigurationError(f"another node is named {node_name}: give the instance, or the host, another name")
 
 
 def _begin_registry(app: Celery, settings: Settings, host: str, *, worker: Any) -> None:

@@ -41,7 +41,7 @@ def flower(broker_url, mlx):
 
 @pytest.fixture
 def router(broker_url):
-    with Router(Settings(broker_url=broker_url)) as router:
+    with Router(Settings(broker_url=broker_url, router={"max_attempts": 1})) as router:
         yield router
 
 

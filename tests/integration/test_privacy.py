@@ -141,6 +141,8 @@ def running_nodes(broker_url, mlx, folder):
             config.write_text(worker_toml(name.partition("@")[0], instance), "utf-8")
             command = python("-m", "celery", "-A", "fleet_worker", "worker", "-n", name, "--loglevel", level)
             environment = {"FLEET_CONFIG": str(config), "FLEET_BROKER_URL": broker_url}
+            # One failure follows the other here: without it a node would have to prove itself once a minute.
+            environment["FLEET_WORKER__CANARY"] = "false"
             nodes.append(stack.enter_context(child(name, command, environment)))
         for node in nodes:
             node.wait_for("is ready", 30)
@@ -149,7 +151,7 @@ def running_nodes(broker_url, mlx, folder):
 
 @pytest.fixture(scope="module")
 def fleet(broker_url, tmp_path_factory):
-    settings = Settings(broker_url=broker_url)
+    settings = Settings(broker_url=broker_url, router={"max_attempts": 1})
     app = create_app(settings)
     with (
         SimulatedMLX(flavour="vllm_batched", models=[CHAT, EMBED], api_key=API_KEY) as mlx,

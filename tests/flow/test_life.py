@@ -1,0 +1,84 @@
+"""One node of a name, and a node that follows its configuration while it works."""
+
+import signal
+
+import pytest
+
+from fleet_worker import Router, Settings
+from fleet_worker.processes import child, python
+from fleet_worker.testing import SimulatedMLX, running_node, worker_toml
+
+HELLO = [{"role": "user", "content": "Hello"}]
+WITHIN = 20.0
+
+
+@pytest.fixture(scope="module")
+def server():
+    with SimulatedMLX(models=["m"], token_interval=0.02, tokens=1000) as server:
+        yield server
+
+
+def started(broker, config):
+    environment = {"FLEET_CONFIG": str(config), "FLEET_BROKER_URL": broker.url, "FLEET_STATE_DIR": str(config.parent)}
+    command = python("-m", "celery", "-A", "fleet_worker", "worker", "-n", "one@test", "--loglevel", "INFO")
+    return child("one@test", command, environment)
+
+
+def test_the_second_node_of_a_name_ends_with_a_clear_error(broker, server, tmp_path):
+    instance = {"base_url": server.base_url, "models": {"m": {}}}
+    config = tmp_path / "worker.toml"
+    config.write_text(worker_toml("one", instance), "utf-8")
+    with running_node(broker.url, "one@test", **instance) as first:
+        with started(broker, config) as second:
+            assert second.wait(WITHIN) == 78
+            assert "another node is named one@test" in second.output
+        assert not first.ended
+        with Router(Settings(broker_url=broker.url)) as router:
+            assert router.chat("m", HELLO, max_tokens=1, timeout=20).node == "one@test"
+
+
+@pytest.fixture
+def reloadable(broker, server, tmp_path):
+    """A node, and how to give it another configuration."""
+    config = tmp_path / "worker.toml"
+
+    def configure(**values):
+        config.write_text(worker_toml("one", {"base_url": server.base_url, **values}), "utf-8")
+
+    configure(models={"m": {}})
+    with started(broker, config) as node:
+        node.wait_for("is ready", WITHIN)
+        yield node, configure
+
+
+def test_a_reload_changes_what_is_offered_and_not_what_is_running(reloadable, router):
+    node, configure = reloadable
+    with router.stream_chat("m", HELLO, max_tokens=100, timeout=30) as stream:
+        next(stream)
+        configure(models={"n": {"backend": "m"}})
+        node.signal(signal.SIGHUP)
+        node.wait_for("serves lane llm.fleet.chat.n", WITHIN)
+        node.wait_for("leaves lane llm.fleet.chat.m", WITHIN)
+        assert len([*stream]) == 99
+    assert router.chat("n", HELLO, max_tokens=1, timeout=20).model == "n"
+
+
+def test_a_wrong_configuration_changes_nothing(reloadable, router):
+    node, configure = reloadable
+    configure(models={"m": {"context_window": -1}})
+    node.signal(signal.SIGHUP)
+    node.wait_for("keeps its old configuration", WITHIN)
+    configure(models={}, model_whitelist=["nothing-like-it"])
+    node.signal(signal.SIGHUP)
+    node.wait_for("would have nothing to offer", WITHIN)
+    assert router.chat("m", HELLO, max_tokens=1, timeout=20).model == "m"
+
+
+def test_what_a_running_node_cannot_change_ends_it_warmly(reloadable, router):
+    node, configure = reloadable
+    with router.stream_chat("m", HELLO, max_tokens=50, timeout=30) as stream:
+        next(stream)
+        configure(models={"m": {}}, limits={"concurrency": 2})
+        node.signal(signal.SIGHUP)
+        assert len([*stream]) == 49
+    assert node.wait(WITHIN) == 75
