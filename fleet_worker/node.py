@@ -141,7 +141,6 @@ class Node:
                 self._readiness.lacks(model)
             else:
                 self._readiness.failed(error)
-            self.tally.error(error.code)
             self._watch.look_now()
             raise
         finally:

@@ -138,11 +138,13 @@ def _working(node: Node, envelope: Any, operation: str) -> Iterator[_Work | None
             with node.working(work.offering.model):
                 yield work
         except FleetError as error:
+            node.tally.error(error.code)
             answer.fail(error)
             raise error from None
         except Exception as error:
             log.error("a task failed: %s at %s", type(error).__name__, _where(error))
             failure = ProviderError(f"the worker failed ({type(error).__name__}): see its log")
+            node.tally.error(failure.code)
             answer.fail(failure)
             raise failure from None
 
