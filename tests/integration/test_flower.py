@@ -9,7 +9,7 @@ import pytest
 from fleet_worker import ContextLengthExceeded, InvalidRequest, Overloaded, Router, Settings
 from fleet_worker.lanes import lane
 from fleet_worker.simulator import Fault
-from fleet_worker.testing import SimulatedMLX, embedded_broker, running_node
+from fleet_worker.testing import SimulatedMLX, embedded_broker, running_host, running_node
 from tests.flower import running_flower
 
 CHAT, EMBED, NODE = "sim-chat", "sim-embed", "sim@test"
@@ -148,3 +148,18 @@ def test_nothing_can_be_changed_through_it(flower):
     for action in (f"worker/shutdown/{NODE}", f"worker/pool/grow/{NODE}", "task/send-task/fleet.chat"):
         assert flower.post(f"/api/{action}") == 403, action
     assert flower.alive() == {NODE}
+
+
+def test_the_registry_node_of_a_host_is_shown_with_its_tasks(flower, broker_url, mlx):
+    beats = {"FLEET_REGISTRY__READINESS_INTERVAL": "0.5", "FLEET_REGISTRY__MODELS_INTERVAL": "0.5"}
+    with running_host(broker_url, {"two": {"base_url": mlx.base_url, "models": {CHAT: {}}}}, env=beats):
+        flower.wait_for_workers("registry@test", "two@test")
+        names = {"registry.publish_readiness", "registry.publish_models"}
+
+        def told():
+            tasks = flower.api("tasks").values()
+            return {task["name"] for task in tasks if task["worker"] == "registry@test" and task["state"] == "SUCCESS"}
+
+        flower.eventually(lambda: told() == names)
+        lanes = {task["args"] for task in flower.api("tasks").values() if task["worker"] == "registry@test"}
+        assert lanes == {"llm.fleet.node.registry@test"}
