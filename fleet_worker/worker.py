@@ -53,7 +53,13 @@ def serve_with(app: Celery, settings: Settings) -> None:
                 refuse(error, EXIT_UNAVAILABLE)
             name_lines(app, instance.hostname)
 
+    def lighten(sender: Any, **_: Any) -> None:
+        """Without what workers tell each other: each would hear every other of the fleet, and start a second later."""
+        if sender.app is app:
+            sender.options.update(without_gossip=True, without_mingle=True)
+
     signals.celeryd_init.connect(begin, weak=False)
+    signals.worker_init.connect(lighten, weak=False)
     app.steps["consumer"].add(BatchedEvents)
 
 
