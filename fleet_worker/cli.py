@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ Examples:
   git diff | fleet-worker chat qwen3-14b --system "Review this diff." -
   fleet-worker embed all-minilm-l6-v2 "a text" "another"
   FLEET_CONFIG=worker.toml fleet-worker doctor        what may be wrong here, and what to do
+  fleet-worker status --watch                         what there is, and what waits
 """
 
 
@@ -236,6 +238,30 @@ def doctor(as_json: bool) -> None:
     findings = examine()
     show(findings, as_json=as_json)
     sys.exit(exit_code(findings))
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object: its keys are instances, models, lanes.")
+@click.option(
+    "--watch",
+    "every",
+    type=click.FloatRange(min=0.1, max=86_400),
+    is_flag=False,
+    flag_value=2.0,
+    metavar="[SECONDS]",
+    help="Go on until Ctrl-C, with a new look every 2 seconds, or as many as you say.",
+)
+def status(as_json: bool, every: float | None) -> None:
+    """Show all instances of the fleet, whether they work, and what waits in which lane.
+
+    The hosts say it themselves: each needs a registry node. A lane in which requests wait that no node takes is
+    marked as NOBODY SERVES THIS. The lanes of single nodes are shown if something waits in them.
+    """
+    from fleet_worker.status import show
+
+    if every is not None and math.isnan(every):
+        raise click.BadParameter("nan is not in the range", param_hint="'--watch'")
+    show(Settings(), as_json=as_json, every=every)
 
 
 def _standard_input() -> str:

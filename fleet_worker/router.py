@@ -18,6 +18,7 @@ from kombu.exceptions import OperationalError
 from fleet_worker.celery import create_app
 from fleet_worker.errors import BrokerUnavailable, Expired, FleetError, InvalidRequest, RequestTimeout
 from fleet_worker.frames import Accepted, ChatResponse, Delta, Deltas, EmbedResponse, Failure, Frame, join
+from fleet_worker.lane_depths import SUBMITTED_AT
 from fleet_worker.lanes import (
     Priority,
     ask_exchange,
@@ -193,6 +194,8 @@ class Router:
                 task_id=request.request_id,
                 **route_to(name, self._transport),
                 priority=priority(request.priority, self._transport),
+                # How long a lane's oldest request waits is told by this, so that nobody has to open it.
+                headers={SUBMITTED_AT: time.time()},
                 # Everybody sees these in events and in Flower: the lane, never the arguments.
                 argsrepr=name,
                 kwargsrepr="",

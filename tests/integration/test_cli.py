@@ -141,11 +141,11 @@ def ended(process):
 def test_help_shows_every_command_and_examples():
     done = run("fleet-worker --help")
     assert done.returncode == 0
-    for word in ("demo", "worker", "chat", "embed", "doctor", "FLEET_CONFIG", "Examples:"):
+    for word in ("demo", "worker", "chat", "embed", "doctor", "status", "FLEET_CONFIG", "Examples:"):
         assert word in done.stdout
 
 
-@pytest.mark.parametrize("name", ["demo", "worker", "chat", "embed", "doctor"])
+@pytest.mark.parametrize("name", ["demo", "worker", "chat", "embed", "doctor", "status"])
 def test_every_command_explains_itself(name):
     done = run(f"fleet-worker {name} --help")
     assert (done.returncode, done.stderr) == (0, "")
