@@ -13,37 +13,24 @@ import itertools
 import json
 import os
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
-from rich.console import Console
-from rich.table import Table
 
 from fleet_worker import Router, Settings
 from fleet_worker.processes import ChildProcess, child, python
 from fleet_worker.sse import EventStream
 from fleet_worker.testing import running_node
+from tests.benchmarks.table import Row, measure
+from tests.benchmarks.usage import cpu_seconds, rss_mb
 
 MESSAGES = [{"role": "user", "content": "Tell me about the sea."}]
 EMBED_INPUT = [f"sentence number {number}" for number in range(16)]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table."""
-
-    scenario: str
-    figure: str
-    target: str
-    measured: float
-    unit: str = ""
 
 
 @dataclass
@@ -58,7 +45,7 @@ class Fleet:
 
     def cpu(self) -> float:
         """CPU seconds used so far by node, broker and router."""
-        return _cpu(self.node.pid) + _cpu(self.broker_pid) + time.process_time()
+        return cpu_seconds(self.node.pid) + cpu_seconds(self.broker_pid) + time.process_time()
 
 
 @contextmanager
@@ -145,7 +132,7 @@ def fast_streams() -> list[Row]:
             counted = sum(len(arrivals) for _, arrivals in results)
             rates.append(counted / seconds)
             shares.append((_messages(it) - messages - streams) / counted)
-            rss = max(rss, _rss(it.node.pid))
+            rss = max(rss, rss_mb(it.node.pid))
     name = "64 streams, no delay, 200 tokens"
     return [
         Row(name, "tokens/s", ">= 35,000", statistics.median(rates)),
@@ -194,9 +181,9 @@ def memory() -> list[Row]:
             it.router.chat("sim-chat", MESSAGES, max_tokens=1, timeout=30)
 
         _in_flight(through, 3000, 16)
-        before, node_before = _rss(os.getpid()), _rss(it.node.pid)
+        before, node_before = rss_mb(os.getpid()), rss_mb(it.node.pid)
         _in_flight(through, 10_000, 16)
-        growth, node_growth = _rss(os.getpid()) - before, _rss(it.node.pid) - node_before
+        growth, node_growth = rss_mb(os.getpid()) - before, rss_mb(it.node.pid) - node_before
     name = "10,000 chats"
     return [Row(name, "router growth", "flat", growth, "MB"), Row(name, "node growth", "", node_growth, "MB")]
 
@@ -276,16 +263,6 @@ def _p(values: list[float], percent: int) -> float:
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
 
 
-def _cpu(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def _rss(pid: int) -> float:
-    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS"))
-    return int(line.split()[1]) / 1024
-
-
 def _messages(it: Fleet) -> int:
     """Messages that went through the broker so far: every one is pushed to a list once."""
     import redis
@@ -299,27 +276,7 @@ def main() -> None:
     parser.add_argument("scenarios", nargs="*", choices=[*SCENARIOS, []], metavar="SCENARIO")
     parser.add_argument("--runs", type=int, default=3)
     options = parser.parse_args()
-    table = Table(
-        "scenario",
-        "figure",
-        "target",
-        "median",
-        "runs",
-        title=f"{os.cpu_count()} cores, {threading.active_count()} thread",
-    )
-    for scenario in options.scenarios or SCENARIOS:
-        runs = [SCENARIOS[scenario]() for _ in range(options.runs)]
-        for rows in zip(*runs, strict=True):
-            values = [row.measured for row in rows]
-            shown = ", ".join(f"{value:,.4g}" for value in values)
-            table.add_row(
-                rows[0].scenario,
-                rows[0].figure,
-                rows[0].target,
-                f"{statistics.median(values):,.4g} {rows[0].unit}",
-                shown,
-            )
-    Console(width=140).print(table)
+    measure({name: SCENARIOS[name] for name in options.scenarios or SCENARIOS}, options.runs)
 
 
 if __name__ == "__main__":
