@@ -93,7 +93,8 @@ class Offered:
 class Registry:
     """The live view. Safe to use from any thread; it never waits for the broker."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, *, ask: Callable[[], None] = lambda: None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._ask = ask
         self._clock = clock
         self._changed = threading.Condition()  # its lock is reentrant
         self._instances: dict[tuple[str, str], InstanceState] = {}
@@ -150,6 +151,10 @@ class Registry:
             if not self._changed.wait_for(lambda: self.offerings(model, capability=capability, ready=True), timeout):
                 raise self._unavailable(model, f"no ready instance offers the model after {timeout:g} s")
         return self.offerings(model, capability=capability, ready=True)
+
+    def refresh(self) -> None:
+        """Ask all hosts for their figures of this moment, and do not wait for the answers."""
+        self._ask()
 
     # For the router
 

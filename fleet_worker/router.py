@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import random
 import threading
@@ -58,7 +59,7 @@ class Router:
         self._settings = settings or Settings()
         self._transport = transport_of(self._settings.broker_url)
         self._app = create_app(self._settings)
-        self._registry = Registry()
+        self._registry = Registry(ask=self._ask_again)
         self._inbox: ReplyInbox | None = None
         self._starting = threading.Lock()
 
@@ -184,6 +185,12 @@ class Router:
         """Every registry node answers at once, instead of when its next event is due."""
         self._registry.asked()
         Producer(channel, ask_exchange()).publish({}, serializer="json", retry=False)
+
+    def _ask_again(self) -> None:
+        with contextlib.suppress(OperationalError), self._app.producer_pool.acquire(block=True) as producer:
+            producer.publish(
+                {}, exchange=ask_exchange(), declare=[ask_exchange()], routing_key="", serializer="json", retry=False
+            )
 
     def _publish(self, request: FleetRequest, node: str | None) -> None:
         name = direct_lane(node) if node else lane(request.operation, request.model)

@@ -54,20 +54,24 @@ def show(settings: Settings, *, as_json: bool = False, every: float | None = Non
         time.sleep(ALL_WORDS)  # the host that answers last may be the only one that serves a lane
         if every is not None:
             with _watched(console, as_json=as_json) as put:
-                _watch(camera, put, every)
+                _watch(router, camera, put, every)
         elif as_json:
             _put_json(camera.take())
         else:
             console.print(tables(camera.take()))
 
 
-def _watch(camera: Camera, put: Callable[[Snapshot | BrokerUnavailable], None], every: float) -> NoReturn:
+def _watch(
+    router: Router, camera: Camera, put: Callable[[Snapshot | BrokerUnavailable], None], every: float
+) -> NoReturn:
     pause = threading.Event()
     while True:
         try:
             put(camera.take())
         except BrokerUnavailable as error:
             put(error)
+        else:
+            router.registry.refresh()
         pause.wait(every)
 
 

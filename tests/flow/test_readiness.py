@@ -189,3 +189,10 @@ def test_only_the_lanes_of_a_model_that_is_gone_are_left(router, servers):
     wait_until(lambda: not any("first" in lane for lane in lanes(router, "one")))
     assert any("both" in lane for lane in lanes(router, "one"))
     assert [offered.ready for offered in router.registry.offerings("first")] == [False]
+
+
+def test_the_figures_of_this_moment_can_be_asked_for(router):
+    wait_until(lambda: statuses(router) == {"one": "available", "two": "available"})
+    before = time.monotonic()
+    router.registry.refresh()
+    wait_until(lambda: min(state.heard_at for state in router.registry.instances()) > before, 0.9)
