@@ -92,9 +92,8 @@ class Life:
         celery_state.should_stop = exit_code
 
     def _stopping(self, sender: str, **_: Any) -> None:
-        if sender == self._node.name:
-            self._node.drain()
-            _in_thread(self._leave_a_silent_broker)
+        if sender == self._node.name:  # in a signal handler, where no lock may be waited for
+            _in_thread(self._leave)
 
     def _stopped(self, sender: Any, **_: Any) -> None:
         """All tasks have ended by now."""
@@ -103,8 +102,9 @@ class Life:
             self._ended.set()
             log.info("%s ended", self._node.name)
 
-    def _leave_a_silent_broker(self) -> None:
+    def _leave(self) -> None:
         """Exit when the work is done, even if the broker is frozen: Celery would wait for it without an end."""
+        self._node.drain()
         self._node.wait_until_idle()
         if not self._ended.wait(LEAVE_AFTER):
             log.warning("%s leaves: its work is done, and the broker does not answer", self._node.name)

@@ -59,6 +59,7 @@ class Node:
         self.state = State("starting")
         self._intake = intake
         self._lock = threading.Lock()
+        self._following = threading.Lock()
         self._running = 0
         self._working_since: float | None = None
         self._readiness = Readiness(stall_after=settings.worker.stall_after)
@@ -82,11 +83,6 @@ class Node:
     @property
     def slots(self) -> int:
         return self.instance_settings.limits.concurrency
-
-    @property
-    def running(self) -> int:
-        """Requests that the server is working on."""
-        return self._running
 
     @property
     def lanes(self) -> frozenset[str]:
@@ -170,16 +166,17 @@ class Node:
         self._follow()
 
     def _follow(self) -> None:
-        """Called by the watch: make the lanes follow the truth."""
-        before, self.state = self.state, self._readiness.state
-        offered = {name: each for name, each in self.offerings.items() if name not in self.state.missing}
-        wanted = frozenset(lanes_of(self.name, offered)) if self.state.ready and offered else frozenset()
-        left, joined = self._intake.lanes - wanted, wanted - self._intake.lanes
-        if left or joined:
-            self._intake.follow(wanted)
-            self._tell(left, joined)
-        if before != self.state or left or joined:
-            self._reporter.tell()
+        """Make the lanes follow the truth."""
+        with self._following:
+            before, self.state = self.state, self._readiness.state
+            offered = {name: each for name, each in self.offerings.items() if name not in self.state.missing}
+            wanted = frozenset(lanes_of(self.name, offered)) if self.state.ready and offered else frozenset()
+            left, joined = self.lanes - wanted, wanted - self.lanes
+            if left or joined:
+                self._intake.follow(wanted)
+                self._tell(left, joined)
+            if before != self.state or left or joined:
+                self._reporter.tell()
 
     def _tell(self, left: frozenset[str], joined: frozenset[str]) -> None:
         for each in sorted(joined):
