@@ -2,12 +2,13 @@
 
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from fleet_worker import Router, Settings
 from fleet_worker.processes import child, python
-from fleet_worker.testing import SimulatedMLX, running_host
+from fleet_worker.testing import SimulatedMLX, running_host, running_node
 from tests.flow.test_readiness import HELLO, QUICK, statuses, wait_until
 
 WITHIN = 10.0
@@ -69,8 +70,13 @@ def test_events_go_on_after_the_broker_was_restarted(settled, router, broker):
     broker.stop()
     time.sleep(1)
     broker.start()
-    wait_until(lambda: statuses(router) == {}, 30)
-    wait_until(lambda: statuses(router) == {"one": "available", "two": "available"}, 40)
+    restarted = time.monotonic()
+
+    def told_again():
+        states = router.registry.instances()
+        return len(states) == 2 and all(state.ready and state.heard_at > restarted for state in states)
+
+    wait_until(told_again, 40)
     assert all(process.ended is False for process in settled.values())
 
 
@@ -91,3 +97,16 @@ def test_killed_routers_leave_nothing_behind(settled, broker, router):
         with process as one:
             assert one.wait(30) == 0
     wait_until(lambda: not grown(), 20)
+
+
+def test_killed_nodes_leave_their_lanes_with_the_work_in_them_and_nothing_else(settled, servers, broker, router):
+    before = broker.inventory()
+    for name in servers:
+        settled[name].signal(signal.SIGKILL)
+        settled[name].wait(WITHIN)
+    wait_until(lambda: set(statuses(router).values()) == {"unavailable"}, WITHIN)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(router.chat, "m", HELLO, max_tokens=1, timeout=30)
+        with running_node(broker.url, "one@test", base_url=servers["one"].base_url, models={"m": {}}):
+            assert waiting.result(30).node == "one@test"
+    wait_until(lambda: broker.inventory().keys() <= before.keys(), WITHIN)
