@@ -211,8 +211,8 @@ class Children:
             yield
         finally:
             self._held = False
-            if self._waiting:
-                raise self._waiting
+            if reason := self._waiting or self._reason(signal.SIGCHLD):  # a child may have ended before it was known
+                raise reason
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         reason = self._reason(number)

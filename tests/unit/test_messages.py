@@ -412,7 +412,7 @@ def test_a_bad_envelope_is_refused(changes):
         FleetRequest.build(envelope(**changes))
 
 
-@pytest.mark.parametrize("raw", [None, 5, "Hi", [], [envelope()], {}, b"{}", {1: 2}, object()], ids=repr)
+@pytest.mark.parametrize("raw", [None, 5, "Hi", [], [envelope()], {}, b"{}", {1: 2}, object], ids=repr)
 def test_what_is_no_envelope_at_all_is_refused(raw):
     refused(raw)
 

@@ -223,6 +223,18 @@ def test_a_child_that_ends_interrupts_whatever_goes_on():
     assert started[0].ended
 
 
+def test_a_child_that_ends_before_anybody_knows_it_is_noticed(monkeypatch):
+    @contextmanager
+    def ended_child(*arguments):
+        with child(*arguments) as process:
+            process.wait(WITHIN)
+            yield process
+
+    monkeypatch.setattr("fleet_worker.processes.child", ended_child)
+    reason = interrupted(lambda children: children.start("the node", code("raise SystemExit(3)")))
+    assert str(reason).startswith("the node ended with exit code 3:")
+
+
 def test_a_child_that_is_killed_is_said_to_be():
     def block(children):
         process = children.start("the node", code(FOR_EVER))
