@@ -127,6 +127,7 @@ class Readiness:
         with self._lock:
             if error:
                 self._unproven = ("unavailable", f"a canary failed: {error.message}")
+                self._blamed_at = self._clock()  # its own token is no proof
             else:
                 self._failures = 0
                 self._unproven = self._late_since = None
@@ -160,9 +161,9 @@ class Readiness:
 
     def _doubt(self, status: Status, reason: str) -> None:
         """The first reason stays until it is disproved, except that dead says more than slow."""
+        self._blamed_at = self._clock()
         if self._unproven is None or (self._unproven[0] == "degraded" and status == "unavailable"):
             self._unproven = (status, reason)
-            self._blamed_at = self._clock()
 
 
 def _blames_the_server(error: FleetError) -> bool:

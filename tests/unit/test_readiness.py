@@ -1,6 +1,9 @@
 """What was seen of an instance, and what follows from it."""
 
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from fleet_worker.errors import (
     BrokerUnavailable,
@@ -85,6 +88,16 @@ def test_a_canary_that_worked_is_a_proof(watched):
 def test_a_canary_that_failed_says_why(watched):
     watched.canary_ended(MalformedOutput("a vector is not finite"))
     assert (watched.status, watched.state.reason) == ("unavailable", "a canary failed: a vector is not finite")
+
+
+def test_what_a_failed_canary_delivered_is_no_proof(watched):
+    """A server may send a first token, or a broken vector, and fail then."""
+    watched.token()
+    watched.after(1).canary_ended(MalformedOutput("no end"))
+    watched.content_at(watched.now - 0.5)
+    assert watched.status == "unavailable"
+    watched.after(1).token()
+    assert watched.status == "available"
 
 
 def test_a_late_answer_degrades_and_the_next_one_restores(available):
@@ -315,6 +328,7 @@ def test_a_token_from_before_a_failure_does_not_begin_the_count_anew(available):
         lambda seen: seen.refused(),
         lambda seen: seen.answered(False),
         lambda seen: seen.failed(InstanceUnavailable("it is down")),
+        lambda seen: seen.canary_ended(ProviderError("500")),
         failing,
     ],
 )
@@ -322,6 +336,15 @@ def test_a_token_from_before_a_fault_disproves_nothing(available, fault):
     token = available.now
     fault(available.after(10))
     available.content_at(token)
+    assert available.status == "unavailable"
+
+
+def test_a_token_between_two_faults_does_not_disprove_the_second(available):
+    """It worked again for a moment and died, all between two looks."""
+    failing(available)
+    token = available.after(5).now
+    available.after(0.2).refused()
+    available.after(0.1).content_at(token)
     assert available.status == "unavailable"
 
 
@@ -355,3 +378,136 @@ def test_a_node_that_ends_takes_nothing_whatever_the_server_can_do(available):
     available.canary_ended(None)
     available.answered(True)
     assert available.status == "unavailable"
+
+
+# --- Any order of all of it
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """What must hold, whatever is seen in whatever order, even what is told late."""
+
+    @initialize()
+    def begin(self):
+        self.watched = Watched()
+        self.proof = self.fault = self.newest = 0.0
+        self.doubted_at = 0.0
+        self.late_since = None
+        self.drained = False
+        self.missing = set()
+
+    def later(self, seconds):
+        self.watched.after(seconds)
+
+    def blamed(self):
+        self.fault = self.watched.now
+
+    @rule(seconds=st.sampled_from([0.1, 0.5, 5.0, 30.0]))
+    def time_passes(self, seconds):
+        self.later(seconds)
+
+    @rule(age=st.sampled_from([0.0, 0.05, 0.7, 6.0]))
+    def token(self, age):
+        """Told `age` seconds after it arrived."""
+        self.later(0.01)
+        moment = self.watched.now - age
+        self.watched.content_at(moment)
+        if moment > self.newest:
+            self.newest, self.late_since = moment, None
+            if moment > self.fault:
+                self.proof = self.watched.now
+                assert self.watched.state.ready or self.drained
+
+    @rule(error=st.sampled_from([None, ProviderError("500"), RequestTimeout("late")]))
+    def canary(self, error):
+        self.later(0.01)
+        self.watched.canary_ended(error)
+        if error:
+            self.blamed()
+            assert not self.watched.state.ready
+        else:
+            self.proof, self.late_since = self.watched.now, None
+            assert self.watched.state.ready or self.drained
+
+    @rule(ready=st.booleans())
+    def answer(self, ready):
+        self.later(0.01)
+        before = self.watched.state
+        self.watched.answered(ready)
+        self.late_since = None
+        if not ready:
+            self.blamed()
+        elif not before.ready:  # it says so: no proof, unless it was only late
+            assert not self.watched.state.ready or before.reason == "the MLX server answers late"
+
+    @rule()
+    def refused(self):
+        self.later(0.01)
+        self.watched.refused()
+        self.blamed()
+        self.late_since = None
+        assert self.watched.status == "unavailable" or self.watched.state.reason == "not tried yet"
+
+    @rule(patience=st.sampled_from([0.5, 2.0]))
+    def late(self, patience):
+        self.later(0.01)
+        asked = self.watched.now
+        self.later(patience)
+        self.watched.late(asked)
+        self.late_since = self.late_since or asked
+        if self.watched.now - self.late_since >= GIVE_UP_AFTER:
+            self.blamed()
+        assert not self.watched.state.ready
+
+    @rule(error=st.sampled_from([InstanceUnavailable("down"), ProviderError("500"), Expired("too late")]))
+    def request_failed(self, error):
+        self.later(0.01)
+        self.watched.failed(error)
+        if isinstance(error, ProviderError):
+            self.blamed()
+        if isinstance(error, InstanceUnavailable):
+            assert not self.watched.state.ready
+
+    @rule(seconds=st.sampled_from([1.0, 19.0, 21.0]), working=st.booleans())
+    def work(self, seconds, working):
+        self.later(0.01)
+        before = self.watched.state
+        since = self.watched.now - seconds
+        self.watched.working_since(since if working else None)
+        stalled = working and self.watched.now - max(since, self.newest) > STALL_AFTER
+        if stalled:
+            self.blamed()
+            assert not self.watched.state.ready
+        else:
+            assert self.watched.state == before
+
+    @rule(model=st.sampled_from("ab"), there=st.booleans())
+    def model(self, model, there):
+        before = self.watched.status
+        if there:
+            self.watched.has([model])
+            self.missing.discard(model)
+        else:
+            self.watched.lacks(model)
+            self.missing.add(model)
+        assert self.watched.status == before
+
+    @rule()
+    def drain(self):
+        self.watched.drain()
+        self.drained = True
+
+    @invariant()
+    def holds(self):
+        state = self.watched.state
+        assert state.missing == self.missing
+        assert state.ready == (state.status == "available") == (not state.reason)
+        if state.ready:
+            assert self.proof > self.doubted_at
+            assert not self.drained
+            assert not self.watched.needs_canary
+        elif state.reason != "the MLX server answers late":
+            self.doubted_at = self.watched.now
+
+
+TestAnyOrder = AnyOrder.TestCase
+TestAnyOrder.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
