@@ -148,9 +148,10 @@ class Registry:
             ModelUnavailable: there was none within `timeout` seconds.
         """
         with self._changed:
-            if not self._changed.wait_for(lambda: self.offerings(model, capability=capability, ready=True), timeout):
+            ready = self._changed.wait_for(lambda: self.offerings(model, capability=capability, ready=True), timeout)
+            if not ready:
                 raise self._unavailable(model, f"no ready instance offers the model after {timeout:g} s")
-        return self.offerings(model, capability=capability, ready=True)
+            return ready
 
     def refresh(self) -> None:
         """Ask all hosts for their figures of this moment, and do not wait for the answers."""

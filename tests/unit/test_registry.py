@@ -328,6 +328,16 @@ def test_a_model_is_waited_for_with_a_capability(registry):
     assert registry.wait_for("m", 0.02, capability="chat")
 
 
+def test_what_was_waited_for_is_returned_even_if_it_is_gone_a_moment_later(registry, monkeypatch):
+    answers = iter([[], ["ready"], []])
+    monkeypatch.setattr(registry, "offerings", lambda *args, **filters: next(answers))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(registry.wait_for, "m", WITHIN)
+        while not waiting.done():
+            say(registry, about_instance())
+        assert waiting.result() == ["ready"]
+
+
 # --- What a request may pass
 
 
