@@ -200,6 +200,8 @@ class Registry:
             self.hear(Announcement.decode(message.body))
         except InvalidRequest as error:
             log.error("a registry message was dropped: %s", error)
+        except Exception as error:  # the thread that is in here receives replies, too
+            log.error("a registry message was dropped (%s)", type(error).__name__)
 
     def hear(self, announcement: Announcement) -> None:
         with self._changed:

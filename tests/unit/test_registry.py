@@ -509,6 +509,27 @@ def message(body):
     return SimpleNamespace(body=body)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"capacity": {"slots": SECRET}},
+        {"capacity": {"running": None}},
+        {"capacity": {"tokens_per_second": [SECRET]}},
+        {"offering": {"instance": "local", "model": "m", "limits": SECRET}},
+        {"offering": {"instance": "local", "model": "m", "capabilities": None}},
+    ],
+)
+def test_a_message_that_cannot_be_understood_is_dropped_and_the_next_one_heard(registry, wrong, caplog):
+    """An exception would cut off the reply queue: the same thread serves both."""
+    event = about_instance().model_copy(update=wrong)
+    registry.receive(message(Announcement(v=1, host="strange", interval=15.0, events=[event]).encode()))
+    registry.receive(message(SECRET.encode()))
+    registry.receive(message(Announcement(v=1, host="mini", interval=15.0, events=[about_instance()]).encode()))
+    assert [state.host for state in registry.instances()] == ["mini"]
+    assert caplog.text.count("a registry message was dropped") == 2
+    assert SECRET not in caplog.text
+
+
 def test_many_threads_may_speak_and_ask_at_once(registry, news):
     hosts = range(8)
 
