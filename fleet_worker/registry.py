@@ -178,8 +178,8 @@ class Registry:
     def check(self, model: str, capability: str, instance: str = "any") -> None:
         """Let a request pass if somebody offers this, ready or not: it may become so before the deadline.
 
-        Waits only while a fresh router has not heard everybody yet, at most a second. Without any registry node in
-        the fleet everything passes.
+        Waits only while a fresh router has not heard everybody yet, at most a second. While no registry node is heard
+        of, everything passes: nodes may work without one.
 
         Raises:
             ModelUnavailable: nobody does. The text names the nearest models that exist.
@@ -189,7 +189,7 @@ class Registry:
                 heard = self._heard_at is not None
                 patience = self._asked_at + (ALL_WORDS if heard else FIRST_WORD) - self._clock()
                 if patience <= 0:
-                    if heard:
+                    if self.instances():
                         raise self._unavailable(model, f"no instance offers {capability} with that model")
                     return
                 self._changed.wait(patience)

@@ -427,6 +427,12 @@ def test_in_a_fleet_without_registry_nodes_everything_passes(fresh, script, wait
     assert waited() == pytest.approx(FIRST_WORD)
 
 
+def test_when_all_registry_nodes_have_fallen_silent_everything_passes(known, clock):
+    clock.turn(46)
+    with took_less_than(0.2):
+        known.check("qwen3-32b", "chat")
+
+
 def test_a_fresh_router_waits_for_the_first_word(fresh, script, waited):
     script(FIRST_WORD - 0.01, "mini", *OFFERED)
     fresh.check("m", "chat")
