@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fleet_worker.errors import InvalidRequest, ModelUnavailable
@@ -225,8 +225,8 @@ class Registry:
             return before is None or (before.status, before.lanes) != (status, tuple(event.lane))
         known = self._models.setdefault(event.model, {})
         model_before = known.get(key)
-        known[key] = _model_state(announcement.host, event, status, expires_at)
-        return model_before is None or model_before.status != status
+        model = known[key] = _model_state(announcement.host, event, status, expires_at)
+        return model_before is None or replace(model_before, expires_at=expires_at) != model
 
     def _forget_the_silent(self) -> None:
         now = self._clock()

@@ -250,6 +250,14 @@ def test_a_subscriber_is_told_what_is_new_and_nothing_else(registry, news):
     assert told(news) == [(READINESS, "available"), ("m", "available")]
 
 
+@pytest.mark.parametrize("other", [{"capabilities": ["embed"]}, {"features": ["tools"]}, {"limits": {"dimensions": 8}}])
+def test_a_model_that_can_do_something_else_is_news(registry, news, other):
+    say(registry, about_model())
+    told(news)
+    say(registry, about_model(**other))
+    assert told(news) == [("m", "available")]
+
+
 def test_who_comes_back_after_having_been_forgotten_is_news(registry, news, clock):
     say(registry, about_instance(), about_model())
     told(news)
