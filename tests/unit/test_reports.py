@@ -182,6 +182,18 @@ def test_a_connection_that_said_nothing_changes_nothing(path, reports):
         reports.changed(1)
 
 
+def test_the_end_of_an_old_connection_does_not_hide_a_node_that_is_there_again(path, reports):
+    with speaking(path) as old:
+        old.sendall(line(running=1))
+        reports.changed(1)
+        with speaking(path) as new:
+            new.sendall(line(running=2))
+            assert reports.changed(2)["local"].running == 2
+            old.sendall(line(running=3))
+            old.shutdown(socket.SHUT_WR)
+            assert reports.changed(3)["local"].running == 2
+
+
 def test_a_node_that_falls_silent_is_gone(path, reports, monkeypatch, caplog):
     monkeypatch.setattr(reports_module, "SILENT_AFTER", 0.3)
     with speaking(path) as connection:
