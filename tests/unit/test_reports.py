@@ -16,7 +16,7 @@ from fleet_worker.errors import ConfigurationError
 from fleet_worker.offerings import offerings_of
 from fleet_worker.reports import NodeReport, ReportedModel, Reporter, Reports, reported_model, socket_path
 from fleet_worker.settings import Instance
-from tests.clients import took_less_than
+from tests.clients import took_less_than, until
 
 WITHIN = 5.0
 SECRET = "hunter2"
@@ -44,14 +44,6 @@ def report(instance="local", **facts):
 
 def line(**facts):
     return report(**facts).model_dump_json().encode() + b"\n"
-
-
-def until(true):
-    """Wait until it is true."""
-    ends = time.monotonic() + WITHIN
-    while not true():
-        assert time.monotonic() < ends, "it did not come true in time"
-        time.sleep(0.002)
 
 
 @pytest.fixture
