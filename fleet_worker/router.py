@@ -292,7 +292,11 @@ class _Call:
 
     def _submit(self, inbox: ReplyInbox) -> None:
         self._mailbox = inbox.mailbox(self._request.request_id, self._request.attempt, deadline=self._deadline)
-        self._router._publish(self._request, self._node)
+        try:
+            self._router._publish(self._request, self._node)
+        except FleetError as error:
+            self._error = error
+            raise
 
     def _pause_before_another(self, frame: Frame | None) -> float | None:
         """Return the seconds until the next attempt; None if there is none to be made."""

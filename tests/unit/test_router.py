@@ -9,6 +9,7 @@ import pytest
 from fleet_worker import Router, Settings
 from fleet_worker import router as router_module
 from fleet_worker.errors import (
+    BrokerUnavailable,
     Expired,
     FleetError,
     InstanceUnavailable,
@@ -320,6 +321,16 @@ def test_the_error_that_ended_a_stream_is_raised_every_time(fleet):
     with fleet.router.stream_chat("m", HELLO) as stream, took_less_than(2):
         for _ in range(3):
             with pytest.raises(ProviderError, match="400"):
+                next(stream)
+
+
+@pytest.mark.parametrize("answers", [[BrokerUnavailable("away")], [[DOWN], BrokerUnavailable("away")]])
+def test_a_broker_that_does_not_take_an_attempt_ends_the_request_every_time(fleet, answers):
+    fleet.answers = answers
+    stream = fleet.router.stream_chat("m", HELLO, timeout=3)
+    with took_less_than(2):
+        for _ in range(3):
+            with pytest.raises(BrokerUnavailable):
                 next(stream)
 
 
