@@ -187,7 +187,8 @@ class Router:
         Producer(channel, ask_exchange()).publish({}, serializer="json", retry=False)
 
     def _ask_again(self) -> None:
-        with contextlib.suppress(OperationalError), self._app.producer_pool.acquire(block=True) as producer:
+        # Best effort: a connection that was lost is an error of the broker's client library, not always one of kombu's.
+        with contextlib.suppress(Exception), self._app.producer_pool.acquire(block=True) as producer:
             producer.publish(
                 {}, exchange=ask_exchange(), declare=[ask_exchange()], routing_key="", serializer="json", retry=False
             )

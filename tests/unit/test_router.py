@@ -2,9 +2,12 @@
 
 import asyncio
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+import redis
+from kombu.exceptions import OperationalError
 
 from fleet_worker import Router, Settings
 from fleet_worker import router as router_module
@@ -356,3 +359,13 @@ def test_the_whole_answer_of_a_stream_is_there_when_it_has_ended(fleet):
 def test_nothing_is_sent_before_a_stream_is_entered(fleet):
     fleet.router.stream_chat("m", HELLO)
     assert fleet.requests == []
+
+
+@pytest.mark.parametrize("error", [OperationalError("away"), redis.exceptions.ConnectionError("cut off"), OSError()])
+def test_a_broker_that_is_away_is_no_trouble_to_who_asks_for_figures(fleet, error, monkeypatch):
+    def publish(*_, **__):
+        raise error
+
+    pool = SimpleNamespace(acquire=lambda block: nullcontext(SimpleNamespace(publish=publish)))
+    monkeypatch.setattr(fleet.router, "_app", SimpleNamespace(producer_pool=pool, close=fleet.router._app.close))
+    fleet.router._registry.refresh()
