@@ -59,6 +59,7 @@ class Readiness:
         self._lock = threading.Lock()
         self._unproven: tuple[Status, str] | None = ("starting", "not tried yet")
         self._late_since: float | None = None
+        self._says_ready = False
         self._sign = 0.0
         self._blamed_at = 0.0
         self._failures = 0
@@ -96,7 +97,7 @@ class Readiness:
     def answered(self, ready: bool) -> None:
         """`/health` answered."""
         with self._lock:
-            self._late_since = None
+            self._late_since, self._says_ready = None, ready
             if not ready:
                 self._doubt("unavailable", "the MLX server says that it is not ready")
 
@@ -112,7 +113,7 @@ class Readiness:
     def refused(self) -> None:
         """Nothing listens there, or it hangs up."""
         with self._lock:
-            self._late_since = None
+            self._late_since, self._says_ready = None, False
             self._doubt("unavailable", "the MLX server does not accept connections")
 
     def working_since(self, moment: float | None) -> None:
@@ -126,6 +127,7 @@ class Readiness:
         with self._lock:
             if error:
                 self._unproven = ("unavailable", f"a canary failed: {error.message}")
+                self._blamed_at = self._clock()  # its own token is no proof
             else:
                 self._failures = 0
                 self._unproven = self._late_since = None
@@ -143,8 +145,8 @@ class Readiness:
 
     @property
     def needs_canary(self) -> bool:
-        """True if only a canary, or real work, can show whether it works."""
-        return self._unproven is not None and self._late_since is None
+        """True if only a canary, or real work, can show whether it works: it says that it is ready."""
+        return self._unproven is not None and self._late_since is None and self._says_ready
 
     @property
     def state(self) -> State:
@@ -159,9 +161,9 @@ class Readiness:
 
     def _doubt(self, status: Status, reason: str) -> None:
         """The first reason stays until it is disproved, except that dead says more than slow."""
+        self._blamed_at = self._clock()
         if self._unproven is None or (self._unproven[0] == "degraded" and status == "unavailable"):
             self._unproven = (status, reason)
-            self._blamed_at = self._clock()
 
 
 def _blames_the_server(error: FleetError) -> bool:

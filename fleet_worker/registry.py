@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fleet_worker.errors import InvalidRequest, ModelUnavailable
@@ -148,9 +148,10 @@ class Registry:
             ModelUnavailable: there was none within `timeout` seconds.
         """
         with self._changed:
-            if not self._changed.wait_for(lambda: self.offerings(model, capability=capability, ready=True), timeout):
+            ready = self._changed.wait_for(lambda: self.offerings(model, capability=capability, ready=True), timeout)
+            if not ready:
                 raise self._unavailable(model, f"no ready instance offers the model after {timeout:g} s")
-        return self.offerings(model, capability=capability, ready=True)
+            return ready
 
     def refresh(self) -> None:
         """Ask all hosts for their figures of this moment, and do not wait for the answers."""
@@ -177,8 +178,8 @@ class Registry:
     def check(self, model: str, capability: str, instance: str = "any") -> None:
         """Let a request pass if somebody offers this, ready or not: it may become so before the deadline.
 
-        Waits only while a fresh router has not heard everybody yet, at most a second. Without any registry node in
-        the fleet everything passes.
+        Waits only while a fresh router has not heard everybody yet, at most a second. While no registry node is heard
+        of, everything passes: nodes may work without one.
 
         Raises:
             ModelUnavailable: nobody does. The text names the nearest models that exist.
@@ -188,7 +189,7 @@ class Registry:
                 heard = self._heard_at is not None
                 patience = self._asked_at + (ALL_WORDS if heard else FIRST_WORD) - self._clock()
                 if patience <= 0:
-                    if heard:
+                    if self.instances():
                         raise self._unavailable(model, f"no instance offers {capability} with that model")
                     return
                 self._changed.wait(patience)
@@ -199,6 +200,8 @@ class Registry:
             self.hear(Announcement.decode(message.body))
         except InvalidRequest as error:
             log.error("a registry message was dropped: %s", error)
+        except Exception as error:  # the thread that is in here receives replies, too
+            log.error("a registry message was dropped (%s)", type(error).__name__)
 
     def hear(self, announcement: Announcement) -> None:
         with self._changed:
@@ -222,8 +225,8 @@ class Registry:
             return before is None or (before.status, before.lanes) != (status, tuple(event.lane))
         known = self._models.setdefault(event.model, {})
         model_before = known.get(key)
-        known[key] = _model_state(announcement.host, event, status, expires_at)
-        return model_before is None or model_before.status != status
+        model = known[key] = _model_state(announcement.host, event, status, expires_at)
+        return model_before is None or replace(model_before, expires_at=expires_at) != model
 
     def _forget_the_silent(self) -> None:
         now = self._clock()

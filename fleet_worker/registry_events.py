@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from fleet_worker.errors import InvalidRequest, PolicyError
-from fleet_worker.wire import explain
+from fleet_worker.wire import Wire, explain
 
 __all__ = ["READINESS", "Announcement", "EventType", "RegistryEvent"]
 
@@ -34,10 +34,10 @@ _SENSITIVE = frozenset(
 _SENSITIVE_ENDS = ("_key", "_secret", "_token", "_password")
 
 
-class _Message(BaseModel):
+class _Message(Wire):
     """Tolerant of what newer versions add."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False, hide_input_in_errors=True)
+    model_config = ConfigDict(extra="ignore")
 
 
 class RegistryEvent(_Message):
@@ -52,8 +52,8 @@ class RegistryEvent(_Message):
     runtime: dict[str, Any]
     capacity: dict[str, Any]
     health: dict[str, Any]
-    lane: list[str] = []
-    metadata: dict[str, Any] = {}
+    lane: list[str] = Field(default=[])
+    metadata: dict[str, Any] = Field(default={})
 
     @classmethod
     def of(cls, event_type: EventType, *, offering: dict[str, Any], **rest: Any) -> RegistryEvent:
@@ -87,7 +87,7 @@ class Announcement(_Message):
 
     v: Literal[1]
     host: str
-    interval: float
+    interval: float = Field(gt=0)
     events: list[RegistryEvent]
 
     def encode(self) -> bytes:

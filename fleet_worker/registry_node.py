@@ -128,11 +128,11 @@ class RegistryNode:
             for kind, seconds in intervals.items()
         }
 
-        @self._app.task(name="registry.publish_readiness", ignore_result=True)  # type: ignore[untyped-decorator]
+        @self._app.task(name="registry.publish_readiness", ignore_result=True, shared=False)  # type: ignore[untyped-decorator]
         def publish_readiness() -> None:
             self._announcer.announce("readiness")
 
-        @self._app.task(name="registry.publish_models", ignore_result=True)  # type: ignore[untyped-decorator]
+        @self._app.task(name="registry.publish_models", ignore_result=True, shared=False)  # type: ignore[untyped-decorator]
         def publish_models() -> None:
             self._announcer.announce("models")
 

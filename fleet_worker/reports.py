@@ -148,13 +148,13 @@ class Reports:
         self._path = path
         self._changed = changed
         self._lock = threading.Lock()
-        self._reports: dict[str, NodeReport] = {}
+        self._reports: dict[socket.socket, NodeReport] = {}
         self._socket = _listen(path)
         self._thread = threading.Thread(target=self._accept, name="fleet-reports", daemon=True)
         self._thread.start()
 
     def __call__(self) -> dict[str, NodeReport]:
-        """By instance."""
+        """By instance; of a node that has connected again, what the newer connection says."""
         with self._lock:
             return {report.instance: report for report in self._reports.values()}
 
@@ -181,18 +181,18 @@ class Reports:
                 while line := lines.readline(LONGEST_LINE):
                     report = NodeReport.model_validate_json(line)
                     node = report.node
-                    self._take(report)
+                    self._take(connection, report)
         except (OSError, ValidationError) as error:
             log.warning("%s: its reports ended (%s)", node or "a node", type(error).__name__)
         if node:
             with self._lock:
-                self._reports.pop(node, None)
+                self._reports.pop(connection, None)
             self._changed()
 
-    def _take(self, report: NodeReport) -> None:
+    def _take(self, connection: socket.socket, report: NodeReport) -> None:
         with self._lock:
-            before = self._reports.get(report.node)
-            self._reports[report.node] = report
+            before = self._reports.get(connection)
+            self._reports[connection] = report
         if before is None or _what_matters(before) != _what_matters(report):
             self._changed()
 

@@ -187,7 +187,8 @@ class Router:
         Producer(channel, ask_exchange()).publish({}, serializer="json", retry=False)
 
     def _ask_again(self) -> None:
-        with contextlib.suppress(OperationalError), self._app.producer_pool.acquire(block=True) as producer:
+        # Best effort: a connection that was lost is an error of the broker's client library, not always one of kombu's.
+        with contextlib.suppress(Exception), self._app.producer_pool.acquire(block=True) as producer:
             producer.publish(
                 {}, exchange=ask_exchange(), declare=[ask_exchange()], routing_key="", serializer="json", retry=False
             )
@@ -292,7 +293,11 @@ class _Call:
 
     def _submit(self, inbox: ReplyInbox) -> None:
         self._mailbox = inbox.mailbox(self._request.request_id, self._request.attempt, deadline=self._deadline)
-        self._router._publish(self._request, self._node)
+        try:
+            self._router._publish(self._request, self._node)
+        except FleetError as error:
+            self._error = error
+            raise
 
     def _pause_before_another(self, frame: Frame | None) -> float | None:
         """Return the seconds until the next attempt; None if there is none to be made."""

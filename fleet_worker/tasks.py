@@ -37,7 +37,7 @@ def register_tasks(app: Celery, node: Node) -> None:
 
     def task(function: Any) -> Any:
         options = {"throws": (FleetError,), "ignore_result": True, "Strategy": f"{__name__}:careful_strategy"}
-        return app.task(name=task_name(function.__name__), **options)(function)
+        return app.task(name=task_name(function.__name__), shared=False, **options)(function)
 
     @task
     def chat(envelope: dict[str, Any]) -> None:

@@ -103,3 +103,11 @@ def took_less_than(seconds):
     started = time.monotonic()
     yield
     assert time.monotonic() - started < seconds
+
+
+def until(true, seconds=5.0):
+    """Wait until it is true."""
+    ends = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < ends, "it did not come true in time"
+        time.sleep(0.002)
