@@ -150,6 +150,7 @@ def test_what_changes_soon_after_a_round_travels_together(announcer, host, heard
     heard(1)
     for kind in "bcd":
         announcer.announce(kind)
+        time.sleep(0.02)
     assert hosts(heard(3)) == ["b", "c", "d"]
     assert len(host.rounds) == 2
 

@@ -302,8 +302,8 @@ def test_a_refused_connection_needs_no_second_one(available):
 def test_a_success_in_between_begins_the_count_of_failures_anew(available):
     for _ in range(10):
         failing(available, times=FAILURES - 1)
+        assert available.status == "available"
         available.after(1).token()
-    assert available.status == "available"
     failing(available, times=FAILURES - 1)
     available.canary_ended(None)
     failing(available, times=FAILURES - 1)

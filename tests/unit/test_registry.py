@@ -288,9 +288,12 @@ def test_a_subscriber_may_ask_and_may_end_its_own_subscription(registry):
         end()
 
     end = registry.subscribe(once)
+    others = []
+    registry.subscribe(others.append)
     say(registry, about_instance())
     say(registry, about_model())
     assert seen == [[]]
+    assert len(others) == 2
 
 
 def test_who_has_ended_its_subscription_is_told_nothing_more(registry, news):

@@ -5,6 +5,7 @@ import random
 import tempfile
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -89,7 +90,10 @@ class Host:
         self.app = create_app(configured)
         self.node = RegistryNode(self.app, configured, "mini")
         self.nodes = []
-        self.socket, self.node.reports = self.node.reports, lambda: {each.instance: each for each in self.nodes}
+        self.socket, self.node.reports = self.node.reports, self.reports
+
+    def reports(self):
+        return {each.instance: each for each in self.nodes}
 
     @property
     def announced(self):
@@ -287,8 +291,9 @@ def test_no_url_and_no_key_is_ever_told(host):
 def test_a_host_that_ends_says_so_of_everything(host):
     host.nodes = [report("talk"), report("vectors", models=[])]
     host.told("readiness", "models")
-    host.node.reports = host.socket
+    host.node.reports = SimpleNamespace(close=host.socket.close)
     host.node.close()
+    host.node.reports = host.reports  # the nodes are still there
     told = host.told("readiness", "models")
     assert {event_type for event_type, _ in told.values()} == {"unavailable"}
     assert {event.health["error"] for _, event in told.values()} == {"the registry node of this host ended"}
@@ -384,6 +389,7 @@ def test_hosts_that_were_switched_on_together_do_not_beat_together():
         moments = sorted(sum(intervals[: beat + 1]) for intervals in hosts)
         assert moments[-1] - moments[0] > 0.7
         assert max(later - earlier for earlier, later in pairwise(moments)) < 0.3
+    assert max(last for *_, last in hosts) - min(last for *_, last in hosts) > 0.3
 
 
 def test_a_schedule_that_is_not_due_stays_as_it_is():
