@@ -75,8 +75,11 @@ class Announcer:
 
     def _round(self, kinds: frozenset[str]) -> None:
         try:
-            for event_type, announcement in self._announcements(kinds):
-                self._publish(event_type, announcement)
+            try:
+                self._tell(kinds)
+            except Exception:  # the connection, perhaps, which the broker had closed long ago
+                self._drop()
+                self._tell(kinds)
         except Exception as error:  # whatever it is, no request has to suffer from it
             self.failures += 1
             if not self._failing:
@@ -88,6 +91,10 @@ class Announcer:
                 log.warning("registry events are published again")
             self._failing = False
             self.published_at = time.monotonic()
+
+    def _tell(self, kinds: frozenset[str]) -> None:
+        for event_type, announcement in self._announcements(kinds):
+            self._publish(event_type, announcement)
 
     def _publish(self, event_type: str, announcement: Announcement) -> None:
         if self._producer is None:

@@ -6,6 +6,7 @@ are listed and not there. Everything foreign becomes one of our errors, and noth
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from tenacity import (
     retry_if_exception_type,
     stop_after_attempt,
     stop_before_delay,
+    stop_when_event_set,
     wait_exponential,
     wait_random,
 )
@@ -82,6 +84,8 @@ class MLXClient:
         )
         self._watchdog = Watchdog()
         self.url = base_url
+        self.away = threading.Event()
+        """Set by whoever watches the server while nothing listens there: connecting is then not tried again."""
 
     def close(self) -> None:
         self._watchdog.close()
@@ -215,9 +219,10 @@ class MLXClient:
 
         Only connecting is tried again: nothing has reached the server before. A mere question is not even that.
         """
+        patience = stop_before_delay(clock.connecting) | stop_when_event_set(self.away)
         for attempt in Retrying(
             retry=retry_if_exception_type((httpx.ConnectError, httpx.ConnectTimeout)),
-            stop=stop_before_delay(clock.connecting) if request.method == "POST" else stop_after_attempt(1),
+            stop=patience if request.method == "POST" else stop_after_attempt(1),
             wait=wait_exponential(multiplier=0.05, max=1.0) + wait_random(max=0.05),
             reraise=True,
         ):

@@ -160,9 +160,9 @@ class Readiness:
             return State("available", missing=self._missing)
 
     def _doubt(self, status: Status, reason: str) -> None:
-        """The first reason stays until it is disproved, except that dead says more than slow."""
+        """The first reason stays until it is disproved, except that dead says more than slow, or than not tried yet."""
         self._blamed_at = self._clock()
-        if self._unproven is None or (self._unproven[0] == "degraded" and status == "unavailable"):
+        if self._unproven is None or (self._unproven[0] != "unavailable" and status == "unavailable"):
             self._unproven = (status, reason)
 
 

@@ -26,6 +26,8 @@ FIRST_WORD = 0.3
 """Seconds that a fresh router waits for a first word of any host before it takes it that none has a registry node."""
 QUIET = 0.15
 """Seconds without another word after which a look at the fleet is worth it; a refusal waits for ALL_WORDS."""
+SWEEP_EVERY = 1.0
+"""Seconds between two looks for what to forget: of a thousand hosts, one look costs more than a message."""
 ALL_WORDS = 1.0
 """Seconds after which every host has answered a router that asked."""
 
@@ -102,6 +104,7 @@ class Registry:
         self._subscribers: list[Callable[[RegistryEvent], None]] = []
         self._asked_at = clock()
         self._heard_at: float | None = None
+        self._next_sweep = 0.0
 
     # For you
 
@@ -219,6 +222,8 @@ class Registry:
         now = self._clock()
         key, expires_at = (announcement.host, event.instance), now + INTERVALS_TO_LIVE * announcement.interval
         status = str(event.health.get("status", "unavailable"))
+        if status == "gone":
+            return self._forget(key, event.model)
         if event.model == READINESS:
             before = self._instances.get(key)
             self._instances[key] = _instance_state(announcement.host, event, status, now, expires_at)
@@ -228,8 +233,17 @@ class Registry:
         model = known[key] = _model_state(announcement.host, event, status, expires_at)
         return model_before is None or replace(model_before, expires_at=expires_at) != model
 
+    def _forget(self, key: tuple[str, str], model: str) -> bool:
+        if model == READINESS:
+            return self._instances.pop(key, None) is not None
+        return self._models.get(model, {}).pop(key, None) is not None
+
     def _forget_the_silent(self) -> None:
+        """Nobody is shown what has expired: this only makes room."""
         now = self._clock()
+        if now < self._next_sweep:
+            return
+        self._next_sweep = now + SWEEP_EVERY
         for key in [key for key, state in self._instances.items() if state.expires_at <= now]:
             del self._instances[key]
         for model, states in list(self._models.items()):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,8 @@ __all__ = ["RegistryNode"]
 log = logging.getLogger(__name__)
 
 KINDS = ("readiness", "models")
+GONE = "gone"
+"""The status of what is not offered any more: routers forget it."""
 _TYPES: dict[str, EventType] = {"available": "offering_available", "degraded": "offering_degraded"}
 
 
@@ -73,7 +75,6 @@ class RegistryNode:
         if settings.model_dump(include=parts) != self._settings.model_dump(include=parts):
             return False
         self._settings = settings
-        self._models = {name: self._models.get(name) or _configured(settings, name) for name in self._served()}
         self._announcer.announce(*KINDS)
         return True
 
@@ -163,8 +164,8 @@ class RegistryNode:
         reports = {} if self._ending else self.reports()
         for kind in KINDS:
             if kind in kinds:
-                found = self._readiness(reports) if kind == "readiness" else self._offerings(reports)
-                yield from self._messages(kind, dict(found))
+                found = dict(self._readiness(reports) if kind == "readiness" else self._offerings(reports))
+                yield from self._messages(kind, {**self._gone(kind, found), **found})
 
     def _messages(self, kind: str, said: dict[tuple[str, str], dict[str, Any]]) -> Iterator[tuple[str, Announcement]]:
         by_type: dict[EventType, list[tuple[str, str]]] = {}
@@ -176,10 +177,26 @@ class RegistryNode:
             events = [RegistryEvent.of(event_type, **said[key]) for key in keys]
             yield event_type, Announcement(v=1, host=self._host, interval=interval, events=events)
             self._last.update({key: said[key]["health"]["status"] for key in keys})
+            for key in keys:
+                if said[key]["health"]["status"] == GONE:
+                    del self._last[key]
 
     def _type_of(self, key: tuple[str, str], fields: dict[str, Any]) -> EventType:
         status = fields["health"]["status"]
         return "offering_heartbeat" if self._last.get(key) == status else _TYPES.get(status, "offering_unavailable")
+
+    def _gone(self, kind: str, found: Iterable[tuple[str, str]]) -> dict[tuple[str, str], dict[str, Any]]:
+        """What was told before and is not there any more, since the configuration or the server has changed."""
+        missing = {key for key in self._last if (key[1] == READINESS) == (kind == "readiness")}.difference(found)
+        return {key: self._farewell(*key) for key in missing}
+
+    def _farewell(self, name: str, model: str) -> dict[str, Any]:
+        return {
+            "offering": {"provider": "mlx", "instance": name, "model": model},
+            "runtime": {"node": f"{name}@{self._host}", "host": self._host, "version": __version__},
+            "capacity": {"slots": 0, "running": 0},
+            "health": {"ready": False, "status": GONE, "checked": True, "error": "it is not offered any more"},
+        }
 
     def _readiness(self, reports: dict[str, NodeReport]) -> Iterator[tuple[tuple[str, str], dict[str, Any]]]:
         for name in self._served():
@@ -191,6 +208,8 @@ class RegistryNode:
             report = reports.get(name)
             if report:
                 self._models[name] = report.models
+            elif name not in self._models:
+                self._models[name] = _configured(self._settings, name)
             for model in self._models[name]:
                 offering = {
                     "provider": "mlx",

@@ -122,6 +122,8 @@ class Reporter:
                 self._send()
             except OSError:
                 self._hang_up()
+            except Exception as error:
+                log.error("a report could not be made (%s)", type(error).__name__)
             self._news.wait(REPORT_EVERY)
             self._news.clear()
         self._hang_up()
@@ -206,8 +208,12 @@ def _listen(path: Path) -> socket.socket:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
         try:
             probe.connect(str(path))
+        except TimeoutError:
+            listening.close()
+            raise ConfigurationError("a registry node runs already on this host, and is frozen") from None
         except OSError:
             path.unlink(missing_ok=True)  # left behind by one that was killed
         else:

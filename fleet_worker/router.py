@@ -188,7 +188,7 @@ class Router:
 
     def _ask_again(self) -> None:
         # Best effort: a connection that was lost is an error of the broker's client library, not always one of kombu's.
-        with contextlib.suppress(Exception), self._app.producer_pool.acquire(block=True) as producer:
+        with contextlib.suppress(Exception), self._app.producer_pool.acquire(block=True, timeout=2.0) as producer:
             producer.publish(
                 {}, exchange=ask_exchange(), declare=[ask_exchange()], routing_key="", serializer="json", retry=False
             )

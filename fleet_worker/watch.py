@@ -49,7 +49,7 @@ class Watch:
         self._models = models
         self._changed = changed
         self._next_canary = 0.0
-        self._started = False
+        self._started = self._canary_worked = False
         self._next_models = time.monotonic() + settings.models_interval
         self._was_refused = False
         self._now = threading.Event()
@@ -90,16 +90,24 @@ class Watch:
             self._readiness.late(asked)
         except FleetError:
             self._readiness.refused()
+            self._mlx.away.set()
             self._was_refused = True
         else:
+            self._mlx.away.clear()
             self._readiness.answered(ready)
             if ready and not self._settings.canary:
                 self._readiness.canary_ended(None)
-            if self._was_refused:  # another server, perhaps, than the one before
-                self._was_refused, self._next_models = False, 0.0
-                self._readiness.has(self._readiness.state.missing)
+            if self._was_refused:
+                self._meet_a_new_server()
         self._readiness.content_at(self._mlx.last_content)
         self._readiness.working_since(self._working_since())
+
+    def _meet_a_new_server(self) -> None:
+        """It was away, and may be another one now. It gets a canary of its own, unless the last one had failed."""
+        self._was_refused, self._next_models = False, 0.0
+        self._readiness.has(self._readiness.state.missing)
+        if self._canary_worked:
+            self._next_canary, self._canary_worked = 0.0, False
 
     def _healthy(self) -> bool:
         try:
@@ -127,8 +135,10 @@ class Watch:
             self._mlx.canary(offering, deadline=started + CANARY_DEADLINE)
         except FleetError as error:
             log.warning("a canary failed: %s", error.message)
+            self._canary_worked = False
             self._readiness.canary_ended(error)
         else:
+            self._canary_worked = True
             self._readiness.canary_ended(None)
 
     def _read_models(self) -> None:

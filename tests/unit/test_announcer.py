@@ -34,7 +34,7 @@ class Host:
         self.answers = threading.Event()
         self.answers.set()
         self.events = []
-        self.broken = None
+        self.broken = self.broken_once = None
 
     def connect(self):
         self.connects += 1
@@ -49,8 +49,9 @@ class Host:
             self.told.notify_all()
         for kind in sorted(kinds):
             yield f"offering_{kind}", Announcement(v=1, host=kind, interval=1.0, events=self.events)
-        if self.broken:
-            raise self.broken
+        once, self.broken_once = self.broken_once, None
+        if error := once or self.broken:
+            raise error
 
     def told_of(self, rounds):
         """Wait for that many rounds, and return them."""
@@ -168,7 +169,7 @@ def test_rounds_that_fail_are_counted_and_spoken_of_once(announcer, host, heard,
     host.away = True
     for number in range(1, 6):
         announcer.announce("a")
-        host.told_of(number)
+        host.told_of(2 * number)  # the second time with a new connection
     until(lambda: announcer.failures == 5)
     assert len(caplog.records) == 1
     assert "cannot be published (ConnectionRefusedError)" in caplog.text
@@ -190,17 +191,26 @@ def test_a_second_outage_is_spoken_of_too(announcer, host, heard, caplog):
     assert ["again" in record.getMessage() for record in caplog.records] == [False, True, False, True]
 
 
-def test_a_round_that_failed_is_given_up_and_its_connection_too(announcer, host, heard):
+def test_a_connection_that_was_lost_costs_no_round(announcer, host, heard):
+    announcer.announce("a")
+    heard(1)
+    host.broken_once = ConnectionResetError()
+    announcer.announce("b")
+    host.told_of(3)
+    assert (host.connects, announcer.failures) == (2, 0)
+
+
+def test_a_round_that_failed_twice_is_given_up_and_its_connection_too(announcer, host, heard):
     """The broker may have been lost in the middle: the next round begins with a new connection."""
     host.broken = ConnectionResetError()
     announcer.announce("a")
-    heard(1)
+    heard(2)
     until(lambda: announcer.failures == 1)
-    assert_no_more(host, [{"a"}])
+    assert_no_more(host, [{"a"}, {"a"}])
     host.broken = None
     announcer.announce("b")
     assert hosts(heard(1)) == ["b"]
-    assert (host.connects, announcer.failures) == (2, 1)
+    assert (host.connects, announcer.failures) == (3, 1)
 
 
 def test_a_value_that_cannot_be_published_is_a_failure_and_no_more(announcer, host, heard, caplog):

@@ -312,9 +312,12 @@ def test_a_reload_tells_of_the_instances_that_are_configured_now(host):
     assert host.types("readiness", "models") == {
         TALK: "heartbeat",
         ("new", READINESS): "unavailable",
+        ("vectors", READINESS): "unavailable",
         ("talk", "talker"): "heartbeat",
         ("new", "m"): "unavailable",
+        ("vectors", "talker"): "unavailable",
     }
+    assert ("vectors", READINESS) not in host.types("readiness", "models")  # it is said once
 
 
 @pytest.mark.parametrize(
