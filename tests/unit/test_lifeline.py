@@ -36,7 +36,8 @@ def live(begin, handler, grace):
     begin()
     bind("local@mini", grace=grace)
     say("is bound")
-    threading.Event().wait(20)
+    for _ in range(100):  # as Celery's loop: a signal that comes just before a wait does not end it
+        threading.Event().wait(0.2)
 
 def imports():
     say("begins")
