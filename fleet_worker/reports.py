@@ -204,8 +204,11 @@ def _what_matters(report: NodeReport) -> tuple[Any, ...]:
 
 
 def _listen(path: Path) -> socket.socket:
-    """Raises `ConfigurationError` if another registry node of this host listens already."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    """Raises `ConfigurationError` if another registry node of this host listens already, or nobody can there."""
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"state_dir: there can be no such folder ({error.strerror})") from None
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(1.0)

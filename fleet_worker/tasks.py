@@ -23,7 +23,7 @@ from fleet_worker.node import Node
 from fleet_worker.offerings import Offering, offering_for
 from fleet_worker.replies import Answer
 
-__all__ = ["register_tasks"]
+__all__ = ["register_tasks", "where"]
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ def _working(node: Node, envelope: Any, operation: str) -> Iterator[_Work | None
             answer.fail(error)
             raise error from None
         except Exception as error:
-            log.error("a task failed: %s at %s", type(error).__name__, _where(error))
+            log.error("a task failed: %s at %s", type(error).__name__, where(error))
             failure = ProviderError(f"the worker failed ({type(error).__name__}): see its log")
             node.tally.error(failure.code)
             answer.fail(failure)
@@ -175,7 +175,7 @@ def _accept(node: Node, envelope: Any, operation: str, answer: Answer) -> _Work:
     return _Work(node, request, offering, answer, queue_wait, started, started + remaining)
 
 
-def _where(error: Exception) -> str:
+def where(error: Exception) -> str:
     """File, line and function, and no text: a message may quote a prompt."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f"{last.filename.rpartition('/')[2]}:{last.lineno} in {last.name}"

@@ -23,11 +23,12 @@ from fleet_worker.offerings import offerings_of
 from fleet_worker.registry_node import RegistryNode
 from fleet_worker.replies import ReplySender
 from fleet_worker.settings import REGISTRY, Instance, Settings
-from fleet_worker.tasks import register_tasks
+from fleet_worker.tasks import register_tasks, where
 
 __all__ = ["EXIT_CONFIGURATION", "EXIT_UNAVAILABLE", "refuse", "select_instance", "serve_with"]
 
 EXIT_UNAVAILABLE = 69  # sysexits.h EX_UNAVAILABLE
+EXIT_SOFTWARE = 70  # sysexits.h EX_SOFTWARE
 
 
 def serve_with(app: Celery, settings: Settings) -> None:
@@ -51,6 +52,8 @@ def serve_with(app: Celery, settings: Settings) -> None:
                 refuse(error)
             except FleetError as error:
                 refuse(error, EXIT_UNAVAILABLE)
+            except Exception as error:  # Celery would only log it, and go on as a worker that is no node
+                refuse(FleetError(f"the node cannot begin: {type(error).__name__} at {where(error)}"), EXIT_SOFTWARE)
             name_lines(app, instance.hostname)
 
     def lighten(sender: Any, **_: Any) -> None:

@@ -361,7 +361,7 @@ BEATS, INTERVAL = 2_880, 0.05
 MESSAGES = 2 * BEATS
 """Each beat says something about the instances and something about the models."""
 NONE = {"memory": "< 3", "open files": "<= 3"}
-"""What counts as no growth: Python's own, and what waits for its garbage collector. For all else it is 0."""
+"""What counts as no growth: Python's own, and what waits for its garbage collector. All else must not grow."""
 
 
 def beats(broker: Valkey) -> list[Row]:
@@ -389,7 +389,7 @@ def beats(broker: Valkey) -> list[Row]:
         Row(
             name,
             f"growth: {who}, {what}",
-            NONE.get(what, "0"),
+            NONE.get(what, "<= 0"),
             after[who, what] - size,
             "MB" if what == "memory" else "",
         )

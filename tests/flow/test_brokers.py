@@ -5,6 +5,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from kombu.asynchronous import Hub
 
 from fleet_worker import Router, Settings
 from fleet_worker.celery import create_app
@@ -52,6 +53,16 @@ def test_a_dropped_connection_runs_nothing_twice(paced, broker, router):
     assert "".join(pieces) == "".join(reply_tokens(HELLO, 100, tokens=1000))
     assert router.chat(paced.models[0], HELLO, max_tokens=1, timeout=50).node == "paced@test"
     assert len(work(paced)) == 2
+
+
+def test_former_connections_leave_nothing_in_the_event_loop(broker):
+    """Or it would run the callbacks of all of them in each turn."""
+    hub, app = Hub(), create_app(Settings(broker_url=broker.url))
+    for _ in range(3):
+        with app.connection_for_read() as connection:
+            connection.transport.register_with_event_loop(connection.connection, hub)
+    assert len(hub.on_tick) <= 1
+    hub.close()
 
 
 def test_two_nodes_of_two_slots_hold_exactly_four_of_eight_tasks(broker):

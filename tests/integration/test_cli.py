@@ -303,6 +303,12 @@ def test_the_instance_must_be_named_if_it_is_not_clear(line, configured):
     assert_refused(run(line), 78, "-n NAME@%h", "one, two")
 
 
+def test_a_node_that_cannot_begin_does_not_go_on_as_some_other_worker(configured, monkeypatch):
+    monkeypatch.setenv("FLEET_STATE_DIR", "/dev/null/state")
+    configured(local={"base_url": "http://127.0.0.1:1"})
+    assert_refused(run("celery -A fleet_worker worker -n registry@%h"), 78, "state_dir")
+
+
 def test_a_server_that_is_down_is_waited_for_and_then_named(configured):
     url = f"http://127.0.0.1:{free_port()}"
     configured("[worker]\nstart_timeout = 1", local={"base_url": url})

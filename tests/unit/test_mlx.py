@@ -533,6 +533,15 @@ def test_nobody_listens():
             assert raised.value.retryable
 
 
+def test_connecting_ends_when_the_server_is_known_to_be_away():
+    with closing(Client(f"http://127.0.0.1:{free_port()}", clocks={"connect": 30})) as client:
+        known = threading.Timer(0.2, client.away.set)
+        known.start()
+        with took_less_than(5), pytest.raises(InstanceUnavailable):
+            client.ask()
+        known.join()
+
+
 def test_connecting_ends_at_the_deadline():
     with (
         closing(Client(f"http://127.0.0.1:{free_port()}", clocks={"connect": 30})) as client,

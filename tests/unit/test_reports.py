@@ -269,6 +269,11 @@ def test_a_path_that_is_too_long_is_refused_by_the_name_of_its_setting(host, fit
             socket_path(folder, host)
 
 
+def test_a_folder_that_cannot_be_is_refused_by_the_name_of_its_setting():
+    with pytest.raises(ConfigurationError, match="state_dir"):
+        Reports(Path("/dev/null/state/test.sock"), lambda: None)
+
+
 # --- The node's end
 
 
