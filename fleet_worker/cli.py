@@ -12,19 +12,13 @@ from typing import Any
 
 import click
 
+from fleet_worker import exit_codes
 from fleet_worker.errors import BrokerUnavailable, ConfigurationError, Expired, FleetError, InvalidRequest
 from fleet_worker.frames import Delta
 from fleet_worker.settings import Settings
 
 __all__ = ["main"]
 
-EXIT_FAILED = 1
-EXIT_NOT_RUNNING = 3  # as of systemctl
-EXIT_USAGE = 64
-EXIT_UNAVAILABLE = 69
-EXIT_RUNS_ALREADY = 75  # EX_TEMPFAIL: whoever starts us again, launchd or systemd, is right to try later, as after 69
-EXIT_CONFIGURATION = 78
-EXIT_INTERRUPTED = 130
 
 _EXAMPLES = """\b
 Examples:
@@ -105,7 +99,7 @@ def install_service(only_print: bool) -> None:
         if problem:
             click.echo(f"fleet-worker: nothing was installed: {problem}", err=True)
         click.echo(f"fleet-worker: the text above belongs in {manager.file}", err=True)
-        sys.exit(EXIT_UNAVAILABLE if problem else 0)
+        sys.exit(exit_codes.UNAVAILABLE if problem else 0)
     manager.install(text)
     click.echo("\n".join([f"Installed and started: {manager.file}", *manager.hints]))
 
@@ -119,7 +113,7 @@ def uninstall_service() -> None:
     problem = manager.problem()
     if problem and manager.file.exists():
         click.echo(f"fleet-worker: {manager.file} is still there: {problem}", err=True)
-        sys.exit(EXIT_UNAVAILABLE)
+        sys.exit(exit_codes.UNAVAILABLE)
     removed = not problem and manager.uninstall()
     click.echo(f"Ended and removed: {manager.file}" if removed else "The service is not installed.")
 
@@ -132,10 +126,10 @@ def service_status() -> None:
     manager = service_manager()
     if problem := manager.problem():
         click.echo(f"fleet-worker: {problem}", err=True)
-        sys.exit(EXIT_UNAVAILABLE)
+        sys.exit(exit_codes.UNAVAILABLE)
     running, words = manager.status()
     click.echo(words)
-    sys.exit(0 if running else EXIT_NOT_RUNNING)
+    sys.exit(0 if running else exit_codes.NOT_RUNNING)
 
 
 @cli.command()
@@ -154,7 +148,7 @@ def up() -> None:
         sys.exit(Up(settings).run())
     except Held as error:
         click.echo(f"fleet-worker: fleet-worker up runs already on this host, pid {error.pid or 'unknown'}", err=True)
-        sys.exit(EXIT_RUNS_ALREADY)
+        sys.exit(exit_codes.AGAIN)  # whoever starts us, launchd or systemd, is right to try later
 
 
 @cli.command()
@@ -165,7 +159,7 @@ def reload() -> None:
     pid = reload_running(Settings())  # a wrong configuration is said here, and disturbs nobody
     if not pid:
         click.echo("fleet-worker: no fleet-worker up runs on this host", err=True)
-        sys.exit(EXIT_UNAVAILABLE)
+        sys.exit(exit_codes.UNAVAILABLE)
     click.echo(f"fleet-worker up, pid {pid}, reads its configuration again; its log says what becomes of it")
 
 
@@ -293,7 +287,7 @@ def _errors_explained() -> Iterator[None]:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        sys.exit(EXIT_INTERRUPTED)
+        sys.exit(exit_codes.INTERRUPTED)
 
 
 def _hint(error: FleetError) -> str:
@@ -305,9 +299,9 @@ def _hint(error: FleetError) -> str:
 
 def _exit_code(error: FleetError) -> int:
     if isinstance(error, ConfigurationError):
-        return EXIT_CONFIGURATION
+        return exit_codes.CONFIGURATION
     if isinstance(error, InvalidRequest):
-        return EXIT_USAGE
+        return exit_codes.USAGE
     if isinstance(error, BrokerUnavailable | Expired):
-        return EXIT_UNAVAILABLE
-    return EXIT_FAILED
+        return exit_codes.UNAVAILABLE
+    return exit_codes.FAILED

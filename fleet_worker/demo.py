@@ -18,6 +18,7 @@ from kombu.exceptions import OperationalError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from fleet_worker import exit_codes
 from fleet_worker.celery import create_app
 from fleet_worker.demo_models import chat_model, embedding_model, platform_problem
 from fleet_worker.errors import BrokerUnavailable
@@ -29,8 +30,6 @@ from fleet_worker.testing import worker_toml
 
 __all__ = ["run"]
 
-EXIT_FAILED = 1
-EXIT_UNAVAILABLE = 69
 
 CHAT = "smollm2-135m"
 EMBED = "all-minilm-l6-v2"
@@ -68,7 +67,7 @@ def run(*, simulated: bool) -> int:
     problem = None if simulated else platform_problem()
     if problem:
         errors.print(problem, markup=False)  # it names an extra in brackets
-        return EXIT_UNAVAILABLE
+        return exit_codes.UNAVAILABLE
     try:
         with Children() as children, _end_announced(console):
             _converse(console, _running_fleet(console, children, simulated=simulated))
@@ -77,7 +76,7 @@ def run(*, simulated: bool) -> int:
         return stop.exit_code
     except (ChildFailed, ChildLost, OSError) as error:
         errors.print(f"The demo failed: {error}", markup=False)
-        return EXIT_FAILED
+        return exit_codes.FAILED
     console.print("All of it worked, and everything was stopped again.")
     return 0
 

@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fleet_worker import exit_codes
 from fleet_worker.errors import BrokerUnavailable, FleetError
 
 __all__ = ["Finding", "Severity", "at_once", "exit_code", "show"]
 
-EXIT_CONFIGURATION = 78  # sysexits.h EX_CONFIG
 
 Severity = Literal["ok", "warning", "error"]
 
@@ -74,7 +74,7 @@ def exit_code(findings: Iterable[Finding]) -> int:
     """Return 0 if all is well, 1 after warnings, 2 after errors, 78 if the configuration cannot be used."""
     found = {(finding.check, finding.severity) for finding in findings}
     if ("configuration", "error") in found:
-        return EXIT_CONFIGURATION
+        return exit_codes.CONFIGURATION
     severities = {severity for _, severity in found}
     return 2 if "error" in severities else 1 if "warning" in severities else 0
 

@@ -13,17 +13,16 @@ import celery.apps.worker as celery_worker
 from celery import signals
 from celery.worker import state as celery_state
 
+from fleet_worker import exit_codes
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.node import Node
 from fleet_worker.registry_node import RegistryNode
 from fleet_worker.settings import Settings
 
-__all__ = ["EXIT_AGAIN", "EXIT_CONFIGURATION", "Life"]
+__all__ = ["Life"]
 
 log = logging.getLogger(__name__)
 
-EXIT_AGAIN = 75  # sysexits.h EX_TEMPFAIL: start me again
-EXIT_CONFIGURATION = 78  # sysexits.h EX_CONFIG
 LEAVE_AFTER = 15.0
 """Seconds that Celery gets to say goodbye to the broker once a stopping node has no more work."""
 
@@ -69,7 +68,7 @@ class Life:
         else:
             if len(answers) > 1:
                 log.critical("another node is named %s: give the instance, or the host, a name of its own", name)
-                self._end(EXIT_CONFIGURATION)
+                self._end(exit_codes.CONFIGURATION)
 
     def _reload(self) -> None:
         """Follow the configuration, without touching what is running."""
@@ -84,7 +83,7 @@ class Life:
             log.info("%s follows the new configuration", name)
         else:
             log.warning("%s ends: its new configuration needs a new process", name)
-            self._end(EXIT_AGAIN)
+            self._end(exit_codes.AGAIN)
 
     def _end(self, exit_code: int) -> None:
         """As by SIGTERM, but with this exit code: Celery looks at it between two turns of its event loop."""

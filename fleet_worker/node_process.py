@@ -12,15 +12,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
+from fleet_worker import exit_codes
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.processes import how_ended
 
-__all__ = ["EXIT_AGAIN", "EXIT_CONFIGURATION", "Backoff", "NodeProcess"]
+__all__ = ["Backoff", "NodeProcess"]
 
 log = logging.getLogger(__name__)
 
-EXIT_AGAIN = 75  # sysexits.h EX_TEMPFAIL
-EXIT_CONFIGURATION = 78  # sysexits.h EX_CONFIG
 NEVER = float("inf")
 
 
@@ -96,10 +95,10 @@ class NodeProcess:
         how = how_ended(code)
         if not self.wanted:
             log.info("%s %s", self.name, how)
-        elif stopped or code in (EXIT_AGAIN, -signal.SIGHUP):  # which was told to reload before it could listen
+        elif stopped or code in (exit_codes.AGAIN, -signal.SIGHUP):  # which was told to reload before it could listen
             self._starts_at = 0.0
             log.info("%s %s, starts again at once", self.name, how)
-        elif code == EXIT_CONFIGURATION:
+        elif code == exit_codes.CONFIGURATION:
             self.given_up, self._starts_at = True, NEVER
             log.error("%s %s: its configuration is wrong; starts again when that has been reloaded", self.name, how)
         else:

@@ -19,10 +19,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from fleet_worker import exit_codes
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.lifeline import LIFELINE, LOCK, lifeline
 from fleet_worker.locks import Held, hold, holder, open_lock
-from fleet_worker.node_process import EXIT_CONFIGURATION, NEVER, Backoff, NodeProcess
+from fleet_worker.node_process import NEVER, Backoff, NodeProcess
 from fleet_worker.processes import python
 from fleet_worker.settings import REGISTRY, Settings
 
@@ -171,7 +172,7 @@ class Up:
             self._adopt(settings)
         except ConfigurationError as error:
             log.error("%s", error)
-            self._stop(EXIT_CONFIGURATION)
+            self._stop(exit_codes.CONFIGURATION)
 
     def _stop(self, exit_code: int) -> None:
         """Everything ends at the same time."""
@@ -188,7 +189,7 @@ class Up:
         serving = [node for node in self._nodes.values() if node.instance != REGISTRY and not node.gone]
         if self._exit_code is None and all(node.given_up for node in serving):
             log.error("no instance can be served with this configuration")
-            self._stop(EXIT_CONFIGURATION)
+            self._stop(exit_codes.CONFIGURATION)
         self._nodes = {instance: node for instance, node in self._nodes.items() if not node.gone}
 
 

@@ -10,11 +10,11 @@ from celery import Celery, signals
 from celery.concurrency import get_implementation
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential, wait_random
 
-from fleet_worker import lifeline
+from fleet_worker import exit_codes, lifeline
 from fleet_worker.errors import ConfigurationError, FleetError, InstanceUnavailable
 from fleet_worker.intake import Intake
 from fleet_worker.lanes import lane_queue, transport_of
-from fleet_worker.life import EXIT_CONFIGURATION, Life
+from fleet_worker.life import Life
 from fleet_worker.logs import name_lines, protect_logs
 from fleet_worker.mlx import DEFAULT_URLS, Health, MLXClient
 from fleet_worker.monitoring import BatchedEvents
@@ -25,10 +25,7 @@ from fleet_worker.replies import ReplySender
 from fleet_worker.settings import REGISTRY, Instance, Settings
 from fleet_worker.tasks import register_tasks, where
 
-__all__ = ["EXIT_CONFIGURATION", "EXIT_UNAVAILABLE", "refuse", "select_instance", "serve_with"]
-
-EXIT_UNAVAILABLE = 69  # sysexits.h EX_UNAVAILABLE
-EXIT_SOFTWARE = 70  # sysexits.h EX_SOFTWARE
+__all__ = ["refuse", "select_instance", "serve_with"]
 
 
 def serve_with(app: Celery, settings: Settings) -> None:
@@ -51,9 +48,11 @@ def serve_with(app: Celery, settings: Settings) -> None:
             except ConfigurationError as error:
                 refuse(error)
             except FleetError as error:
-                refuse(error, EXIT_UNAVAILABLE)
+                refuse(error, exit_codes.UNAVAILABLE)
             except Exception as error:  # Celery would only log it, and go on as a worker that is no node
-                refuse(FleetError(f"the node cannot begin: {type(error).__name__} at {where(error)}"), EXIT_SOFTWARE)
+                refuse(
+                    FleetError(f"the node cannot begin: {type(error).__name__} at {where(error)}"), exit_codes.SOFTWARE
+                )
             name_lines(app, instance.hostname)
 
     def lighten(sender: Any, **_: Any) -> None:
@@ -131,7 +130,7 @@ def _begin(app: Celery, settings: Settings, host: str, *, worker: Any) -> None:
     Life(worker, node).begin()
 
 
-def refuse(error: FleetError, exit_code: int = EXIT_CONFIGURATION) -> NoReturn:
+def refuse(error: FleetError, exit_code: int = exit_codes.CONFIGURATION) -> NoReturn:
     """End this process with one line that says why."""
     print(f"fleet-worker: {error.message}", file=sys.stderr, flush=True)  # noqa: T201 - logging is not set up yet
     raise SystemExit(exit_code)

@@ -1,0 +1,15 @@
+"""What the processes end with, by the numbers of sysexits.h where it has one; the README says what to do about each."""
+
+from __future__ import annotations
+
+__all__ = ["AGAIN", "CONFIGURATION", "FAILED", "INTERRUPTED", "NOT_RUNNING", "SOFTWARE", "UNAVAILABLE", "USAGE"]
+
+FAILED = 1
+NOT_RUNNING = 3  # as of systemctl
+USAGE = 64
+UNAVAILABLE = 69
+SOFTWARE = 70
+AGAIN = 75
+"""EX_TEMPFAIL: start me again, now or later."""
+CONFIGURATION = 78
+INTERRUPTED = 130
