@@ -17,6 +17,7 @@ from rich.text import Text
 
 from fleet_worker import exit_codes
 from fleet_worker.errors import BrokerUnavailable, FleetError
+from fleet_worker.terminal import printable
 
 __all__ = ["Finding", "Severity", "at_once", "exit_code", "show"]
 
@@ -94,7 +95,7 @@ def show(findings: Sequence[Finding], *, as_json: bool = False) -> None:
 
 def _line(finding: Finding, width: int) -> str:
     advice = f" -> {finding.advice}" if finding.advice else ""
-    return _printable(f"{finding.severity:<8} {finding.check:<{width}}  {finding.found}{advice}")
+    return printable(f"{finding.severity:<8} {finding.check:<{width}}  {finding.found}{advice}")
 
 
 def _table(findings: Sequence[Finding]) -> Table:
@@ -103,11 +104,6 @@ def _table(findings: Sequence[Finding]) -> Table:
     for finding in findings:
         texts = (finding.check, finding.found, finding.advice)
         table.add_row(
-            Text(finding.severity, style=colours[finding.severity]), *(Text(_printable(text)) for text in texts)
+            Text(finding.severity, style=colours[finding.severity]), *(Text(printable(text)) for text in texts)
         )
     return table
-
-
-def _printable(text: str) -> str:
-    """On one line: names of nodes and models were written by others."""
-    return "".join(character if character.isprintable() else "?" for character in text)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fleet_worker.errors import InvalidRequest, ModelUnavailable
-from fleet_worker.registry_events import READINESS, Announcement, RegistryEvent
+from fleet_worker.registry_events import GONE, READINESS, Announcement, RegistryEvent
 
 __all__ = ["InstanceState", "ModelState", "Offered", "Registry"]
 
@@ -222,7 +222,7 @@ class Registry:
         now = self._clock()
         key, expires_at = (announcement.host, event.instance), now + INTERVALS_TO_LIVE * announcement.interval
         status = str(event.health.get("status", "unavailable"))
-        if status == "gone":
+        if status == GONE:
             return self._forget(key, event.model)
         if event.model == READINESS:
             before = self._instances.get(key)

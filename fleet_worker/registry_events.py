@@ -17,12 +17,14 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from fleet_worker.errors import InvalidRequest, PolicyError
 from fleet_worker.wire import Wire, explain
 
-__all__ = ["READINESS", "Announcement", "EventType", "RegistryEvent"]
+__all__ = ["GONE", "READINESS", "Announcement", "EventType", "RegistryEvent"]
 
 EventType = Literal["offering_available", "offering_unavailable", "offering_degraded", "offering_heartbeat"]
 
 READINESS = "provider-readiness"
 """The model of an event about an instance as a whole."""
+GONE = "gone"
+"""The status of what is not offered any more: routers forget it."""
 
 _SENSITIVE = frozenset(
     {

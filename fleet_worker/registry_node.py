@@ -25,7 +25,7 @@ from fleet_worker.errors import ConfigurationError
 from fleet_worker.lane_depths import waiting
 from fleet_worker.lanes import ask_queue, direct_lane, lane_queue, transport_of
 from fleet_worker.offerings import offerings_of
-from fleet_worker.registry_events import READINESS, Announcement, EventType, RegistryEvent
+from fleet_worker.registry_events import GONE, READINESS, Announcement, EventType, RegistryEvent
 from fleet_worker.reports import NodeReport, ReportedModel, Reports, reported_model, socket_path
 from fleet_worker.settings import REGISTRY, Settings
 
@@ -37,8 +37,6 @@ __all__ = ["RegistryNode"]
 log = logging.getLogger(__name__)
 
 KINDS = ("readiness", "models")
-GONE = "gone"
-"""The status of what is not offered any more: routers forget it."""
 _TYPES: dict[str, EventType] = {"available": "offering_available", "degraded": "offering_degraded"}
 
 

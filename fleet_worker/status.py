@@ -23,6 +23,7 @@ from fleet_worker.registry import ALL_WORDS
 from fleet_worker.router import Router
 from fleet_worker.settings import Settings
 from fleet_worker.snapshot import Camera, SeenInstance, SeenLane, SeenModel, Snapshot
+from fleet_worker.terminal import printable
 
 __all__ = ["NO_LANES", "NO_REGISTRY_NODE", "UNSERVED", "show", "tables"]
 
@@ -191,8 +192,7 @@ def _age(seconds: float | None) -> str:
 
 
 def _text(words: str, style: str = "") -> Text:
-    """What other hosts say moves no cursor here."""
-    return Text("".join(char if char.isprintable() else "?" for char in words), style)
+    return Text(printable(words), style)
 
 
 class _Listing:

@@ -39,8 +39,6 @@ def serve_with(app: Celery, settings: Settings) -> None:
             protect_logs()
             try:
                 lifeline.bind(instance.hostname, grace=settings.worker.killed_after)
-                if transport_of(settings.broker_url) == "amqp":
-                    _refuse_a_taken_name(app, f"{name}@{host}")
                 if name == REGISTRY:
                     _begin_registry(app, settings, host, worker=instance)
                 else:
@@ -75,11 +73,13 @@ def _refuse_options(options: dict[str, Any]) -> None:
         refuse(ConfigurationError("a node works with threads, whatever it waits for is elsewhere: leave out -P"))
 
 
-def _refuse_a_taken_name(app: Celery, node_name: str) -> None:
+def _refuse_a_taken_name(app: Celery, settings: Settings, node_name: str) -> None:
     """On RabbitMQ the second of two nodes of one name would end with a traceback: Celery's control queue is exclusive.
 
     (On Redis nothing stops it, and it notices when it is ready.)
     """
+    if transport_of(settings.broker_url) != "amqp":
+        return
     try:
         taken = app.control.ping(destination=[node_name], limit=1, timeout=0.7)
     except Exception:  # the broker is away: it is waited for later
@@ -90,6 +90,7 @@ def _refuse_a_taken_name(app: Celery, node_name: str) -> None:
 
 def _begin_registry(app: Celery, settings: Settings, host: str, *, worker: Any) -> None:
     settings.serving()
+    _refuse_a_taken_name(app, settings, f"{REGISTRY}@{host}")
     node = RegistryNode(app, settings, host)
     worker.hostname = node.name
     Life(worker, node).begin()
@@ -98,6 +99,7 @@ def _begin_registry(app: Celery, settings: Settings, host: str, *, worker: Any) 
 def _begin(app: Celery, settings: Settings, host: str, *, worker: Any) -> None:
     """Set the worker up before Celery reads its pool, concurrency and queues."""
     name, instance = select_instance(settings, worker.hostname)
+    _refuse_a_taken_name(app, settings, f"{name}@{host}")
     mlx, server, reported = _find_server_of(instance, settings.worker.start_timeout)
     offerings = offerings_of(instance, settings.features, reported)
     if not offerings:
