@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
 
-from kombu import Connection, Producer
+from kombu import Connection
 
 from fleet_worker.lanes import Transport, registry_exchange
+from fleet_worker.publisher import Publisher
 from fleet_worker.registry_events import Announcement
 
 __all__ = ["Announcer"]
@@ -32,11 +32,9 @@ class Announcer:
         transport: Transport,
         announcements: Callable[[frozenset[str]], Iterable[tuple[str, Announcement]]],
     ) -> None:
-        self._connect = connect
+        self._publisher = Publisher(connect)
         self._exchange = registry_exchange(transport)
         self._announcements = announcements
-        self._connection: Connection | None = None
-        self._producer: Producer | None = None
         self._wanted: frozenset[str] = frozenset()
         self._changed = threading.Condition()
         self._closed = False
@@ -71,21 +69,21 @@ class Announcer:
             self._round(kinds)
             with self._changed:
                 self._changed.wait_for(lambda: self._closed, PAUSE)
-        self._drop()
+        self._publisher.drop()
 
     def _round(self, kinds: frozenset[str]) -> None:
         try:
             try:
                 self._tell(kinds)
             except Exception:  # the connection, perhaps, which the broker had closed long ago
-                self._drop()
+                self._publisher.drop()
                 self._tell(kinds)
         except Exception as error:  # whatever it is, no request has to suffer from it
             self.failures += 1
             if not self._failing:
                 log.warning("registry events cannot be published (%s), and are left out", type(error).__name__)
             self._failing = True
-            self._drop()
+            self._publisher.drop()
         else:
             if self._failing:
                 log.warning("registry events are published again")
@@ -97,22 +95,11 @@ class Announcer:
             self._publish(event_type, announcement)
 
     def _publish(self, event_type: str, announcement: Announcement) -> None:
-        if self._producer is None:
-            self._connection = self._connect()
-            self._producer = Producer(self._connection.channel(), self._exchange)
-        self._producer.publish(
+        self._publisher.publish(
             announcement.encode(),
+            exchange=self._exchange.name,
             routing_key=f"llm.registry.{event_type}",
-            content_type="application/json",
-            content_encoding="utf-8",
+            declare=lambda _: self._exchange,
             type="llm.registry.event",
             app_id="fleet-worker-mlx",
-            delivery_mode=1,
-            retry=False,
         )
-
-    def _drop(self) -> None:
-        connection, self._connection, self._producer = self._connection, None, None
-        if connection is not None:
-            with contextlib.suppress(Exception):
-                connection.close()

@@ -20,12 +20,12 @@ from contextlib import contextmanager
 from typing import Any
 from weakref import WeakValueDictionary
 
-from kombu import Connection, Consumer, Producer, Queue
-from kombu.exceptions import OperationalError
+from kombu import Connection, Consumer, Queue
 
 from fleet_worker.errors import BrokerUnavailable, FleetError, InvalidRequest, ReplyLost, ReplyOverflow, RequestTimeout
 from fleet_worker.frames import Accepted, Alive, ChatResponse, Delta, Deltas, EmbedResponse, Failure, Frame, Reply
 from fleet_worker.lanes import reply_queue
+from fleet_worker.publisher import Publisher
 from fleet_worker.wire import PROTOCOL_VERSION
 
 __all__ = ["Answer", "Mailbox", "ReplyInbox", "ReplySender"]
@@ -125,7 +125,7 @@ class ReplySender:
         self._recent: deque[tuple[float, str, bytes]] = deque()
         self._recent_bytes = 0
         self._closed = threading.Event()
-        self._publisher = _Publisher(connect)
+        self._publisher = Publisher(connect)
         self._thread = threading.Thread(target=self._run, name="fleet-replies", daemon=True)
         self._thread.start()
 
@@ -232,7 +232,7 @@ class ReplySender:
             try:
                 if failures:
                     self._resend()
-                self._publisher.publish(reply_to, body)
+                self._publisher.publish(body, routing_key=reply_to, declare=reply_queue)
                 break
             except Exception as error:
                 failures += 1
@@ -257,7 +257,7 @@ class ReplySender:
 
     def _resend(self) -> None:
         for _, reply_to, body in self._recent:
-            self._publisher.publish(reply_to, body)
+            self._publisher.publish(body, routing_key=reply_to, declare=reply_queue)
 
     def _remember(self, reply_to: str, body: bytes) -> None:
         self._recent.append((time.monotonic(), reply_to, body))
@@ -268,49 +268,6 @@ class ReplySender:
         oldest = time.monotonic() - RESEND_WINDOW
         while self._recent and (self._recent[0][0] < oldest or self._recent_bytes > RESEND_BYTES):
             self._recent_bytes -= len(self._recent.popleft()[2])
-
-
-class _Publisher:
-    """One connection, opened when needed, dropped when it fails."""
-
-    def __init__(self, connect: Callable[[], Connection]) -> None:
-        self._connect = connect
-        self._connection: Connection | None = None
-        self._producer: Producer | None = None
-        self.connection_errors: tuple[type[Exception], ...] = (OSError, OperationalError)
-        self._queues: OrderedDict[str, Any] = OrderedDict()
-
-    def publish(self, reply_to: str, body: bytes) -> None:
-        if self._producer is None:
-            self._connection = self._connect()
-            self.connection_errors = (OSError, OperationalError, *self._connection.connection_errors)
-            # Replies have no priority: on Redis it would be four lists to expire instead of one.
-            self._connection.transport_options = {**self._connection.transport_options, "priority_steps": [0]}
-            self._producer = Producer(self._connection.channel(), auto_declare=False)
-        self._producer.publish(
-            body,
-            exchange="",
-            routing_key=reply_to,
-            content_type="application/json",
-            content_encoding="utf-8",
-            declare=[self._queue(reply_to, self._producer.channel)],
-            delivery_mode=1,
-            retry=False,
-        )
-
-    def drop(self) -> None:
-        connection, self._connection, self._producer = self._connection, None, None
-        self._queues.clear()
-        if connection is not None:
-            with contextlib.suppress(Exception):
-                connection.close()
-
-    def _queue(self, reply_to: str, channel: Any) -> Any:
-        if reply_to not in self._queues:
-            self._queues[reply_to] = reply_queue(reply_to)(channel)
-            if len(self._queues) > REMEMBERED:
-                self._queues.popitem(last=False)
-        return self._queues[reply_to]
 
 
 # --- The router's end ------------------------------------------------------------------------------------------------
@@ -502,4 +459,5 @@ class ReplyInbox:
     def _wake_up(self) -> None:
         """An empty reply to ourselves ends the wait in `drain_events` at once."""
         with contextlib.suppress(Exception), self._connect() as connection:
-            _Publisher(lambda: connection).publish(self.name, Reply(v=PROTOCOL_VERSION, node="", frames=[]).encode())
+            empty = Reply(v=PROTOCOL_VERSION, node="", frames=[]).encode()
+            Publisher(lambda: connection).publish(empty, routing_key=self.name, declare=reply_queue)

@@ -185,7 +185,7 @@ def test_rounds_that_fail_are_counted_and_spoken_of_once(announcer, host, heard,
 def test_a_second_outage_is_spoken_of_too(announcer, host, heard, caplog):
     for number in range(1, 5):
         host.away = number % 2 == 1
-        announcer._drop()
+        announcer._publisher.drop()
         announcer.announce("a")
         until(lambda number=number: len(caplog.records) == number)
     assert ["again" in record.getMessage() for record in caplog.records] == [False, True, False, True]
