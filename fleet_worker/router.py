@@ -32,9 +32,10 @@ from fleet_worker.lanes import (
     task_name,
     transport_of,
 )
+from fleet_worker.mailbox import Mailbox
 from fleet_worker.messages import FleetRequest, Operation, validate_params
 from fleet_worker.registry import Registry
-from fleet_worker.replies import Mailbox, ReplyInbox
+from fleet_worker.replies import ReplyInbox
 from fleet_worker.settings import Settings
 
 __all__ = ["ChatStream", "Router"]

@@ -13,7 +13,8 @@ from kombu import Connection
 from fleet_worker.errors import ReplyLost, ReplyOverflow, RequestTimeout
 from fleet_worker.frames import Accepted, Alive, ChatResponse, Delta, Deltas, Failure, Reply, Timings, Usage
 from fleet_worker.lanes import reply_name
-from fleet_worker.replies import Mailbox, ReplyInbox, ReplySender
+from fleet_worker.mailbox import Mailbox
+from fleet_worker.replies import ReplyInbox, ReplySender
 
 
 def accepted(seq=0, attempt=1):
