@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import queue
-import random
 import threading
 import time
 import uuid
@@ -16,9 +14,10 @@ from typing import Any, Self, cast
 from kombu import Producer
 from kombu.exceptions import OperationalError
 
+from fleet_worker.call import Call
 from fleet_worker.celery import create_app
-from fleet_worker.errors import BrokerUnavailable, Expired, FleetError, InvalidRequest, RequestTimeout
-from fleet_worker.frames import Accepted, ChatResponse, Delta, Deltas, EmbedResponse, Failure, Frame, join
+from fleet_worker.errors import BrokerUnavailable, InvalidRequest
+from fleet_worker.frames import ChatResponse, Delta, Deltas, EmbedResponse, Frame, join
 from fleet_worker.lane_depths import SUBMITTED_AT
 from fleet_worker.lanes import (
     Priority,
@@ -32,16 +31,12 @@ from fleet_worker.lanes import (
     task_name,
     transport_of,
 )
-from fleet_worker.mailbox import Mailbox
 from fleet_worker.messages import FleetRequest, Operation, validate_params
 from fleet_worker.registry import Registry
 from fleet_worker.replies import ReplyInbox
 from fleet_worker.settings import Settings
 
 __all__ = ["ChatStream", "Router"]
-
-RETRY_AFTER = 0.2
-"""Seconds before a second attempt, at most; twice as much before each further one."""
 
 
 class Router:
@@ -114,9 +109,14 @@ class Router:
         async with self._call("embed", model, {"input": input}, options) as call:
             return cast(EmbedResponse, await call.aresult())
 
-    def _call(self, operation: Operation, model: str, body: dict[str, Any], options: dict[str, Any]) -> _Call:
+    def _call(self, operation: Operation, model: str, body: dict[str, Any], options: dict[str, Any]) -> Call:
         request, node = self._request(operation, model, body, **options)
-        return _Call(self, request, node)
+        return Call(
+            request,
+            begin=lambda: self._begin(request, node),
+            publish=lambda attempt: self._publish(attempt, node),
+            max_attempts=self._settings.router.max_attempts,
+        )
 
     def _request(
         self,
@@ -163,6 +163,13 @@ class Router:
         }
         return FleetRequest.build(envelope), node
 
+    def _begin(self, request: FleetRequest, node: str | None) -> ReplyInbox:
+        """Return the inbox, unless nobody offers what is asked for."""
+        inbox = self._listening()
+        if not node:
+            self._registry.check(request.model, request.operation, request.provider_instance)
+        return inbox
+
     def _listening(self) -> ReplyInbox:
         with self._starting:
             if self._inbox is None:
@@ -178,9 +185,6 @@ class Router:
                 inbox.start(router.connect_timeout)
                 self._inbox = inbox
             return self._inbox
-
-    def _check_offered(self, request: FleetRequest) -> None:
-        self._registry.check(request.model, request.operation, request.provider_instance)
 
     def _ask_who_is_there(self, channel: Any) -> None:
         """Every registry node answers at once, instead of when its next event is due."""
@@ -216,131 +220,6 @@ class Router:
             raise BrokerUnavailable(f"the broker did not take the request ({cause})") from None
 
 
-class _Call:
-    """One request under way: submitted on entering, read until its last frame, left behind on leaving.
-
-    An attempt that failed in a way that another one may not is followed by another one, as long as nothing of the
-    answer was seen.
-    """
-
-    def __init__(self, router: Router, request: FleetRequest, node: str | None) -> None:
-        self._router = router
-        self._request = request
-        self._node = node
-        self._deadline = 0.0
-        self._begun = False
-        self._accepted = False
-        self._mailbox: Mailbox | None = None
-        self._error: FleetError | None = None
-
-    def __enter__(self) -> Self:
-        if self._mailbox is None:
-            inbox = self._router._listening()
-            if not self._node:
-                self._router._check_offered(self._request)
-            self._deadline = time.monotonic() + self._request.timeout_seconds
-            self._request = self._request.submitted_to(inbox.name)
-            self._submit(inbox)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._mailbox:
-            self._mailbox.close()
-
-    async def __aenter__(self) -> Self:
-        if self._mailbox is None:
-            await asyncio.to_thread(self.__enter__)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self.__exit__()
-
-    def frame(self) -> Frame:
-        """Return the next frame that is not bookkeeping; raises the error that ended the reply, every time."""
-        while True:
-            try:
-                frame = None if self._error else self._box.get()
-            except queue.Empty:
-                frame = None
-            if (pause := self._pause_before_another(frame)) is not None:
-                time.sleep(pause)
-                self._try_again()
-            elif content := self._content(frame):
-                return content
-
-    async def aframe(self) -> Frame:
-        while True:
-            try:
-                frame = None if self._error else await self._box.aget()
-            except queue.Empty:
-                frame = None
-            if (pause := self._pause_before_another(frame)) is not None:
-                await asyncio.sleep(pause)
-                await asyncio.to_thread(self._try_again)
-            elif content := self._content(frame):
-                return content
-
-    def result(self) -> ChatResponse | EmbedResponse:
-        return cast(ChatResponse | EmbedResponse, self.frame())
-
-    async def aresult(self) -> ChatResponse | EmbedResponse:
-        return cast(ChatResponse | EmbedResponse, await self.aframe())
-
-    @property
-    def _box(self) -> Mailbox:
-        if self._mailbox is None:
-            raise RuntimeError("the request was not submitted: use it in a with block, or iterate it")
-        return self._mailbox
-
-    def _submit(self, inbox: ReplyInbox) -> None:
-        self._mailbox = inbox.mailbox(self._request.request_id, self._request.attempt, deadline=self._deadline)
-        try:
-            self._router._publish(self._request, self._node)
-        except FleetError as error:
-            self._error = error
-            raise
-
-    def _pause_before_another(self, frame: Frame | None) -> float | None:
-        """Return the seconds until the next attempt; None if there is none to be made."""
-        if not isinstance(frame, Failure) or not frame.retryable or self._begun:
-            return None
-        attempt = self._request.attempt
-        pause: float = random.uniform(0.5, 1.0) * RETRY_AFTER * 2 ** (attempt - 1)  # noqa: S311 - it spreads load
-        if attempt >= self._router._settings.router.max_attempts or time.monotonic() + pause >= self._deadline:
-            return None
-        return pause
-
-    def _try_again(self) -> None:
-        """The same request as its next attempt; what an older one still says is not listened to."""
-        self.__exit__()
-        self._accepted = False
-        self._request = self._request.model_copy(update={"attempt": self._request.attempt + 1})
-        self._submit(self._router._listening())
-
-    def _content(self, frame: Frame | None) -> Frame | None:
-        """Return the frame if it holds anything of the answer. No frame means that time is over."""
-        if isinstance(frame, Failure):
-            self._error = frame.error()
-        elif frame is None:
-            self._error = self._error or self._late()
-        if self._error:
-            raise self._error
-        self._accepted = True
-        if isinstance(frame, Accepted):
-            return None
-        self._begun = True
-        return frame
-
-    def _late(self) -> FleetError:
-        seconds = self._request.timeout_seconds
-        if self._accepted:
-            return RequestTimeout(f"the answer was not complete within its timeout of {seconds:g} s")
-        return Expired(
-            f"no node took the request within its timeout of {seconds:g} s: none serves {self._request.operation} of "
-            "that model, or all are busy or cut off"
-        )
-
-
 class ChatStream:
     """A streamed answer: iterate it for its deltas; then `response` is the whole, as `Router.chat` returns it.
 
@@ -348,7 +227,7 @@ class ChatStream:
     iterated. An error ends it; what arrived before was yielded.
     """
 
-    def __init__(self, call: _Call) -> None:
+    def __init__(self, call: Call) -> None:
         self._call = call
         self._ready: deque[Delta] = deque()
         self._deltas: list[Delta] = []

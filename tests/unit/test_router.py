@@ -10,7 +10,7 @@ import redis
 from kombu.exceptions import OperationalError
 
 from fleet_worker import Router, Settings
-from fleet_worker import router as router_module
+from fleet_worker import call as call_module
 from fleet_worker.errors import (
     BrokerUnavailable,
     Expired,
@@ -103,7 +103,7 @@ class Fleet:
 
 @pytest.fixture
 def fleet(monkeypatch):
-    monkeypatch.setattr(router_module, "RETRY_AFTER", 0.01)
+    monkeypatch.setattr(call_module, "RETRY_AFTER", 0.01)
     with Fleet() as fleet:
         yield fleet
 
@@ -237,7 +237,7 @@ def test_a_reply_with_a_gap_is_tried_again_if_nothing_of_it_was_seen(fleet, read
 
 @pytest.mark.parametrize("most", [1, 2, 4])
 def test_there_are_no_more_attempts_than_configured(monkeypatch, ask, most):
-    monkeypatch.setattr(router_module, "RETRY_AFTER", 0.001)
+    monkeypatch.setattr(call_module, "RETRY_AFTER", 0.001)
     with Fleet(max_attempts=most) as fleet:
         fleet.answers = [[failed(InstanceUnavailable(f"down {number}"))] for number in range(1, most + 1)]
         with pytest.raises(InstanceUnavailable, match=f"down {most}"):
@@ -246,7 +246,7 @@ def test_there_are_no_more_attempts_than_configured(monkeypatch, ask, most):
 
 
 def test_there_is_no_attempt_for_which_no_time_is_left(fleet, ask, monkeypatch):
-    monkeypatch.setattr(router_module, "RETRY_AFTER", 30.0)
+    monkeypatch.setattr(call_module, "RETRY_AFTER", 30.0)
     fleet.answers = [[DOWN]]
     with took_less_than(2), pytest.raises(InstanceUnavailable):
         ask(fleet, timeout=10)
@@ -256,14 +256,14 @@ def test_there_is_no_attempt_for_which_no_time_is_left(fleet, ask, monkeypatch):
 def test_the_pause_before_an_attempt_doubles_and_is_not_the_same_for_all(monkeypatch):
     pauses = []
     clock = SimpleNamespace(monotonic=time.monotonic, time=time.time, sleep=pauses.append)
-    monkeypatch.setattr(router_module, "time", clock)
+    monkeypatch.setattr(call_module, "time", clock)
     with Fleet(max_attempts=4) as fleet:
         for _ in range(10):
             fleet.answers = [[DOWN]] * 4
             with pytest.raises(InstanceUnavailable):
                 chat(fleet)
     for attempt in range(3):
-        longest = router_module.RETRY_AFTER * 2**attempt
+        longest = call_module.RETRY_AFTER * 2**attempt
         assert all(longest / 2 <= pause <= longest for pause in pauses[attempt::3])
         assert len(set(pauses[attempt::3])) == 10
 
