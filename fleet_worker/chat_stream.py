@@ -72,6 +72,11 @@ class ChatStream:
             self._arrived()
             yield last
 
+    @property
+    def tokens(self) -> int:
+        """What the server sent of the answer so far, counted as it sent it: one by one, as a rule."""
+        return self._chunks.pieces
+
     def _arriving(self) -> Iterator[list[Delta]]:
         for received in raw(self._response):
             events = self._events.feed(received)

@@ -23,6 +23,8 @@ class ChunkReader:
         self.usage = Usage()
         self.done = False
         """[DONE] was said; what comes after it is not read."""
+        self.pieces = 0
+        """Chunks that carried something of the answer: a token each, as servers send them, or a few."""
         self._splitter = splitter
         self._calls = _CallNumbers()
 
@@ -72,6 +74,7 @@ class ChunkReader:
             if thought:
                 reasoning = (reasoning or "") + thought
         calls = delta.get("tool_calls")
+        self.pieces += bool(delta.get("content") or reasoning or calls)
         return _delta(content, reasoning, calls and [self._calls.numbered(call) for call in calls])
 
 

@@ -12,6 +12,10 @@ FleetError
 ├── Unauthorized                the MLX server refused the worker's key
 ├── Cancelled                   the caller gave up
 ├── Expired                     the deadline passed before the work began
+├── FleetSaturated              too many requests wait for that model already
+├── NodeLost                    the node that worked on the request fell silent
+├── PoisonSuspected             two MLX servers died of the request, or while they had it
+├── StreamInterrupted           a stream broke off where it cannot be continued
 ├── ReplyLost                   a part of the reply never arrived
 ├── ReplyOverflow               the caller reads slower than its buffer allows
 └── ProviderError               the MLX server failed
@@ -37,17 +41,21 @@ __all__ = [
     "ContextLengthExceeded",
     "Expired",
     "FleetError",
+    "FleetSaturated",
     "InstanceUnavailable",
     "InvalidRequest",
     "MalformedOutput",
     "ModelNotServed",
     "ModelUnavailable",
+    "NodeLost",
     "Overloaded",
+    "PoisonSuspected",
     "PolicyError",
     "ProviderError",
     "ReplyLost",
     "ReplyOverflow",
     "RequestTimeout",
+    "StreamInterrupted",
     "Unauthorized",
     "UnsupportedCapability",
 ]
@@ -142,6 +150,32 @@ class Expired(FleetError):
     """The deadline passed before the work began."""
 
     code = "expired"
+
+
+class FleetSaturated(FleetError):
+    """Too many requests wait for that model already; `metadata["retry_after"]` is seconds."""
+
+    code = "fleet_saturated"
+    retryable = True
+
+
+class NodeLost(FleetError):
+    """The node that worked on the request fell silent."""
+
+    code = "node_lost"
+    retryable = True
+
+
+class PoisonSuspected(FleetError):
+    """Two MLX servers died while they worked on this request, so it is not tried on a third."""
+
+    code = "poison_suspected"
+
+
+class StreamInterrupted(FleetError):
+    """The stream broke off where it cannot be continued; what was delivered before is right."""
+
+    code = "stream_interrupted"
 
 
 class ReplyLost(FleetError):

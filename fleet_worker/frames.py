@@ -15,6 +15,7 @@ from fleet_worker.wire import PROTOCOL_VERSION, Wire, explain
 __all__ = [
     "Accepted",
     "Alive",
+    "Attempt",
     "ChatResponse",
     "Delta",
     "Deltas",
@@ -50,6 +51,20 @@ class Delta(Wire):
     content: str | None = Field(None, repr=False)
     reasoning: str | None = Field(None, repr=False)
     tool_calls: list[dict[str, Any]] | None = Field(None, repr=False)
+    resumed: Literal[True] | None = None
+    """Here another node goes on with the answer: an empty piece that the router puts in between."""
+
+
+class Attempt(Wire):
+    """One try of a request, as the router saw it."""
+
+    attempt: int
+    node: str | None
+    """None: nobody took it."""
+    error: str | None
+    """The code of what ended it; None if it answered."""
+    delivered: int
+    """Characters of the answer that had been delivered when it ended, those of earlier attempts included."""
 
 
 class _Frame(Wire):
@@ -72,6 +87,8 @@ class Deltas(_Frame):
 
     kind: Literal["deltas"] = "deltas"
     deltas: list[Delta]
+    tokens: int
+    """Of the answer so far, about: what the server sent one by one, those of earlier attempts included."""
 
 
 class ChatResponse(_Frame):
@@ -87,6 +104,8 @@ class ChatResponse(_Frame):
     finish_reason: str
     usage: Usage
     timings: Timings
+    attempts: list[Attempt] = Field(default=[])
+    """Filled in by the router, as in an `EmbedResponse`."""
 
     @property
     def request_id(self) -> str:
@@ -104,6 +123,7 @@ class EmbedResponse(_Frame):
     dimensions: int
     usage: Usage
     timings: Timings
+    attempts: list[Attempt] = Field(default=[])
 
     @property
     def request_id(self) -> str:

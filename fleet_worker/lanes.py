@@ -15,9 +15,12 @@ __all__ = [
     "Transport",
     "ask_exchange",
     "ask_queue",
+    "cancel_exchange",
+    "cancel_queue",
     "direct_lane",
     "lane",
     "lane_queue",
+    "listening_key",
     "priority",
     "registry_exchange",
     "registry_queue",
@@ -117,6 +120,21 @@ def ask_exchange() -> Exchange:
 
 def ask_queue(transport: Transport) -> Queue:
     return _subscription("llm.registry.ask", ask_exchange(), "", transport)
+
+
+def cancel_exchange() -> Exchange:
+    """Where a router tells all nodes what nobody waits for any more."""
+    return Exchange("llm.fleet.cancel", type="fanout", durable=True, delivery_mode="transient")
+
+
+def cancel_queue(transport: Transport) -> Queue:
+    """A new subscription of one node."""
+    return _subscription("llm.fleet.cancel", cancel_exchange(), "", transport)
+
+
+def listening_key(reply_to: str) -> str:
+    """The key on Redis that is there as long as a router listens to this reply queue. (RabbitMQ counts consumers.)"""
+    return f"{reply_to}.listening"
 
 
 def _subscription(name: str, exchange: Exchange, key: str, transport: Transport) -> Queue:

@@ -13,12 +13,14 @@ from fleet_worker.lanes import Priority
 from fleet_worker.wire import Wire, check_size, explain
 
 __all__ = [
+    "Cancellation",
     "ChatParams",
     "EmbedParams",
     "FleetRequest",
     "ImagePart",
     "Message",
     "Operation",
+    "Resume",
     "TextPart",
     "validate_params",
 ]
@@ -140,6 +142,15 @@ PARAMS: dict[str, type[ChatParams] | type[EmbedParams]] = {
 }
 
 
+class Resume(Wire):
+    """What of a streamed answer was delivered by earlier attempts: this attempt goes on from there."""
+
+    content: str = Field("", repr=False)
+    reasoning: str = Field("", repr=False)
+    tokens: int = Field(0, ge=0)
+    """How many it was, about: servers send a token at a time, or a few."""
+
+
 class FleetRequest(Wire):
     """The envelope: one request, or one attempt at it.
 
@@ -164,6 +175,8 @@ class FleetRequest(Wire):
     timeout_seconds: float = Field(gt=0)
     expires_at: float
     priority: Priority
+    resume: Resume | None = None
+    """Of a stream that was cut; without it the answer begins at its beginning."""
 
     @field_validator("message_context", "caller", "trace_context")
     @classmethod
@@ -226,6 +239,23 @@ class FleetRequest(Wire):
     def remaining(self) -> float:
         """Seconds until its deadline; never more than it was given, however wrong a clock is."""
         return min(self.timeout_seconds, self.expires_at - time.time())
+
+
+class Cancellation(Wire):
+    """What a router tells the nodes: nobody waits for these requests any more, or only for later attempts at them."""
+
+    node: str | None
+    """Who is meant; None if it is not known who has them."""
+    requests: list[tuple[str, int]]
+    """Each with the last attempt that is not wanted."""
+
+    @classmethod
+    def decode(cls, body: bytes | str) -> Cancellation:
+        """Raises `InvalidRequest` for anything else."""
+        try:
+            return cls.model_validate_json(body)
+        except ValidationError as error:
+            raise InvalidRequest(explain(error)) from None
 
 
 def validate_params(operation: Operation, params: dict[str, Any], *, max_bytes: int) -> ChatParams | EmbedParams:

@@ -66,14 +66,15 @@ class Answer:
         """Tell who took it. Nobody waits for this, so it may travel with what comes next."""
         self._sender._append(self, Accepted(**self._next(), **fields), delay=LONGEST_GAP, wait_until=self.deadline)
 
-    def put(self, deltas: list[Delta]) -> None:
-        """Append deltas, the first at once. Waits while too many frames are pending, so that nobody reads on.
+    def put(self, deltas: list[Delta], tokens: int) -> None:
+        """Append deltas, with which the answer has about so many tokens; the first leave at once. Waits while too many
+        frames are pending, so that nobody reads on.
 
         Raises:
             RequestTimeout: the broker did not take anything until the deadline.
         """
         first = self._seq <= 1
-        frame = Deltas(**self._next(), deltas=deltas)
+        frame = Deltas(**self._next(), deltas=deltas, tokens=tokens)
         self._sender._append(self, frame, delay=0.0 if first else None, wait_until=self.deadline)
 
     def end(self, frame: type[ChatResponse] | type[EmbedResponse], **fields: Any) -> None:

@@ -164,7 +164,15 @@ class Router(_Group):
     """Seconds a request may take in all when the caller does not say."""
     max_timeout: float = Field(3600.0, gt=0, le=3600)
     max_attempts: int = Field(3, ge=1, le=10)
-    """How often a request is tried, if it failed in a way that another node may not, before any of its answer came."""
+    """How often a request is tried, if it failed in a way that another node may not."""
+    lost_after: float = Field(5.0, ge=2)
+    """Seconds of silence after which the node that works on a request counts as lost. It says a word every second."""
+    accept_timeout: float = Field(5.0, ge=1)
+    """Seconds after which a request that no node has taken is looked for, and sent again if its lane is empty."""
+    max_waiting: int = Field(1000, ge=1)
+    """Requests that may wait in one lane; beyond it new ones are refused."""
+    idempotency_ttl: float = Field(300.0, ge=0)
+    """Seconds for which the answer to a request with an `idempotency_key` is kept."""
     connect_timeout: float = Field(10.0, gt=0)
     """Seconds to wait for the broker when a request is submitted."""
     reply_expires: float = Field(120.0, ge=1)
@@ -197,7 +205,9 @@ class Worker(_Group):
     max_pending: int = Field(10_000, ge=1)
     """Reply frames that may wait for the broker; beyond it the tasks, and so the MLX servers, wait."""
     drain_grace: float = Field(30.0, ge=0)
-    """Seconds that running requests have to end when a node is stopped."""
+    """Seconds that running requests have to end when a node is stopped; then other nodes go on with them."""
+    abandoned_after: float = Field(20.0, ge=5)
+    """Seconds after which the work for a router that no longer listens is stopped."""
 
     @property
     def killed_after(self) -> float:

@@ -54,7 +54,7 @@ def register_tasks(app: Celery, node: Node) -> None:
                 with node.mlx.stream_chat(work.params, work.offering, deadline=work.deadline) as stream:
                     for deltas in stream:
                         node.tally.generated(len(deltas))
-                        work.answer.put(deltas)
+                        work.answer.put(deltas, stream.tokens)
                 work.respond(stream.answer())
 
     @task

@@ -10,7 +10,9 @@ from fleet_worker.errors import (
     ConnectionFailure,
     Expired,
     FleetError,
+    FleetSaturated,
     InstanceUnavailable,
+    NodeLost,
     Overloaded,
     RequestTimeout,
 )
@@ -57,7 +59,8 @@ def test_no_error_hides_a_builtin():
 
 
 def test_only_faults_that_another_machine_may_not_have_are_retryable():
-    assert {error for error in ALL if error.retryable} == {InstanceUnavailable, Overloaded, ConnectionFailure}
+    faults = {InstanceUnavailable, Overloaded, ConnectionFailure, NodeLost, FleetSaturated}
+    assert {error for error in ALL if error.retryable} == faults
 
 
 @pytest.mark.parametrize("kind", ALL)

@@ -22,7 +22,7 @@ def accepted(seq=0, attempt=1):
 
 
 def deltas(seq, text="x", attempt=1, count=1):
-    return Deltas(id="r", attempt=attempt, seq=seq, deltas=[Delta(content=text)] * count)
+    return Deltas(id="r", attempt=attempt, seq=seq, deltas=[Delta(content=text)] * count, tokens=count)
 
 
 def response(seq):
@@ -167,7 +167,7 @@ def test_a_whole_reply_travels_from_node_to_router(sender, inbox):
     mailbox = inbox.mailbox("r", 1, deadline=time.monotonic() + 10)
     with sender.answering("r", 1, inbox.name) as answer:
         answer.accept(instance="i", queue_wait=0.5)
-        answer.put([Delta(content="a"), Delta(content="b")])
+        answer.put([Delta(content="a"), Delta(content="b")], 2)
         timings = Timings(queue_wait=0.5, duration=1.0)
         answer.end(ChatResponse, instance="i", model="m", finish_reason="stop", usage=Usage(), timings=timings)
     kinds = [mailbox.get().kind for _ in range(3)]
@@ -202,7 +202,7 @@ def test_a_sign_of_life_never_runs_ahead_of_the_frames(sender, inbox):
         answer.accept(instance="i", queue_wait=0.0)
         for _ in range(300):
             sender._next_alive = 0.0
-            answer.put([Delta(content="x")])
+            answer.put([Delta(content="x")], 1)
         answer.fail(ReplyLost("the end"))
     frames = [mailbox.get() for _ in range(302)]
     assert [frame.seq for frame in frames] == list(range(302))
@@ -223,7 +223,7 @@ class Broker:
 
 def put_many(answer, count):
     for _ in range(count):
-        answer.put([Delta(content="x")])
+        answer.put([Delta(content="x")], 1)
 
 
 def test_when_the_broker_is_away_a_bounded_number_of_frames_wait():

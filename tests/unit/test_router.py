@@ -42,7 +42,7 @@ def accepted():
 
 
 def deltas(*texts):
-    return Deltas, {"deltas": [Delta(content=text) for text in texts]}
+    return Deltas, {"deltas": [Delta(content=text) for text in texts], "tokens": len(texts)}
 
 
 def response(content=None):
@@ -306,7 +306,7 @@ def test_the_mailbox_of_an_older_attempt_is_closed(fleet):
     assert chat(fleet).content == "new"
     old, new = fleet.mailboxes
     for mailbox in (old, new):
-        mailbox.put("n", Deltas(id="r", attempt=mailbox.attempt, seq=mailbox._next_seq, deltas=[]))
+        mailbox.put("n", Deltas(id="r", attempt=mailbox.attempt, seq=mailbox._next_seq, deltas=[], tokens=0))
         assert mailbox._frames.empty()
 
 
