@@ -73,7 +73,7 @@ def _template_in(folder: Path, *, tools: bool) -> str | None:
         if isinstance(template, list):
             texts = {each["name"]: each["template"] for each in template}
             template = texts.get("tool_use" if tools else "default") or texts.get("default")
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         log.warning("the tokenizer_config.json of a model cannot be read: its answers cannot be continued")
         return None
     return template if isinstance(template, str) else None
