@@ -11,7 +11,7 @@ import httpx
 
 from fleet_worker.chunks import ChunkReader
 from fleet_worker.clock import Clock
-from fleet_worker.errors import ConnectionFailure, FleetError, MalformedOutput
+from fleet_worker.errors import ConnectionFailure, MalformedOutput
 from fleet_worker.frames import Delta, Usage
 from fleet_worker.http_errors import foreign_errors_mapped, raw
 from fleet_worker.servers import Quirks, finish_reason
@@ -19,9 +19,6 @@ from fleet_worker.sse import EventStream
 from fleet_worker.thinking import ThinkingSplitter
 
 __all__ = ["ChatAnswer", "ChatStream"]
-
-_AFTER_DONE = 1.0
-"""Seconds in which a server may end a response that has said [DONE]: only then its connection can be used again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +57,8 @@ class ChatStream:
 
     def __iter__(self) -> Iterator[list[Delta]]:
         """Raises a `FleetError` unless the stream was whole: a finish_reason, no error, and [DONE] where it is due."""
-        try:
-            with foreign_errors_mapped(self._clock):
-                yield from self._arriving()
-        except FleetError:
-            if not self._chunks.done:
-                raise
+        with foreign_errors_mapped(self._clock):
+            yield from self._arriving()
         last = [*self._unended(), *self._chunks.end()]
         self._check_whole()
         if last:
@@ -84,8 +77,8 @@ class ChatStream:
                 self._arrived()
                 yield deltas
             if self._chunks.done:
-                self._clock.ending(_AFTER_DONE)
-            elif events:  # a comment is no sign of progress
+                return
+            if events:  # a comment is no sign of progress
                 self._clock.waiting()
 
     def _arrived(self) -> None:
@@ -101,8 +94,7 @@ class ChatStream:
     def _check_whole(self) -> None:
         if self._chunks.done and self._chunks.finish:
             return
-        if self._clock.cut:  # where the end of a stream is the end of its connection, a cut looks like an end
-            raise self._clock.expired()
+        self._clock.check()  # where the end of a stream is the end of its connection, a cut looks like an end
         if self._quirks.says_done or not self._chunks.finish:
             raise ConnectionFailure("the MLX server ended the stream before the answer was whole")
 

@@ -68,9 +68,9 @@ def foreign_errors_mapped(clock: Clock | None = None) -> Iterator[None]:
 def _ours(error: Exception, clock: Clock | None) -> FleetError:
     """A connection that our own clock cut looks broken; it is the clock that has something to say."""
     kind = next(ours for theirs, ours in HTTPX_ERRORS.items() if isinstance(error, theirs))
-    if clock and (clock.cut or kind is RequestTimeout):
-        return clock.expired()
-    return kind(_TEXTS[kind])
+    connecting = kind is InstanceUnavailable  # for which a server is to blame, however little time it had
+    reason = clock and (clock.stopped if connecting else clock.over)
+    return reason or kind(_TEXTS[kind])
 
 
 def raise_for_status(response: httpx.Response, clock: Clock) -> None:
@@ -86,13 +86,13 @@ def raise_for_status(response: httpx.Response, clock: Clock) -> None:
             body += part
             if len(body) > _ERROR_BYTES:
                 break
-    raise error_for(response.status_code, body, retry_after=_seconds(response.headers.get("retry-after")))
+    raise clock.stopped or error_for(
+        response.status_code, body, retry_after=_seconds(response.headers.get("retry-after"))
+    )
 
 
 def raw(response: httpx.Response) -> httpx.SyncByteStream:
-    """The body as it arrives. Unlike `iter_raw` this is one generator less a read, and at the end of the body the
-    connection is not yet free for others, but only when the response is closed, and so no longer watched.
-    """
+    """The body as it arrives: one generator less a read than `iter_raw`."""
     return cast("httpx.SyncByteStream", response.stream)
 
 

@@ -18,6 +18,7 @@ from pydantic_core import from_json, to_json
 from tenacity import (
     Retrying,
     retry_if_exception_type,
+    sleep_using_event,
     stop_after_attempt,
     stop_before_delay,
     stop_when_event_set,
@@ -29,14 +30,16 @@ from fleet_worker.chat_stream import ChatAnswer, ChatStream
 from fleet_worker.chat_templates import chat_template
 from fleet_worker.chunks import usage_of
 from fleet_worker.clock import Clock
+from fleet_worker.connections import Transport
 from fleet_worker.continuation import Continuation, Way, ways
-from fleet_worker.errors import ConfigurationError, MalformedOutput
+from fleet_worker.errors import ConfigurationError, FleetError, MalformedOutput, RequestTimeout
 from fleet_worker.frames import Usage, join
 from fleet_worker.http_errors import foreign_errors_mapped, raise_for_status, raw
 from fleet_worker.messages import ChatParams, Resume
 from fleet_worker.offerings import Offering
-from fleet_worker.servers import QUIRKS, Quirks, chat_body, kind_of
+from fleet_worker.servers import QUIRKS, chat_body, kind_of
 from fleet_worker.settings import Instance
+from fleet_worker.stop import Stop
 from fleet_worker.thinking import ThinkingSplitter, split_thinking
 from fleet_worker.vectors import vectors_of
 from fleet_worker.watchdog import Watchdog
@@ -44,6 +47,10 @@ from fleet_worker.watchdog import Watchdog
 __all__ = ["DEFAULT_URLS", "ChatAnswer", "ChatStream", "Embeddings", "Health", "MLXClient"]
 
 _CANARY = {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0.0}
+_DEAD_WITHIN = 0.5
+"""Seconds to find out whether a server has died."""
+_LOOKS_AGAIN = 0.05
+"""Seconds until that is asked a second time: a server with a full backlog refuses for a moment."""
 DEFAULT_URLS = ("http://127.0.0.1:8000", "http://127.0.0.1:8080")
 
 
@@ -67,9 +74,10 @@ class Embeddings:
 
 
 class MLXClient:
-    """One pooled HTTP client for one instance; safe to share between threads.
+    """The client of one instance; safe to share between threads. Every request has a connection of its own.
 
-    A `deadline` is monotonic seconds. Every method raises `FleetError`s only.
+    A `deadline` is monotonic seconds. A `stop` ends a request at any moment, and the method raises the error that it
+    was stopped with. Every method raises `FleetError`s only.
     """
 
     def __init__(
@@ -80,8 +88,8 @@ class MLXClient:
         url = _url(base_url)
         self._http = httpx.Client(
             base_url=url,
-            headers={"accept-encoding": "identity", **_authorization(instance)},
-            transport=transport or _transport(instance, self._quirks, secure=url.scheme == "https"),
+            headers={"accept-encoding": "identity", "connection": "close", **_authorization(instance)},
+            transport=transport or Transport(secure=url.scheme == "https"),
             trust_env=False,
         )
         self._watchdog = Watchdog()
@@ -93,9 +101,10 @@ class MLXClient:
         self._watchdog.close()
         self._http.close()
 
-    def chat(self, params: ChatParams, offering: Offering, *, deadline: float) -> ChatAnswer:
+    def chat(self, params: ChatParams, offering: Offering, *, deadline: float, stop: Stop | None = None) -> ChatAnswer:
         """Return the whole answer. The server streams all the same: only a stream can be stopped."""
-        with self._stream(chat_body(params, offering, self._quirks), deadline, splitter=None) as stream:
+        body = chat_body(params, offering, self._quirks)
+        with self._stream(body, self._clock(deadline, stop), splitter=None) as stream:
             whole = join(delta for deltas in stream for delta in deltas)
         if whole["content"] and not whole["reasoning"]:
             inside = offering.settings.starts_in_reasoning
@@ -105,7 +114,13 @@ class MLXClient:
 
     @contextmanager
     def stream_chat(
-        self, params: ChatParams, offering: Offering, *, deadline: float, resume: Resume | None = None
+        self,
+        params: ChatParams,
+        offering: Offering,
+        *,
+        deadline: float,
+        stop: Stop | None = None,
+        resume: Resume | None = None,
     ) -> Iterator[ChatStream | Continuation]:
         """Open a stream; iterate it, then ask for its `answer()`. Leaving the block stops the server.
 
@@ -115,18 +130,21 @@ class MLXClient:
             StreamInterrupted: there is no way to go on with what was delivered.
         """
         if resume and (resume.content or resume.reasoning):
-            with closing(self._continuation(params, offering, deadline, resume)) as continuation:
+            with closing(self._continuation(params, offering, deadline, stop, resume)) as continuation:
                 yield continuation
             return
         splitter = ThinkingSplitter(starts_inside=offering.settings.starts_in_reasoning)
-        with self._stream(chat_body(params, offering, self._quirks), deadline, splitter=splitter) as stream:
+        body = chat_body(params, offering, self._quirks)
+        with self._stream(body, self._clock(deadline, stop), splitter=splitter) as stream:
             yield stream
 
-    def _continuation(self, params: ChatParams, offering: Offering, deadline: float, resume: Resume) -> Continuation:
+    def _continuation(
+        self, params: ChatParams, offering: Offering, deadline: float, stop: Stop | None, resume: Resume
+    ) -> Continuation:
         def ask(way: Way) -> AbstractContextManager[ChatStream]:
             # Who goes on with visible text has thought before.
             inside = offering.settings.starts_in_reasoning and way.replays
-            return self._stream(way.body, deadline, splitter=ThinkingSplitter(starts_inside=inside))
+            return self._stream(way.body, self._clock(deadline, stop), splitter=ThinkingSplitter(starts_inside=inside))
 
         def template() -> str | None:
             return chat_template(offering, self.models, tools=bool(params.tools))
@@ -134,15 +152,14 @@ class MLXClient:
         return Continuation(ways(params, offering, self._quirks, resume, template), resume, ask)
 
     @contextmanager
-    def _stream(
-        self, body: dict[str, Any], deadline: float, *, splitter: ThinkingSplitter | None
-    ) -> Iterator[ChatStream]:
-        clock = self._clock(deadline)
+    def _stream(self, body: dict[str, Any], clock: Clock, *, splitter: ThinkingSplitter | None) -> Iterator[ChatStream]:
         with self._response("POST", "/v1/chat/completions", clock, body) as response:
             raise_for_status(response, clock)
             yield ChatStream(response, clock, self._quirks, splitter, max_tokens=body["max_tokens"])
 
-    def embed(self, texts: Sequence[str], offering: Offering, *, deadline: float) -> Embeddings:
+    def embed(
+        self, texts: Sequence[str], offering: Offering, *, deadline: float, stop: Stop | None = None
+    ) -> Embeddings:
         """Return one vector per text, asking the server in batches that it can take."""
         size = self._instance.limits.embed_batch
         data: list[str] = []
@@ -150,31 +167,31 @@ class MLXClient:
         dimensions = offering.settings.dimensions
         for start in range(0, len(texts), size):
             batch = texts[start : start + size]
-            answer = self._embed_batch(batch, offering, deadline)
+            answer = self._embed_batch(batch, offering, self._clock(deadline, stop))
             vectors, dimensions = vectors_of(answer, len(batch), dimensions)
             data += vectors
             tokens.append(usage_of(answer.get("usage")).prompt_tokens)
         total = None if None in tokens else sum(count or 0 for count in tokens)
         return Embeddings(data, dimensions or 0, Usage(prompt_tokens=total, total_tokens=total))
 
-    def _embed_batch(self, texts: Sequence[str], offering: Offering, deadline: float) -> dict[str, Any]:
+    def _embed_batch(self, texts: Sequence[str], offering: Offering, clock: Clock) -> dict[str, Any]:
         body = {"model": offering.backend, "input": list(texts)}
         if self._quirks.base64_vectors:
             body["encoding_format"] = "base64"
-        clock = self._clock(deadline)
         with self._response("POST", "/v1/embeddings", clock, body) as response:
             raise_for_status(response, clock)
             answer = _object(_read(response, clock))
         clock.content()
         return answer
 
-    def canary(self, offering: Offering, *, deadline: float) -> None:
+    def canary(self, offering: Offering, *, deadline: float, stop: Stop | None = None) -> None:
         """Ask for one token, or one vector; raises a `FleetError` unless the server works."""
         if "embed" in offering.capabilities:
-            self.embed(["canary"], offering, deadline=deadline)
+            self.embed(["canary"], offering, deadline=deadline, stop=stop)
             return
         tokens = 1 + (self._quirks.hides_length or 0)  # mlx-omni-server drops the last one
-        self.chat(ChatParams.model_validate({**_CANARY, "max_tokens": tokens}), offering, deadline=deadline)
+        params = ChatParams.model_validate({**_CANARY, "max_tokens": tokens})
+        self.chat(params, offering, deadline=deadline, stop=stop)
 
     def models(self) -> list[str]:
         """Return the ids that `GET /v1/models` reports: a hint (a disk cache, an empty body, or one absolute path)."""
@@ -216,27 +233,41 @@ class MLXClient:
         engine = known.get("engine_type")
         return Health(response.is_success and not sick, server, engine if isinstance(engine, str) else None)
 
-    def _clock(self, deadline: float) -> Clock:
-        return Clock(self._watchdog, self._instance.clocks, deadline)
+    def has_died(self) -> bool:
+        """Find out, within half a second, whether the server died: to be asked when the connection to it broke.
+
+        Dead is one that refuses connections, hangs up, or says that it is not ready. One that is late is busy.
+        """
+        ends = time.monotonic() + _DEAD_WITHIN
+        for last in (False, True):
+            try:
+                return not self.health(timeout=ends - time.monotonic()).ready
+            except RequestTimeout:
+                return False
+            except FleetError:
+                if not last:
+                    time.sleep(_LOOKS_AGAIN)
+        return True
+
+    def _clock(self, deadline: float, stop: Stop | None = None) -> Clock:
+        return Clock(self._watchdog, self._instance.clocks, deadline, stop)
 
     @contextmanager
     def _response(
         self, method: str, path: str, clock: Clock, body: dict[str, Any] | None = None
     ) -> Iterator[httpx.Response]:
-        """Open the response to a request; leaving the block closes it, and the connection with it if it is not read."""
+        """Open the response to a request; leaving the block closes the connection."""
         request = self._http.build_request(
             method,
             path,
             content=None if body is None else to_json(body),
             headers={"content-type": "application/json"} if body else None,
         )
-        with foreign_errors_mapped(clock):
-            response = self._send(request, clock)
-        try:
-            with clock.watching(response):
+        with clock.running():
+            with foreign_errors_mapped(clock):
+                response = self._send(request, clock)
+            with closing(response):
                 yield response
-        finally:
-            response.close()
 
     def _send(self, request: httpx.Request, clock: Clock) -> httpx.Response:
         """Return the response once its head is there.
@@ -244,14 +275,16 @@ class MLXClient:
         Only connecting is tried again: nothing has reached the server before. A mere question is not even that.
         """
         patience = stop_before_delay(clock.connecting) | stop_when_event_set(self.away)
+        over = clock.guard.over
         for attempt in Retrying(
             retry=retry_if_exception_type((httpx.ConnectError, httpx.ConnectTimeout)),
-            stop=patience if request.method == "POST" else stop_after_attempt(1),
+            stop=patience | stop_when_event_set(over) if request.method == "POST" else stop_after_attempt(1),
             wait=wait_exponential(multiplier=0.05, max=1.0) + wait_random(max=0.05),
+            sleep=sleep_using_event(over),
             reraise=True,
         ):
             with attempt:
-                request.extensions["timeout"] = clock.timeouts()
+                request.extensions |= {"guard": clock.guard, "timeout": {"connect": clock.connect_timeout}}
                 return self._http.send(request, stream=True)
         raise AssertionError("tenacity returns or raises")
 
@@ -273,25 +306,10 @@ def _authorization(instance: Instance) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"} if key else {}
 
 
-def _transport(instance: Instance, quirks: Quirks, *, secure: bool) -> httpx.HTTPTransport:
-    connections = instance.limits.concurrency + 4
-    return httpx.HTTPTransport(
-        verify=secure,  # loading certificates takes longer than all the rest
-        trust_env=False,
-        limits=httpx.Limits(
-            max_connections=connections,
-            # A server that keeps connections closes them after 5 s of silence: be first.
-            max_keepalive_connections=connections if quirks.keeps_alive else 0,
-            keepalive_expiry=4.0,
-        ),
-    )
-
-
 def _read(response: httpx.Response, clock: Clock) -> bytes:
     with foreign_errors_mapped(clock):
         content = b"".join(raw(response))
-    if clock.cut:  # where the end of a response is the end of its connection, a cut looks like an end
-        raise clock.expired()
+    clock.check()  # where the end of a response is the end of its connection, a cut looks like an end
     return content
 
 

@@ -64,8 +64,6 @@ class Quirks:
 
     fields: frozenset[str]
     """What its chat endpoint knows; anything else is not sent."""
-    keeps_alive: bool = True
-    """False for HTTP/1.0. The others close an idle connection after 5 s."""
     says_done: bool = True
     """A whole stream ends with `[DONE]`."""
     hides_length: int | None = None
@@ -79,7 +77,7 @@ class Quirks:
 
 
 QUIRKS: dict[str, Quirks] = {
-    "mlx_lm": Quirks(fields=_MLX_LM, keeps_alive=False, continues="template"),
+    "mlx_lm": Quirks(fields=_MLX_LM, continues="template"),
     "vllm_mlx": Quirks(fields=_VLLM, lists_models=True, continues="flags"),
     "mlx_openai": Quirks(
         fields=_COMMON | {"top_k", "min_p", "seed", "tool_choice", "response_format", "chat_template_kwargs"},
@@ -205,8 +203,12 @@ def error_for(status: int, body: bytes, *, retry_after: float | None = None) -> 
     The body is only searched for marks: servers repeat prompts in it, so no word of it reaches our text.
     """
     text = _error_text(body)
-    if "generation thread died" in text:  # mlx_lm.server 0.32: a 404 for every request until it is restarted
-        return InstanceUnavailable("the MLX server's generation thread has died: restart the server")
+    if "generation thread died" in text:
+        # mlx_lm.server 0.32: a 404 for every request until it is restarted. Which of them killed it cannot be told, so
+        # each counts as one during which a server died.
+        return InstanceUnavailable(
+            "the MLX server's generation thread has died: restart the server", instance_died=True
+        )
     if status in (400, 404, 413, 422) and _CONTEXT.search(text):
         return ContextLengthExceeded()
     match status:

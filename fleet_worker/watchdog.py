@@ -1,9 +1,10 @@
-"""Cuts a connection whose clock has run out."""
+"""Cuts the connection of a request whose clock has run out, or which is stopped."""
 
 from __future__ import annotations
 
 import contextlib
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -15,36 +16,64 @@ __all__ = ["Guard", "Watchdog"]
 _LOOKS_AGAIN = 0.1
 """Seconds between two looks at a reader that has been busy for longer than its limit: nobody says when it is back."""
 
+_RESET = struct.pack("ii", 1, 0)
+"""SO_LINGER: closing drops the connection. Otherwise the server's next write, a whole step of a prefill later, would
+still succeed, and only the one after that tell the server that nobody listens."""
+
 
 class Guard:
-    """One connection under watch. Its reader moves `limit` (monotonic seconds) as it makes progress."""
+    """One request under watch. Its reader moves `limit` (monotonic seconds) as it makes progress."""
 
-    def __init__(self, connection: socket.socket | None, limit: float) -> None:
-        self._connection = connection
+    def __init__(self, limit: float) -> None:
         self.limit = limit
         self.busy_until = 0.0
         """Set while the reader is busy elsewhere: until then the limit does not count. It moves the limit first."""
-        self.cut = False
-        """True once the connection was cut because the limit had passed."""
+        self.over = threading.Event()
+        """Set once it was cut."""
+        self._lock = threading.Lock()
+        self._connection: socket.socket | None = None
 
-    def _due(self, now: float) -> float:
+    def watch(self, connection: socket.socket) -> None:
+        """This is the connection that it waits on from now. It may be closed, and wrapped in TLS, at any moment."""
+        with self._lock:
+            self._let_go()
+            self._connection = connection.dup()
+            if self.over.is_set():
+                self._shut()
+
+    def cut(self) -> None:
+        """End the connection now, and one that comes later at once; whoever waits on it returns. From any thread."""
+        with self._lock:
+            self.over.set()
+            self._shut()
+
+    def close(self) -> None:
+        with self._lock:
+            self._let_go()
+
+    def _shut(self) -> None:
+        with contextlib.suppress(OSError):  # it is not connected any more
+            if self._connection:
+                self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+                self._connection.shutdown(socket.SHUT_RDWR)
+
+    def _let_go(self) -> None:
+        if self._connection:
+            self._connection.close()
+        self._connection = None
+
+    def due(self, now: float) -> float:
         """When to cut, or to look again."""
         busy_until = self.busy_until  # read before the limit, or the old one might count
         if not busy_until or self.limit > now:
             return self.limit
         return min(busy_until, now + _LOOKS_AGAIN)
 
-    def _cut(self) -> None:
-        self.cut = True
-        with contextlib.suppress(OSError):  # closed meanwhile
-            if self._connection:
-                self._connection.shutdown(socket.SHUT_RDWR)
-
 
 class Watchdog:
-    """One thread for all connections of a node.
+    """One thread for all requests of a node.
 
-    A thread that waits in `recv` cannot look at a clock, and httpx fixes a read timeout for a whole response. So the
+    A thread that waits in `recv` cannot look at a clock, and httpx fixes its timeouts for a whole response. So the
     wait is ended from outside: `shutdown` of the socket makes `recv` return at once, on Linux and macOS.
     The thread sleeps until the earliest limit it knows; a limit that moves on costs its reader one assignment.
     """
@@ -60,16 +89,17 @@ class Watchdog:
         self._thread.start()
 
     @contextmanager
-    def guard(self, connection: socket.socket | None, limit: float) -> Iterator[Guard]:
-        guard = Guard(connection, limit)
+    def watching(self, guard: Guard) -> Iterator[None]:
+        """Cut this one, within the block, when its limit has passed."""
         with self._changed:
             self._guards.add(guard)
-        self.hasten(guard, limit)
+        self.hasten(guard, guard.limit)
         try:
-            yield guard
+            yield
         finally:
             with self._changed:
                 self._guards.discard(guard)
+            guard.close()
 
     def hasten(self, guard: Guard, limit: float) -> None:
         """Set a limit that may be earlier than before. (A later one is set by assignment.)"""
@@ -90,8 +120,10 @@ class Watchdog:
                 now = time.monotonic()
                 self._wakes_at = float("inf")
                 for guard in self._guards:
-                    if not guard.cut and (due := guard._due(now)) <= now:
-                        guard._cut()
-                    elif not guard.cut:
+                    if guard.over.is_set():
+                        continue
+                    if (due := guard.due(now)) <= now:
+                        guard.cut()
+                    else:
                         self._wakes_at = min(self._wakes_at, due)
                 self._changed.wait(None if self._wakes_at == float("inf") else max(0.0, self._wakes_at - now))

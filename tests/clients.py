@@ -4,13 +4,16 @@ import json
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 
+from fleet_worker.errors import Cancelled
 from fleet_worker.frames import join
 from fleet_worker.messages import ChatParams
 from fleet_worker.mlx import MLXClient
 from fleet_worker.offerings import offerings_of
 from fleet_worker.settings import Instance, Model
+from fleet_worker.stop import Stop
 from fleet_worker.testing import SimulatedMLX
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -25,6 +28,11 @@ KINDS = {
 """What `server` of an instance is for each flavour of the simulator."""
 
 
+SOON = 1.0
+"""Seconds; a stop takes milliseconds, and these machines are busy."""
+WHY = Cancelled("nobody wants it")
+
+
 class Client(MLXClient):
     """A client with one offering, and a deadline far away unless a test says when."""
 
@@ -33,21 +41,22 @@ class Client(MLXClient):
         super().__init__(settings, base_url, server=server, transport=transport)
         self.offering = offerings_of(settings, {}, ())["m"]
 
-    def ask(self, messages=HELLO, *, seconds=30.0, **params):
-        return self.chat(chat_params(messages, **params), self.offering, deadline=time.monotonic() + seconds)
-
-    def open(self, messages=HELLO, *, seconds=30.0, resume=None, **params):
+    def ask(self, messages=HELLO, *, seconds=30.0, stop=None, **params):
         deadline = time.monotonic() + seconds
-        return self.stream_chat(chat_params(messages, **params), self.offering, deadline=deadline, resume=resume)
+        return self.chat(chat_params(messages, **params), self.offering, deadline=deadline, stop=stop)
 
-    def stream(self, messages=HELLO, *, seconds=30.0, resume=None, **params):
+    def open(self, messages=HELLO, *, seconds=30.0, stop=None, resume=None, **params):
+        options = {"deadline": time.monotonic() + seconds, "stop": stop, "resume": resume}
+        return self.stream_chat(chat_params(messages, **params), self.offering, **options)
+
+    def stream(self, messages=HELLO, *, seconds=30.0, stop=None, resume=None, **params):
         """The deltas of a whole stream, what they say together, and how it ended."""
-        with self.open(messages, seconds=seconds, resume=resume, **params) as stream:
+        with self.open(messages, seconds=seconds, stop=stop, resume=resume, **params) as stream:
             deltas = [delta for arrived in stream for delta in arrived]
         return deltas, join(deltas), stream.answer()
 
-    def vectors(self, *texts, seconds=30.0):
-        return self.embed(texts, self.offering, deadline=time.monotonic() + seconds)
+    def vectors(self, *texts, seconds=30.0, stop=None):
+        return self.embed(texts, self.offering, deadline=time.monotonic() + seconds, stop=stop)
 
 
 def chat_params(messages=HELLO, **params):
@@ -79,7 +88,7 @@ def said(*pieces):
 
 
 @contextmanager
-def answering(answer):
+def answering(answer, tls=None):
     """A server that sends this to everybody, and then nothing, with the connection open; yields its URL."""
     with socket.create_server(("127.0.0.1", 0)) as listener, ExitStack() as opened:
 
@@ -87,16 +96,33 @@ def answering(answer):
             with suppress(OSError):  # the listener ends
                 while True:
                     connection = opened.enter_context(listener.accept()[0])
+                    if tls:
+                        connection = opened.enter_context(tls.wrap_socket(connection, server_side=True))
                     connection.recv(65536)
                     connection.sendall(answer.encode())
 
         thread = threading.Thread(target=serve)
         thread.start()
         try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+            yield f"http{'s' if tls else ''}://127.0.0.1:{listener.getsockname()[1]}"
         finally:
             listener.shutdown(socket.SHUT_RDWR)
             thread.join()
+
+
+@contextmanager
+def stopped(ask, *arguments, **options):
+    """Run a request in a thread, and stop it at the end of the block: it raises just that error, and soon."""
+    stop = Stop()
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(ask, *arguments, stop=stop, **options)
+        try:
+            yield
+            assert not answer.done(), "it ended before it was stopped"
+        finally:
+            stop.now(WHY)
+        with took_less_than(SOON):
+            assert answer.exception(timeout=10) is WHY
 
 
 @contextmanager

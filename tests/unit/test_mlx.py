@@ -14,7 +14,6 @@ from fleet_worker.errors import (
     ConfigurationError,
     InstanceUnavailable,
     MalformedOutput,
-    Overloaded,
     ProviderError,
     RequestTimeout,
     Unauthorized,
@@ -25,10 +24,9 @@ from fleet_worker.mlx import DEFAULT_URLS, Health
 from fleet_worker.simulator import FLAVOURS, Fault, embedding, reply_tokens
 from fleet_worker.testing import SimulatedMLX
 from tests.brokers import free_port
-from tests.clients import HELLO, KINDS, Client, answering, client_of, said, served, took_less_than
+from tests.clients import HELLO, KINDS, Client, answering, chat_params, client_of, said, served, took_less_than
 
 EMBEDDERS = sorted(set(FLAVOURS) - {"mlx_lm"})
-KEEPERS = EMBEDDERS
 WHOLE = "".join(reply_tokens(HELLO, 100))
 CALLS = [{"name": "weather", "arguments": {"city": "Zürich"}}, {"name": "time", "arguments": {}}]
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in ("weather", "time")]
@@ -237,7 +235,7 @@ KNOWN["vllm_batched"] = KNOWN["vllm_simple"]
 def test_a_server_gets_what_it_knows_and_one_canonical_model(flavour):
     """And answers it: no null, no string for `stop`, no role it does not have."""
     with served(flavour) as (server, client):
-        client.ask(**EVERYTHING)
+        client.chat(chat_params(**EVERYTHING), client.offering, deadline=time.monotonic() + 30)
         (request,) = server.requests
         assert request.body.keys() == COMMON | KNOWN[flavour]
         assert request.model == "sim-chat"
@@ -393,6 +391,50 @@ def test_health_is_the_status_and_the_body(status, body, ready):
         assert client.health().ready is ready
 
 
+def test_a_server_that_nobody_can_reach_has_died():
+    with served("vllm_batched") as (server, client):
+        assert not client.has_died()
+        server.kill()
+        assert client.has_died()
+        server.restart()
+        assert not client.has_died()
+
+
+def test_a_server_that_says_that_it_is_not_ready_has_died_and_one_that_does_not_know_has_not():
+    with served() as (server, client), served(old_health=True) as (unaware, of_unaware):
+        server.engine.die()
+        unaware.engine.die()
+        assert client.has_died()
+        assert not of_unaware.has_died()
+
+
+def test_a_server_that_is_late_is_busy_and_not_dead():
+    with served("vllm_batched") as (server, client), took_less_than(1):
+        server.fail(Fault("slow_headers", path="/health", seconds=30))
+        assert not client.has_died()
+
+
+def test_a_server_is_dead_if_it_hangs_up_twice():
+    """Once may be the moment in which a full backlog refuses."""
+    with served("vllm_batched") as (server, client):
+        server.fail(Fault("empty_reply", path="/health", times=3))
+        assert client.has_died()
+        assert not client.has_died()
+
+
+def test_a_request_that_came_to_a_dead_generation_thread_says_that_a_server_died():
+    """Whether it has killed it cannot be told. A server that merely refuses a connection has not died of anything."""
+    with served() as (server, client):
+        server.engine.die()
+        with pytest.raises(InstanceUnavailable) as raised:
+            client.ask()
+        assert raised.value.metadata == {"instance_died": True}
+        server.kill()
+        with pytest.raises(InstanceUnavailable) as raised:
+            client.ask(seconds=0.1)
+        assert raised.value.metadata == {}
+
+
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_models_are_what_the_server_lists(flavour):
     with served(flavour, models=["one", "/models/two"]) as (_, client):
@@ -439,44 +481,17 @@ def test_a_wrong_key_is_said_to_be_wrong():
 # --- Connections
 
 
-@pytest.mark.parametrize("flavour", KEEPERS)
-def test_a_connection_is_used_again(flavour):
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_every_request_has_a_connection_of_its_own(flavour):
+    """After an error too; and none stays open."""
     with served(flavour) as (server, client):
-        for _ in range(3):
-            client.ask()
-            client.stream()
-            client.vectors("a")
-        client.models()
-        assert server.counters["connections"] == 1
-
-
-def test_mlx_lm_gets_a_connection_for_every_request():
-    with served() as (server, client):
-        for _ in range(3):
-            client.ask()
-        assert server.counters["connections"] == 3
-
-
-@pytest.mark.parametrize("flavour", KEEPERS)
-def test_a_connection_is_used_again_after_an_error(flavour):
-    with served(flavour) as (server, client):
-        server.fail(Fault("status", status=500, times=3))
-        for _ in range(3):
-            with pytest.raises(ProviderError):
-                client.ask()
-        client.ask()
-        assert server.counters["connections"] == 1
-
-
-@pytest.mark.parametrize("flavour", KEEPERS)
-def test_an_idle_connection_that_the_server_closed_harms_nobody(flavour):
-    with served(flavour, keep_alive=0.05) as (server, client):
-        client.ask()
+        server.fail(Fault("status", status=500, times=2))
+        for ask in (client.ask, client.ask, client.ask, client.stream, client.health, client.models):
+            with suppress(ProviderError):
+                ask()
+        assert server.counters["connections"] == 6
+        assert all(request.headers["connection"] == "close" for request in server.requests)
         server.wait_for(lambda it: it.counters["open_connections"] == 0)
-        with client_of(server) as other:  # when it has its answer, the closing has reached us too
-            other.models()
-        assert client.ask().content == WHOLE
-        assert server.counters["connections"] == 3
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
@@ -491,26 +506,15 @@ def test_many_threads_share_a_client(flavour):
         assert answers == [WHOLE] * 16
 
 
-def test_a_client_that_has_no_connection_left_says_so():
-    """A slot has one; there are four more for probes."""
-    with (
-        served("vllm_batched", token_interval=10, client={"clocks": {"first_content": 0.3, "gap": 0.3}}) as (_, client),
-        ExitStack() as opened,
-    ):
-        for _ in range(5):
-            opened.enter_context(client.open())
-        with pytest.raises(Overloaded) as raised:
-            client.ask()
-        assert raised.value.retryable
-
-
 def test_no_delay_is_set_on_both_ends_of_every_connection():
     """One side that waits for more to send costs 40 ms of every first token."""
-    with served("vllm_batched", token_interval=0.01) as (server, client):
-        client.health()
-        with client.open(), connections_of(server.port) as ends:
-            assert len(ends) == 2
-            assert all(end.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for end in ends)
+    with (
+        served("vllm_batched", token_interval=0.01) as (server, client),
+        client.open(),
+        connections_of(server.port) as ends,
+    ):
+        assert len({end.getsockname() for end in ends}) == 2
+        assert all(end.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for end in ends)
 
 
 def test_a_server_that_starts_late_is_reached():

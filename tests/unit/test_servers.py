@@ -49,10 +49,6 @@ def test_a_server_s_fields_are_fields_of_a_request(kind):
     assert {"messages", "max_tokens", "temperature"} <= QUIRKS[kind].fields
 
 
-def test_only_mlx_lm_closes_its_connections():
-    assert [kind for kind, quirks in QUIRKS.items() if not quirks.keeps_alive] == ["mlx_lm"]
-
-
 def test_done_is_waited_for_where_it_is_known_to_come():
     assert [kind for kind, quirks in QUIRKS.items() if not quirks.says_done] == ["openai"]
 
