@@ -7,14 +7,21 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import celery.worker.strategy as celery_strategy
 from celery import Celery
 from celery.exceptions import InvalidTaskError
 
-from fleet_worker.errors import Expired, FleetError, InstanceUnavailable, InvalidRequest, ProviderError
+from fleet_worker.errors import (
+    ConnectionFailure,
+    Expired,
+    FleetError,
+    InstanceUnavailable,
+    InvalidRequest,
+    ProviderError,
+)
 from fleet_worker.frames import ChatResponse, EmbedResponse, Timings
 from fleet_worker.lanes import REPLY_PREFIX, task_name
 from fleet_worker.messages import ChatParams, EmbedParams, FleetRequest
@@ -22,6 +29,7 @@ from fleet_worker.mlx import ChatAnswer
 from fleet_worker.node import Node
 from fleet_worker.offerings import Offering, offering_for
 from fleet_worker.replies import Answer
+from fleet_worker.stop import Stop
 
 __all__ = ["register_tasks", "where"]
 
@@ -43,7 +51,7 @@ def register_tasks(app: Celery, node: Node) -> None:
     def chat(envelope: dict[str, Any]) -> None:
         with _working(node, envelope, "chat") as work:
             if work and isinstance(work.params, ChatParams):
-                answer = node.mlx.chat(work.params, work.offering, deadline=work.deadline)
+                answer = node.mlx.chat(work.params, work.offering, deadline=work.deadline, stop=work.stop)
                 node.tally.generated(answer.usage.completion_tokens or 0)
                 work.respond(answer)
 
@@ -51,8 +59,9 @@ def register_tasks(app: Celery, node: Node) -> None:
     def stream_chat(envelope: dict[str, Any]) -> None:
         with _working(node, envelope, "stream_chat") as work:
             if work and isinstance(work.params, ChatParams):
-                resume = work.request.resume
-                with node.mlx.stream_chat(work.params, work.offering, deadline=work.deadline, resume=resume) as stream:
+                with node.mlx.stream_chat(
+                    work.params, work.offering, deadline=work.deadline, stop=work.stop, resume=work.request.resume
+                ) as stream:
                     for deltas in stream:
                         node.tally.generated(len(deltas))
                         work.answer.put(deltas, stream.tokens)
@@ -62,7 +71,7 @@ def register_tasks(app: Celery, node: Node) -> None:
     def embed(envelope: dict[str, Any]) -> None:
         with _working(node, envelope, "embed") as work:
             if work and isinstance(work.params, EmbedParams):
-                vectors = node.mlx.embed(work.params.input, work.offering, deadline=work.deadline)
+                vectors = node.mlx.embed(work.params.input, work.offering, deadline=work.deadline, stop=work.stop)
                 work.answer.end(
                     EmbedResponse,
                     **work.ending(),
@@ -97,6 +106,7 @@ class _Work:
     queue_wait: float
     started: float
     deadline: float
+    stop: Stop = field(default_factory=Stop)
 
     @property
     def params(self) -> ChatParams | EmbedParams:
@@ -139,6 +149,8 @@ def _working(node: Node, envelope: Any, operation: str) -> Iterator[_Work | None
             with node.working(work.offering.model):
                 yield work
         except FleetError as error:
+            if isinstance(error, ConnectionFailure) and node.mlx.has_died():
+                error.metadata["instance_died"] = True
             node.tally.error(error.code)
             answer.fail(error)
             raise error from None
