@@ -111,7 +111,7 @@ def answering(answer, tls=None):
 
 
 @contextmanager
-def stopped(ask, *arguments, **options):
+def stopped(ask, *arguments, within=SOON, **options):
     """Run a request in a thread, and stop it at the end of the block: it raises just that error, and soon."""
     stop = Stop()
     with ThreadPoolExecutor(1) as pool:
@@ -121,7 +121,7 @@ def stopped(ask, *arguments, **options):
             assert not answer.done(), "it ended before it was stopped"
         finally:
             stop.now(WHY)
-        with took_less_than(SOON):
+        with took_less_than(within):
             assert answer.exception(timeout=10) is WHY
 
 
