@@ -41,22 +41,22 @@ class Client(MLXClient):
         super().__init__(settings, base_url, server=server, transport=transport)
         self.offering = offerings_of(settings, {}, ())["m"]
 
-    def ask(self, messages=HELLO, *, seconds=30.0, stop=None, **params):
+    def ask(self, messages=HELLO, *, seconds=30.0, stopper=None, **params):
         deadline = time.monotonic() + seconds
-        return self.chat(chat_params(messages, **params), self.offering, deadline=deadline, stop=stop)
+        return self.chat(chat_params(messages, **params), self.offering, deadline=deadline, stop=stopper)
 
-    def open(self, messages=HELLO, *, seconds=30.0, stop=None, resume=None, **params):
-        options = {"deadline": time.monotonic() + seconds, "stop": stop, "resume": resume}
+    def open(self, messages=HELLO, *, seconds=30.0, stopper=None, resume=None, **params):
+        options = {"deadline": time.monotonic() + seconds, "stop": stopper, "resume": resume}
         return self.stream_chat(chat_params(messages, **params), self.offering, **options)
 
-    def stream(self, messages=HELLO, *, seconds=30.0, stop=None, resume=None, **params):
+    def stream(self, messages=HELLO, *, seconds=30.0, stopper=None, resume=None, **params):
         """The deltas of a whole stream, what they say together, and how it ended."""
-        with self.open(messages, seconds=seconds, stop=stop, resume=resume, **params) as stream:
+        with self.open(messages, seconds=seconds, stopper=stopper, resume=resume, **params) as stream:
             deltas = [delta for arrived in stream for delta in arrived]
         return deltas, join(deltas), stream.answer()
 
-    def vectors(self, *texts, seconds=30.0, stop=None):
-        return self.embed(texts, self.offering, deadline=time.monotonic() + seconds, stop=stop)
+    def vectors(self, *texts, seconds=30.0, stopper=None):
+        return self.embed(texts, self.offering, deadline=time.monotonic() + seconds, stop=stopper)
 
 
 def chat_params(messages=HELLO, **params):
@@ -115,7 +115,7 @@ def stopped(ask, *arguments, within=SOON, **options):
     """Run a request in a thread, and stop it at the end of the block: it raises just that error, and soon."""
     stop = Stop()
     with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(ask, *arguments, stop=stop, **options)
+        answer = pool.submit(ask, *arguments, stopper=stop, **options)
         try:
             yield
             assert not answer.done(), "it ended before it was stopped"

@@ -31,18 +31,18 @@ def test_a_death_is_told_and_a_mere_break_is_none(mortal, once):
     mortal.fail(Fault("reset", at_token=3))
     with pytest.raises(ConnectionFailure) as broken:
         once.chat(CHAT, HELLO, timeout=20)
-    assert broken.value.metadata == {}
+    assert "instance_died" not in broken.value.metadata
 
     stream = once.stream_chat(CHAT, HELLO, max_tokens=900, timeout=20)
     next(stream)
     mortal.kill()
     with pytest.raises(ConnectionFailure) as killed:
         list(stream)
-    assert killed.value.metadata == {"instance_died": True}
+    assert killed.value.metadata["instance_died"] is True
 
 
 def test_a_generation_thread_that_dies_of_a_request_is_a_death(mortal, once):
     mortal.fail(Fault("thread_death"))
     with pytest.raises(InstanceUnavailable) as dead:
         once.chat(CHAT, HELLO, timeout=20)
-    assert dead.value.metadata == {"instance_died": True}
+    assert dead.value.metadata["instance_died"] is True

@@ -24,7 +24,7 @@ from fleet_worker.mlx import DEFAULT_URLS, Health
 from fleet_worker.simulator import FLAVOURS, Fault, embedding, reply_tokens
 from fleet_worker.testing import SimulatedMLX
 from tests.brokers import free_port
-from tests.clients import HELLO, KINDS, Client, answering, chat_params, client_of, said, served, took_less_than
+from tests.clients import HELLO, KINDS, Client, answering, client_of, said, served, took_less_than
 
 EMBEDDERS = sorted(set(FLAVOURS) - {"mlx_lm"})
 WHOLE = "".join(reply_tokens(HELLO, 100))
@@ -235,7 +235,7 @@ KNOWN["vllm_batched"] = KNOWN["vllm_simple"]
 def test_a_server_gets_what_it_knows_and_one_canonical_model(flavour):
     """And answers it: no null, no string for `stop`, no role it does not have."""
     with served(flavour) as (server, client):
-        client.chat(chat_params(**EVERYTHING), client.offering, deadline=time.monotonic() + 30)
+        client.ask(**EVERYTHING)
         (request,) = server.requests
         assert request.body.keys() == COMMON | KNOWN[flavour]
         assert request.model == "sim-chat"

@@ -50,19 +50,20 @@ def test_what_has_ended_is_not_cut():
 # --- Before it is sent
 
 
-@pytest.mark.parametrize("ask", [*ASKING.values(), lambda client, stop: client.vectors("a", stop=stop)])
+@pytest.mark.parametrize("ask", [*ASKING.values(), lambda client, stopper: client.vectors("a", stopper=stopper)])
 def test_a_request_that_was_stopped_before_is_not_sent(ask):
     stop = Stop()
     stop.now(WHY)
     with served("vllm_batched") as (server, client), pytest.raises(Cancelled) as raised:
-        ask(client, stop=stop)
+        ask(client, stopper=stop)
     assert raised.value is WHY
     assert server.counters["connections"] == 0
 
 
 def test_a_canary_can_be_stopped_too():
     with served("vllm_batched", ttft=30) as (server, client):
-        with stopped(client.canary, client.offering, deadline=time.monotonic() + 30):
+        deadline = time.monotonic() + 30
+        with stopped(lambda stopper: client.canary(client.offering, deadline=deadline, stop=stopper)):
             server.wait_for(lambda it: it.counters["running"] == 1)
         server.wait_for(lambda it: it.counters["disconnected"] == 1)
 
@@ -156,7 +157,7 @@ def test_a_server_that_embeds(flavour):
 def test_a_server_that_has_half_an_answer_or_half_an_error():
     for head in ("200 OK", "404 Not Found"):
         half = f"HTTP/1.1 {head}\r\ncontent-length: 999\r\n\r\n{{"
-        for ask in (Client.ask, lambda client, stop: client.vectors("a", stop=stop)):
+        for ask in (Client.ask, lambda client, stopper: client.vectors("a", stopper=stopper)):
             with answering(half) as url, closing(Client(url)) as client, stopped(ask, client):
                 time.sleep(0.1)
 
@@ -189,7 +190,7 @@ def test_a_stream_whose_reader_is_busy_elsewhere():
     """It is told as soon as it comes back, whatever has arrived meanwhile; what it has is good."""
     with served("vllm_batched", token_interval=0.005, tokens=500) as (server, client):
         stop = Stop()
-        with client.open(max_tokens=500, stop=stop) as stream:
+        with client.open(max_tokens=500, stopper=stop) as stream:
             arrived = iter(stream)
             got = next(arrived)
             server.wait_for(lambda it: it.counters["generated"] > 20)
@@ -225,7 +226,7 @@ def test_the_next_batch_is_not_sent(monkeypatch):
     monkeypatch.setattr(mlx, "vectors_of", read_and_stop)
     with served("vllm_batched", client={"limits": {"embed_batch": 1}}) as (server, client):
         with pytest.raises(Cancelled) as raised:
-            client.vectors("a", "b", "c", stop=stop)
+            client.vectors("a", "b", "c", stopper=stop)
         assert raised.value is WHY
         assert len(server.requests) == 1
 
@@ -244,7 +245,7 @@ def test_an_embedding_of_many_batches_ends_in_the_middle():
 def test_a_stop_changes_nothing_when_the_answer_is_whole(flavour):
     with served(flavour, tokens=5) as (server, client):
         stop = Stop()
-        with client.open(stop=stop) as stream:
+        with client.open(stopper=stop) as stream:
             whole = [delta.content for deltas in stream for delta in deltas]
             stop.now(WHY)
             assert stream.answer().finish_reason == "stop"
@@ -257,7 +258,7 @@ def test_an_answer_that_is_whole_is_not_waited_for():
     head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n"
     with answering(head + said("Hi")) as url, closing(Client(url)) as client, took_less_than(SOON):
         stop = Stop()
-        with client.open(stop=stop) as stream:
+        with client.open(stopper=stop) as stream:
             arrived = iter(stream)
             assert [delta.content for delta in next(arrived)] == ["Hi"]
             stop.now(WHY)
@@ -270,7 +271,7 @@ def test_an_error_that_came_before_the_stop_stays():
         server.fail(Fault("status", status=400))
         stop = Stop()
         with pytest.raises(InvalidRequest):
-            client.ask(stop=stop)
+            client.ask(stopper=stop)
         stop.now(WHY)
 
 
