@@ -87,9 +87,11 @@ class Clock:
             raise reason
 
     def _expired(self) -> RequestTimeout:
-        """Say whose time was over. Only a request that nothing came of may be tried elsewhere."""
+        """Say whose time was over. If it was the server's, another one may do better."""
         if time.monotonic() >= self._deadline:
             return RequestTimeout("the deadline passed while the MLX server was answering")
         if self._flowing:
-            return RequestTimeout(f"the MLX server fell silent in mid-answer for {self._gap:g} s (clocks.gap)")
+            return RequestTimeout(
+                f"the MLX server fell silent in mid-answer for {self._gap:g} s (clocks.gap)", retryable=True
+            )
         return RequestTimeout("the MLX server sent no content in time (clocks.first_content)", retryable=True)

@@ -37,7 +37,8 @@ def fed(seam, said, lengths=(3,), field="content"):
 def test_a_text_joins_wherever_it_was_cut_however_it_comes_and_with_its_space_or_without(text, cut, lengths, stripped):
     delivered, rest = text[: cut % len(text)], text[cut % len(text) :]
     word = before_last_word(delivered)
-    assume(word < len(delivered))
+    if word == len(delivered):  # nothing that could be said again: another test's matter
+        return
     said = text[word:].removeprefix(" ") if stripped else text[word:]
     seam = Seam(delivered, again=delivered[word:])
     assert delivered + fed(seam, said, lengths) == text
