@@ -12,29 +12,25 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any, Self, cast
 
 from kombu import Producer
-from kombu.exceptions import OperationalError
 
 from fleet_worker.call import Call
 from fleet_worker.celery import create_app
-from fleet_worker.errors import BrokerUnavailable, InvalidRequest
+from fleet_worker.errors import Expired, InvalidRequest
 from fleet_worker.frames import ChatResponse, Delta, Deltas, EmbedResponse, Frame, join
-from fleet_worker.lane_depths import SUBMITTED_AT
 from fleet_worker.lanes import (
     Priority,
     ask_exchange,
     direct_lane,
     lane,
-    priority,
     registry_queue,
     reply_name,
-    route_to,
-    task_name,
     transport_of,
 )
 from fleet_worker.messages import FleetRequest, Operation, validate_params
 from fleet_worker.registry import Registry
 from fleet_worker.replies import ReplyInbox
 from fleet_worker.settings import Settings
+from fleet_worker.submission import submit
 
 __all__ = ["ChatStream", "Router"]
 
@@ -199,25 +195,12 @@ class Router:
             )
 
     def _publish(self, request: FleetRequest, node: str | None) -> None:
+        """Wait for a broker that is away, but not beyond the deadline of the request."""
+        if request.remaining <= 0:
+            raise Expired("the deadline passed before the request was sent")
         name = direct_lane(node) if node else lane(request.operation, request.model)
-        try:
-            self._app.send_task(
-                task_name(request.operation),
-                args=[request.encode()],
-                task_id=request.request_id,
-                **route_to(name, self._transport),
-                priority=priority(request.priority, self._transport),
-                # How long a lane's oldest request waits is told by this, so that nobody has to open it.
-                headers={SUBMITTED_AT: time.time()},
-                # Everybody sees these in events and in Flower: the lane, never the arguments.
-                argsrepr=name,
-                kwargsrepr="",
-                ignore_result=True,
-                retry_policy={"max_retries": 3, "interval_start": 0.1, "interval_step": 0.5},
-            )
-        except OperationalError as error:
-            cause = type(error.__cause__ or error).__name__
-            raise BrokerUnavailable(f"the broker did not take the request ({cause})") from None
+        patience = min(self._settings.router.connect_timeout, request.remaining)
+        submit(self._app, self._transport, request, name, patience=patience)
 
 
 class ChatStream:
