@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from fleet_worker.errors import BrokerUnavailable
 from fleet_worker.lanes import EXCHANGE, Transport, direct_lane
 from fleet_worker.settings import REGISTRY
 
-__all__ = ["MOST_LANES", "SUBMITTED_AT", "Waiting", "waiting"]
+__all__ = ["MOST_LANES", "SUBMITTED_AT", "Waiting", "depth", "waiting"]
 
 SUBMITTED_AT = "submitted_at"
 """The header of a request that says when this attempt was submitted: epoch seconds."""
@@ -76,6 +77,16 @@ def waiting(app: Celery, transport: Transport, lanes: Iterable[str], *, timeout:
             return dict(_told_by_rabbitmq(channel, _chosen(lanes), deadline))
         known = {queue for *_, queue in channel.get_table(EXCHANGE.name)}
         return dict(_told_by_redis(channel, _chosen(known.union(lanes)), deadline))
+
+
+def depth(channel: Any, transport: Transport, lane: str) -> int:
+    """Return how many requests wait in one lane, in one round trip; raises what kombu raises."""
+    if transport == "amqp":
+        return next(_told_by_rabbitmq(channel, [lane], math.inf))[1].depth
+    with channel.conn_or_acquire() as client, client.pipeline(transaction=False) as pipe:
+        for step in channel.priority_steps:
+            pipe.llen(channel._q_for_pri(lane, step))
+        return sum(pipe.execute())
 
 
 @contextmanager
