@@ -1,63 +1,48 @@
-"""One request under way, for a thread or an asyncio task: its attempts, its frames, its end."""
+"""A request, as a thread or an asyncio task holds it: submitted on entering, read, left behind on leaving."""
 
 from __future__ import annotations
 
 import asyncio
 import queue
-import random
-import time
+import weakref
 from collections.abc import Callable
 from typing import Self, cast
 
-from fleet_worker.errors import Expired, FleetError, RequestTimeout
-from fleet_worker.frames import Accepted, ChatResponse, EmbedResponse, Failure, Frame
+from fleet_worker.attempts import failure_of
+from fleet_worker.errors import Cancelled, FleetError
+from fleet_worker.flight import Flight
+from fleet_worker.frames import ChatResponse, EmbedResponse, Failure, Frame
 from fleet_worker.mailbox import Mailbox
-from fleet_worker.messages import FleetRequest
-from fleet_worker.replies import ReplyInbox
 
 __all__ = ["Call"]
 
-RETRY_AFTER = 0.2
-"""Seconds before a second attempt, at most; twice as much before each further one."""
-
 
 class Call:
-    """Submitted on entering, read until its last frame, left behind on leaving.
+    """One reader of one flight. Who leaves it, or forgets it, before its end does not want the rest.
 
-    An attempt that failed in a way that another one may not is followed by another one, as long as nothing of the
-    answer was seen. `begin` returns the inbox once the request may be sent, `publish` sends one attempt.
+    `take_off` returns the flight, which may be under way already, and the mailbox that this reader has in it.
     """
 
-    def __init__(
-        self,
-        request: FleetRequest,
-        *,
-        begin: Callable[[], ReplyInbox],
-        publish: Callable[[FleetRequest], None],
-        max_attempts: int,
-    ) -> None:
-        self._request = request
-        self._begin = begin
-        self._publish = publish
-        self._max_attempts = max_attempts
-        self._deadline = 0.0
-        self._inbox: ReplyInbox | None = None
-        self._begun = False
-        self._accepted = False
+    def __init__(self, take_off: Callable[[], tuple[Flight, Mailbox]]) -> None:
+        self._take_off = take_off
+        self._flight: Flight | None = None
         self._mailbox: Mailbox | None = None
         self._error: FleetError | None = None
 
     def __enter__(self) -> Self:
         if self._mailbox is None:
-            inbox = self._inbox = self._begin()
-            self._deadline = time.monotonic() + self._request.timeout_seconds
-            self._request = self._request.submitted_to(inbox.name)
-            self._submit(inbox)
+            self._raise_again()
+            try:
+                self._flight, self._mailbox = self._take_off()
+            except FleetError as error:
+                self._error = error
+                raise
+            forgotten = weakref.finalize(self, self._flight.leave, self._mailbox)
+            forgotten.atexit = False
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._mailbox:
-            self._mailbox.close()
+        self._leave()
 
     async def __aenter__(self) -> Self:
         if self._mailbox is None:
@@ -65,32 +50,34 @@ class Call:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self.__exit__()
+        self._leave()
+
+    def cancel(self) -> None:
+        """Want nothing more, from any thread: reading it raises `Cancelled` from now on."""
+        self._leave()
+        if self._flight and self._mailbox and self._error:
+            self._mailbox.put(failure_of(self._error, self._flight.request))  # ends the wait of its reader
 
     def frame(self) -> Frame:
-        """Return the next frame that is not bookkeeping; raises the error that ended the reply, every time."""
-        while True:
-            try:
-                frame = None if self._error else self._box.get()
-            except queue.Empty:
-                frame = None
-            if (pause := self._pause_before_another(frame)) is not None:
-                time.sleep(pause)
-                self._try_again()
-            elif content := self._content(frame):
-                return content
+        """Return the next frame of the answer; raises the error that ended it, every time."""
+        self._raise_again()
+        try:
+            return self._content(self._box.get())
+        except queue.Empty:
+            raise self._late() from None
+        except KeyboardInterrupt:
+            self._leave()
+            raise
 
     async def aframe(self) -> Frame:
-        while True:
-            try:
-                frame = None if self._error else await self._box.aget()
-            except queue.Empty:
-                frame = None
-            if (pause := self._pause_before_another(frame)) is not None:
-                await asyncio.sleep(pause)
-                await asyncio.to_thread(self._try_again)
-            elif content := self._content(frame):
-                return content
+        self._raise_again()
+        try:
+            return self._content(await self._box.aget())
+        except queue.Empty:
+            raise self._late() from None
+        except asyncio.CancelledError:
+            self._leave()
+            raise
 
     def result(self) -> ChatResponse | EmbedResponse:
         return cast(ChatResponse | EmbedResponse, self.frame())
@@ -104,50 +91,23 @@ class Call:
             raise RuntimeError("the request was not submitted: use it in a with block, or iterate it")
         return self._mailbox
 
-    def _submit(self, inbox: ReplyInbox) -> None:
-        self._mailbox = inbox.mailbox(self._request.request_id, self._request.attempt, deadline=self._deadline)
-        try:
-            self._publish(self._request)
-        except FleetError as error:
-            self._error = error
-            raise
+    def _leave(self) -> None:
+        self._error = self._error or Cancelled("the request was cancelled by its caller")
+        if self._flight and self._mailbox:
+            self._flight.leave(self._mailbox)
 
-    def _pause_before_another(self, frame: Frame | None) -> float | None:
-        """Return the seconds until the next attempt; None if there is none to be made."""
-        if not isinstance(frame, Failure) or not frame.retryable or self._begun:
-            return None
-        attempt = self._request.attempt
-        pause: float = random.uniform(0.5, 1.0) * RETRY_AFTER * 2 ** (attempt - 1)  # noqa: S311 - it spreads load
-        if attempt >= self._max_attempts or time.monotonic() + pause >= self._deadline:
-            return None
-        return pause
-
-    def _try_again(self) -> None:
-        """The same request as its next attempt; what an older one still says is not listened to."""
-        self._accepted = False
-        self._request = self._request.model_copy(update={"attempt": self._request.attempt + 1})
-        if self._inbox:
-            self._submit(self._inbox)
-
-    def _content(self, frame: Frame | None) -> Frame | None:
-        """Return the frame if it holds anything of the answer. No frame means that time is over."""
-        if isinstance(frame, Failure):
-            self._error = frame.error()
-        elif frame is None:
-            self._error = self._error or self._late()
+    def _raise_again(self) -> None:
         if self._error:
             raise self._error
-        self._accepted = True
-        if isinstance(frame, Accepted):
-            return None
-        self._begun = True
+
+    def _content(self, frame: Frame) -> Frame:
+        if self._error is None and isinstance(frame, Failure):
+            self._error = frame.error()
+        self._raise_again()
         return frame
 
     def _late(self) -> FleetError:
-        seconds = self._request.timeout_seconds
-        if self._accepted:
-            return RequestTimeout(f"the answer was not complete within its timeout of {seconds:g} s")
-        return Expired(
-            f"no node took the request within its timeout of {seconds:g} s: none serves {self._request.operation} of "
-            "that model, or all are busy or cut off"
-        )
+        if self._error is None and self._flight:
+            self._error = self._flight.late()
+        self._leave()
+        return cast(FleetError, self._error)

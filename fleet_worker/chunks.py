@@ -24,7 +24,8 @@ class ChunkReader:
         self.done = False
         """[DONE] was said; what comes after it is not read."""
         self.pieces = 0
-        """Chunks that carried something of the answer: a token each, as servers send them, or a few."""
+        """Chunks that carried something of what was read: a token each, as servers send them, or a few."""
+        self._pending = 0
         self._splitter = splitter
         self._calls = _CallNumbers()
 
@@ -45,7 +46,7 @@ class ChunkReader:
 
     def end(self) -> list[Delta]:
         """Return what was held back while it might have become a tag."""
-        delta = _delta(*self._splitter.end(), None) if self._splitter else None
+        delta = self._counted(_delta(*self._splitter.end(), None)) if self._splitter else None
         return [delta] if delta else []
 
     def _chunk(self, event: bytes) -> Delta | None:
@@ -74,8 +75,15 @@ class ChunkReader:
             if thought:
                 reasoning = (reasoning or "") + thought
         calls = delta.get("tool_calls")
-        self.pieces += bool(delta.get("content") or reasoning or calls)
-        return _delta(content, reasoning, calls and [self._calls.numbered(call) for call in calls])
+        self._pending += bool(delta.get("content") or reasoning or calls)
+        return self._counted(_delta(content, reasoning, calls and [self._calls.numbered(call) for call in calls]))
+
+    def _counted(self, delta: Delta | None) -> Delta | None:
+        """A chunk whose text is held back counts when the text is let go."""
+        if delta:
+            self.pieces += self._pending
+            self._pending = 0
+        return delta
 
 
 def _delta(content: str | None, reasoning: str | None, calls: list[dict[str, Any]] | None) -> Delta | None:

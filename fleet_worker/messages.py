@@ -203,6 +203,12 @@ class FleetRequest(Wire):
             return values
         return {**values, "params": kind.model_validate(_without_nulls(params))}
 
+    @model_validator(mode="after")
+    def _only_streams_resume(self) -> FleetRequest:
+        if self.resume and self.operation != "stream_chat":
+            raise ValueError("only a stream_chat can be resumed")
+        return self
+
     @classmethod
     def decode(cls, raw: Any, *, max_bytes: int) -> FleetRequest:
         """Return the validated envelope.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,12 +26,14 @@ from tenacity import (
 )
 
 from fleet_worker.chat_stream import ChatAnswer, ChatStream
+from fleet_worker.chat_templates import chat_template
 from fleet_worker.chunks import usage_of
 from fleet_worker.clock import Clock
+from fleet_worker.continuation import Continuation, Way, ways
 from fleet_worker.errors import ConfigurationError, MalformedOutput
 from fleet_worker.frames import Usage, join
 from fleet_worker.http_errors import foreign_errors_mapped, raise_for_status, raw
-from fleet_worker.messages import ChatParams
+from fleet_worker.messages import ChatParams, Resume
 from fleet_worker.offerings import Offering
 from fleet_worker.servers import QUIRKS, Quirks, chat_body, kind_of
 from fleet_worker.settings import Instance
@@ -93,7 +95,7 @@ class MLXClient:
 
     def chat(self, params: ChatParams, offering: Offering, *, deadline: float) -> ChatAnswer:
         """Return the whole answer. The server streams all the same: only a stream can be stopped."""
-        with self._stream(params, offering, deadline, splitter=None) as stream:
+        with self._stream(chat_body(params, offering, self._quirks), deadline, splitter=None) as stream:
             whole = join(delta for deltas in stream for delta in deltas)
         if whole["content"] and not whole["reasoning"]:
             inside = offering.settings.starts_in_reasoning
@@ -102,17 +104,39 @@ class MLXClient:
         return stream.answer(**whole)
 
     @contextmanager
-    def stream_chat(self, params: ChatParams, offering: Offering, *, deadline: float) -> Iterator[ChatStream]:
-        """Open a stream; iterate it, then ask for its `answer()`. Leaving the block stops the server."""
+    def stream_chat(
+        self, params: ChatParams, offering: Offering, *, deadline: float, resume: Resume | None = None
+    ) -> Iterator[ChatStream | Continuation]:
+        """Open a stream; iterate it, then ask for its `answer()`. Leaving the block stops the server.
+
+        With `resume` it is only what comes after what was delivered, by the ways of `continuation.ways`.
+
+        Raises:
+            StreamInterrupted: there is no way to go on with what was delivered.
+        """
+        if resume and (resume.content or resume.reasoning):
+            with closing(self._continuation(params, offering, deadline, resume)) as continuation:
+                yield continuation
+            return
         splitter = ThinkingSplitter(starts_inside=offering.settings.starts_in_reasoning)
-        with self._stream(params, offering, deadline, splitter=splitter) as stream:
+        with self._stream(chat_body(params, offering, self._quirks), deadline, splitter=splitter) as stream:
             yield stream
+
+    def _continuation(self, params: ChatParams, offering: Offering, deadline: float, resume: Resume) -> Continuation:
+        def ask(way: Way) -> AbstractContextManager[ChatStream]:
+            # Who goes on with visible text has thought before.
+            inside = offering.settings.starts_in_reasoning and way.replays
+            return self._stream(way.body, deadline, splitter=ThinkingSplitter(starts_inside=inside))
+
+        def template() -> str | None:
+            return chat_template(offering, self.models, tools=bool(params.tools))
+
+        return Continuation(ways(params, offering, self._quirks, resume, template), resume, ask)
 
     @contextmanager
     def _stream(
-        self, params: ChatParams, offering: Offering, deadline: float, *, splitter: ThinkingSplitter | None
+        self, body: dict[str, Any], deadline: float, *, splitter: ThinkingSplitter | None
     ) -> Iterator[ChatStream]:
-        body = chat_body(params, offering, self._quirks)
         clock = self._clock(deadline)
         with self._response("POST", "/v1/chat/completions", clock, body) as response:
             raise_for_status(response, clock)

@@ -15,14 +15,13 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakValueDictionary
 
 from kombu import Connection, Consumer, Queue
+from kombu.transport.redis import Channel as RedisChannel
 
 from fleet_worker.errors import BrokerUnavailable, FleetError, InvalidRequest, RequestTimeout
 from fleet_worker.frames import Accepted, Alive, ChatResponse, Delta, Deltas, EmbedResponse, Failure, Frame, Reply
-from fleet_worker.lanes import reply_queue
-from fleet_worker.mailbox import Mailbox
+from fleet_worker.lanes import listening_key, reply_queue
 from fleet_worker.publisher import Publisher
 from fleet_worker.wire import PROTOCOL_VERSION
 
@@ -42,6 +41,10 @@ TRIES = 5
 """How often the broker may refuse a message, as too large perhaps, before it is given up; it may be away for ever."""
 REMEMBERED = 10_000
 """Attempts that a node remembers, so that a redelivered one is not generated twice."""
+LONGEST_LOOK = 1.5
+"""Seconds of the inbox's clock that one look for messages may count, however long the process was frozen in it."""
+PRESENCE = 15
+"""Seconds for which Redis remembers that a router listens."""
 _NEVER = float("inf")
 _BACKOFF = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0)
 
@@ -273,7 +276,8 @@ class ReplySender:
 
 
 class ReplyInbox:
-    """One reply queue, one thread and one connection for all requests of a router.
+    """One reply queue, one thread and one connection for all requests of a router: each frame that comes is handed to
+    `receive`, with the name of its node.
 
     `also` is a subscription that the same thread listens to: a maker of its queue, and what takes its messages.
     `listening` is called with a channel each time it has begun to listen.
@@ -283,8 +287,8 @@ class ReplyInbox:
         self,
         connect: Callable[[], Connection],
         name: str,
+        receive: Callable[[str, Frame], object],
         *,
-        max_buffered: int,
         also: tuple[Callable[[], Queue], Callable[[Any], None]] | None = None,
         listening: Callable[[Any], None] = lambda channel: None,
     ) -> None:
@@ -293,11 +297,15 @@ class ReplyInbox:
         self._on_listening = listening
         self._connect = connect
         self._queue = reply_queue(name)
-        self._max_buffered = max_buffered
-        self._mailboxes: WeakValueDictionary[str, Mailbox] = WeakValueDictionary()
+        self._take = receive
+        self.clock = 0.0
+        """Seconds of listening so far. It stands still while the broker, or this process, does nothing."""
+        self._back = 0.0
+        """When it last began to listen, on this clock."""
         self._listening = threading.Event()
         self._closed = threading.Event()
         self._failure = ""
+        self._present_until = 0.0
         self._thread = threading.Thread(target=self._run, name="fleet-inbox", daemon=True)
 
     def start(self, timeout: float) -> None:
@@ -314,11 +322,9 @@ class ReplyInbox:
             self._wake_up()
             self._thread.join(timeout=5)
 
-    def mailbox(self, request_id: str, attempt: int, *, deadline: float) -> Mailbox:
-        """Return where the frames of this attempt arrive; it is forgotten when its reader forgets it."""
-        mailbox = Mailbox(request_id, attempt, deadline=deadline, max_buffered=self._max_buffered)
-        self._mailboxes[request_id] = mailbox
-        return mailbox
+    def silence(self, since: float) -> float:
+        """Seconds for which it has listened without a break since this moment of its clock."""
+        return self.clock - max(since, self._back)
 
     def _run(self) -> None:
         failures = 0
@@ -340,15 +346,28 @@ class ReplyInbox:
             with consumer, self._other(channel):
                 self._drain(connection, 0.01)  # only now kombu's Redis transport subscribes
                 self._on_listening(channel)
+                self._back, self._present_until = self.clock, 0.0
                 self._listening.set()
                 while not self._closed.is_set():
+                    self._show_presence(channel)
+                    before = time.monotonic()
                     self._drain(connection, 1.0)
-            with contextlib.suppress(Exception):  # it expires anyway
+                    self.clock += min(time.monotonic() - before, LONGEST_LOOK)
+            with contextlib.suppress(Exception):  # they expire anyway
                 self._queue.bind(channel).delete()
+                if isinstance(channel, RedisChannel):
+                    channel.client.delete(listening_key(self.name))
 
     def _drain(self, connection: Connection, timeout: float) -> None:
         with contextlib.suppress(socket.timeout):
             connection.drain_events(timeout=timeout)
+
+    def _show_presence(self, channel: Any) -> None:
+        """Nodes do not work for a router that is gone. RabbitMQ knows who consumes; to Redis we have to say it."""
+        if isinstance(channel, RedisChannel) and time.monotonic() >= self._present_until - PRESENCE / 2:
+            with channel.conn_or_acquire() as client:
+                client.set(listening_key(self.name), 1, ex=PRESENCE)
+            self._present_until = time.monotonic() + PRESENCE
 
     def _other(self, channel: Any) -> Any:
         if self._also is None:
@@ -363,8 +382,7 @@ class ReplyInbox:
             log.error("a message in the reply queue was dropped: %s", error)
         else:
             for frame in reply.frames:
-                if mailbox := self._mailboxes.get(frame.id):
-                    mailbox.put(reply.node, frame)
+                self._take(reply.node, frame)
         message.ack()
 
     def _wake_up(self) -> None:

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import threading
 import time
 import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
-from typing import Any, Self, cast
+from typing import Any, Self, cast, get_args
 
 from kombu import Producer
 
+from fleet_worker.agenda import Agenda
+from fleet_worker.attempts import Leftover, OnInterrupt
+from fleet_worker.backlog import Backlog
 from fleet_worker.call import Call
+from fleet_worker.cancellations import Cancellations
 from fleet_worker.celery import create_app
-from fleet_worker.errors import Expired, InvalidRequest
-from fleet_worker.frames import ChatResponse, Delta, Deltas, EmbedResponse, Frame, join
+from fleet_worker.errors import Cancelled, Expired, InvalidRequest
+from fleet_worker.flight import Flight, Services
+from fleet_worker.frames import Accepted, Alive, ChatResponse, Delta, Deltas, EmbedResponse, Frame, join
+from fleet_worker.keyed import Keyed
 from fleet_worker.lanes import (
     Priority,
     ask_exchange,
@@ -26,6 +33,7 @@ from fleet_worker.lanes import (
     reply_name,
     transport_of,
 )
+from fleet_worker.mailbox import Mailbox
 from fleet_worker.messages import FleetRequest, Operation, validate_params
 from fleet_worker.registry import Registry
 from fleet_worker.replies import ReplyInbox
@@ -43,8 +51,13 @@ class Router:
 
     Every request takes `model` (the public name), `timeout` (seconds in all; `router.timeout` if not given),
     `priority`, `instance` (only on instances of that name), `node` (only on that node), `caller`, `message_context`
-    and `trace_context` (JSON objects that travel along), `idempotency_key`; the rest is the body of the OpenAI
-    request. All raise `InvalidRequest` before anything is sent, and any other `FleetError` when the reply says so.
+    and `trace_context` (JSON objects that travel along), `idempotency_key`, `on_interrupt`; the rest is the body of the
+    OpenAI request. All raise `InvalidRequest` before anything is sent, and any other `FleetError` when the reply says
+    so; its `metadata["attempts"]` tells where it was tried, as `attempts` of a reply does.
+
+    A request that fails on one node in a way that another may not have is tried there, and a stream goes on where it
+    broke off, unless `on_interrupt` is "fail". A request with the `idempotency_key` of one that is under way, or was
+    answered in the last `router.idempotency_ttl` seconds, gets the same answer, and nothing is generated twice.
     """
 
     def __init__(self, settings: Settings | None = None) -> None:
@@ -52,8 +65,10 @@ class Router:
         self._transport = transport_of(self._settings.broker_url)
         self._app = create_app(self._settings)
         self._registry = Registry(ask=self._ask_again)
-        self._inbox: ReplyInbox | None = None
+        self._services: Services | None = None
         self._starting = threading.Lock()
+        self._flights: dict[str, Flight] = {}
+        self._keyed = Keyed(self._settings.router.idempotency_ttl)
 
     def __enter__(self) -> Self:
         return self
@@ -68,17 +83,22 @@ class Router:
         await asyncio.to_thread(self.close)
 
     def close(self) -> None:
-        """Stop listening for replies. Requests that are still waiting fail at their deadline."""
+        """Cancel what is under way, and stop listening for replies."""
+        for flight in tuple(self._flights.values()):
+            flight.give_up(Cancelled("the router was closed"))
         with self._starting:
-            inbox, self._inbox = self._inbox, None
-        if inbox:
-            inbox.close()
+            services, self._services = self._services, None
+        if services:
+            services.agenda.close()
+            services.cancellations.close()
+            services.inbox.close()
+            services.backlog.close()
         self._app.close()
 
     @property
     def registry(self) -> Registry:
         """The live view of the fleet. Connects, and takes up to a second if it has not done so yet."""
-        self._listening()
+        self._connected()
         return self._registry.settle()
 
     def chat(self, model: str, messages: list[dict[str, Any]], **options: Any) -> ChatResponse:
@@ -106,13 +126,12 @@ class Router:
             return cast(EmbedResponse, await call.aresult())
 
     def _call(self, operation: Operation, model: str, body: dict[str, Any], options: dict[str, Any]) -> Call:
+        on_interrupt: OnInterrupt = options.pop("on_interrupt", "resume")
+        if on_interrupt not in get_args(OnInterrupt):
+            raise InvalidRequest('on_interrupt is "resume" or "fail"')
+        has_key = options.get("idempotency_key") is not None
         request, node = self._request(operation, model, body, **options)
-        return Call(
-            request,
-            begin=lambda: self._begin(request, node),
-            publish=lambda attempt: self._publish(attempt, node),
-            max_attempts=self._settings.router.max_attempts,
-        )
+        return Call(lambda: self._take_off(request, node, on_interrupt, has_key=has_key))
 
     def _request(
         self,
@@ -130,7 +149,7 @@ class Router:
         trace_context: dict[str, Any] | None = None,
         **params: Any,
     ) -> tuple[FleetRequest, str | None]:
-        """Build the envelope; it has no reply queue and no deadline until it is submitted."""
+        """Build the envelope; it has no reply queue and no deadline until it takes off."""
         limit = self._settings.router.max_timeout
         seconds = self._settings.router.timeout if timeout is None else timeout
         if not isinstance(seconds, int | float) or not 0 < seconds <= limit:
@@ -159,28 +178,73 @@ class Router:
         }
         return FleetRequest.build(envelope), node
 
-    def _begin(self, request: FleetRequest, node: str | None) -> ReplyInbox:
-        """Return the inbox, unless nobody offers what is asked for."""
-        inbox = self._listening()
+    def _take_off(
+        self, request: FleetRequest, node: str | None, on_interrupt: OnInterrupt, *, has_key: bool
+    ) -> tuple[Flight, Mailbox]:
+        """Submit a request, or join the one that has its key, as a further reader of that."""
+        services = self._connected()
+        if has_key and (joined := self._keyed.join(request)):
+            return joined
+        self._admit(request, node, services.backlog)
+        flight = Flight(request.submitted_to(services.inbox.name), node, services, on_interrupt=on_interrupt)
+        mailbox = flight.join(request.timeout_seconds)
+        if has_key and (joined := self._keyed.add(flight)):
+            return joined
+        self._flights[request.request_id] = flight
+        flight.submit()
+        return flight, cast(Mailbox, mailbox)
+
+    def _admit(self, request: FleetRequest, node: str | None, backlog: Backlog) -> None:
+        """Raises `ModelUnavailable` if nobody offers what it asks for, `FleetSaturated` if too many wait for it."""
         if not node:
             self._registry.check(request.model, request.operation, request.provider_instance)
-        return inbox
+        backlog.admit(direct_lane(node) if node else lane(request.operation, request.model))
 
-    def _listening(self) -> ReplyInbox:
+    def _connected(self) -> Services:
         with self._starting:
-            if self._inbox is None:
+            if self._services is None:
                 router = self._settings.router
-                name = reply_name(self._settings.host, router.reply_expires)
                 inbox = ReplyInbox(
                     self._app.connection_for_read,
-                    name,
-                    max_buffered=router.max_buffered,
+                    reply_name(self._settings.host, router.reply_expires),
+                    self._receive,
                     also=(lambda: registry_queue(self._transport), self._registry.receive),
                     listening=self._ask_who_is_there,
                 )
                 inbox.start(router.connect_timeout)
-                self._inbox = inbox
-            return self._inbox
+                agenda = Agenda()
+                self._services = Services(
+                    settings=router,
+                    agenda=agenda,
+                    inbox=inbox,
+                    backlog=Backlog(self._app, self._transport, max_waiting=router.max_waiting),
+                    cancellations=Cancellations(agenda, self._app.connection_for_write),
+                    publish=self._publish,
+                    elsewhere=self._elsewhere,
+                    ended=lambda request_id: self._flights.pop(request_id, None),
+                )
+                agenda.start()
+            return self._services
+
+    def _receive(self, node: str, frame: Frame) -> None:
+        """In the thread of the inbox. Who works for nobody is told so, with each sign of life until it has heard."""
+        flight = self._flights.get(frame.id)
+        wanted = flight is not None and flight.receive(node, frame)
+        if not wanted and self._services and isinstance(frame, Accepted | Alive):
+            self._services.cancellations.add(frame.id, Leftover(node, frame.attempt))
+
+    def _elsewhere(self, request: FleetRequest, failed: set[str]) -> str | None:
+        """The lane is best: who is free takes from it. But not if somebody takes from it who has just failed."""
+        offered = self._registry.offerings(model=request.model, capability=request.operation, ready=True)
+        free = {
+            each.node: each.instance.slots
+            for each in offered
+            if request.provider_instance in ("any", each.instance.name)
+        }
+        others = [node for node in free if node not in failed]
+        if not others or failed.isdisjoint(free):
+            return None
+        return random.choices(others, [free[node] or 1 for node in others])[0]  # noqa: S311 - it spreads load
 
     def _ask_who_is_there(self, channel: Any) -> None:
         """Every registry node answers at once, instead of when its next event is due."""
@@ -258,6 +322,10 @@ class ChatStream:
         if self._response is None:
             raise RuntimeError("the stream has not ended: iterate it to its end first")
         return self._response
+
+    def cancel(self) -> None:
+        """Want nothing more, from any thread: the node stops, and reading this raises `Cancelled`."""
+        self._call.cancel()
 
     def _take(self, frame: Frame) -> None:
         if isinstance(frame, Deltas):

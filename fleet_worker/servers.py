@@ -6,8 +6,9 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from fleet_worker.chat_templates import left_open
 from fleet_worker.errors import (
     ContextLengthExceeded,
     FleetError,
@@ -23,7 +24,7 @@ from fleet_worker.errors import (
 from fleet_worker.messages import ChatParams, Message
 from fleet_worker.offerings import Offering
 
-__all__ = ["QUIRKS", "Quirks", "chat_body", "error_for", "finish_reason", "kind_of"]
+__all__ = ["QUIRKS", "Quirks", "chat_body", "continued_body", "error_for", "finish_reason", "kind_of"]
 
 _COMMON = frozenset({"messages", "max_tokens", "temperature", "top_p", "stop", "tools"})
 _MLX_LM = _COMMON | {
@@ -72,18 +73,22 @@ class Quirks:
     base64_vectors: bool = False
     lists_models: bool = False
     """`/v1/models` names all it serves. (mlx_lm.server names what is on the disk.)"""
+    continues: Literal["flags", "partial", "always", "template"] | None = None
+    """How it is told that the last message is the beginning of its answer, and no turn that is over: by flags of
+    transformers' chat templates, by a mark on the message, not at all, or by a template that leaves the turn open."""
 
 
 QUIRKS: dict[str, Quirks] = {
-    "mlx_lm": Quirks(fields=_MLX_LM, keeps_alive=False),
-    "vllm_mlx": Quirks(fields=_VLLM, lists_models=True),
+    "mlx_lm": Quirks(fields=_MLX_LM, keeps_alive=False, continues="template"),
+    "vllm_mlx": Quirks(fields=_VLLM, lists_models=True, continues="flags"),
     "mlx_openai": Quirks(
         fields=_COMMON | {"top_k", "min_p", "seed", "tool_choice", "response_format", "chat_template_kwargs"},
         hides_length=0,
         base64_vectors=True,
         lists_models=True,
+        continues="partial",
     ),
-    "omni": Quirks(fields=_COMMON | {"response_format"}, hides_length=1),
+    "omni": Quirks(fields=_COMMON | {"response_format"}, hides_length=1, continues="always"),
     "openai": Quirks(fields=_OPENAI, says_done=False, base64_vectors=True),
 }
 
@@ -115,6 +120,41 @@ def chat_body(params: ChatParams, offering: Offering, quirks: Quirks) -> dict[st
         given.pop("tools", None)
     body = {name: value for name, value in given.items() if name in quirks.fields}
     return {**body, "model": offering.backend, "stream": True, "stream_options": {"include_usage": True}}
+
+
+def continued_body(
+    body: dict[str, Any], partial: str, offering: Offering, quirks: Quirks, template: str | None
+) -> dict[str, Any] | None:
+    """The body by which a server goes on with `partial`, the beginning of its answer to `body`; None if none does.
+
+    `template` is the model's own chat template: mlx_lm.server refuses the flags that others take, with a 404.
+    """
+    turn = {"role": "assistant", "content": partial}
+    longer = {**body, "messages": [*body["messages"], turn]}
+    match quirks.continues:
+        case "flags":
+            return _with_template_kwargs(longer, add_generation_prompt=False, continue_final_message=True)
+        case "partial" if not offering.features["vision"].value:  # started for images, it begins a new turn
+            return {**longer, "messages": [*body["messages"], {**turn, "partial": True}]}
+        case "always":
+            return {**body, "messages": _with_more_of_the_last_turn(body["messages"], partial)}
+        case "template" if template:
+            # The prompt ends inside of an open tag; what was delivered is visible text.
+            closing = "\n</think>\n\n" if offering.settings.starts_in_reasoning else ""
+            return _with_template_kwargs(longer, chat_template=left_open(template, before=closing))
+    return None
+
+
+def _with_template_kwargs(body: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+    return {**body, "chat_template_kwargs": {**body.get("chat_template_kwargs", {}), **kwargs}}
+
+
+def _with_more_of_the_last_turn(messages: list[dict[str, Any]], partial: str) -> list[dict[str, Any]]:
+    """It went on with a caller's own last turn, if that is an assistant's, as it goes on with ours."""
+    *before, last = messages
+    if last["role"] == "assistant" and isinstance(last["content"], str):
+        return [*before, {**last, "content": last["content"] + partial}]
+    return [*messages, {"role": "assistant", "content": partial}]
 
 
 def _message(message: Message) -> dict[str, Any]:

@@ -51,7 +51,8 @@ def register_tasks(app: Celery, node: Node) -> None:
     def stream_chat(envelope: dict[str, Any]) -> None:
         with _working(node, envelope, "stream_chat") as work:
             if work and isinstance(work.params, ChatParams):
-                with node.mlx.stream_chat(work.params, work.offering, deadline=work.deadline) as stream:
+                resume = work.request.resume
+                with node.mlx.stream_chat(work.params, work.offering, deadline=work.deadline, resume=resume) as stream:
                     for deltas in stream:
                         node.tally.generated(len(deltas))
                         work.answer.put(deltas, stream.tokens)

@@ -36,12 +36,13 @@ class Client(MLXClient):
     def ask(self, messages=HELLO, *, seconds=30.0, **params):
         return self.chat(chat_params(messages, **params), self.offering, deadline=time.monotonic() + seconds)
 
-    def open(self, messages=HELLO, *, seconds=30.0, **params):
-        return self.stream_chat(chat_params(messages, **params), self.offering, deadline=time.monotonic() + seconds)
+    def open(self, messages=HELLO, *, seconds=30.0, resume=None, **params):
+        deadline = time.monotonic() + seconds
+        return self.stream_chat(chat_params(messages, **params), self.offering, deadline=deadline, resume=resume)
 
-    def stream(self, messages=HELLO, *, seconds=30.0, **params):
+    def stream(self, messages=HELLO, *, seconds=30.0, resume=None, **params):
         """The deltas of a whole stream, what they say together, and how it ended."""
-        with self.open(messages, seconds=seconds, **params) as stream:
+        with self.open(messages, seconds=seconds, resume=resume, **params) as stream:
             deltas = [delta for arrived in stream for delta in arrived]
         return deltas, join(deltas), stream.answer()
 

@@ -14,6 +14,6 @@ from fleet_worker.simulator.flavours import FLAVOURS, Flavour
 from fleet_worker.simulator.machine import Request
 from fleet_worker.simulator.replies import Fault
 from fleet_worker.simulator.server import SimulatedMLX
-from fleet_worker.simulator.texts import embedding, reply_tokens
+from fleet_worker.simulator.texts import CHAT_TEMPLATE, embedding, reply_tokens
 
-__all__ = ["FLAVOURS", "Fault", "Flavour", "Request", "SimulatedMLX", "embedding", "reply_tokens"]
+__all__ = ["CHAT_TEMPLATE", "FLAVOURS", "Fault", "Flavour", "Request", "SimulatedMLX", "embedding", "reply_tokens"]

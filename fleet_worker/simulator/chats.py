@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from fleet_worker.simulator.chunks import DONE, Chunks, completion, tool_call
-from fleet_worker.simulator.flavours import Answer, answer, is_poison
+from fleet_worker.simulator.flavours import Answer, Body, answer, is_poison
 from fleet_worker.simulator.machine import Machine, Record
 from fleet_worker.simulator.replies import ENDINGS, INTERRUPTIONS, Fault, Reply
 from fleet_worker.simulator.texts import reply_tokens
@@ -189,21 +189,28 @@ class Chat:
         )
 
     def _thoughts(self) -> list[str]:
-        reasoning = self.machine.reasoning
+        """None before the rest of a reply: it has been thought of at its beginning."""
+        reasoning = () if self.flavour.continues(self.body) else self.machine.reasoning
         return ["<think>", *reasoning, "</think>"] if reasoning and self.machine.think_tags else list(reasoning)
 
     def _content(self, limit: int) -> tuple[list[str], int]:
         """The visible tokens, as far as the limit allows, and how many there would be without one."""
-        messages, tokens, separators = self.body["messages"], self.machine.tokens, self.machine.separators
+        whole = self._reply(self.body["messages"], limit)
         if not self.flavour.continues(self.body):
-            return reply_tokens(messages, limit, tokens=tokens, separators=separators), tokens
-        rest = reply_tokens(messages[:-1], tokens, tokens=tokens, separators=separators)
-        said = len(messages[-1]["content"])
-        while rest and said >= len(rest[0]):
-            said -= len(rest.pop(0))
+            return whole, self.machine.tokens
+        *before, partial = self.body["messages"]
+        rest, said = self._reply(before, self.machine.tokens), str(partial.get("content"))
+        if not "".join(rest).startswith(said):
+            return whole, self.machine.tokens  # nothing that this model would have said: it goes on somehow
+        left = len(said)
+        while rest and left >= len(rest[0]):
+            left -= len(rest.pop(0))
         if rest:
-            rest[0] = rest[0][said:] if self.flavour.keeps_space else rest[0][said:].removeprefix(" ")
+            rest[0] = rest[0][left:] if self.flavour.keeps_space else rest[0][left:].removeprefix(" ")
         return rest, len(rest)
+
+    def _reply(self, messages: Sequence[Body], limit: int) -> list[str]:
+        return reply_tokens(messages, limit, tokens=self.machine.tokens, separators=self.machine.separators)
 
     # --- when
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fleet_worker.simulator.texts import CHAT_TEMPLATE
+
 Body = Mapping[str, Any]
 Check = Callable[[Body], tuple[str, str] | None]
 
@@ -169,6 +171,17 @@ def mlx_lm_refuses(body: Body) -> Answer | None:
         return answer(400, {"error": "'str' object has no attribute 'get'"})
     if not all("role" in message for message in messages):
         return answer(404, {"error": "'dict object' has no attribute 'role'"})
+    if problem := mlx_lm_template(body.get("chat_template_kwargs") or {}):
+        return answer(404, {"error": problem})
+    return None
+
+
+def mlx_lm_template(kwargs: Body) -> str | None:
+    """It always asks for a generation prompt, and so the flags that continue elsewhere are in conflict with it."""
+    if "add_generation_prompt" in kwargs:
+        return "apply_chat_template() got multiple values for keyword argument 'add_generation_prompt'"
+    if kwargs.get("continue_final_message"):
+        return "continue_final_message and add_generation_prompt are not compatible."
     return None
 
 
@@ -295,8 +308,10 @@ def ends_with_assistant(body: Body) -> bool:
 
 
 def mlx_lm_continues(body: Body) -> bool:
-    """Only a chat template of the request's own can leave the last turn open."""
-    return ends_with_assistant(body) and "chat_template" in (body.get("chat_template_kwargs") or {})
+    """Only a chat template of the request's own can leave the last turn open, and it must be the model's otherwise."""
+    template = (body.get("chat_template_kwargs") or {}).get("chat_template", "")
+    before, own, after = template.partition(CHAT_TEMPLATE)
+    return bool(ends_with_assistant(body) and own and "[:-1]" in before and '[-1]["content"]' in after)
 
 
 def vllm_continues(body: Body) -> bool:

@@ -12,6 +12,12 @@ from typing import Any
 
 from pydantic_core import to_json
 
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""That of every simulated model. Nobody renders it: a template of another text is that of another model."""
+
 # fmt: off
 WORDS = (
     "the", "of", "and", "to", "in", "is", "was", "for", "on", "with", "as", "by", "at", "from", "it", "an", "sea",

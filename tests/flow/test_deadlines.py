@@ -5,6 +5,7 @@ import time
 import pytest
 
 from fleet_worker import Expired, InstanceUnavailable, RequestTimeout, Router, Settings
+from fleet_worker.flight import Flight
 from fleet_worker.messages import FleetRequest
 from fleet_worker.simulator import Fault, reply_tokens
 from fleet_worker.testing import SimulatedMLX, running_node
@@ -86,14 +87,16 @@ def test_a_malformed_envelope_is_answered_and_never_reaches_the_server(slow, rou
 def _answer_to(router, changes):
     """Send an envelope around the router's own checks, and return the last frame of its reply."""
     request, _ = router._request("chat", CHAT, {"messages": HELLO}, timeout=10)
-    inbox = router._listening()
-    request = request.submitted_to(inbox.name)
+    services = router._connected()
+    request = request.submitted_to(services.inbox.name)
     envelope = request.encode() | changes
 
     class Tampered(FleetRequest):
         def encode(self):
             return envelope
 
-    mailbox = inbox.mailbox(request.request_id, 1, deadline=time.monotonic() + 10)
-    router._publish(Tampered.model_construct(**dict(request)), None)
+    tampered = Tampered.model_construct(**dict(request))
+    flight = router._flights[request.request_id] = Flight(tampered, None, services)
+    mailbox = flight.join(10)
+    flight.submit()
     return mailbox.get()

@@ -284,3 +284,18 @@ def test_an_error_in_a_stream_is_known_by_its_code(error, expected):
 
 def test_an_error_that_is_null_is_none():
     assert read(event({"content": "a"}, error=None))[1] == [Delta(content="a")]
+
+
+def test_a_chunk_counts_when_its_text_is_let_go():
+    """So a reader who was interrupted has the text of as many chunks as it was told."""
+    reader = ChunkReader(ThinkingSplitter())
+    counts = []
+    for text in ("a", "<", "thi", "s", " b<"):
+        reader.read([event({"content": text})])
+        counts.append(reader.pieces)
+    assert counts == [1, 1, 1, 4, 5]
+    assert reader.end()
+    assert reader.pieces == 5
+    reader.read([event({"content": "<"})])
+    assert reader.end()
+    assert reader.pieces == 6

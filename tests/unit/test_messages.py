@@ -24,7 +24,7 @@ from fleet_worker.frames import (
     Usage,
     join,
 )
-from fleet_worker.messages import ChatParams, EmbedParams, FleetRequest, validate_params
+from fleet_worker.messages import ChatParams, EmbedParams, FleetRequest, Resume, validate_params
 from fleet_worker.vectors import pack_vector, unpack_vector
 
 SECRET = "swordfish"
@@ -351,6 +351,14 @@ def test_an_envelope_without_one_of_its_fields_is_refused_by_its_name(name):
     raw = envelope()
     del raw[name]
     assert name in refused(raw)
+
+
+def test_only_a_stream_can_be_resumed():
+    resume = {"content": f"{SECRET} and", "reasoning": "", "tokens": 3}
+    request = decode(envelope(operation="stream_chat", resume=resume))
+    assert request.resume == Resume(content=f"{SECRET} and", tokens=3)
+    assert SECRET not in repr(request)
+    assert "only a stream_chat" in refused(envelope(resume=resume))
 
 
 BAD_ENVELOPES = {

@@ -1,7 +1,6 @@
 """The attempts of a request: when there is another one, and what is made of the frames of each."""
 
 import asyncio
-import time
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -10,7 +9,9 @@ import redis
 from kombu.exceptions import OperationalError
 
 from fleet_worker import Router, Settings
-from fleet_worker import call as call_module
+from fleet_worker import attempts as attempts_module
+from fleet_worker import flight as flight_module
+from fleet_worker.agenda import Agenda
 from fleet_worker.errors import (
     BrokerUnavailable,
     Expired,
@@ -23,8 +24,10 @@ from fleet_worker.errors import (
     ReplyLost,
     RequestTimeout,
 )
+from fleet_worker.flight import Services
 from fleet_worker.frames import Accepted, ChatResponse, Delta, Deltas, EmbedResponse, Failure, Timings, Usage
 from fleet_worker.lanes import reply_name
+from fleet_worker.messages import Resume
 from fleet_worker.replies import ReplyInbox
 from tests.clients import HELLO, took_less_than
 
@@ -65,14 +68,28 @@ class Fleet:
     """A router whose requests go nowhere; each attempt is answered with the frames that a test has written."""
 
     def __init__(self, **router):
-        self.router = Router(Settings(router=router))
+        settings = Settings(router=router)
+        self.router = Router(settings)
         self.router._registry._asked_at -= 60  # nobody has answered
-        self.router._inbox = self.inbox = ReplyInbox(None, reply_name("test", 60), max_buffered=100)
         self.router._publish = self._publish
+        agenda = Agenda()
+        agenda.start()
+        self.cancelled = []
+        self.router._services = Services(
+            settings=settings.router,
+            agenda=agenda,
+            inbox=ReplyInbox(None, reply_name("test", 60), self.router._receive),
+            backlog=SimpleNamespace(
+                admit=lambda lane: None, accepted=lambda *_: None, depth=lambda lane: 1, close=lambda: None
+            ),
+            cancellations=SimpleNamespace(add=lambda *what: self.cancelled.append(what), close=lambda: None),
+            publish=lambda request, node: self.router._publish(request, node),
+            elsewhere=self.router._elsewhere,
+            ended=self.router._flights.pop,
+        )
         self.answers = []
         self.requests = []
         self.nodes = []
-        self.mailboxes = []
 
     def __enter__(self):
         return self
@@ -83,7 +100,6 @@ class Fleet:
     def _publish(self, request, node):
         self.requests.append(request)
         self.nodes.append(node)
-        self.mailboxes.append(self.inbox._mailboxes[request.request_id])
         answer = self.answers.pop(0)
         if isinstance(answer, FleetError):
             raise answer
@@ -94,16 +110,20 @@ class Fleet:
         request = self.requests[-1]
         for seq, (kind, fields) in enumerate(frames, start=first):
             frame = kind(id=request.request_id, attempt=attempt or request.attempt, seq=seq, **fields)
-            self.mailboxes[-1].put("n", frame)
+            self.router._receive("n", frame)
 
     @property
     def attempts(self):
         return [request.attempt for request in self.requests]
 
 
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(attempts_module, "_BACK_OFF", lambda state: 0.01)
+
+
 @pytest.fixture
-def fleet(monkeypatch):
-    monkeypatch.setattr(call_module, "RETRY_AFTER", 0.01)
+def fleet():
     with Fleet() as fleet:
         yield fleet
 
@@ -158,8 +178,6 @@ def test_what_another_node_may_answer_is_tried_again(fleet, ask, before):
     assert fleet.attempts == [1, 2]
     first, second = fleet.requests
     assert second == first.model_copy(update={"attempt": 2})  # the same deadline, name and reply queue
-    assert fleet.mailboxes[0] is not fleet.mailboxes[1]
-    assert fleet.mailboxes[1].attempt == 2
 
 
 def test_the_answer_is_that_of_the_last_attempt(fleet):
@@ -209,16 +227,35 @@ def test_what_another_node_would_refuse_too_is_not_tried_again(fleet, ask, error
     assert fleet.attempts == [1]
 
 
-def test_nothing_is_tried_again_once_a_part_of_the_answer_was_seen(fleet, read):
+def test_a_stream_goes_on_where_it_broke_off_and_says_where(fleet, read):
+    fleet.answers = [[accepted(), deltas("a", "b"), DOWN], [accepted(), deltas("c"), response()]]
+    seen = []
+    answer = read(fleet, seen)
+    assert seen == ["a", "b", None, "c"]
+    assert answer.content == "abc"
+    assert fleet.requests[0].resume is None
+    assert fleet.requests[1].resume == Resume(content="ab", tokens=2)
+    assert [(each.node, each.error, each.delivered) for each in answer.attempts] == [
+        ("n", "instance_unavailable", 2),
+        ("n", None, 3),
+    ]
+
+
+def test_a_caller_may_prefer_that_a_stream_which_broke_off_fails(fleet, read):
     fleet.answers = [[accepted(), deltas("a"), DOWN]]
     seen = []
     with pytest.raises(InstanceUnavailable):
-        read(fleet, seen)
+        read(fleet, seen, on_interrupt="fail")
     assert seen == ["a"]
     assert fleet.attempts == [1]
 
 
-def test_a_reply_with_a_gap_is_tried_again_if_nothing_of_it_was_seen(fleet, read):
+def test_on_interrupt_is_one_of_two_words(fleet, ask):
+    with pytest.raises(InvalidRequest, match="on_interrupt"):
+        ask(fleet, on_interrupt="retry")
+
+
+def test_a_reply_with_a_gap_is_tried_again(fleet, read):
     fleet.answers = [[accepted()], [accepted(), deltas("b"), response()]]
     publish = fleet.router._publish
 
@@ -236,8 +273,7 @@ def test_a_reply_with_a_gap_is_tried_again_if_nothing_of_it_was_seen(fleet, read
 
 
 @pytest.mark.parametrize("most", [1, 2, 4])
-def test_there_are_no_more_attempts_than_configured(monkeypatch, ask, most):
-    monkeypatch.setattr(call_module, "RETRY_AFTER", 0.001)
+def test_there_are_no_more_attempts_than_configured(ask, most):
     with Fleet(max_attempts=most) as fleet:
         fleet.answers = [[failed(InstanceUnavailable(f"down {number}"))] for number in range(1, most + 1)]
         with pytest.raises(InstanceUnavailable, match=f"down {most}"):
@@ -246,26 +282,11 @@ def test_there_are_no_more_attempts_than_configured(monkeypatch, ask, most):
 
 
 def test_there_is_no_attempt_for_which_no_time_is_left(fleet, ask, monkeypatch):
-    monkeypatch.setattr(call_module, "RETRY_AFTER", 30.0)
+    monkeypatch.setattr(attempts_module, "_BACK_OFF", lambda state: 30.0)
     fleet.answers = [[DOWN]]
     with took_less_than(2), pytest.raises(InstanceUnavailable):
         ask(fleet, timeout=10)
     assert fleet.attempts == [1]
-
-
-def test_the_pause_before_an_attempt_doubles_and_is_not_the_same_for_all(monkeypatch):
-    pauses = []
-    clock = SimpleNamespace(monotonic=time.monotonic, time=time.time, sleep=pauses.append)
-    monkeypatch.setattr(call_module, "time", clock)
-    with Fleet(max_attempts=4) as fleet:
-        for _ in range(10):
-            fleet.answers = [[DOWN]] * 4
-            with pytest.raises(InstanceUnavailable):
-                chat(fleet)
-    for attempt in range(3):
-        longest = call_module.RETRY_AFTER * 2**attempt
-        assert all(longest / 2 <= pause <= longest for pause in pauses[attempt::3])
-        assert len(set(pauses[attempt::3])) == 10
 
 
 def test_all_attempts_have_one_deadline(fleet, ask):
@@ -301,15 +322,6 @@ def test_what_an_older_attempt_still_says_is_not_listened_to(fleet, read):
     assert fleet.attempts == [1, 2]
 
 
-def test_the_mailbox_of_an_older_attempt_is_closed(fleet):
-    fleet.answers = [[accepted(), DOWN], [accepted(), response("new")]]
-    assert chat(fleet).content == "new"
-    old, new = fleet.mailboxes
-    for mailbox in (old, new):
-        mailbox.put("n", Deltas(id="r", attempt=mailbox.attempt, seq=mailbox._next_seq, deltas=[], tokens=0))
-        assert mailbox._frames.empty()
-
-
 def test_a_request_for_one_node_is_tried_again_on_that_node(fleet, ask):
     fleet.answers = [[DOWN], [accepted(), response()]]
     ask(fleet, node="local@mini")
@@ -327,14 +339,20 @@ def test_the_error_that_ended_a_stream_is_raised_every_time(fleet):
                 next(stream)
 
 
-@pytest.mark.parametrize("answers", [[BrokerUnavailable("away")], [[DOWN], BrokerUnavailable("away")]])
-def test_a_broker_that_does_not_take_an_attempt_ends_the_request_every_time(fleet, answers):
-    fleet.answers = answers
+def test_a_broker_that_does_not_take_the_first_attempt_ends_the_request_every_time(fleet):
+    fleet.answers = [BrokerUnavailable("away")]
     stream = fleet.router.stream_chat("m", HELLO, timeout=3)
     with took_less_than(2):
         for _ in range(3):
             with pytest.raises(BrokerUnavailable):
                 next(stream)
+
+
+def test_a_broker_that_does_not_take_a_further_attempt_is_tried_until_it_does(fleet, monkeypatch):
+    monkeypatch.setattr(flight_module, "LOOKS_AGAIN", 0.01)
+    fleet.answers = [[DOWN], BrokerUnavailable("away"), BrokerUnavailable("away"), [accepted(), response("late")]]
+    assert chat(fleet).content == "late"
+    assert fleet.attempts == [1, 2, 2, 2]
 
 
 def test_a_request_that_nobody_takes_expires_and_one_that_was_taken_times_out(fleet, ask):

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fleet_worker.chat_templates import left_open
 from fleet_worker.errors import (
     ContextLengthExceeded,
     InstanceUnavailable,
@@ -20,7 +21,7 @@ from fleet_worker.errors import (
 )
 from fleet_worker.messages import ChatParams
 from fleet_worker.offerings import offerings_of
-from fleet_worker.servers import QUIRKS, chat_body, error_for, finish_reason, kind_of
+from fleet_worker.servers import QUIRKS, chat_body, continued_body, error_for, finish_reason, kind_of
 from fleet_worker.settings import Instance, Model, Server
 
 SECRET = "swordfish"
@@ -148,6 +149,34 @@ def test_the_reasoning_effort_goes_into_the_template_where_the_server_has_no_fie
 def test_what_a_caller_says_to_the_template_itself_wins():
     said = {"reasoning_effort": "high", "enable_thinking": False}
     assert body_for("vllm_mlx", reasoning_effort="low", chat_template_kwargs=said)["chat_template_kwargs"] == said
+
+
+# --- What is sent to go on
+
+
+@pytest.mark.parametrize(
+    ("kind", "turn", "kwargs"),
+    [
+        ("vllm_mlx", {}, {"add_generation_prompt": False, "continue_final_message": True}),
+        ("mlx_openai", {"partial": True}, {}),
+        ("omni", {}, {}),
+        ("mlx_lm", {}, {"chat_template": left_open("the model's own")}),
+    ],
+)
+def test_every_server_has_its_way_to_go_on(kind, turn, kwargs):
+    body = body_for(kind, chat_template_kwargs={"enable_thinking": False})
+    known = body.get("chat_template_kwargs", {})
+    continued = continued_body(body, "Hi and", offering(), QUIRKS[kind], "the model's own")
+    assert continued["messages"] == [*body["messages"], {"role": "assistant", "content": "Hi and", **turn}]
+    assert continued.get("chat_template_kwargs", {}) == {**known, **kwargs}
+    assert continued.keys() - {"chat_template_kwargs"} == body.keys() - {"chat_template_kwargs"}
+
+
+def test_a_server_without_a_way_to_go_on_is_not_asked():
+    assert continued_body(body_for("openai"), "Hi", offering(), QUIRKS["openai"], "its own") is None
+    assert continued_body(body_for("mlx_lm"), "Hi", offering(), QUIRKS["mlx_lm"], None) is None
+    seeing = offering(features={"vision": True})
+    assert continued_body(body_for("mlx_openai"), "Hi", seeing, QUIRKS["mlx_openai"], None) is None
 
 
 # --- Who answers

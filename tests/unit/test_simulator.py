@@ -14,13 +14,14 @@ from typing import Any
 import httpx
 import pytest
 
-from fleet_worker.simulator import FLAVOURS, Fault, SimulatedMLX, embedding, reply_tokens
+from fleet_worker.simulator import CHAT_TEMPLATE, FLAVOURS, Fault, SimulatedMLX, embedding, reply_tokens
 
 HELLO = [{"role": "user", "content": "hello"}]
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
 CALL = {"name": "weather", "arguments": {"city": "Zürich", "days": 3}}
 FASTAPI = ["vllm_simple", "vllm_batched", "mlx_openai", "omni"]
 UVICORN = [*FASTAPI, "openai"]
+LEFT_OPEN = "{% set all = messages %}{% set messages = all[:-1] %}\n" + CHAT_TEMPLATE + '{{ all[-1]["content"] }}'
 OPEN_END = {"chat_template_kwargs": {"add_generation_prompt": False, "continue_final_message": True}}
 
 
@@ -295,32 +296,63 @@ def test_a_tool_call_cut_by_max_tokens_vanishes():
         assert text_of(chunks(server)) == "".join(reply_tokens(HELLO, 8))
 
 
+CONTINUING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "mlx_lm": ({"chat_template_kwargs": {"chat_template": LEFT_OPEN}}, {}),
+    "vllm_simple": (OPEN_END, {}),
+    "vllm_batched": (OPEN_END, {}),
+    "mlx_openai": ({}, {"partial": True}),
+    "omni": ({}, {}),
+}
+
+
+@pytest.mark.parametrize("flavour", CONTINUING)
+def test_a_partial_reply_is_continued_if_asked_for_in_the_right_way(flavour):
+    """Cut at any character, the rest joins, but for a leading space that only the batched vllm-mlx keeps."""
+    wish, mark = CONTINUING[flavour]
+    whole = "".join(reply_tokens(HELLO, 12))
+    with SimulatedMLX(flavour=flavour, tokens=12, reasoning=["Hm", "."]) as server:
+        for cut in range(1, len(whole) + 1):
+            said = {"role": "assistant", "content": whole[:cut], **mark}
+            items = chunks(server, messages=[*HELLO, said], max_tokens=100, **wish)
+            rest = whole[cut:] if flavour == "vllm_batched" else whole[cut:].removeprefix(" ")
+            assert text_of(items) == rest
+            assert not text_of(items, "reasoning")
+
+
+@pytest.mark.parametrize("flavour", CONTINUING)
+def test_max_tokens_of_a_continuation_counts_the_continuation(flavour):
+    wish, mark = CONTINUING[flavour]
+    tokens = reply_tokens(HELLO, 32)
+    said = {"role": "assistant", "content": "".join(tokens[:10]), **mark}
+    with SimulatedMLX(flavour=flavour) as server:
+        items = chunks(server, messages=[*HELLO, said], max_tokens=5, stream_options={"include_usage": True}, **wish)
+        rest = "".join(tokens[10 : 14 if flavour == "omni" else 15])
+        assert text_of(items) == (rest if flavour == "vllm_batched" else rest.removeprefix(" "))
+
+
 @pytest.mark.parametrize(
-    ("flavour", "wish", "message"),
+    ("flavour", "wish", "mark"),
     [
-        ("mlx_lm", {"chat_template_kwargs": {"chat_template": "..."}}, {}),
-        ("vllm_simple", OPEN_END, {}),
-        (
-            "vllm_batched",
-            {"chat_template_kwargs": {"add_generation_prompt": False, "continue_final_message": True}},
-            {},
-        ),
-        ("mlx_openai", {}, {"partial": True}),
-        ("omni", {}, {}),
+        ("mlx_lm", {}, {"partial": True}),
+        ("mlx_lm", {"chat_template_kwargs": {"chat_template": CHAT_TEMPLATE}}, {}),
+        ("mlx_lm", {"chat_template_kwargs": {"chat_template": LEFT_OPEN.replace("im_start", "start")}}, {}),
+        ("vllm_simple", OPEN_END["chat_template_kwargs"], {}),
+        ("vllm_batched", {"chat_template_kwargs": {"continue_final_message": True}}, {}),
+        ("mlx_openai", OPEN_END, {}),
+        ("openai", OPEN_END, {"partial": True}),
     ],
 )
-def test_a_partial_reply_is_continued_if_asked_for_in_the_right_way(flavour, wish, message):
-    """The rest joins, but for a leading space that only the batched vllm-mlx keeps."""
-    tokens = reply_tokens(HELLO, 32)
-    said = {"role": "assistant", "content": "".join(tokens[:10]), **message}
+def test_a_partial_reply_is_a_turn_that_is_over_if_nothing_says_otherwise(flavour, wish, mark):
+    said = {"role": "assistant", "content": reply_tokens(HELLO, 32)[0], **mark}
     with SimulatedMLX(flavour=flavour) as server:
-        rest = text_of(chunks(server, messages=[*HELLO, said], max_tokens=100, **wish))
-        whole = "".join(tokens[10:])
-        assert rest == (whole if flavour == "vllm_batched" else whole.removeprefix(" "))
-    if flavour not in ("omni",):
-        with SimulatedMLX(flavour=flavour) as server:
-            said.pop("partial", None)
-            assert text_of(chunks(server, messages=[*HELLO, said], max_tokens=100)) != rest
+        messages = [*HELLO, said]
+        assert text_of(chunks(server, messages=messages, max_tokens=100, **wish)) == "".join(reply_tokens(messages, 32))
+
+
+@pytest.mark.parametrize("kwargs", [OPEN_END["chat_template_kwargs"], {"continue_final_message": True}])
+def test_mlx_lm_refuses_the_flags_that_others_continue_by(kwargs):
+    with SimulatedMLX() as server:
+        assert post(server, chat_template_kwargs=kwargs).status_code == 404
 
 
 # --- refusals

@@ -1,0 +1,56 @@
+"""What a router has to do soon, or later, without anybody waiting for it: one thread does all of it."""
+
+from __future__ import annotations
+
+import logging
+import sched
+import threading
+import time
+from collections.abc import Callable
+
+__all__ = ["Agenda"]
+
+log = logging.getLogger(__name__)
+
+
+class Agenda:
+    """Calls functions at their moment (monotonic seconds), one after the other. They should not take long."""
+
+    def __init__(self) -> None:
+        self._schedule = sched.scheduler(time.monotonic)
+        self._changed = threading.Event()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="fleet-agenda", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def at(self, moment: float, do: Callable[[], object]) -> None:
+        self._schedule.enterabs(moment, 0, do)
+        self._changed.set()
+
+    def soon(self, do: Callable[[], object]) -> None:
+        self.at(time.monotonic(), do)
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Do what is due, and no more."""
+        self._closed = True
+        self._changed.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+
+    def _run(self) -> None:
+        while True:
+            self._changed.clear()
+            left = self._do_what_is_due()
+            if self._closed:
+                return
+            self._changed.wait(left)
+
+    def _do_what_is_due(self) -> float | None:
+        """Return the seconds until the next is due."""
+        while True:
+            try:
+                return self._schedule.run(blocking=False)
+            except Exception as error:  # the schedule has forgotten it already
+                log.error("a router could not do what was due: %s", type(error).__name__)

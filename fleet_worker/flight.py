@@ -1,0 +1,244 @@
+"""One request in flight: what `attempts.py` decides is done here, with threads, times and a broker."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fleet_worker.agenda import Agenda
+from fleet_worker.attempts import Attempts, OnInterrupt, failure_of
+from fleet_worker.backlog import Backlog
+from fleet_worker.cancellations import Cancellations
+from fleet_worker.errors import BrokerUnavailable, Cancelled, Expired, FleetError, ReplyOverflow, RequestTimeout
+from fleet_worker.frames import Accepted, Frame
+from fleet_worker.lanes import direct_lane, lane
+from fleet_worker.mailbox import Mailbox
+from fleet_worker.messages import FleetRequest
+from fleet_worker.replies import ReplyInbox
+from fleet_worker.settings import Router as RouterSettings
+
+__all__ = ["Flight", "Services"]
+
+LOOKS_AGAIN = 1.0
+"""Seconds between two looks at a lane that was empty, as an acceptance may be on its way; or between two tries to
+reach a broker that is away."""
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What a flight needs of its router."""
+
+    settings: RouterSettings
+    agenda: Agenda
+    inbox: ReplyInbox
+    backlog: Backlog
+    cancellations: Cancellations
+    publish: Callable[[FleetRequest, str | None], None]
+    """Send an attempt into its lane, or to this node only; raises `BrokerUnavailable`."""
+    elsewhere: Callable[[FleetRequest, set[str]], str | None]
+    """Which node should have the next attempt, as these have failed; None for whoever takes it first."""
+    ended: Callable[[str], object]
+    """This request needs no more frames."""
+
+
+class Flight:
+    """From the submission of a request to its end. It may have several readers, each of whom gets the whole answer.
+
+    Frames come in the thread of the inbox, what is due in that of the agenda, readers in theirs.
+    """
+
+    def __init__(
+        self, request: FleetRequest, node: str | None, services: Services, *, on_interrupt: OnInterrupt = "resume"
+    ) -> None:
+        self.request = request
+        self._node = node
+        self._services = services
+        self._deadline = time.monotonic() + request.timeout_seconds
+        self._attempts = Attempts(
+            request, deadline=self._deadline, max_attempts=services.settings.max_attempts, on_interrupt=on_interrupt
+        )
+        self._lock = threading.RLock()
+        self._readers: list[Mailbox] = []
+        self._lane = ""
+        self._submitted = 0.0
+        """When the attempt of the moment was submitted."""
+        self._heard = 0.0
+        """When the node that has it was last heard, on the clock of the inbox."""
+        self._empty_since: float | None = None
+        """Since when its lane is empty, on the same clock."""
+        self.ended_at: float | None = None
+        """Monotonic seconds."""
+
+    @property
+    def answered(self) -> bool:
+        """Has it ended, and well?"""
+        last = self._attempts.last
+        return last is not None and last.kind != "error"
+
+    # --- Its readers ---
+
+    def join(self, timeout: float) -> Mailbox | None:
+        """Return where the whole answer arrives, from its beginning, for `timeout` seconds; None if it has failed."""
+        mailbox = Mailbox(deadline=time.monotonic() + timeout, max_buffered=self._services.settings.max_buffered)
+        with self._lock:
+            for frame in self._attempts.delivered:
+                mailbox.put(frame)
+            if self.answered and self._attempts.last:
+                mailbox.put(self._attempts.last)
+            elif self._attempts.last:
+                return None
+            else:
+                self._readers.append(mailbox)
+        return mailbox
+
+    def leave(self, mailbox: Mailbox) -> None:
+        """A reader goes. When the last one has gone, nobody wants the answer."""
+        mailbox.close()
+        with self._lock:
+            if mailbox in self._readers:
+                self._readers.remove(mailbox)
+                if not self._readers:
+                    self._give_up(Cancelled("nobody waits for the answer any more"))
+
+    def late(self) -> FleetError:
+        """What a reader is told at its deadline."""
+        seconds = self.request.timeout_seconds
+        if self._attempts.node or self._attempts.delivered:
+            return RequestTimeout(f"the answer was not complete within its timeout of {seconds:g} s")
+        return Expired(
+            f"no node took the request within its timeout of {seconds:g} s: none serves {self.request.operation} of "
+            "that model, or all are busy or cut off"
+        )
+
+    # --- Its way ---
+
+    def submit(self) -> None:
+        """Send the first attempt; raises what the broker has against it."""
+        try:
+            self._send(self.request, self._node)
+        except FleetError as error:
+            self.give_up(error)
+            raise
+        self._services.agenda.at(self._submitted + self._services.settings.accept_timeout, self._look)
+
+    def receive(self, node: str, frame: Frame) -> bool:
+        """Take a frame of this request; False if it is of an attempt that nobody wants any more."""
+        with self._lock:
+            attempts, before = self._attempts, self._attempts.state
+            if not attempts.wants(node, frame):
+                return False
+            self._heard = self._services.inbox.clock
+            if isinstance(frame, Accepted) and frame.seq == 0:
+                self._services.backlog.accepted(self._lane, frame.queue_wait)
+            self._deliver(attempts.take(node, frame, time.monotonic()))
+            if attempts.state != before:
+                self._moved()
+            return True
+
+    def give_up(self, error: FleetError) -> None:
+        """End it for all of its readers, who get this error."""
+        with self._lock:
+            self._give_up(error)
+
+    def _give_up(self, error: FleetError) -> None:
+        if frame := self._attempts.give_up(error):
+            self._deliver(frame)
+            self._moved()
+
+    def _send(self, request: FleetRequest, node: str | None) -> None:
+        self._lane = direct_lane(node) if node else lane(request.operation, request.model)
+        self._empty_since = None
+        try:
+            self._services.publish(request, node)
+        finally:
+            self._submitted = time.monotonic()
+
+    def _deliver(self, frame: Frame | None) -> None:
+        if frame is None:
+            return
+        for mailbox in tuple(self._readers):
+            if not mailbox.put(frame):
+                self._overflow(mailbox)
+
+    def _overflow(self, mailbox: Mailbox) -> None:
+        waiting = self._services.settings.max_buffered
+        error = ReplyOverflow(f"{waiting} deltas and more wait for a reader (router.max_buffered)")
+        mailbox.put(failure_of(error, self.request))
+        self.leave(mailbox)
+
+    def _moved(self) -> None:
+        """Do what follows from a new state."""
+        attempts = self._attempts
+        for leftover in attempts.leftovers:
+            self._services.cancellations.add(self.request.request_id, leftover)
+        attempts.leftovers.clear()
+        if attempts.state == "pausing":
+            self._services.agenda.at(time.monotonic() + attempts.pause, self._try_again)
+        elif attempts.state == "ended":
+            self.ended_at = time.monotonic()
+            self._readers.clear()
+            self._services.ended(self.request.request_id)
+
+    # --- In the thread of the agenda ---
+
+    def _try_again(self) -> None:
+        with self._lock:
+            if self._attempts.state != "pausing":
+                return
+            request, failed = self._attempts.again(), set(self._attempts.failed)
+        self._send_in_time(request, self._node or self._services.elsewhere(request, failed))
+
+    def _send_in_time(self, request: FleetRequest, node: str | None) -> None:
+        """A broker that is away is tried until the deadline: nothing of the request is lost by that."""
+        if self._attempts.state != "waiting" or self._attempts.request is not request:
+            return
+        try:
+            self._send(request, node)
+        except BrokerUnavailable:
+            later = time.monotonic() + LOOKS_AGAIN
+            self._services.agenda.at(later, lambda: self._send_in_time(request, node))
+        except FleetError as error:
+            self.give_up(error)
+
+    def _look(self) -> None:
+        """Look whether something is wrong, and come back."""
+        now, state = time.monotonic(), self._attempts.state
+        if state == "ended":
+            return
+        if now >= self._deadline:
+            self.give_up(self.late())
+            return
+        looks = {"waiting": self._look_for_it, "running": self._listen_for_life}
+        again = looks[state](now) if state in looks else now + LOOKS_AGAIN
+        self._services.agenda.at(min(again, self._deadline), self._look)
+
+    def _look_for_it(self, now: float) -> float:
+        """Is it still in its lane? Return when to look again."""
+        settings, inbox = self._services.settings, self._services.inbox
+        request, due = self._attempts.request, self._submitted + settings.accept_timeout
+        if now < due:
+            return due
+        depth = self._services.backlog.depth(self._lane)
+        if depth != 0:
+            self._empty_since = None
+            return now + (settings.accept_timeout if depth else LOOKS_AGAIN)
+        if self._empty_since is None:
+            self._empty_since = inbox.clock
+        elif inbox.silence(self._empty_since) >= LOOKS_AGAIN:
+            with self._lock:
+                if self._attempts.state == "waiting" and self._attempts.request is request:
+                    self._deliver(self._attempts.untaken(now))
+                    self._moved()
+        return now + LOOKS_AGAIN
+
+    def _listen_for_life(self, now: float) -> float:
+        """Is the node that has it still there? Return when to listen again."""
+        lost_after = self._services.settings.lost_after
+        with self._lock:
+            left = lost_after - self._services.inbox.silence(self._heard)
+            if left <= 0 and self._attempts.state == "running":
+                self._deliver(self._attempts.lost(now))
+                self._moved()
+        return now + max(left, 0.1)

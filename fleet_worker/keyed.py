@@ -1,0 +1,60 @@
+"""Requests with an idempotency key: what is asked again is not generated again."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+
+from fleet_worker.errors import InvalidRequest
+from fleet_worker.flight import Flight
+from fleet_worker.mailbox import Mailbox
+from fleet_worker.messages import FleetRequest
+
+__all__ = ["Keyed"]
+
+MOST_ANSWERS = 1_000
+
+
+class Keyed:
+    """The flights with a key, while they are under way, and for `ttl` seconds after they were answered."""
+
+    def __init__(self, ttl: float) -> None:
+        self._ttl = ttl
+        self._lock = threading.RLock()
+        self._flights: OrderedDict[str, Flight] = OrderedDict()
+
+    def join(self, request: FleetRequest) -> tuple[Flight, Mailbox] | None:
+        """Join the flight that has the key of this request, if there is one that did not fail.
+
+        Raises:
+            InvalidRequest: the key is that of a request for something else.
+        """
+        with self._lock:
+            self._forget()
+            flight = self._flights.get(request.idempotency_key)
+            if flight and _asked(flight.request) != _asked(request):
+                raise InvalidRequest("the idempotency_key is that of a request for something else")
+            mailbox = flight and flight.join(request.timeout_seconds)
+            return (flight, mailbox) if flight and mailbox else None
+
+    def add(self, flight: Flight) -> tuple[Flight, Mailbox] | None:
+        """Let others join this flight, unless there is one to join already, which is returned."""
+        with self._lock:
+            joined = self.join(flight.request)
+            if joined is None:
+                self._flights[flight.request.idempotency_key] = flight
+            return joined
+
+    def _forget(self) -> None:
+        """Failed ones at once, answers when they are too old or too many; those under way stay."""
+        ended = {key: flight for key, flight in self._flights.items() if flight.ended_at is not None}
+        too_many = len(ended) - MOST_ANSWERS
+        for number, (key, flight) in enumerate(ended.items()):
+            too_old = time.monotonic() - (flight.ended_at or 0.0) > self._ttl
+            if number < too_many or too_old or not flight.answered:
+                del self._flights[key]
+
+
+def _asked(request: FleetRequest) -> tuple[object, ...]:
+    return request.operation, request.model, request.provider_instance, request.params

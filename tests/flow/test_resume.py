@@ -1,0 +1,41 @@
+"""A node that is asked to go on with a stream sends what comes after that which was delivered."""
+
+import pytest
+
+from fleet_worker import StreamInterrupted
+from fleet_worker.messages import FleetRequest, Resume
+from fleet_worker.simulator import reply_tokens
+from tests.flow.conftest import CHAT, work
+
+HELLO = [{"role": "user", "content": "Hello"}]
+TOKENS = reply_tokens(HELLO, 32)
+
+
+@pytest.fixture
+def resume(monkeypatch):
+    """Makes every request one that goes on with an answer of which this was delivered."""
+
+    def with_what_was_delivered(**delivered):
+        def submitted(request, reply_to):
+            return submitted_to(request, reply_to).model_copy(update={"resume": Resume(**delivered)})
+
+        monkeypatch.setattr(FleetRequest, "submitted_to", submitted)
+
+    submitted_to = FleetRequest.submitted_to
+    return with_what_was_delivered
+
+
+def test_a_node_sends_the_rest_of_an_answer(node, router, mlx, resume):
+    resume(content="".join(TOKENS[:10]), tokens=10)
+    with router.stream_chat(CHAT, HELLO, temperature=0, timeout=20) as stream:
+        assert [delta.content for delta in stream] == TOKENS[10:]
+    assert stream.response.usage.completion_tokens == 32
+    assert work(mlx)[-1].body["messages"][-1]["role"] == "assistant"
+
+
+def test_a_node_that_cannot_go_on_says_so_before_it_asks_its_server(node, router, mlx, resume):
+    seen = len(work(mlx))
+    resume(reasoning="Hm", tokens=1)
+    with pytest.raises(StreamInterrupted), router.stream_chat(CHAT, HELLO, temperature=0.5, timeout=20) as stream:
+        next(stream)
+    assert len(work(mlx)) == seen

@@ -1,0 +1,365 @@
+"""A request in flight: readers that come and go, silences, lanes that are empty, and what the nodes are told."""
+
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from fleet_worker.attempts import Leftover
+from fleet_worker.errors import BrokerUnavailable, Cancelled, InvalidRequest, ReplyOverflow
+from fleet_worker.flight import Flight, Services
+from fleet_worker.frames import Alive, Deltas
+from fleet_worker.keyed import Keyed
+from fleet_worker.settings import Router as RouterSettings
+from tests.unit.test_attempts import DOWN, accepted, deltas, failure, head, request, response
+
+
+class Later:
+    """An agenda whose time is up when a test says so."""
+
+    def __init__(self):
+        self.due = []
+
+    def at(self, moment, do):
+        self.due.append(do)
+
+    def now(self):
+        due, self.due = self.due, []
+        for do in due:
+            do()
+
+
+class Fleet:
+    """What a flight has around it, as a test wants it to be."""
+
+    def __init__(self, **settings):
+        patient = {"lost_after": 5.0, "accept_timeout": 0.0, "max_attempts": 3, "max_buffered": 10, **settings}
+        self.later = Later()
+        self.clock = SimpleNamespace(clock=0.0, back=0.0)
+        self.clock.silence = lambda since: self.clock.clock - max(since, self.clock.back)
+        self.depth = 1
+        self.waits = []
+        self.cancelled = []
+        self.ended = []
+        self.sent = []
+        self.target = None
+        self.refusal = None
+        self.services = Services(
+            settings=RouterSettings.model_construct(**patient),
+            agenda=self.later,
+            inbox=self.clock,
+            backlog=SimpleNamespace(depth=lambda lane: self.depth, accepted=lambda *what: self.waits.append(what)),
+            cancellations=SimpleNamespace(add=lambda _, leftover: self.cancelled.append(leftover)),
+            publish=self._publish,
+            elsewhere=lambda request, failed: self.target,
+            ended=self.ended.append,
+        )
+
+    def _publish(self, request, node):
+        if self.refusal:
+            raise self.refusal
+        self.sent.append((request.attempt, node))
+
+    def flight(self, node=None, **options):
+        flight = Flight(options.pop("asked", None) or request(), node, self.services, **options)
+        self.reader = flight.join(0.0)
+        flight.submit()
+        return flight
+
+    def read(self, mailbox=None):
+        mailbox = mailbox or self.reader
+        frames = []
+        while not mailbox._frames.empty():
+            frames.append(mailbox.get())
+        return frames
+
+
+@pytest.fixture
+def fleet():
+    return Fleet()
+
+
+def said(frames):
+    return "".join(delta.content or "" for frame in frames if isinstance(frame, Deltas) for delta in frame.deltas)
+
+
+# --- Nodes that fall silent
+
+
+def test_a_node_that_is_silent_for_too_long_is_lost(fleet):
+    flight = fleet.flight()
+    flight.receive("a", accepted())
+    fleet.clock.clock = 4.9
+    fleet.later.now()
+    assert fleet.sent == [(1, None)]
+    fleet.clock.clock = 5.1
+    fleet.later.now()
+    assert fleet.cancelled == [Leftover("a", 1)]
+    fleet.later.now()
+    assert fleet.sent == [(1, None), (2, None)]
+
+
+def test_a_word_now_and_then_is_enough(fleet):
+    flight = fleet.flight()
+    flight.receive("a", accepted())
+    for second in range(1, 20):
+        fleet.clock.clock = float(second)
+        assert flight.receive("a", Alive(**head(1, 1)))
+        fleet.later.now()
+    assert fleet.sent == [(1, None)]
+
+
+def test_what_is_not_listened_to_is_not_silent(fleet):
+    """While the broker is away the clock stands still, and afterwards the nodes get the whole time again."""
+    flight = fleet.flight()
+    flight.receive("a", accepted())
+    fleet.clock.clock = fleet.clock.back = 4.9
+    fleet.clock.clock = 9.0
+    fleet.later.now()
+    assert fleet.sent == [(1, None)]
+    fleet.clock.clock = 10.0
+    fleet.later.now()
+    fleet.later.now()
+    assert fleet.sent == [(1, None), (2, None)]
+
+
+def test_a_lost_node_that_comes_back_is_not_wanted(fleet):
+    flight = fleet.flight()
+    flight.receive("a", accepted())
+    flight.receive("a", deltas(1, "x"))
+    fleet.clock.clock = 6.0
+    fleet.later.now()
+    assert not flight.receive("a", deltas(2, "y"))
+    fleet.later.now()
+    assert not flight.receive("a", Alive(**head(1, 3)))
+    assert flight.receive("b", accepted(2))
+    flight.receive("b", deltas(1, "y", attempt=2))
+    assert said(fleet.read()) == "xy"
+
+
+# --- Messages that are nowhere
+
+
+def test_an_empty_lane_is_looked_at_twice_before_a_request_is_sent_again(fleet):
+    fleet.depth = 0
+    fleet.flight()
+    fleet.later.now()
+    fleet.clock.clock = 0.5
+    fleet.later.now()
+    assert fleet.sent == [(1, None)]
+    fleet.clock.clock = 1.1
+    fleet.later.now()
+    fleet.later.now()
+    assert fleet.sent == [(1, None), (2, None)]
+    assert fleet.cancelled == [Leftover(None, 1)]
+
+
+@pytest.mark.parametrize("depth", [3, None])
+def test_a_request_that_waits_is_let_wait_and_so_is_one_that_cannot_be_seen(fleet, depth):
+    fleet.depth = depth
+    fleet.flight()
+    for second in range(10):
+        fleet.clock.clock = float(second)
+        fleet.later.now()
+    assert fleet.sent == [(1, None)]
+
+
+def test_a_lane_that_was_not_empty_all_the_time_is_not_empty(fleet):
+    fleet.flight()
+    for second, fleet.depth in enumerate([0, 1, 0, None, 0, 2]):
+        fleet.clock.clock = 2.0 * second
+        fleet.later.now()
+    assert fleet.sent == [(1, None)]
+
+
+# --- Another attempt
+
+
+def test_it_goes_where_the_router_says(fleet):
+    fleet.target = "b@mini"
+    flight = fleet.flight()
+    flight.receive("a", failure(0, DOWN))
+    fleet.later.now()
+    assert fleet.sent == [(1, None), (2, "b@mini")]
+
+
+def test_what_is_for_one_node_only_stays_there(fleet):
+    fleet.target = "b@mini"
+    flight = fleet.flight(node="a@mini")
+    flight.receive("a@mini", failure(0, DOWN))
+    fleet.later.now()
+    assert fleet.sent == [(1, "a@mini"), (2, "a@mini")]
+
+
+def test_a_broker_that_is_away_is_waited_for(fleet):
+    flight = fleet.flight()
+    fleet.refusal = BrokerUnavailable("away")
+    flight.receive("a", failure(0, DOWN))
+    for _ in range(3):
+        fleet.later.now()
+    fleet.refusal = None
+    fleet.later.now()
+    assert fleet.sent == [(1, None), (2, None)]
+    assert flight.receive("b", accepted(2))
+
+
+def test_a_first_attempt_that_the_broker_refuses_ends_it(fleet):
+    fleet.refusal = BrokerUnavailable("away")
+    with pytest.raises(BrokerUnavailable):
+        fleet.flight()
+    assert fleet.ended == ["r"]
+    assert fleet.read()[0].code == "broker_unavailable"
+
+
+# --- Readers
+
+
+def test_when_the_last_reader_leaves_nobody_wants_it(fleet):
+    flight = fleet.flight()
+    second = flight.join(0.0)
+    flight.receive("a", accepted())
+    flight.leave(fleet.reader)
+    assert fleet.cancelled == []
+    flight.leave(second)
+    assert fleet.cancelled == [Leftover("a", 1)]
+    assert fleet.ended == ["r"]
+    assert not flight.receive("a", deltas(1, "x"))
+
+
+def test_leaving_after_the_end_cancels_nothing(fleet):
+    flight = fleet.flight()
+    flight.receive("a", accepted())
+    flight.receive("a", response(1))
+    flight.leave(fleet.reader)
+    assert fleet.cancelled == []
+
+
+def test_who_comes_later_gets_the_whole_answer(fleet):
+    flight = fleet.flight()
+    flight.receive("a", accepted())
+    flight.receive("a", deltas(1, "a"))
+    second = flight.join(0.0)
+    flight.receive("a", deltas(2, "b"))
+    flight.receive("a", response(3))
+    third = flight.join(0.0)
+    for mailbox in (fleet.reader, second, third):
+        frames = fleet.read(mailbox)
+        assert said(frames) == "ab"
+        assert frames[-1].kind == "response"
+
+
+def test_a_flight_that_failed_cannot_be_joined(fleet):
+    flight = fleet.flight()
+    flight.give_up(Cancelled("closed"))
+    assert flight.join(0.0) is None
+    assert fleet.read()[0].code == "cancelled"
+
+
+def test_a_reader_that_is_too_slow_is_told_so_and_the_other_ones_go_on(fleet):
+    flight = fleet.flight()
+    quick = flight.join(0.0)
+    flight.receive("a", accepted())
+    text = ""
+    for seq in range(1, 20):
+        flight.receive("a", deltas(seq, "x"))
+        text += said(fleet.read(quick))
+    slow = fleet.read()
+    assert isinstance(slow[-1].error(), ReplyOverflow)
+    assert len(said(slow)) == 10
+    assert text == "x" * 19
+    assert fleet.cancelled == []
+
+
+def test_a_stream_whose_only_reader_is_too_slow_is_stopped(fleet):
+    flight = fleet.flight()
+    flight.receive("a", accepted())
+    for seq in range(1, 20):
+        flight.receive("a", deltas(seq, "x"))
+    assert fleet.cancelled == [Leftover("a", 1)]
+
+
+def test_at_its_deadline_it_is_over_whoever_reads(fleet):
+    flight = fleet.flight(asked=request().model_copy(update={"timeout_seconds": 0.01}))
+    flight.receive("a", accepted())
+    time.sleep(0.02)
+    fleet.later.now()
+    assert fleet.cancelled == [Leftover("a", 1)]
+    assert fleet.read()[0].code == "timeout"
+
+
+def test_the_wait_in_the_lane_is_told(fleet):
+    flight = fleet.flight()
+    flight.receive("a", accepted())
+    assert fleet.waits == [("llm.fleet.stream_chat.m", 0.0)]
+
+
+# --- Requests with a key
+
+
+def keyed_request(key="k", **params):
+    return request(**params).model_copy(update={"idempotency_key": key})
+
+
+def test_what_is_under_way_is_joined_and_what_was_answered_is_there(fleet):
+    keyed = Keyed(ttl=60)
+    assert keyed.join(keyed_request()) is None
+    flight = fleet.flight(asked=keyed_request())
+    assert keyed.add(flight) is None
+    assert keyed.join(keyed_request())[0] is flight
+    assert keyed.join(keyed_request("other")) is None
+    flight.receive("a", accepted())
+    flight.receive("a", response(1))
+    same, mailbox = keyed.join(keyed_request())
+    assert same is flight
+    assert [frame.kind for frame in fleet.read(mailbox)] == ["response"]
+
+
+def test_of_two_that_come_at_once_the_second_joins(fleet):
+    keyed = Keyed(ttl=60)
+    first, second = fleet.flight(asked=keyed_request()), fleet.flight(asked=keyed_request())
+    assert keyed.add(first) is None
+    assert keyed.add(second)[0] is first
+
+
+def test_a_key_of_something_else_is_refused(fleet):
+    keyed = Keyed(ttl=60)
+    keyed.add(fleet.flight(asked=keyed_request()))
+    with pytest.raises(InvalidRequest, match="idempotency_key"):
+        keyed.join(keyed_request(max_tokens=5))
+
+
+def test_a_failure_is_not_kept(fleet):
+    keyed = Keyed(ttl=60)
+    flight = fleet.flight(asked=keyed_request())
+    keyed.add(flight)
+    flight.give_up(Cancelled("closed"))
+    assert keyed.join(keyed_request()) is None
+    assert keyed.add(fleet.flight(asked=keyed_request())) is None
+
+
+def test_an_answer_is_kept_for_its_time(fleet, monkeypatch):
+    keyed = Keyed(ttl=0.05)
+    flight = fleet.flight(asked=keyed_request())
+    keyed.add(flight)
+    flight.receive("a", response(0))
+    assert keyed.join(keyed_request())
+    time.sleep(0.06)
+    assert keyed.join(keyed_request()) is None
+
+
+def test_not_more_answers_than_allowed_are_kept(fleet, monkeypatch):
+    monkeypatch.setattr("fleet_worker.keyed.MOST_ANSWERS", 2)
+    keyed = Keyed(ttl=60)
+    for number in range(4):
+        flight = fleet.flight(asked=keyed_request(str(number)))
+        keyed.add(flight)
+        flight.receive("a", response(0))
+    kept = [number for number in range(4) if keyed.join(keyed_request(str(number)))]
+    assert kept == [2, 3]
+
+
+def test_a_look_at_what_has_ended_is_the_last_one(fleet):
+    flight = fleet.flight()
+    flight.receive("a", response(0))
+    fleet.later.now()
+    assert fleet.later.due == []
