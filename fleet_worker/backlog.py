@@ -20,7 +20,7 @@ ANSWER_WITHIN = 1.0
 """Seconds that the broker has for each answer, and for which it is left alone if it did not give one."""
 NEAR_EVERY = 0.25
 FAR_EVERY = 1.0
-"""Seconds between two looks at one lane: while half of what may wait does, or more; and while it is less."""
+"""Seconds between two looks at one lane: while half of what may wait does, perhaps; and while it is less."""
 SMOOTHING = 0.2
 """The weight of the newest queue wait among all of them."""
 SOONEST, LATEST, UNKNOWN = 0.1, 60.0, 1.0
@@ -31,23 +31,24 @@ SOONEST, LATEST, UNKNOWN = 0.1, 60.0, 1.0
 class _Lane:
     depth: int | None = None
     """As the broker said when it was asked last; None if it did not say."""
-    change: int = 0
-    """Since then, as far as this router knows: the requests that it has sent, less those that nodes have taken."""
+    sent: int = 0
+    """By this router since then; nodes may have taken it at once, so that it never waited."""
     asked_at: float = float("-inf")
     queue_wait: float | None = None
 
     @property
-    def waiting(self) -> int:
-        """0 if it is not known."""
-        return 0 if self.depth is None else max(0, self.depth + self.change)
+    def most(self) -> int:
+        """So many wait, or fewer."""
+        return (self.depth or 0) + self.sent
 
 
 class Backlog:
     """What waits in the lanes that a router sends to. Safe for any number of threads.
 
-    The broker is asked now and then, on a connection of its own, which is opened at the first need. A broker that does
-    not answer holds nobody up: the submission itself finds out what is wrong. The bound is not exact: what several
-    threads or routers send at the same moment may go beyond it.
+    The broker is asked now and then, on a connection of its own, which is opened at the first need; what this router
+    sends makes it be asked earlier, but only the broker's word refuses anything. A broker that does not answer holds
+    nobody up: the submission itself finds out what is wrong. The bound is not exact: what several threads or routers
+    send at the same moment may go beyond it.
     """
 
     def __init__(self, app: Celery, transport: Transport, *, max_waiting: int) -> None:
@@ -75,15 +76,14 @@ class Backlog:
                 self._asking.release()
         with self._changing:
             known = self._known(lane)
-            if known.waiting >= self._max_waiting:
-                raise self._saturated(lane, known)
-            known.change += 1
+            if known.depth is not None and known.depth >= self._max_waiting:
+                raise self._saturated(lane, known.depth, known.queue_wait)
+            known.sent += 1
 
     def accepted(self, lane: str, queue_wait: float) -> None:
         """Note that a node has taken a request of this router, after so many seconds in that lane."""
         with self._changing:
             known = self._known(lane)
-            known.change -= 1
             before = queue_wait if known.queue_wait is None else known.queue_wait
             known.queue_wait = before + SMOOTHING * (queue_wait - before)
 
@@ -106,18 +106,20 @@ class Backlog:
     def _due(self, lane: str) -> bool:
         with self._changing:
             known, now = self._known(lane), time.monotonic()
-            every = NEAR_EVERY if 2 * known.waiting >= self._max_waiting else FAR_EVERY
+            every = NEAR_EVERY if 2 * known.most >= self._max_waiting else FAR_EVERY
+            if (known.depth or 0) < self._max_waiting <= known.most:
+                every = 0.0  # before anybody is refused
             return now >= max(known.asked_at + every, self._silent_until)
 
     def _ask(self, lane: str, timeout: float) -> int | None:
-        """What nodes or this router do in the meantime is counted on top of the answer."""
+        """What is sent in the meantime is counted on top of the answer."""
         with self._changing:
-            before = self._known(lane).change
+            before = self._known(lane).sent
         depth = None if self._closed else self._told(lane, timeout)
         with self._changing:
             known = self._known(lane)
             known.asked_at = time.monotonic()
-            known.depth, known.change = depth, known.change - before
+            known.depth, known.sent = depth, known.sent - before
         return depth
 
     def _told(self, lane: str, timeout: float) -> int | None:
@@ -136,20 +138,20 @@ class Backlog:
             self._lanes.popitem(last=False)
         return known
 
-    def _saturated(self, lane: str, known: _Lane) -> FleetSaturated:
-        retry_after = self._room_after(known)
+    def _saturated(self, lane: str, depth: int, queue_wait: float | None) -> FleetSaturated:
+        retry_after = self._room_after(depth, queue_wait)
         text = (
-            f"{known.waiting} requests wait for {_what(lane)}, and no more than {self._max_waiting} may "
+            f"{depth} requests wait for {_what(lane)}, and no more than {self._max_waiting} may "
             f"(router.max_waiting): try again in {retry_after:g} s, or let more nodes serve it"
         )
         return FleetSaturated(text, retry_after=retry_after)
 
-    def _room_after(self, known: _Lane) -> float:
-        """By Little's law: if `waiting` requests wait for `queue_wait` seconds each, waiting/queue_wait leave each
+    def _room_after(self, depth: int, queue_wait: float | None) -> float:
+        """By Little's law: where `depth` requests wait for `queue_wait` seconds each, depth / queue_wait leave in each
         second."""
-        if known.queue_wait is None:
+        if queue_wait is None:
             return UNKNOWN
-        seconds = (known.waiting - self._max_waiting + 1) * known.queue_wait / known.waiting
+        seconds = (depth - self._max_waiting + 1) * queue_wait / depth
         return round(min(max(seconds, SOONEST), LATEST), 3)
 
 

@@ -90,6 +90,22 @@ def test_a_full_lane_takes_no_more_until_there_is_room(node, mlx, router, backlo
     assert backlog.depth(LANE) == 0
 
 
+def test_a_router_refuses_what_is_too_much_before_it_is_sent(node, mlx, broker):
+    with (
+        Router(Settings(broker_url=broker.url, router={"max_waiting": 2})) as router,
+        busy(router, mlx) as running,
+        ExitStack() as stack,
+    ):
+        options = {"max_tokens": 1, "timeout": 30}
+        waiting = [stack.enter_context(router.stream_chat(MODEL, HELLO, **options)) for _ in range(2)]
+        with took_less_than(1), pytest.raises(FleetSaturated) as caught:
+            router.stream_chat(MODEL, HELLO, **options).__enter__()
+        assert caught.value.metadata["retry_after"] > 0
+        for stream in [running, *waiting]:
+            assert list(stream)
+        assert list(router.stream_chat(MODEL, HELLO, **options))
+
+
 def test_what_other_routers_send_counts_too(unchecked, backlog_of):
     model = f"m-{uuid.uuid4().hex[:8]}"
     backlog, name = backlog_of(4), lane("chat", model)

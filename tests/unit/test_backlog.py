@@ -63,22 +63,30 @@ def test_no_node_is_named(told):
     assert "mini" not in told.refused(name).message
 
 
-def test_what_was_sent_since_the_broker_was_asked_counts(told):
+def test_what_was_sent_since_the_broker_was_asked_makes_it_be_asked_again(told):
     told.depths[LANE] = 7
     told.admit_many(3)
     assert told.asked == [LANE]
-    assert "10 requests wait" in told.refused().message
-    assert told.asked == [LANE]
+    told.depths[LANE] = 10
+    for _ in range(3):
+        assert "10 requests wait" in told.refused().message
+    assert told.asked == [LANE] * 2
 
 
-def test_what_was_taken_since_the_broker_was_asked_counts_no_more(told):
+def test_nobody_is_refused_for_what_was_taken_at_once(told):
+    """A burst into a fleet with many free slots: nothing of it ever waits."""
+    told.admit_many(100)
+    assert len(told.asked) == 10
+
+
+def test_there_is_room_when_the_broker_says_so(told):
+    told.depths[LANE] = 10
+    told.refused()
     told.depths[LANE] = 9
-    told.admit_many(1)
     told.refused()
-    told.accepted(LANE, 1.0)
+    told.now += 0.25
     told.admit_many(1)
-    told.refused()
-    assert told.asked == [LANE]
+    assert told.asked == [LANE] * 2
 
 
 def test_an_answer_replaces_what_was_counted(told):
@@ -87,7 +95,9 @@ def test_an_answer_replaces_what_was_counted(told):
     told.now += 0.3
     told.depths[LANE] = 5
     told.admit_many(5)
-    told.refused()
+    assert len(told.asked) == 2
+    told.admit_many(1)
+    assert len(told.asked) == 3
 
 
 def test_the_broker_is_asked_four_times_a_second_when_half_of_the_bound_waits(told):
