@@ -14,10 +14,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from amqp.exceptions import AccessRefused, NotAllowed
-from kombu.exceptions import OperationalError
 from redis.exceptions import AuthenticationError, ResponseError
 
 from fleet_worker.celery import create_app
+from fleet_worker.connections import BROKER_ERRORS, connect
 from fleet_worker.errors import BrokerUnavailable
 from fleet_worker.findings import Finding, Severity
 from fleet_worker.lanes import transport_of
@@ -28,10 +28,6 @@ __all__ = ["agreement", "broker", "clock", "connected", "exposure", "reached", "
 ANSWER_WITHIN = 5.0
 SLOW = 0.05
 """Seconds of a round trip."""
-_TIMEOUTS = {
-    "redis": {"socket_timeout": ANSWER_WITHIN, "socket_connect_timeout": ANSWER_WITHIN},
-    "amqp": {"read_timeout": ANSWER_WITHIN, "write_timeout": ANSWER_WITHIN},
-}
 _CAUSES: tuple[tuple[type[BaseException], str, str], ...] = (
     (AuthenticationError, "refuses the user or the password", "correct them in broker_url"),
     (AccessRefused, "refuses the user or the password", "correct them in broker_url"),
@@ -69,12 +65,10 @@ def connected(settings: Settings) -> Iterator[Any]:
     Raises:
         BrokerUnavailable: there is none, or it broke in the block; `metadata["advice"]` says what to do.
     """
-    app, timeouts = create_app(settings), _TIMEOUTS[transport_of(settings.broker_url)]
-    with app.connection_for_write(connect_timeout=ANSWER_WITHIN, transport_options=timeouts) as connection:
+    with create_app(settings).connection_for_write() as connection:
         try:
-            connection.ensure_connection(max_retries=0)
-            yield connection
-        except (OperationalError, *connection.connection_errors, *connection.channel_errors) as error:
+            yield connect(connection, ANSWER_WITHIN)
+        except BROKER_ERRORS as error:
             found, advice = _cause(error)
             raise BrokerUnavailable(f"the broker at {settings.broker_place} {found}", advice=advice) from None
 

@@ -25,6 +25,9 @@ LOOKS_AGAIN = 1.0
 """Seconds between two looks at a lane that was empty, as an acceptance may be on its way; or between two tries to
 reach a broker that is away."""
 
+PATIENCE = 0.5
+"""Seconds that the thread of the agenda waits for a broker: others have something due too."""
+
 
 @dataclass(frozen=True, slots=True)
 class Services:
@@ -35,8 +38,9 @@ class Services:
     inbox: ReplyInbox
     backlog: Backlog
     cancellations: Cancellations
-    publish: Callable[[FleetRequest, str | None], None]
-    """Send an attempt into its lane, or to this node only; raises `BrokerUnavailable`."""
+    publish: Callable[[FleetRequest, str | None, float], None]
+    """Send an attempt into its lane, or to this node only, and wait so many seconds for a broker that is away; raises
+    `BrokerUnavailable`."""
     elsewhere: Callable[[FleetRequest, set[str]], str | None]
     """Which node should have the next attempt, as these have failed; None for whoever takes it first."""
     ended: Callable[[str], object]
@@ -117,7 +121,7 @@ class Flight:
     def submit(self) -> None:
         """Send the first attempt; raises what the broker has against it."""
         try:
-            self._send(self.request, self._node)
+            self._send(self.request, self._node, self._services.settings.connect_timeout)
         except FleetError as error:
             self.give_up(error)
             raise
@@ -147,11 +151,11 @@ class Flight:
             self._deliver(frame)
             self._moved()
 
-    def _send(self, request: FleetRequest, node: str | None) -> None:
+    def _send(self, request: FleetRequest, node: str | None, patience: float) -> None:
         self._lane = direct_lane(node) if node else lane(request.operation, request.model)
         self._empty_since = None
         try:
-            self._services.publish(request, node)
+            self._services.publish(request, node, patience)
         finally:
             self._submitted = time.monotonic()
 
@@ -195,12 +199,13 @@ class Flight:
         if self._attempts.state != "waiting" or self._attempts.request is not request:
             return
         try:
-            self._send(request, node)
-        except BrokerUnavailable:
+            self._send(request, node, PATIENCE)
+        except FleetError as error:
+            if not isinstance(error, BrokerUnavailable) or not error.retryable:
+                self.give_up(error)
+                return
             later = time.monotonic() + LOOKS_AGAIN
             self._services.agenda.at(later, lambda: self._send_in_time(request, node))
-        except FleetError as error:
-            self.give_up(error)
 
     def _look(self) -> None:
         """Look whether something is wrong, and come back."""
@@ -220,7 +225,7 @@ class Flight:
         request, due = self._attempts.request, self._submitted + settings.accept_timeout
         if now < due:
             return due
-        depth = self._services.backlog.depth(self._lane)
+        depth = self._services.backlog.depth(self._lane, PATIENCE)
         if depth != 0:
             self._empty_since = None
             return now + (settings.accept_timeout if depth else LOOKS_AGAIN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,13 +11,13 @@ from typing import Any
 
 from amqp.exceptions import NotFound
 from celery import Celery
-from kombu.exceptions import OperationalError
 
+from fleet_worker.connections import BROKER_ERRORS, connect
 from fleet_worker.errors import BrokerUnavailable
 from fleet_worker.lanes import EXCHANGE, Transport, direct_lane
 from fleet_worker.settings import REGISTRY
 
-__all__ = ["MOST_LANES", "SUBMITTED_AT", "Waiting", "waiting"]
+__all__ = ["MOST_LANES", "SUBMITTED_AT", "Waiting", "depth", "waiting"]
 
 SUBMITTED_AT = "submitted_at"
 """The header of a request that says when this attempt was submitted: epoch seconds."""
@@ -44,8 +45,6 @@ return {{depth, oldest and string.format('%.6f', oldest) or ''}}
 prompt, so it stays where it is. Its body is base64, and quotes inside of JSON strings are escaped, so that the name of
 the header in its quotes is nothing else."""
 
-_LIMITS = {"redis": ("socket_timeout", "socket_connect_timeout"), "amqp": ("read_timeout", "write_timeout")}
-
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
@@ -72,22 +71,30 @@ def waiting(app: Celery, transport: Transport, lanes: Iterable[str], *, timeout:
         BrokerUnavailable: the broker is not there, or fell silent for `timeout` seconds.
     """
     deadline = time.monotonic() + timeout
-    with _connected(app, transport, timeout) as connection:
+    with _connected(app, timeout) as connection:
+        channel = connection.default_channel
         if transport == "amqp":
-            return dict(_told_by_rabbitmq(connection, _chosen(lanes), deadline))
-        channel = connection.channel()
+            return dict(_told_by_rabbitmq(channel, _chosen(lanes), deadline))
         known = {queue for *_, queue in channel.get_table(EXCHANGE.name)}
         return dict(_told_by_redis(channel, _chosen(known.union(lanes)), deadline))
 
 
+def depth(channel: Any, transport: Transport, lane: str) -> int:
+    """Return how many requests wait in one lane, in one round trip; raises what kombu raises."""
+    if transport == "amqp":
+        return next(_told_by_rabbitmq(channel, [lane], math.inf))[1].depth
+    with channel.conn_or_acquire() as client, client.pipeline(transaction=False) as pipe:
+        for step in channel.priority_steps:
+            pipe.llen(channel._q_for_pri(lane, step))
+        return sum(pipe.execute())
+
+
 @contextmanager
-def _connected(app: Celery, transport: Transport, timeout: float) -> Iterator[Any]:
-    limits = dict.fromkeys(_LIMITS[transport], timeout)
-    with app.connection_for_read(connect_timeout=timeout, transport_options=limits) as connection:
+def _connected(app: Celery, timeout: float) -> Iterator[Any]:
+    with app.connection_for_read() as connection:
         try:
-            connection.ensure_connection(max_retries=0)
-            yield connection
-        except (OperationalError, *connection.connection_errors, *connection.channel_errors) as error:
+            yield connect(connection, timeout)
+        except BROKER_ERRORS as error:
             cause = type(error.__cause__ or error).__name__
             raise BrokerUnavailable(f"the broker does not say what waits ({cause})") from None
 
@@ -113,8 +120,7 @@ def _told_by_redis(channel: Any, lanes: list[str], deadline: float) -> Iterator[
                 yield name, Waiting(depth, max(0.0, time.time() - float(oldest)) if oldest else None)
 
 
-def _told_by_rabbitmq(connection: Any, lanes: list[str], deadline: float) -> Iterator[tuple[str, Waiting]]:
-    channel = connection.channel()
+def _told_by_rabbitmq(channel: Any, lanes: list[str], deadline: float) -> Iterator[tuple[str, Waiting]]:
     for name in lanes:
         if time.monotonic() > deadline:
             return

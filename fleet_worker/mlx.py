@@ -30,11 +30,11 @@ from fleet_worker.chat_stream import ChatAnswer, ChatStream
 from fleet_worker.chat_templates import chat_template
 from fleet_worker.chunks import usage_of
 from fleet_worker.clock import Clock
-from fleet_worker.connections import Transport
 from fleet_worker.continuation import Continuation, Way, ways
 from fleet_worker.errors import ConfigurationError, FleetError, MalformedOutput, RequestTimeout
 from fleet_worker.frames import Usage, join
 from fleet_worker.http_errors import foreign_errors_mapped, raise_for_status, raw
+from fleet_worker.http_transport import Transport
 from fleet_worker.messages import ChatParams, Resume
 from fleet_worker.offerings import Offering
 from fleet_worker.servers import QUIRKS, chat_body, kind_of

@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any, Self, cast, get_args
 
 from kombu import Producer
-from kombu.exceptions import OperationalError
 
 from fleet_worker.agenda import Agenda
 from fleet_worker.attempts import Leftover, OnInterrupt
@@ -21,21 +20,17 @@ from fleet_worker.backlog import Backlog
 from fleet_worker.call import Call
 from fleet_worker.cancellations import Cancellations
 from fleet_worker.celery import create_app
-from fleet_worker.errors import BrokerUnavailable, Cancelled, InvalidRequest
+from fleet_worker.errors import Cancelled, Expired, InvalidRequest
 from fleet_worker.flight import Flight, Services
 from fleet_worker.frames import Accepted, Alive, ChatResponse, Delta, Deltas, EmbedResponse, Frame, join
 from fleet_worker.keyed import Keyed
-from fleet_worker.lane_depths import SUBMITTED_AT
 from fleet_worker.lanes import (
     Priority,
     ask_exchange,
     direct_lane,
     lane,
-    priority,
     registry_queue,
     reply_name,
-    route_to,
-    task_name,
     transport_of,
 )
 from fleet_worker.mailbox import Mailbox
@@ -43,6 +38,7 @@ from fleet_worker.messages import FleetRequest, Operation, validate_params
 from fleet_worker.registry import Registry
 from fleet_worker.replies import ReplyInbox
 from fleet_worker.settings import Settings
+from fleet_worker.submission import submit
 
 __all__ = ["ChatStream", "Router"]
 
@@ -262,26 +258,12 @@ class Router:
                 {}, exchange=ask_exchange(), declare=[ask_exchange()], routing_key="", serializer="json", retry=False
             )
 
-    def _publish(self, request: FleetRequest, node: str | None) -> None:
+    def _publish(self, request: FleetRequest, node: str | None, patience: float) -> None:
+        """Wait so long for a broker that is away, but not beyond the deadline of the request."""
+        if request.remaining <= 0:
+            raise Expired("the deadline passed before the request was sent")
         name = direct_lane(node) if node else lane(request.operation, request.model)
-        try:
-            self._app.send_task(
-                task_name(request.operation),
-                args=[request.encode()],
-                task_id=request.request_id,
-                **route_to(name, self._transport),
-                priority=priority(request.priority, self._transport),
-                # How long a lane's oldest request waits is told by this, so that nobody has to open it.
-                headers={SUBMITTED_AT: time.time()},
-                # Everybody sees these in events and in Flower: the lane, never the arguments.
-                argsrepr=name,
-                kwargsrepr="",
-                ignore_result=True,
-                retry_policy={"max_retries": 3, "interval_start": 0.1, "interval_step": 0.5},
-            )
-        except OperationalError as error:
-            cause = type(error.__cause__ or error).__name__
-            raise BrokerUnavailable(f"the broker did not take the request ({cause})") from None
+        submit(self._app, self._transport, request, name, patience=min(patience, request.remaining))
 
 
 class ChatStream:

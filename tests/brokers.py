@@ -36,11 +36,12 @@ def free_port() -> int:
 
 
 class Valkey:
-    """Without persistence: a restart forgets everything."""
+    """Without a folder to keep its data in, a restart forgets everything."""
 
     name = "valkey"
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path | None = None) -> None:
+        self._lasting = {"data_dir": folder, "persist": True, "appendonly": "yes"} if folder else {}
         self._port = free_port()
         self.url = f"redis://127.0.0.1:{self._port}/0"
 
@@ -52,7 +53,7 @@ class Valkey:
         self.stop()
 
     def start(self) -> None:
-        self._server = ValkeyServer(port=self._port)
+        self._server = ValkeyServer(port=self._port, **self._lasting)
         self._server.start()
 
     def stop(self) -> None:
@@ -141,6 +142,10 @@ class RabbitMQ:
             for each in json.loads(self._control(what, "name", "--formatter", "json", "--silent"))
         ]
         return {name: sum(name in each.values() for each in bindings) for name in names}
+
+    def signal(self, number: signal.Signals) -> None:
+        """To the script and to all that it has started, which are one process group."""
+        os.killpg(self._server.pid, number)
 
     def _control(self, *arguments: str) -> str:
         command = [str(RABBITMQ.with_name("rabbitmqctl")), "-n", self._env["RABBITMQ_NODENAME"], *arguments]

@@ -33,7 +33,14 @@ class Fleet:
     """What a flight has around it, as a test wants it to be."""
 
     def __init__(self, **settings):
-        patient = {"lost_after": 5.0, "accept_timeout": 0.0, "max_attempts": 3, "max_buffered": 10, **settings}
+        patient = {
+            "connect_timeout": 1.0,
+            "lost_after": 5.0,
+            "accept_timeout": 0.0,
+            "max_attempts": 3,
+            "max_buffered": 10,
+            **settings,
+        }
         self.later = Later()
         self.clock = SimpleNamespace(clock=0.0, back=0.0)
         self.clock.silence = lambda since: self.clock.clock - max(since, self.clock.back)
@@ -48,14 +55,14 @@ class Fleet:
             settings=RouterSettings.model_construct(**patient),
             agenda=self.later,
             inbox=self.clock,
-            backlog=SimpleNamespace(depth=lambda lane: self.depth, accepted=lambda *what: self.waits.append(what)),
+            backlog=SimpleNamespace(depth=lambda *_: self.depth, accepted=lambda *what: self.waits.append(what)),
             cancellations=SimpleNamespace(add=lambda _, leftover: self.cancelled.append(leftover)),
             publish=self._publish,
             elsewhere=lambda request, failed: self.target,
             ended=self.ended.append,
         )
 
-    def _publish(self, request, node):
+    def _publish(self, request, node, patience):
         if self.refusal:
             raise self.refusal
         self.sent.append((request.attempt, node))
@@ -193,7 +200,7 @@ def test_what_is_for_one_node_only_stays_there(fleet):
 
 def test_a_broker_that_is_away_is_waited_for(fleet):
     flight = fleet.flight()
-    fleet.refusal = BrokerUnavailable("away")
+    fleet.refusal = BrokerUnavailable("away", retryable=True)
     flight.receive("a", failure(0, DOWN))
     for _ in range(3):
         fleet.later.now()
@@ -201,6 +208,14 @@ def test_a_broker_that_is_away_is_waited_for(fleet):
     fleet.later.now()
     assert fleet.sent == [(1, None), (2, None)]
     assert flight.receive("b", accepted(2))
+
+
+def test_a_further_attempt_that_the_broker_refuses_ends_it(fleet):
+    flight = fleet.flight()
+    fleet.refusal = BrokerUnavailable("too large for it")
+    flight.receive("a", failure(0, DOWN))
+    fleet.later.now()
+    assert fleet.read()[0].code == "broker_unavailable"
 
 
 def test_a_first_attempt_that_the_broker_refuses_ends_it(fleet):

@@ -80,10 +80,10 @@ class Fleet:
             agenda=agenda,
             inbox=ReplyInbox(None, reply_name("test", 60), self.router._receive),
             backlog=SimpleNamespace(
-                admit=lambda lane: None, accepted=lambda *_: None, depth=lambda lane: 1, close=lambda: None
+                admit=lambda lane: None, accepted=lambda *_: None, depth=lambda *_: 1, close=lambda: None
             ),
             cancellations=SimpleNamespace(add=lambda *what: self.cancelled.append(what), close=lambda: None),
-            publish=lambda request, node: self.router._publish(request, node),
+            publish=lambda request, node, patience: self.router._publish(request, node),
             elsewhere=self.router._elsewhere,
             ended=self.router._flights.pop,
         )
@@ -350,7 +350,7 @@ def test_a_broker_that_does_not_take_the_first_attempt_ends_the_request_every_ti
 
 def test_a_broker_that_does_not_take_a_further_attempt_is_tried_until_it_does(fleet, monkeypatch):
     monkeypatch.setattr(flight_module, "LOOKS_AGAIN", 0.01)
-    fleet.answers = [[DOWN], BrokerUnavailable("away"), BrokerUnavailable("away"), [accepted(), response("late")]]
+    fleet.answers = [[DOWN], *[BrokerUnavailable("away", retryable=True)] * 2, [accepted(), response("late")]]
     assert chat(fleet).content == "late"
     assert fleet.attempts == [1, 2, 2, 2]
 

@@ -1,0 +1,85 @@
+"""One request into one lane, also when the broker is away for a moment."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+
+from celery import Celery
+from kombu.exceptions import LimitExceeded
+from tenacity import Retrying, retry_if_exception, stop_before_delay, wait_exponential, wait_random
+
+from fleet_worker.connections import BROKER_ERRORS, connect, is_away
+from fleet_worker.errors import BrokerUnavailable
+from fleet_worker.lane_depths import SUBMITTED_AT
+from fleet_worker.lanes import Transport, priority, route_to, task_name
+from fleet_worker.messages import FleetRequest
+
+__all__ = ["submit"]
+
+
+def submit(app: Celery, transport: Transport, request: FleetRequest, lane: str, *, patience: float) -> None:
+    """Put this attempt at a request into a lane; return when the broker has it.
+
+    While the broker is away, or silent, it is tried again for `patience` seconds in all.
+
+    Raises:
+        BrokerUnavailable: the broker did not take it in that time; or it refused it, which is not tried again, nor
+            said to be `retryable`.
+    """
+    send = partial(_send, app, transport, request, lane, deadline=time.monotonic() + patience, silence=patience / 2)
+    attempts = Retrying(
+        retry=retry_if_exception(is_away),
+        wait=wait_exponential(multiplier=0.05, max=min(1.0, patience / 10)) + wait_random(0, 0.05),
+        stop=stop_before_delay(patience),
+        reraise=True,
+    )
+    try:
+        attempts(send)
+    except BROKER_ERRORS as error:
+        raise _unavailable(error, patience) from None
+
+
+def _send(
+    app: Celery, transport: Transport, request: FleetRequest, lane: str, *, deadline: float, silence: float
+) -> None:
+    """Send it once; what the broker has not answered after `silence` seconds is given up.
+
+    A connection that died while nobody used it is noticed before anything is sent. But of a message that was sent, and
+    for which the broker was lost or silent before it said that it has it, nobody knows: sent again, it may be in the
+    lane twice. That costs work and no more, since the router listens to one node for each attempt and stops any other.
+    """
+    with app.producer_pool.acquire(block=True, timeout=_left(deadline)) as producer:
+        try:
+            connect(producer.connection, min(silence, _left(deadline)))
+            app.send_task(
+                task_name(request.operation),
+                args=[request.encode()],
+                task_id=request.request_id,
+                **route_to(lane, transport),
+                priority=priority(request.priority, transport),
+                # How long a lane's oldest request waits is told by this, so that nobody has to open it.
+                headers={SUBMITTED_AT: time.time()},
+                # Everybody sees these in events and in Flower: the lane, never the arguments.
+                argsrepr=lane,
+                kwargsrepr="",
+                ignore_result=True,
+                producer=producer,
+                retry=False,
+            )
+        except BaseException:
+            # To close it in good manners is to wait for an answer, and the next message must not get this one's.
+            producer.connection.collect()
+            raise
+
+
+def _left(deadline: float) -> float:
+    return max(0.01, deadline - time.monotonic())
+
+
+def _unavailable(error: BaseException, patience: float) -> BrokerUnavailable:
+    cause = type(error.__cause__ or error).__name__
+    if is_away(error) or isinstance(error, LimitExceeded):
+        text = f"the broker did not take the request within {patience:.3g} s ({cause})"
+        return BrokerUnavailable(text, retryable=True)
+    return BrokerUnavailable(f"the broker refused the request ({cause})")

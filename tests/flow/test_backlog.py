@@ -1,0 +1,163 @@
+"""Lanes that fill: in which order a busy node takes what waits, and what is too much."""
+
+import time
+import uuid
+from contextlib import ExitStack, closing, contextmanager
+
+import pytest
+
+from fleet_worker import FleetSaturated, Router, Settings
+from fleet_worker.backlog import FAR_EVERY, Backlog
+from fleet_worker.celery import create_app
+from fleet_worker.lanes import lane, lane_queue, transport_of
+from fleet_worker.testing import SimulatedMLX, running_node
+from tests.clients import took_less_than, until
+from tests.flow.conftest import work
+
+HELLO = [{"role": "user", "content": "Hello"}]
+MODEL = "one-slot"
+LANE = lane("stream_chat", MODEL)
+
+
+@pytest.fixture(scope="module")
+def mlx():
+    with SimulatedMLX(models=[MODEL], token_interval=0.02, tokens=1000) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def node(broker, mlx):
+    with running_node(broker.url, "one@test", base_url=mlx.base_url, models={MODEL: {}}) as process:
+        yield process
+
+
+@pytest.fixture
+def backlog_of(broker):
+    """What a router of its own would know of the lanes."""
+    with ExitStack() as stack:
+        app = stack.enter_context(create_app(Settings(broker_url=broker.url)))
+        yield lambda most: stack.enter_context(closing(Backlog(app, transport_of(broker.url), max_waiting=most)))
+
+
+@pytest.fixture(scope="module")
+def unchecked(broker):
+    """A router that asks nobody whether a model is served."""
+    with Router(Settings(broker_url=broker.url)) as router:
+        router.registry.check = lambda *_: None
+        yield router
+
+
+@contextmanager
+def busy(router, mlx, max_tokens=50):
+    """The only slot is taken, for a second."""
+    with router.stream_chat(MODEL, HELLO, max_tokens=max_tokens, timeout=30) as stream:
+        mlx.wait_for(lambda mlx: mlx.counters["running"] == 1, 20)
+        yield stream
+
+
+def test_what_is_more_urgent_is_taken_first(node, mlx, router):
+    levels = ["low", "normal", "critical", "high", "normal", "low", "high", "critical"]
+    before = len(work(mlx))
+    with busy(router, mlx), ExitStack() as stack:
+        streams = [
+            stack.enter_context(
+                router.stream_chat(MODEL, [{"role": "user", "content": level}], priority=level, max_tokens=1)
+            )
+            for level in levels
+        ]
+        for stream in streams:
+            assert list(stream)
+    taken = [request.body["messages"][0]["content"] for request in work(mlx)[before + 1 :]]
+    assert taken == ["critical", "critical", "high", "high", "normal", "normal", "low", "low"]
+
+
+def test_a_full_lane_takes_no_more_until_there_is_room(node, mlx, router, backlog_of):
+    """Nothing of what waits in it already is touched."""
+    backlog = backlog_of(3)
+    with busy(router, mlx), ExitStack() as stack:
+        streams = []
+        for _ in range(3):
+            backlog.admit(LANE)
+            streams.append(stack.enter_context(router.stream_chat(MODEL, HELLO, max_tokens=10, timeout=30)))
+        with took_less_than(1), pytest.raises(FleetSaturated) as caught:
+            backlog.admit(LANE)
+        assert caught.value.metadata["retry_after"] > 0
+        assert backlog.depth(LANE) == 3
+        for stream in streams:
+            assert len([delta.content for delta in stream if delta.content]) == 10
+            backlog.accepted(LANE, stream.response.timings.queue_wait)
+    backlog.admit(LANE)
+    assert backlog.depth(LANE) == 0
+
+
+def test_a_router_refuses_what_is_too_much_before_it_is_sent(node, mlx, broker):
+    with (
+        Router(Settings(broker_url=broker.url, router={"max_waiting": 2})) as router,
+        busy(router, mlx) as running,
+        ExitStack() as stack,
+    ):
+        options = {"max_tokens": 1, "timeout": 30}
+        waiting = [stack.enter_context(router.stream_chat(MODEL, HELLO, **options)) for _ in range(2)]
+        with took_less_than(1), pytest.raises(FleetSaturated) as caught:
+            router.stream_chat(MODEL, HELLO, **options).__enter__()
+        assert caught.value.metadata["retry_after"] > 0
+        for stream in [running, *waiting]:
+            assert list(stream)
+        assert list(router.stream_chat(MODEL, HELLO, **options))
+
+
+def test_what_other_routers_send_counts_too(unchecked, backlog_of):
+    model = f"m-{uuid.uuid4().hex[:8]}"
+    backlog, name = backlog_of(4), lane("chat", model)
+    backlog.admit(name)
+    fill(unchecked, model, 4)
+    time.sleep(FAR_EVERY)  # until it asks again
+    with pytest.raises(FleetSaturated):
+        backlog.admit(name)
+
+
+def test_a_lane_that_nobody_has_ever_used_is_empty(backlog_of):
+    backlog, name = backlog_of(1), lane("chat", f"m-{uuid.uuid4().hex[:8]}")
+    assert backlog.depth(name) == 0
+    backlog.admit(name)
+    assert backlog.depth(name) == 0
+
+
+def test_room_is_expected_by_how_fast_the_lane_is_served(unchecked, broker, backlog_of):
+    """Messages are taken out at a pace of our own, as nodes would take them."""
+    model = f"m-{uuid.uuid4().hex[:8]}"
+    backlog, name = backlog_of(5), lane("chat", model)
+    fill(unchecked, model, 6)
+    backlog.accepted(name, 12.0)
+    with pytest.raises(FleetSaturated) as caught:
+        backlog.admit(name)
+    assert caught.value.metadata["retry_after"] == 4.0
+    with create_app(Settings(broker_url=broker.url)) as app, app.connection_for_read() as connection:
+        queue = lane_queue(name, transport_of(broker.url))(connection.default_channel)
+        for _ in range(3):
+            queue.get(no_ack=True)
+    until(lambda: admits(backlog, name))
+
+
+def test_a_lost_connection_costs_one_answer(unchecked, broker, backlog_of):
+    model = f"m-{uuid.uuid4().hex[:8]}"
+    backlog, name = backlog_of(2), lane("chat", model)
+    fill(unchecked, model, 2)
+    assert not admits(backlog, name)
+    broker.drop_connections()
+    assert backlog.depth(name) in (None, 2)
+    assert backlog.depth(name) == 2
+
+
+def fill(router, model, number):
+    for _ in range(number):
+        request, _ = router._request("chat", model, {"messages": HELLO}, timeout=60)
+        router._publish(request.submitted_to("llm.fleet.reply.test.1"), None, 2.0)
+
+
+def admits(backlog, name):
+    try:
+        backlog.admit(name)
+    except FleetSaturated:
+        return False
+    return True
