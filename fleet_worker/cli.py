@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,6 +16,9 @@ from fleet_worker import exit_codes
 from fleet_worker.errors import BrokerUnavailable, ConfigurationError, Expired, FleetError, InvalidRequest
 from fleet_worker.frames import Delta
 from fleet_worker.settings import Settings
+
+if TYPE_CHECKING:
+    from fleet_worker.draining import Drained, Draining
 
 __all__ = ["main"]
 
@@ -31,6 +34,7 @@ Examples:
   fleet-worker embed all-minilm-l6-v2 "a text" "another"
   FLEET_CONFIG=worker.toml fleet-worker doctor        what may be wrong here, and what to do
   fleet-worker status --watch                         what there is, and what waits
+  fleet-worker drain local@mini-7 --wait              no more work for this one, until undrain
 """
 
 
@@ -161,6 +165,63 @@ def reload() -> None:
         click.echo("fleet-worker: no fleet-worker up runs on this host", err=True)
         sys.exit(exit_codes.UNAVAILABLE)
     click.echo(f"fleet-worker up, pid {pid}, reads its configuration again; its log says what becomes of it")
+
+
+@cli.command()
+@click.argument("nodes", metavar="NODE...", nargs=-1, required=True)
+@click.option(
+    "--wait",
+    "seconds",
+    type=click.FloatRange(min=0),
+    is_flag=False,
+    flag_value=math.inf,  # a word of our own for: as long as the node says
+    metavar="[SECONDS]",
+    help="Return when nothing runs there any more. What runs has so many seconds, or worker.drain_grace of the node; "
+    "then it is handed over to other nodes.",
+)
+def drain(nodes: tuple[str, ...], seconds: float | None) -> None:
+    """Let nodes take no more work until `undrain`, or until they are started again. What runs there goes on.
+
+    NODE is a node, as in local@mini-7, or a host, as in mini-7: all inference nodes that answer there.
+    The exit code is 69 if a node does not answer, and 1 if it was waited for and still has work.
+    """
+    from fleet_worker.draining import Draining
+
+    if seconds is not None and math.isnan(seconds):
+        raise click.BadParameter("nan is not in the range", param_hint="'--wait'")
+    draining = Draining(Settings())
+    said: Iterable[Drained] = draining.drain(draining.find(nodes))
+    if seconds is not None:
+        said = draining.wait(list(said), None if math.isinf(seconds) else seconds)
+    done = [_told(each) and each.drained and not (each.running and seconds is not None) for each in said]
+    _end_of(draining, done)
+
+
+@cli.command()
+@click.argument("nodes", metavar="NODE...", nargs=-1, required=True)
+def undrain(nodes: tuple[str, ...]) -> None:
+    """Let drained nodes take work again, as soon as their MLX servers have proved that they work.
+
+    NODE is a node, as in local@mini-7, or a host, as in mini-7. The exit code is 69 if a node does not answer, and 1
+    if it is ending.
+    """
+    from fleet_worker.draining import Draining
+
+    draining = Draining(Settings())
+    done = [_told(each) and not each.drained for each in draining.undrain(draining.find(nodes))]
+    _end_of(draining, done)
+
+
+def _told(node: Drained) -> bool:
+    click.echo(node.words)
+    return True
+
+
+def _end_of(draining: Draining, done: list[bool]) -> None:
+    for name in draining.silent:
+        advice = "is it running, with its broker in reach? fleet-worker status shows what there is"
+        click.echo(f"fleet-worker: {name} does not answer: {advice}", err=True)
+    sys.exit(exit_codes.UNAVAILABLE if draining.silent else 0 if all(done) else exit_codes.FAILED)
 
 
 @cli.command()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterable
 from typing import Any
 
 from celery import Celery, bootsteps
+from celery.worker import state as celery_state
 
 from fleet_worker.lanes import Transport, lane_queue
 
@@ -27,17 +29,28 @@ class Intake:
         self._transport = transport
         self._wanted: frozenset[str] = frozenset()
         self._consumer: Any = None
+        self._settled = threading.Event()
         app.steps["consumer"].add(self._step())
 
     @property
     def lanes(self) -> frozenset[str]:
         return self._wanted
 
+    @property
+    def held(self) -> int:
+        """Messages that were taken and are not done, whether or not their tasks have begun."""
+        return len(celery_state.reserved_requests)
+
     def follow(self, lanes: Iterable[str]) -> None:
         """Take work from these lanes and no others."""
         self._wanted = frozenset(lanes)
+        self._settled.clear()
         if self._consumer:
             self._consumer.call_soon(self._apply)
+
+    def settled(self, timeout: float) -> bool:
+        """Wait until the last `follow` has been followed, or for so many seconds; the broker may be away."""
+        return self._consumer is None or self._settled.wait(timeout)
 
     def _step(self) -> type[bootsteps.StartStopStep]:
         """Celery makes a new consumer for each connection to the broker, and tells its steps."""
@@ -55,14 +68,16 @@ class Intake:
 
     def _apply(self) -> None:
         """In the thread of Celery's event loop, where kombu may be used; an exception here would end the worker."""
-        queues, consumer = self._app.amqp.queues, self._consumer
+        queues, consumer, wanted = self._app.amqp.queues, self._consumer, self._wanted
         try:
-            for name in queues.keys() - self._wanted:
+            for name in queues.keys() - wanted:
                 if consumer.task_consumer.consuming_from(name):
                     consumer.cancel_task_queue(name)
-            for name in sorted(self._wanted):
+            for name in sorted(wanted):
                 if name not in queues:
                     queues.add(lane_queue(name, self._transport))
                 consumer.add_task_queue(name)
+            if wanted is self._wanted:
+                self._settled.set()
         except Exception as error:  # the connection is lost: Celery will notice, and start the step again
             log.debug("lanes are joined later: %s", type(error).__name__)

@@ -23,26 +23,33 @@ __all__ = ["Life"]
 
 log = logging.getLogger(__name__)
 
-LEAVE_AFTER = 15.0
-"""Seconds that Celery gets to say goodbye to the broker once a stopping node has no more work."""
+HANDED_OVER_WITHIN = 3.0
+"""Seconds in which what is still running after its grace has to let go."""
+LEAVE_AFTER = 8.0
+"""Seconds that Celery gets to say goodbye to the broker once a stopping node has no more work. Together with the
+above, and with the last words of a node that leaves without it, less than the 15 of `Worker.killed_after`."""
 
 
 class Life:
     """Of one Celery worker, told by Celery's signals."""
 
-    def __init__(self, worker: Any, node: Node | RegistryNode) -> None:
+    def __init__(self, worker: Any, node: Node | RegistryNode, *, grace: float) -> None:
         self._worker = worker
         self._node = node
+        self._grace = grace
         self._ended = threading.Event()
         self._is_ready = False
         self._reloads = False
+        self._exit_code: int | None = None
 
     def begin(self) -> None:
         signals.worker_ready.connect(self._ready, weak=False)
         signals.worker_shutting_down.connect(self._stopping, weak=False)
         signals.worker_shutdown.connect(self._stopped, weak=False)
         celery_worker.install_worker_restart_handler = lambda worker: None  # it would start the process anew
+        celery_worker.install_worker_term_handler = lambda worker: None  # it would stop hearing the broker at once
         signal.signal(signal.SIGHUP, lambda *_: self._hang_up())
+        signal.signal(signal.SIGTERM, lambda *_: self._end(0))
 
     def _ready(self, **_: Any) -> None:
         self._node.start()
@@ -85,13 +92,15 @@ class Life:
             log.warning("%s ends: its new configuration needs a new process", name)
             self._end(exit_codes.AGAIN)
 
-    def _end(self, exit_code: int) -> None:
-        """As by SIGTERM, but with this exit code: Celery looks at it between two turns of its event loop."""
-        self._stopping(sender=self._node.name)
-        celery_state.should_stop = exit_code
+    def _stopping(self, sender: str, exitcode: int, **_: Any) -> None:
+        """Celery's own handlers tell: that of Ctrl-C."""
+        if sender == self._node.name:
+            self._end(exitcode)
 
-    def _stopping(self, sender: str, **_: Any) -> None:
-        if sender == self._node.name:  # in a signal handler, where no lock may be waited for
+    def _end(self, exit_code: int) -> None:
+        """Leave, with the exit code that was named last. Called by signal handlers, where no lock may be waited for."""
+        leaving, self._exit_code = self._exit_code is not None, exit_code
+        if not leaving:
             _in_thread(self._leave)
 
     def _stopped(self, sender: Any, **_: Any) -> None:
@@ -102,14 +111,22 @@ class Life:
             log.info("%s ended", self._node.name)
 
     def _leave(self) -> None:
-        """Exit when the work is done, even if the broker is frozen: Celery would wait for it without an end."""
-        self._node.drain()
-        self._node.wait_until_idle()
+        """Let running work end, or hand it over; then exit, even if the broker is frozen: Celery would wait for it
+        without an end.
+
+        Celery goes on until there is no more work. It would take nothing more, but forget what it has just taken.
+        """
+        log.info("%s ends, running requests have %g s", self._node.name, self._grace)
+        self._node.drain(ending=True)
+        if not self._node.wait_until_idle(self._grace):
+            self._node.hand_over()
+            self._node.wait_until_idle(HANDED_OVER_WITHIN)
+        celery_state.should_stop = self._exit_code  # Celery looks at it between two turns of its event loop
         if not self._ended.wait(LEAVE_AFTER):
             log.warning("%s leaves: its work is done, and the broker does not answer", self._node.name)
             self._node.close(timeout=1.0)
             logging.shutdown()
-            os._exit(0)
+            os._exit(self._exit_code or 0)
 
 
 def _in_thread(target: Callable[[], None]) -> None:

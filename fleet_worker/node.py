@@ -11,22 +11,29 @@ from contextlib import contextmanager
 from typing import Any
 
 from fleet_worker import __version__
-from fleet_worker.errors import FleetError, ModelNotServed
+from fleet_worker.control import Control
+from fleet_worker.errors import FleetError, InstanceUnavailable, ModelNotServed
 from fleet_worker.intake import Intake
 from fleet_worker.lanes import direct_lane, lane
+from fleet_worker.listeners import Listeners
 from fleet_worker.mlx import MLXClient
 from fleet_worker.offerings import Offering, offerings_of
 from fleet_worker.readiness import Readiness, State
 from fleet_worker.replies import ReplySender
 from fleet_worker.reports import NodeReport, Reporter, reported_model, socket_path
+from fleet_worker.running import Running
 from fleet_worker.servers import QUIRKS
 from fleet_worker.settings import Instance, Settings
+from fleet_worker.stop import Stop
 from fleet_worker.tally import Tally
 from fleet_worker.watch import Watch
 
 __all__ = ["Node", "lanes_of"]
 
 log = logging.getLogger(__name__)
+
+LANES_LEFT_WITHIN = 2.0
+"""Seconds that leaving the lanes may take, before it counts as done: the broker may be away."""
 
 
 class Node:
@@ -47,6 +54,9 @@ class Node:
         reported: Sequence[str],
         sender: ReplySender,
         intake: Intake,
+        running: Running,
+        listeners: Listeners,
+        control: Control,
     ) -> None:
         self.name = name
         self.instance = instance
@@ -57,10 +67,15 @@ class Node:
         self._reported = reported
         self.sender = sender
         self.state = State("starting")
+        self.running = running
+        self.listeners = listeners
+        self._control = control
         self._intake = intake
         self._lock = threading.Lock()
         self._following = threading.Lock()
-        self._running = 0
+        self._at_work = 0
+        self.handed_over = 0
+        """Requests that other nodes had to go on with, since it was drained."""
         self._working_since: float | None = None
         self._readiness = Readiness(stall_after=settings.worker.stall_after)
         self._watch = Watch(
@@ -91,6 +106,8 @@ class Node:
 
     def start(self) -> None:
         log.info("%s found a %s server at %s", self.name, self.server, self.mlx.url)
+        self._control.start()
+        self.listeners.start()
         self._watch.start()
         self._reporter.start()
 
@@ -110,43 +127,78 @@ class Node:
         self._follow()
         return True
 
-    def drain(self) -> None:
-        """Take no more work; what is running goes on."""
-        self._readiness.drain()
+    @property
+    def drained(self) -> bool:
+        return self.state.status == "drained"
+
+    @property
+    def held(self) -> int:
+        """Requests that it has taken and not finished."""
+        return self._intake.held
+
+    def drain(self, *, ending: bool = False) -> None:
+        """Take no more work; what is running goes on. For good if the node is ending."""
+        if not self.drained:
+            self.handed_over = 0
+        self._readiness.drain(ending=ending)
         self._follow()
 
-    def wait_until_idle(self) -> None:
-        """Return when no request is in progress; each ends by its deadline."""
-        self.sender.wait_until_idle()
+    def undrain(self) -> None:
+        """Take work again as soon as the server has proved that it works, unless the node is ending."""
+        self._readiness.undrain()
+        self._watch.try_now()
+        self._follow()
+
+    def hand_over(self) -> None:
+        """Stop what is running, so that other nodes go on with it."""
+        if stopped := self.running.stop(lambda: InstanceUnavailable("the node is being drained")):
+            self.handed_over += stopped
+            log.warning("%s hands over what is still running: %d", self.name, stopped)
+
+    def wait_until_idle(self, timeout: float) -> bool:
+        """Wait until all that was taken is done, or for so many seconds; tell whether it is."""
+        ends = time.monotonic() + timeout
+        self._intake.settled(min(timeout, LANES_LEFT_WITHIN))
+        while self.sender.wait_until_idle(max(0.0, ends - time.monotonic())) and time.monotonic() < ends:
+            if not self.held:
+                return True
+            time.sleep(0.02)  # a task is just beginning, or has just ended: Celery does not tell when
+        return False
 
     def close(self, timeout: float = 10.0) -> None:
         """Let the last frames go out within `timeout` seconds, then close the connections."""
+        self._control.close()
+        self.listeners.close()
         self._watch.close()
         self._reporter.close()
         self.sender.close(timeout)
         self.mlx.close()
 
     @contextmanager
-    def working(self, model: str) -> Iterator[None]:
-        """The server works on a request for this model; how it ends says something about the server."""
+    def working(self, model: str, stop: Stop) -> Iterator[None]:
+        """The server works on a request for this model. How it ends says something about it, unless we stopped it."""
         self._count(+1)
         try:
             yield
         except FleetError as error:
-            if isinstance(error, ModelNotServed):
-                self._readiness.lacks(model)
-            else:
-                self._readiness.failed(error)
-            self._watch.look_now()
+            if stop.error is None:
+                self._failed(model, error)
             raise
         finally:
             self._count(-1)
 
+    def _failed(self, model: str, error: FleetError) -> None:
+        if isinstance(error, ModelNotServed):
+            self._readiness.lacks(model)
+        else:
+            self._readiness.failed(error)
+        self._watch.look_now()
+
     def _count(self, more: int) -> None:
         with self._lock:
-            before, self._running = self._running, self._running + more
-            if not before or not self._running:
-                self._working_since = time.monotonic() if self._running else None
+            before, self._at_work = self._at_work, self._at_work + more
+            if not before or not self._at_work:
+                self._working_since = time.monotonic() if self._at_work else None
 
     def _canary_for(self) -> Offering | None:
         """The first one that is there: any other might make a server swap models."""
@@ -197,7 +249,7 @@ class Node:
             status=state.status,
             reason=state.reason,
             slots=self.slots,
-            running=self._running,
+            running=self._at_work,
             tokens_per_second=self._tokens_per_second(),
             last_token_age=round(time.monotonic() - last, 3) if last else None,
             reply_lag=self.sender.take_lag(),

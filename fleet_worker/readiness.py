@@ -8,6 +8,7 @@
 
 Proof is a real token, or a canary that worked: servers answer 200 with a dead engine. `degraded` is slow but alive and
 takes no new work; an instance that fell silent in the middle of work is degraded too, and has to prove itself.
+`drained` is above all of it: somebody wants it to take no work, whatever it can do.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from fleet_worker.errors import (
 
 __all__ = ["Readiness", "State", "Status"]
 
-Status = Literal["starting", "available", "degraded", "unavailable"]
+Status = Literal["starting", "available", "degraded", "unavailable", "drained"]
 
 GIVE_UP_AFTER = 10.0
 """Seconds without any sign of life after which a late server counts as dead."""
@@ -63,7 +64,7 @@ class Readiness:
         self._sign = 0.0
         self._blamed_at = 0.0
         self._failures = 0
-        self._draining = False
+        self._drained = self._ending = False
         self._missing: frozenset[str] = frozenset()
 
     # What the tasks saw
@@ -137,9 +138,18 @@ class Readiness:
         with self._lock:
             self._missing -= frozenset(models)
 
-    def drain(self) -> None:
-        """Nothing more is to be taken, whatever the server can do."""
-        self._draining = True
+    def drain(self, *, ending: bool = False) -> None:
+        """Nothing more is to be taken, whatever the server can do; for good if the node is ending."""
+        with self._lock:
+            self._drained = True
+            self._ending = self._ending or ending
+
+    def undrain(self) -> None:
+        """It may take work again, once it has proved itself: who knows what was done to the server meanwhile."""
+        with self._lock:
+            if self._drained and not self._ending:
+                self._drained = False
+                self._doubt("starting", "not tried since it was drained")
 
     # What follows
 
@@ -151,8 +161,10 @@ class Readiness:
     @property
     def state(self) -> State:
         with self._lock:
-            if self._draining:
-                return State("unavailable", "the node is ending", self._missing)
+            if self._ending:
+                return State("drained", "the node is ending", self._missing)
+            if self._drained:
+                return State("drained", "it takes no work until fleet-worker undrain", self._missing)
             if self._unproven:
                 return State(*self._unproven, missing=self._missing)
             if self._late_since is not None:

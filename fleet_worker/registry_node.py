@@ -76,11 +76,15 @@ class RegistryNode:
         self._announcer.announce(*KINDS)
         return True
 
-    def drain(self) -> None:
-        """Nothing to do: it works for nobody."""
+    def drain(self, *, ending: bool = False) -> None:
+        """Nothing to do: it works for nobody, and so has nothing to hand over."""
 
-    def wait_until_idle(self) -> None:
-        """Return at once: it works for nobody."""
+    def hand_over(self) -> None:
+        """Nothing to do."""
+
+    def wait_until_idle(self, timeout: float) -> bool:
+        """True at once."""
+        return True
 
     def close(self, timeout: float = 2.0) -> None:
         """Tell that this host is not there any more, if the broker takes it within `timeout` seconds."""

@@ -160,10 +160,10 @@ class ReplySender:
             lag, self._lag = max(self._lag, waiting), 0.0
         return round(lag, 4)
 
-    def wait_until_idle(self) -> None:
-        """Return when no answer is open; each ends by its deadline."""
+    def wait_until_idle(self, timeout: float) -> bool:
+        """Wait until no answer is open, or for so many seconds; tell whether none is."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._answers)
+            return self._changed.wait_for(lambda: not self._answers, timeout)
 
     def close(self, timeout: float = 10.0) -> None:
         """Publish what is pending and end; what the broker does not take within `timeout` seconds is given up."""

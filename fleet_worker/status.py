@@ -41,7 +41,7 @@ FITS_A_TABLE = 72
 UNLIMITED = 10_000
 """Columns of what is no terminal: nothing is folded there, so that every row is one line."""
 NUMBERS = {"used", "free", "tok/s", "last token", "waiting", "oldest", "nodes"}
-COLOURS = {"available": "green", "starting": "cyan", "degraded": "yellow"}
+COLOURS = {"available": "green", "starting": "cyan", "drained": "cyan", "degraded": "yellow"}
 
 
 def show(settings: Settings, *, as_json: bool = False, every: float | None = None) -> None:

@@ -7,7 +7,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import celery.worker.strategy as celery_strategy
@@ -24,6 +24,7 @@ from fleet_worker.errors import (
 )
 from fleet_worker.frames import ChatResponse, EmbedResponse, Timings
 from fleet_worker.lanes import REPLY_PREFIX, task_name
+from fleet_worker.listeners import not_listening
 from fleet_worker.messages import ChatParams, EmbedParams, FleetRequest
 from fleet_worker.mlx import ChatAnswer
 from fleet_worker.node import Node
@@ -103,10 +104,10 @@ class _Work:
     request: FleetRequest
     offering: Offering
     answer: Answer
+    stop: Stop
     queue_wait: float
     started: float
     deadline: float
-    stop: Stop = field(default_factory=Stop)
 
     @property
     def params(self) -> ChatParams | EmbedParams:
@@ -145,9 +146,10 @@ def _working(node: Node, envelope: Any, operation: str) -> Iterator[_Work | None
             yield None
             return
         try:
-            work = _accept(node, envelope, operation, answer)
-            with node.working(work.offering.model):
-                yield work
+            with node.running.attempt(answer.id, answer.attempt, answer.reply_to) as stop:
+                work = _accept(node, envelope, operation, answer, stop)
+                with node.working(work.offering.model, stop):
+                    yield work
         except FleetError as error:
             if isinstance(error, ConnectionFailure) and node.mlx.has_died():
                 error.metadata["instance_died"] = True
@@ -171,7 +173,7 @@ def _address(envelope: Any) -> tuple[str, int, str]:
     raise InvalidRequest("an envelope without request_id and reply_to: nobody to answer to")
 
 
-def _accept(node: Node, envelope: Any, operation: str, answer: Answer) -> _Work:
+def _accept(node: Node, envelope: Any, operation: str, answer: Answer, stop: Stop) -> _Work:
     request = FleetRequest.decode(envelope, max_bytes=node.settings.max_body_bytes)
     if request.operation != operation:
         raise InvalidRequest(f"a request for {request.operation} came as a task for {operation}")
@@ -181,11 +183,14 @@ def _accept(node: Node, envelope: Any, operation: str, answer: Answer) -> _Work:
     started, queue_wait, remaining = time.monotonic(), request.queue_wait, request.remaining
     if remaining <= 0:
         raise Expired(f"the request waited {queue_wait:.1f} s in its lane, longer than its timeout")
+    # A drained node still does what it took in that moment: its server works.
     if node.state.status == "unavailable":  # taken in the moment before its lanes were left
         raise InstanceUnavailable(f"the instance is not available: {node.state.reason}")
+    if not node.listeners.listens(request.reply_to):
+        raise not_listening()
     answer.deadline = started + remaining
     answer.accept(instance=node.instance, queue_wait=queue_wait)
-    return _Work(node, request, offering, answer, queue_wait, started, started + remaining)
+    return _Work(node, request, offering, answer, stop, queue_wait, started, started + remaining)
 
 
 def where(error: Exception) -> str:

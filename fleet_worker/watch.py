@@ -63,6 +63,11 @@ class Watch:
         """Something went wrong, or was changed: do not wait for the next look."""
         self._now.set()
 
+    def try_now(self) -> None:
+        """It has to prove itself at once, however recent its last canary is."""
+        self._next_canary = 0.0
+        self._now.set()
+
     def close(self) -> None:
         """End soon; a canary in progress is not waited for."""
         self._closed = True

@@ -11,17 +11,21 @@ from celery.concurrency import get_implementation
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential, wait_random
 
 from fleet_worker import exit_codes, lifeline
+from fleet_worker.control import Control
+from fleet_worker.draining import answer_operators
 from fleet_worker.errors import ConfigurationError, FleetError, InstanceUnavailable
 from fleet_worker.intake import Intake
 from fleet_worker.lanes import lane_queue, transport_of
 from fleet_worker.life import Life
+from fleet_worker.listeners import SILENT_FOR, Listeners, silence_limits
 from fleet_worker.logs import name_lines, protect_logs
 from fleet_worker.mlx import DEFAULT_URLS, Health, MLXClient
 from fleet_worker.monitoring import BatchedEvents
 from fleet_worker.node import Node, lanes_of
-from fleet_worker.offerings import offerings_of
+from fleet_worker.offerings import Offering, offerings_of
 from fleet_worker.registry_node import RegistryNode
 from fleet_worker.replies import ReplySender
+from fleet_worker.running import Running
 from fleet_worker.settings import REGISTRY, Instance, Settings
 from fleet_worker.tasks import register_tasks, where
 
@@ -93,7 +97,7 @@ def _begin_registry(app: Celery, settings: Settings, host: str, *, worker: Any) 
     _refuse_a_taken_name(app, settings, f"{REGISTRY}@{host}")
     node = RegistryNode(app, settings, host)
     worker.hostname = node.name
-    Life(worker, node).begin()
+    Life(worker, node, grace=settings.worker.drain_grace).begin()
 
 
 def _begin(app: Celery, settings: Settings, host: str, *, worker: Any) -> None:
@@ -108,28 +112,52 @@ def _begin(app: Celery, settings: Settings, host: str, *, worker: Any) -> None:
             f"instance {name} has nothing to offer: list its models under [instances.{name}.models], "
             "and check fleet.capabilities, usage, and the model lists"
         )
-    node_name = worker.hostname = f"{name}@{host}"
-    transport = transport_of(settings.broker_url)
-    node = Node(
-        settings,
-        name=node_name,
-        instance=name,
-        server=server,
-        mlx=mlx,
-        offerings=offerings,
-        reported=reported,
-        sender=ReplySender(app.connection_for_write, node_name, max_pending=settings.worker.max_pending),
-        intake=Intake(app, transport),
-    )
+    worker.hostname = f"{name}@{host}"
+    node = _node(app, settings, worker.hostname, mlx, server, offerings, reported)
     register_tasks(app, node)
+    answer_operators(node)
     # With Python's 5 ms, the thread that takes messages waits too long for its turn among busy slots: a fifth fewer
     # requests a second.
     sys.setswitchinterval(0.001)
     app.conf.worker_concurrency = node.slots
-    lanes = lanes_of(node_name, offerings)
+    lanes, transport = lanes_of(node.name, offerings), transport_of(settings.broker_url)
     app.conf.task_queues = [lane_queue(each, transport) for each in lanes]
     app.amqp.queues.deselect(lanes)  # joined when the instance has shown that it works
-    Life(worker, node).begin()
+    Life(worker, node, grace=settings.worker.drain_grace).begin()
+
+
+def _node(
+    app: Celery,
+    settings: Settings,
+    name: str,
+    mlx: MLXClient,
+    server: str,
+    offerings: dict[str, Offering],
+    reported: list[str],
+) -> Node:
+    """With its connections to the broker, none of which is opened yet."""
+    transport, running = transport_of(settings.broker_url), Running()
+    asking = {"connect_timeout": SILENT_FOR, "transport_options": silence_limits(transport)}
+    hearing = {"connect_timeout": SILENT_FOR, "heartbeat": app.conf.broker_heartbeat}
+    return Node(
+        settings,
+        name=name,
+        instance=name.partition("@")[0],
+        server=server,
+        mlx=mlx,
+        offerings=offerings,
+        reported=reported,
+        sender=ReplySender(app.connection_for_write, name, max_pending=settings.worker.max_pending),
+        intake=Intake(app, transport),
+        running=running,
+        listeners=Listeners(
+            lambda: app.connection_for_read(**asking),
+            transport,
+            running,
+            abandoned_after=settings.worker.abandoned_after,
+        ),
+        control=Control(lambda: app.connection_for_read(**hearing), transport, name, running.cancel),
+    )
 
 
 def refuse(error: FleetError, exit_code: int = exit_codes.CONFIGURATION) -> NoReturn:

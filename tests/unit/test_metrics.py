@@ -114,11 +114,11 @@ def test_a_report_becomes_gauges_of_its_node():
     assert scraped.of("fleet_reply_lag_seconds", **NODE) == 0.004
 
 
-@pytest.mark.parametrize("status", ["starting", "available", "degraded", "unavailable"])
+@pytest.mark.parametrize("status", ["starting", "available", "degraded", "unavailable", "drained"])
 def test_a_status_is_the_one_that_is_1(status):
     scraped = seen(report(status=status))
     samples = {sample.labels["status"]: sample.value for sample in scraped["fleet_instance_status"].samples}
-    assert samples == {each: each == status for each in ("starting", "available", "degraded", "unavailable")}
+    assert samples == {each: each == status for each in ("starting", "available", "degraded", "unavailable", "drained")}
     assert scraped.of("fleet_instance_ready", **NODE) == (status == "available")
 
 

@@ -372,12 +372,38 @@ def test_a_model_that_is_missing_leaves_the_others_alone(available):
 
 
 def test_a_node_that_ends_takes_nothing_whatever_the_server_can_do(available):
-    available.drain()
-    assert (available.status, available.state.reason) == ("unavailable", "the node is ending")
+    available.drain(ending=True)
+    assert (available.status, available.state.reason) == ("drained", "the node is ending")
     available.after(1).token()
     available.canary_ended(None)
     available.answered(True)
+    available.drain()
+    available.undrain()
+    assert (available.status, available.state.reason) == ("drained", "the node is ending")
+
+
+def test_a_drained_node_takes_nothing_until_it_is_undrained_and_has_proved_itself(available):
+    available.drain()
+    available.after(1).token()
+    assert (available.status, available.state.ready) == ("drained", False)
+    available.answered(True)
+    available.after(1).undrain()
+    assert (available.status, available.needs_canary) == ("starting", True)
+    available.after(1).token()
+    assert available.status == "available"
+
+
+def test_what_a_server_does_while_its_node_is_drained_counts_when_it_is_over(available):
+    available.drain()
+    available.refused()
+    assert available.status == "drained"
+    available.undrain()
     assert available.status == "unavailable"
+
+
+def test_undrain_asks_nothing_of_a_node_that_is_not_drained(available):
+    available.undrain()
+    assert available.status == "available"
 
 
 # --- Any order of all of it
@@ -392,7 +418,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.proof = self.fault = self.newest = 0.0
         self.doubted_at = 0.0
         self.late_since = None
-        self.drained = False
+        self.drained = self.ending = False
         self.missing = set()
 
     def later(self, seconds):
@@ -445,7 +471,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.watched.refused()
         self.blamed()
         self.late_since = None
-        assert self.watched.status == "unavailable" or self.watched.state.reason == "not tried yet"
+        assert self.watched.status in ("unavailable", "starting") or self.drained
 
     @rule(patience=st.sampled_from([0.5, 2.0]))
     def late(self, patience):
@@ -491,10 +517,18 @@ class AnyOrder(RuleBasedStateMachine):
             self.missing.add(model)
         assert self.watched.status == before
 
+    @rule(ending=st.booleans())
+    def drain(self, ending):
+        self.watched.drain(ending=ending)
+        self.drained, self.ending = True, self.ending or ending
+
     @rule()
-    def drain(self):
-        self.watched.drain()
-        self.drained = True
+    def undrain(self):
+        self.later(0.01)
+        self.watched.undrain()
+        if self.drained and not self.ending:
+            self.drained = False
+            self.blamed()
 
     @invariant()
     def holds(self):

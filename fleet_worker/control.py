@@ -1,0 +1,67 @@
+"""A node's ear for what routers do not want any more.
+
+It has a thread and a connection of its own. Celery's remote control hears nothing while a worker connects again or
+ends, which takes up to half a minute, and that is when cancels are needed most.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from kombu import Connection, Consumer
+
+from fleet_worker.errors import InvalidRequest
+from fleet_worker.lanes import Transport, cancel_queue
+from fleet_worker.link import Link
+from fleet_worker.messages import Cancellation
+
+__all__ = ["Control"]
+
+log = logging.getLogger(__name__)
+
+
+class Control:
+    """Calls `cancel(request_id, attempt)` for all that is cancelled at `node`, or everywhere.
+
+    What is published while the broker is away is not heard: a router says it again as long as it sees the work go on.
+    """
+
+    def __init__(
+        self, connect: Callable[[], Connection], transport: Transport, node: str, cancel: Callable[[str, int], None]
+    ) -> None:
+        self._transport = transport
+        self._node = node
+        self._cancel = cancel
+        self._link = Link("cancels", connect, self._listen)
+
+    def start(self) -> None:
+        self._link.start()
+
+    def close(self, timeout: float = 0.0) -> None:
+        self._link.close(timeout)
+
+    def _listen(self, connection: Connection) -> None:
+        queue = cancel_queue(self._transport)
+        with connection.channel() as channel, Consumer(channel, [queue], on_message=self._receive, no_ack=True):
+            self._hear(connection, 0.01)  # only now kombu's Redis transport subscribes
+            self._link.works()
+            while not self._link.closed.is_set():
+                self._hear(connection, 1.0)
+                connection.heartbeat_check()
+
+    def _hear(self, connection: Connection, timeout: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            connection.drain_events(timeout=timeout)
+
+    def _receive(self, message: Any) -> None:
+        try:
+            cancelled = Cancellation.decode(message.body)
+        except InvalidRequest as error:
+            log.error("a cancel was dropped: %s", error)
+            return
+        if cancelled.node in (None, self._node):
+            for request_id, attempt in cancelled.requests:
+                self._cancel(request_id, attempt)

@@ -1,0 +1,167 @@
+"""Takes nodes out of service and back while their processes live: the operator's end and the node's.
+
+Over Celery's remote control, since an operator waits for the answer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from celery.worker.control import control_command, inspect_command
+from kombu.exceptions import OperationalError
+
+from fleet_worker.celery import create_app
+from fleet_worker.errors import BrokerUnavailable, InvalidRequest
+from fleet_worker.lanes import transport_of
+from fleet_worker.listeners import SILENT_FOR, silence_limits
+from fleet_worker.node import Node
+from fleet_worker.settings import REGISTRY, Settings
+
+__all__ = ["Drained", "Draining", "answer_operators"]
+
+ANSWER_WITHIN = 2.0
+"""Seconds that a node has to answer."""
+HOST_ANSWERS_WITHIN = 1.5
+"""Seconds in which all nodes of a host have to say who they are: nobody knows how many there are."""
+LOOK_EVERY = 0.25
+LETS_GO_WITHIN = 10.0
+"""Seconds after its grace in which a node has to have let go of its work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """What a node says. `running` are the requests that it has, `grace` the seconds that they get when it ends."""
+
+    node: str
+    drained: bool
+    running: int
+    handed_over: int
+    grace: float
+
+    @property
+    def words(self) -> str:
+        if not self.drained:
+            return f"{self.node} is not drained: it takes work as soon as its MLX server has proved that it works"
+        if self.running:
+            return f"{self.node} is drained: it takes no more work, {_requests(self.running)} not finished yet"
+        handed_over = f", {_requests(self.handed_over)} handed over to other nodes" if self.handed_over else ""
+        return f"{self.node} is drained: nothing runs there any more{handed_over}"
+
+
+def _requests(count: int) -> str:
+    return f"{count} request{'' if count == 1 else 's'}"
+
+
+# --- The node's end --------------------------------------------------------------------------------------------------
+
+
+def answer_operators(node: Node) -> None:
+    """Let the worker of this process obey these commands, also those of `celery control` and `celery inspect`."""
+
+    def said() -> dict[str, Any]:
+        grace = node.settings.worker.drain_grace
+        return {"drained": node.drained, "running": node.held, "handed_over": node.handed_over, "grace": grace}
+
+    @control_command()  # type: ignore[untyped-decorator]
+    def drain(state: Any, **_: Any) -> dict[str, Any]:
+        """Take no more work."""
+        node.drain()
+        return said()
+
+    @control_command()  # type: ignore[untyped-decorator]
+    def hand_over(state: Any, **_: Any) -> dict[str, Any]:
+        """Let other nodes go on with what is running, if it is drained."""
+        if node.drained:
+            node.hand_over()
+        return said()
+
+    @control_command()  # type: ignore[untyped-decorator]
+    def undrain(state: Any, **_: Any) -> dict[str, Any]:
+        """Take work again."""
+        node.undrain()
+        return said()
+
+    @inspect_command()  # type: ignore[untyped-decorator]
+    def drained(state: Any, **_: Any) -> dict[str, Any]:
+        """Whether it takes no work, and how many requests it has."""
+        return said()
+
+
+# --- The operator's end ----------------------------------------------------------------------------------------------
+
+
+class Draining:
+    """Nodes are named as in `local@mini-7`; a host, as in `mini-7`, means all its inference nodes.
+
+    `silent` are those that did not answer. Every method raises `BrokerUnavailable` if the broker is not there.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._app = create_app(settings)
+        self._transport = transport_of(settings.broker_url)
+        self.silent: list[str] = []
+
+    def find(self, names: Iterable[str]) -> list[str]:
+        """Return the nodes that are meant. A host of which no node answers is a silent one."""
+        found: dict[str, None] = {}
+        for name in names:
+            if name.startswith(f"{REGISTRY}@"):
+                raise InvalidRequest(f"{name} is a registry node, which works for nobody: name an inference node")
+            nodes = [name] if "@" in name else self._nodes_of(name)
+            self.silent += [] if nodes else [name]
+            found.update(dict.fromkeys(nodes))
+        return list(found)
+
+    def drain(self, nodes: Sequence[str]) -> list[Drained]:
+        return self._ask("drain", nodes)
+
+    def undrain(self, nodes: Sequence[str]) -> list[Drained]:
+        """One that is ending stays drained."""
+        return self._ask("undrain", nodes)
+
+    def wait(self, said: Sequence[Drained], seconds: float | None = None) -> Iterator[Drained]:
+        """Yield what each node says when it has no more work. After so many seconds, or after the grace of the node,
+        other nodes go on with what is left; what a node has not let go of soon after that is waited for no longer.
+        """
+        begun = time.monotonic()
+        while said:
+            late = time.monotonic() - begun
+            working = [each for each in said if each.running and each.drained]
+            yield from (each for each in said if each not in working)
+            kept = [each for each in working if late >= _grace(each, seconds) + LETS_GO_WITHIN]
+            yield from kept
+            self._ask("hand_over", [each.node for each in working if late >= _grace(each, seconds)])
+            time.sleep(LOOK_EVERY if working else 0)
+            said = self._ask("drained", [each.node for each in working if each not in kept])
+
+    def _nodes_of(self, host: str) -> list[str]:
+        named = self._broadcast("ping", pattern=f"*@{host}", matcher="glob", timeout=HOST_ANSWERS_WITHIN)
+        return sorted(name for name in named if not name.startswith(f"{REGISTRY}@"))
+
+    def _ask(self, command: str, nodes: Sequence[str]) -> list[Drained]:
+        """What those say that answer, in their order."""
+        if not nodes:
+            return []
+        said = self._broadcast(command, destination=list(nodes), limit=len(nodes), timeout=ANSWER_WITHIN)
+        answers = {name: answer for name, answer in said.items() if "drained" in answer}
+        self.silent += [name for name in nodes if name not in {*answers, *self.silent}]
+        return [Drained(name, **answers[name]) for name in nodes if name in answers]
+
+    def _broadcast(self, command: str, **options: Any) -> dict[str, Any]:
+        """The answers, by node."""
+        limits = silence_limits(self._transport)
+        with self._app.connection_for_write(connect_timeout=SILENT_FOR, transport_options=limits) as connection:
+            try:
+                connection.ensure_connection(max_retries=0)
+                said = self._app.control.broadcast(command, connection=connection, reply=True, **options)
+            except (OperationalError, *connection.connection_errors) as error:
+                cause = type(error.__cause__ or error).__name__
+                raise BrokerUnavailable(f"the broker does not let the nodes be asked ({cause})") from None
+        return {name: answer for each in said for name, answer in each.items()}
+
+
+def _grace(node: Drained, seconds: float | None) -> float:
+    return node.grace if seconds is None else seconds

@@ -1,0 +1,56 @@
+"""A connection to the broker that a thread of its own keeps, and makes again whenever it breaks."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+from kombu import Connection
+
+__all__ = ["Link"]
+
+log = logging.getLogger(__name__)
+
+_BACKOFF = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0)
+
+
+class Link:
+    """`use` works with a connection until the link is closed; whatever it raises is answered with another connection.
+
+    Nobody waits for it: a broker that is away, slow or frozen only makes it late. `name` says in the log what is.
+    """
+
+    def __init__(self, name: str, connect: Callable[[], Connection], use: Callable[[Connection], None]) -> None:
+        self._name = name
+        self._connect = connect
+        self._use = use
+        self._failures = 0
+        self.closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"fleet-{name}", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def works(self) -> None:
+        """For `use` to say, once its connection serves."""
+        if self._failures:
+            log.warning("%s: the broker is back", self._name)
+        self._failures = 0
+
+    def close(self, timeout: float = 0.0) -> None:
+        """End soon; wait for it for so many seconds."""
+        self.closed.set()
+        if timeout and self._thread.is_alive():
+            self._thread.join(timeout)
+
+    def _run(self) -> None:
+        while not self.closed.is_set():
+            try:
+                with self._connect() as connection:
+                    self._use(connection)
+            except Exception as error:
+                if not self._failures and not self.closed.is_set():
+                    log.warning("%s: the broker is away (%s)", self._name, type(error).__name__)
+                self.closed.wait(_BACKOFF[min(self._failures, len(_BACKOFF) - 1)])
+                self._failures += 1

@@ -1,0 +1,139 @@
+"""Nodes are taken out of service and back while their processes live, and no request notices."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+from fleet_worker import Router, Settings
+from fleet_worker.draining import Draining
+from fleet_worker.errors import InvalidRequest
+from fleet_worker.frames import ChatResponse
+from fleet_worker.testing import SimulatedMLX, running_host
+from tests.callers import Caller
+from tests.clients import until
+
+CLI = Path(sys.executable).with_name("fleet-worker")
+WITHIN = 20.0
+
+
+@pytest.fixture(scope="module")
+def mlx():
+    """Of many slots: two instances share it."""
+    with SimulatedMLX(
+        flavour="vllm_batched", models=[f"m-{uuid.uuid4().hex[:8]}"], token_interval=0.01, tokens=1000
+    ) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def nodes(broker, mlx):
+    instance = {"base_url": mlx.base_url, "models": {mlx.models[0]: {}}, "limits": {"concurrency": 2}}
+    with running_host(broker.url, {"one": instance, "two": instance}, host="mini") as processes:
+        yield processes
+
+
+@pytest.fixture
+def model(nodes, mlx):
+    return mlx.models[0]
+
+
+@pytest.fixture
+def caller(broker):
+    with Caller(broker) as caller:
+        yield caller
+
+
+@pytest.fixture
+def draining(broker, nodes):
+    """Afterwards every node takes work again."""
+    draining = Draining(Settings(broker_url=broker.url))
+    yield draining
+    until(lambda: len(draining.undrain(["one@mini", "two@mini"])) == 2, WITHIN)
+
+
+@pytest.fixture
+def run(broker, draining):
+    """`fleet-worker ...`: its exit code, and what it prints."""
+
+    def run(*arguments):
+        environ = {**os.environ, "FLEET_BROKER_URL": broker.url}
+        done = subprocess.run([CLI, *arguments], env=environ, capture_output=True, text=True, timeout=30)
+        return done.returncode, done.stdout, done.stderr
+
+    return run
+
+
+def test_two_hundred_requests_while_a_node_is_drained_again_and_again(draining, caller, model):
+    """Each is tried once, so that one that a node took and forgot would be missing."""
+    requests = []
+    for _ in range(5):
+        requests += [caller.submit(model, max_tokens=2) for _ in range(20)]
+        draining.drain(["one@mini"])
+        requests += [caller.submit(model, max_tokens=2) for _ in range(20)]
+        draining.undrain(["one@mini"])
+    assert {type(caller.last(each)) for each in requests} == {ChatResponse}
+    assert {caller.node(each) for each in requests} == {"one@mini", "two@mini"}
+
+
+def test_a_drained_node_finishes_what_it_has_and_takes_no_more_until_it_is_undrained(run, caller, model, nodes):
+    running = caller.begin(model, max_tokens=150)
+    name = caller.node(running)
+    code, said, _ = run("drain", name)
+    assert (code, said) == (0, f"{name} is drained: it takes no more work, 1 request not finished yet\n")
+    after = [caller.submit(model, max_tokens=2) for _ in range(10)]
+    assert {type(caller.last(each)) for each in [running, *after]} == {ChatResponse}
+    assert name not in {caller.node(each) for each in after}
+    assert run("drain", name, "--wait")[:2] == (0, f"{name} is drained: nothing runs there any more\n")
+    code, said, _ = run("undrain", name)
+    assert (code, said.partition(":")[0]) == (0, f"{name} is not drained")
+    other = ({"one@mini", "two@mini"} - {name}).pop()
+    run("drain", other)
+    assert isinstance(caller.last(again := caller.submit(model, max_tokens=2)), ChatResponse)
+    assert caller.node(again) == name
+
+
+def test_what_has_not_ended_when_a_drain_has_waited_long_enough_is_handed_over(run, caller, model):
+    running = caller.begin(model)
+    name = caller.node(running)
+    code, said, _ = run("drain", name, "--wait", "0.5")
+    assert code == 0
+    assert said == f"{name} is drained: nothing runs there any more, 1 request handed over to other nodes\n"
+    failure = caller.last(running)
+    assert (failure.code, failure.retryable) == ("instance_unavailable", True)
+
+
+def test_a_host_means_all_its_nodes_and_they_stay_drained_through_a_reload_and_a_reconnect(
+    run, broker, nodes, caller, model
+):
+    code, said, _ = run("drain", "mini")
+    assert code == 0
+    assert [line.split()[0] for line in said.splitlines()] == ["one@mini", "two@mini"]
+    nodes["one"].signal(signal.SIGHUP)
+    nodes["one"].wait_for("follows the new configuration", WITHIN)
+    broker.drop_connections()
+    with Router(Settings(broker_url=broker.url)) as router:
+        until(lambda: {each.status for each in router.registry.instances()} == {"drained"}, WITHIN)
+        assert "undrain" in router.registry.instances()[0].reason
+    waiting = caller.submit(model, max_tokens=2)
+    time.sleep(2.0)
+    assert caller.node(waiting) is None
+    until(lambda: run("undrain", "mini")[0] == 0, WITHIN)  # a node that has just lost its connection may be deaf
+    assert isinstance(caller.last(waiting), ChatResponse)
+
+
+def test_who_does_not_answer_is_named(run):
+    code, said, error = run("drain", "three@mini", "one@mini")
+    assert (code, said.split()[0]) == (69, "one@mini")
+    assert error.startswith("fleet-worker: three@mini does not answer: ")
+    assert run("undrain", "nowhere")[0] == 69
+
+
+def test_a_registry_node_has_nothing_to_drain(draining):
+    with pytest.raises(InvalidRequest):
+        draining.find(["registry@mini"])

@@ -1,0 +1,45 @@
+"""A link makes its connection again, as long as it is not closed."""
+
+import threading
+
+import pytest
+from kombu import Connection
+
+from fleet_worker.link import Link
+from tests.clients import until
+
+
+@pytest.fixture
+def used():
+    """How often a connection was used; the first two break."""
+    return []
+
+
+@pytest.fixture
+def link(used):
+    def use(connection):
+        used.append(connection)
+        if len(used) < 3:
+            raise ConnectionError
+        link.works()
+        link.closed.wait(10)
+
+    link = Link("something", lambda: Connection("memory://"), use)
+    yield link
+    link.close(timeout=5)
+    assert not any(thread.name == "fleet-something" for thread in threading.enumerate())
+
+
+def test_a_broken_connection_is_made_again_and_the_log_says_it_once(link, used, caplog):
+    link.start()
+    until(lambda: len(used) == 3)
+    until(lambda: len(caplog.messages) == 2)
+    assert caplog.messages == [
+        "something: the broker is away (ConnectionError)",
+        "something: the broker is back",
+    ]
+    assert len({id(each) for each in used}) == 3
+
+
+def test_a_link_that_never_began_is_closed_at_once(link):
+    link.close(timeout=5)
