@@ -347,6 +347,7 @@ class ReplyInbox:
                 self._drain(connection, 0.01)  # only now kombu's Redis transport subscribes
                 self._on_listening(channel)
                 self._back, self._present_until = self.clock, 0.0
+                self._show_presence(channel)  # before anything is asked, or a node might take us for dead
                 self._listening.set()
                 while not self._closed.is_set():
                     self._show_presence(channel)
