@@ -1,4 +1,5 @@
-"""Connections to the broker that wait no longer than they are told: it may be frozen, or behind a network that was cut."""
+"""Connections to a broker that may be away, frozen, or behind a network that was cut: nobody waits for it without end.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +10,12 @@ from amqp.exceptions import AMQPError, MessageNacked, RecoverableConnectionError
 from celery.utils.threads import bound_open_broker_sockets
 from kombu import Connection
 from kombu.exceptions import KombuError, OperationalError
+from kombu.transport.redis import Channel as RedisChannel
 from redis.exceptions import AuthenticationError, AuthorizationError, RedisError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-__all__ = ["ANSWER_WITHIN", "BROKER_ERRORS", "HEARTBEAT", "connect", "hang_up", "is_away", "open_channel"]
+__all__ = ["ANSWER_WITHIN", "BROKER_ERRORS", "HEARTBEAT", "connect", "hang_up", "is_away", "open_channel", "prove"]
 
 ANSWER_WITHIN = 5.0
 """Seconds after which a broker that does not answer counts as lost."""
@@ -69,6 +71,17 @@ def open_channel(connection: Connection) -> Any:
     channel = connection.channel()
     bound_open_broker_sockets(connection, ANSWER_WITHIN)
     return channel
+
+
+def prove(connection: Connection, channel: Any) -> None:
+    """For who only listens, about once a second: raises an error if the broker fell silent. A line that was cut brings
+    no messages, and no errors either.
+    """
+    if isinstance(channel, RedisChannel):
+        with channel.conn_or_acquire() as client:
+            client.ping()
+    else:
+        connection.heartbeat_check()
 
 
 def hang_up(connection: Connection) -> None:

@@ -2,18 +2,22 @@
 itself, and no frame is lost. The real timeouts are five times as long as these.
 """
 
+import queue
 import signal
 import threading
 import time
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 
 import pytest
+from kombu import Producer
 
 from fleet_worker import Settings, connections, replies
 from fleet_worker.celery import create_app
+from fleet_worker.control import Control
 from fleet_worker.frames import Alive, Delta, Timings, Usage
 from fleet_worker.frames import ChatResponse as Response
-from fleet_worker.lanes import reply_name
+from fleet_worker.lanes import cancel_exchange, reply_name, transport_of
+from fleet_worker.messages import Cancellation
 from fleet_worker.replies import ReplyInbox, ReplySender
 from tests.clients import until
 from tests.relay import Relay
@@ -132,3 +136,27 @@ def test_a_frozen_broker_is_noticed_and_costs_no_frame(broker, caplog):
         finally:
             broker.signal(signal.SIGCONT)
         stream.goes_on_within(NOTICED_WITHIN)
+
+
+def test_a_node_whose_network_was_cut_hears_cancels_again(broker, relay):
+    transport, cancelled = transport_of(broker.url), queue.SimpleQueue()
+    app = app_of(relay.url)
+    control = Control(
+        lambda: app.connection_for_read(heartbeat=1.0), transport, "n@h", lambda *what: cancelled.put(what)
+    )
+    control.start()
+
+    def hears(number):
+        with create_app(Settings(broker_url=broker.url)).connection_for_write() as connection:
+            body = Cancellation(requests=[("r", number)]).encode()
+            Producer(connection, cancel_exchange()).publish(body, content_type="application/json")
+        with suppress(queue.Empty):
+            return cancelled.get(timeout=0.2) == ("r", number)
+
+    try:
+        until(lambda: hears(1))
+        relay.cut()
+        relay.mend()
+        until(lambda: hears(2), NOTICED_WITHIN)
+    finally:
+        control.close(5.0)
