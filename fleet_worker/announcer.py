@@ -69,7 +69,7 @@ class Announcer:
             self._round(kinds)
             with self._changed:
                 self._changed.wait_for(lambda: self._closed, PAUSE)
-        self._publisher.drop()
+        self._publisher.close()
 
     def _round(self, kinds: frozenset[str]) -> None:
         try:

@@ -9,14 +9,19 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import kombu
 import kombu.transport.redis
 from celery import Celery
 
+from fleet_worker.connections import ANSWER_WITHIN, HEARTBEAT
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.lanes import transport_of
 from fleet_worker.settings import Settings
 
 __all__ = ["create_app"]
+
+RECONNECT_EVERY = 2.0
+"""Seconds between two looks for a broker that is away."""
 
 # When a Redis connection drops, kombu puts the messages that are being worked on back into their queue, and the same
 # worker takes them a second time while the first still runs (measured, kombu 5.7). Our tasks survive the drop.
@@ -46,6 +51,15 @@ _register = kombu.transport.redis.Transport.register_with_event_loop
 kombu.transport.redis.Transport.register_with_event_loop = _forgetting_older_connections
 
 
+def _within_seconds(connection: Any, *args: Any, **options: Any) -> Any:
+    """Celery has no setting for this: a worker whose broker is away would wait 2, 4, 6 ... 30 s before each look."""
+    return _ensure_connection(connection, *args, **{"interval_max": RECONNECT_EVERY, **options})
+
+
+_ensure_connection = kombu.Connection.ensure_connection
+kombu.Connection.ensure_connection = _within_seconds
+
+
 def create_app(settings: Settings) -> Celery:
     """Return a Celery application for a router or a node; it connects to nothing yet."""
     app = Celery("fleet_worker", set_as_current=False)
@@ -55,7 +69,9 @@ def create_app(settings: Settings) -> Celery:
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
         broker_connection_timeout=5,
-        broker_heartbeat=20,
+        broker_heartbeat=HEARTBEAT,
+        # A channel that RabbitMQ closes, and py-amqp opens again, has no consumers any more: begin anew, do not end.
+        broker_channel_error_retry=True,
         broker_pool_limit=16,
         # JSON only, and no results but our own replies.
         accept_content=["json"],
@@ -78,17 +94,17 @@ def create_app(settings: Settings) -> Celery:
 
 def transport_options(settings: Settings) -> dict[str, Any]:
     if transport_of(settings.broker_url) == "amqp":
-        return {"confirm_publish": True}
+        return {"confirm_publish": True, "read_timeout": ANSWER_WITHIN, "write_timeout": ANSWER_WITHIN}
     return {
         # Without it a task that runs longer than the visibility timeout is run again and again, and a worker whose
         # broker restarts under a running task exits (both measured).
         "ack_emulation": False,
         # Seconds until a lane that was joined is served: a wait for messages of the old ones has to end first.
         "polling_interval": 0.25,
-        "socket_timeout": 10.0,
+        "socket_timeout": ANSWER_WITHIN,
         "socket_connect_timeout": 5.0,
         "socket_keepalive": True,
-        "health_check_interval": 10,
+        "health_check_interval": 5,
     }
 
 

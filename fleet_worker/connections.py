@@ -1,15 +1,27 @@
-"""Connections to the broker that wait no longer than they are told."""
+"""Connections to a broker that may be away, frozen, or behind a network that was cut: nobody waits for it without end."""
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
 from amqp.exceptions import AMQPError, MessageNacked, RecoverableConnectionError
+from celery.utils.threads import bound_open_broker_sockets
 from kombu import Connection
 from kombu.exceptions import KombuError, OperationalError
+from kombu.transport.redis import Channel as RedisChannel
 from redis.exceptions import AuthenticationError, AuthorizationError, RedisError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-__all__ = ["BROKER_ERRORS", "connect", "is_away"]
+__all__ = ["ANSWER_WITHIN", "BROKER_ERRORS", "HEARTBEAT", "connect", "hang_up", "is_away", "open_channel", "prove"]
+
+ANSWER_WITHIN = 5.0
+"""Seconds after which a broker that does not answer counts as lost."""
+HEARTBEAT = 5.0
+"""Seconds; RabbitMQ, and whoever consumes from it, count each other as lost after twice as long without a word."""
+FAREWELL = 0.5
+"""Seconds for each answer that is waited for when a connection is closed that failed."""
 
 BROKER_ERRORS = (OSError, KombuError, RedisError, AMQPError, MessageNacked)
 """What a broker that is away, or that refuses, is noticed by: errors of kombu, or of the libraries below it."""
@@ -46,3 +58,33 @@ def is_away(error: BaseException) -> bool:
     """Tell whether the broker may take the same again as soon as it is back."""
     cause = error.__cause__ if isinstance(error, OperationalError) and error.__cause__ else error
     return isinstance(cause, _AWAY) and not isinstance(cause, _REFUSED)
+
+
+def open_channel(connection: Connection) -> Any:
+    """Return a channel on which nothing waits longer than `ANSWER_WITHIN` for the broker.
+
+    The timeouts in Celery's transport options do as much, but py-amqp forgets its own in the middle of a message.
+    """
+    # By itself kombu would wait two seconds and try again.
+    connection.ensure_connection(max_retries=0, reraise_as_library_errors=False)
+    channel = connection.channel()
+    bound_open_broker_sockets(connection, ANSWER_WITHIN)
+    return channel
+
+
+def prove(connection: Connection, channel: Any) -> None:
+    """For who only listens, about once a second: raises an error if the broker fell silent. A line that was cut brings
+    no messages, and no errors either.
+    """
+    if isinstance(channel, RedisChannel):
+        with channel.conn_or_acquire() as client:
+            client.ping()
+    else:
+        connection.heartbeat_check()
+
+
+def hang_up(connection: Connection) -> None:
+    """Close a connection that failed, within a second or two: there may be nobody to say farewell to."""
+    bound_open_broker_sockets(connection, FAREWELL)
+    with contextlib.suppress(Exception):
+        connection.collect()

@@ -13,6 +13,7 @@ from typing import Any
 
 from kombu import Connection, Consumer
 
+from fleet_worker.connections import open_channel, prove
 from fleet_worker.errors import InvalidRequest
 from fleet_worker.lanes import Transport, cancel_queue
 from fleet_worker.link import Link
@@ -45,12 +46,13 @@ class Control:
 
     def _listen(self, connection: Connection) -> None:
         queue = cancel_queue(self._transport)
-        with connection.channel() as channel, Consumer(channel, [queue], on_message=self._receive, no_ack=True):
-            self._hear(connection, 0.01)  # only now kombu's Redis transport subscribes
-            self._link.works()
-            while not self._link.closed.is_set():
-                self._hear(connection, 1.0)
-                connection.heartbeat_check()
+        channel = open_channel(connection)
+        Consumer(channel, [queue], on_message=self._receive, no_ack=True).consume()
+        self._hear(connection, 0.01)  # only now kombu's Redis transport subscribes
+        self._link.works()
+        while not self._link.closed.is_set():
+            self._hear(connection, 1.0)
+            prove(connection, channel)
 
     def _hear(self, connection: Connection, timeout: float) -> None:
         with contextlib.suppress(TimeoutError):

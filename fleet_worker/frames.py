@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 
-from fleet_worker.errors import FleetError, InvalidRequest
+from fleet_worker.errors import FleetError
 from fleet_worker.vectors import unpack_vector
-from fleet_worker.wire import PROTOCOL_VERSION, Wire, explain
+from fleet_worker.wire import Body, Wire
 
 __all__ = [
     "Accepted",
@@ -158,26 +158,12 @@ class Alive(_Frame):
 Frame = Accepted | Deltas | ChatResponse | EmbedResponse | Failure | Alive
 
 
-class Reply(Wire):
+class Reply(Body):
     """One broker message: the frames of all requests that a node owes a router since its last publish."""
 
     v: Literal[2]
     node: str
     frames: list[Annotated[Frame, Field(discriminator="kind")]]
-
-    def encode(self) -> bytes:
-        return _REPLY.dump_json(self, exclude_none=True)
-
-    @classmethod
-    def decode(cls, body: bytes | str) -> Reply:
-        """Raises `InvalidRequest` for anything that is not a reply of this protocol version."""
-        try:
-            return _REPLY.validate_json(body)
-        except ValidationError as error:
-            raise InvalidRequest(f"a reply that is not protocol version {PROTOCOL_VERSION}: {explain(error)}") from None
-
-
-_REPLY = TypeAdapter(Reply)
 
 
 def join(deltas: Iterable[Delta]) -> dict[str, Any]:

@@ -16,9 +16,13 @@ __all__ = ["Intake"]
 
 log = logging.getLogger(__name__)
 
+TRY_AGAIN_AFTER = 2.0
+"""Seconds until a lane that could not be joined is tried again."""
+
 
 class Intake:
-    """Joins and leaves lanes while the worker runs, from any thread; it keeps to them when the broker comes back.
+    """Joins and leaves lanes while the worker runs, from any thread, and tries until it has: when the broker comes
+    back, and when it refuses.
 
     A worker begins with none. Within a second of leaving, nothing more is taken; what was popped in that second goes
     back to its lane.
@@ -27,14 +31,15 @@ class Intake:
     def __init__(self, app: Celery, transport: Transport) -> None:
         self._app = app
         self._transport = transport
-        self._wanted: frozenset[str] = frozenset()
+        self.wanted: frozenset[str] = frozenset()
+        """The lanes that it is to take work from."""
+        self.lanes: frozenset[str] = frozenset()
+        """Those that it has joined; none while the broker is away."""
         self._consumer: Any = None
+        self._timer: Any = None
+        self._refused: frozenset[str] = frozenset()
         self._settled = threading.Event()
         app.steps["consumer"].add(self._step())
-
-    @property
-    def lanes(self) -> frozenset[str]:
-        return self._wanted
 
     @property
     def held(self) -> int:
@@ -43,17 +48,17 @@ class Intake:
 
     def follow(self, lanes: Iterable[str]) -> None:
         """Take work from these lanes and no others."""
-        self._wanted = frozenset(lanes)
+        self.wanted = frozenset(lanes)
         self._settled.clear()
         if self._consumer:
-            self._consumer.call_soon(self._apply)
+            self._consumer.call_soon(self._apply_in, 0.0)
 
     def settled(self, timeout: float) -> bool:
         """Wait until the last `follow` has been followed, or for so many seconds; the broker may be away."""
         return self._consumer is None or self._settled.wait(timeout)
 
     def _step(self) -> type[bootsteps.StartStopStep]:
-        """Celery makes a new consumer for each connection to the broker, and tells its steps."""
+        """Celery makes a new task consumer for each connection to the broker, and tells its steps."""
         intake = self
 
         class Lanes(bootsteps.StartStopStep):  # type: ignore[misc]
@@ -62,22 +67,69 @@ class Intake:
             def start(self, consumer: Any) -> None:
                 intake._consumer = consumer
                 # Not now: what RabbitMQ delivers before the event loop runs has no callback yet, and is never handled.
-                consumer.call_soon(intake._apply)
+                consumer.call_soon(intake._apply_in, 0.0)
+
+            def stop(self, consumer: Any) -> None:
+                """Celery would join the old lanes by itself, all or none."""
+                intake.lanes = frozenset()
+                intake._app.amqp.queues.deselect(list(intake._app.amqp.queues))
 
         return Lanes
 
+    def _apply_in(self, seconds: float) -> None:
+        """By the event loop's timer: there the loss of the connection reaches Celery, which opens another, and no other
+        error does harm."""
+        if self._timer:
+            self._timer.cancel()
+        self._timer = self._consumer.timer.call_after(seconds, self._apply)
+
     def _apply(self) -> None:
-        """In the thread of Celery's event loop, where kombu may be used; an exception here would end the worker."""
-        queues, consumer, wanted = self._app.amqp.queues, self._consumer, self._wanted
+        """In the thread of Celery's event loop, where kombu may be used."""
+        if not self._consumer.task_consumer:  # the worker ends
+            return
         try:
-            for name in queues.keys() - wanted:
-                if consumer.task_consumer.consuming_from(name):
-                    consumer.cancel_task_queue(name)
-            for name in sorted(wanted):
-                if name not in queues:
-                    queues.add(lane_queue(name, self._transport))
-                consumer.add_task_queue(name)
-            if wanted is self._wanted:
-                self._settled.set()
-        except Exception as error:  # the connection is lost: Celery will notice, and start the step again
-            log.debug("lanes are joined later: %s", type(error).__name__)
+            refused = self._change(self.wanted)
+        except self._consumer.channel_errors as error:  # nothing is consumed any more
+            raise ConnectionResetError(f"the broker closed the channel ({type(error).__name__})") from error
+        self._tell(refused)
+        if refused:
+            self._apply_in(TRY_AGAIN_AFTER)
+
+    def _change(self, wanted: frozenset[str]) -> dict[str, Exception]:
+        for name in self._joined() - wanted:
+            self._consumer.cancel_task_queue(name)
+        refused = self._join(sorted(wanted - self._joined()))
+        self.lanes = self._joined()
+        if wanted is self.wanted:
+            self._settled.set()
+        return refused
+
+    def _joined(self) -> frozenset[str]:
+        return frozenset(filter(self._consumer.task_consumer.consuming_from, self._app.amqp.queues))
+
+    def _join(self, lanes: list[str]) -> dict[str, Exception]:
+        """Return those that the broker refuses, and why.
+
+        For a queue that is declared otherwise than it is, RabbitMQ closes the channel, and with it everything that the
+        channel consumes. So each is first declared on a channel that has nothing to lose.
+        """
+        refused: dict[str, Exception] = {}
+        if lanes:
+            with self._consumer.connection.channel() as channel:
+                for name in lanes:
+                    queue = lane_queue(name, self._transport)
+                    try:
+                        queue(channel).declare()
+                    except self._consumer.channel_errors as error:
+                        refused[name] = error
+                    else:
+                        self._app.amqp.queues.add(queue)
+                        self._consumer.add_task_queue(name)
+        return refused
+
+    def _tell(self, refused: dict[str, Exception]) -> None:
+        for name in sorted(refused.keys() - self._refused):
+            log.warning("lane %s cannot be joined, and is tried again: %s", name, type(refused[name]).__name__)
+        for name in sorted(self._refused & self.lanes):
+            log.warning("lane %s is joined now", name)
+        self._refused = frozenset(refused)

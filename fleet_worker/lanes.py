@@ -95,8 +95,13 @@ def reply_queue(name: str) -> Queue:
 
     Node and router declare it alike, from nothing but its name: RabbitMQ refuses two opinions about an expiry, and on
     Redis only a publisher that has declared the queue sets the time to live of its list.
+
+    RabbitMQ lets one consumer read at a time: to it, a router whose network was cut is there twice for a while, and
+    every other message would go to the connection that is dead.
     """
-    return Queue(name, Exchange(""), routing_key=name, durable=False, expires=float(name.rpartition(".")[2]))
+    one_reader = {"x-single-active-consumer": True}
+    expires = float(name.rpartition(".")[2])
+    return Queue(name, Exchange(""), routing_key=name, durable=False, expires=expires, queue_arguments=one_reader)
 
 
 def registry_exchange(transport: Transport) -> Exchange:

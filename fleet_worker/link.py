@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 from kombu import Connection
 
+from fleet_worker.connections import hang_up
+
 __all__ = ["Link"]
 
 log = logging.getLogger(__name__)
@@ -46,10 +48,12 @@ class Link:
 
     def _run(self) -> None:
         while not self.closed.is_set():
+            connection = self._connect()
             try:
-                with self._connect() as connection:
-                    self._use(connection)
+                self._use(connection)
+                connection.close()
             except Exception as error:
+                hang_up(connection)
                 if not self._failures and not self.closed.is_set():
                     log.warning("%s: the broker is away (%s)", self._name, type(error).__name__)
                 self.closed.wait(_BACKOFF[min(self._failures, len(_BACKOFF) - 1)])

@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, ValidationError, field_validator, model_
 
 from fleet_worker.errors import InvalidRequest
 from fleet_worker.lanes import Priority
-from fleet_worker.wire import Wire, check_size, explain
+from fleet_worker.wire import Body, Wire, check_size, explain
 
 __all__ = [
     "Cancellation",
@@ -247,21 +247,13 @@ class FleetRequest(Wire):
         return min(self.timeout_seconds, self.expires_at - time.time())
 
 
-class Cancellation(Wire):
+class Cancellation(Body):
     """What a router tells the nodes: nobody waits for these requests any more, or only for later attempts at them."""
 
-    node: str | None
+    node: str | None = None
     """Who is meant; None if it is not known who has them."""
     requests: list[tuple[str, int]]
     """Each with the last attempt that is not wanted."""
-
-    @classmethod
-    def decode(cls, body: bytes | str) -> Cancellation:
-        """Raises `InvalidRequest` for anything else."""
-        try:
-            return cls.model_validate_json(body)
-        except ValidationError as error:
-            raise InvalidRequest(explain(error)) from None
 
 
 def validate_params(operation: Operation, params: dict[str, Any], *, max_bytes: int) -> ChatParams | EmbedParams:

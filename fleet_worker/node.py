@@ -71,6 +71,7 @@ class Node:
         self.listeners = listeners
         self._control = control
         self._intake = intake
+        self._told_lanes: frozenset[str] = frozenset()
         self._lock = threading.Lock()
         self._following = threading.Lock()
         self._at_work = 0
@@ -101,7 +102,7 @@ class Node:
 
     @property
     def lanes(self) -> frozenset[str]:
-        """The lanes that it takes work from at the moment."""
+        """The lanes that it really takes work from at the moment."""
         return self._intake.lanes
 
     def start(self) -> None:
@@ -223,11 +224,12 @@ class Node:
             before, self.state = self.state, self._readiness.state
             offered = {name: each for name, each in self.offerings.items() if name not in self.state.missing}
             wanted = frozenset(lanes_of(self.name, offered)) if self.state.ready and offered else frozenset()
-            left, joined = self.lanes - wanted, wanted - self.lanes
+            left, joined = self._intake.wanted - wanted, wanted - self._intake.wanted
             if left or joined:
                 self._intake.follow(wanted)
                 self._tell(left, joined)
-            if before != self.state or left or joined:
+            if before != self.state or self._told_lanes != self.lanes:
+                self._told_lanes = self.lanes
                 self._reporter.tell()
 
     def _tell(self, left: frozenset[str], joined: frozenset[str]) -> None:

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field
 
-from fleet_worker.errors import InvalidRequest, PolicyError
-from fleet_worker.wire import Wire, explain
+from fleet_worker.errors import PolicyError
+from fleet_worker.wire import Body, Wire
 
 __all__ = ["GONE", "READINESS", "Announcement", "EventType", "RegistryEvent"]
 
@@ -34,18 +34,16 @@ _SENSITIVE = frozenset(
     }
 )
 _SENSITIVE_ENDS = ("_key", "_secret", "_token", "_password")
+_TOLERANT = ConfigDict(extra="ignore")
+"""Of what newer versions add."""
 
 
-class _Message(Wire):
-    """Tolerant of what newer versions add."""
-
-    model_config = ConfigDict(extra="ignore")
-
-
-class RegistryEvent(_Message):
+class RegistryEvent(Wire):
     """`offering` says what is offered, `health` whether it works: `{ready, status, checked, error?}`; `capacity` has
     `slots`, `running`, `tokens_per_second`, `last_token_age` (seconds); `lane` names the lanes it takes work from.
     """
+
+    model_config = _TOLERANT
 
     event_id: str
     event_type: EventType
@@ -84,27 +82,15 @@ class RegistryEvent(_Message):
         return str(self.offering.get("model"))
 
 
-class Announcement(_Message):
+class Announcement(Body):
     """One message: what a host tells. It is to be heard from again within `interval` seconds."""
+
+    model_config = _TOLERANT
 
     v: Literal[1]
     host: str
     interval: float = Field(gt=0)
     events: list[RegistryEvent]
-
-    def encode(self) -> bytes:
-        return _ANNOUNCEMENT.dump_json(self, exclude_none=True)
-
-    @classmethod
-    def decode(cls, body: bytes | str) -> Announcement:
-        """Raises `InvalidRequest` for anything else."""
-        try:
-            return _ANNOUNCEMENT.validate_json(body)
-        except ValidationError as error:
-            raise InvalidRequest(f"a registry message that is not one: {explain(error)}") from None
-
-
-_ANNOUNCEMENT = TypeAdapter(Announcement)
 
 
 def _is_sensitive(key: str) -> bool:

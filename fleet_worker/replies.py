@@ -19,6 +19,7 @@ from typing import Any
 from kombu import Connection, Consumer, Queue
 from kombu.transport.redis import Channel as RedisChannel
 
+from fleet_worker.connections import HEARTBEAT, hang_up, open_channel
 from fleet_worker.errors import BrokerUnavailable, FleetError, InvalidRequest, RequestTimeout
 from fleet_worker.frames import Accepted, Alive, ChatResponse, Delta, Deltas, EmbedResponse, Failure, Frame, Reply
 from fleet_worker.lanes import listening_key, reply_queue
@@ -43,6 +44,8 @@ REMEMBERED = 10_000
 """Attempts that a node remembers, so that a redelivered one is not generated twice."""
 LONGEST_LOOK = 1.5
 """Seconds of the inbox's clock that one look for messages may count, however long the process was frozen in it."""
+PROVE_EVERY = 1.0
+"""Seconds after which an inbox asks the broker whether it is still there."""
 PRESENCE = 15
 """Seconds for which Redis remembers that a router listens."""
 _NEVER = float("inf")
@@ -195,7 +198,7 @@ class ReplySender:
         while not (self._closed.is_set() and not self._pending):
             for reply_to, frames in self._take().items():
                 self._publish(reply_to, frames)
-        self._publisher.drop()
+        self._publisher.close()
 
     def _take(self) -> dict[str, list[Frame]]:
         """Wait until frames are due, or until it is time to show life, and return all that is pending."""
@@ -258,8 +261,11 @@ class ReplySender:
         return False
 
     def _resend(self) -> None:
+        """They are recent again: the broker may be lost once more before anybody has read them."""
         for _, reply_to, body in self._recent:
             self._publisher.publish(body, routing_key=reply_to, declare=reply_queue)
+        now = time.monotonic()
+        self._recent = deque((now, reply_to, body) for _, reply_to, body in self._recent)
 
     def _remember(self, reply_to: str, body: bytes) -> None:
         self._recent.append((time.monotonic(), reply_to, body))
@@ -305,7 +311,8 @@ class ReplyInbox:
         self._listening = threading.Event()
         self._closed = threading.Event()
         self._failure = ""
-        self._present_until = 0.0
+        self._failures = 0
+        self._next_proof = 0.0
         self._thread = threading.Thread(target=self._run, name="fleet-inbox", daemon=True)
 
     def start(self, timeout: float) -> None:
@@ -327,54 +334,64 @@ class ReplyInbox:
         return self.clock - max(since, self._back)
 
     def _run(self) -> None:
-        failures = 0
         while not self._closed.is_set():
+            connection = self._connect()
+            connection.heartbeat = HEARTBEAT
             try:
-                with self._connect() as connection:
-                    self._listen(connection)
-                failures = 0
+                self._listen(connection)
+                connection.close()
             except Exception as error:
+                hang_up(connection)
                 self._failure = type(error).__name__
-                if self._listening.is_set() and failures == 0:
+                if self._listening.is_set() and self._failures == 0:
                     log.warning("the reply queue is cut off: the broker is away (%s)", self._failure)
-                self._closed.wait(_BACKOFF[min(failures, len(_BACKOFF) - 1)])
-                failures += 1
+                self._closed.wait(_BACKOFF[min(self._failures, len(_BACKOFF) - 1)])
+                self._failures += 1
 
     def _listen(self, connection: Connection) -> None:
-        with connection.channel() as channel:
-            consumer = Consumer(channel, [self._queue], on_message=self._receive, auto_declare=True)
-            with consumer, self._other(channel):
-                self._drain(connection, 0.01)  # only now kombu's Redis transport subscribes
-                self._on_listening(channel)
-                self._back, self._present_until = self.clock, 0.0
-                self._show_presence(channel)  # before anything is asked, or a node might take us for dead
-                self._listening.set()
-                while not self._closed.is_set():
-                    self._show_presence(channel)
-                    before = time.monotonic()
-                    self._drain(connection, 1.0)
-                    self.clock += min(time.monotonic() - before, LONGEST_LOOK)
-            with contextlib.suppress(Exception):  # they expire anyway
-                self._queue.bind(channel).delete()
-                if isinstance(channel, RedisChannel):
-                    channel.client.delete(listening_key(self.name))
+        channel = open_channel(connection)
+        consumer = Consumer(channel, [self._queue], on_message=self._receive)
+        consumer.consume()
+        if self._also:
+            new_queue, take = self._also
+            Consumer(channel, [new_queue()], on_message=take, no_ack=True).consume()
+        self._drain(connection, 0.01)  # only now kombu's Redis transport subscribes
+        self._on_listening(channel)
+        if self._listening.is_set():
+            log.warning("the broker is back, the reply queue is read again")
+        self._failures, self._back, self._next_proof = 0, self.clock, 0.0
+        self._prove(channel)  # before anything is asked, or a node might take this router for gone
+        self._listening.set()
+        while not self._closed.is_set():
+            self._prove(channel)
+            before = time.monotonic()
+            self._drain(connection, 1.0)
+            self.clock += min(time.monotonic() - before, LONGEST_LOOK)
+        with contextlib.suppress(Exception):  # it all expires anyway
+            self._leave(consumer, channel)
+
+    def _leave(self, consumer: Consumer, channel: Any) -> None:
+        consumer.cancel()
+        self._queue.bind(channel).delete()
+        if isinstance(channel, RedisChannel):
+            with channel.conn_or_acquire() as client:
+                client.delete(listening_key(self.name))
+
+    def _prove(self, channel: Any) -> None:
+        """Ask the broker something: a line that was cut brings no messages, and no errors either. Meanwhile the clock
+        stands still. On Redis this says that the router listens, so that nodes work for it; RabbitMQ knows that."""
+        if time.monotonic() < self._next_proof:
+            return
+        if isinstance(channel, RedisChannel):
+            with channel.conn_or_acquire() as client:
+                client.set(listening_key(self.name), 1, ex=PRESENCE)
+        else:
+            self._queue.bind(channel).queue_declare(passive=True)
+        self._next_proof = time.monotonic() + PROVE_EVERY
 
     def _drain(self, connection: Connection, timeout: float) -> None:
         with contextlib.suppress(socket.timeout):
             connection.drain_events(timeout=timeout)
-
-    def _show_presence(self, channel: Any) -> None:
-        """Nodes do not work for a router that is gone. RabbitMQ knows who consumes; to Redis we have to say it."""
-        if isinstance(channel, RedisChannel) and time.monotonic() >= self._present_until - PRESENCE / 2:
-            with channel.conn_or_acquire() as client:
-                client.set(listening_key(self.name), 1, ex=PRESENCE)
-            self._present_until = time.monotonic() + PRESENCE
-
-    def _other(self, channel: Any) -> Any:
-        if self._also is None:
-            return contextlib.nullcontext()
-        new_queue, take = self._also
-        return Consumer(channel, [new_queue()], on_message=take, no_ack=True)
 
     def _receive(self, message: Any) -> None:
         try:

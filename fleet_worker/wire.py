@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from fleet_worker.errors import InvalidRequest
 
-__all__ = ["PROTOCOL_VERSION", "Wire", "check_size", "explain"]
+__all__ = ["PROTOCOL_VERSION", "Body", "Wire", "check_size", "explain"]
 
 PROTOCOL_VERSION: Final = 2
 
@@ -20,6 +20,21 @@ class Wire(BaseModel):
     """A message, or a part of one. It refuses what it does not know, and its errors do not quote what they refuse."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
+
+
+class Body(Wire):
+    """What fills the body of a broker message."""
+
+    def encode(self) -> bytes:
+        return self.model_dump_json(exclude_none=True).encode()
+
+    @classmethod
+    def decode(cls, body: bytes | str) -> Self:
+        """Raises `InvalidRequest` for anything else."""
+        try:
+            return cls.model_validate_json(body)
+        except ValidationError as error:
+            raise InvalidRequest(f"not a valid {cls.__name__}: {explain(error)}") from None
 
 
 def check_size(value: Any, max_bytes: int) -> None:

@@ -68,6 +68,10 @@ class Valkey:
         with redis.Redis.from_url(self.url) as client:
             return [key for key in client.scan_iter("llm.fleet.reply.*") if client.ttl(key) == -1]
 
+    def has(self, key: str) -> bool:
+        with redis.Redis.from_url(self.url) as client:
+            return bool(client.exists(key))
+
     def inventory(self) -> dict[str, int]:
         """Every key that does not expire by itself, with its size."""
         with redis.Redis.from_url(self.url) as client:
@@ -77,6 +81,10 @@ class Valkey:
 
     def signal(self, number: signal.Signals) -> None:
         self._server._process.send_signal(number)
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+        self._server._process.wait()
 
 
 class RabbitMQ:
@@ -146,6 +154,16 @@ class RabbitMQ:
     def signal(self, number: signal.Signals) -> None:
         """To the script and to all that it has started, which are one process group."""
         os.killpg(self._server.pid, number)
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+        self._server.stop()
+
+    def set_env(self, name: str, value: int) -> None:
+        self._control("eval", f"application:set_env(rabbit, {name}, {value}).")
+
+    def delete_queue(self, name: str) -> None:
+        self._control("delete_queue", name)
 
     def _control(self, *arguments: str) -> str:
         command = [str(RABBITMQ.with_name("rabbitmqctl")), "-n", self._env["RABBITMQ_NODENAME"], *arguments]

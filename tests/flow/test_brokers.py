@@ -3,13 +3,16 @@
 import socket
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import pytest
 from kombu.asynchronous import Hub
 
 from fleet_worker import Router, Settings
 from fleet_worker.celery import create_app
+from fleet_worker.lanes import reply_name, reply_queue
 from fleet_worker.processes import child, python
+from fleet_worker.publisher import Publisher
 from fleet_worker.simulator import reply_tokens
 from fleet_worker.testing import SimulatedMLX, running_node
 from tests.flow.conftest import CHAT, work
@@ -95,6 +98,21 @@ def test_what_a_node_still_owes_a_router_that_is_gone_expires(paced, broker):
         assert router.wait(20) == 0
     paced.wait_for(lambda mlx: any(request.finished for request in work(mlx)), 20)
     assert broker.endless_reply_queues() == []
+
+
+def test_a_lost_connection_is_never_opened_again_in_silence(broker):
+    """Whoever publishes has to know, even if the broker is back before the next message: what it was sent before may
+    be lost."""
+    name = reply_name("test", 10)
+    publisher = Publisher(create_app(Settings(broker_url=broker.url)).connection_for_write)
+    with closing(publisher):
+        for _ in range(2):
+            publisher.publish(b"{}", routing_key=name, declare=reply_queue)
+            broker.drop_connections()
+            with pytest.raises(publisher.connection_errors):
+                publisher.publish(b"{}", routing_key=name, declare=reply_queue)
+            publisher.drop()
+        publisher.publish(b"{}", routing_key=name, declare=reply_queue)
 
 
 def test_no_socket_to_a_broker_waits_to_fill_a_packet(broker):

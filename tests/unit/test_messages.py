@@ -24,7 +24,7 @@ from fleet_worker.frames import (
     Usage,
     join,
 )
-from fleet_worker.messages import ChatParams, EmbedParams, FleetRequest, Resume, validate_params
+from fleet_worker.messages import Cancellation, ChatParams, EmbedParams, FleetRequest, Resume, validate_params
 from fleet_worker.vectors import pack_vector, unpack_vector
 
 SECRET = "swordfish"
@@ -685,8 +685,15 @@ def test_a_reply_is_the_same_after_its_way(sent):
     ],
 )
 def test_what_is_no_reply_of_this_version_is_refused(body):
-    with pytest.raises(InvalidRequest, match="protocol version 2"):
+    with pytest.raises(InvalidRequest, match="not a valid Reply"):
         Reply.decode(body)
+
+
+def test_a_cancellation_travels_whole():
+    for said in (Cancellation(node="n@h", requests=[("a", 1), ("b", 2)]), Cancellation(requests=[("c", 3)])):
+        assert Cancellation.decode(said.encode()) == said
+    with pytest.raises(InvalidRequest, match="not a valid Cancellation"):
+        Cancellation.decode(b'{"requests": [1]}')
 
 
 @pytest.mark.parametrize(

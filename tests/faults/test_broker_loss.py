@@ -1,0 +1,110 @@
+"""The broker is lost again and again in the middle of streams: restarted, killed, its connections dropped."""
+
+import threading
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+
+import pytest
+
+from fleet_worker import Router, Settings, replies
+from fleet_worker.celery import create_app
+from fleet_worker.frames import Delta
+from fleet_worker.lanes import reply_name
+from fleet_worker.replies import ReplyInbox, ReplySender
+from fleet_worker.simulator import reply_tokens
+from fleet_worker.testing import SimulatedMLX, running_node
+from tests.brokers import Valkey
+from tests.clients import until
+from tests.flow.conftest import work
+
+STREAMS = 8
+
+
+def restart(broker):
+    broker.stop()
+    broker.start()
+
+
+def kill(broker):
+    broker.kill()
+    broker.start()
+
+
+def drop(broker):
+    broker.drop_connections()
+
+
+LOSSES = {"valkey": [restart, drop, kill, drop] * 2, "rabbitmq": [drop, drop, kill, drop]}
+"""RabbitMQ takes five seconds to start."""
+
+
+@pytest.fixture
+def mlx():
+    model = f"steady-{uuid.uuid4().hex[:8]}"
+    with SimulatedMLX(models=[model], token_interval=0.02, tokens=100_000) as mlx:
+        yield mlx
+
+
+def test_streams_of_a_broker_that_is_lost_again_and_again_lose_and_repeat_no_token(broker, mlx, router):
+    (model,), over = mlx.models, threading.Event()
+
+    def stream(number):
+        """Read until the losses are over, and then some more."""
+        asked, pieces, more = [{"role": "user", "content": f"Hello {number}"}], [], 20
+        with router.stream_chat(model, asked, max_tokens=5_000, timeout=100) as stream:
+            while more:
+                pieces.append(next(stream).content)
+                more -= over.is_set()
+        assert pieces == reply_tokens(asked, 5_000, tokens=100_000)[: len(pieces)]
+
+    slots = {"models": {model: {}}, "limits": {"concurrency": STREAMS}}
+    with running_node(broker.url, "steady@test", base_url=mlx.base_url, **slots), ThreadPoolExecutor(STREAMS) as pool:
+        streams = [pool.submit(stream, number) for number in range(STREAMS)]
+        mlx.wait_for(lambda mlx: mlx.counters["running"] == STREAMS, 20)
+        for lose in LOSSES[broker.name]:
+            time.sleep(0.5)
+            lose(broker)
+        over.set()
+        for each in streams:
+            each.result(60)
+        assert len(work(mlx)) == STREAMS
+
+
+def test_a_node_takes_work_again_within_three_seconds_of_the_broker(mlx):
+    """However long the broker was away."""
+    (model,) = mlx.models
+    asked = [{"role": "user", "content": "Hello"}]
+    with (
+        Valkey() as broker,
+        running_node(broker.url, "steady@test", base_url=mlx.base_url, models={model: {}}),
+    ):
+        broker.stop()
+        time.sleep(6.5)
+        broker.start()
+        with Router(Settings(broker_url=broker.url)) as router:
+            assert router.chat(model, asked, max_tokens=1, timeout=3).node == "steady@test"
+
+
+def test_what_nobody_has_read_survives_any_number_of_losses(monkeypatch):
+    monkeypatch.setattr(replies, "RESEND_WINDOW", 1.5)
+    frames = []
+    name = reply_name("test", 60)
+    with Valkey() as broker:
+        app = create_app(Settings(broker_url=broker.url))
+        inbox = ReplyInbox(app.connection_for_read, name, lambda node, frame: frames.append(frame))
+        sender = ReplySender(app.connection_for_write, "n@h", max_pending=100)
+        with closing(sender), sender.answering("r", 1, name) as answer:
+            answer.accept(instance="i", queue_wait=0.0)
+            answer.put([Delta(content="x")], 1)
+            until(lambda: broker.has(name))
+            broker.stop()
+            time.sleep(2.0)
+            broker.start()
+            until(lambda: broker.has(name))
+            restart(broker)
+            until(lambda: broker.has(name))
+            inbox.start(5)
+            with closing(inbox):
+                until(lambda: {frame.seq for frame in frames if frame.kind != "alive"} == {0, 1})

@@ -1,0 +1,162 @@
+"""The broker falls silent without a word: frozen, or behind a network that was cut. Whoever talks to it notices by
+itself, and no frame is lost. The real timeouts are five times as long as these.
+"""
+
+import queue
+import signal
+import threading
+import time
+from contextlib import closing, contextmanager, suppress
+
+import pytest
+from kombu import Producer
+
+from fleet_worker import Settings, connections, replies
+from fleet_worker.celery import create_app
+from fleet_worker.control import Control
+from fleet_worker.frames import Alive, Delta, Timings, Usage
+from fleet_worker.frames import ChatResponse as Response
+from fleet_worker.lanes import cancel_exchange, reply_name, transport_of
+from fleet_worker.messages import Cancellation
+from fleet_worker.replies import ReplyInbox, ReplySender
+from tests.clients import until
+from tests.relay import Relay
+
+NOTICED_WITHIN = 5.0
+"""Seconds; about half of it is what RabbitMQ takes to forget a router that it cannot hear."""
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(connections, "ANSWER_WITHIN", 1.0)
+    monkeypatch.setattr(replies, "HEARTBEAT", 1.0)
+
+
+@pytest.fixture
+def relay(broker):
+    with Relay(broker) as relay:
+        yield relay
+
+
+class Reader:
+    """Reads the answer to one request as a router does: repeats are dropped, and a gap would be the end."""
+
+    def __init__(self):
+        self.frames = []
+        self.gaps = []
+        self._arrived = threading.Condition()
+
+    def receive(self, node, frame):
+        with self._arrived:
+            if frame.seq > len(self.frames):
+                self.gaps.append(frame.seq)
+            elif frame.seq == len(self.frames) and not isinstance(frame, Alive):
+                self.frames.append(frame)
+                self._arrived.notify_all()
+
+    def wait_until(self, true, seconds):
+        """Until it is true of the frames that came, each once and in order."""
+        with self._arrived:
+            assert self._arrived.wait_for(lambda: true(self.frames), seconds), f"only {len(self.frames)} frames"
+            assert self.gaps == []
+
+    def goes_on_within(self, seconds):
+        there = len(self.frames)
+        self.wait_until(lambda frames: len(frames) > there + 20, seconds)
+
+
+def app_of(url):
+    app = create_app(Settings(broker_url=url))
+    options = app.conf.broker_transport_options
+    app.conf.broker_transport_options = {
+        **options,
+        **{name: 1.0 for name in ("socket_timeout", "read_timeout", "write_timeout") if name in options},
+    }
+    return app
+
+
+@contextmanager
+def a_stream(node_url, router_url):
+    """A node answers a request of a router with a token each 10 ms; yields the reader, and what ends the answer."""
+    reader, ends = Reader(), threading.Event()
+    inbox = ReplyInbox(app_of(router_url).connection_for_read, reply_name("test", 60), reader.receive)
+    inbox.start(5)
+    sender = ReplySender(app_of(node_url).connection_for_write, "n@h", max_pending=10_000)
+
+    def work():
+        with sender.answering("r", 1, inbox.name) as answer:
+            answer.accept(instance="i", queue_wait=0.0)
+            while not ends.wait(0.01):
+                answer.put([Delta(content="x")], 1)
+            timings = Timings(queue_wait=0.0, duration=1.0)
+            answer.end(Response, instance="i", model="m", finish_reason="stop", usage=Usage(), timings=timings)
+
+    thread = threading.Thread(target=work)
+    with closing(inbox), closing(sender):
+        thread.start()
+        try:
+            reader.goes_on_within(5)
+            yield reader
+        finally:
+            ends.set()
+            thread.join()
+        reader.wait_until(lambda frames: frames[-1].kind == "response", 5)
+
+
+def cut_for_a_while(relay, stream):
+    """The network comes back before anybody has noticed: it is the old connections that stay dead."""
+    relay.cut()
+    time.sleep(0.2)
+    relay.mend()
+    stream.goes_on_within(NOTICED_WITHIN)
+
+
+def test_a_node_whose_network_was_cut_loses_no_frame(broker, relay):
+    with a_stream(relay.url, broker.url) as stream:
+        cut_for_a_while(relay, stream)
+
+
+def test_a_node_and_a_router_whose_network_was_cut_lose_no_frame(relay):
+    with a_stream(relay.url, relay.url) as stream:
+        cut_for_a_while(relay, stream)
+
+
+@pytest.mark.parametrize("broker", ["rabbitmq"], indirect=True)
+def test_a_router_whose_network_was_cut_loses_no_frame(broker, relay):
+    """What Redis sent into the dead connection is lost: there the next attempt goes on with the answer."""
+    with a_stream(broker.url, relay.url) as stream:
+        cut_for_a_while(relay, stream)
+
+
+def test_a_frozen_broker_is_noticed_and_costs_no_frame(broker, caplog):
+    with a_stream(broker.url, broker.url) as stream:
+        broker.signal(signal.SIGSTOP)
+        try:
+            until(lambda: "replies wait" in caplog.text and "the reply queue is cut off" in caplog.text, NOTICED_WITHIN)
+        finally:
+            broker.signal(signal.SIGCONT)
+        stream.goes_on_within(NOTICED_WITHIN)
+
+
+def test_a_node_whose_network_was_cut_hears_cancels_again(broker, relay):
+    transport, cancelled = transport_of(broker.url), queue.SimpleQueue()
+    app = app_of(relay.url)
+    control = Control(
+        lambda: app.connection_for_read(heartbeat=1.0), transport, "n@h", lambda *what: cancelled.put(what)
+    )
+    control.start()
+
+    def hears(number):
+        with create_app(Settings(broker_url=broker.url)).connection_for_write() as connection:
+            body = Cancellation(requests=[("r", number)]).encode()
+            Producer(connection, cancel_exchange()).publish(body, content_type="application/json")
+        with suppress(queue.Empty):
+            return cancelled.get(timeout=0.2) == ("r", number)
+
+    try:
+        until(lambda: hears(1))
+        relay.cut()
+        relay.mend()
+        until(lambda: hears(2), NOTICED_WITHIN)
+    finally:
+        control.close(5.0)
