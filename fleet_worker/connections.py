@@ -1,4 +1,4 @@
-"""Connections to a broker that may be away, frozen, or behind a network that was cut: nobody waits for it without end."""
+"""Connections to a broker that may be away, frozen, or behind a network that was cut."""
 
 from __future__ import annotations
 
