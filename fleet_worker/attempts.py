@@ -175,7 +175,7 @@ class Attempts:
         """What the request ends with if there is to be no further attempt."""
         if self._deaths >= MOST_DEATHS:
             return PoisonSuspected(
-                f"{self._deaths} instances died while they worked on this request: it is not tried on another one"
+                f"{self._deaths} instances died, or fell silent, with this request: it is not tried on another one"
             )
         if not error.retryable or self.request.attempt >= self._max_attempts or now + self.pause >= self._deadline:
             return error

@@ -43,7 +43,7 @@ class Cancellations:
 
     def close(self) -> None:
         """To be called when the agenda is closed."""
-        self._publisher.drop()
+        self._publisher.close()
 
     def _publish(self) -> None:
         with self._lock:

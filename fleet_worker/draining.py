@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from celery.worker.control import control_command, inspect_command
-from kombu.exceptions import OperationalError
 
+from fleet_worker import connections
 from fleet_worker.celery import create_app
+from fleet_worker.connections import BROKER_ERRORS, connect
 from fleet_worker.errors import BrokerUnavailable, InvalidRequest
-from fleet_worker.lanes import transport_of
-from fleet_worker.listeners import SILENT_FOR, silence_limits
 from fleet_worker.node import Node
 from fleet_worker.settings import REGISTRY, Settings
 
@@ -101,7 +100,6 @@ class Draining:
 
     def __init__(self, settings: Settings) -> None:
         self._app = create_app(settings)
-        self._transport = transport_of(settings.broker_url)
         self.silent: list[str] = []
 
     def find(self, names: Iterable[str]) -> list[str]:
@@ -152,12 +150,11 @@ class Draining:
 
     def _broadcast(self, command: str, **options: Any) -> dict[str, Any]:
         """The answers, by node."""
-        limits = silence_limits(self._transport)
-        with self._app.connection_for_write(connect_timeout=SILENT_FOR, transport_options=limits) as connection:
+        with self._app.connection_for_write() as connection:
             try:
-                connection.ensure_connection(max_retries=0)
+                connect(connection, connections.ANSWER_WITHIN)
                 said = self._app.control.broadcast(command, connection=connection, reply=True, **options)
-            except (OperationalError, *connection.connection_errors) as error:
+            except BROKER_ERRORS as error:
                 cause = type(error.__cause__ or error).__name__
                 raise BrokerUnavailable(f"the broker does not let the nodes be asked ({cause})") from None
         return {name: answer for each in said for name, answer in each.items()}

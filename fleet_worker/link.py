@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from kombu import Connection
 
-from fleet_worker.connections import hang_up
+from fleet_worker.connections import HEARTBEAT, hang_up
 
 __all__ = ["Link"]
 
@@ -20,7 +20,8 @@ _BACKOFF = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0)
 class Link:
     """`use` works with a connection until the link is closed; whatever it raises is answered with another connection.
 
-    Nobody waits for it: a broker that is away, slow or frozen only makes it late. `name` says in the log what is.
+    Nobody waits for it: a broker that is away, slow or frozen only makes it late. `name` says in the log what is cut
+    off, if it had worked before.
     """
 
     def __init__(self, name: str, connect: Callable[[], Connection], use: Callable[[Connection], None]) -> None:
@@ -28,6 +29,9 @@ class Link:
         self._connect = connect
         self._use = use
         self._failures = 0
+        self._worked = False
+        self.failure = ""
+        """The kind of the last error."""
         self.closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"fleet-{name}", daemon=True)
 
@@ -36,9 +40,9 @@ class Link:
 
     def works(self) -> None:
         """For `use` to say, once its connection serves."""
-        if self._failures:
+        if self._failures and self._worked:
             log.warning("%s: the broker is back", self._name)
-        self._failures = 0
+        self._failures, self._worked = 0, True
 
     def close(self, timeout: float = 0.0) -> None:
         """End soon; wait for it for so many seconds."""
@@ -49,12 +53,14 @@ class Link:
     def _run(self) -> None:
         while not self.closed.is_set():
             connection = self._connect()
+            connection.heartbeat = HEARTBEAT
             try:
                 self._use(connection)
                 connection.close()
             except Exception as error:
                 hang_up(connection)
-                if not self._failures and not self.closed.is_set():
-                    log.warning("%s: the broker is away (%s)", self._name, type(error).__name__)
+                self.failure = type(error).__name__
+                if self._worked and not self._failures and not self.closed.is_set():
+                    log.warning("%s: the broker is away (%s)", self._name, self.failure)
                 self.closed.wait(_BACKOFF[min(self._failures, len(_BACKOFF) - 1)])
                 self._failures += 1

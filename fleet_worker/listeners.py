@@ -15,12 +15,13 @@ from typing import Any
 from amqp.exceptions import NotFound
 from kombu import Connection
 
+from fleet_worker.connections import open_channel
 from fleet_worker.errors import ReplyLost
 from fleet_worker.lanes import Transport, listening_key
 from fleet_worker.link import Link
 from fleet_worker.running import Running
 
-__all__ = ["SILENT_FOR", "Listeners", "not_listening", "silence_limits"]
+__all__ = ["Listeners", "not_listening"]
 
 log = logging.getLogger(__name__)
 
@@ -32,15 +33,6 @@ ANSWER_WITHIN = 1.0
 """Seconds that a task waits for the answer."""
 TRUSTED_FOR = 10.0
 """Seconds after an outage of the broker in which everybody counts as listening: routers have to come back too."""
-
-SILENT_FOR = 5.0
-"""Seconds without an answer after which a connection to the broker is given up."""
-_LIMITS = {"redis": ("socket_timeout", "socket_connect_timeout"), "amqp": ("read_timeout", "write_timeout")}
-
-
-def silence_limits(transport: Transport) -> dict[str, float]:
-    """The transport options by which a broker that does not answer ends a connection, within SILENT_FOR seconds."""
-    return dict.fromkeys(_LIMITS[transport], SILENT_FOR)
 
 
 @dataclass(slots=True)
@@ -102,7 +94,7 @@ class Listeners:
         return seen if seen and time.monotonic() - seen.moment < BELIEVED[seen.listens] else None
 
     def _look(self, connection: Connection) -> None:
-        channel = connection.channel()
+        channel = open_channel(connection)
         self._begin()
         try:
             next_look = time.monotonic()

@@ -19,10 +19,11 @@ from typing import Any
 from kombu import Connection, Consumer, Queue
 from kombu.transport.redis import Channel as RedisChannel
 
-from fleet_worker.connections import HEARTBEAT, hang_up, open_channel
+from fleet_worker.connections import open_channel
 from fleet_worker.errors import BrokerUnavailable, FleetError, InvalidRequest, RequestTimeout
 from fleet_worker.frames import Accepted, Alive, ChatResponse, Delta, Deltas, EmbedResponse, Failure, Frame, Reply
 from fleet_worker.lanes import listening_key, reply_queue
+from fleet_worker.link import Link
 from fleet_worker.publisher import Publisher
 from fleet_worker.wire import PROTOCOL_VERSION
 
@@ -302,6 +303,7 @@ class ReplyInbox:
         self._also = also
         self._on_listening = listening
         self._connect = connect
+        self._link = Link("the reply queue", connect, self._listen)
         self._queue = reply_queue(name)
         self._take = receive
         self.clock = 0.0
@@ -309,44 +311,26 @@ class ReplyInbox:
         self._back = 0.0
         """When it last began to listen, on this clock."""
         self._listening = threading.Event()
-        self._closed = threading.Event()
-        self._failure = ""
-        self._failures = 0
         self._next_proof = 0.0
-        self._thread = threading.Thread(target=self._run, name="fleet-inbox", daemon=True)
 
     def start(self, timeout: float) -> None:
         """Listen; raises `BrokerUnavailable` if the broker is not there within `timeout` seconds."""
-        self._thread.start()
+        self._link.start()
         if not self._listening.wait(timeout):
-            self._closed.set()
-            raise BrokerUnavailable(f"the broker did not answer within {timeout:g} s ({self._failure or 'no answer'})")
+            self._link.close()
+            cause = self._link.failure or "no answer"
+            raise BrokerUnavailable(f"the broker did not answer within {timeout:g} s ({cause})")
 
     def close(self) -> None:
         """Stop listening and delete the reply queue."""
-        self._closed.set()
-        if self._thread.is_alive():
+        self._link.close()
+        if self._listening.is_set():
             self._wake_up()
-            self._thread.join(timeout=5)
+            self._link.close(timeout=5.0)
 
     def silence(self, since: float) -> float:
         """Seconds for which it has listened without a break since this moment of its clock."""
         return self.clock - max(since, self._back)
-
-    def _run(self) -> None:
-        while not self._closed.is_set():
-            connection = self._connect()
-            connection.heartbeat = HEARTBEAT
-            try:
-                self._listen(connection)
-                connection.close()
-            except Exception as error:
-                hang_up(connection)
-                self._failure = type(error).__name__
-                if self._listening.is_set() and self._failures == 0:
-                    log.warning("the reply queue is cut off: the broker is away (%s)", self._failure)
-                self._closed.wait(_BACKOFF[min(self._failures, len(_BACKOFF) - 1)])
-                self._failures += 1
 
     def _listen(self, connection: Connection) -> None:
         channel = open_channel(connection)
@@ -357,12 +341,11 @@ class ReplyInbox:
             Consumer(channel, [new_queue()], on_message=take, no_ack=True).consume()
         self._drain(connection, 0.01)  # only now kombu's Redis transport subscribes
         self._on_listening(channel)
-        if self._listening.is_set():
-            log.warning("the broker is back, the reply queue is read again")
-        self._failures, self._back, self._next_proof = 0, self.clock, 0.0
+        self._back, self._next_proof = self.clock, 0.0
         self._prove(channel)  # before anything is asked, or a node might take this router for gone
+        self._link.works()
         self._listening.set()
-        while not self._closed.is_set():
+        while not self._link.closed.is_set():
             self._prove(channel)
             before = time.monotonic()
             self._drain(connection, 1.0)

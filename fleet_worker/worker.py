@@ -17,7 +17,7 @@ from fleet_worker.errors import ConfigurationError, FleetError, InstanceUnavaila
 from fleet_worker.intake import Intake
 from fleet_worker.lanes import lane_queue, transport_of
 from fleet_worker.life import Life
-from fleet_worker.listeners import SILENT_FOR, Listeners, silence_limits
+from fleet_worker.listeners import Listeners
 from fleet_worker.logs import name_lines, protect_logs
 from fleet_worker.mlx import DEFAULT_URLS, Health, MLXClient
 from fleet_worker.monitoring import BatchedEvents
@@ -137,8 +137,6 @@ def _node(
 ) -> Node:
     """With its connections to the broker, none of which is opened yet."""
     transport, running = transport_of(settings.broker_url), Running()
-    asking = {"connect_timeout": SILENT_FOR, "transport_options": silence_limits(transport)}
-    hearing = {"connect_timeout": SILENT_FOR, "heartbeat": app.conf.broker_heartbeat}
     return Node(
         settings,
         name=name,
@@ -151,12 +149,9 @@ def _node(
         intake=Intake(app, transport),
         running=running,
         listeners=Listeners(
-            lambda: app.connection_for_read(**asking),
-            transport,
-            running,
-            abandoned_after=settings.worker.abandoned_after,
+            app.connection_for_read, transport, running, abandoned_after=settings.worker.abandoned_after
         ),
-        control=Control(lambda: app.connection_for_read(**hearing), transport, name, running.cancel),
+        control=Control(app.connection_for_read, transport, name, running.cancel),
     )
 
 
