@@ -132,7 +132,10 @@ def test_a_frozen_broker_is_noticed_and_costs_no_frame(broker, caplog):
     with a_stream(broker.url, broker.url) as stream:
         broker.signal(signal.SIGSTOP)
         try:
-            until(lambda: "replies wait" in caplog.text and "the reply queue: the broker is away" in caplog.text, NOTICED_WITHIN)
+            until(
+                lambda: "replies wait" in caplog.text and "the reply queue: the broker is away" in caplog.text,
+                NOTICED_WITHIN,
+            )
         finally:
             broker.signal(signal.SIGCONT)
         stream.goes_on_within(NOTICED_WITHIN)
