@@ -6,6 +6,7 @@ its intervals.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import logging
 import threading
@@ -32,9 +33,9 @@ ALL_WORDS = 1.0
 """Seconds after which every host has answered a router that asked."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class InstanceState:
-    """One MLX server as its host described it last. `status` is available, degraded, unavailable or starting."""
+    """One MLX server as its host described it last: it is available, degraded, unavailable, starting or drained."""
 
     host: str
     name: str
@@ -58,7 +59,7 @@ class InstanceState:
         return self.status == "available"
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class ModelState:
     """One model of one instance as its host described it last."""
 
@@ -142,7 +143,12 @@ class Registry:
         Returns a function that ends the subscription.
         """
         self._subscribers.append(callback)
-        return lambda: self._subscribers.remove(callback)
+
+        def unsubscribe() -> None:
+            with contextlib.suppress(ValueError):  # it was called before
+                self._subscribers.remove(callback)
+
+        return unsubscribe
 
     def wait_for(self, model: str, timeout: float, *, capability: str | None = None) -> list[Offered]:
         """Return the ready offerings of a model as soon as there is one.

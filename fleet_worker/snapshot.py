@@ -21,7 +21,7 @@ __all__ = ["Camera", "SeenInstance", "SeenLane", "SeenModel", "Snapshot", "snaps
 
 @dataclass(frozen=True, slots=True)
 class SeenInstance:
-    """`status` is available, degraded, unavailable or starting."""
+    """`status` is available, degraded, unavailable, starting or drained."""
 
     host: str
     instance: str

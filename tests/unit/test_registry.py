@@ -301,6 +301,7 @@ def test_who_has_ended_its_subscription_is_told_nothing_more(registry, news):
     end = registry.subscribe(others.append)
     say(registry, about_instance())
     end()
+    end()
     say(registry, about_model())
     assert [event.model for event in others] == [READINESS]
     assert len(news) == 2
