@@ -33,13 +33,17 @@ class Intake:
         self._transport = transport
         self.wanted: frozenset[str] = frozenset()
         """The lanes that it is to take work from."""
-        self.lanes: frozenset[str] = frozenset()
-        """Those that it has joined; none while the broker is away."""
+        self._has: frozenset[str] = frozenset()
         self._consumer: Any = None
         self._timer: Any = None
         self._refused: frozenset[str] = frozenset()
         self._settled = threading.Event()
         app.steps["consumer"].add(self._step())
+
+    @property
+    def lanes(self) -> frozenset[str]:
+        """Those of them that it has joined; none while the broker is away."""
+        return self._has & self.wanted
 
     @property
     def held(self) -> int:
@@ -71,7 +75,7 @@ class Intake:
 
             def stop(self, consumer: Any) -> None:
                 """Celery would join the old lanes by itself, all or none."""
-                intake.lanes = frozenset()
+                intake._has = frozenset()
                 intake._app.amqp.queues.deselect(list(intake._app.amqp.queues))
 
         return Lanes
@@ -99,7 +103,7 @@ class Intake:
         for name in self._joined() - wanted:
             self._consumer.cancel_task_queue(name)
         refused = self._join(sorted(wanted - self._joined()))
-        self.lanes = self._joined()
+        self._has = self._joined()
         if wanted is self.wanted:
             self._settled.set()
         return refused

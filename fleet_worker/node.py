@@ -32,6 +32,8 @@ __all__ = ["Node", "lanes_of"]
 
 log = logging.getLogger(__name__)
 
+LANES_CHANGE_WITHIN = 0.5
+"""Seconds that are waited before it is told which lanes it has; what takes longer is told when it is done."""
 LANES_LEFT_WITHIN = 2.0
 """Seconds that leaving the lanes may take, before it counts as done: the broker may be away."""
 
@@ -228,6 +230,7 @@ class Node:
             if left or joined:
                 self._intake.follow(wanted)
                 self._tell(left, joined)
+                self._intake.settled(LANES_CHANGE_WITHIN)
             if before != self.state or self._told_lanes != self.lanes:
                 self._told_lanes = self.lanes
                 self._reporter.tell()

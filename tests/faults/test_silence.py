@@ -11,7 +11,7 @@ from contextlib import closing, contextmanager, suppress
 import pytest
 from kombu import Producer
 
-from fleet_worker import Settings, connections, replies
+from fleet_worker import Settings, connections, link
 from fleet_worker.celery import create_app
 from fleet_worker.control import Control
 from fleet_worker.frames import Alive, Delta, Timings, Usage
@@ -29,7 +29,7 @@ NOTICED_WITHIN = 5.0
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     monkeypatch.setattr(connections, "ANSWER_WITHIN", 1.0)
-    monkeypatch.setattr(replies, "HEARTBEAT", 1.0)
+    monkeypatch.setattr(link, "HEARTBEAT", 1.0)
 
 
 @pytest.fixture
