@@ -74,10 +74,10 @@ def test_nothing_is_sent_after_the_deadline(monkeypatch):
     request = request_of()
     monkeypatch.setattr(time, "time", lambda: request.expires_at)
     with pytest.raises(Expired):
-        Router(Settings(broker_url=f"redis://127.0.0.1:{free_port()}/0"))._publish(request, None)
+        Router(Settings(broker_url=f"redis://127.0.0.1:{free_port()}/0"))._publish(request, None, 1.0)
 
 
 def test_no_request_waits_for_the_broker_beyond_its_deadline():
     router = Router(Settings(broker_url=f"redis://127.0.0.1:{free_port()}/0", router={"connect_timeout": 20}))
     with took_less_than(1.5), pytest.raises(BrokerUnavailable):
-        router._publish(request_of(timeout=0.5), None)
+        router._publish(request_of(timeout=0.5), None, 1.0)
