@@ -17,15 +17,15 @@ from fleet_worker.simulator.server import SimulatedMLX
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve until SIGTERM or SIGINT."""
+    """Serve until SIGTERM or SIGINT (0), or until a fault kills the server (137, as a shell says for SIGKILL)."""
     options = _options(arguments)
-    signals = {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
     with SimulatedMLX(**options) as server:
         sys.stdout.write(json.dumps({"base_url": server.base_url, "pid": os.getpid()}) + "\n")
         sys.stdout.flush()
-        signal.sigwait(signals)
-    return 0
+        server.wait_until_killed()
+    return 128 + signal.SIGKILL
 
 
 def _options(arguments: Sequence[str] | None) -> Mapping[str, Any]:

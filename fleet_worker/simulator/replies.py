@@ -65,6 +65,7 @@ class Reply:
         self.closes = flavour.http10  # the connection ends with this reply
         self.writes: Callable[[Reply, Sequence[bytes]], list[bytes]] | None = None
         self.pause = 0.0  # between two writes of one event
+        self.kill: Callable[[], None] = lambda: None  # the whole server
         self._reader, self._writer = reader, writer
 
     @property
@@ -199,6 +200,13 @@ async def reset(reply: Reply, fault: Fault, chunks: Chunks) -> bool:
     return True
 
 
+async def death(reply: Reply, fault: Fault, chunks: Chunks) -> bool:
+    """The whole server is gone, as by kill -9, for all that it works for; where it is a process, that ends."""
+    reply.kill()
+    await reply.silence()
+    return True
+
+
 async def truncate(reply: Reply, fault: Fault, chunks: Chunks) -> bool:
     """kill -9 of a chunked server, in the middle of an event."""
     await reply.truncate(chunks.delta({"content": " never whole"}))
@@ -310,7 +318,7 @@ ANSWERS: Mapping[str, Callable[[Reply, Fault], Awaitable[bool]]] = {
 }
 INTERRUPTIONS: Mapping[str, Callable[[Reply, Fault, Chunks], Awaitable[bool]]] = {
     function.__name__: function
-    for function in (eof, reset, truncate, freeze, heartbeat_only, error_event, early_error, garbage)
+    for function in (eof, reset, death, truncate, freeze, heartbeat_only, error_event, early_error, garbage)
 }
 ENDINGS: Mapping[str, Callable[[list[bytes]], list[bytes]]] = {
     function.__name__: function for function in (done_without_finish, finish_without_done)

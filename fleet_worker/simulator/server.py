@@ -50,6 +50,10 @@ class SimulatedMLX(Machine):
             self._loop.call_soon_threadsafe(self._killed.set)
             self._thread.join()
 
+    def wait_until_killed(self) -> None:
+        """Return when it is: only a fault, or another thread, can do that."""
+        self._thread.join()
+
     async def _serve(self, listener: socket.socket, listening: threading.Event) -> None:
         self._loop, self._killed = asyncio.get_running_loop(), asyncio.Event()
         self._writers: set[asyncio.StreamWriter] = set()
@@ -86,7 +90,9 @@ class SimulatedMLX(Machine):
         raw = await reader.readexactly(int(length) if length.isdecimal() else 0)
         if headers.get("transfer-encoding") == "chunked" and not self.behaviour.http10:
             raw = await _chunked_body(reader)
-        return Exchange(self, Reply(reader, writer, self.behaviour), Record(method, path, headers), raw)
+        reply = Reply(reader, writer, self.behaviour)
+        reply.kill = self._killed.set
+        return Exchange(self, reply, Record(method, path, headers), raw)
 
 
 async def _chunked_body(reader: asyncio.StreamReader) -> bytes:

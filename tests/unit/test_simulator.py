@@ -914,3 +914,21 @@ def test_the_simulator_runs_as_a_process():
             assert client.get("/simulated/counters").json()["requests"] == 3
         process.send_signal(signal.SIGTERM)
         assert process.wait(5) == 0
+
+
+def test_a_request_can_be_the_death_of_the_whole_process():
+    """At a token of its own; a second stream breaks off with it."""
+    deadly = '[{"kind": "death", "at_token": 3, "contains": "poison"}]'
+    command = [sys.executable, "-m", "fleet_worker.simulator", "--token-interval", "0.01", "--faults", deadly]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        base_url = json.loads(process.stdout.readline())["base_url"]
+        with httpx.Client(base_url=base_url, verify=False) as client:
+            with client.stream("POST", "/v1/chat/completions", json=chat_body(max_tokens=500)) as other:
+                poison = [{"role": "user", "content": "poison"}]
+                text = client.post("/v1/chat/completions", json=chat_body(messages=poison)).text
+                assert text_of(payloads(text)) == "".join(reply_tokens(poison, 3))
+                assert "[DONE]" not in "".join(other.iter_text())
+            assert process.wait(5) == 137
+            with pytest.raises(httpx.ConnectError):
+                client.get("/health")
