@@ -10,6 +10,7 @@ import tempfile
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
@@ -373,11 +374,13 @@ def read(router: Router, fleet: Fleet, of: object, cut: bool, piece: Callable[[]
 def report(what: str, told: Sequence[Told]) -> str:
     """The figures of some streams, printed and returned."""
     gaps = [one.gap for one in told if one.interrupted] or [0.0]
-    errors = sorted({type(one.error).__name__ for one in told if one.error})
+    errors = Counter(type(one.error).__name__ for one in told if one.error)
+    failed = Counter(attempt.error for one in told for attempt in one.attempts if attempt.error)
     text = (
         f"{what}: {len(told)} streams, {sum(one.error is None for one in told)} complete, "
         f"{sum(one.identical for one in told)} identical, {sum(one.interrupted for one in told)} interrupted, "
-        f"their gap p50 {statistics.median(gaps):.2f} s, max {max(gaps):.2f} s; errors: {', '.join(errors) or 'none'}"
+        f"their gap p50 {statistics.median(gaps):.2f} s, max {max(gaps):.2f} s; "
+        f"errors: {dict(errors) or 'none'}; attempts that failed: {dict(failed) or 'none'}"
     )
     print(text)
     return text

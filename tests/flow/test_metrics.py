@@ -47,7 +47,7 @@ def test_a_host_shows_its_slots_and_what_waits_and_then_what_it_did(host, broker
         chatting = [pool.submit(router.chat, CHAT, PROMPT, max_tokens=7, timeout=60) for _ in range(2)]
         while in_lane(broker, chats) < 2:
             time.sleep(0.02)
-        busy = until(url, lambda seen: seen[("fleet_slots_used", NODE)])
+        busy = until(url, lambda seen: seen.get(("fleet_slots_used", NODE)))
         assert busy[("fleet_lane_depth", ("lane", chats))] == 2
         assert busy[("fleet_lane_served", ("lane", chats))] == busy[("fleet_broker_up",)] == 1
         assert busy[("fleet_instance_ready", NODE)] == busy[("fleet_slots", NODE)] == 1
@@ -56,7 +56,7 @@ def test_a_host_shows_its_slots_and_what_waits_and_then_what_it_did(host, broker
     router.embed(EMBED, [SECRET], timeout=20)
     mlx.fail(Fault("eof", at_token=3))
     with pytest.raises(FleetError) as failed:
-        list(router.stream_chat(CHAT, PROMPT, max_tokens=9, timeout=20))
+        list(router.stream_chat(CHAT, PROMPT, max_tokens=9, timeout=20, on_interrupt="fail"))
 
     done = until(url, lambda seen: seen.get(("fleet_errors_total", ("code", failed.value.code), NODE)))
     assert done[("fleet_tokens_total", NODE)] == 150 + 7 + 7 + 3
