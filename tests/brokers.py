@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
@@ -154,6 +155,13 @@ class RabbitMQ:
     def signal(self, number: signal.Signals) -> None:
         """To the script and to all that it has started, which are one process group."""
         os.killpg(self._server.pid, number)
+        while number == signal.SIGSTOP and not self._stopped():  # its threads stop one after the other
+            time.sleep(0.01)
+
+    def _stopped(self) -> bool:
+        states = subprocess.run(["ps", "-A", "-o", "pgid=,stat="], check=True, capture_output=True, text=True).stdout
+        group = [state for pgid, state in map(str.split, states.splitlines()) if pgid == str(self._server.pid)]
+        return all(state.startswith(("T", "Z")) for state in group)
 
     def kill(self) -> None:
         self.signal(signal.SIGKILL)
