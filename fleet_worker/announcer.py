@@ -23,7 +23,7 @@ PAUSE = 0.05
 
 class Announcer:
     """One thread and one connection. `announcements` makes the messages for the kinds that were asked for, at the
-    moment at which they leave; a round that the broker does not take is given up, since the next one says it all.
+    moment at which they leave; of a round that the broker does not take, the kinds are said with the next one.
     """
 
     def __init__(
@@ -43,6 +43,8 @@ class Announcer:
         self.published_at: float | None = None
         """Monotonic seconds at which the broker last took a round."""
         self._failing = False
+        self._owed: frozenset[str] = frozenset()
+        """The kinds of the rounds that were given up since then."""
         self._thread = threading.Thread(target=self._run, name="fleet-announcer", daemon=True)
         self._thread.start()
 
@@ -66,7 +68,7 @@ class Announcer:
                 kinds, self._wanted = self._wanted, frozenset()
             if not kinds:
                 break
-            self._round(kinds)
+            self._round(kinds | self._owed)
             with self._changed:
                 self._changed.wait_for(lambda: self._closed, PAUSE)
         self._publisher.close()
@@ -80,6 +82,7 @@ class Announcer:
                 self._tell(kinds)
         except Exception as error:  # whatever it is, no request has to suffer from it
             self.failures += 1
+            self._owed = kinds
             if not self._failing:
                 log.warning("registry events cannot be published (%s), and are left out", type(error).__name__)
             self._failing = True
@@ -87,7 +90,7 @@ class Announcer:
         else:
             if self._failing:
                 log.warning("registry events are published again")
-            self._failing = False
+            self._failing, self._owed = False, frozenset()
             self.published_at = time.monotonic()
 
     def _tell(self, kinds: frozenset[str]) -> None:

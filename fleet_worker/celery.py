@@ -80,6 +80,9 @@ def create_app(settings: Settings) -> Celery:
         # A node of N slots holds exactly N messages.
         worker_pool="threads",
         worker_prefetch_multiplier=1,
+        # After a lost connection Celery would hold fewer and restore that from the threads of tasks, as these end, in
+        # the middle of what the event loop reads: on RabbitMQ the worker then hears nothing for a minute (seen).
+        worker_enable_prefetch_count_reduction=False,
         task_acks_late=True,
         # Events for Flower. Those of the sender would carry arguments and open a metric series for every router.
         worker_send_task_events=True,

@@ -47,7 +47,7 @@ LONGEST_LOOK = 1.5
 """Seconds of the inbox's clock that one look for messages may count, however long the process was frozen in it."""
 PROVE_EVERY = 1.0
 """Seconds after which an inbox asks the broker whether it is still there."""
-PRESENCE = 15
+PRESENCE = 6
 """Seconds for which Redis remembers that a router listens."""
 _NEVER = float("inf")
 _BACKOFF = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0)

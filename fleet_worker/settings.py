@@ -209,7 +209,7 @@ class Worker(_Group):
     """Reply frames that may wait for the broker; beyond it the tasks, and so the MLX servers, wait."""
     drain_grace: float = Field(30.0, ge=0)
     """Seconds that running requests have to end when a node is stopped; then other nodes go on with them."""
-    abandoned_after: float = Field(20.0, ge=5)
+    abandoned_after: float = Field(18.0, ge=5)
     """Seconds after which the work for a router that no longer listens is stopped."""
 
     @property

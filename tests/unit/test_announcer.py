@@ -175,7 +175,7 @@ def test_rounds_that_fail_are_counted_and_spoken_of_once(announcer, host, heard,
     assert "cannot be published (ConnectionRefusedError)" in caplog.text
     host.away = False
     announcer.announce("b")
-    assert hosts(heard(1)) == ["b"]
+    assert hosts(heard(2)) == ["a", "b"]
     until(lambda: len(caplog.records) == 2)
     assert caplog.records[1].getMessage() == "registry events are published again"
     assert announcer.failures == 5
@@ -209,7 +209,7 @@ def test_a_round_that_failed_twice_is_given_up_and_its_connection_too(announcer,
     assert_no_more(host, [{"a"}, {"a"}])
     host.broken = None
     announcer.announce("b")
-    assert hosts(heard(1)) == ["b"]
+    assert hosts(heard(2)) == ["a", "b"]
     assert (host.connects, announcer.failures) == (3, 1)
 
 
@@ -221,7 +221,7 @@ def test_a_value_that_cannot_be_published_is_a_failure_and_no_more(announcer, ho
     assert "object" not in caplog.text
     host.events = []
     announcer.announce("b")
-    assert hosts(heard(1)) == ["b"]
+    assert hosts(heard(2)) == ["a", "b"]
 
 
 def test_what_is_wanted_at_the_end_is_published_first(host, heard, monkeypatch):
@@ -253,3 +253,15 @@ def test_its_end_closes_its_connection(host, heard):
         heard(1)
         assert opened[0].connected
     assert not opened[0].connected
+
+
+def test_what_the_broker_did_not_take_is_said_with_the_next_round(announcer, host):
+    host.away = True
+    announcer.announce("models")
+    until(lambda: announcer.failures == 1)
+    host.away = False
+    announcer.announce("readiness")
+    until(lambda: announcer.published_at is not None)
+    assert host.rounds[-1] == {"models", "readiness"}
+    announcer.announce("readiness")
+    until(lambda: host.rounds[-1] == {"readiness"})

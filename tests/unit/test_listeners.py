@@ -8,8 +8,10 @@ from kombu import Connection
 
 from fleet_worker import listeners as module
 from fleet_worker.errors import ReplyLost
-from fleet_worker.listeners import Listeners
+from fleet_worker.listeners import LOOK_EVERY, Listeners
+from fleet_worker.replies import PRESENCE
 from fleet_worker.running import Running
+from fleet_worker.settings import Settings
 from tests.clients import took_less_than, until
 
 ROUTER = "llm.fleet.reply.r.60"
@@ -128,3 +130,8 @@ def test_after_an_outage_patience_begins_anew_and_everybody_counts_as_listening(
         until(lambda: not listeners.listens(ROUTER))
         until(lambda: stop.error)
         assert time.monotonic() - back >= 0.35
+
+
+def test_the_work_of_a_router_that_died_is_stopped_within_half_a_minute():
+    longest = PRESENCE + 2 * LOOK_EVERY + Settings().worker.abandoned_after
+    assert longest <= 30
