@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from tenacity import RetryCallState, wait_exponential, wait_random
 
@@ -147,6 +147,11 @@ class Attempts:
             self._close_attempt(error.code, left_over=True)
         return self._end(failure_of(error, self.request, self._next_seq))
 
+    def told(self, code: str | None = None) -> list[dict[str, Any]]:
+        """All attempts, for an error; with a code also the present one, as if that had ended it."""
+        present = [self._present(code)] if code and self.state in ("waiting", "running") else []
+        return [attempt.model_dump() for attempt in [*self.history, *present]]
+
     def _deliver(self, frame: Deltas) -> Deltas:
         if self._resumes:
             self._resumes = False
@@ -159,17 +164,18 @@ class Attempts:
             self._close_attempt(None, left_over=False)
             frame = frame.model_copy(update={"attempts": self.history})
         else:
-            told = [attempt.model_dump() for attempt in self.history]
-            frame = frame.model_copy(update={"metadata": {**frame.metadata, "attempts": told}})
+            frame = frame.model_copy(update={"metadata": {**frame.metadata, "attempts": self.told()}})
         self.state, self.last = "ended", frame
         return frame
 
     def _close_attempt(self, code: str | None, *, left_over: bool) -> None:
-        attempt = self.request.attempt
-        said = sum(len(delta.content or "") for delta in self._deltas())
-        self.history.append(Attempt(attempt=attempt, node=self.node, error=code, delivered=said))
+        self.history.append(self._present(code))
         if left_over:
-            self.leftovers.append(Leftover(self.node, attempt))
+            self.leftovers.append(Leftover(self.node, self.request.attempt))
+
+    def _present(self, code: str | None) -> Attempt:
+        said = sum(len(delta.content or "") for delta in self._deltas())
+        return Attempt(attempt=self.request.attempt, node=self.node, error=code, delivered=said)
 
     def _final(self, error: FleetError, now: float) -> FleetError | None:
         """What the request ends with if there is to be no further attempt."""

@@ -109,12 +109,15 @@ class Flight:
     def late(self) -> FleetError:
         """What a reader is told at its deadline."""
         seconds = self.request.timeout_seconds
-        if self._attempts.node or self._attempts.delivered:
-            return RequestTimeout(f"the answer was not complete within its timeout of {seconds:g} s")
-        return Expired(
-            f"no node took the request within its timeout of {seconds:g} s: none serves {self.request.operation} of "
-            "that model, or all are busy or cut off"
-        )
+        with self._lock:
+            if self._attempts.node or self._attempts.delivered:
+                text = f"the answer was not complete within its timeout of {seconds:g} s"
+                return RequestTimeout(text, attempts=self._attempts.told(RequestTimeout.code))
+            text = (
+                f"no node took the request within its timeout of {seconds:g} s: none serves {self.request.operation} "
+                "of that model, or all are busy or cut off"
+            )
+            return Expired(text, attempts=self._attempts.told(Expired.code))
 
     # --- Its way ---
 

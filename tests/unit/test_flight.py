@@ -302,6 +302,19 @@ def test_at_its_deadline_it_is_over_whoever_reads(fleet):
     assert fleet.read()[0].code == "timeout"
 
 
+def test_who_is_told_that_it_is_too_late_is_told_the_attempts_too(fleet):
+    flight = fleet.flight()
+    assert flight.late().metadata["attempts"] == [{"attempt": 1, "node": None, "error": "expired", "delivered": 0}]
+    flight.receive("a", failure(0, DOWN))
+    fleet.later.now()
+    flight.receive("b", accepted(2))
+    flight.receive("b", deltas(1, "xyz", attempt=2))
+    assert [tuple(each.values()) for each in flight.late().metadata["attempts"]] == [
+        (1, "a", "instance_unavailable", 0),
+        (2, "b", "timeout", 3),
+    ]
+
+
 def test_the_wait_in_the_lane_is_told(fleet):
     flight = fleet.flight()
     flight.receive("a", accepted())
