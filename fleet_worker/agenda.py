@@ -12,6 +12,8 @@ __all__ = ["Agenda"]
 
 log = logging.getLogger(__name__)
 
+NEVER = float("inf")
+
 
 class Agenda:
     """Calls functions at their moment (monotonic seconds), one after the other. They should not take long."""
@@ -19,6 +21,7 @@ class Agenda:
     def __init__(self) -> None:
         self._schedule = sched.scheduler(time.monotonic)
         self._changed = threading.Event()
+        self._sleeps_until = NEVER
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="fleet-agenda", daemon=True)
 
@@ -27,7 +30,8 @@ class Agenda:
 
     def at(self, moment: float, do: Callable[[], object]) -> None:
         self._schedule.enterabs(moment, 0, do)
-        self._changed.set()
+        if moment < self._sleeps_until:
+            self._changed.set()
 
     def soon(self, do: Callable[[], object]) -> None:
         self.at(time.monotonic(), do)
@@ -41,10 +45,12 @@ class Agenda:
 
     def _run(self) -> None:
         while True:
+            self._sleeps_until = NEVER  # what comes from now on wakes the thread, until it knows better
             self._changed.clear()
             left = self._do_what_is_due()
             if self._closed:
                 return
+            self._sleeps_until = NEVER if left is None else time.monotonic() + left
             self._changed.wait(left)
 
     def _do_what_is_due(self) -> float | None:
