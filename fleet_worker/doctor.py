@@ -108,7 +108,7 @@ def sleep_minutes(pmset: str) -> int | None:
 
 def fleet(settings: Settings) -> list[Finding]:
     with connected(settings) as connection:
-        replies = create_app(settings).control.ping(timeout=1.0, connection=connection)
+        replies = create_app(settings).control.ping(timeout=2.0, connection=connection)
     return census([name for reply in replies for name in reply])
 
 

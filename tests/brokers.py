@@ -58,7 +58,8 @@ class Valkey:
         self._server.start()
 
     def stop(self) -> None:
-        self._server.stop()
+        if self._server._process is not None:
+            self._server.stop()
 
     def drop_connections(self) -> None:
         with redis.Redis.from_url(self.url) as client:

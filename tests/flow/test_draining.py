@@ -82,7 +82,7 @@ def test_two_hundred_requests_while_a_node_is_drained_again_and_again(draining, 
 
 
 def test_a_drained_node_finishes_what_it_has_and_takes_no_more_until_it_is_undrained(run, caller, model, nodes):
-    running = caller.begin(model, max_tokens=150)
+    running = caller.begin(model, max_tokens=400)
     name = caller.node(running)
     code, said, _ = run("drain", name)
     assert (code, said) == (0, f"{name} is drained: it takes no more work, 1 request not finished yet\n")
