@@ -38,7 +38,7 @@ from fleet_worker.frames import (
 )
 from fleet_worker.messages import ChatParams, FleetRequest, Resume
 
-__all__ = ["Attempts", "Leftover", "OnInterrupt", "failure_of"]
+__all__ = ["Attempts", "Leftover", "OnInterrupt"]
 
 OnInterrupt = Literal["resume", "fail"]
 State = Literal["waiting", "running", "pausing", "ended"]
@@ -126,7 +126,7 @@ class Attempts:
             self.failed.add(self.node)
         self.pause = _pause_before(self.request.attempt + 1, error)
         if final := self._final(error, now):
-            return self._end(failure_of(final, self.request, self._next_seq))
+            return self._end(self._failure(final))
         self.state = "pausing"
         return None
 
@@ -145,7 +145,7 @@ class Attempts:
             return None
         if self.state != "pausing":
             self._close_attempt(error.code, left_over=True)
-        return self._end(failure_of(error, self.request, self._next_seq))
+        return self._end(self._failure(error))
 
     def told(self, code: str | None = None) -> list[dict[str, Any]]:
         """All attempts, for an error; with a code also the present one, as if that had ended it."""
@@ -167,6 +167,9 @@ class Attempts:
             frame = frame.model_copy(update={"metadata": {**frame.metadata, "attempts": self.told()}})
         self.state, self.last = "ended", frame
         return frame
+
+    def _failure(self, error: FleetError) -> Failure:
+        return Failure.of(error, self.request.request_id, self.request.attempt, self._next_seq)
 
     def _close_attempt(self, code: str | None, *, left_over: bool) -> None:
         self.history.append(self._present(code))
@@ -205,20 +208,6 @@ class Attempts:
 
     def _deltas(self) -> Iterable[Delta]:
         return (delta for frame in self.delivered for delta in frame.deltas)
-
-
-def failure_of(error: FleetError, request: FleetRequest, seq: int = 0) -> Failure:
-    """Return the last frame that says this."""
-    return Failure(
-        id=request.request_id,
-        attempt=request.attempt,
-        seq=seq,
-        code=error.code,
-        message=error.message,
-        error_class=type(error).__name__,
-        retryable=error.retryable,
-        metadata=error.metadata,
-    )
 
 
 def _pause_before(attempt: int, error: FleetError) -> float:

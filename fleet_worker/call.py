@@ -8,7 +8,6 @@ import weakref
 from collections.abc import Callable
 from typing import Self, cast
 
-from fleet_worker.attempts import failure_of
 from fleet_worker.errors import Cancelled, FleetError
 from fleet_worker.flight import Flight
 from fleet_worker.frames import ChatResponse, EmbedResponse, Failure, Frame
@@ -56,7 +55,8 @@ class Call:
         """Want nothing more, from any thread: reading it raises `Cancelled` from now on."""
         self._leave()
         if self._flight and self._mailbox and self._error:
-            self._mailbox.put(failure_of(self._error, self._flight.request))  # ends the wait of its reader
+            request = self._flight.request  # what ends the wait of its reader
+            self._mailbox.put(Failure.of(self._error, request.request_id, request.attempt, 0))
 
     def frame(self) -> Frame:
         """Return the next frame of the answer; raises the error that ended it, every time."""

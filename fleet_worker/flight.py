@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fleet_worker.agenda import Agenda
-from fleet_worker.attempts import Attempts, OnInterrupt, failure_of
+from fleet_worker.attempts import Attempts, OnInterrupt
 from fleet_worker.backlog import Backlog
 from fleet_worker.cancellations import Cancellations
 from fleet_worker.errors import BrokerUnavailable, Cancelled, Expired, FleetError, ReplyOverflow, RequestTimeout
-from fleet_worker.frames import Accepted, Frame
+from fleet_worker.frames import Accepted, Failure, Frame
 from fleet_worker.lanes import direct_lane, lane
 from fleet_worker.mailbox import Mailbox
 from fleet_worker.messages import FleetRequest
@@ -172,7 +172,7 @@ class Flight:
     def _overflow(self, mailbox: Mailbox) -> None:
         waiting = self._services.settings.max_buffered
         error = ReplyOverflow(f"{waiting} deltas and more wait for a reader (router.max_buffered)")
-        mailbox.put(failure_of(error, self.request))
+        mailbox.put(Failure.of(error, self.request.request_id, self.request.attempt, 0))
         self.leave(mailbox)
 
     def _moved(self) -> None:

@@ -145,6 +145,20 @@ class Failure(_Frame):
     retryable: bool
     metadata: dict[str, Any]
 
+    @classmethod
+    def of(cls, error: FleetError, request_id: str, attempt: int, seq: int) -> Failure:
+        """As this error crosses the wire; `error` is the way back."""
+        return cls(
+            id=request_id,
+            attempt=attempt,
+            seq=seq,
+            code=error.code,
+            message=error.message,
+            error_class=type(error).__name__,
+            retryable=error.retryable,
+            metadata=error.metadata,
+        )
+
     def error(self) -> FleetError:
         return FleetError.rebuild(self.code, self.message, retryable=self.retryable, metadata=self.metadata)
 

@@ -88,15 +88,7 @@ class Answer:
         self._sender._append(self, frame(**self._next(), node=self._sender.node, **fields), delay=0.0)
 
     def fail(self, error: FleetError) -> None:
-        failure = Failure(
-            **self._next(),
-            code=error.code,
-            message=error.message,
-            error_class=type(error).__name__,
-            retryable=error.retryable,
-            metadata=error.metadata,
-        )
-        self._sender._append(self, failure, delay=0.0)
+        self._sender._append(self, Failure.of(error, self.id, self.attempt, self._next()["seq"]), delay=0.0)
 
     def alive(self) -> Alive:
         return Alive(id=self.id, attempt=self.attempt, seq=self.appended)
