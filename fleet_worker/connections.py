@@ -14,12 +14,25 @@ from redis.exceptions import AuthenticationError, AuthorizationError, RedisError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-__all__ = ["ANSWER_WITHIN", "BROKER_ERRORS", "HEARTBEAT", "connect", "hang_up", "is_away", "open_channel", "prove"]
+__all__ = [
+    "ANSWER_WITHIN",
+    "BACK_OFF",
+    "BROKER_ERRORS",
+    "HEARTBEAT",
+    "connect",
+    "hang_up",
+    "hear",
+    "is_away",
+    "open_channel",
+    "prove",
+]
 
 ANSWER_WITHIN = 5.0
 """Seconds after which a broker that does not answer counts as lost."""
 HEARTBEAT = 5.0
 """Seconds; RabbitMQ, and whoever consumes from it, count each other as lost after twice as long without a word."""
+BACK_OFF = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0)
+"""Seconds before each further try to reach a broker that is away; the last one from then on."""
 FAREWELL = 0.5
 """Seconds for each answer that is waited for when a connection is closed that failed."""
 
@@ -70,6 +83,12 @@ def open_channel(connection: Connection) -> Any:
     channel = connection.channel()
     bound_open_broker_sockets(connection, ANSWER_WITHIN)
     return channel
+
+
+def hear(connection: Connection, timeout: float) -> None:
+    """Let the consumers of this connection have what arrives first, or nothing after `timeout` seconds."""
+    with contextlib.suppress(TimeoutError):
+        connection.drain_events(timeout=timeout)
 
 
 def prove(connection: Connection, channel: Any) -> None:

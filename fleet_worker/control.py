@@ -6,14 +6,13 @@ ends, which takes up to half a minute, and that is when cancels are needed most.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable
 from typing import Any
 
 from kombu import Connection, Consumer
 
-from fleet_worker.connections import open_channel, prove
+from fleet_worker.connections import hear, open_channel, prove
 from fleet_worker.errors import InvalidRequest
 from fleet_worker.lanes import Transport, cancel_queue
 from fleet_worker.link import Link
@@ -48,15 +47,11 @@ class Control:
         queue = cancel_queue(self._transport)
         channel = open_channel(connection)
         Consumer(channel, [queue], on_message=self._receive, no_ack=True).consume()
-        self._hear(connection, 0.01)  # only now kombu's Redis transport subscribes
+        hear(connection, 0.01)  # only now kombu's Redis transport subscribes
         self._link.works()
         while not self._link.closed.is_set():
-            self._hear(connection, 1.0)
+            hear(connection, 1.0)
             prove(connection, channel)
-
-    def _hear(self, connection: Connection, timeout: float) -> None:
-        with contextlib.suppress(TimeoutError):
-            connection.drain_events(timeout=timeout)
 
     def _receive(self, message: Any) -> None:
         try:

@@ -8,13 +8,11 @@ from collections.abc import Callable
 
 from kombu import Connection
 
-from fleet_worker.connections import HEARTBEAT, hang_up
+from fleet_worker.connections import BACK_OFF, HEARTBEAT, hang_up
 
 __all__ = ["Link"]
 
 log = logging.getLogger(__name__)
-
-_BACKOFF = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0)
 
 
 class Link:
@@ -62,5 +60,5 @@ class Link:
                 self.failure = type(error).__name__
                 if self._worked and not self._failures and not self.closed.is_set():
                     log.warning("%s: the broker is away (%s)", self._name, self.failure)
-                self.closed.wait(_BACKOFF[min(self._failures, len(_BACKOFF) - 1)])
+                self.closed.wait(BACK_OFF[min(self._failures, len(BACK_OFF) - 1)])
                 self._failures += 1

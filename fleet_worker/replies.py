@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import socket
 import threading
 import time
 from collections import OrderedDict, deque
@@ -19,7 +18,7 @@ from typing import Any
 from kombu import Connection, Consumer, Queue
 from kombu.transport.redis import Channel as RedisChannel
 
-from fleet_worker.connections import open_channel
+from fleet_worker.connections import BACK_OFF, hear, open_channel
 from fleet_worker.errors import BrokerUnavailable, FleetError, InvalidRequest, RequestTimeout
 from fleet_worker.frames import Accepted, Alive, ChatResponse, Delta, Deltas, EmbedResponse, Failure, Frame, Reply
 from fleet_worker.lanes import listening_key, reply_queue
@@ -50,7 +49,6 @@ PROVE_EVERY = 1.0
 PRESENCE = 6
 """Seconds for which Redis remembers that a router listens."""
 _NEVER = float("inf")
-_BACKOFF = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0)
 
 
 # --- The node's end --------------------------------------------------------------------------------------------------
@@ -246,7 +244,7 @@ class ReplySender:
         self._publisher.drop()
         if failures == 1:
             log.warning("replies wait: the broker is away (%s)", type(error).__name__)
-        closing = self._closed.wait(_BACKOFF[min(failures, len(_BACKOFF)) - 1])
+        closing = self._closed.wait(BACK_OFF[min(failures, len(BACK_OFF)) - 1])
         refused = not isinstance(error, self._publisher.connection_errors)
         if failures < TRIES or not (closing or refused):
             return True
@@ -331,7 +329,7 @@ class ReplyInbox:
         if self._also:
             new_queue, take = self._also
             Consumer(channel, [new_queue()], on_message=take, no_ack=True).consume()
-        self._drain(connection, 0.01)  # only now kombu's Redis transport subscribes
+        hear(connection, 0.01)  # only now kombu's Redis transport subscribes
         self._on_listening(channel)
         self._back, self._next_proof = self.clock, 0.0
         self._prove(channel)  # before anything is asked, or a node might take this router for gone
@@ -340,7 +338,7 @@ class ReplyInbox:
         while not self._link.closed.is_set():
             self._prove(channel)
             before = time.monotonic()
-            self._drain(connection, 1.0)
+            hear(connection, 1.0)
             self.clock += min(time.monotonic() - before, LONGEST_LOOK)
         with contextlib.suppress(Exception):  # it all expires anyway
             self._leave(consumer, channel)
@@ -363,10 +361,6 @@ class ReplyInbox:
         else:
             self._queue.bind(channel).queue_declare(passive=True)
         self._next_proof = time.monotonic() + PROVE_EVERY
-
-    def _drain(self, connection: Connection, timeout: float) -> None:
-        with contextlib.suppress(socket.timeout):
-            connection.drain_events(timeout=timeout)
 
     def _receive(self, message: Any) -> None:
         try:
