@@ -5,6 +5,7 @@ import pytest
 from fleet_worker import Router, Settings
 from fleet_worker.testing import SimulatedMLX, running_node
 from tests.brokers import BROKERS
+from tests.callers import Caller
 
 CHAT, EMBED = "sim-chat", "sim-embed"
 
@@ -36,6 +37,12 @@ def node(broker, mlx):
     models = {CHAT: {"features": {"vision": True}}, EMBED: {}}
     with running_node(broker.url, base_url=mlx.base_url, limits={"concurrency": 4}, models=models) as process:
         yield process
+
+
+@pytest.fixture
+def caller(broker):
+    with Caller(broker) as caller:
+        yield caller
 
 
 @pytest.fixture

@@ -46,12 +46,6 @@ def model(nodes, mlx):
     return mlx.models[0]
 
 
-@pytest.fixture
-def caller(broker):
-    with Caller(broker) as caller:
-        yield caller
-
-
 def asked(mlx, text):
     """Has the server been asked this?"""
     return any(request.body["messages"][0]["content"] == text for request in work(mlx))

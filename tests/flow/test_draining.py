@@ -15,7 +15,6 @@ from fleet_worker.draining import Draining
 from fleet_worker.errors import InvalidRequest
 from fleet_worker.frames import ChatResponse
 from fleet_worker.testing import SimulatedMLX, running_host
-from tests.callers import Caller
 from tests.clients import until
 
 CLI = Path(sys.executable).with_name("fleet-worker")
@@ -41,12 +40,6 @@ def nodes(broker, mlx):
 @pytest.fixture
 def model(nodes, mlx):
     return mlx.models[0]
-
-
-@pytest.fixture
-def caller(broker):
-    with Caller(broker) as caller:
-        yield caller
 
 
 @pytest.fixture

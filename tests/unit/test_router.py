@@ -25,19 +25,12 @@ from fleet_worker.errors import (
     RequestTimeout,
 )
 from fleet_worker.flight import Services
-from fleet_worker.frames import Accepted, ChatResponse, Delta, Deltas, EmbedResponse, Failure, Timings, Usage
+from fleet_worker.frames import Accepted, ChatResponse, Delta, Deltas, EmbedResponse, Failure
 from fleet_worker.lanes import reply_name
 from fleet_worker.messages import Resume
 from fleet_worker.replies import ReplyInbox
 from tests.clients import HELLO, took_less_than
-
-FACTS = {
-    "node": "n",
-    "instance": "i",
-    "model": "m",
-    "usage": Usage(),
-    "timings": Timings(queue_wait=0.0, duration=1.0),
-}
+from tests.unit.test_attempts import FACTS
 
 
 def accepted():
