@@ -19,6 +19,10 @@ from fleet_worker.simulator.texts import embedding, encoded_embedding
 
 __all__ = ["SimulatedMLX"]
 
+TURNS_TO_BEGIN = 5
+"""Turns of the event loop from the acceptance of a connection to the first line of `_connection`. A server that is
+closed in between forgets the connection without closing it."""
+
 
 class SimulatedMLX(Machine):
     """A simulated MLX server on 127.0.0.1; it serves from `with` to the end of the block."""
@@ -60,6 +64,9 @@ class SimulatedMLX(Machine):
         server = await asyncio.start_server(self._connection, sock=listener, backlog=self.backlog)
         listening.set()
         await self._killed.wait()
+        self._loop.remove_reader(listener)
+        for _ in range(TURNS_TO_BEGIN):
+            await asyncio.sleep(0)
         server.close()
         for writer in self._writers:
             writer.transport.abort()

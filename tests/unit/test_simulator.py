@@ -1,6 +1,7 @@
 """The simulated MLX server: what it puts on the wire, flavour by flavour and fault by fault, and what it counts."""
 
 import base64
+import contextlib
 import json
 import signal
 import socket
@@ -644,6 +645,19 @@ def test_an_old_mlx_lm_is_healthy_and_silent_when_its_thread_has_died():
                 with pytest.raises(TimeoutError):
                     connection.recv(1)
         assert http("GET", server.base_url + "/health").json() == {"status": "ok"}
+
+
+def test_a_kill_closes_the_connections_that_have_just_come_too():
+    """Nobody but the garbage collector would say that one was left open."""
+    with SimulatedMLX() as server:
+        for _ in range(50):
+            clients = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(5)]
+            server.kill()
+            for client in clients:
+                client.settimeout(5)
+                with client, contextlib.suppress(ConnectionResetError):
+                    assert client.recv(1) == b""
+            server.restart()
 
 
 def test_kill_and_restart_on_the_same_port():
