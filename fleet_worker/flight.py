@@ -15,7 +15,7 @@ from fleet_worker.errors import BrokerUnavailable, Cancelled, Expired, FleetErro
 from fleet_worker.frames import Accepted, Failure, Frame
 from fleet_worker.lanes import direct_lane, lane
 from fleet_worker.mailbox import Mailbox
-from fleet_worker.messages import FleetRequest
+from fleet_worker.messages import ChatParams, FleetRequest
 from fleet_worker.replies import ReplyInbox
 from fleet_worker.settings import Router as RouterSettings
 
@@ -186,6 +186,7 @@ class Flight:
         elif attempts.state == "ended":
             self.ended_at = time.monotonic()
             self._readers.clear()
+            self.request = attempts.request = _without_body(attempts.request)
             self._services.ended(self.request.request_id)
 
     # --- In the thread of the agenda ---
@@ -250,3 +251,8 @@ class Flight:
                 self._deliver(self._attempts.lost(now))
                 self._moved()
         return now + max(left, 0.1)
+
+
+def _without_body(request: FleetRequest) -> FleetRequest:
+    """An answer is kept for a while if its request had a key; what was asked, with its images, is not."""
+    return request.model_copy(update={"params": ChatParams.model_construct(messages=[]), "resume": None})

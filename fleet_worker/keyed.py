@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import threading
 import time
 from collections import OrderedDict
@@ -22,33 +24,42 @@ class Keyed:
     def __init__(self, ttl: float) -> None:
         self._ttl = ttl
         self._lock = threading.RLock()
-        self._flights: OrderedDict[str, Flight] = OrderedDict()
+        self._flights: OrderedDict[str, tuple[bytes, Flight]] = OrderedDict()
 
-    def join(self, request: FleetRequest) -> tuple[Flight, Mailbox] | None:
+    def join(self, request: FleetRequest, *how: object) -> tuple[Flight, Mailbox] | None:
         """Join the flight that has the key of this request, if there is one that did not fail.
+
+        `how` is what the caller wants beside the request: on which node, and what becomes of it if it breaks off.
 
         Raises:
             InvalidRequest: the key is that of a request for something else.
         """
+        return self._join(request, _fingerprint(request, how))
+
+    def add(self, flight: Flight, *how: object) -> tuple[Flight, Mailbox] | None:
+        """Let others join this flight, unless there is one to join already, which is returned."""
+        asked = _fingerprint(flight.request, how)
+        with self._lock:
+            joined = self._join(flight.request, asked)
+            if joined is None:
+                self._flights[flight.request.idempotency_key] = asked, flight
+            return joined
+
+    def _join(self, request: FleetRequest, asked: bytes) -> tuple[Flight, Mailbox] | None:
         with self._lock:
             self._forget()
-            flight = self._flights.get(request.idempotency_key)
-            if flight and _asked(flight.request) != _asked(request):
-                raise InvalidRequest("the idempotency_key is that of a request for something else")
+            known, flight = self._flights.get(request.idempotency_key, (asked, None))
+            if known != asked:
+                raise InvalidRequest(
+                    "the idempotency_key is that of a request for something else: its operation, model, instance, "
+                    "node, body or on_interrupt is another one"
+                )
             mailbox = flight and flight.join(request.timeout_seconds)
             return (flight, mailbox) if flight and mailbox else None
 
-    def add(self, flight: Flight) -> tuple[Flight, Mailbox] | None:
-        """Let others join this flight, unless there is one to join already, which is returned."""
-        with self._lock:
-            joined = self.join(flight.request)
-            if joined is None:
-                self._flights[flight.request.idempotency_key] = flight
-            return joined
-
     def _forget(self) -> None:
         """Failed ones at once, answers when they are too old or too many; those under way stay."""
-        ended = {key: flight for key, flight in self._flights.items() if flight.ended_at is not None}
+        ended = {key: flight for key, (_, flight) in self._flights.items() if flight.ended_at is not None}
         too_many = len(ended) - MOST_ANSWERS
         for number, (key, flight) in enumerate(ended.items()):
             too_old = time.monotonic() - (flight.ended_at or 0.0) > self._ttl
@@ -56,5 +67,7 @@ class Keyed:
                 del self._flights[key]
 
 
-def _asked(request: FleetRequest) -> tuple[object, ...]:
-    return request.operation, request.model, request.provider_instance, request.params
+def _fingerprint(request: FleetRequest, how: tuple[object, ...]) -> bytes:
+    """Of all that makes a difference to the answer."""
+    asked = [request.operation, request.model, request.provider_instance, request.params.model_dump(), *how]
+    return hashlib.sha256(json.dumps(asked).encode()).digest()

@@ -26,9 +26,11 @@ _LEAST_LEVELS = {
 
 
 def protect_logs() -> None:
-    """Keep bodies and arguments out of this process's logs and events, and of what `celery inspect` and Flower ask."""
+    """Keep bodies and arguments out of this process's logs and events, and of what `celery inspect` and Flower ask; and
+    alarms out of its logs that are none."""
     _quieten()
     signals.after_setup_logger.connect(_quieten, weak=False)  # --loglevel DEBUG must not undo it
+    logging.getLogger("celery.worker.request").addFilter(_calm)
     # Celery logs up to 1,024 characters of a message that it does not know or cannot decode.
     celery_consumer.dump_body = lambda message, body: f"({len(message.body)}b, not shown)"
     for complaint in ("on_unknown_message", "on_unknown_task", "on_decode_error"):
@@ -57,6 +59,15 @@ def _quieten(loglevel: int | str | None = None, **_: Any) -> None:
     for name, level in _LEAST_LEVELS.items():
         logger = logging.getLogger(name)
         logger.setLevel(max(level, logger.level))
+
+
+def _calm(record: logging.LogRecord) -> bool:
+    """RabbitMQ delivers again what was not acknowledged before its connection was lost. Celery calls that critical."""
+    if str(record.msg).startswith("Couldn't ack "):
+        record.levelno, record.levelname = logging.WARNING, logging.getLevelName(logging.WARNING)
+        record.msg = "the broker was away while a request ran, and delivers it again: harmless, nobody hears it twice"
+        record.args = record.exc_info = None
+    return True
 
 
 def _without_quotes(complain: Callable[..., Any]) -> Callable[..., Any]:

@@ -56,8 +56,12 @@ class Router:
     so; its `metadata["attempts"]` tells where it was tried, as `attempts` of a reply does.
 
     A request that fails on one node in a way that another may not have is tried there, and a stream goes on where it
-    broke off, unless `on_interrupt` is "fail". A request with the `idempotency_key` of one that is under way, or was
-    answered in the last `router.idempotency_ttl` seconds, gets the same answer, and nothing is generated twice.
+    broke off, unless `on_interrupt` is "fail".
+
+    A request with the `idempotency_key` of one that is under way, or was answered in the last `router.idempotency_ttl`
+    seconds, gets the same answer, and nothing is generated twice. It has to be the same request: one for another
+    operation, model, `instance` or `node`, or with another body or `on_interrupt`, is an `InvalidRequest`. `timeout`
+    may differ: it is how long this caller waits, and what it waits for ends at the deadline of the first.
     """
 
     def __init__(self, settings: Settings | None = None) -> None:
@@ -183,12 +187,12 @@ class Router:
     ) -> tuple[Flight, Mailbox]:
         """Submit a request, or join the one that has its key, as a further reader of that."""
         services = self._connected()
-        if has_key and (joined := self._keyed.join(request)):
+        if has_key and (joined := self._keyed.join(request, node, on_interrupt)):
             return joined
         self._admit(request, node, services.backlog)
         flight = Flight(request.submitted_to(services.inbox.name), node, services, on_interrupt=on_interrupt)
         mailbox = flight.join(request.timeout_seconds)
-        if has_key and (joined := self._keyed.add(flight)):
+        if has_key and (joined := self._keyed.add(flight, node, on_interrupt)):
             return joined
         self._flights[request.request_id] = flight
         flight.submit()

@@ -352,8 +352,22 @@ def test_of_two_that_come_at_once_the_second_joins(fleet):
 def test_a_key_of_something_else_is_refused(fleet):
     keyed = Keyed(ttl=60)
     keyed.add(fleet.flight(asked=keyed_request()))
-    with pytest.raises(InvalidRequest, match="idempotency_key"):
-        keyed.join(keyed_request(max_tokens=5))
+    for other in (keyed_request(max_tokens=5), keyed_request().model_copy(update={"model": "other"})):
+        with pytest.raises(InvalidRequest, match="idempotency_key"):
+            keyed.join(other)
+
+
+def test_with_an_answer_only_a_hash_of_its_request_is_kept(fleet):
+    keyed = Keyed(ttl=60)
+    flight = fleet.flight(asked=keyed_request(user="swordfish"))
+    keyed.add(flight)
+    assert "swordfish" in flight.request.model_dump_json()
+    flight.receive("a", response(0))
+    assert keyed.join(keyed_request(user="swordfish"))
+    for each in (flight.request, flight._attempts.request):
+        assert "swordfish" not in each.model_dump_json()
+    with pytest.raises(InvalidRequest):
+        keyed.join(keyed_request(user="another"))
 
 
 def test_a_failure_is_not_kept(fleet):

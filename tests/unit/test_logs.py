@@ -24,8 +24,11 @@ def protected():
     methods = {owner: dict(vars(owner)) for owner in (celery_consumer.Consumer, Request)}
     receivers = list(signals.after_setup_logger.receivers)
     levels = {name: logging.getLogger(name).level for name in LOGGERS}
+    of_requests = logging.getLogger("celery.worker.request")
+    filters = list(of_requests.filters)
     protect_logs()
     yield
+    of_requests.filters = filters
     Panel.data.clear()
     Panel.data.update(panel)
     celery_consumer.dump_body = dump
@@ -158,6 +161,34 @@ def test_a_message_that_is_no_task_is_not_shown(protected, caplog, bad_message):
     bare_consumer.on_unknown_message(SECRET, bad_message(SECRET))
     assert "unknown message" in caplog.text
     assert SECRET not in caplog.text
+
+
+class CutOff:
+    """A channel whose connection was lost."""
+
+    no_ack_consumers = None
+
+    def basic_ack(self, *_, **__):
+        raise ConnectionResetError
+
+
+def acknowledge_too_late(request):
+    """As a worker does when a task ends whose connection is gone."""
+    headers = {"id": "r-2", "task": "fleet.chat"}
+    message = Message("[[], {}, {}]", 1, "application/json", "utf-8", channel=CutOff(), headers=headers)
+    Request(message, on_ack=message.ack_log_error, app=request.app, connection_errors=(ConnectionError,)).acknowledge()
+
+
+def test_without_protection_a_message_that_cannot_be_acknowledged_is_an_alarm(caplog, request_of_a_worker):
+    """Else the next test proves nothing."""
+    acknowledge_too_late(request_of_a_worker)
+    assert [record.levelname for record in caplog.records] == ["CRITICAL"]
+
+
+def test_a_message_that_cannot_be_acknowledged_is_no_alarm(protected, caplog, request_of_a_worker):
+    acknowledge_too_late(request_of_a_worker)
+    (record,) = caplog.records
+    assert (record.levelname, record.exc_info, "harmless" in record.getMessage()) == ("WARNING", None, True)
 
 
 def test_events_name_the_lane_of_a_task_and_never_its_arguments(protected, request_of_a_worker):

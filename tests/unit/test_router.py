@@ -248,6 +248,34 @@ def test_on_interrupt_is_one_of_two_words(fleet, ask):
         ask(fleet, on_interrupt="retry")
 
 
+# --- Requests with a key
+
+
+def test_the_same_request_with_the_same_key_is_not_sent_again(fleet, ask):
+    fleet.answers = [[accepted(), response("the answer")]]
+    asked = {"idempotency_key": "k", "on_interrupt": "fail", "node": "n", "max_tokens": 5}
+    first = ask(fleet, timeout=5, **asked)
+    assert ask(fleet, timeout=9, priority="high", **asked) == first
+    assert fleet.attempts == [1]
+
+
+@pytest.mark.parametrize(
+    "other", [{"max_tokens": 6}, {"node": "n"}, {"instance": "local"}, {"on_interrupt": "fail"}], ids=str
+)
+@pytest.mark.parametrize("answered", [True, False])
+def test_another_request_with_the_same_key_is_refused(fleet, other, answered):
+    """Whether the first one was answered or is under way; and the text says nothing of either."""
+    fleet.answers = [[accepted(), response("the answer")] if answered else []]
+    with fleet.router.stream_chat("m", HELLO, idempotency_key="secret key"):
+        with pytest.raises(InvalidRequest, match="idempotency_key") as refused:
+            stream(fleet, idempotency_key="secret key", timeout=2, **other)
+        with pytest.raises(InvalidRequest):
+            fleet.router.chat("m", HELLO, idempotency_key="secret key")
+    assert "secret key" not in str(refused.value)
+    assert HELLO[0]["content"] not in str(refused.value)
+    assert fleet.attempts == [1]
+
+
 def test_a_reply_with_a_gap_is_tried_again(fleet, read):
     fleet.answers = [[accepted()], [accepted(), deltas("b"), response()]]
     publish = fleet.router._publish

@@ -19,8 +19,13 @@ OPTED_IN = {"enabled": True, "respond_to_requests": True, "capabilities": ["chat
 TABLE = "[instances.local.models]"
 
 
+TEMPLATE = {"chat_template": __file__}
+"""Any text that can be read."""
+
+
 def examined(**instance):
     values = {"fleet": OPTED_IN, "models": {"sim-chat": {}}, **instance}
+    values["models"] = {name: TEMPLATE | model for name, model in values["models"].items()}
     return instances(Settings(instances={"local": values}))
 
 
@@ -72,7 +77,7 @@ def test_a_server_that_is_down_is_an_error_and_hides_nothing_of_the_others():
             Settings(
                 instances={
                     "down": {"base_url": f"http://127.0.0.1:{free_port()}", "fleet": OPTED_IN},
-                    "fine": {"base_url": mlx.base_url, "fleet": OPTED_IN, "models": {"sim-chat": {}}},
+                    "fine": {"base_url": mlx.base_url, "fleet": OPTED_IN, "models": {"sim-chat": TEMPLATE}},
                 }
             )
         )
@@ -186,6 +191,28 @@ def test_mlx_lm_has_no_embeddings():
     models = {"bge": {"backend": "default_model", "features": ["embedding"]}}
     assert_complaint(listed("mlx_lm", models, fleet=everything), "warning", "no embeddings")
     assert complaints(listed("mlx_openai", models | {"bge": {"backend": "sim-chat"}}, fleet=everything)) == []
+
+
+@pytest.mark.parametrize(
+    ("template", "fault"), {None: "'sim-chat' is not found", "/none.jinja": "cannot be read from /none.jinja"}.items()
+)
+def test_mlx_lm_goes_on_with_a_stream_by_a_template(template, fault):
+    findings = listed("mlx_lm", {"sim-chat": {"chat_template": template}})
+    assert_complaint(findings, "warning", "template of model 'sim-chat'", fault, "only at temperature 0")
+    assert f"{TABLE[:-1]}.'sim-chat']" in findings[-1].advice
+
+
+def test_a_template_beside_the_model_is_found(tmp_path):
+    mine = {"mine": {"backend": "default_model", "chat_template": None}}
+    assert_complaint(listed("mlx_lm", mine, [str(tmp_path)]), "warning", "'mine' is not found")
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}", "utf-8")
+    assert complaints(listed("mlx_lm", mine, [str(tmp_path)])) == []
+
+
+def test_nobody_else_needs_a_template():
+    without = {"sim-chat": {"chat_template": None}}
+    assert complaints(listed("vllm_batched", without)) == []
+    assert complaints(listed("mlx_lm", without, fleet={**OPTED_IN, "capabilities": ["chat"]})) == []
 
 
 def test_what_the_configuration_cannot_mean_is_told():
