@@ -32,7 +32,7 @@ __all__ = ["Node", "lanes_of"]
 
 log = logging.getLogger(__name__)
 
-LANES_CHANGE_WITHIN = 0.5
+LANES_JOINED_WITHIN = 0.5
 """Seconds that are waited before it is told which lanes it has; what takes longer is told when it is done."""
 LANES_LEFT_WITHIN = 2.0
 """Seconds that leaving the lanes may take, before it counts as done: the broker may be away."""
@@ -161,7 +161,7 @@ class Node:
     def wait_until_idle(self, timeout: float) -> bool:
         """Wait until all that was taken is done, or for so many seconds; tell whether it is."""
         ends = time.monotonic() + timeout
-        self._intake.settled(min(timeout, LANES_LEFT_WITHIN))
+        self._intake.settled(LANES_LEFT_WITHIN)  # or something might begin after all
         while self.sender.wait_until_idle(max(0.0, ends - time.monotonic())) and time.monotonic() < ends:
             if not self.held:
                 return True
@@ -230,7 +230,8 @@ class Node:
             if left or joined:
                 self._intake.follow(wanted)
                 self._tell(left, joined)
-                self._intake.settled(LANES_CHANGE_WITHIN)
+            if joined:  # what it leaves is not among its lanes any more, whenever that is done
+                self._intake.settled(LANES_JOINED_WITHIN)
             if before != self.state or self._told_lanes != self.lanes:
                 self._told_lanes = self.lanes
                 self._reporter.tell()
