@@ -12,7 +12,7 @@ from typing import Any
 
 from fleet_worker import __version__
 from fleet_worker.control import Control
-from fleet_worker.errors import FleetError, InstanceUnavailable, ModelNotServed
+from fleet_worker.errors import ConfigurationError, FleetError, InstanceUnavailable, ModelNotServed
 from fleet_worker.intake import Intake
 from fleet_worker.lanes import direct_lane, lane
 from fleet_worker.listeners import Listeners
@@ -115,7 +115,11 @@ class Node:
         self._reporter.start()
 
     def reload(self, settings: Settings) -> bool:
-        """Follow new settings of what is offered; False if anything else of it changed, which takes a new process."""
+        """Follow new settings of what is offered; False if anything else of it changed, which takes a new process.
+
+        Raises:
+            ConfigurationError: with them it would offer nothing; it keeps what it has.
+        """
         instance = settings.instances.get(self.instance)
         if instance is None or not instance.opted_in:
             return False
@@ -123,8 +127,7 @@ class Node:
             return False
         offerings = offerings_of(instance, settings.features, self._reported)
         if not offerings:
-            log.error("%s would have nothing to offer, and keeps what it has", self.name)
-            return True
+            raise ConfigurationError("it would have nothing to offer")
         self.settings, self.offerings = settings, offerings
         self._readiness.has(offerings)
         self._follow()
