@@ -99,9 +99,11 @@ def test_a_server_that_cannot_go_on_begins_again_at_temperature_0(flavour):
 
 @pytest.mark.parametrize("flavour", ["mlx_lm", "openai"])
 def test_a_server_that_cannot_go_on_is_not_asked_at_another_temperature(flavour):
+    """But another one may be of a kind that can, or have the template."""
     with served(flavour) as (server, client):
-        with pytest.raises(StreamInterrupted):
+        with pytest.raises(StreamInterrupted) as raised:
             joined(client, after(5), temperature=WARM)
+        assert raised.value.retryable
         assert server.requests == []
 
 
@@ -188,8 +190,9 @@ def test_a_warm_answer_with_reasoning_goes_on_with_its_visible_text(continuing, 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_a_warm_answer_cannot_go_on_with_reasoning_alone(continuing, flavour):
     with continuing(flavour) as (server, client):
-        with pytest.raises(StreamInterrupted):
+        with pytest.raises(StreamInterrupted) as raised:
             client.stream(resume=Resume(reasoning="Hm", tokens=1), temperature=WARM)
+        assert not raised.value.retryable
         assert server.requests == []
 
 
