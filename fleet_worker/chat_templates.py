@@ -27,11 +27,16 @@ def chat_template(offering: Offering, listed: Callable[[], Iterable[str]], *, to
     """
     named = offering.settings.chat_template
     if named:
-        return _text(named.expanduser())
-    for folder in _folders(offering.backend, listed):
-        if template := _template_in(folder, tools=tools):
-            return template
-    return None
+        template = _text(named.expanduser())
+    else:
+        found = (_template_in(folder, tools=tools) for folder in _folders(offering.backend, listed))
+        template = next(filter(None, found), None)
+    if not template:
+        log.warning(
+            "no chat template of %s is found, so no answer of it can be continued here: name its file as chat_template",
+            offering.model,
+        )
+    return template
 
 
 def left_open(template: str, *, before: str = "") -> str:

@@ -49,7 +49,7 @@ def ways(
     for an answer with reasoning, which no server can be given back.
 
     Raises:
-        StreamInterrupted: there is no way.
+        StreamInterrupted: there is no way; retryable if another server may have one.
     """
     body = chat_body(params, offering, quirks)
     left = body["max_tokens"] - (quirks.hides_length or 0) - resume.tokens
@@ -64,7 +64,8 @@ def ways(
     if exact:
         found.append(Way(body, Seam("", again=resume.content, reasoning=resume.reasoning), None))
     if not found:
-        raise StreamInterrupted("this MLX server cannot go on with what was delivered")
+        # Reasoning alone is nothing to go on with for any server.
+        raise StreamInterrupted("this MLX server cannot go on with what was delivered", retryable=bool(resume.content))
     return found
 
 

@@ -83,10 +83,11 @@ class Life:
         try:
             settings = Settings()
             settings.serving()
+            followed = self._node.reload(settings)
         except ConfigurationError as error:
             log.error("%s keeps its old configuration: %s", name, error.message)
             return
-        if self._node.reload(settings):
+        if followed:
             log.info("%s follows the new configuration", name)
         else:
             log.warning("%s ends: its new configuration needs a new process", name)

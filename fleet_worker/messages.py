@@ -214,9 +214,10 @@ class FleetRequest(Wire):
         """Return the validated envelope.
 
         Raises:
-            InvalidRequest: it is no valid envelope, or larger than `max_bytes` of JSON.
+            InvalidRequest: it is no valid envelope, or larger than `max_bytes` of JSON, not counting what was delivered
+                of its answer: the caller's part was not too large before.
         """
-        check_size(raw, max_bytes)
+        check_size({**raw, "resume": None} if isinstance(raw, dict) else raw, max_bytes)
         return cls.build(raw)
 
     @classmethod

@@ -12,7 +12,7 @@ from typing import Any
 
 from fleet_worker import __version__
 from fleet_worker.control import Control
-from fleet_worker.errors import FleetError, InstanceUnavailable, ModelNotServed
+from fleet_worker.errors import ConfigurationError, FleetError, InstanceUnavailable, ModelNotServed
 from fleet_worker.intake import Intake
 from fleet_worker.lanes import direct_lane, lane
 from fleet_worker.listeners import Listeners
@@ -32,7 +32,7 @@ __all__ = ["Node", "lanes_of"]
 
 log = logging.getLogger(__name__)
 
-LANES_CHANGE_WITHIN = 0.5
+LANES_JOINED_WITHIN = 0.5
 """Seconds that are waited before it is told which lanes it has; what takes longer is told when it is done."""
 LANES_LEFT_WITHIN = 2.0
 """Seconds that leaving the lanes may take, before it counts as done: the broker may be away."""
@@ -115,7 +115,11 @@ class Node:
         self._reporter.start()
 
     def reload(self, settings: Settings) -> bool:
-        """Follow new settings of what is offered; False if anything else of it changed, which takes a new process."""
+        """Follow new settings of what is offered; False if anything else of it changed, which takes a new process.
+
+        Raises:
+            ConfigurationError: with them it would offer nothing; it keeps what it has.
+        """
         instance = settings.instances.get(self.instance)
         if instance is None or not instance.opted_in:
             return False
@@ -123,8 +127,7 @@ class Node:
             return False
         offerings = offerings_of(instance, settings.features, self._reported)
         if not offerings:
-            log.error("%s would have nothing to offer, and keeps what it has", self.name)
-            return True
+            raise ConfigurationError("it would have nothing to offer")
         self.settings, self.offerings = settings, offerings
         self._readiness.has(offerings)
         self._follow()
@@ -161,7 +164,7 @@ class Node:
     def wait_until_idle(self, timeout: float) -> bool:
         """Wait until all that was taken is done, or for so many seconds; tell whether it is."""
         ends = time.monotonic() + timeout
-        self._intake.settled(min(timeout, LANES_LEFT_WITHIN))
+        self._intake.settled(LANES_LEFT_WITHIN)  # or something might begin after all
         while self.sender.wait_until_idle(max(0.0, ends - time.monotonic())) and time.monotonic() < ends:
             if not self.held:
                 return True
@@ -230,7 +233,8 @@ class Node:
             if left or joined:
                 self._intake.follow(wanted)
                 self._tell(left, joined)
-                self._intake.settled(LANES_CHANGE_WITHIN)
+            if joined:  # what it leaves is not among its lanes any more, whenever that is done
+                self._intake.settled(LANES_JOINED_WITHIN)
             if before != self.state or self._told_lanes != self.lanes:
                 self._told_lanes = self.lanes
                 self._reporter.tell()

@@ -105,7 +105,7 @@ def kind_of(http_version: str, headers: Mapping[str, str], health: Any) -> str:
 
 def chat_body(params: ChatParams, offering: Offering, quirks: Quirks) -> dict[str, Any]:
     """The body for one server: always streaming (only a stream can be stopped), always with explicit limits."""
-    given = params.model_dump(exclude_none=True)
+    given = params.model_dump(exclude={"messages"}, exclude_none=True)
     given["messages"] = [_message(message) for message in params.messages]
     given["max_tokens"] = params.max_tokens or params.max_completion_tokens or offering.settings.max_output_tokens
     given.setdefault("temperature", offering.settings.temperature)

@@ -21,8 +21,6 @@ class EventStream:
         self._rest = b""
         self._data: list[bytes] = []
         self._held = 0
-        self.comments = 0
-        """Comment lines (`: keepalive`) seen: prefill progress on mlx_lm.server, mere heartbeats on vllm-mlx."""
 
     def feed(self, received: bytes) -> list[bytes]:
         """Return the data of each event that is now complete.
@@ -48,8 +46,6 @@ class EventStream:
                 events.append(self._data[0] if len(self._data) == 1 else b"\n".join(self._data))
                 self._data = []
                 self._held = 0
-            elif line.startswith(b":"):
-                self.comments += 1
         return events
 
     def end(self) -> list[bytes]:

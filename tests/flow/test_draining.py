@@ -15,7 +15,7 @@ from fleet_worker.draining import Draining
 from fleet_worker.errors import InvalidRequest
 from fleet_worker.frames import ChatResponse
 from fleet_worker.testing import SimulatedMLX, running_host
-from tests.clients import until
+from tests.clients import took_less_than, until
 
 CLI = Path(sys.executable).with_name("fleet-worker")
 WITHIN = 20.0
@@ -89,6 +89,13 @@ def test_a_drained_node_finishes_what_it_has_and_takes_no_more_until_it_is_undra
     run("drain", other)
     assert isinstance(caller.last(again := caller.submit(model, max_tokens=2)), ChatResponse)
     assert caller.node(again) == name
+
+
+def test_nodes_answer_at_once_and_leave_their_lanes_after_it(draining, caller, model):
+    """The thread that answers is the one that leaves them."""
+    assert isinstance(caller.last(caller.submit(model, max_tokens=2)), ChatResponse)
+    with took_less_than(0.4):
+        assert [each.drained for each in draining.drain(["one@mini", "two@mini"])] == [True, True]
 
 
 def test_what_has_not_ended_when_a_drain_has_waited_long_enough_is_handed_over(run, caller, model):

@@ -72,6 +72,7 @@ def test_a_wrong_configuration_changes_nothing(reloadable, router):
     node.signal(signal.SIGHUP)
     node.wait_for("would have nothing to offer", WITHIN)
     assert router.chat("m", HELLO, max_tokens=1, timeout=20).model == "m"
+    assert "follows the new configuration" not in node.output
 
 
 def test_what_a_running_node_cannot_change_ends_it_warmly(reloadable, router):

@@ -112,9 +112,15 @@ def test_the_default_model_is_the_folder_that_its_server_lists(tmp_path):
 @pytest.mark.parametrize(
     "config", ["", "[]", "{", "{}", '{"chat_template": 5}', '{"chat_template": [5]}', '{"chat_template": null}']
 )
-def test_a_model_without_one(tmp_path, config):
+def test_a_model_without_one_is_logged_with_what_to_do(tmp_path, config, caplog):
     (tmp_path / "tokenizer_config.json").write_text(config, "utf-8")
     assert of(str(tmp_path)) is None
+    assert "name its file as chat_template" in caplog.text
+
+
+def test_a_file_that_is_named_and_not_there_is_logged(tmp_path, caplog):
+    assert of(str(tmp_path), chat_template=tmp_path / "missing") is None
+    assert "no chat template of m is found" in caplog.text
 
 
 def test_templates_that_are_code_are_none(tmp_path):

@@ -440,6 +440,11 @@ def test_the_size_of_a_request_is_that_of_its_json_in_bytes(content):
         validate_params("chat", params, max_bytes=size - 1)
 
 
+def test_what_was_delivered_of_an_answer_does_not_make_its_request_too_large():
+    begun = envelope(operation="stream_chat", resume={"content": "x" * 2000, "reasoning": "", "tokens": 500})
+    assert decode(begun, max_bytes=1000).resume.tokens == 500
+
+
 def test_too_large_an_envelope_is_refused_before_it_is_looked_at():
     with pytest.raises(InvalidRequest, match="max_body_bytes"):
         decode({"nonsense": "x" * 2000}, max_bytes=2000)

@@ -31,21 +31,19 @@ def cut(draw, whole):
 def read(pieces):
     stream = EventStream()
     events = [event for piece in pieces for event in stream.feed(piece)]
-    return events + stream.end(), stream.comments
+    return events + stream.end()
 
 
 def by_the_book(stream):
     """What the specification says of a whole stream, written another way."""
-    events, data, comments = [], [], 0
+    events, data = [], []
     for line in [*re.split(rb"\r\n|\n|\r", stream), b""]:
-        if line.startswith(b":"):
-            comments += 1
-        elif found := re.fullmatch(rb"data: ?(.*)", line, re.DOTALL):
+        if found := re.fullmatch(rb"data: ?(.*)", line, re.DOTALL):
             data.append(found[1])
         elif line == b"" and data:
             events.append(b"\n".join(data))
             data = []
-    return events, comments
+    return events
 
 
 @given(cut(streams))
@@ -72,13 +70,13 @@ def written(draw):
 @given(written(), st.data())
 def test_what_was_written_is_read_whole(case, data):
     events, stream = case
-    assert read(data.draw(cut(st.just(stream))))[0] == events
+    assert read(data.draw(cut(st.just(stream)))) == events
 
 
 @given(st.lists(texts.map(lambda text: json.dumps({"content": text}, ensure_ascii=False)), min_size=1), st.data())
 def test_a_stream_of_json_with_odd_characters_stays_json(payloads, data):
     stream = "".join(f"data: {payload}\r\n\r\n" for payload in payloads).encode()
-    events, _ = read(data.draw(cut(st.just(stream))))
+    events = read(data.draw(cut(st.just(stream))))
     assert [json.loads(event) for event in events] == [json.loads(payload) for payload in payloads]
 
 
@@ -114,21 +112,20 @@ def test_an_event_that_ends_with_lone_returns_waits_for_one_byte_at_most():
 
 
 def test_one_space_after_the_colon_is_not_data():
-    assert read([b"data:a\n\ndata: a\n\ndata:  a\n\n"])[0] == [b"a", b"a", b" a"]
+    assert read([b"data:a\n\ndata: a\n\ndata:  a\n\n"]) == [b"a", b"a", b" a"]
 
 
 def test_lines_of_one_event_are_joined():
-    assert read([b"data: {\ndata:\ndata: }\n\n"])[0] == [b"{\n\n}"]
+    assert read([b"data: {\ndata:\ndata: }\n\n"]) == [b"{\n\n}"]
 
 
 def test_an_event_without_data_is_none():
-    assert read([b"event: ping\nid: 1\n\n\n\n"])[0] == []
+    assert read([b"event: ping\nid: 1\n\n\n\n"]) == []
 
 
-def test_comments_are_counted_and_interrupt_nothing():
+def test_comments_interrupt_nothing():
     stream = EventStream()
     assert stream.feed(b": keepalive 1/4\n\ndata: a\n: keepalive 2/4\ndata: b\n\n:\n") == [b"a\nb"]
-    assert stream.comments == 3
 
 
 @pytest.mark.parametrize(
