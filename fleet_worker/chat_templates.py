@@ -3,40 +3,38 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fleet_worker.offerings import Offering
+from fleet_worker.settings import Model
 
-__all__ = ["chat_template", "left_open"]
-
-log = logging.getLogger(__name__)
+__all__ = ["ChatTemplate", "chat_template", "left_open"]
 
 _HUB = "~/.cache/huggingface/hub"
 
 
-def chat_template(offering: Offering, listed: Callable[[], Iterable[str]], *, tools: bool) -> str | None:
-    """Return the Jinja text of the model's own template, or None if this machine does not have it.
+@dataclass(frozen=True, slots=True)
+class ChatTemplate:
+    """The Jinja text of a model's own template; some models have another one for requests with tools."""
+
+    default: str
+    tool_use: str
+
+
+def chat_template(model: Model, backend: str, reported: Iterable[str]) -> ChatTemplate | None:
+    """Return the model's own template, or None if this machine does not have it.
 
     It is what `chat_template` of the model's settings names; else it lies beside the model, in the folder or in the
-    Hugging Face cache that `backend` names. For `default_model` that is the folder which the server, asked for its
-    models by `listed`, names by an absolute path: the one of its command line.
+    Hugging Face cache that `backend` names. For `default_model` that is the folder which the server, by what it
+    `reported`, names by an absolute path: the one of its command line.
     """
-    named = offering.settings.chat_template
-    if named:
-        template = _text(named.expanduser())
-    else:
-        found = (_template_in(folder, tools=tools) for folder in _folders(offering.backend, listed))
-        template = next(filter(None, found), None)
-    if not template:
-        log.warning(
-            "no chat template of %s is found, so no answer of it can be continued here: name its file as chat_template",
-            offering.model,
-        )
-    return template
+    if model.chat_template:
+        text = _text(model.chat_template.expanduser())
+        return ChatTemplate(text, text) if text else None
+    return next(filter(None, map(_template_in, _folders(backend, reported))), None)
 
 
 def left_open(template: str, *, before: str = "") -> str:
@@ -53,9 +51,9 @@ def left_open(template: str, *, before: str = "") -> str:
     )
 
 
-def _folders(backend: str, listed: Callable[[], Iterable[str]]) -> Iterable[Path]:
+def _folders(backend: str, reported: Iterable[str]) -> Iterable[Path]:
     if backend == "default_model":
-        return (Path(name) for name in listed() if Path(name).is_absolute())
+        return (Path(name) for name in reported if Path(name).is_absolute())
     folder = Path(backend).expanduser()
     return [folder if folder.is_dir() else _snapshot(backend)]
 
@@ -68,24 +66,22 @@ def _snapshot(repository: str) -> Path:
     return model / "snapshots" / (_text(model / "refs" / "main") or "none").strip()
 
 
-def _template_in(folder: Path, *, tools: bool) -> str | None:
+def _template_in(folder: Path) -> ChatTemplate | None:
     """As transformers reads it: a file of its own counts more than a key of the tokenizer's configuration."""
     try:
         config: Any = json.loads(_text(folder / "tokenizer_config.json") or "{}")
         if "chat_template_type" in config:  # mlx_lm renders these in Python
             return None
-        template = _text(folder / "chat_template.jinja") or config.get("chat_template")
-        if isinstance(template, list):
-            texts = {each["name"]: each["template"] for each in template}
-            template = texts.get("tool_use" if tools else "default") or texts.get("default")
+        said = _text(folder / "chat_template.jinja") or config.get("chat_template")
+        texts = {each["name"]: each["template"] for each in said} if isinstance(said, list) else {"default": said}
+        found = ChatTemplate(texts["default"], texts.get("tool_use", texts["default"]))
     except (ValueError, TypeError, KeyError, AttributeError):
-        log.warning("the tokenizer_config.json of a model cannot be read: its answers cannot be continued")
         return None
-    return template if isinstance(template, str) else None
+    return found if isinstance(found.default, str) and isinstance(found.tool_use, str) else None
 
 
 def _text(path: Path) -> str | None:
     try:
         return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError):
+    except (OSError, UnicodeDecodeError, ValueError):  # ValueError: no path at all
         return None

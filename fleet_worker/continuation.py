@@ -39,9 +39,7 @@ class Way:
         return self.left is not None and self.seam.new >= self.left
 
 
-def ways(
-    params: ChatParams, offering: Offering, quirks: Quirks, resume: Resume, template: Callable[[], str | None]
-) -> list[Way]:
+def ways(params: ChatParams, offering: Offering, quirks: Quirks, resume: Resume) -> list[Way]:
     """Return what to try, in this order, to go on with an answer; nothing if its tokens are used up.
 
     The server goes on where the last word begins that was delivered, or where the text ends; or it begins at the
@@ -60,7 +58,7 @@ def ways(
     exact = body["temperature"] == 0
     found: list[Way] = []
     if resume.content and not (exact and resume.reasoning):
-        found += _joining(body, offering, quirks, resume, template, left, exact=exact)
+        found += _joining(body, offering, quirks, resume, left, exact=exact)
     if exact:
         found.append(Way(body, Seam("", again=resume.content, reasoning=resume.reasoning), None))
     if not found:
@@ -70,16 +68,8 @@ def ways(
 
 
 def _joining(
-    body: dict[str, Any],
-    offering: Offering,
-    quirks: Quirks,
-    resume: Resume,
-    template: Callable[[], str | None],
-    left: int,
-    *,
-    exact: bool,
+    body: dict[str, Any], offering: Offering, quirks: Quirks, resume: Resume, left: int, *, exact: bool
 ) -> Iterator[Way]:
-    known = template() if quirks.continues == "template" else None
     delivered, stop = resume.content, body.get("stop", ())
     word = before_last_word(delivered)
     for cut in sorted({word, len(delivered)}):
@@ -88,7 +78,7 @@ def _joining(
             continue
         # A token is at least a byte, so this is enough for what is said again.
         limit = left + (quirks.hides_length or 0) + len(again.encode())
-        asked = continued_body({**body, "max_tokens": limit}, delivered[:cut], offering, quirks, known)
+        asked = continued_body({**body, "max_tokens": limit}, delivered[:cut], offering, quirks)
         if asked:
             yield Way(asked, Seam(delivered, again=again, stop=stop, guesses=not again), left)
 

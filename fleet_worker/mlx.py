@@ -6,7 +6,6 @@ are listed and not there. Everything foreign becomes one of our errors, and noth
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -28,7 +27,6 @@ from tenacity import (
 )
 
 from fleet_worker.chat_stream import ChatAnswer, ChatStream
-from fleet_worker.chat_templates import chat_template
 from fleet_worker.chunks import usage_of
 from fleet_worker.clock import Clock
 from fleet_worker.continuation import Continuation, Way, ways
@@ -147,16 +145,7 @@ class MLXClient:
             inside = offering.settings.starts_in_reasoning and way.replays
             return self._stream(way.body, self._clock(deadline, stop), splitter=ThinkingSplitter(starts_inside=inside))
 
-        def listed() -> list[str]:
-            try:
-                return self.models(deadline=deadline, stop=stop)
-            except RequestTimeout:
-                raise RequestTimeout("the MLX server did not name its models in time", retryable=True) from None
-
-        def template() -> str | None:
-            return chat_template(offering, listed, tools=bool(params.tools))
-
-        return Continuation(ways(params, offering, self._quirks, resume, template), resume, ask)
+        return Continuation(ways(params, offering, self._quirks, resume), resume, ask)
 
     @contextmanager
     def _stream(self, body: dict[str, Any], clock: Clock, *, splitter: ThinkingSplitter | None) -> Iterator[ChatStream]:
@@ -200,12 +189,9 @@ class MLXClient:
         params = ChatParams.model_validate({**_CANARY, "max_tokens": tokens})
         self.chat(params, offering, deadline=deadline, stop=stop)
 
-    def models(self, *, deadline: float = math.inf, stop: Stop | None = None) -> list[str]:
-        """Return the ids that `GET /v1/models` reports: a hint (a disk cache, an empty body, or one absolute path).
-
-        The server has `clocks.connect` for it.
-        """
-        clock = self._clock(min(deadline, time.monotonic() + self._instance.clocks.connect), stop)
+    def models(self) -> list[str]:
+        """Return the ids that `GET /v1/models` reports: a hint (a disk cache, an empty body, or one absolute path)."""
+        clock = self._clock(time.monotonic() + self._instance.clocks.connect)
         with self._response("GET", "/v1/models", clock) as response:
             raise_for_status(response, clock)
             content = _read(response, clock)

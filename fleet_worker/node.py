@@ -22,7 +22,7 @@ from fleet_worker.readiness import Readiness, State
 from fleet_worker.replies import ReplySender
 from fleet_worker.reports import NodeReport, Reporter, reported_model, socket_path
 from fleet_worker.running import Running
-from fleet_worker.servers import QUIRKS
+from fleet_worker.servers import QUIRKS, lacks_template
 from fleet_worker.settings import Instance, Settings
 from fleet_worker.stop import Stop
 from fleet_worker.tally import Tally
@@ -67,6 +67,7 @@ class Node:
         self.mlx = mlx
         self.offerings = offerings
         self._reported = reported
+        self._without_template: set[str] = set()
         self.sender = sender
         self.state = State("starting")
         self.running = running
@@ -76,6 +77,7 @@ class Node:
         self._told_lanes: frozenset[str] = frozenset()
         self._lock = threading.Lock()
         self._following = threading.Lock()
+        self._offering = threading.Lock()
         self._at_work = 0
         self.handed_over = 0
         """Requests that other nodes had to go on with, since it was drained."""
@@ -109,6 +111,7 @@ class Node:
 
     def start(self) -> None:
         log.info("%s found a %s server at %s", self.name, self.server, self.mlx.url)
+        self._warn_of_templates()
         self._control.start()
         self.listeners.start()
         self._watch.start()
@@ -125,11 +128,9 @@ class Node:
             return False
         if _fixed(settings, instance) != _fixed(self.settings, self.instance_settings):
             return False
-        offerings = offerings_of(instance, settings.features, self._reported)
-        if not offerings:
+        if not self._offer(settings=settings):
             raise ConfigurationError("it would have nothing to offer")
-        self.settings, self.offerings = settings, offerings
-        self._readiness.has(offerings)
+        self._readiness.has(self.offerings)
         self._follow()
         return True
 
@@ -212,16 +213,30 @@ class Node:
         return next((each for name, each in self.offerings.items() if name not in missing), None)
 
     def _models_reported(self, reported: list[str]) -> None:
-        instance, self._reported = self.instance_settings, reported
-        if not instance.models:
-            if found := offerings_of(instance, self.settings.features, reported):
-                self.offerings = found
-        elif reported and QUIRKS[self.server].lists_models:
+        self._offer(reported=reported)
+        if self.instance_settings.models and reported and QUIRKS[self.server].lists_models:
             there = {name for name, each in self.offerings.items() if each.backend in reported}
             self._readiness.has(there)
             for name in self.offerings.keys() - there:
                 self._readiness.lacks(name)
         self._follow()
+
+    def _offer(self, *, settings: Settings | None = None, reported: Sequence[str] | None = None) -> bool:
+        """Offer what follows from what is new; False, and all stays as it is, if that is nothing."""
+        with self._offering:
+            settings, reported = settings or self.settings, self._reported if reported is None else reported
+            offerings = offerings_of(settings.instances[self.instance], settings.features, reported)
+            if offerings:
+                self.settings, self._reported, self.offerings = settings, reported, offerings
+                self._warn_of_templates()
+            return bool(offerings)
+
+    def _warn_of_templates(self) -> None:
+        """Once for each model, until its template is found, and missing again."""
+        without = {name for name, each in self.offerings.items() if lacks_template(each, QUIRKS[self.server])}
+        for model in sorted(without - self._without_template):
+            log.warning("no chat template of %s is found: streams of it do not go on here (see doctor)", model)
+        self._without_template = without
 
     def _follow(self) -> None:
         """Make the lanes follow the truth."""

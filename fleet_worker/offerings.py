@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePath
 
 from fleet_worker.capabilities import Feature, features_of, serves
+from fleet_worker.chat_templates import ChatTemplate, chat_template
 from fleet_worker.errors import ModelNotServed, UnsupportedCapability
 from fleet_worker.messages import ChatParams, FleetRequest
 from fleet_worker.settings import Capability, Instance, Model
@@ -23,6 +24,8 @@ class Offering:
     settings: Model
     features: Mapping[str, Feature]
     capabilities: tuple[Capability, ...]
+    template: ChatTemplate | None = field(default=None, repr=False)
+    """The model's own, if this machine has it."""
 
 
 def offerings_of(instance: Instance, provider: Mapping[str, bool], reported: Iterable[str]) -> dict[str, Offering]:
@@ -31,6 +34,7 @@ def offerings_of(instance: Instance, provider: Mapping[str, bool], reported: Ite
     Only a hint is reported: mlx_lm.server lists the disk cache of its host, or an absolute path, of which only the
     last part becomes the public name.
     """
+    reported = list(reported)
     found = {_public_name(backend): Model(backend=backend) for backend in reported}
     models = instance.models or {name: model for name, model in found.items() if instance.lets_pass(name)}
     offerings = {}
@@ -38,7 +42,9 @@ def offerings_of(instance: Instance, provider: Mapping[str, bool], reported: Ite
         features = features_of(name, model, instance, provider)
         capabilities = tuple(each for each in instance.capabilities if serves(features, each))
         if capabilities:
-            offerings[name] = Offering(name, model.backend or name, model, features, capabilities)
+            backend = model.backend or name
+            template = chat_template(model, backend, reported)
+            offerings[name] = Offering(name, backend, model, features, capabilities, template)
     return offerings
 
 

@@ -6,12 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 
-from fleet_worker.chat_templates import chat_template
 from fleet_worker.errors import FleetError, RequestTimeout, Unauthorized
 from fleet_worker.findings import Finding, at_once
 from fleet_worker.mlx import DEFAULT_URLS, Health, MLXClient
 from fleet_worker.offerings import Offering, offerings_of
-from fleet_worker.servers import QUIRKS
+from fleet_worker.servers import QUIRKS, lacks_template
 from fleet_worker.settings import Instance, Settings
 
 __all__ = ["WITHIN", "identity", "instances", "models", "slots"]
@@ -123,9 +122,8 @@ def models(
     yield from _backends(
         title, kind, {name: model.backend or name for name, model in instance.models.items()}, reported
     )
-    if instance.models and QUIRKS[kind].continues == "template":
-        for offering in offered.values():
-            yield from _template(title, offering, reported)
+    if instance.models:
+        yield from (_no_template(title, each) for each in offered.values() if lacks_template(each, QUIRKS[kind]))
 
 
 def _backends(title: str, kind: str, backends: Mapping[str, str], reported: Sequence[str]) -> Iterator[Finding]:
@@ -143,9 +141,7 @@ def _backends(title: str, kind: str, backends: Mapping[str, str], reported: Sequ
             yield Finding("warning", title, found, 'backend = "default_model" is what the server was started with')
 
 
-def _template(title: str, offering: Offering, reported: Sequence[str]) -> Iterator[Finding]:
-    if "stream_chat" not in offering.capabilities or chat_template(offering, lambda: reported, tools=False):
-        return
+def _no_template(title: str, offering: Offering) -> Finding:
     model, named = offering.model, offering.settings.chat_template
     fault = f"cannot be read from {named}" if named else "is not found"
     found = f"the chat template of model {model!r} {fault}: streams that broke off go on here only at temperature 0"
@@ -153,4 +149,4 @@ def _template(title: str, offering: Offering, reported: Sequence[str]) -> Iterat
         f'under [{title}.models.{model!r}] say chat_template = "FILE", with its Jinja text; or as backend its folder '
         "or its name in the Hugging Face cache, with which the server was started"
     )
-    yield Finding("warning", title, found, advice)
+    return Finding("warning", title, found, advice)

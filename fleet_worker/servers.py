@@ -24,7 +24,16 @@ from fleet_worker.errors import (
 from fleet_worker.messages import ChatParams, Message
 from fleet_worker.offerings import Offering
 
-__all__ = ["QUIRKS", "Quirks", "chat_body", "continued_body", "error_for", "finish_reason", "kind_of"]
+__all__ = [
+    "QUIRKS",
+    "Quirks",
+    "chat_body",
+    "continued_body",
+    "error_for",
+    "finish_reason",
+    "kind_of",
+    "lacks_template",
+]
 
 _COMMON = frozenset({"messages", "max_tokens", "temperature", "top_p", "stop", "tools"})
 _MLX_LM = _COMMON | {
@@ -120,12 +129,10 @@ def chat_body(params: ChatParams, offering: Offering, quirks: Quirks) -> dict[st
     return {**body, "model": offering.backend, "stream": True, "stream_options": {"include_usage": True}}
 
 
-def continued_body(
-    body: dict[str, Any], partial: str, offering: Offering, quirks: Quirks, template: str | None
-) -> dict[str, Any] | None:
+def continued_body(body: dict[str, Any], partial: str, offering: Offering, quirks: Quirks) -> dict[str, Any] | None:
     """The body by which a server goes on with `partial`, the beginning of its answer to `body`; None if none does.
 
-    `template` is the model's own chat template: mlx_lm.server refuses the flags that others take, with a 404.
+    mlx_lm.server needs the model's own chat template for it: it refuses the flags that others take, with a 404.
     """
     turn = {"role": "assistant", "content": partial}
     longer = {**body, "messages": [*body["messages"], turn]}
@@ -136,11 +143,17 @@ def continued_body(
             return {**longer, "messages": [*body["messages"], {**turn, "partial": True}]}
         case "always":
             return {**body, "messages": _with_more_of_the_last_turn(body["messages"], partial)}
-        case "template" if template:
+        case "template" if offering.template:
+            template = offering.template.tool_use if "tools" in body else offering.template.default
             # The prompt ends inside of an open tag; what was delivered is visible text.
             closing = "\n</think>\n\n" if offering.settings.starts_in_reasoning else ""
             return _with_template_kwargs(longer, chat_template=left_open(template, before=closing))
     return None
+
+
+def lacks_template(offering: Offering, quirks: Quirks) -> bool:
+    """Would it take the model's chat template to go on with a stream of it here, and is that not found?"""
+    return quirks.continues == "template" and "stream_chat" in offering.capabilities and not offering.template
 
 
 def _with_template_kwargs(body: dict[str, Any], **kwargs: Any) -> dict[str, Any]:

@@ -180,7 +180,7 @@ def select_instance(settings: Settings, node_name: str) -> tuple[str, Instance]:
 
 
 def _find_server_of(instance: Instance, timeout: float) -> tuple[MLXClient, str, list[str]]:
-    """Wait for the MLX server; return its client, what kind it is, and what it reports if no models are configured.
+    """Wait for the MLX server; return its client, what kind it is, and what it reports as its models.
 
     Raises:
         InstanceUnavailable: it did not become ready within `timeout` seconds.
@@ -188,7 +188,17 @@ def _find_server_of(instance: Instance, timeout: float) -> tuple[MLXClient, str,
     url, health = _find_server(instance, timeout)
     server = health.server if instance.server == "auto" else instance.server
     client = MLXClient(instance, url, server=server)
-    return client, server, [] if instance.models else client.models()
+    return client, server, _reported(client, instance)
+
+
+def _reported(client: MLXClient, instance: Instance) -> list[str]:
+    """Without it a node whose models are configured can begin all the same."""
+    try:
+        return client.models()
+    except FleetError:
+        if instance.models:
+            return []
+        raise
 
 
 def _find_server(instance: Instance, timeout: float) -> tuple[str, Health]:

@@ -1,15 +1,13 @@
 """Where the chat template of a model is found, and how it is made to leave the last turn open."""
 
 import json
-import logging
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fleet_worker.chat_templates import chat_template, left_open
-from fleet_worker.offerings import offerings_of
-from fleet_worker.settings import Instance, Model
+from fleet_worker.settings import Model
 
 jinja = pytest.importorskip("jinja2.sandbox", reason="it comes with mlx-lm")
 
@@ -54,9 +52,9 @@ def test_the_partial_text_stands_where_the_answer_begins(before, after, partial,
 # --- Found
 
 
-def of(backend, *, listed=(), tools=False, **model):
-    offering = offerings_of(Instance(models={"m": Model(backend=backend, **model)}), {}, ())["m"]
-    return chat_template(offering, lambda: list(listed), tools=tools)
+def of(backend, *, reported=(), tools=False, **model):
+    found = chat_template(Model(**model), backend, reported)
+    return found and (found.tool_use if tools else found.default)
 
 
 def folder_with(folder, template="the template", **files):
@@ -101,34 +99,21 @@ def test_it_lies_in_the_hugging_face_cache(tmp_path, monkeypatch, variable):
     assert of("somebody/another-model") is None
 
 
-def test_the_default_model_is_the_folder_that_its_server_lists(tmp_path):
+def test_the_default_model_is_the_folder_that_its_server_reports(tmp_path):
     """mlx_lm.server lists the cache by names, and the folder of its command line by its path."""
     folder = folder_with(tmp_path / "model")
-    assert of("default_model", listed=["somebody/some-model", str(folder)]) == "the template"
-    assert of("default_model", listed=["somebody/some-model"]) is None
+    assert of("default_model", reported=["somebody/some-model", str(folder)]) == "the template"
+    assert of("default_model", reported=["somebody/some-model"]) is None
     assert of("default_model") is None
 
 
 @pytest.mark.parametrize(
     "config", ["", "[]", "{", "{}", '{"chat_template": 5}', '{"chat_template": [5]}', '{"chat_template": null}']
 )
-def test_a_model_without_one_is_logged_with_what_to_do(tmp_path, config, caplog):
+def test_a_model_may_have_none(tmp_path, config):
     (tmp_path / "tokenizer_config.json").write_text(config, "utf-8")
     assert of(str(tmp_path)) is None
-    assert "name its file as chat_template" in caplog.text
-
-
-def test_a_file_that_is_named_and_not_there_is_logged(tmp_path, caplog):
-    assert of(str(tmp_path), chat_template=tmp_path / "missing") is None
-    assert "no chat template of m is found" in caplog.text
 
 
 def test_templates_that_are_code_are_none(tmp_path):
     assert of(str(folder_with(tmp_path / "model", chat_template_type="deepseek_v32"))) is None
-
-
-def test_a_configuration_that_cannot_be_read_is_logged(tmp_path, caplog):
-    (tmp_path / "tokenizer_config.json").write_text("{", "utf-8")
-    with caplog.at_level(logging.WARNING):
-        assert of(str(tmp_path)) is None
-    assert "cannot be continued" in caplog.text

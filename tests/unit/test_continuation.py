@@ -1,14 +1,13 @@
 """A stream that broke off is continued by every flavour of the simulated server as if nothing had happened."""
 
-import time
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 
 import pytest
 
-from fleet_worker.errors import ConnectionFailure, InvalidRequest, Overloaded, RequestTimeout, StreamInterrupted
+from fleet_worker.errors import ConnectionFailure, InvalidRequest, Overloaded, StreamInterrupted
 from fleet_worker.messages import Resume
 from fleet_worker.simulator import CHAT_TEMPLATE, FLAVOURS, Fault, reply_tokens
-from tests.clients import HELLO, SOON, Client, answering, said, served, stopped, took_less_than
+from tests.clients import HELLO, said, served
 
 TOKENS = reply_tokens(HELLO, 100)
 WHOLE = "".join(TOKENS)
@@ -327,34 +326,3 @@ def test_omni_goes_on_with_the_callers_own_last_turn():
         own = {"role": "assistant", "content": "Once upon"}
         client.stream([*HELLO, own], resume=Resume(content=" a time there", tokens=3))
         assert server.requests[0].body["messages"] == [*HELLO, {**own, "content": "Once upon a time"}]
-
-
-# --- A server that does not say what it runs
-
-
-@pytest.fixture
-def silent():
-    """A client of a server that answers nobody, and has to be asked for its model."""
-
-    @contextmanager
-    def started(**clocks):
-        with answering("") as url, closing(Client(url, model={"backend": "default_model"}, clocks=clocks)) as client:
-            yield client
-
-    return started
-
-
-def test_a_request_is_stopped_while_its_server_is_asked_for_its_model(silent):
-    with silent(connect=20) as client, stopped(client.stream, resume=after(5)):
-        time.sleep(0.2)
-
-
-def test_its_deadline_counts_while_its_server_is_asked_for_its_model(silent):
-    with silent(connect=20) as client, took_less_than(0.3 + SOON), pytest.raises(RequestTimeout):
-        client.stream(resume=after(5), seconds=0.3)
-
-
-def test_another_server_may_say_in_time_which_model_it_has(silent):
-    with silent(connect=0.1) as client, pytest.raises(RequestTimeout) as raised:
-        client.stream(resume=after(5))
-    assert raised.value.retryable

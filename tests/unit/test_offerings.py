@@ -102,6 +102,13 @@ def test_a_model_is_offered_for_what_it_can_do_and_the_instance_may():
     assert offerings(*names, usage={"inference": False, "embedding": False}) == {}
 
 
+def test_an_offering_carries_the_template_of_its_model(tmp_path):
+    (tmp_path / "chat_template.jinja").write_text(SECRET, "utf-8")
+    offered = offerings(str(tmp_path), models={"m": {"backend": "default_model"}, "other": {}})
+    assert (offered["m"].template.default, offered["other"].template) == (SECRET, None)
+    assert SECRET not in repr(offered["m"])
+
+
 def test_features_come_from_model_instance_and_provider():
     offered = offerings(models={"m": {"features": ["tools"]}}, features=["vision"], provider={"thinking": True})["m"]
     sources = {name: feature.source for name, feature in offered.features.items() if feature.value}

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from itertools import product
 from typing import get_args
 
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleet_worker.chat_templates import left_open
+from fleet_worker.chat_templates import ChatTemplate, left_open
 from fleet_worker.errors import (
     ContextLengthExceeded,
     InstanceUnavailable,
@@ -25,10 +26,13 @@ from fleet_worker.servers import QUIRKS, chat_body, continued_body, error_for, f
 from fleet_worker.settings import Instance, Model, Server
 
 SECRET = "swordfish"
+TEMPLATE = ChatTemplate("the model's own", "with tools")
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
 
 
-def offering(**model):
-    return offerings_of(Instance(models={"m": Model(backend="default_model", **model)}), {}, ())["m"]
+def offering(template=None, **model):
+    found = offerings_of(Instance(models={"m": Model(backend="default_model", **model)}), {}, ())["m"]
+    return replace(found, template=template)
 
 
 def body_for(kind, *, model=None, **params):
@@ -162,17 +166,30 @@ def test_what_a_caller_says_to_the_template_itself_wins():
 def test_every_server_has_its_way_to_go_on(kind, turn, kwargs):
     body = body_for(kind, chat_template_kwargs={"enable_thinking": False})
     known = body.get("chat_template_kwargs", {})
-    continued = continued_body(body, "Hi and", offering(), QUIRKS[kind], "the model's own")
+    continued = continued_body(body, "Hi and", offering(TEMPLATE), QUIRKS[kind])
     assert continued["messages"] == [*body["messages"], {"role": "assistant", "content": "Hi and", **turn}]
     assert continued.get("chat_template_kwargs", {}) == {**known, **kwargs}
     assert continued.keys() - {"chat_template_kwargs"} == body.keys() - {"chat_template_kwargs"}
 
 
+@pytest.mark.parametrize(
+    ("params", "own"),
+    [
+        ({}, "the model's own"),
+        ({"tools": TOOLS}, "with tools"),
+        ({"tools": TOOLS, "tool_choice": "none"}, "the model's own"),
+    ],
+)
+def test_the_template_is_that_of_the_request(params, own):
+    continued = continued_body(body_for("mlx_lm", **params), "Hi and", offering(TEMPLATE), QUIRKS["mlx_lm"])
+    assert continued["chat_template_kwargs"]["chat_template"] == left_open(own)
+
+
 def test_a_server_without_a_way_to_go_on_is_not_asked():
-    assert continued_body(body_for("openai"), "Hi", offering(), QUIRKS["openai"], "its own") is None
-    assert continued_body(body_for("mlx_lm"), "Hi", offering(), QUIRKS["mlx_lm"], None) is None
-    seeing = offering(features={"vision": True})
-    assert continued_body(body_for("mlx_openai"), "Hi", seeing, QUIRKS["mlx_openai"], None) is None
+    assert continued_body(body_for("openai"), "Hi", offering(TEMPLATE), QUIRKS["openai"]) is None
+    assert continued_body(body_for("mlx_lm"), "Hi", offering(), QUIRKS["mlx_lm"]) is None
+    seeing = offering(TEMPLATE, features={"vision": True})
+    assert continued_body(body_for("mlx_openai"), "Hi", seeing, QUIRKS["mlx_openai"]) is None
 
 
 # --- Who answers
