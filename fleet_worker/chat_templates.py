@@ -27,14 +27,15 @@ class ChatTemplate:
 def chat_template(model: Model, backend: str, reported: Iterable[str]) -> ChatTemplate | None:
     """Return the model's own template, or None if this machine does not have it.
 
-    It is what `chat_template` of the model's settings names; else it lies beside the model, in the folder or in the
-    Hugging Face cache that `backend` names. For `default_model` that is the folder which the server, by what it
-    `reported`, names by an absolute path: the one of its command line.
+    It lies beside the model, in the folder or in the Hugging Face cache that `chat_template` of the model's settings
+    names, or else `backend`; `chat_template` may also be its file. For `default_model` that is the folder which the
+    server, by what it `reported`, names by an absolute path: the one of its command line.
     """
-    if model.chat_template:
-        text = _text(model.chat_template.expanduser())
-        return ChatTemplate(text, text) if text else None
-    return next(filter(None, map(_template_in, _folders(backend, reported))), None)
+    if model.chat_template is None and backend == "default_model":
+        names = [name for name in reported if Path(name).is_absolute()]
+    else:
+        names = [model.chat_template or backend]
+    return next(filter(None, map(_template_at, names)), None)
 
 
 def left_open(template: str, *, before: str = "") -> str:
@@ -51,11 +52,12 @@ def left_open(template: str, *, before: str = "") -> str:
     )
 
 
-def _folders(backend: str, reported: Iterable[str]) -> Iterable[Path]:
-    if backend == "default_model":
-        return (Path(name) for name in reported if Path(name).is_absolute())
-    folder = Path(backend).expanduser()
-    return [folder if folder.is_dir() else _snapshot(backend)]
+def _template_at(name: str) -> ChatTemplate | None:
+    """Of a file, a folder or a model of the Hugging Face cache."""
+    path = Path(name).expanduser()
+    if text := _text(path):
+        return ChatTemplate(text, text)
+    return _template_in(path if path.is_dir() else _snapshot(name))
 
 
 def _snapshot(repository: str) -> Path:
@@ -74,7 +76,8 @@ def _template_in(folder: Path) -> ChatTemplate | None:
             return None
         said = _text(folder / "chat_template.jinja") or config.get("chat_template")
         texts = {each["name"]: each["template"] for each in said} if isinstance(said, list) else {"default": said}
-        found = ChatTemplate(texts["default"], texts.get("tool_use", texts["default"]))
+        more = _text(folder / "additional_chat_templates" / "tool_use.jinja")
+        found = ChatTemplate(texts["default"], more or texts.get("tool_use", texts["default"]))
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
     return found if isinstance(found.default, str) and isinstance(found.tool_use, str) else None

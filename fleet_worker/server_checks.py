@@ -143,10 +143,10 @@ def _backends(title: str, kind: str, backends: Mapping[str, str], reported: Sequ
 
 def _no_template(title: str, offering: Offering) -> Finding:
     model, named = offering.model, offering.settings.chat_template
-    fault = f"cannot be read from {named}" if named else "is not found"
+    fault = f"is not found by chat_template = {named!r}" if named else "is not found"
     found = f"the chat template of model {model!r} {fault}: streams that broke off go on here only at temperature 0"
     advice = (
-        f'under [{title}.models.{model!r}] say chat_template = "FILE", with its Jinja text; or as backend its folder '
-        "or its name in the Hugging Face cache, with which the server was started"
+        f"under [{title}.models.{model!r}] say as chat_template what the server was started with: the folder of the "
+        "model, or its name in the Hugging Face cache of this user; or name a file with the Jinja text"
     )
     return Finding("warning", title, found, advice)

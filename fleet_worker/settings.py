@@ -69,9 +69,10 @@ class Model(_Group):
     """Length of an embedding, checked in every reply if set."""
     starts_in_reasoning: bool = False
     """True if the chat template itself opens `<think>`, so that the output begins inside of it."""
-    chat_template: Path | None = None
-    """File with the Jinja template that this server uses for the model. mlx_lm.server needs it to go on with an answer
-    that another server began; it is found by itself where `backend` names a folder or a model of the local cache."""
+    chat_template: str | None = Field(None, min_length=1)
+    """What the server was started with: the folder of the model, or its name in the local Hugging Face cache; or a file
+    with its Jinja template. mlx_lm.server needs it to go on with an answer that another server began; it is found by
+    itself where `backend` names the same, or the server a folder."""
     features: Features = {}
 
 

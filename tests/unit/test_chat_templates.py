@@ -67,8 +67,10 @@ def test_the_settings_name_it(tmp_path):
     named = tmp_path / "named.jinja"
     named.write_text("named", "utf-8")
     folder = folder_with(tmp_path / "model")
-    assert of(str(folder), chat_template=named) == "named"
-    assert of(str(folder), chat_template=tmp_path / "missing") is None
+    assert of(str(folder), chat_template=str(named)) == "named"
+    assert of(str(folder), chat_template=str(tmp_path / "missing")) is None
+    assert of("default_model", chat_template=str(folder)) == "the template"
+    assert of("default_model", chat_template=str(tmp_path)) is None
 
 
 def test_it_lies_in_the_folder_of_the_model(tmp_path):
@@ -83,6 +85,10 @@ def test_a_model_may_have_another_one_for_tools(tmp_path):
     folder = folder_with(tmp_path / "model", both)
     assert (of(str(folder)), of(str(folder), tools=True)) == ("plain", "with tools")
     assert of(str(folder_with(tmp_path / "other", both[:1])), tools=True) == "plain"
+    third = folder_with(tmp_path / "third", "plain")
+    (third / "additional_chat_templates").mkdir()
+    (third / "additional_chat_templates" / "tool_use.jinja").write_text("with tools", "utf-8")
+    assert (of(str(third)), of(str(third), tools=True)) == ("plain", "with tools")
 
 
 @pytest.mark.parametrize("variable", ["HF_HUB_CACHE", "HF_HOME", "HOME"])
@@ -96,6 +102,7 @@ def test_it_lies_in_the_hugging_face_cache(tmp_path, monkeypatch, variable):
     (model / "refs").mkdir()
     (model / "refs" / "main").write_text("abc", "utf-8")
     assert of("somebody/some-model") == "the template"
+    assert of("default_model", chat_template="somebody/some-model") == "the template"
     assert of("somebody/another-model") is None
 
 

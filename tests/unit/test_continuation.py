@@ -19,7 +19,7 @@ WARM = 0.7
 def template(tmp_path):
     path = tmp_path / "template.jinja"
     path.write_text(CHAT_TEMPLATE, "utf-8")
-    return path
+    return str(path)
 
 
 @pytest.fixture

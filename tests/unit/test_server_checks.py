@@ -194,7 +194,8 @@ def test_mlx_lm_has_no_embeddings():
 
 
 @pytest.mark.parametrize(
-    ("template", "fault"), {None: "'sim-chat' is not found", "/none.jinja": "cannot be read from /none.jinja"}.items()
+    ("template", "fault"),
+    {None: "'sim-chat' is not found", "/none.jinja": "is not found by chat_template = '/none.jinja'"}.items(),
 )
 def test_mlx_lm_goes_on_with_a_stream_by_a_template(template, fault):
     findings = listed("mlx_lm", {"sim-chat": {"chat_template": template}})

@@ -19,6 +19,7 @@ OF_THE_EXAMPLE = {
     "instances.local.fleet.respond_to_requests",
     "instances.local.fleet.capabilities",
     "instances.local.models.qwen3-14b.backend",
+    "instances.local.models.qwen3-14b.chat_template",
     "instances.local.models.qwen3-14b.context_window",
     "instances.local.models.qwen3-14b.features.tools",
     "instances.local.models.qwen3-14b.features.thinking",
