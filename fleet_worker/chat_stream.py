@@ -52,11 +52,12 @@ class ChatStream:
         self._max_tokens = max_tokens
         self._events = EventStream()
         self._chunks = ChunkReader(splitter)
+        self._finish = "stop"
         self._first: float | None = None
         self._last = clock.started
 
     def __iter__(self) -> Iterator[list[Delta]]:
-        """Raises a `FleetError` unless the stream was whole: a finish_reason, no error, and [DONE] where it is due."""
+        """Raises a `FleetError` unless the stream was whole: a good finish_reason, no error, [DONE] where it is due."""
         with foreign_errors_mapped(self._clock):
             yield from self._arriving()
         last = [*self._unended(), *self._chunks.end()]
@@ -92,25 +93,25 @@ class ChatStream:
         return []
 
     def _check_whole(self) -> None:
-        if self._chunks.done and self._chunks.finish:
-            return
-        self._clock.check()  # where the end of a stream is the end of its connection, a cut looks like an end
-        if self._quirks.says_done or not self._chunks.finish:
+        said = self._chunks.finish
+        if not self._chunks.done:
+            self._clock.check()  # where the end of a stream is the end of its connection, a cut looks like an end
+        if not said or (self._quirks.says_done and not self._chunks.done):
             raise ConnectionFailure("the MLX server ended the stream before the answer was whole")
+        tokens = self._chunks.usage.completion_tokens
+        self._finish = finish_reason(said, self._quirks, completion_tokens=tokens, max_tokens=self._max_tokens)
 
     def answer(
         self, content: str | None = None, reasoning: str | None = None, tool_calls: list[dict[str, Any]] | None = None
     ) -> ChatAnswer:
-        """Return how the finished stream ended, with the given text of it."""
+        """Return how the stream ended, with the given text of it. One that was left before counts as stopped."""
         tokens = self._chunks.usage.completion_tokens
         elapsed = self._last - (self._first or self._last)
         return ChatAnswer(
             content=content,
             reasoning=reasoning,
             tool_calls=tool_calls or [],
-            finish_reason=finish_reason(
-                self._chunks.finish or "error", self._quirks, completion_tokens=tokens, max_tokens=self._max_tokens
-            ),
+            finish_reason=self._finish,
             usage=self._chunks.usage,
             ttft=self._first and self._first - self._clock.started,
             tokens_per_second=(tokens - 1) / elapsed if tokens and tokens > 1 and elapsed > 0 else None,

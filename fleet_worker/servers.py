@@ -180,6 +180,8 @@ _FINISH = {
     "stop": "stop",
     "end_turn": "stop",
     "eos": "stop",
+    "eos_token": "stop",
+    "stop_sequence": "stop",
     "tool_calls": "tool_calls",
     "tool_use": "tool_calls",
     "function_call": "tool_calls",
@@ -190,8 +192,14 @@ _FINISH = {
 
 
 def finish_reason(said: str, quirks: Quirks, *, completion_tokens: int | None, max_tokens: int) -> str:
-    """Return OpenAI's word for why the answer ended: stop, length, tool_calls, content_filter or error."""
-    reason = _FINISH.get(said, "error")
+    """Return OpenAI's word for why the answer ended: stop, length, tool_calls or content_filter.
+
+    Raises:
+        ProviderError: it is another reason (vLLM's "abort", "error"), and so the answer may not be whole; retryable.
+    """
+    reason = _FINISH.get(said)
+    if reason is None:
+        raise ProviderError("the MLX server gave its answer up before it was whole", retryable=True)
     if reason == "stop" and quirks.hides_length is not None and completion_tokens is not None:
         return "length" if completion_tokens >= max_tokens - quirks.hides_length else "stop"
     return reason

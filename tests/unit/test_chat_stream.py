@@ -77,6 +77,20 @@ def test_a_plain_openai_server_need_not_say_done():
         assert client.ask().content == client.stream()[1]["content"] == WHOLE
 
 
+def test_an_answer_that_its_server_gave_up_is_not_whole():
+    aborted = said("and").replace('"stop"', '"abort"')
+    with served("vllm_batched") as (server, client):
+        server.fail(Fault("status", status=200, body=aborted, times=2))
+        with pytest.raises(ProviderError) as raised:
+            client.ask()
+        assert raised.value.retryable
+        with client.open() as stream:
+            arrived = iter(stream)
+            assert [delta.content for delta in next(arrived)] == ["and"]
+            with pytest.raises(ProviderError):
+                next(arrived)
+
+
 def test_what_arrived_before_a_failure_is_delivered():
     with served("vllm_batched") as (server, client):
         server.fail(Fault("eof", at_token=5))

@@ -228,14 +228,21 @@ def test_a_server_is_known_by_its_health(version, headers, health, expected):
         ("length", "length"),
         ("max_tokens", "length"),
         ("content_filter", "content_filter"),
-        ("error", "error"),
-        ("abort", "error"),
-        ("", "error"),
+        ("eos_token", "stop"),
+        ("stop_sequence", "stop"),
     ],
 )
 @pytest.mark.parametrize("kind", QUIRKS)
 def test_a_finish_reason_is_one_of_openai_s(kind, said, expected):
     assert finish_reason(said, QUIRKS[kind], completion_tokens=5, max_tokens=100) == expected
+
+
+@pytest.mark.parametrize("said", ["abort", "error", SECRET])
+def test_an_answer_that_ends_for_another_reason_may_not_be_whole(said):
+    with pytest.raises(ProviderError) as raised:
+        finish_reason(said, QUIRKS["vllm_mlx"], completion_tokens=5, max_tokens=100)
+    assert raised.value.retryable
+    assert said not in raised.value.message
 
 
 @pytest.mark.parametrize(
