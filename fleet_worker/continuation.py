@@ -96,7 +96,7 @@ class Continuation:
         self._deltas = self._run()
 
     def __iter__(self) -> Iterator[list[Delta]]:
-        """Raises what a `ChatStream` raises, and `StreamInterrupted` if no way joins what was delivered."""
+        """Raises what a `ChatStream` raises, and a retryable `StreamInterrupted` if no way joins what was delivered."""
         return self._deltas
 
     def close(self) -> None:
@@ -125,7 +125,7 @@ class Continuation:
             if not way.seam.differs:
                 return
         if self._ways:
-            raise StreamInterrupted("what the MLX server says does not join what was delivered")
+            raise StreamInterrupted("what the MLX server says does not join what was delivered", retryable=True)
 
     def _joined(self, way: Way, stream: ChatStream) -> Iterator[list[Delta]]:
         seam = way.seam

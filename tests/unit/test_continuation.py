@@ -253,8 +253,9 @@ def test_an_answer_that_begins_again_and_differs_is_interrupted(end):
         served("openai", tokens=5) as (_, client),
         client.open(resume=Resume(content="".join(TOKENS[:5]) + end)) as stream,
     ):
-        with pytest.raises(StreamInterrupted):
+        with pytest.raises(StreamInterrupted) as raised:
             list(stream)
+        assert raised.value.retryable
         assert stream.tokens <= 5
 
 
@@ -267,8 +268,9 @@ def test_a_server_that_refuses_to_go_on_is_asked_to_begin_again(continuing, flav
         assert joined(client, after(9))[0] == WHOLE
         assert not is_continued(server.requests[-1])
         server.fail(refusal)
-        with pytest.raises(StreamInterrupted):
+        with pytest.raises(StreamInterrupted) as raised:
             joined(client, after(9), temperature=WARM)
+        assert raised.value.retryable
 
 
 def test_a_refusal_in_the_middle_of_the_rest_is_one(continuing):
