@@ -97,7 +97,7 @@ class Seam:
 
 
 class _Echo:
-    """Swallows what is said again. The space at its beginning may be missing."""
+    """Swallows what is said again. Whether that begins with a space or not makes no difference."""
 
     def __init__(self, known: str) -> None:
         self.left = known
@@ -107,8 +107,8 @@ class _Echo:
     def feed(self, piece: str) -> str:
         if not self.left or not piece:
             return piece
-        if not self._begun and not piece.startswith(" "):
-            self.left = self.left.removeprefix(" ")
+        if not self._begun:
+            self.left, piece = self.left.removeprefix(" "), piece.removeprefix(" ")
         self._begun = True
         length = min(len(piece), len(self.left))
         self.differs |= piece[:length] != self.left[:length]
