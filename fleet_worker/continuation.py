@@ -60,7 +60,8 @@ def ways(params: ChatParams, offering: Offering, quirks: Quirks, resume: Resume)
     if resume.content and not (exact and resume.reasoning):
         found += _joining(body, offering, quirks, resume, left, exact=exact)
     if exact:
-        found.append(Way(body, Seam("", again=resume.content, reasoning=resume.reasoning), None))
+        seam = Seam("", again=resume.content, reasoning=resume.reasoning, stop=body.get("stop", ()))
+        found.append(Way(body, seam, None))
     if not found:
         # Reasoning alone is nothing to go on with for any server.
         raise StreamInterrupted("this MLX server cannot go on with what was delivered", retryable=bool(resume.content))

@@ -40,7 +40,8 @@ class Seam:
     `delivered` is the visible text that is continued; empty for an answer that begins at its beginning. What has to be
     said again before anything new is `again`, the last part of that text, and the `reasoning`. If it is not, `differs`
     becomes true, and nothing of the continuation can be used. A stop string that begins in what was delivered and ends
-    in what is new makes `stopped` true; what may be the end of one is held back.
+    in what is new makes `stopped` true; what may be the end of one is held back. So does one that the server cut out of
+    what it should have said again.
 
     With `guesses`, where nothing is said again, a space goes in between two letters or digits of scripts that separate
     words by spaces. This is a guess: the text may have been cut inside a word.
@@ -82,7 +83,9 @@ class Seam:
 
     def end(self) -> Delta | None:
         """Return what was held back: no stop string came of it."""
-        self.differs |= self._unsaid
+        if not self._reasoning.left:
+            self._crossing.left_out(self._content.left)
+        self.differs |= self._unsaid and not self.stopped
         return None if self.differs else _delta(self._crossing.end(), "", None)
 
     @property
@@ -121,6 +124,7 @@ class _Crossing:
 
     def __init__(self, delivered: str, stop: Sequence[str]) -> None:
         self.stopped = False
+        self._stop = stop
         self._held = ""
         self._ends = {
             text[length:]
@@ -138,6 +142,11 @@ class _Crossing:
             return ""
         self._ends = {end for end in self._ends if end.startswith(self._held)}
         return "" if self._ends else self.end()
+
+    def left_out(self, text: str) -> None:
+        """The answer is over, and did not repeat this. Its space may have been lost."""
+        ends = [end for end in (text, text.removeprefix(" ")) if end]
+        self.stopped |= any(stop.startswith(end) for stop in self._stop for end in ends)
 
     def end(self) -> str:
         text, self._held = "" if self.stopped else self._held, ""

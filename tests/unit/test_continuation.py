@@ -221,6 +221,13 @@ def test_a_stop_string_across_the_cut_ends_the_answer_there(continuing, flavour,
         assert server.requests[-1].body["stop"] == [stop]
 
 
+def test_an_answer_that_begins_again_ends_before_a_stop_string_of_which_a_part_was_delivered():
+    with served("openai") as (server, client):
+        server.fail(Fault("status", status=200, body=said("Hello", " ")))
+        deltas, _, answer = client.stream(resume=Resume(content="Hello wor", tokens=3), stop=["world"])
+        assert (deltas, answer.finish_reason) == ([], "stop")
+
+
 # --- What does not join
 
 

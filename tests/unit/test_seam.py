@@ -206,6 +206,26 @@ def test_a_stop_string_is_found_in_any_pieces(text, cut, stop, lengths):
     assert seam.stopped == expected
 
 
+@pytest.mark.parametrize(
+    ("said", "stop", "stopped"),
+    [
+        (" ", ["world"], True),
+        ("", ["world"], True),
+        ("", [" world"], True),
+        (" w", ["or!", "order"], True),
+        (" ", ["ork"], False),
+        (" ", [], False),
+        (" wor", ["world"], False),
+    ],
+)
+def test_a_server_may_cut_a_stop_string_out_of_what_it_should_say_again(said, stop, stopped):
+    """It ends its answer before the string, which begins in what was delivered."""
+    for delivered, before in (("Hello wor", ""), ("", "Hello")):
+        seam = Seam(delivered, again=f"{before} wor", stop=stop)
+        assert fed(seam, before + said, (1,)) == ""
+        assert (seam.stopped, seam.differs) == (stopped, not stopped and said != " wor")
+
+
 def test_what_may_become_a_stop_string_is_held_back_until_it_is_decided():
     seam = Seam("Hello wor", stop=["world"])
     assert seam.feed(Delta(content="l")) is None
