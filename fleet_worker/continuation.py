@@ -72,16 +72,18 @@ def _joining(
     body: dict[str, Any], offering: Offering, quirks: Quirks, resume: Resume, left: int, *, exact: bool
 ) -> Iterator[Way]:
     delivered, stop = resume.content, body.get("stop", ())
-    word = before_last_word(delivered)
-    for cut in sorted({word, len(delivered)}):
+    # transformers takes white space from the end of a text that is continued, if the model's chat template does.
+    end = len(delivered if quirks.continues == "template" else delivered.rstrip())
+    word = min(before_last_word(delivered), end)
+    for cut in sorted({word, end}):
         again = delivered[cut:]
-        if cut == 0 or (word == len(delivered) <= _SHORT and exact):
+        if cut == 0 or (word == end <= _SHORT and exact):
             continue
         # A token is at least a byte, so this is enough for what is said again.
         limit = left + (quirks.hides_length or 0) + len(again.encode())
         asked = continued_body({**body, "max_tokens": limit}, delivered[:cut], offering, quirks)
         if asked:
-            yield Way(asked, Seam(delivered, again=again, stop=stop, guesses=not again), left)
+            yield Way(asked, Seam(delivered, again=again, stop=stop, guesses=cut == end), left)
 
 
 class Continuation:

@@ -43,8 +43,9 @@ class Seam:
     in what is new makes `stopped` true; what may be the end of one is held back. So does one that the server cut out of
     what it should have said again.
 
-    With `guesses`, where nothing is said again, a space goes in between two letters or digits of scripts that separate
-    words by spaces. This is a guess: the text may have been cut inside a word.
+    With `guesses` nothing has to be said again: `again` is white space, and what is said of it is swallowed. A space
+    goes in between two letters or digits of scripts that separate words by spaces. This is a guess: the text may have
+    been cut inside a word.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Seam:
         self.new = 0
         """Pieces that held something new."""
         self._visible = bool(delivered)
-        self._content = _Echo(again)
+        self._content = _Echo(again, may_be_missing=guesses)
         self._reasoning = _Echo(reasoning)
         self._crossing = _Crossing(delivered, stop)
         self._last = delivered[-1:] if guesses else ""
@@ -83,14 +84,14 @@ class Seam:
 
     def end(self) -> Delta | None:
         """Return what was held back: no stop string came of it."""
-        if not self._reasoning.left:
-            self._crossing.left_out(self._content.left)
+        if not self._reasoning.unsaid:
+            self._crossing.left_out(self._content.unsaid)
         self.differs |= self._unsaid and not self.stopped
         return None if self.differs else _delta(self._crossing.end(), "", None)
 
     @property
     def _unsaid(self) -> bool:
-        return bool(self._content.left or self._reasoning.left)
+        return bool(self._content.unsaid or self._reasoning.unsaid)
 
     def _spaced(self, content: str) -> str:
         if not content:
@@ -102,21 +103,29 @@ class Seam:
 class _Echo:
     """Swallows what is said again. Whether that begins with a space or not makes no difference."""
 
-    def __init__(self, known: str) -> None:
-        self.left = known
+    def __init__(self, known: str, *, may_be_missing: bool = False) -> None:
         self.differs = False
+        self._left = known
+        self._may_be_missing = may_be_missing
         self._begun = False
 
+    @property
+    def unsaid(self) -> str:
+        return "" if self._may_be_missing else self._left
+
     def feed(self, piece: str) -> str:
-        if not self.left or not piece:
+        if not self._left or not piece:
             return piece
         if not self._begun:
-            self.left, piece = self.left.removeprefix(" "), piece.removeprefix(" ")
+            self._left, piece = self._left.removeprefix(" "), piece.removeprefix(" ")
         self._begun = True
-        length = min(len(piece), len(self.left))
-        self.differs |= piece[:length] != self.left[:length]
-        self.left = self.left[length:]
-        return piece[length:]
+        length = min(len(piece), len(self._left))
+        same = next((at for at in range(length) if piece[at] != self._left[at]), length)
+        if same < length:
+            self.differs = not self._may_be_missing
+            self._left = ""
+        self._left = self._left[same:]
+        return piece[same:]
 
 
 class _Crossing:

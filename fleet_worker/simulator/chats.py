@@ -200,6 +200,7 @@ class Chat:
             return whole, self.machine.tokens
         *before, partial = self.body["messages"]
         rest, said = self._reply(before, self.machine.tokens), str(partial.get("content"))
+        said = said.rstrip() if self.flavour.trims_partial else said
         if not "".join(rest).startswith(said):
             return whole, self.machine.tokens  # nothing that this model would have said: it goes on somehow
         left = len(said)

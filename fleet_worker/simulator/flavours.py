@@ -101,6 +101,7 @@ class Flavour:
     refuses: Callable[[Body], Answer | None]
     continues: Callable[[Body], bool] = lambda body: False  # is the last message a partial reply to go on with?
     keeps_space: bool = False  # a continued reply keeps its leading space
+    trims_partial: bool = True  # the chat template, which trims what was said, renders the partial reply too
 
     def route(self, method: str, path: str) -> str | Answer:
         """What this request is for: chat, embed, models or health; or the answer to one that is for nothing."""
@@ -383,6 +384,7 @@ MLX_LM = Flavour(
     no_messages=lambda: answer(404, {"error": "Cannot apply chat template to an empty conversation."}),
     refuses=mlx_lm_refuses,
     continues=mlx_lm_continues,
+    trims_partial=False,
 )
 
 MLX_OPENAI = Flavour(

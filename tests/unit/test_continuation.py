@@ -79,6 +79,17 @@ def test_a_warm_answer_goes_on_from_where_it_was_cut(continuing, flavour):
 
 
 @pytest.mark.parametrize("flavour", CONTINUING)
+def test_white_space_at_the_end_of_what_was_delivered_does_not_come_twice(continuing, flavour):
+    """The first word is all there is, so that none can be said again. Most servers are not given the white space."""
+    tokens = reply_tokens(HELLO, 32, separators=True)
+    begun = [tokens[0] + " ", tokens[0]]
+    with continuing(flavour, separators=True) as (_, client):
+        for content in begun:
+            text, _ = joined(client, Resume(content=content, tokens=1), temperature=WARM)
+            assert text == "".join(tokens)
+
+
+@pytest.mark.parametrize("flavour", CONTINUING)
 def test_the_temperature_that_is_sent_counts(continuing, flavour):
     with continuing(flavour, model={"temperature": 0.0}) as (_, client):
         assert (

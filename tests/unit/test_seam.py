@@ -151,6 +151,30 @@ def test_a_word_begins_before_its_space(text, before):
 
 
 @pytest.mark.parametrize(
+    ("said", "joined"),
+    [
+        ("\n\nthree", "one:\n\nthree"),
+        (" \n\nthree", "one:\n\nthree"),
+        ("\n    three", "one:\n\n    three"),
+        ("three", "one:\n\nthree"),
+        ("\n", "one:\n\n"),
+        ("", "one:\n\n"),
+    ],
+)
+def test_white_space_may_be_said_again_or_not(said, joined):
+    for lengths in ([1], [100]):
+        seam = Seam("one:\n\n", again="\n\n", guesses=True)
+        assert "one:\n\n" + fed(seam, said, lengths) == joined
+        assert not seam.differs
+
+
+def test_calls_may_follow_white_space():
+    call = {"index": 0, "function": {"name": "weather", "arguments": "{}"}}
+    seam = Seam("one:\n\n", again="\n\n", guesses=True)
+    assert seam.feed(Delta(tool_calls=[call])) == Delta(tool_calls=[call])
+
+
+@pytest.mark.parametrize(
     ("delivered", "said", "joined"),
     [
         ("set on", "a stormy", "set on a stormy"),
