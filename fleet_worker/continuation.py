@@ -81,7 +81,9 @@ def _joining(
             continue
         # A token is at least a byte, so this is enough for what is said again.
         limit = left + (quirks.hides_length or 0) + len(again.encode())
-        asked = continued_body({**body, "max_tokens": limit}, delivered[:cut], offering, quirks)
+        asked = continued_body(
+            {**body, "max_tokens": limit}, delivered[:cut], offering, quirks, exact=exact and cut < end
+        )
         if asked:
             yield Way(asked, Seam(delivered, again=again, stop=stop, guesses=cut == end), left)
 

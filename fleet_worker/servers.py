@@ -129,10 +129,14 @@ def chat_body(params: ChatParams, offering: Offering, quirks: Quirks) -> dict[st
     return {**body, "model": offering.backend, "stream": True, "stream_options": {"include_usage": True}}
 
 
-def continued_body(body: dict[str, Any], partial: str, offering: Offering, quirks: Quirks) -> dict[str, Any] | None:
+def continued_body(
+    body: dict[str, Any], partial: str, offering: Offering, quirks: Quirks, *, exact: bool
+) -> dict[str, Any] | None:
     """The body by which a server goes on with `partial`, the beginning of its answer to `body`; None if none does.
 
     mlx_lm.server needs the model's own chat template for it: it refuses the flags that others take, with a 404.
+    And it dies of a prompt that it has cached to its end: an earlier answer to the same request that `max_tokens` ended
+    where `partial` ends. Unless the text has to be `exact`, a space in front of it makes another prompt.
     """
     turn = {"role": "assistant", "content": partial}
     longer = {**body, "messages": [*body["messages"], turn]}
@@ -147,7 +151,8 @@ def continued_body(body: dict[str, Any], partial: str, offering: Offering, quirk
             template = offering.template.tool_use if "tools" in body else offering.template.default
             # The prompt ends inside of an open tag; what was delivered is visible text.
             closing = "\n</think>\n\n" if offering.settings.starts_in_reasoning else ""
-            return _with_template_kwargs(longer, chat_template=left_open(template, before=closing))
+            before = closing if exact else f"{closing} "
+            return _with_template_kwargs(longer, chat_template=left_open(template, before=before))
     return None
 
 

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from fleet_worker.simulator.chunks import DONE, Chunks, completion, tool_call
-from fleet_worker.simulator.flavours import Answer, Body, answer, is_poison
+from fleet_worker.simulator.flavours import Answer, Body, answer, is_poison, mlx_lm_opening
 from fleet_worker.simulator.machine import Machine, Record
 from fleet_worker.simulator.replies import ENDINGS, INTERRUPTIONS, Fault, Reply
 from fleet_worker.simulator.texts import reply_tokens
@@ -90,10 +90,20 @@ class Chat:
             return await self._nobody_generates()
         if self.flavour.swaps and not await self.engine.load(self.model):
             return await self.reply.whole(self.flavour.unknown_model(self.model))
-        if self.flavour.batches_by_model and is_poison(self.body):
+        if self.flavour.batches_by_model and (is_poison(self.body) or self._is_cached()):
             self.engine.die()
             return await self._nobody_generates()
         return await (self._stream() if self.streamed else self._whole())
+
+    def _is_cached(self) -> bool:
+        return self.body.get("seed") is None and self.engine.has_cached(self._text)
+
+    @cached_property
+    def _text(self) -> str:
+        """The prompt as one text."""
+        if self.flavour.continues(self.body):
+            return json.dumps(self.body["messages"][:-1]) + mlx_lm_opening(self.body)
+        return json.dumps(self.body["messages"])
 
     async def _nobody_generates(self) -> None:
         """mlx_lm.server 0.32.2 fails fast; older ones, and other servers, are silent."""
@@ -115,6 +125,9 @@ class Chat:
             self._account(end - start)
             texts = [f" {_now():.6f}"] * (end - start) if self.machine.stamped else said[start:end]
             await self.reply.send(self._chunks.tokens(texts, script.thinking - start))
+        if self.flavour.batches_by_model:
+            ending = "<|tool_call|>" * script.silent + "<|im_end|>" * (script.finish != "length")
+            self.engine.keep(self._text + "".join(script.tokens) + ending)
         if not await self._strikes(sys.maxsize):
             await self.reply.finish([*self._chunks.calls(script.calls), *self._ending(script)])
 

@@ -7,6 +7,7 @@ The facts are of mlx_lm.server 0.32, vllm-mlx 0.6, mlx-openai-server 1.8 and mlx
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -313,6 +314,13 @@ def mlx_lm_continues(body: Body) -> bool:
     template = (body.get("chat_template_kwargs") or {}).get("chat_template", "")
     before, own, after = template.partition(CHAT_TEMPLATE)
     return bool(ends_with_assistant(body) and own and "[:-1]" in before and '[-1]["content"]' in after)
+
+
+def mlx_lm_opening(body: Body) -> str:
+    """What the request's own chat template puts before the partial reply, and the reply."""
+    template = (body.get("chat_template_kwargs") or {}).get("chat_template", "")
+    before = re.search(r'\{\{ ("(?:[^"\\]|\\.)*") \+ ', template)
+    return (json.loads(before[1]) if before else "") + str(body["messages"][-1]["content"])
 
 
 def vllm_continues(body: Body) -> bool:

@@ -168,6 +168,7 @@ class Engine:
         self._key: object = None
         self._waiting: deque[tuple[object, asyncio.Future[None]]] = deque()
         self._prompts: deque[list[str]] = deque(maxlen=10)
+        self._finished: deque[str] = deque(maxlen=10)
         self._loading = asyncio.Lock()
 
     @asynccontextmanager
@@ -221,6 +222,15 @@ class Engine:
                 self.resident = wanted
                 self._machine.count(loads=1)
             return True
+
+    def keep(self, text: str) -> None:
+        """Cache a prompt with its reply, in place of what it begins with."""
+        others = [each for each in self._finished if not text.startswith(each)]
+        self._finished = deque([*others, text], maxlen=10)
+
+    def has_cached(self, text: str) -> bool:
+        """Is there nothing in this prompt that is new? mlx_lm.server 0.32 dies of that, in a batch."""
+        return text in self._finished
 
     def recall(self, prompt: Sequence[str]) -> int:
         """How many tokens this prompt has in common with the start of an earlier one; remembers it."""

@@ -53,3 +53,15 @@ def test_an_answer_goes_on_after_any_token(client, uncut, count):
     assert answer.finish_reason == whole.finish_reason
     assert answer.usage.completion_tokens == whole.usage.completion_tokens
     assert abs(answer.usage.prompt_tokens - whole.usage.prompt_tokens) <= 2
+
+
+def test_a_prompt_that_the_server_has_cached_does_not_kill_it(client):
+    """The same answer was asked for before, and no longer than what was delivered."""
+    question = [{"role": "user", "content": "Tell me about storms."}]
+    for count in (1, 3):
+        _, short, answer = client.stream(question, max_tokens=count)
+        assert answer.finish_reason == "length"
+        resume = Resume(content=short["content"], tokens=count)
+        _, rest, _ = client.stream(question, max_tokens=count + 4, resume=resume, temperature=0.01)
+        assert rest["content"]
+        assert client.health().ready

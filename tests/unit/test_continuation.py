@@ -132,6 +132,22 @@ def test_the_rest_may_come_in_any_pieces(continuing, flavour, fault):
             assert joined(client, after(count))[0] == WHOLE
 
 
+def test_mlx_lm_is_not_sent_a_prompt_that_it_has_cached(continuing):
+    """It would die of it. The same answer is cached as far as max_tokens let it go."""
+    with continuing() as (_, client):
+        for count in range(1, 12):
+            client.stream(max_tokens=count)
+            for delivered in (count, count + 1):
+                assert joined(client, after(delivered), temperature=WARM)[0] == WHOLE
+
+
+def test_mlx_lm_is_not_sent_the_end_of_an_answer_as_it_may_have_cached_it(continuing):
+    with continuing() as (server, client):
+        joined(client, Resume(content=WHOLE[:20] + " something", tokens=5))
+        prompts = [request.body["chat_template_kwargs"]["chat_template"] for request in server.requests]
+        assert ['" " + all_messages' in prompt for prompt in prompts] == [False, True]
+
+
 # --- Its length
 
 
@@ -211,7 +227,7 @@ def test_visible_text_is_continued_as_visible_text_where_the_template_opens_the_
     with continuing(model={"starts_in_reasoning": True}) as (server, client):
         assert joined(client, after(9), temperature=WARM)[0] == WHOLE
         template = server.requests[0].body["chat_template_kwargs"]["chat_template"]
-        assert template.endswith('{{ "\\n</think>\\n\\n" + all_messages[-1]["content"] }}')
+        assert template.endswith('{{ "\\n</think>\\n\\n " + all_messages[-1]["content"] }}')
 
 
 # --- Stop strings

@@ -166,7 +166,7 @@ def test_what_a_caller_says_to_the_template_itself_wins():
 def test_every_server_has_its_way_to_go_on(kind, turn, kwargs):
     body = body_for(kind, chat_template_kwargs={"enable_thinking": False})
     known = body.get("chat_template_kwargs", {})
-    continued = continued_body(body, "Hi and", offering(TEMPLATE), QUIRKS[kind])
+    continued = continued_body(body, "Hi and", offering(TEMPLATE), QUIRKS[kind], exact=True)
     assert continued["messages"] == [*body["messages"], {"role": "assistant", "content": "Hi and", **turn}]
     assert continued.get("chat_template_kwargs", {}) == {**known, **kwargs}
     assert continued.keys() - {"chat_template_kwargs"} == body.keys() - {"chat_template_kwargs"}
@@ -181,15 +181,20 @@ def test_every_server_has_its_way_to_go_on(kind, turn, kwargs):
     ],
 )
 def test_the_template_is_that_of_the_request(params, own):
-    continued = continued_body(body_for("mlx_lm", **params), "Hi and", offering(TEMPLATE), QUIRKS["mlx_lm"])
+    continued = continued_body(body_for("mlx_lm", **params), "Hi and", offering(TEMPLATE), QUIRKS["mlx_lm"], exact=True)
     assert continued["chat_template_kwargs"]["chat_template"] == left_open(own)
 
 
+def test_a_text_that_need_not_be_exact_makes_a_prompt_that_mlx_lm_has_not_cached():
+    continued = continued_body(body_for("mlx_lm"), "Hi and", offering(TEMPLATE), QUIRKS["mlx_lm"], exact=False)
+    assert continued["chat_template_kwargs"]["chat_template"] == left_open("the model's own", before=" ")
+
+
 def test_a_server_without_a_way_to_go_on_is_not_asked():
-    assert continued_body(body_for("openai"), "Hi", offering(TEMPLATE), QUIRKS["openai"]) is None
-    assert continued_body(body_for("mlx_lm"), "Hi", offering(), QUIRKS["mlx_lm"]) is None
+    assert continued_body(body_for("openai"), "Hi", offering(TEMPLATE), QUIRKS["openai"], exact=True) is None
+    assert continued_body(body_for("mlx_lm"), "Hi", offering(), QUIRKS["mlx_lm"], exact=True) is None
     seeing = offering(TEMPLATE, features={"vision": True})
-    assert continued_body(body_for("mlx_openai"), "Hi", seeing, QUIRKS["mlx_openai"]) is None
+    assert continued_body(body_for("mlx_openai"), "Hi", seeing, QUIRKS["mlx_openai"], exact=True) is None
 
 
 # --- Who answers

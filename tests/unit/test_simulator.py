@@ -324,6 +324,18 @@ def test_a_partial_reply_is_continued_if_asked_for_in_the_right_way(flavour):
             assert not text_of(items, "reasoning")
 
 
+def test_mlx_lm_dies_of_a_prompt_that_it_has_cached():
+    """That is an answer which max_tokens ended. Anything in front of it makes another prompt."""
+    wish, _ = CONTINUING["mlx_lm"]
+    spaced = {"chat_template_kwargs": {"chat_template": LEFT_OPEN.replace("{{ all[-1]", '{{ " " + all[-1]')}}
+    said = {"role": "assistant", "content": "".join(reply_tokens(HELLO, 8))}
+    with SimulatedMLX() as server:
+        assert text_of(chunks(server)) == said["content"]
+        for options, status in ((spaced, 200), (wish, 404)):
+            assert post(server, messages=[*HELLO, said], **options).status_code == status
+        assert http("GET", server.base_url + "/health").status_code == 503
+
+
 @pytest.mark.parametrize("flavour", CONTINUING)
 def test_max_tokens_of_a_continuation_counts_the_continuation(flavour):
     wish, mark = CONTINUING[flavour]
