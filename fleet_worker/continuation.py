@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -39,6 +39,36 @@ class Way:
         return self.left is not None and self.seam.new >= self.left
 
 
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """What was asked, of which server, and what of the answer was delivered."""
+
+    body: dict[str, Any]
+    offering: Offering
+    quirks: Quirks
+    resume: Resume
+
+    @property
+    def exact(self) -> bool:
+        return bool(self.body["temperature"] == 0)
+
+    @property
+    def left(self) -> int:
+        """How many tokens may still come."""
+        return int(self.body["max_tokens"]) - (self.quirks.hides_length or 0) - self.resume.tokens
+
+    @property
+    def stop(self) -> Sequence[str]:
+        return list(self.body.get("stop", ()))
+
+    def continued(self, cut: int, *, exact: bool) -> dict[str, Any] | None:
+        """The body by which the server goes on at this character of what was delivered; None if none does."""
+        partial, again = self.resume.content[:cut], self.resume.content[cut:]
+        # A token is at least a byte, so this is enough for what is said again.
+        limit = self.left + (self.quirks.hides_length or 0) + len(again.encode())
+        return continued_body({**self.body, "max_tokens": limit}, partial, self.offering, self.quirks, exact=exact)
+
+
 def ways(params: ChatParams, offering: Offering, quirks: Quirks, resume: Resume) -> list[Way]:
     """Return what to try, in this order, to go on with an answer; nothing if its tokens are used up.
 
@@ -49,43 +79,35 @@ def ways(params: ChatParams, offering: Offering, quirks: Quirks, resume: Resume)
     Raises:
         StreamInterrupted: there is no way; retryable if another server may have one.
     """
-    body = chat_body(params, offering, quirks)
-    left = body["max_tokens"] - (quirks.hides_length or 0) - resume.tokens
-    if left <= 0:
+    question = _Question(chat_body(params, offering, quirks), offering, quirks, resume)
+    if question.left <= 0:
         return []
     if (params.response_format or {}).get("type", "text") != "text":
         raise StreamInterrupted("an answer in JSON is not continued")
-    exact = body["temperature"] == 0
     found: list[Way] = []
-    if resume.content and not (exact and resume.reasoning):
-        found += _joining(body, offering, quirks, resume, left, exact=exact)
-    if exact:
-        seam = Seam("", again=resume.content, reasoning=resume.reasoning, stop=body.get("stop", ()))
-        found.append(Way(body, seam, None))
+    if resume.content and not (question.exact and resume.reasoning):
+        found += _joining(question)
+    if question.exact:
+        seam = Seam("", again=resume.content, reasoning=resume.reasoning, stop=question.stop)
+        found.append(Way(question.body, seam, None))
     if not found:
         # Reasoning alone is nothing to go on with for any server.
         raise StreamInterrupted("this MLX server cannot go on with what was delivered", retryable=bool(resume.content))
     return found
 
 
-def _joining(
-    body: dict[str, Any], offering: Offering, quirks: Quirks, resume: Resume, left: int, *, exact: bool
-) -> Iterator[Way]:
-    delivered, stop = resume.content, body.get("stop", ())
+def _joining(question: _Question) -> Iterator[Way]:
+    delivered = question.resume.content
     # transformers takes white space from the end of a text that is continued, if the model's chat template does.
-    end = len(delivered if quirks.continues == "template" else delivered.rstrip())
+    end = len(delivered if question.quirks.continues == "template" else delivered.rstrip())
     word = min(before_last_word(delivered), end)
     for cut in sorted({word, end}):
-        again = delivered[cut:]
-        if cut == 0 or (word == end <= _SHORT and exact):
+        guesses = cut == end
+        if cut == 0 or (word == end <= _SHORT and question.exact):
             continue
-        # A token is at least a byte, so this is enough for what is said again.
-        limit = left + (quirks.hides_length or 0) + len(again.encode())
-        asked = continued_body(
-            {**body, "max_tokens": limit}, delivered[:cut], offering, quirks, exact=exact and cut < end
-        )
-        if asked:
-            yield Way(asked, Seam(delivered, again=again, stop=stop, guesses=cut == end), left)
+        if asked := question.continued(cut, exact=question.exact and not guesses):
+            seam = Seam(delivered, again=delivered[cut:], stop=question.stop, guesses=guesses)
+            yield Way(asked, seam, question.left)
 
 
 class Continuation:
