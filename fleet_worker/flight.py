@@ -85,9 +85,11 @@ class Flight:
 
     def join(self, timeout: float) -> Mailbox | None:
         """Return where the whole answer arrives, from its beginning, for `timeout` seconds; None if it has failed."""
-        mailbox = Mailbox(deadline=time.monotonic() + timeout, max_buffered=self._services.settings.max_buffered)
+        deadline, room = time.monotonic() + timeout, self._services.settings.max_buffered
         with self._lock:
-            for frame in self._attempts.delivered:
+            past = self._attempts.delivered
+            mailbox = Mailbox(deadline=deadline, max_buffered=room + sum(len(frame.deltas) for frame in past))
+            for frame in past:
                 mailbox.put(frame)
             if self.answered and self._attempts.last:
                 mailbox.put(self._attempts.last)

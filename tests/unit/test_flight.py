@@ -263,6 +263,23 @@ def test_who_comes_later_gets_the_whole_answer(fleet):
         assert frames[-1].kind == "response"
 
 
+def test_who_comes_late_to_a_long_answer_gets_all_of_it_and_may_be_slow_from_then_on(fleet):
+    flight = fleet.flight()
+    flight.receive("a", accepted())
+    for seq in range(1, 20):
+        flight.receive("a", deltas(seq, "x"))
+        fleet.read()
+    second = flight.join(0.0)
+    for seq in range(20, 30):
+        flight.receive("a", deltas(seq, "x"))
+    fleet.read()
+    flight.receive("a", response(30))
+    for mailbox in (second, flight.join(0.0)):
+        frames = fleet.read(mailbox)
+        assert said(frames) == "x" * 29
+        assert frames[-1].kind == "response"
+
+
 def test_a_flight_that_failed_cannot_be_joined(fleet):
     flight = fleet.flight()
     flight.give_up(Cancelled("closed"))
