@@ -41,7 +41,7 @@ class Call:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._leave()
+        self.cancel()
 
     async def __aenter__(self) -> Self:
         if self._mailbox is None:
@@ -49,14 +49,13 @@ class Call:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._leave()
+        self.cancel()
 
     def cancel(self) -> None:
         """Want nothing more, from any thread: reading it raises `Cancelled` from now on."""
-        self._leave()
-        if self._flight and self._mailbox and self._error:
-            request = self._flight.request  # what ends the wait of its reader
-            self._mailbox.put(Failure.of(self._error, request.request_id, request.attempt, 0))
+        self._error = self._error or Cancelled("the request was cancelled by its caller")
+        if self._flight and self._mailbox:
+            self._flight.leave(self._mailbox)
 
     def frame(self) -> Frame:
         """Return the next frame of the answer; raises the error that ended it, every time."""
@@ -66,7 +65,7 @@ class Call:
         except queue.Empty:
             raise self._late() from None
         except KeyboardInterrupt:
-            self._leave()
+            self.cancel()
             raise
 
     async def aframe(self) -> Frame:
@@ -76,7 +75,7 @@ class Call:
         except queue.Empty:
             raise self._late() from None
         except asyncio.CancelledError:
-            self._leave()
+            self.cancel()
             raise
 
     def result(self) -> ChatResponse | EmbedResponse:
@@ -91,11 +90,6 @@ class Call:
             raise RuntimeError("the request was not submitted: use it in a with block, or iterate it")
         return self._mailbox
 
-    def _leave(self) -> None:
-        self._error = self._error or Cancelled("the request was cancelled by its caller")
-        if self._flight and self._mailbox:
-            self._flight.leave(self._mailbox)
-
     def _raise_again(self) -> None:
         if self._error:
             raise self._error
@@ -109,5 +103,5 @@ class Call:
     def _late(self) -> FleetError:
         if self._error is None and self._flight:
             self._error = self._flight.late()
-        self._leave()
+        self.cancel()
         return cast(FleetError, self._error)

@@ -1,5 +1,7 @@
 """A request in flight: readers that come and go, silences, lanes that are empty, and what the nodes are told."""
 
+import contextlib
+import queue
 import time
 from types import SimpleNamespace
 
@@ -76,8 +78,9 @@ class Fleet:
     def read(self, mailbox=None):
         mailbox = mailbox or self.reader
         frames = []
-        while not mailbox._frames.empty():
-            frames.append(mailbox.get())
+        with contextlib.suppress(queue.Empty):
+            while not mailbox._frames.empty():
+                frames.append(mailbox.get())
         return frames
 
 

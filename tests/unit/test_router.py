@@ -1,6 +1,8 @@
 """The attempts of a request: when there is another one, and what is made of the frames of each."""
 
 import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ from fleet_worker import flight as flight_module
 from fleet_worker.agenda import Agenda
 from fleet_worker.errors import (
     BrokerUnavailable,
+    Cancelled,
     Expired,
     FleetError,
     InstanceUnavailable,
@@ -393,6 +396,26 @@ def test_the_whole_answer_of_a_stream_is_there_when_it_has_ended(fleet):
             _ = stream.response
         assert list(stream) == []
     assert stream.response.content == "a"
+
+
+def test_a_stream_that_is_left_ends_for_whoever_still_reads_it(fleet):
+    fleet.answers = [[accepted()]] * 2
+
+    async def leave():
+        async with fleet.router.stream_chat("m", HELLO) as stream:
+            reader = asyncio.create_task(anext(stream))
+            await asyncio.sleep(0.1)
+        with pytest.raises(Cancelled):
+            await reader
+
+    with took_less_than(5):
+        asyncio.run(leave())
+    with took_less_than(5), ThreadPoolExecutor() as pool:
+        with fleet.router.stream_chat("m", HELLO) as stream:
+            reader = pool.submit(next, stream)
+            time.sleep(0.1)
+        with pytest.raises(Cancelled):
+            reader.result()
 
 
 def test_nothing_is_sent_before_a_stream_is_entered(fleet):
