@@ -38,6 +38,8 @@ class Call:
                 raise
             forgotten = weakref.finalize(self, self._flight.leave, self._mailbox)
             forgotten.atexit = False
+            if self._error:  # cancelled meanwhile
+                self.cancel()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -45,7 +47,11 @@ class Call:
 
     async def __aenter__(self) -> Self:
         if self._mailbox is None:
-            await asyncio.to_thread(self.__enter__)
+            try:
+                await asyncio.to_thread(self.__enter__)
+            except asyncio.CancelledError:  # but that thread goes on
+                self.cancel()
+                raise
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -1,6 +1,7 @@
 """The attempts of a request: when there is another one, and what is made of the frames of each."""
 
 import asyncio
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -416,6 +417,41 @@ def test_a_stream_that_is_left_ends_for_whoever_still_reads_it(fleet):
             time.sleep(0.1)
         with pytest.raises(Cancelled):
             reader.result()
+
+
+@pytest.mark.parametrize("in_a_task", [False, True])
+def test_what_is_cancelled_while_it_is_sent_is_cancelled_when_it_was_sent(fleet, in_a_task):
+    fleet.answers = [[accepted()]]
+    publish, sending, cancelled = fleet.router._publish, threading.Event(), threading.Event()
+
+    def slowly(request, node):
+        sending.set()
+        cancelled.wait(5)
+        publish(request, node)
+
+    fleet.router._publish = slowly
+    stream = fleet.router.stream_chat("m", HELLO)
+
+    async def give_up():
+        reader = asyncio.create_task(anext(stream))
+        await asyncio.to_thread(sending.wait, 5)
+        reader.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reader
+        cancelled.set()
+
+    with ThreadPoolExecutor() as pool:
+        if in_a_task:
+            asyncio.run(give_up())
+        else:
+            reader = pool.submit(next, stream)
+            sending.wait(5)
+            stream.cancel()
+            cancelled.set()
+            with pytest.raises(Cancelled):
+                reader.result()
+    assert fleet.router._flights == {}
+    assert len(fleet.cancelled) == 1
 
 
 def test_nothing_is_sent_before_a_stream_is_entered(fleet):
