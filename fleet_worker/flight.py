@@ -127,8 +127,8 @@ class Flight:
         """Send the first attempt; raises what the broker has against it."""
         try:
             self._send(self.request, self._node, self._services.settings.connect_timeout)
-        except FleetError as error:
-            self.give_up(error)
+        except BaseException as error:  # a KeyboardInterrupt, too: others may have joined
+            self.give_up(error if isinstance(error, FleetError) else Cancelled("the request was not sent"))
             raise
         self._services.agenda.at(self._submitted + self._services.settings.accept_timeout, self._look)
 

@@ -229,6 +229,15 @@ def test_a_first_attempt_that_the_broker_refuses_ends_it(fleet):
     assert fleet.read()[0].code == "broker_unavailable"
 
 
+def test_a_caller_that_is_interrupted_while_it_sends_leaves_nothing_behind(fleet):
+    fleet.refusal = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        fleet.flight()
+    assert fleet.ended == ["r"]
+    assert fleet.read()[0].code == "cancelled"
+    assert fleet.cancelled == [Leftover(None, 1)]
+
+
 # --- Readers
 
 
