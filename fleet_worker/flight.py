@@ -130,7 +130,7 @@ class Flight:
         except BaseException as error:  # a KeyboardInterrupt, too: others may have joined
             self.give_up(error if isinstance(error, FleetError) else Cancelled("the request was not sent"))
             raise
-        self._services.agenda.at(self._submitted + self._services.settings.accept_timeout, self._look)
+        self._look_again(self._submitted + self._services.settings.accept_timeout)
 
     def receive(self, node: str, frame: Frame) -> bool:
         """Take a frame of this request; False if it is of an attempt that nobody wants any more."""
@@ -222,8 +222,14 @@ class Flight:
             self.give_up(self.late())
             return
         looks = {"waiting": self._look_for_it, "running": self._listen_for_life}
-        again = looks[state](now) if state in looks else now + LOOKS_AGAIN
-        self._services.agenda.at(min(again, self._deadline), self._look)
+        again = now + LOOKS_AGAIN
+        try:
+            again = looks[state](now) if state in looks else again
+        finally:
+            self._look_again(again)
+
+    def _look_again(self, moment: float) -> None:
+        self._services.agenda.at(min(moment, self._deadline), self._look)
 
     def _look_for_it(self, now: float) -> float:
         """Is it still in its lane? Return when to look again."""

@@ -21,9 +21,11 @@ class Later:
 
     def __init__(self):
         self.due = []
+        self.moments = []
 
     def at(self, moment, do):
         self.due.append(do)
+        self.moments.append(moment)
 
     def now(self):
         due, self.due = self.due, []
@@ -182,6 +184,17 @@ def test_a_lane_that_was_not_empty_all_the_time_is_not_empty(fleet):
     assert fleet.sent == [(1, None)]
 
 
+def test_a_look_that_fails_is_not_the_last_one(fleet):
+    flight = fleet.flight()
+    flight.receive("a", accepted())
+    fleet.clock.silence = lambda since: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        fleet.later.now()
+    fleet.clock.silence = lambda since: 6.0
+    fleet.later.now()
+    assert fleet.cancelled == [Leftover("a", 1)]
+
+
 # --- Another attempt
 
 
@@ -329,6 +342,12 @@ def test_at_its_deadline_it_is_over_whoever_reads(fleet):
     fleet.later.now()
     assert fleet.cancelled == [Leftover("a", 1)]
     assert fleet.read()[0].code == "timeout"
+
+
+def test_its_deadline_is_noticed_also_if_it_comes_before_the_first_look_is_due():
+    fleet = Fleet(accept_timeout=5.0)
+    flight = fleet.flight(asked=request().model_copy(update={"timeout_seconds": 0.5}))
+    assert fleet.later.moments == [flight._deadline]
 
 
 def test_who_is_told_that_it_is_too_late_is_told_the_attempts_too(fleet):
