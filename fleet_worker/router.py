@@ -88,10 +88,10 @@ class Router:
 
     def close(self) -> None:
         """Cancel what is under way, and stop listening for replies."""
-        for flight in tuple(self._flights.values()):
-            flight.give_up(Cancelled("the router was closed"))
         with self._starting:
             services, self._services = self._services, None
+        for flight in tuple(self._flights.values()):
+            flight.give_up(Cancelled("the router was closed"))
         if services:
             services.agenda.close()
             services.cancellations.close()
@@ -195,7 +195,10 @@ class Router:
         if has_key and (joined := self._keyed.add(flight, node, on_interrupt)):
             return joined
         self._flights[request.request_id] = flight
-        flight.submit()
+        if self._services is services:
+            flight.submit()
+        else:  # it was given up with the others, or came too late for that
+            flight.give_up(Cancelled("the router was closed"))
         return flight, cast(Mailbox, mailbox)
 
     def _admit(self, request: FleetRequest, node: str | None, backlog: Backlog) -> None:

@@ -454,6 +454,15 @@ def test_what_is_cancelled_while_it_is_sent_is_cancelled_when_it_was_sent(fleet,
     assert len(fleet.cancelled) == 1
 
 
+def test_what_is_about_to_be_sent_when_the_router_is_closed_is_cancelled(fleet, monkeypatch):
+    admit = fleet.router._admit
+    monkeypatch.setattr(fleet.router, "_admit", lambda *what: (admit(*what), fleet.router.close()))
+    with took_less_than(2), pytest.raises(Cancelled, match="closed"):
+        chat(fleet)
+    assert fleet.requests == []
+    assert fleet.router._flights == {}
+
+
 def test_nothing_is_sent_before_a_stream_is_entered(fleet):
     fleet.router.stream_chat("m", HELLO)
     assert fleet.requests == []
