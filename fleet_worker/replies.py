@@ -303,10 +303,12 @@ class ReplyInbox:
         self._listening = threading.Event()
         self._next_proof = 0.0
 
-    def start(self, timeout: float) -> None:
-        """Listen; raises `BrokerUnavailable` if the broker is not there within `timeout` seconds."""
-        self._link.start()
-        if not self._listening.wait(timeout):
+    def start(self, timeout: float, *, waited: float = 0.0) -> None:
+        """Listen; raises `BrokerUnavailable` if the broker is not there within `timeout` seconds, some of which may
+        have been waited already."""
+        if waited < timeout:
+            self._link.start()
+        if not self._listening.wait(timeout - waited):
             self._link.close()
             cause = self._link.failure or "no answer"
             raise BrokerUnavailable(f"the broker did not answer within {timeout:g} s ({cause})")

@@ -208,7 +208,8 @@ class Router:
         backlog.admit(direct_lane(node) if node else lane(request.operation, request.model))
 
     def _connected(self) -> Services:
-        with self._starting:
+        began = time.monotonic()
+        with self._starting:  # one connects, the others wait for that, and none of them for longer than one would
             if self._services is None:
                 router = self._settings.router
                 inbox = ReplyInbox(
@@ -218,7 +219,7 @@ class Router:
                     also=(lambda: registry_queue(self._transport), self._registry.receive),
                     listening=self._ask_who_is_there,
                 )
-                inbox.start(router.connect_timeout)
+                inbox.start(router.connect_timeout, waited=time.monotonic() - began)
                 agenda = Agenda()
                 self._services = Services(
                     settings=router,

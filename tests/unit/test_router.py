@@ -33,6 +33,7 @@ from fleet_worker.frames import Accepted, ChatResponse, Delta, Deltas, EmbedResp
 from fleet_worker.lanes import reply_name
 from fleet_worker.messages import Resume
 from fleet_worker.replies import ReplyInbox
+from tests.brokers import free_port
 from tests.clients import HELLO, took_less_than
 from tests.unit.test_attempts import FACTS
 
@@ -466,6 +467,15 @@ def test_what_is_about_to_be_sent_when_the_router_is_closed_is_cancelled(fleet, 
 def test_nothing_is_sent_before_a_stream_is_entered(fleet):
     fleet.router.stream_chat("m", HELLO)
     assert fleet.requests == []
+
+
+def test_who_waits_for_another_one_to_connect_does_not_wait_for_longer():
+    settings = Settings(broker_url=f"redis://127.0.0.1:{free_port()}/0", router={"connect_timeout": 0.5})
+    with Router(settings) as router, ThreadPoolExecutor(8) as pool, took_less_than(1.5):
+        asked = [pool.submit(router.chat, "m", HELLO) for _ in range(8)]
+        for each in asked:
+            with pytest.raises(BrokerUnavailable, match=r"0\.5 s"):
+                each.result()
 
 
 @pytest.mark.parametrize("error", [OperationalError("away"), redis.exceptions.ConnectionError("cut off"), OSError()])
