@@ -87,9 +87,13 @@ class Backlog:
             before = queue_wait if known.queue_wait is None else known.queue_wait
             known.queue_wait = before + SMOOTHING * (queue_wait - before)
 
-    def depth(self, lane: str, timeout: float = ANSWER_WITHIN) -> int | None:
-        """Ask now how many requests wait in a lane; None if the broker does not tell within `timeout` seconds, which
-        may become twice that while another thread asks."""
+    def depth(self, lane: str, timeout: float = ANSWER_WITHIN, *, max_age: float = 0.0) -> int | None:
+        """Ask how many requests wait in a lane, unless somebody has in the last `max_age` seconds; None if the broker
+        does not tell within `timeout` seconds, which may become twice that while another thread asks."""
+        with self._changing:
+            known = self._known(lane)
+            if time.monotonic() < known.asked_at + max_age:
+                return known.depth
         if not self._asking.acquire(timeout=timeout):
             return None
         try:

@@ -25,6 +25,9 @@ LOOKS_AGAIN = 1.0
 """Seconds between two looks at a lane that was empty, as an acceptance may be on its way; or between two tries to
 reach a broker that is away."""
 
+LANE_KNOWN = 0.25
+"""Seconds for which one look at a lane is enough for all that wait in it: there may be a thousand of them."""
+
 PATIENCE = 0.5
 """Seconds that the thread of the agenda waits for a broker: others have something due too."""
 
@@ -237,7 +240,7 @@ class Flight:
         request, due = self._attempts.request, self._submitted + settings.accept_timeout
         if now < due:
             return due
-        depth = self._services.backlog.depth(self._lane, PATIENCE)
+        depth = self._services.backlog.depth(self._lane, PATIENCE, max_age=LANE_KNOWN)
         if depth != 0:
             self._empty_since = None
             return now + (settings.accept_timeout if depth else LOOKS_AGAIN)

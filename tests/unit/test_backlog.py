@@ -162,6 +162,14 @@ def test_the_depth_is_asked_now_each_time(told):
         assert told.depth(LANE) == depth
 
 
+def test_a_depth_that_was_asked_a_moment_ago_is_good_enough_for_who_says_so(told):
+    for told.depths[LANE], depth in [(3, 3), (4, 3)]:
+        assert told.depth(LANE, max_age=0.25) == depth
+    told.now += 0.3
+    assert told.depth(LANE, max_age=0.25) == 4
+    assert told.asked == [LANE] * 2
+
+
 def test_not_more_lanes_are_remembered_than_are_good(told):
     for number in range(MOST_LANES + 50):
         told.admit(f"llm.fleet.chat.{number}")

@@ -59,7 +59,7 @@ class Fleet:
             settings=RouterSettings.model_construct(**patient),
             agenda=self.later,
             inbox=self.clock,
-            backlog=SimpleNamespace(depth=lambda *_: self.depth, accepted=lambda *what: self.waits.append(what)),
+            backlog=SimpleNamespace(depth=lambda *_, **__: self.depth, accepted=lambda *what: self.waits.append(what)),
             cancellations=SimpleNamespace(add=lambda _, leftover: self.cancelled.append(leftover)),
             publish=self._publish,
             elsewhere=lambda request, failed: self.target,

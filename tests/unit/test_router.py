@@ -78,7 +78,7 @@ class Fleet:
             agenda=agenda,
             inbox=ReplyInbox(None, reply_name("test", 60), self.router._receive),
             backlog=SimpleNamespace(
-                admit=lambda lane: None, accepted=lambda *_: None, depth=lambda *_: 1, close=lambda: None
+                admit=lambda lane: None, accepted=lambda *_: None, depth=lambda *_, **__: 1, close=lambda: None
             ),
             cancellations=SimpleNamespace(add=lambda *what: self.cancelled.append(what), close=lambda: None),
             publish=lambda request, node, patience: self.router._publish(request, node),
