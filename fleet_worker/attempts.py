@@ -122,8 +122,9 @@ class Attempts:
         return self.fail(NodeLost(f"{self.node} fell silent while it worked on the request"), now)
 
     def untaken(self, now: float) -> Frame | None:
-        """Nobody took it, and it waits nowhere: its message is lost, or died with whoever had just taken it."""
-        return self.fail(NodeLost("no node took the request, and it is not in its lane any more"), now)
+        """Nobody took it, and nobody will: its message is lost, died with whoever had just taken it, or is for a node
+        that is not there any more."""
+        return self.fail(NodeLost("no node took the request: its message, or the node that it was for, is gone"), now)
 
     def fail(self, error: FleetError, now: float, *, left_over: bool = True) -> Frame | None:
         """This attempt is over: pause before the next one, or end. Return the failure if that is the end."""

@@ -46,6 +46,8 @@ class Services:
     `BrokerUnavailable`."""
     elsewhere: Callable[[FleetRequest, set[str]], str | None]
     """Which node should have the next attempt, as these have failed; None for whoever takes it first."""
+    is_ready: Callable[[FleetRequest, str], bool]
+    """Is this node there to take it?"""
     ended: Callable[[str], object]
     """This request needs no more frames."""
 
@@ -69,6 +71,8 @@ class Flight:
         self._lock = threading.RLock()
         self._readers: list[Mailbox] = []
         self._lane = ""
+        self._chosen: str | None = None
+        """Whom the attempt of the moment is for by the router's choice, not by its caller's."""
         self._submitted = 0.0
         """When the attempt of the moment was submitted."""
         self._heard = 0.0
@@ -201,7 +205,8 @@ class Flight:
             if self._attempts.state != "pausing":
                 return
             request, failed = self._attempts.again(), set(self._attempts.failed)
-        self._send_in_time(request, self._node or self._services.elsewhere(request, failed))
+        self._chosen = None if self._node else self._services.elsewhere(request, failed)
+        self._send_in_time(request, self._node or self._chosen)
 
     def _send_in_time(self, request: FleetRequest, node: str | None) -> None:
         """A broker that is away is tried until the deadline: nothing of the request is lost by that."""
@@ -241,17 +246,27 @@ class Flight:
         if now < due:
             return due
         depth = self._services.backlog.depth(self._lane, PATIENCE, max_age=LANE_KNOWN)
-        if depth != 0:
+        if depth and self._is_stranded(request):
+            self._untaken(request, now)
+        elif depth != 0:
             self._empty_since = None
             return now + (settings.accept_timeout if depth else LOOKS_AGAIN)
-        if self._empty_since is None:
+        elif self._empty_since is None:
             self._empty_since = inbox.clock
         elif inbox.silence(self._empty_since) >= LOOKS_AGAIN:
-            with self._lock:
-                if self._attempts.state == "waiting" and self._attempts.request is request:
-                    self._deliver(self._attempts.untaken(now))
-                    self._moved()
+            self._untaken(request, now)
         return now + LOOKS_AGAIN
+
+    def _is_stranded(self, request: FleetRequest) -> bool:
+        """Does it wait for one node only, which is not there? The last attempt waits until that comes back."""
+        chosen, last = self._chosen, self._services.settings.max_attempts
+        return chosen is not None and request.attempt < last and not self._services.is_ready(request, chosen)
+
+    def _untaken(self, request: FleetRequest, now: float) -> None:
+        with self._lock:
+            if self._attempts.state == "waiting" and self._attempts.request is request:
+                self._deliver(self._attempts.untaken(now))
+                self._moved()
 
     def _listen_for_life(self, now: float) -> float:
         """Is the node that has it still there? Return when to listen again."""

@@ -229,6 +229,7 @@ class Router:
                     cancellations=Cancellations(agenda, self._app.connection_for_write),
                     publish=self._publish,
                     elsewhere=self._elsewhere,
+                    is_ready=lambda request, node: node in self._ready(request),
                     ended=lambda request_id: self._flights.pop(request_id, None),
                 )
                 agenda.start()
@@ -243,16 +244,20 @@ class Router:
 
     def _elsewhere(self, request: FleetRequest, failed: set[str]) -> str | None:
         """The lane is best: who is free takes from it. But not if somebody takes from it who has just failed."""
-        offered = self._registry.offerings(model=request.model, capability=request.operation, ready=True)
-        free = {
-            each.node: each.instance.slots
-            for each in offered
-            if request.provider_instance in ("any", each.instance.name)
-        }
+        free = self._ready(request)
         others = [node for node in free if node not in failed]
         if not others or failed.isdisjoint(free):
             return None
         return random.choices(others, [free[node] or 1 for node in others])[0]  # noqa: S311 - it spreads load
+
+    def _ready(self, request: FleetRequest) -> dict[str, int]:
+        """Return the nodes that are ready to take it, each with its slots."""
+        offered = self._registry.offerings(model=request.model, capability=request.operation, ready=True)
+        return {
+            each.node: each.instance.slots
+            for each in offered
+            if request.provider_instance in ("any", each.instance.name)
+        }
 
     def _ask_who_is_there(self, channel: Any) -> None:
         """Every registry node answers at once, instead of when its next event is due."""

@@ -54,6 +54,7 @@ class Fleet:
         self.ended = []
         self.sent = []
         self.target = None
+        self.ready = True
         self.refusal = None
         self.services = Services(
             settings=RouterSettings.model_construct(**patient),
@@ -63,6 +64,7 @@ class Fleet:
             cancellations=SimpleNamespace(add=lambda _, leftover: self.cancelled.append(leftover)),
             publish=self._publish,
             elsewhere=lambda request, failed: self.target,
+            is_ready=lambda request, node: self.ready,
             ended=self.ended.append,
         )
 
@@ -212,6 +214,22 @@ def test_what_is_for_one_node_only_stays_there(fleet):
     flight.receive("a@mini", failure(0, DOWN))
     fleet.later.now()
     assert fleet.sent == [(1, "a@mini"), (2, "a@mini")]
+
+
+@pytest.mark.parametrize(("node", "most", "sent"), [(None, 3, 3), (None, 2, 2), ("b@mini", 3, 2)])
+def test_what_waits_for_a_node_that_is_gone_goes_elsewhere_unless_its_caller_wants_that_node(node, most, sent):
+    fleet = Fleet(max_attempts=most)
+    fleet.target = "b@mini"
+    flight = fleet.flight(node)
+    flight.receive(node or "a@mini", failure(0, DOWN))
+    for _ in range(3):
+        fleet.later.now()
+    assert len(fleet.sent) == 2
+    fleet.ready, fleet.target = False, None
+    for _ in range(3):
+        fleet.later.now()
+    assert fleet.sent[2:] == [(3, None)][: sent - 2]
+    assert fleet.cancelled == [Leftover(None, 2)][: sent - 2]
 
 
 def test_a_broker_that_is_away_is_waited_for(fleet):

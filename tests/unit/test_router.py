@@ -83,6 +83,7 @@ class Fleet:
             cancellations=SimpleNamespace(add=lambda *what: self.cancelled.append(what), close=lambda: None),
             publish=lambda request, node, patience: self.router._publish(request, node),
             elsewhere=self.router._elsewhere,
+            is_ready=lambda request, node: True,
             ended=self.router._flights.pop,
         )
         self.answers = []
