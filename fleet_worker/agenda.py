@@ -47,8 +47,9 @@ class Agenda:
         while True:
             self._sleeps_until = NEVER  # what comes from now on wakes the thread, until it knows better
             self._changed.clear()
+            closed = self._closed
             left = self._do_what_is_due()
-            if self._closed:
+            if closed:
                 return
             self._sleeps_until = NEVER if left is None else time.monotonic() + left
             self._changed.wait(left)
