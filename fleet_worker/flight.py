@@ -113,7 +113,7 @@ class Flight:
             if mailbox in self._readers:
                 self._readers.remove(mailbox)
                 if not self._readers:
-                    self._give_up(Cancelled("nobody waits for the answer any more"))
+                    self.give_up(Cancelled("nobody waits for the answer any more"))
 
     def late(self) -> FleetError:
         """What a reader is told at its deadline."""
@@ -156,12 +156,9 @@ class Flight:
     def give_up(self, error: FleetError) -> None:
         """End it for all of its readers, who get this error."""
         with self._lock:
-            self._give_up(error)
-
-    def _give_up(self, error: FleetError) -> None:
-        if frame := self._attempts.give_up(error):
-            self._deliver(frame)
-            self._moved()
+            if frame := self._attempts.give_up(error):
+                self._deliver(frame)
+                self._moved()
 
     def _send(self, request: FleetRequest, node: str | None, patience: float) -> None:
         self._lane = direct_lane(node) if node else lane(request.operation, request.model)
