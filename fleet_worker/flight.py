@@ -22,11 +22,8 @@ from fleet_worker.settings import Router as RouterSettings
 __all__ = ["Flight", "Services"]
 
 LOOKS_AGAIN = 1.0
-"""Seconds between two looks at a lane that was empty, as an acceptance may be on its way; or between two tries to
-reach a broker that is away."""
-
-LANE_KNOWN = 0.25
-"""Seconds for which one look at a lane is enough for all that wait in it: there may be a thousand of them."""
+"""Seconds between two looks for a request that is not in its lane, as an acceptance may be on its way; or between two
+tries to reach a broker that is away."""
 
 PATIENCE = 0.5
 """Seconds that the thread of the agenda waits for a broker: others have something due too."""
@@ -77,8 +74,8 @@ class Flight:
         """When the attempt of the moment was submitted."""
         self._heard = 0.0
         """When the node that has it was last heard, on the clock of the inbox."""
-        self._empty_since: float | None = None
-        """Since when its lane is empty, on the same clock."""
+        self._missing_since: float | None = None
+        """Since when it is not in its lane any more, on the same clock."""
         self.ended_at: float | None = None
         """Monotonic seconds."""
 
@@ -147,7 +144,7 @@ class Flight:
                 return False
             self._heard = self._services.inbox.clock
             if isinstance(frame, Accepted) and frame.seq == 0:
-                self._services.backlog.accepted(self._lane, frame.queue_wait)
+                self._services.backlog.accepted(self._lane, frame.queue_wait, self.request.priority, self._submitted)
             self._deliver(attempts.take(node, frame, time.monotonic()))
             if attempts.state != before:
                 self._moved()
@@ -162,7 +159,7 @@ class Flight:
 
     def _send(self, request: FleetRequest, node: str | None, patience: float) -> None:
         self._lane = direct_lane(node) if node else lane(request.operation, request.model)
-        self._empty_since = None
+        self._missing_since = None
         try:
             self._services.publish(request, node, patience)
         finally:
@@ -242,15 +239,15 @@ class Flight:
         request, due = self._attempts.request, self._submitted + settings.accept_timeout
         if now < due:
             return due
-        depth = self._services.backlog.depth(self._lane, PATIENCE, max_age=LANE_KNOWN)
-        if depth and self._is_stranded(request):
+        waits = self._services.backlog.waits(self._lane, request.priority, self._submitted, PATIENCE)
+        if waits and self._is_stranded(request):
             self._untaken(request, now)
-        elif depth != 0:
-            self._empty_since = None
-            return now + (settings.accept_timeout if depth else LOOKS_AGAIN)
-        elif self._empty_since is None:
-            self._empty_since = inbox.clock
-        elif inbox.silence(self._empty_since) >= LOOKS_AGAIN:
+        elif waits is not False:
+            self._missing_since = None
+            return now + (settings.accept_timeout if waits else LOOKS_AGAIN)
+        elif self._missing_since is None:
+            self._missing_since = inbox.clock
+        elif inbox.silence(self._missing_since) >= LOOKS_AGAIN:
             self._untaken(request, now)
         return now + LOOKS_AGAIN
 

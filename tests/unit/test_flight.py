@@ -48,8 +48,8 @@ class Fleet:
         self.later = Later()
         self.clock = SimpleNamespace(clock=0.0, back=0.0)
         self.clock.silence = lambda since: self.clock.clock - max(since, self.clock.back)
-        self.depth = 1
-        self.waits = []
+        self.waits = True
+        self.accepted = []
         self.cancelled = []
         self.ended = []
         self.sent = []
@@ -60,7 +60,7 @@ class Fleet:
             settings=RouterSettings.model_construct(**patient),
             agenda=self.later,
             inbox=self.clock,
-            backlog=SimpleNamespace(depth=lambda *_, **__: self.depth, accepted=lambda *what: self.waits.append(what)),
+            backlog=SimpleNamespace(waits=lambda *_: self.waits, accepted=lambda *what: self.accepted.append(what)),
             cancellations=SimpleNamespace(add=lambda _, leftover: self.cancelled.append(leftover)),
             publish=self._publish,
             elsewhere=lambda request, failed: self.target,
@@ -154,8 +154,8 @@ def test_a_lost_node_that_comes_back_is_not_wanted(fleet):
 # --- Messages that are nowhere
 
 
-def test_an_empty_lane_is_looked_at_twice_before_a_request_is_sent_again(fleet):
-    fleet.depth = 0
+def test_a_lane_is_looked_at_twice_before_a_request_that_is_not_in_it_is_sent_again(fleet):
+    fleet.waits = False
     fleet.flight()
     fleet.later.now()
     fleet.clock.clock = 0.5
@@ -168,9 +168,9 @@ def test_an_empty_lane_is_looked_at_twice_before_a_request_is_sent_again(fleet):
     assert fleet.cancelled == [Leftover(None, 1)]
 
 
-@pytest.mark.parametrize("depth", [3, None])
-def test_a_request_that_waits_is_let_wait_and_so_is_one_that_cannot_be_seen(fleet, depth):
-    fleet.depth = depth
+@pytest.mark.parametrize("waits", [True, None])
+def test_a_request_that_waits_is_let_wait_and_so_is_one_that_cannot_be_seen(fleet, waits):
+    fleet.waits = waits
     fleet.flight()
     for second in range(10):
         fleet.clock.clock = float(second)
@@ -178,9 +178,9 @@ def test_a_request_that_waits_is_let_wait_and_so_is_one_that_cannot_be_seen(flee
     assert fleet.sent == [(1, None)]
 
 
-def test_a_lane_that_was_not_empty_all_the_time_is_not_empty(fleet):
+def test_a_request_that_was_not_missing_all_the_time_is_let_wait(fleet):
     fleet.flight()
-    for second, fleet.depth in enumerate([0, 1, 0, None, 0, 2]):
+    for second, fleet.waits in enumerate([False, True, False, None, False, True]):
         fleet.clock.clock = 2.0 * second
         fleet.later.now()
     assert fleet.sent == [(1, None)]
@@ -384,7 +384,7 @@ def test_who_is_told_that_it_is_too_late_is_told_the_attempts_too(fleet):
 def test_the_wait_in_the_lane_is_told(fleet):
     flight = fleet.flight()
     flight.receive("a", accepted())
-    assert fleet.waits == [("llm.fleet.stream_chat.m", 0.0)]
+    assert [what[:3] for what in fleet.accepted] == [("llm.fleet.stream_chat.m", 0.0, "normal")]
 
 
 # --- Requests with a key
