@@ -1,19 +1,21 @@
-"""A request, as a thread or an asyncio task holds it: submitted on entering, read, left behind on leaving."""
+"""A request and its answer, as a thread or an asyncio task holds them: submitted on entering, read, left behind on
+leaving."""
 
 from __future__ import annotations
 
 import asyncio
 import queue
 import weakref
-from collections.abc import Callable
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Self, cast
 
 from fleet_worker.errors import Cancelled, FleetError
 from fleet_worker.flight import Flight
-from fleet_worker.frames import ChatResponse, EmbedResponse, Failure, Frame
+from fleet_worker.frames import ChatResponse, Delta, Deltas, EmbedResponse, Failure, Frame, join
 from fleet_worker.mailbox import Mailbox
 
-__all__ = ["Call"]
+__all__ = ["Call", "ChatStream"]
 
 
 class Call:
@@ -111,3 +113,71 @@ class Call:
             self._error = self._flight.late()
         self.cancel()
         return cast(FleetError, self._error)
+
+
+class ChatStream:
+    """A streamed answer: iterate it for its deltas; then `response` is the whole, as `Router.chat` returns it.
+
+    Works with `with` and `for`, and with `async with` and `async for`. Nothing is sent before it is entered or
+    iterated. An error ends it; what arrived before was yielded.
+    """
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        self._ready: deque[Delta] = deque()
+        self._deltas: list[Delta] = []
+        self._response: ChatResponse | None = None
+
+    def __enter__(self) -> Self:
+        self._call.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._call.__exit__()
+
+    async def __aenter__(self) -> Self:
+        await self._call.__aenter__()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._call.__aexit__()
+
+    def __iter__(self) -> Iterator[Delta]:
+        return self
+
+    def __next__(self) -> Delta:
+        while not self._ready:
+            if self._response is not None:
+                raise StopIteration
+            self._call.__enter__()
+            self._take(self._call.frame())
+        return self._ready.popleft()
+
+    def __aiter__(self) -> AsyncIterator[Delta]:
+        return self
+
+    async def __anext__(self) -> Delta:
+        while not self._ready:
+            if self._response is not None:
+                raise StopAsyncIteration
+            await self._call.__aenter__()
+            self._take(await self._call.aframe())
+        return self._ready.popleft()
+
+    @property
+    def response(self) -> ChatResponse:
+        """The whole answer, once the stream has ended."""
+        if self._response is None:
+            raise RuntimeError("the stream has not ended: iterate it to its end first")
+        return self._response
+
+    def cancel(self) -> None:
+        """Want nothing more, from any thread: the node stops, and reading this raises `Cancelled`."""
+        self._call.cancel()
+
+    def _take(self, frame: Frame) -> None:
+        if isinstance(frame, Deltas):
+            self._deltas += frame.deltas
+            self._ready.extend(frame.deltas)
+        else:
+            self._response = cast(ChatResponse, frame).model_copy(update=join(self._deltas))

@@ -17,6 +17,7 @@ from fleet_worker.lanes import direct_lane, lane
 from fleet_worker.mailbox import Mailbox
 from fleet_worker.messages import ChatParams, FleetRequest
 from fleet_worker.replies import ReplyInbox
+from fleet_worker.routes import Routes
 from fleet_worker.settings import Router as RouterSettings
 
 __all__ = ["Flight", "Services"]
@@ -38,13 +39,9 @@ class Services:
     inbox: ReplyInbox
     backlog: Backlog
     cancellations: Cancellations
-    publish: Callable[[FleetRequest, str | None, float], None]
-    """Send an attempt into its lane, or to this node only, and wait so many seconds for a broker that is away; raises
-    `BrokerUnavailable`."""
-    elsewhere: Callable[[FleetRequest, set[str]], str | None]
-    """Which node should have the next attempt, as these have failed; None for whoever takes it first."""
-    is_ready: Callable[[FleetRequest, str], bool]
-    """Is this node there to take it?"""
+    routes: Routes
+    publish: Callable[[FleetRequest, str, float], None]
+    """Send an attempt into this lane, and wait so many seconds if the broker is away; raises `BrokerUnavailable`."""
     ended: Callable[[str], object]
     """This request needs no more frames."""
 
@@ -67,8 +64,7 @@ class Flight:
         )
         self._lock = threading.RLock()
         self._readers: list[Mailbox] = []
-        self._lane = ""
-        self._chosen: str | None = None
+        self._chosen = None if node else services.routes.node_for(request)
         """Whom the attempt of the moment is for by the router's choice, not by its caller's."""
         self._submitted = 0.0
         """When the attempt of the moment was submitted."""
@@ -78,6 +74,12 @@ class Flight:
         """Since when it is not in its lane any more, on the same clock."""
         self.ended_at: float | None = None
         """Monotonic seconds."""
+
+    @property
+    def lane(self) -> str:
+        """Where the attempt of the moment waits, or waited."""
+        node = self._node or self._chosen
+        return direct_lane(node) if node else lane(self.request.operation, self.request.model)
 
     @property
     def answered(self) -> bool:
@@ -130,7 +132,7 @@ class Flight:
     def submit(self) -> None:
         """Send the first attempt; raises what the broker has against it."""
         try:
-            self._send(self.request, self._node, self._services.settings.connect_timeout)
+            self._send(self.request, self._services.settings.connect_timeout)
         except BaseException as error:  # a KeyboardInterrupt, too: others may have joined
             self.give_up(error if isinstance(error, FleetError) else Cancelled("the request was not sent"))
             raise
@@ -144,7 +146,7 @@ class Flight:
                 return False
             self._heard = self._services.inbox.clock
             if isinstance(frame, Accepted) and frame.seq == 0:
-                self._services.backlog.accepted(self._lane, frame.queue_wait, self.request.priority, self._submitted)
+                self._services.backlog.accepted(self.lane, frame.queue_wait, self.request.priority, self._submitted)
             self._deliver(attempts.take(node, frame, time.monotonic()))
             if attempts.state != before:
                 self._moved()
@@ -157,11 +159,10 @@ class Flight:
                 self._deliver(frame)
                 self._moved()
 
-    def _send(self, request: FleetRequest, node: str | None, patience: float) -> None:
-        self._lane = direct_lane(node) if node else lane(request.operation, request.model)
+    def _send(self, request: FleetRequest, patience: float) -> None:
         self._missing_since = None
         try:
-            self._services.publish(request, node, patience)
+            self._services.publish(request, self.lane, patience)
         finally:
             self._submitted = time.monotonic()
 
@@ -199,21 +200,20 @@ class Flight:
             if self._attempts.state != "pausing":
                 return
             request, failed = self._attempts.again(), set(self._attempts.failed)
-        self._chosen = None if self._node else self._services.elsewhere(request, failed)
-        self._send_in_time(request, self._node or self._chosen)
+        self._chosen = None if self._node else self._services.routes.node_for(request, failed)
+        self._send_in_time(request)
 
-    def _send_in_time(self, request: FleetRequest, node: str | None) -> None:
+    def _send_in_time(self, request: FleetRequest) -> None:
         """A broker that is away is tried until the deadline: nothing of the request is lost by that."""
         if self._attempts.state != "waiting" or self._attempts.request is not request:
             return
         try:
-            self._send(request, node, PATIENCE)
+            self._send(request, PATIENCE)
         except FleetError as error:
             if not isinstance(error, BrokerUnavailable) or not error.retryable:
                 self.give_up(error)
                 return
-            later = time.monotonic() + LOOKS_AGAIN
-            self._services.agenda.at(later, lambda: self._send_in_time(request, node))
+            self._services.agenda.at(time.monotonic() + LOOKS_AGAIN, lambda: self._send_in_time(request))
 
     def _look(self) -> None:
         """Look whether something is wrong, and come back."""
@@ -239,7 +239,7 @@ class Flight:
         request, due = self._attempts.request, self._submitted + settings.accept_timeout
         if now < due:
             return due
-        waits = self._services.backlog.waits(self._lane, request.priority, self._submitted, PATIENCE)
+        waits = self._services.backlog.waits(self.lane, request.priority, self._submitted, PATIENCE)
         if waits and self._is_stranded(request):
             self._untaken(request, now)
         elif waits is not False:
@@ -254,7 +254,7 @@ class Flight:
     def _is_stranded(self, request: FleetRequest) -> bool:
         """Does it wait for one node only, which is not there? The last attempt waits until that comes back."""
         chosen, last = self._chosen, self._services.settings.max_attempts
-        return chosen is not None and request.attempt < last and not self._services.is_ready(request, chosen)
+        return chosen is not None and request.attempt < last and not self._services.routes.is_ready(request, chosen)
 
     def _untaken(self, request: FleetRequest, now: float) -> None:
         with self._lock:

@@ -178,7 +178,7 @@ def _accept(node: Node, envelope: Any, operation: str, answer: Answer, stop: Sto
     if request.operation != operation:
         raise InvalidRequest(f"a request for {request.operation} came as a task for {operation}")
     if request.provider_instance not in ("any", node.instance):
-        raise InvalidRequest("the request is for another instance than the one it came to")
+        raise InstanceUnavailable(f"the request is for another instance than {node.instance}, who took it")
     offering = offering_for(request, node.offerings)
     started, queue_wait, remaining = time.monotonic(), request.queue_wait, request.remaining
     if remaining <= 0:

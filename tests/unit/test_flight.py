@@ -53,7 +53,7 @@ class Fleet:
         self.cancelled = []
         self.ended = []
         self.sent = []
-        self.target = None
+        self.first = self.target = None
         self.ready = True
         self.refusal = None
         self.services = Services(
@@ -63,15 +63,17 @@ class Fleet:
             backlog=SimpleNamespace(waits=lambda *_: self.waits, accepted=lambda *what: self.accepted.append(what)),
             cancellations=SimpleNamespace(add=lambda _, leftover: self.cancelled.append(leftover)),
             publish=self._publish,
-            elsewhere=lambda request, failed: self.target,
-            is_ready=lambda request, node: self.ready,
+            routes=SimpleNamespace(
+                node_for=lambda request, *failed: self.target if failed else self.first, is_ready=lambda *_: self.ready
+            ),
             ended=self.ended.append,
         )
 
-    def _publish(self, request, node, patience):
+    def _publish(self, request, lane, patience):
         if self.refusal:
             raise self.refusal
-        self.sent.append((request.attempt, node))
+        _, _, node = lane.partition(".node.")
+        self.sent.append((request.attempt, node or None))
 
     def flight(self, node=None, **options):
         flight = Flight(options.pop("asked", None) or request(), node, self.services, **options)
@@ -206,6 +208,12 @@ def test_it_goes_where_the_router_says(fleet):
     flight.receive("a", failure(0, DOWN))
     fleet.later.now()
     assert fleet.sent == [(1, None), (2, "b@mini")]
+
+
+def test_the_first_attempt_goes_where_the_router_says(fleet):
+    fleet.first = "a@mini"
+    assert fleet.flight().lane == "llm.fleet.node.a@mini"
+    assert fleet.sent == [(1, "a@mini")]
 
 
 def test_what_is_for_one_node_only_stays_there(fleet):

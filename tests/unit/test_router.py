@@ -1,6 +1,7 @@
 """The attempts of a request: when there is another one, and what is made of the frames of each."""
 
 import asyncio
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,7 @@ from fleet_worker.frames import Accepted, ChatResponse, Delta, Deltas, EmbedResp
 from fleet_worker.lanes import reply_name
 from fleet_worker.messages import Resume
 from fleet_worker.replies import ReplyInbox
+from fleet_worker.routes import Routes
 from tests.brokers import free_port
 from tests.clients import HELLO, took_less_than
 from tests.unit.test_attempts import FACTS
@@ -78,14 +80,14 @@ class Fleet:
             agenda=agenda,
             inbox=ReplyInbox(None, reply_name("test", 60), self.router._receive),
             backlog=SimpleNamespace(
-                admit=lambda lane: None, accepted=lambda *_: None, depth=lambda *_, **__: 1, close=lambda: None
+                admit=lambda lane: None, accepted=lambda *_: None, waits=lambda *_: True, close=lambda: None
             ),
             cancellations=SimpleNamespace(add=lambda *what: self.cancelled.append(what), close=lambda: None),
-            publish=lambda request, node, patience: self.router._publish(request, node),
-            elsewhere=self.router._elsewhere,
-            is_ready=lambda request, node: True,
+            routes=Routes(self.router._registry),
+            publish=lambda request, lane, patience: self.router._publish(request, lane),
             ended=self.router._flights.pop,
         )
+        self.router._process = os.getpid()
         self.answers = []
         self.requests = []
         self.nodes = []
@@ -96,9 +98,9 @@ class Fleet:
     def __exit__(self, *_):
         self.router.close()
 
-    def _publish(self, request, node):
+    def _publish(self, request, lane):
         self.requests.append(request)
-        self.nodes.append(node)
+        self.nodes.append(lane.partition(".node.")[2] or None)
         answer = self.answers.pop(0)
         if isinstance(answer, FleetError):
             raise answer
@@ -286,8 +288,8 @@ def test_a_reply_with_a_gap_is_tried_again(fleet, read):
     fleet.answers = [[accepted()], [accepted(), deltas("b"), response()]]
     publish = fleet.router._publish
 
-    def lossy(request, node):
-        publish(request, node)
+    def lossy(request, lane):
+        publish(request, lane)
         if request.attempt == 1:
             fleet.say(deltas("lost"), first=2)
 
@@ -336,8 +338,8 @@ def test_what_an_older_attempt_still_says_is_not_listened_to(fleet, read):
     fleet.answers = [[accepted(), DOWN], []]
     publish = fleet.router._publish
 
-    def mixed(request, node):
-        publish(request, node)
+    def mixed(request, lane):
+        publish(request, lane)
         if request.attempt == 2:
             fleet.say(accepted(), deltas("old"), response("old"), attempt=1)
             fleet.say(accepted(), deltas("new"))
@@ -426,10 +428,10 @@ def test_what_is_cancelled_while_it_is_sent_is_cancelled_when_it_was_sent(fleet,
     fleet.answers = [[accepted()]]
     publish, sending, cancelled = fleet.router._publish, threading.Event(), threading.Event()
 
-    def slowly(request, node):
+    def slowly(request, lane):
         sending.set()
         cancelled.wait(5)
-        publish(request, node)
+        publish(request, lane)
 
     fleet.router._publish = slowly
     stream = fleet.router.stream_chat("m", HELLO)
@@ -457,12 +459,25 @@ def test_what_is_cancelled_while_it_is_sent_is_cancelled_when_it_was_sent(fleet,
 
 
 def test_what_is_about_to_be_sent_when_the_router_is_closed_is_cancelled(fleet, monkeypatch):
-    admit = fleet.router._admit
-    monkeypatch.setattr(fleet.router, "_admit", lambda *what: (admit(*what), fleet.router.close()))
+    monkeypatch.setattr(fleet.router._services.backlog, "admit", lambda lane: fleet.router.close())
     with took_less_than(2), pytest.raises(Cancelled, match="closed"):
         chat(fleet)
     assert fleet.requests == []
     assert fleet.router._flights == {}
+
+
+def test_a_router_that_is_closed_stays_closed(fleet, ask):
+    fleet.router.close()
+    fleet.router.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        ask(fleet)
+
+
+def test_a_router_that_was_connected_before_a_fork_says_so(fleet, ask, monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    with pytest.raises(RuntimeError, match="in each process"):
+        ask(fleet)
+    assert fleet.requests == []
 
 
 def test_nothing_is_sent_before_a_stream_is_entered(fleet):
