@@ -10,6 +10,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from fleet_worker.errors import where
+
 __all__ = ["Agenda"]
 
 log = logging.getLogger(__name__)
@@ -68,4 +70,4 @@ class Agenda:
             try:
                 return self._schedule.run(blocking=False)
             except Exception as error:  # the schedule has forgotten it already
-                log.error("a router could not do what was due: %s", type(error).__name__)
+                log.error("a router could not do what was due: %s at %s", type(error).__name__, where(error))

@@ -157,6 +157,18 @@ class Attempts:
             self._close_attempt(error.code, left_over=True)
         return self._end(self._failure(error))
 
+    def pack(self) -> int:
+        """Make one piece of what was delivered; return the characters of the whole answer, about."""
+        if len(self.delivered) > 1:
+            whole = Delta.model_validate(join(self._deltas()))
+            self.delivered = [self.delivered[-1].model_copy(update={"deltas": [whole]})]
+        if isinstance(self.last, EmbedResponse):
+            return sum(map(len, self.last.data))
+        pieces: list[Delta | ChatResponse] = list(self._deltas())
+        if isinstance(self.last, ChatResponse):
+            pieces.append(self.last)
+        return sum(len(f"{each.content}{each.reasoning}{each.tool_calls}") for each in pieces)
+
     def told(self, code: str | None = None) -> list[dict[str, Any]]:
         """All attempts, for an error; with a code also the present one, as if that had ended it."""
         present = [self._present(code)] if code and self.state in ("waiting", "running") else []

@@ -87,6 +87,11 @@ class Flight:
         last = self._attempts.last
         return last is not None and last.kind != "error"
 
+    def pack(self) -> int:
+        """Once it has been answered: keep the whole as one piece. Return how many characters that is, about."""
+        with self._lock:
+            return self._attempts.pack()
+
     # --- Its readers ---
 
     def join(self, timeout: float) -> Mailbox | None:
@@ -175,7 +180,7 @@ class Flight:
 
     def _overflow(self, mailbox: Mailbox) -> None:
         waiting = self._services.settings.max_buffered
-        error = ReplyOverflow(f"{waiting} deltas and more wait for a reader (router.max_buffered)")
+        error = ReplyOverflow(f"{waiting} deltas and more wait for a reader: read faster, or raise router.max_buffered")
         mailbox.put(Failure.of(error, self.request.request_id, self.request.attempt, 0))
         self.leave(mailbox)
 

@@ -19,7 +19,7 @@ from kombu import Connection, Consumer, Queue
 from kombu.transport.redis import Channel as RedisChannel
 
 from fleet_worker.connections import BACK_OFF, hear, open_channel
-from fleet_worker.errors import BrokerUnavailable, FleetError, InvalidRequest, RequestTimeout
+from fleet_worker.errors import BrokerUnavailable, FleetError, InvalidRequest, RequestTimeout, where
 from fleet_worker.frames import Accepted, Alive, ChatResponse, Delta, Deltas, EmbedResponse, Failure, Frame, Reply
 from fleet_worker.lanes import listening_key, reply_queue
 from fleet_worker.link import Link
@@ -371,8 +371,14 @@ class ReplyInbox:
             log.error("a message in the reply queue was dropped: %s", error)
         else:
             for frame in reply.frames:
-                self._take(reply.node, frame)
+                self._hand_on(reply.node, frame)
         message.ack()
+
+    def _hand_on(self, node: str, frame: Frame) -> None:
+        try:
+            self._take(node, frame)
+        except Exception as error:  # the broker would deliver it again, for ever
+            log.error("a frame of %s (%s) was dropped: %s at %s", node, frame.kind, type(error).__name__, where(error))
 
     def _wake_up(self) -> None:
         """An empty reply to ourselves ends the wait in `drain_events` at once."""

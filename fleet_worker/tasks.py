@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from fleet_worker.errors import (
     InstanceUnavailable,
     InvalidRequest,
     ProviderError,
+    where,
 )
 from fleet_worker.frames import ChatResponse, EmbedResponse, Timings
 from fleet_worker.lanes import REPLY_PREFIX, task_name
@@ -191,9 +191,3 @@ def _accept(node: Node, envelope: Any, operation: str, answer: Answer, stop: Sto
     answer.deadline = started + remaining
     answer.accept(instance=node.instance, queue_wait=queue_wait)
     return _Work(node, request, offering, answer, stop, queue_wait, started, started + remaining)
-
-
-def where(error: Exception) -> str:
-    """File, line and function, and no text: a message may quote a prompt."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{last.filename.rpartition('/')[2]}:{last.lineno} in {last.name}"

@@ -474,6 +474,33 @@ def test_not_more_answers_than_allowed_are_kept(fleet, monkeypatch):
     assert kept == [2, 3]
 
 
+def test_not_more_characters_than_allowed_are_kept_of_all_answers(fleet, monkeypatch):
+    monkeypatch.setattr("fleet_worker.keyed.MOST_CHARACTERS", 5_000)
+    keyed = Keyed(ttl=60)
+    for number in range(4):
+        flight = fleet.flight(asked=keyed_request(str(number)))
+        keyed.add(flight)
+        flight.receive("a", accepted())
+        flight.receive("a", deltas(1, "x" * 2_000))
+        flight.receive("a", response(2))
+    assert [number for number in range(4) if keyed.join(keyed_request(str(number)))] == [2, 3]
+
+
+def test_an_answer_that_is_kept_is_one_piece(fleet):
+    keyed = Keyed(ttl=60)
+    flight = fleet.flight(asked=keyed_request())
+    keyed.add(flight)
+    flight.receive("a", accepted())
+    for seq, letter in enumerate("abc", start=1):
+        flight.receive("a", deltas(seq, letter))
+    flight.receive("a", response(4))
+    for _ in range(2):
+        _, mailbox = keyed.join(keyed_request())
+        frames = fleet.read(mailbox)
+        assert said(frames) == "abc"
+        assert len(frames) == 2
+
+
 def test_a_look_at_what_has_ended_is_the_last_one(fleet):
     flight = fleet.flight()
     flight.receive("a", response(0))

@@ -154,3 +154,20 @@ def test_a_message_of_another_protocol_is_dropped_and_the_next_one_read(sender, 
                 body, exchange="", routing_key=inbox.name, content_type="application/json", content_encoding="utf-8"
             )
     assert arrived.get().kind == "accepted"
+
+
+def test_a_frame_that_cannot_be_taken_is_dropped_and_the_next_one_read(sender, memory, arrived, caplog):
+    def clumsy(node, frame):
+        if isinstance(frame, Accepted):
+            raise OverflowError("quoting a secret")
+        arrived(node, frame)
+
+    inbox = ReplyInbox(memory, reply_name("test", 60), clumsy)
+    inbox.start(5)
+    with sender.answering("r", 1, inbox.name) as answer:
+        answer.accept(instance="i", queue_wait=0.5)
+        answer.put([Delta(content="x")], 1)
+    assert arrived.get().kind == "deltas"
+    assert "a frame of n@h (accepted) was dropped: OverflowError at test_replies.py" in caplog.text
+    assert "secret" not in caplog.text
+    inbox.close()
