@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 
 HANDED_OVER_WITHIN = 3.0
 """Seconds in which what is still running after its grace has to let go."""
+HAND_OVER_EVERY = 0.1
+"""Seconds between two looks at what that is: what was taken a moment ago is only beginning."""
 LEAVE_AFTER = 8.0
 """Seconds that Celery gets to say goodbye to the broker once a stopping node has no more work. Together with the
 above, and with the last words of a node that leaves without it, less than the 15 of `Worker.killed_after`."""
@@ -120,14 +123,20 @@ class Life:
         log.info("%s ends, running requests have %g s", self._node.name, self._grace)
         self._node.drain(ending=True)
         if not self._node.wait_until_idle(self._grace):
-            self._node.hand_over()
-            self._node.wait_until_idle(HANDED_OVER_WITHIN)
+            self._hand_over()
         celery_state.should_stop = self._exit_code  # Celery looks at it between two turns of its event loop
         if not self._ended.wait(LEAVE_AFTER):
             log.warning("%s leaves: its work is done, and the broker does not answer", self._node.name)
             self._node.close(timeout=1.0)
             logging.shutdown()
             os._exit(self._exit_code or 0)
+
+    def _hand_over(self) -> None:
+        ends = time.monotonic() + HANDED_OVER_WITHIN
+        while time.monotonic() < ends:
+            self._node.hand_over()
+            if self._node.wait_until_idle(HAND_OVER_EVERY):
+                return
 
 
 def _in_thread(target: Callable[[], None]) -> None:

@@ -164,10 +164,12 @@ class Node:
     def wait_until_idle(self, timeout: float) -> bool:
         """Wait until all that was taken is done, or for so many seconds; tell whether it is."""
         ends = time.monotonic() + timeout
-        self._intake.settled(LANES_LEFT_WITHIN)  # or something might begin after all
-        while self.sender.wait_until_idle(max(0.0, ends - time.monotonic())) and time.monotonic() < ends:
+        self._intake.settled(min(LANES_LEFT_WITHIN, timeout))  # or something might begin after all
+        while self.sender.wait_until_idle(max(0.0, ends - time.monotonic())):
             if not self.held:
                 return True
+            if time.monotonic() >= ends:
+                break
             time.sleep(0.02)  # a task is just beginning, or has just ended: Celery does not tell when
         return False
 
