@@ -52,7 +52,7 @@ class Life:
         celery_worker.install_worker_restart_handler = lambda worker: None  # it would start the process anew
         celery_worker.install_worker_term_handler = lambda worker: None  # it would stop hearing the broker at once
         signal.signal(signal.SIGHUP, lambda *_: self._hang_up())
-        signal.signal(signal.SIGTERM, lambda *_: self._end(0))
+        signal.signal(signal.SIGTERM, lambda *_: self._end(0, asked=True))
 
     def _ready(self, **_: Any) -> None:
         self._node.start()
@@ -99,11 +99,16 @@ class Life:
     def _stopping(self, sender: str, exitcode: int, **_: Any) -> None:
         """Celery's own handlers tell: that of Ctrl-C."""
         if sender == self._node.name:
-            self._end(exitcode)
+            self._end(exitcode, asked=True)
 
-    def _end(self, exit_code: int) -> None:
-        """Leave, with the exit code that was named last. Called by signal handlers, where no lock may be waited for."""
-        leaving, self._exit_code = self._exit_code is not None, exit_code
+    def _end(self, exit_code: int, *, asked: bool = False) -> None:
+        """Leave. Who asks for it says with which exit code; a reason of its own counts only if it is the first.
+
+        Called by signal handlers, where no lock may be waited for.
+        """
+        leaving = self._exit_code is not None
+        if asked or not leaving:
+            self._exit_code = exit_code
         if not leaving:
             _in_thread(self._leave)
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 from celery.worker import state as celery_state
 
+from fleet_worker.exit_codes import AGAIN, CONFIGURATION
 from fleet_worker.life import HANDED_OVER_WITHIN, Life
 from tests.clients import took_less_than, until
 
@@ -48,5 +49,20 @@ def exit_code(life, worker):
 def test_what_begins_only_after_a_node_has_begun_to_hand_over_is_handed_over_too(worker):
     life = Life(worker, Node(requests=3), grace=0.0)
     with took_less_than(HANDED_OVER_WITHIN - 1):
-        life._end(0)
+        life._end(0, asked=True)
         assert exit_code(life, worker) == 0
+
+
+ASKED = (0, {"asked": True})
+ANEW = (AGAIN, {})
+
+
+@pytest.mark.parametrize(
+    ("reasons", "code"),
+    [([ASKED, ANEW], 0), ([ANEW, ASKED], 0), ([ANEW, (CONFIGURATION, {})], AGAIN), ([ASKED, (1, {"asked": True})], 1)],
+)
+def test_who_asks_a_node_to_end_says_with_which_exit_code_whatever_its_own_reasons_are(worker, reasons, code):
+    life = Life(worker, Node(requests=1), grace=0.1)
+    for exit_with, by in reasons:
+        life._end(exit_with, **by)
+    assert exit_code(life, worker) == code
