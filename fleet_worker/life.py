@@ -43,6 +43,7 @@ class Life:
         self._ended = threading.Event()
         self._is_ready = False
         self._reloads = False
+        self._reloading = threading.Lock()
         self._exit_code: int | None = None
 
     def begin(self) -> None:
@@ -84,9 +85,10 @@ class Life:
         """Follow the configuration, without touching what is running."""
         name = self._node.name
         try:
-            settings = Settings()
-            settings.serving()
-            followed = self._node.reload(settings)
+            with self._reloading:  # who reads last follows last
+                settings = Settings()
+                settings.serving()
+                followed = self._node.reload(settings)
         except ConfigurationError as error:
             log.error("%s keeps its old configuration: %s", name, error.message)
             return

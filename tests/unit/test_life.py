@@ -1,11 +1,14 @@
 """How a worker process ends; the node, and Celery, only do what a test says."""
 
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 from celery.worker import state as celery_state
 
+from fleet_worker import life as module
 from fleet_worker.exit_codes import AGAIN, CONFIGURATION
 from fleet_worker.life import HANDED_OVER_WITHIN, Life
 from tests.clients import took_less_than, until
@@ -16,8 +19,13 @@ class Node:
 
     name = "one@test"
 
-    def __init__(self, requests):
+    def __init__(self, requests=0):
         self._requests = requests
+        self.followed = []
+
+    def reload(self, settings):
+        self.followed.append(settings.version)
+        return True
 
     def drain(self, *, ending):
         assert ending
@@ -66,3 +74,24 @@ def test_who_asks_a_node_to_end_says_with_which_exit_code_whatever_its_own_reaso
     for exit_with, by in reasons:
         life._end(exit_with, **by)
     assert exit_code(life, worker) == code
+
+
+def test_of_two_reloads_at_once_the_one_that_has_read_the_newer_configuration_is_the_last(worker, monkeypatch):
+    versions, newer_followed = iter(("older", "newer")), threading.Event()
+
+    class Settings:
+        def __init__(self):
+            self.version = next(versions)
+
+        def serving(self):
+            """The older one is slow."""
+            if self.version == "older":
+                newer_followed.wait(0.3)
+
+    monkeypatch.setattr(module, "Settings", Settings)
+    node = Node()
+    life = Life(worker, node, grace=0)
+    with ThreadPoolExecutor(2) as pool:
+        for reload in [pool.submit(life._reload) for _ in range(2)]:
+            reload.add_done_callback(lambda _: newer_followed.set())
+    assert node.followed == ["older", "newer"]
