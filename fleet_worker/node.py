@@ -74,8 +74,10 @@ class Node:
         self._control = control
         self._intake = intake
         self._told_lanes: frozenset[str] = frozenset()
-        self._lock = threading.Lock()
-        self._following = threading.Lock()
+        self._following = threading.RLock()
+        """Of whoever changes what is offered, or makes the lanes follow: settings and the server's list are read, and
+        what follows from both is set, before somebody else reads them."""
+        self._counting = threading.Lock()
         self._at_work = 0
         self.handed_over = 0
         """Requests that other nodes had to go on with, since it was drained."""
@@ -125,12 +127,13 @@ class Node:
             return False
         if _fixed(settings, instance) != _fixed(self.settings, self.instance_settings):
             return False
-        offerings = offerings_of(instance, settings.features, self._reported)
-        if not offerings:
-            raise ConfigurationError("it would have nothing to offer")
-        self.settings, self.offerings = settings, offerings
-        self._readiness.has(offerings)
-        self._follow()
+        with self._following:
+            offerings = offerings_of(instance, settings.features, self._reported)
+            if not offerings:
+                raise ConfigurationError("it would have nothing to offer")
+            self.settings, self.offerings = settings, offerings
+            self._readiness.has(offerings)
+            self._follow()
         return True
 
     @property
@@ -164,10 +167,12 @@ class Node:
     def wait_until_idle(self, timeout: float) -> bool:
         """Wait until all that was taken is done, or for so many seconds; tell whether it is."""
         ends = time.monotonic() + timeout
-        self._intake.settled(LANES_LEFT_WITHIN)  # or something might begin after all
-        while self.sender.wait_until_idle(max(0.0, ends - time.monotonic())) and time.monotonic() < ends:
+        self._intake.settled(min(LANES_LEFT_WITHIN, timeout))  # or something might begin after all
+        while self.sender.wait_until_idle(max(0.0, ends - time.monotonic())):
             if not self.held:
                 return True
+            if time.monotonic() >= ends:
+                break
             time.sleep(0.02)  # a task is just beginning, or has just ended: Celery does not tell when
         return False
 
@@ -201,7 +206,7 @@ class Node:
         self._watch.look_now()
 
     def _count(self, more: int) -> None:
-        with self._lock:
+        with self._counting:
             before, self._at_work = self._at_work, self._at_work + more
             if not before or not self._at_work:
                 self._working_since = time.monotonic() if self._at_work else None
@@ -212,16 +217,17 @@ class Node:
         return next((each for name, each in self.offerings.items() if name not in missing), None)
 
     def _models_reported(self, reported: list[str]) -> None:
-        instance, self._reported = self.instance_settings, reported
-        if not instance.models:
-            if found := offerings_of(instance, self.settings.features, reported):
-                self.offerings = found
-        elif reported and QUIRKS[self.server].lists_models:
-            there = {name for name, each in self.offerings.items() if each.backend in reported}
-            self._readiness.has(there)
-            for name in self.offerings.keys() - there:
-                self._readiness.lacks(name)
-        self._follow()
+        with self._following:
+            instance, self._reported = self.instance_settings, reported
+            if not instance.models:
+                if found := offerings_of(instance, self.settings.features, reported):
+                    self.offerings = found
+            elif reported and QUIRKS[self.server].lists_models:
+                there = {name for name, each in self.offerings.items() if each.backend in reported}
+                self._readiness.has(there)
+                for name in self.offerings.keys() - there:
+                    self._readiness.lacks(name)
+            self._follow()
 
     def _follow(self) -> None:
         """Make the lanes follow the truth."""

@@ -30,7 +30,7 @@ from fleet_worker.lanes import (
     transport_of,
 )
 from fleet_worker.mailbox import Mailbox
-from fleet_worker.messages import FleetRequest, Operation, validate_params
+from fleet_worker.messages import FleetRequest, Operation
 from fleet_worker.registry import Registry
 from fleet_worker.replies import ReplyInbox
 from fleet_worker.routes import Routes
@@ -160,7 +160,6 @@ class Router:
         if not isinstance(seconds, int | float) or not 0 < seconds <= limit:
             raise InvalidRequest(f"timeout must be more than 0 and at most {limit:g} seconds (router.max_timeout)")
         request_id = str(uuid.uuid4())
-        checked = validate_params(operation, {**body, **params}, max_bytes=self._settings.max_body_bytes)
         envelope = {
             "protocol_version": 2,
             "request_id": request_id,
@@ -171,7 +170,7 @@ class Router:
             "provider": "mlx",
             "provider_instance": instance,
             "model": model,
-            "params": checked,
+            "params": {**body, **params},
             "reply_to": reply_name("unsent", 1),
             "message_context": message_context or {},
             "caller": caller or {},
@@ -181,7 +180,9 @@ class Router:
             "expires_at": time.time() + seconds,
             "priority": priority,
         }
-        return FleetRequest.build(envelope), node
+        request = FleetRequest.build(envelope)
+        request.check_size(self._settings.max_body_bytes)
+        return request, node
 
     def _take_off(
         self, request: FleetRequest, node: str | None, on_interrupt: OnInterrupt, *, has_key: bool

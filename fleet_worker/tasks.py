@@ -146,7 +146,7 @@ def _working(node: Node, envelope: Any, operation: str) -> Iterator[_Work | None
             yield None
             return
         try:
-            with node.running.attempt(answer.id, answer.attempt, answer.reply_to) as stop:
+            with node.running.attempt(answer.id, answer.attempt, answer.reply_to) as stop, answer.stopped_by(stop):
                 work = _accept(node, envelope, operation, answer, stop)
                 with node.working(work.offering.model, stop):
                     yield work

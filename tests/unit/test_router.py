@@ -32,7 +32,7 @@ from fleet_worker.errors import (
 from fleet_worker.flight import Services
 from fleet_worker.frames import Accepted, ChatResponse, Delta, Deltas, EmbedResponse, Failure
 from fleet_worker.lanes import reply_name
-from fleet_worker.messages import Resume
+from fleet_worker.messages import FleetRequest, Resume
 from fleet_worker.replies import ReplyInbox
 from fleet_worker.routes import Routes
 from tests.brokers import free_port
@@ -67,8 +67,8 @@ DOWN = failed(InstanceUnavailable("it is down"))
 class Fleet:
     """A router whose requests go nowhere; each attempt is answered with the frames that a test has written."""
 
-    def __init__(self, **router):
-        settings = Settings(router=router)
+    def __init__(self, *, max_body_bytes=1_000_000, **router):
+        settings = Settings(max_body_bytes=max_body_bytes, router=router)
         self.router = Router(settings)
         self.router._registry._asked_at -= 60  # nobody has answered
         self.router._publish = self._publish
@@ -254,6 +254,20 @@ def test_a_caller_may_prefer_that_a_stream_which_broke_off_fails(fleet, read):
 def test_on_interrupt_is_one_of_two_words(fleet, ask):
     with pytest.raises(InvalidRequest, match="on_interrupt"):
         ask(fleet, on_interrupt="retry")
+
+
+@pytest.mark.parametrize("field", ["user", "message_context", "caller", "trace_context"])
+def test_what_nodes_would_refuse_as_too_large_is_not_sent(ask, field):
+    with Fleet(max_body_bytes=1024) as fleet:
+        for length in range(100, 1100, 100):
+            text = "x" * length
+            fleet.answers = [[accepted(), failed(ModelNotServed("it is away"))]]
+            with pytest.raises((InvalidRequest, ModelNotServed)) as raised:
+                ask(fleet, **{field: text if field == "user" else {"of": text}})
+            if "max_body_bytes" in raised.value.message:
+                break
+            FleetRequest.decode(fleet.requests[-1].encode(), max_bytes=1024)
+        assert 1 <= len(fleet.requests) < 10
 
 
 # --- Requests with a key
