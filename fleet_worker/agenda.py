@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import queue
 import sched
 import threading
 import time
 from collections.abc import Callable
+
+from fleet_worker.errors import where
 
 __all__ = ["Agenda"]
 
@@ -20,7 +24,8 @@ class Agenda:
 
     def __init__(self) -> None:
         self._schedule = sched.scheduler(time.monotonic)
-        self._changed = threading.Event()
+        self._changed: queue.SimpleQueue[None] = queue.SimpleQueue()
+        """Not an Event, which is not reentrant: the garbage collector may put something on the agenda at any moment."""
         self._sleeps_until = NEVER
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="fleet-agenda", daemon=True)
@@ -31,7 +36,7 @@ class Agenda:
     def at(self, moment: float, do: Callable[[], object]) -> None:
         self._schedule.enterabs(moment, 0, do)
         if moment < self._sleeps_until:
-            self._changed.set()
+            self._changed.put(None)
 
     def soon(self, do: Callable[[], object]) -> None:
         self.at(time.monotonic(), do)
@@ -39,19 +44,25 @@ class Agenda:
     def close(self, timeout: float = 5.0) -> None:
         """Do what is due, and no more."""
         self._closed = True
-        self._changed.set()
+        self._changed.put(None)
         if self._thread.is_alive():
             self._thread.join(timeout)
 
     def _run(self) -> None:
         while True:
             self._sleeps_until = NEVER  # what comes from now on wakes the thread, until it knows better
-            self._changed.clear()
+            closed = self._closed
             left = self._do_what_is_due()
-            if self._closed:
+            if closed:
                 return
             self._sleeps_until = NEVER if left is None else time.monotonic() + left
-            self._changed.wait(left)
+            self._sleep(left)
+
+    def _sleep(self, seconds: float | None) -> None:
+        with contextlib.suppress(queue.Empty):
+            self._changed.get(timeout=seconds)
+            while True:
+                self._changed.get_nowait()
 
     def _do_what_is_due(self) -> float | None:
         """Return the seconds until the next is due."""
@@ -59,4 +70,4 @@ class Agenda:
             try:
                 return self._schedule.run(blocking=False)
             except Exception as error:  # the schedule has forgotten it already
-                log.error("a router could not do what was due: %s", type(error).__name__)
+                log.error("a router could not do what was due: %s at %s", type(error).__name__, where(error))

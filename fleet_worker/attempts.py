@@ -12,7 +12,8 @@
 
 What arrives for another attempt than the present one, or from another node than the one that accepted it, is dropped:
 so a node that was lost and comes back, a message that the broker delivered twice and a reply that was published twice
-are all the same, and harmless.
+are all the same, and harmless. But a node that accepts its attempt a second time, and not in the same words, was killed
+and restarted, and the broker has delivered it again: that is another answer.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ class Attempts:
         self._on_interrupt = on_interrupt
         self._deaths = 0
         self._next_seq = 0
+        self._accepted: Accepted | None = None
         self._resumes = False
 
     def wants(self, node: str, frame: Frame) -> bool:
@@ -93,7 +95,11 @@ class Attempts:
 
     def take(self, node: str, frame: Frame, now: float) -> Frame | None:
         """Take what a node sent. Return what the reader gets of it: deltas, or how the request ended."""
-        if not self.wants(node, frame) or frame.seq < self._next_seq:
+        if not self.wants(node, frame):
+            return None
+        if isinstance(frame, Accepted) and self._accepted not in (None, frame):
+            return self.fail(NodeLost(f"{node} was restarted while it worked on the request"), now)
+        if frame.seq < self._next_seq:
             return None
         if frame.seq > self._next_seq:
             self.node = node
@@ -106,15 +112,19 @@ class Attempts:
             return self._deliver(frame)
         if isinstance(frame, Failure):
             return self.fail(frame.error(), now, left_over=False)
-        return None if isinstance(frame, Accepted) else self._end(frame)
+        if isinstance(frame, Accepted):
+            self._accepted = frame
+            return None
+        return self._end(frame)
 
     def lost(self, now: float) -> Frame | None:
         """Nothing was heard of the node for too long."""
         return self.fail(NodeLost(f"{self.node} fell silent while it worked on the request"), now)
 
     def untaken(self, now: float) -> Frame | None:
-        """Nobody took it, and it waits nowhere: its message is lost, or died with whoever had just taken it."""
-        return self.fail(NodeLost("no node took the request, and it is not in its lane any more"), now)
+        """Nobody took it, and nobody will: its message is lost, died with whoever had just taken it, or is for a node
+        that is not there any more."""
+        return self.fail(NodeLost("no node took the request: its message, or the node that it was for, is gone"), now)
 
     def fail(self, error: FleetError, now: float, *, left_over: bool = True) -> Frame | None:
         """This attempt is over: pause before the next one, or end. Return the failure if that is the end."""
@@ -135,7 +145,7 @@ class Attempts:
         self.request = self.request.model_copy(
             update={"attempt": self.request.attempt + 1, "resume": self._resume() if self.delivered else None}
         )
-        self.state, self.node, self._next_seq = "waiting", None, 0
+        self.state, self.node, self._next_seq, self._accepted = "waiting", None, 0, None
         self._resumes = bool(self.delivered)
         return self.request
 
@@ -146,6 +156,18 @@ class Attempts:
         if self.state != "pausing":
             self._close_attempt(error.code, left_over=True)
         return self._end(self._failure(error))
+
+    def pack(self) -> int:
+        """Make one piece of what was delivered; return the characters of the whole answer, about."""
+        if len(self.delivered) > 1:
+            whole = Delta.model_validate(join(self._deltas()))
+            self.delivered = [self.delivered[-1].model_copy(update={"deltas": [whole]})]
+        if isinstance(self.last, EmbedResponse):
+            return sum(map(len, self.last.data))
+        pieces: list[Delta | ChatResponse] = list(self._deltas())
+        if isinstance(self.last, ChatResponse):
+            pieces.append(self.last)
+        return sum(len(f"{each.content}{each.reasoning}{each.tool_calls}") for each in pieces)
 
     def told(self, code: str | None = None) -> list[dict[str, Any]]:
         """All attempts, for an error; with a code also the present one, as if that had ended it."""

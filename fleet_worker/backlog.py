@@ -5,14 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from celery import Celery
 
 from fleet_worker import lane_depths
 from fleet_worker.connections import BROKER_ERRORS, connect
 from fleet_worker.errors import FleetSaturated
-from fleet_worker.lanes import EXCHANGE, Transport
+from fleet_worker.lanes import EXCHANGE, Priority, Transport
 
 __all__ = ["Backlog"]
 
@@ -21,6 +21,10 @@ ANSWER_WITHIN = 1.0
 NEAR_EVERY = 0.25
 FAR_EVERY = 1.0
 """Seconds between two looks at one lane: while half of what may wait does, perhaps; and while it is less."""
+LANE_KNOWN = 0.25
+"""Seconds for which one look at a lane is enough for all that wait in it: there may be a thousand of them."""
+IN_ANY_ORDER = 1.0
+"""Seconds in which requests may come into a lane, and out of it, in another order than they were sent in."""
 SMOOTHING = 0.2
 """The weight of the newest queue wait among all of them."""
 SOONEST, LATEST, UNKNOWN = 0.1, 60.0, 1.0
@@ -35,6 +39,8 @@ class _Lane:
     """By this router since then; nodes may have taken it at once, so that it never waited."""
     asked_at: float = float("-inf")
     queue_wait: float | None = None
+    served: dict[Priority, float] = field(default_factory=dict)
+    """When the latest of those that were taken was sent."""
 
     @property
     def most(self) -> int:
@@ -80,16 +86,35 @@ class Backlog:
                 raise self._saturated(lane, known.depth, known.queue_wait)
             known.sent += 1
 
-    def accepted(self, lane: str, queue_wait: float) -> None:
-        """Note that a node has taken a request of this router, after so many seconds in that lane."""
+    def accepted(self, lane: str, queue_wait: float, priority: Priority, sent_at: float) -> None:
+        """Note that a node has taken a request that this router sent at that monotonic time, and that it had waited in
+        that lane for so many seconds."""
         with self._changing:
             known = self._known(lane)
             before = queue_wait if known.queue_wait is None else known.queue_wait
             known.queue_wait = before + SMOOTHING * (queue_wait - before)
+            known.served[priority] = max(sent_at, known.served.get(priority, sent_at))
 
-    def depth(self, lane: str, timeout: float = ANSWER_WITHIN) -> int | None:
-        """Ask now how many requests wait in a lane; None if the broker does not tell within `timeout` seconds, which
-        may become twice that while another thread asks."""
+    def waits(self, lane: str, priority: Priority, sent_at: float, timeout: float) -> bool | None:
+        """Tell whether a request that was sent at that monotonic time may still be in its lane; None if the broker does
+        not say within `timeout` seconds.
+
+        It is not if the lane is empty, or if one that was sent later was taken: lanes are first in, first out.
+        """
+        depth = self.depth(lane, timeout, max_age=LANE_KNOWN)
+        if depth is None:
+            return None
+        with self._changing:
+            overtaken = self._known(lane).served.get(priority, sent_at) > sent_at + IN_ANY_ORDER
+        return depth > 0 and not overtaken
+
+    def depth(self, lane: str, timeout: float = ANSWER_WITHIN, *, max_age: float = 0.0) -> int | None:
+        """Ask how many requests wait in a lane, unless somebody has in the last `max_age` seconds; None if the broker
+        does not tell within `timeout` seconds, which may become twice that while another thread asks."""
+        with self._changing:
+            known = self._known(lane)
+            if time.monotonic() < known.asked_at + max_age:
+                return known.depth
         if not self._asking.acquire(timeout=timeout):
             return None
         try:

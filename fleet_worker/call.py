@@ -1,19 +1,21 @@
-"""A request, as a thread or an asyncio task holds it: submitted on entering, read, left behind on leaving."""
+"""A request and its answer, as a thread or an asyncio task holds them: submitted on entering, read, left behind on
+leaving."""
 
 from __future__ import annotations
 
 import asyncio
 import queue
 import weakref
-from collections.abc import Callable
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Self, cast
 
 from fleet_worker.errors import Cancelled, FleetError
 from fleet_worker.flight import Flight
-from fleet_worker.frames import ChatResponse, EmbedResponse, Failure, Frame
+from fleet_worker.frames import ChatResponse, Delta, Deltas, EmbedResponse, Failure, Frame, join
 from fleet_worker.mailbox import Mailbox
 
-__all__ = ["Call"]
+__all__ = ["Call", "ChatStream"]
 
 
 class Call:
@@ -38,25 +40,30 @@ class Call:
                 raise
             forgotten = weakref.finalize(self, self._flight.leave, self._mailbox)
             forgotten.atexit = False
+            if self._error:  # cancelled meanwhile
+                self.cancel()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._leave()
+        self.cancel()
 
     async def __aenter__(self) -> Self:
         if self._mailbox is None:
-            await asyncio.to_thread(self.__enter__)
+            try:
+                await asyncio.to_thread(self.__enter__)
+            except asyncio.CancelledError:  # but that thread goes on
+                self.cancel()
+                raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._leave()
+        self.cancel()
 
     def cancel(self) -> None:
         """Want nothing more, from any thread: reading it raises `Cancelled` from now on."""
-        self._leave()
-        if self._flight and self._mailbox and self._error:
-            request = self._flight.request  # what ends the wait of its reader
-            self._mailbox.put(Failure.of(self._error, request.request_id, request.attempt, 0))
+        self._error = self._error or Cancelled("the request was cancelled by its caller")
+        if self._flight and self._mailbox:
+            self._flight.leave(self._mailbox)
 
     def frame(self) -> Frame:
         """Return the next frame of the answer; raises the error that ended it, every time."""
@@ -66,7 +73,7 @@ class Call:
         except queue.Empty:
             raise self._late() from None
         except KeyboardInterrupt:
-            self._leave()
+            self.cancel()
             raise
 
     async def aframe(self) -> Frame:
@@ -76,7 +83,7 @@ class Call:
         except queue.Empty:
             raise self._late() from None
         except asyncio.CancelledError:
-            self._leave()
+            self.cancel()
             raise
 
     def result(self) -> ChatResponse | EmbedResponse:
@@ -91,11 +98,6 @@ class Call:
             raise RuntimeError("the request was not submitted: use it in a with block, or iterate it")
         return self._mailbox
 
-    def _leave(self) -> None:
-        self._error = self._error or Cancelled("the request was cancelled by its caller")
-        if self._flight and self._mailbox:
-            self._flight.leave(self._mailbox)
-
     def _raise_again(self) -> None:
         if self._error:
             raise self._error
@@ -109,5 +111,73 @@ class Call:
     def _late(self) -> FleetError:
         if self._error is None and self._flight:
             self._error = self._flight.late()
-        self._leave()
+        self.cancel()
         return cast(FleetError, self._error)
+
+
+class ChatStream:
+    """A streamed answer: iterate it for its deltas; then `response` is the whole, as `Router.chat` returns it.
+
+    Works with `with` and `for`, and with `async with` and `async for`. Nothing is sent before it is entered or
+    iterated. An error ends it; what arrived before was yielded.
+    """
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        self._ready: deque[Delta] = deque()
+        self._deltas: list[Delta] = []
+        self._response: ChatResponse | None = None
+
+    def __enter__(self) -> Self:
+        self._call.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._call.__exit__()
+
+    async def __aenter__(self) -> Self:
+        await self._call.__aenter__()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._call.__aexit__()
+
+    def __iter__(self) -> Iterator[Delta]:
+        return self
+
+    def __next__(self) -> Delta:
+        while not self._ready:
+            if self._response is not None:
+                raise StopIteration
+            self._call.__enter__()
+            self._take(self._call.frame())
+        return self._ready.popleft()
+
+    def __aiter__(self) -> AsyncIterator[Delta]:
+        return self
+
+    async def __anext__(self) -> Delta:
+        while not self._ready:
+            if self._response is not None:
+                raise StopAsyncIteration
+            await self._call.__aenter__()
+            self._take(await self._call.aframe())
+        return self._ready.popleft()
+
+    @property
+    def response(self) -> ChatResponse:
+        """The whole answer, once the stream has ended."""
+        if self._response is None:
+            raise RuntimeError("the stream has not ended: iterate it to its end first")
+        return self._response
+
+    def cancel(self) -> None:
+        """Want nothing more, from any thread: the node stops, and reading this raises `Cancelled`."""
+        self._call.cancel()
+
+    def _take(self, frame: Frame) -> None:
+        if isinstance(frame, Deltas):
+            self._deltas += frame.deltas
+            self._ready.extend(frame.deltas)
+        else:
+            self._response = cast(ChatResponse, frame).model_copy(update=join(self._deltas))

@@ -30,7 +30,8 @@ class Cancellations:
     def __init__(self, agenda: Agenda, connect: Callable[[], Connection]) -> None:
         self._agenda = agenda
         self._publisher = Publisher(connect)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        """Reentrant: a forgotten stream is cancelled by the garbage collector, in the middle of whatever runs."""
         self._pending: dict[str | None, dict[str, int]] = {}
 
     def add(self, request_id: str, leftover: Leftover) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import kombu
 import kombu.transport.redis
+import kombu.transport.virtual
 from celery import Celery
 
 from fleet_worker.connections import ANSWER_WITHIN, HEARTBEAT
@@ -26,6 +27,17 @@ RECONNECT_EVERY = 2.0
 # When a Redis connection drops, kombu puts the messages that are being worked on back into their queue, and the same
 # worker takes them a second time while the first still runs (measured, kombu 5.7). Our tasks survive the drop.
 kombu.transport.redis.Channel.do_restore = False
+
+
+def _restoring_nothing(qos: Any, *args: Any, **options: Any) -> None:
+    """kombu would do it when the interpreter exits, and until then keeps every channel whose connection broke before it
+    was closed, with its sockets (three open files each time)."""
+    _begin_qos(qos, *args, **options)
+    qos._on_collect.cancel()
+
+
+_begin_qos = kombu.transport.virtual.QoS.__init__
+kombu.transport.virtual.QoS.__init__ = _restoring_nothing
 
 
 def _one_client_per_pool(channel: Any, asynchronous: bool = False) -> Any:

@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -16,9 +16,6 @@ from fleet_worker import exit_codes
 from fleet_worker.errors import BrokerUnavailable, ConfigurationError, Expired, FleetError, InvalidRequest
 from fleet_worker.frames import Delta
 from fleet_worker.settings import Settings
-
-if TYPE_CHECKING:
-    from fleet_worker.draining import Drained, Draining
 
 __all__ = ["main"]
 
@@ -185,16 +182,11 @@ def drain(nodes: tuple[str, ...], seconds: float | None) -> None:
     NODE is a node, as in local@mini-7, or a host, as in mini-7: all inference nodes that answer there.
     The exit code is 69 if a node does not answer, and 1 if it was waited for and still has work.
     """
-    from fleet_worker.draining import Draining
+    from fleet_worker.maintenance import drain
 
     if seconds is not None and math.isnan(seconds):
         raise click.BadParameter("nan is not in the range", param_hint="'--wait'")
-    draining = Draining(Settings())
-    said: Iterable[Drained] = draining.drain(draining.find(nodes))
-    if seconds is not None:
-        said = draining.wait(list(said), None if math.isinf(seconds) else seconds)
-    done = [_told(each) and each.drained and not (each.running and seconds is not None) for each in said]
-    _end_of(draining, done)
+    sys.exit(drain(Settings(), nodes, wait=seconds))
 
 
 @cli.command()
@@ -205,23 +197,9 @@ def undrain(nodes: tuple[str, ...]) -> None:
     NODE is a node, as in local@mini-7, or a host, as in mini-7. The exit code is 69 if a node does not answer, and 1
     if it is ending.
     """
-    from fleet_worker.draining import Draining
+    from fleet_worker.maintenance import undrain
 
-    draining = Draining(Settings())
-    done = [_told(each) and not each.drained for each in draining.undrain(draining.find(nodes))]
-    _end_of(draining, done)
-
-
-def _told(node: Drained) -> bool:
-    click.echo(node.words)
-    return True
-
-
-def _end_of(draining: Draining, done: list[bool]) -> None:
-    for name in draining.silent:
-        advice = "is it running, with its broker in reach? fleet-worker status shows what there is"
-        click.echo(f"fleet-worker: {name} does not answer: {advice}", err=True)
-    sys.exit(exit_codes.UNAVAILABLE if draining.silent else 0 if all(done) else exit_codes.FAILED)
+    sys.exit(undrain(Settings(), nodes))
 
 
 @cli.command()

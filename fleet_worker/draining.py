@@ -40,19 +40,6 @@ class Drained:
     handed_over: int
     grace: float
 
-    @property
-    def words(self) -> str:
-        if not self.drained:
-            return f"{self.node} is not drained: it takes work as soon as its MLX server has proved that it works"
-        if self.running:
-            return f"{self.node} is drained: it takes no more work, {_requests(self.running)} not finished yet"
-        handed_over = f", {_requests(self.handed_over)} handed over to other nodes" if self.handed_over else ""
-        return f"{self.node} is drained: nothing runs there any more{handed_over}"
-
-
-def _requests(count: int) -> str:
-    return f"{count} request{'' if count == 1 else 's'}"
-
 
 # --- The node's end --------------------------------------------------------------------------------------------------
 

@@ -31,6 +31,7 @@ side as the same class. Texts are always ours: nothing that a caller or an MLX s
 
 from __future__ import annotations
 
+import traceback
 from typing import Any, ClassVar
 
 __all__ = [
@@ -237,3 +238,9 @@ def _by_code() -> dict[str, type[FleetError]]:
         known.setdefault(error.code, error)
         pending.extend(error.__subclasses__())
     return known
+
+
+def where(error: Exception) -> str:
+    """File, line and function, and no text: a message may quote a prompt."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{last.filename.rpartition('/')[2]}:{last.lineno} in {last.name}"

@@ -17,13 +17,14 @@ from fleet_worker.lanes import direct_lane, lane
 from fleet_worker.mailbox import Mailbox
 from fleet_worker.messages import ChatParams, FleetRequest
 from fleet_worker.replies import ReplyInbox
+from fleet_worker.routes import Routes
 from fleet_worker.settings import Router as RouterSettings
 
 __all__ = ["Flight", "Services"]
 
 LOOKS_AGAIN = 1.0
-"""Seconds between two looks at a lane that was empty, as an acceptance may be on its way; or between two tries to
-reach a broker that is away."""
+"""Seconds between two looks for a request that is not in its lane, as an acceptance may be on its way; or between two
+tries to reach a broker that is away."""
 
 PATIENCE = 0.5
 """Seconds that the thread of the agenda waits for a broker: others have something due too."""
@@ -38,11 +39,9 @@ class Services:
     inbox: ReplyInbox
     backlog: Backlog
     cancellations: Cancellations
-    publish: Callable[[FleetRequest, str | None, float], None]
-    """Send an attempt into its lane, or to this node only, and wait so many seconds for a broker that is away; raises
-    `BrokerUnavailable`."""
-    elsewhere: Callable[[FleetRequest, set[str]], str | None]
-    """Which node should have the next attempt, as these have failed; None for whoever takes it first."""
+    routes: Routes
+    publish: Callable[[FleetRequest, str, float], None]
+    """Send an attempt into this lane, and wait so many seconds if the broker is away; raises `BrokerUnavailable`."""
     ended: Callable[[str], object]
     """This request needs no more frames."""
 
@@ -65,15 +64,22 @@ class Flight:
         )
         self._lock = threading.RLock()
         self._readers: list[Mailbox] = []
-        self._lane = ""
+        self._chosen = None if node else services.routes.node_for(request)
+        """Whom the attempt of the moment is for by the router's choice, not by its caller's."""
         self._submitted = 0.0
         """When the attempt of the moment was submitted."""
         self._heard = 0.0
         """When the node that has it was last heard, on the clock of the inbox."""
-        self._empty_since: float | None = None
-        """Since when its lane is empty, on the same clock."""
+        self._missing_since: float | None = None
+        """Since when it is not in its lane any more, on the same clock."""
         self.ended_at: float | None = None
         """Monotonic seconds."""
+
+    @property
+    def lane(self) -> str:
+        """Where the attempt of the moment waits, or waited."""
+        node = self._node or self._chosen
+        return direct_lane(node) if node else lane(self.request.operation, self.request.model)
 
     @property
     def answered(self) -> bool:
@@ -81,13 +87,20 @@ class Flight:
         last = self._attempts.last
         return last is not None and last.kind != "error"
 
+    def pack(self) -> int:
+        """Once it has been answered: keep the whole as one piece. Return how many characters that is, about."""
+        with self._lock:
+            return self._attempts.pack()
+
     # --- Its readers ---
 
     def join(self, timeout: float) -> Mailbox | None:
         """Return where the whole answer arrives, from its beginning, for `timeout` seconds; None if it has failed."""
-        mailbox = Mailbox(deadline=time.monotonic() + timeout, max_buffered=self._services.settings.max_buffered)
+        deadline, room = time.monotonic() + timeout, self._services.settings.max_buffered
         with self._lock:
-            for frame in self._attempts.delivered:
+            past = self._attempts.delivered
+            mailbox = Mailbox(deadline=deadline, max_buffered=room + sum(len(frame.deltas) for frame in past))
+            for frame in past:
                 mailbox.put(frame)
             if self.answered and self._attempts.last:
                 mailbox.put(self._attempts.last)
@@ -104,7 +117,7 @@ class Flight:
             if mailbox in self._readers:
                 self._readers.remove(mailbox)
                 if not self._readers:
-                    self._give_up(Cancelled("nobody waits for the answer any more"))
+                    self.give_up(Cancelled("nobody waits for the answer any more"))
 
     def late(self) -> FleetError:
         """What a reader is told at its deadline."""
@@ -124,11 +137,11 @@ class Flight:
     def submit(self) -> None:
         """Send the first attempt; raises what the broker has against it."""
         try:
-            self._send(self.request, self._node, self._services.settings.connect_timeout)
-        except FleetError as error:
-            self.give_up(error)
+            self._send(self.request, self._services.settings.connect_timeout)
+        except BaseException as error:  # a KeyboardInterrupt, too: others may have joined
+            self.give_up(error if isinstance(error, FleetError) else Cancelled("the request was not sent"))
             raise
-        self._services.agenda.at(self._submitted + self._services.settings.accept_timeout, self._look)
+        self._look_again(self._submitted + self._services.settings.accept_timeout)
 
     def receive(self, node: str, frame: Frame) -> bool:
         """Take a frame of this request; False if it is of an attempt that nobody wants any more."""
@@ -138,7 +151,7 @@ class Flight:
                 return False
             self._heard = self._services.inbox.clock
             if isinstance(frame, Accepted) and frame.seq == 0:
-                self._services.backlog.accepted(self._lane, frame.queue_wait)
+                self._services.backlog.accepted(self.lane, frame.queue_wait, self.request.priority, self._submitted)
             self._deliver(attempts.take(node, frame, time.monotonic()))
             if attempts.state != before:
                 self._moved()
@@ -147,18 +160,14 @@ class Flight:
     def give_up(self, error: FleetError) -> None:
         """End it for all of its readers, who get this error."""
         with self._lock:
-            self._give_up(error)
+            if frame := self._attempts.give_up(error):
+                self._deliver(frame)
+                self._moved()
 
-    def _give_up(self, error: FleetError) -> None:
-        if frame := self._attempts.give_up(error):
-            self._deliver(frame)
-            self._moved()
-
-    def _send(self, request: FleetRequest, node: str | None, patience: float) -> None:
-        self._lane = direct_lane(node) if node else lane(request.operation, request.model)
-        self._empty_since = None
+    def _send(self, request: FleetRequest, patience: float) -> None:
+        self._missing_since = None
         try:
-            self._services.publish(request, node, patience)
+            self._services.publish(request, self.lane, patience)
         finally:
             self._submitted = time.monotonic()
 
@@ -171,7 +180,7 @@ class Flight:
 
     def _overflow(self, mailbox: Mailbox) -> None:
         waiting = self._services.settings.max_buffered
-        error = ReplyOverflow(f"{waiting} deltas and more wait for a reader (router.max_buffered)")
+        error = ReplyOverflow(f"{waiting} deltas and more wait for a reader: read faster, or raise router.max_buffered")
         mailbox.put(Failure.of(error, self.request.request_id, self.request.attempt, 0))
         self.leave(mailbox)
 
@@ -196,20 +205,20 @@ class Flight:
             if self._attempts.state != "pausing":
                 return
             request, failed = self._attempts.again(), set(self._attempts.failed)
-        self._send_in_time(request, self._node or self._services.elsewhere(request, failed))
+        self._chosen = None if self._node else self._services.routes.node_for(request, failed)
+        self._send_in_time(request)
 
-    def _send_in_time(self, request: FleetRequest, node: str | None) -> None:
+    def _send_in_time(self, request: FleetRequest) -> None:
         """A broker that is away is tried until the deadline: nothing of the request is lost by that."""
         if self._attempts.state != "waiting" or self._attempts.request is not request:
             return
         try:
-            self._send(request, node, PATIENCE)
+            self._send(request, PATIENCE)
         except FleetError as error:
             if not isinstance(error, BrokerUnavailable) or not error.retryable:
                 self.give_up(error)
                 return
-            later = time.monotonic() + LOOKS_AGAIN
-            self._services.agenda.at(later, lambda: self._send_in_time(request, node))
+            self._services.agenda.at(time.monotonic() + LOOKS_AGAIN, lambda: self._send_in_time(request))
 
     def _look(self) -> None:
         """Look whether something is wrong, and come back."""
@@ -220,8 +229,14 @@ class Flight:
             self.give_up(self.late())
             return
         looks = {"waiting": self._look_for_it, "running": self._listen_for_life}
-        again = looks[state](now) if state in looks else now + LOOKS_AGAIN
-        self._services.agenda.at(min(again, self._deadline), self._look)
+        again = now + LOOKS_AGAIN
+        try:
+            again = looks[state](now) if state in looks else again
+        finally:
+            self._look_again(again)
+
+    def _look_again(self, moment: float) -> None:
+        self._services.agenda.at(min(moment, self._deadline), self._look)
 
     def _look_for_it(self, now: float) -> float:
         """Is it still in its lane? Return when to look again."""
@@ -229,18 +244,28 @@ class Flight:
         request, due = self._attempts.request, self._submitted + settings.accept_timeout
         if now < due:
             return due
-        depth = self._services.backlog.depth(self._lane, PATIENCE)
-        if depth != 0:
-            self._empty_since = None
-            return now + (settings.accept_timeout if depth else LOOKS_AGAIN)
-        if self._empty_since is None:
-            self._empty_since = inbox.clock
-        elif inbox.silence(self._empty_since) >= LOOKS_AGAIN:
-            with self._lock:
-                if self._attempts.state == "waiting" and self._attempts.request is request:
-                    self._deliver(self._attempts.untaken(now))
-                    self._moved()
+        waits = self._services.backlog.waits(self.lane, request.priority, self._submitted, PATIENCE)
+        if waits and self._is_stranded(request):
+            self._untaken(request, now)
+        elif waits is not False:
+            self._missing_since = None
+            return now + (settings.accept_timeout if waits else LOOKS_AGAIN)
+        elif self._missing_since is None:
+            self._missing_since = inbox.clock
+        elif inbox.silence(self._missing_since) >= LOOKS_AGAIN:
+            self._untaken(request, now)
         return now + LOOKS_AGAIN
+
+    def _is_stranded(self, request: FleetRequest) -> bool:
+        """Does it wait for one node only, which is not there? The last attempt waits until that comes back."""
+        chosen, last = self._chosen, self._services.settings.max_attempts
+        return chosen is not None and request.attempt < last and not self._services.routes.is_ready(request, chosen)
+
+    def _untaken(self, request: FleetRequest, now: float) -> None:
+        with self._lock:
+            if self._attempts.state == "waiting" and self._attempts.request is request:
+                self._deliver(self._attempts.untaken(now))
+                self._moved()
 
     def _listen_for_life(self, now: float) -> float:
         """Is the node that has it still there? Return when to listen again."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 from celery import Celery, bootsteps
@@ -20,6 +21,14 @@ TRY_AGAIN_AFTER = 2.0
 """Seconds until a lane that could not be joined is tried again."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    """The lanes that work is to be taken from. One that another replaced may never be fulfilled."""
+
+    lanes: frozenset[str] = frozenset()
+    fulfilled: threading.Event = field(default_factory=threading.Event)
+
+
 class Intake:
     """Joins and leaves lanes while the worker runs, from any thread, and tries until it has: when the broker comes
     back, and when it refuses.
@@ -31,14 +40,17 @@ class Intake:
     def __init__(self, app: Celery, transport: Transport) -> None:
         self._app = app
         self._transport = transport
-        self.wanted: frozenset[str] = frozenset()
-        """The lanes that it is to take work from."""
+        self._wish = _Wish()
         self._has: frozenset[str] = frozenset()
         self._consumer: Any = None
         self._timer: Any = None
         self._refused: frozenset[str] = frozenset()
-        self._settled = threading.Event()
         app.steps["consumer"].add(self._step())
+
+    @property
+    def wanted(self) -> frozenset[str]:
+        """The lanes that it is to take work from."""
+        return self._wish.lanes
 
     @property
     def lanes(self) -> frozenset[str]:
@@ -52,14 +64,13 @@ class Intake:
 
     def follow(self, lanes: Iterable[str]) -> None:
         """Take work from these lanes and no others."""
-        self.wanted = frozenset(lanes)
-        self._settled.clear()
+        self._wish = _Wish(frozenset(lanes))
         if self._consumer:
             self._consumer.call_soon(self._apply_in, 0.0)
 
     def settled(self, timeout: float) -> bool:
         """Wait until the last `follow` has been followed, or for so many seconds; the broker may be away."""
-        return self._consumer is None or self._settled.wait(timeout)
+        return self._consumer is None or self._wish.fulfilled.wait(timeout)
 
     def _step(self) -> type[bootsteps.StartStopStep]:
         """Celery makes a new task consumer for each connection to the broker, and tells its steps."""
@@ -91,10 +102,12 @@ class Intake:
         """In the thread of Celery's event loop, where kombu may be used."""
         if not self._consumer.task_consumer:  # the worker ends
             return
+        wish = self._wish
         try:
-            refused = self._change(self.wanted)
+            refused = self._change(wish.lanes)
         except self._consumer.channel_errors as error:  # nothing is consumed any more
             raise ConnectionResetError(f"the broker closed the channel ({type(error).__name__})") from error
+        wish.fulfilled.set()
         self._tell(refused)
         if refused:
             self._apply_in(TRY_AGAIN_AFTER)
@@ -104,8 +117,6 @@ class Intake:
             self._consumer.cancel_task_queue(name)
         refused = self._join(sorted(wanted - self._joined()))
         self._has = self._joined()
-        if wanted is self.wanted:
-            self._settled.set()
         return refused
 
     def _joined(self) -> frozenset[str]:

@@ -16,6 +16,8 @@ from fleet_worker.messages import FleetRequest
 __all__ = ["Keyed"]
 
 MOST_ANSWERS = 1_000
+MOST_CHARACTERS = 64 * 1024 * 1024
+"""Of all answers that are kept; a vector of 1,024 numbers has 5,464."""
 
 
 class Keyed:
@@ -25,6 +27,8 @@ class Keyed:
         self._ttl = ttl
         self._lock = threading.RLock()
         self._flights: OrderedDict[str, tuple[bytes, Flight]] = OrderedDict()
+        self._sizes: dict[str, int] = {}
+        """Characters of each answer."""
 
     def join(self, request: FleetRequest, *how: object) -> tuple[Flight, Mailbox] | None:
         """Join the flight that has the key of this request, if there is one that did not fail.
@@ -59,15 +63,19 @@ class Keyed:
 
     def _forget(self) -> None:
         """Failed ones at once, answers when they are too old or too many; those under way stay."""
-        ended = {key: flight for key, (_, flight) in self._flights.items() if flight.ended_at is not None}
-        too_many = len(ended) - MOST_ANSWERS
-        for number, (key, flight) in enumerate(ended.items()):
-            too_old = time.monotonic() - (flight.ended_at or 0.0) > self._ttl
-            if number < too_many or too_old or not flight.answered:
-                del self._flights[key]
+        answers = characters = 0
+        for key, (_, flight) in reversed(tuple(self._flights.items())):
+            if flight.ended_at is None:
+                continue
+            if key not in self._sizes:
+                self._sizes[key] = flight.pack()
+            answers, characters = answers + 1, characters + self._sizes[key]
+            too_old = time.monotonic() - flight.ended_at > self._ttl
+            if too_old or not flight.answered or answers > MOST_ANSWERS or characters > MOST_CHARACTERS:
+                del self._flights[key], self._sizes[key]
 
 
 def _fingerprint(request: FleetRequest, how: tuple[object, ...]) -> bytes:
     """Of all that makes a difference to the answer."""
     asked = [request.operation, request.model, request.provider_instance, request.params.model_dump(), *how]
-    return hashlib.sha256(json.dumps(asked).encode()).digest()
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).digest()

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 
 HANDED_OVER_WITHIN = 3.0
 """Seconds in which what is still running after its grace has to let go."""
+HAND_OVER_EVERY = 0.1
+"""Seconds between two looks at what that is: what was taken a moment ago is only beginning."""
 LEAVE_AFTER = 8.0
 """Seconds that Celery gets to say goodbye to the broker once a stopping node has no more work. Together with the
 above, and with the last words of a node that leaves without it, less than the 15 of `Worker.killed_after`."""
@@ -40,6 +43,7 @@ class Life:
         self._ended = threading.Event()
         self._is_ready = False
         self._reloads = False
+        self._reloading = threading.Lock()
         self._exit_code: int | None = None
 
     def begin(self) -> None:
@@ -49,7 +53,7 @@ class Life:
         celery_worker.install_worker_restart_handler = lambda worker: None  # it would start the process anew
         celery_worker.install_worker_term_handler = lambda worker: None  # it would stop hearing the broker at once
         signal.signal(signal.SIGHUP, lambda *_: self._hang_up())
-        signal.signal(signal.SIGTERM, lambda *_: self._end(0))
+        signal.signal(signal.SIGTERM, lambda *_: self._end(0, asked=True))
 
     def _ready(self, **_: Any) -> None:
         self._node.start()
@@ -81,9 +85,10 @@ class Life:
         """Follow the configuration, without touching what is running."""
         name = self._node.name
         try:
-            settings = Settings()
-            settings.serving()
-            followed = self._node.reload(settings)
+            with self._reloading:  # who reads last follows last
+                settings = Settings()
+                settings.serving()
+                followed = self._node.reload(settings)
         except ConfigurationError as error:
             log.error("%s keeps its old configuration: %s", name, error.message)
             return
@@ -96,11 +101,16 @@ class Life:
     def _stopping(self, sender: str, exitcode: int, **_: Any) -> None:
         """Celery's own handlers tell: that of Ctrl-C."""
         if sender == self._node.name:
-            self._end(exitcode)
+            self._end(exitcode, asked=True)
 
-    def _end(self, exit_code: int) -> None:
-        """Leave, with the exit code that was named last. Called by signal handlers, where no lock may be waited for."""
-        leaving, self._exit_code = self._exit_code is not None, exit_code
+    def _end(self, exit_code: int, *, asked: bool = False) -> None:
+        """Leave. Who asks for it says with which exit code; a reason of its own counts only if it is the first.
+
+        Called by signal handlers, where no lock may be waited for.
+        """
+        leaving = self._exit_code is not None
+        if asked or not leaving:
+            self._exit_code = exit_code
         if not leaving:
             _in_thread(self._leave)
 
@@ -120,14 +130,20 @@ class Life:
         log.info("%s ends, running requests have %g s", self._node.name, self._grace)
         self._node.drain(ending=True)
         if not self._node.wait_until_idle(self._grace):
-            self._node.hand_over()
-            self._node.wait_until_idle(HANDED_OVER_WITHIN)
+            self._hand_over()
         celery_state.should_stop = self._exit_code  # Celery looks at it between two turns of its event loop
         if not self._ended.wait(LEAVE_AFTER):
             log.warning("%s leaves: its work is done, and the broker does not answer", self._node.name)
             self._node.close(timeout=1.0)
             logging.shutdown()
             os._exit(self._exit_code or 0)
+
+    def _hand_over(self) -> None:
+        ends = time.monotonic() + HANDED_OVER_WITHIN
+        while time.monotonic() < ends:
+            self._node.hand_over()
+            if self._node.wait_until_idle(HAND_OVER_EVERY):
+                return
 
 
 def _in_thread(target: Callable[[], None]) -> None:

@@ -46,7 +46,7 @@ class _Seen:
 
 class Listeners:
     """One thread and one connection. What runs for a router is stopped when nobody has listened for `abandoned_after`
-    seconds, in which the broker did answer.
+    seconds, in which the broker did answer, and not right after an outage of the broker.
     """
 
     def __init__(
@@ -87,7 +87,10 @@ class Listeners:
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: not self._answering or self._known(reply_to), ANSWER_WITHIN)
             seen = self._known(reply_to)
-            return not self._answering or seen is None or seen.listens or time.monotonic() < self._trusted_until
+            return not self._answering or seen is None or seen.listens or self._trusts_all()
+
+    def _trusts_all(self) -> bool:
+        return time.monotonic() < self._trusted_until
 
     def _known(self, reply_to: str) -> _Seen | None:
         seen = self._seen.get(reply_to)
@@ -137,7 +140,11 @@ class Listeners:
             self._seen[reply_to] = seen = _Seen(listens, now, None if listens else _silent_since(before, now))
             self._changed.notify_all()
         silent = 0.0 if seen.silent_since is None else now - seen.silent_since
-        if silent >= self._abandoned_after and (stopped := self._running.stop(not_listening, reply_to=reply_to)):
+        if silent >= self._abandoned_after and not self._trusts_all():
+            self._abandon(reply_to)
+
+    def _abandon(self, reply_to: str) -> None:
+        if stopped := self._running.stop(not_listening, reply_to=reply_to):
             log.warning("a router does not listen any more: what ran for it was stopped (%d)", stopped)
 
     def _forget_old(self) -> None:

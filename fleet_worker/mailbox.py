@@ -21,7 +21,8 @@ class Mailbox:
         self.deadline = deadline
         self._max_buffered = max_buffered
         self._buffered = 0
-        self._frames: queue.SimpleQueue[Frame] = queue.SimpleQueue()
+        self._frames: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
+        """None says that it is closed."""
         self._wake: Callable[[], object] | None = None
         self._arrived: asyncio.Event | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -32,14 +33,11 @@ class Mailbox:
             if self._buffered >= self._max_buffered:
                 return False
             self._buffered += len(frame.deltas)
-        self._frames.put(frame)
-        if wake := self._wake:
-            with contextlib.suppress(RuntimeError):  # the event loop of its reader is closed
-                wake()
+        self._append(frame)
         return True
 
     def get(self) -> Frame:
-        """Return the next frame; raises `queue.Empty` at the deadline."""
+        """Return the next frame; raises `queue.Empty` at the deadline, or when it is closed."""
         return self._read(self._frames.get(timeout=max(0.0, self.deadline - time.monotonic())))
 
     async def aget(self) -> Frame:
@@ -56,11 +54,20 @@ class Mailbox:
         return self._read(self._frames.get_nowait())
 
     def close(self) -> None:
-        """Its reader has read the last frame, or left."""
+        """Its reader has read the last frame, or left; a thread or a task that still waits for one waits no longer."""
+        self._append(None)
         if self._timer:
             self._timer.cancel()
 
-    def _read(self, frame: Frame) -> Frame:
+    def _append(self, frame: Frame | None) -> None:
+        self._frames.put(frame)
+        if wake := self._wake:
+            with contextlib.suppress(RuntimeError):  # the event loop of its reader is closed
+                wake()
+
+    def _read(self, frame: Frame | None) -> Frame:
+        if frame is None:
+            raise queue.Empty
         if isinstance(frame, Deltas):
             self._buffered -= len(frame.deltas)
         return frame

@@ -22,10 +22,13 @@ __all__ = [
     "Operation",
     "Resume",
     "TextPart",
-    "validate_params",
 ]
 
 LEGACY_KEYS = frozenset({"schema_version", "request_type", "fleet_correlation_id"})
+
+OF_AN_ATTEMPT = frozenset({"attempt", "reply_to", "expires_at", "resume"})
+"""Fields of an envelope that are new with each attempt. They do not count as its size: a node that would take the first
+attempt at a request takes them all."""
 
 Operation = Literal["chat", "stream_chat", "embed"]
 
@@ -214,10 +217,9 @@ class FleetRequest(Wire):
         """Return the validated envelope.
 
         Raises:
-            InvalidRequest: it is no valid envelope, or larger than `max_bytes` of JSON, not counting what was delivered
-                of its answer: the caller's part was not too large before.
+            InvalidRequest: it is no valid envelope, or larger than `max_bytes` of JSON.
         """
-        check_size({**raw, "resume": None} if isinstance(raw, dict) else raw, max_bytes)
+        check_size(_without(OF_AN_ATTEMPT, raw), max_bytes)
         return cls.build(raw)
 
     @classmethod
@@ -227,6 +229,10 @@ class FleetRequest(Wire):
             return cls.model_validate(values)
         except ValidationError as error:
             raise InvalidRequest(explain(error)) from None
+
+    def check_size(self, max_bytes: int) -> None:
+        """Raises `InvalidRequest` for what `decode` would find too large, once it is sent."""
+        check_size(_without(OF_AN_ATTEMPT, self.encode()), max_bytes)
 
     def submitted_to(self, reply_to: str) -> FleetRequest:
         """The same request, now: its time runs from here."""
@@ -257,17 +263,14 @@ class Cancellation(Body):
     """Each with the last attempt that is not wanted."""
 
 
-def validate_params(operation: Operation, params: dict[str, Any], *, max_bytes: int) -> ChatParams | EmbedParams:
-    """Return the checked body of a request; raises `InvalidRequest` before anything is sent."""
-    try:
-        check_size(params, max_bytes)
-        return PARAMS[operation].model_validate(_without_nulls(params))
-    except ValidationError as error:
-        raise InvalidRequest(explain(error)) from None
-
-
 def _without_nulls(params: Any) -> Any:
     """Drop fields that say nothing: OpenAI clients send nulls, and mlx_lm.server answers 400 to most of them."""
     if isinstance(params, dict):
         return {key: value for key, value in params.items() if value is not None}
     return params
+
+
+def _without(names: frozenset[str], envelope: Any) -> Any:
+    if isinstance(envelope, dict):
+        return {name: value for name, value in envelope.items() if name not in names}
+    return envelope

@@ -75,9 +75,10 @@ class Node:
         self._control = control
         self._intake = intake
         self._told_lanes: frozenset[str] = frozenset()
-        self._lock = threading.Lock()
-        self._following = threading.Lock()
-        self._offering = threading.Lock()
+        self._following = threading.RLock()
+        """Of whoever changes what is offered, or makes the lanes follow: settings and the server's list are read, and
+        what follows from both is set, before somebody else reads them."""
+        self._counting = threading.Lock()
         self._at_work = 0
         self.handed_over = 0
         """Requests that other nodes had to go on with, since it was drained."""
@@ -128,10 +129,14 @@ class Node:
             return False
         if _fixed(settings, instance) != _fixed(self.settings, self.instance_settings):
             return False
-        if not self._offer(settings=settings):
-            raise ConfigurationError("it would have nothing to offer")
-        self._readiness.has(self.offerings)
-        self._follow()
+        with self._following:
+            offerings = offerings_of(instance, settings.features, self._reported)
+            if not offerings:
+                raise ConfigurationError("it would have nothing to offer")
+            self.settings, self.offerings = settings, offerings
+            self._warn_of_templates()
+            self._readiness.has(offerings)
+            self._follow()
         return True
 
     @property
@@ -165,10 +170,12 @@ class Node:
     def wait_until_idle(self, timeout: float) -> bool:
         """Wait until all that was taken is done, or for so many seconds; tell whether it is."""
         ends = time.monotonic() + timeout
-        self._intake.settled(LANES_LEFT_WITHIN)  # or something might begin after all
-        while self.sender.wait_until_idle(max(0.0, ends - time.monotonic())) and time.monotonic() < ends:
+        self._intake.settled(min(LANES_LEFT_WITHIN, timeout))  # or something might begin after all
+        while self.sender.wait_until_idle(max(0.0, ends - time.monotonic())):
             if not self.held:
                 return True
+            if time.monotonic() >= ends:
+                break
             time.sleep(0.02)  # a task is just beginning, or has just ended: Celery does not tell when
         return False
 
@@ -202,7 +209,7 @@ class Node:
         self._watch.look_now()
 
     def _count(self, more: int) -> None:
-        with self._lock:
+        with self._counting:
             before, self._at_work = self._at_work, self._at_work + more
             if not before or not self._at_work:
                 self._working_since = time.monotonic() if self._at_work else None
@@ -213,23 +220,17 @@ class Node:
         return next((each for name, each in self.offerings.items() if name not in missing), None)
 
     def _models_reported(self, reported: list[str]) -> None:
-        self._offer(reported=reported)
-        if self.instance_settings.models and reported and QUIRKS[self.server].lists_models:
-            there = {name for name, each in self.offerings.items() if each.backend in reported}
-            self._readiness.has(there)
-            for name in self.offerings.keys() - there:
-                self._readiness.lacks(name)
-        self._follow()
-
-    def _offer(self, *, settings: Settings | None = None, reported: Sequence[str] | None = None) -> bool:
-        """Offer what follows from what is new; False, and all stays as it is, if that is nothing."""
-        with self._offering:
-            settings, reported = settings or self.settings, self._reported if reported is None else reported
-            offerings = offerings_of(settings.instances[self.instance], settings.features, reported)
-            if offerings:
-                self.settings, self._reported, self.offerings = settings, reported, offerings
+        with self._following:
+            instance, self._reported = self.instance_settings, reported
+            if found := offerings_of(instance, self.settings.features, reported):
+                self.offerings = found
                 self._warn_of_templates()
-            return bool(offerings)
+            if instance.models and reported and QUIRKS[self.server].lists_models:
+                there = {name for name, each in self.offerings.items() if each.backend in reported}
+                self._readiness.has(there)
+                for name in self.offerings.keys() - there:
+                    self._readiness.lacks(name)
+            self._follow()
 
     def _warn_of_templates(self) -> None:
         """Once for each model, until its template is found, and missing again."""

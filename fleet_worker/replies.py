@@ -19,11 +19,12 @@ from kombu import Connection, Consumer, Queue
 from kombu.transport.redis import Channel as RedisChannel
 
 from fleet_worker.connections import BACK_OFF, hear, open_channel
-from fleet_worker.errors import BrokerUnavailable, FleetError, InvalidRequest, RequestTimeout
+from fleet_worker.errors import BrokerUnavailable, FleetError, InvalidRequest, RequestTimeout, where
 from fleet_worker.frames import Accepted, Alive, ChatResponse, Delta, Deltas, EmbedResponse, Failure, Frame, Reply
 from fleet_worker.lanes import listening_key, reply_queue
 from fleet_worker.link import Link
 from fleet_worker.publisher import Publisher
+from fleet_worker.stop import Stop
 from fleet_worker.wire import PROTOCOL_VERSION
 
 __all__ = ["Answer", "ReplyInbox", "ReplySender"]
@@ -66,10 +67,19 @@ class Answer:
         self.appended = 0
         """Frames that the sender has; those of `_seq` beyond it are still on their way to it."""
         self.deadline = time.monotonic() + 3600.0
+        self._stop = Stop()
+
+    @contextmanager
+    def stopped_by(self, stop: Stop) -> Iterator[None]:
+        """Within this block nothing waits any longer once it is stopped; raises what it has been stopped with."""
+        self._stop = stop
+        with stop.cutting(self._sender.wake_up):
+            yield
 
     def accept(self, **fields: Any) -> None:
         """Tell who took it. Nobody waits for this, so it may travel with what comes next."""
-        self._sender._append(self, Accepted(**self._next(), **fields), delay=LONGEST_GAP, wait_until=self.deadline)
+        self._wait_for_room()
+        self._sender._append(self, Accepted(**self._next(), **fields), delay=LONGEST_GAP)
 
     def put(self, deltas: list[Delta], tokens: int) -> None:
         """Append deltas, with which the answer has about so many tokens; the first leave at once. Waits while too many
@@ -77,10 +87,12 @@ class Answer:
 
         Raises:
             RequestTimeout: the broker did not take anything until the deadline.
+            FleetError: it was stopped.
         """
+        self._wait_for_room()
         first = self._seq <= 1
         frame = Deltas(**self._next(), deltas=deltas, tokens=tokens)
-        self._sender._append(self, frame, delay=0.0 if first else None, wait_until=self.deadline)
+        self._sender._append(self, frame, delay=0.0 if first else None)
 
     def end(self, frame: type[ChatResponse] | type[EmbedResponse], **fields: Any) -> None:
         self._sender._append(self, frame(**self._next(), node=self._sender.node, **fields), delay=0.0)
@@ -90,6 +102,11 @@ class Answer:
 
     def alive(self) -> Alive:
         return Alive(id=self.id, attempt=self.attempt, seq=self.appended)
+
+    def _wait_for_room(self) -> None:
+        """Before a frame has its number: one that never leaves would be missing before the error."""
+        if not self._sender.wait_for_room(self.deadline, self._stop):
+            raise self._stop.error or RequestTimeout("the broker took no replies until the deadline")
 
     def _next(self) -> dict[str, Any]:
         seq, self._seq = self._seq, self._seq + 1
@@ -162,16 +179,28 @@ class ReplySender:
     def close(self, timeout: float = 10.0) -> None:
         """Publish what is pending and end; what the broker does not take within `timeout` seconds is given up."""
         self._closed.set()
-        with self._changed:
-            self._changed.notify_all()
+        self.wake_up()
         self._thread.join(timeout)
 
-    def _append(self, answer: Answer, frame: Frame, *, delay: float | None, wait_until: float | None = None) -> None:
+    def wait_for_room(self, deadline: float, stop: Stop) -> bool:
+        """Wait until a frame more may wait; False once that is not worth waiting for: its time is over, or it was
+        stopped, and somebody called `wake_up`."""
+        if self._count < self._max_pending:
+            return True
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._count < self._max_pending or stop.error is not None, deadline - time.monotonic()
+            )
+            return self._count < self._max_pending
+
+    def wake_up(self) -> None:
+        """Whoever waits looks again."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def _append(self, answer: Answer, frame: Frame, *, delay: float | None) -> None:
         """Let a frame leave within `delay` seconds; with None, once the gap since the last publish is over."""
         with self._changed:
-            while wait_until is not None and self._count >= self._max_pending:
-                if not self._changed.wait(wait_until - time.monotonic()):
-                    raise RequestTimeout("the broker took no replies until the deadline")
             self._pending.setdefault(answer.reply_to, []).append(frame)
             if not self._count:
                 self._oldest = time.monotonic()
@@ -303,10 +332,12 @@ class ReplyInbox:
         self._listening = threading.Event()
         self._next_proof = 0.0
 
-    def start(self, timeout: float) -> None:
-        """Listen; raises `BrokerUnavailable` if the broker is not there within `timeout` seconds."""
-        self._link.start()
-        if not self._listening.wait(timeout):
+    def start(self, timeout: float, *, waited: float = 0.0) -> None:
+        """Listen; raises `BrokerUnavailable` if the broker is not there within `timeout` seconds, some of which may
+        have been waited already."""
+        if waited < timeout:
+            self._link.start()
+        if not self._listening.wait(timeout - waited):
             self._link.close()
             cause = self._link.failure or "no answer"
             raise BrokerUnavailable(f"the broker did not answer within {timeout:g} s ({cause})")
@@ -369,8 +400,14 @@ class ReplyInbox:
             log.error("a message in the reply queue was dropped: %s", error)
         else:
             for frame in reply.frames:
-                self._take(reply.node, frame)
+                self._hand_on(reply.node, frame)
         message.ack()
+
+    def _hand_on(self, node: str, frame: Frame) -> None:
+        try:
+            self._take(node, frame)
+        except Exception as error:  # the broker would deliver it again, for ever
+            log.error("a frame of %s (%s) was dropped: %s at %s", node, frame.kind, type(error).__name__, where(error))
 
     def _wake_up(self) -> None:
         """An empty reply to ourselves ends the wait in `drain_events` at once."""

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
+import os
 import threading
 import time
 import uuid
-from collections import deque
-from collections.abc import AsyncIterator, Iterator
 from typing import Any, Self, cast, get_args
 
 from kombu import Producer
@@ -17,30 +15,29 @@ from kombu import Producer
 from fleet_worker.agenda import Agenda
 from fleet_worker.attempts import Leftover, OnInterrupt
 from fleet_worker.backlog import Backlog
-from fleet_worker.call import Call
+from fleet_worker.call import Call, ChatStream
 from fleet_worker.cancellations import Cancellations
 from fleet_worker.celery import create_app
 from fleet_worker.errors import Cancelled, Expired, InvalidRequest
 from fleet_worker.flight import Flight, Services
-from fleet_worker.frames import Accepted, Alive, ChatResponse, Delta, Deltas, EmbedResponse, Frame, join
+from fleet_worker.frames import Accepted, Alive, ChatResponse, EmbedResponse, Frame
 from fleet_worker.keyed import Keyed
 from fleet_worker.lanes import (
     Priority,
     ask_exchange,
-    direct_lane,
-    lane,
     registry_queue,
     reply_name,
     transport_of,
 )
 from fleet_worker.mailbox import Mailbox
-from fleet_worker.messages import FleetRequest, Operation, validate_params
+from fleet_worker.messages import FleetRequest, Operation
 from fleet_worker.registry import Registry
 from fleet_worker.replies import ReplyInbox
+from fleet_worker.routes import Routes
 from fleet_worker.settings import Settings
 from fleet_worker.submission import submit
 
-__all__ = ["ChatStream", "Router"]
+__all__ = ["Router"]
 
 
 class Router:
@@ -70,6 +67,9 @@ class Router:
         self._app = create_app(self._settings)
         self._registry = Registry(ask=self._ask_again)
         self._services: Services | None = None
+        self._closed = False
+        self._process = 0
+        """The one that is connected."""
         self._starting = threading.Lock()
         self._flights: dict[str, Flight] = {}
         self._keyed = Keyed(self._settings.router.idempotency_ttl)
@@ -87,11 +87,12 @@ class Router:
         await asyncio.to_thread(self.close)
 
     def close(self) -> None:
-        """Cancel what is under way, and stop listening for replies."""
+        """Cancel what is under way, and stop listening for replies. A closed router stays closed."""
+        with self._starting:
+            self._closed = True
+            services, self._services = self._services, None
         for flight in tuple(self._flights.values()):
             flight.give_up(Cancelled("the router was closed"))
-        with self._starting:
-            services, self._services = self._services, None
         if services:
             services.agenda.close()
             services.cancellations.close()
@@ -159,7 +160,6 @@ class Router:
         if not isinstance(seconds, int | float) or not 0 < seconds <= limit:
             raise InvalidRequest(f"timeout must be more than 0 and at most {limit:g} seconds (router.max_timeout)")
         request_id = str(uuid.uuid4())
-        checked = validate_params(operation, {**body, **params}, max_bytes=self._settings.max_body_bytes)
         envelope = {
             "protocol_version": 2,
             "request_id": request_id,
@@ -170,7 +170,7 @@ class Router:
             "provider": "mlx",
             "provider_instance": instance,
             "model": model,
-            "params": checked,
+            "params": {**body, **params},
             "reply_to": reply_name("unsent", 1),
             "message_context": message_context or {},
             "caller": caller or {},
@@ -180,7 +180,9 @@ class Router:
             "expires_at": time.time() + seconds,
             "priority": priority,
         }
-        return FleetRequest.build(envelope), node
+        request = FleetRequest.build(envelope)
+        request.check_size(self._settings.max_body_bytes)
+        return request, node
 
     def _take_off(
         self, request: FleetRequest, node: str | None, on_interrupt: OnInterrupt, *, has_key: bool
@@ -189,46 +191,55 @@ class Router:
         services = self._connected()
         if has_key and (joined := self._keyed.join(request, node, on_interrupt)):
             return joined
-        self._admit(request, node, services.backlog)
+        if not node:
+            self._registry.check(request.model, request.operation, request.provider_instance)
         flight = Flight(request.submitted_to(services.inbox.name), node, services, on_interrupt=on_interrupt)
+        services.backlog.admit(flight.lane)
         mailbox = flight.join(request.timeout_seconds)
         if has_key and (joined := self._keyed.add(flight, node, on_interrupt)):
             return joined
         self._flights[request.request_id] = flight
-        flight.submit()
+        if self._services is services:
+            flight.submit()
+        else:  # it was given up with the others, or came too late for that
+            flight.give_up(Cancelled("the router was closed"))
         return flight, cast(Mailbox, mailbox)
 
-    def _admit(self, request: FleetRequest, node: str | None, backlog: Backlog) -> None:
-        """Raises `ModelUnavailable` if nobody offers what it asks for, `FleetSaturated` if too many wait for it."""
-        if not node:
-            self._registry.check(request.model, request.operation, request.provider_instance)
-        backlog.admit(direct_lane(node) if node else lane(request.operation, request.model))
-
     def _connected(self) -> Services:
-        with self._starting:
+        if self._services and self._process != os.getpid():  # its threads are not here, and its sockets not ours
+            raise RuntimeError("this router was connected before the process was forked: make one in each process")
+        began = time.monotonic()
+        with self._starting:  # one connects, the others wait for that, and none of them for longer than one would
+            if self._closed:
+                raise RuntimeError("this router is closed")
             if self._services is None:
-                router = self._settings.router
-                inbox = ReplyInbox(
-                    self._app.connection_for_read,
-                    reply_name(self._settings.host, router.reply_expires),
-                    self._receive,
-                    also=(lambda: registry_queue(self._transport), self._registry.receive),
-                    listening=self._ask_who_is_there,
-                )
-                inbox.start(router.connect_timeout)
-                agenda = Agenda()
-                self._services = Services(
-                    settings=router,
-                    agenda=agenda,
-                    inbox=inbox,
-                    backlog=Backlog(self._app, self._transport, max_waiting=router.max_waiting),
-                    cancellations=Cancellations(agenda, self._app.connection_for_write),
-                    publish=self._publish,
-                    elsewhere=self._elsewhere,
-                    ended=lambda request_id: self._flights.pop(request_id, None),
-                )
-                agenda.start()
+                self._services = self._connect(began)
+                self._process = os.getpid()
             return self._services
+
+    def _connect(self, began: float) -> Services:
+        """`connect_timeout` counts from this monotonic time."""
+        settings = self._settings.router
+        inbox = ReplyInbox(
+            self._app.connection_for_read,
+            reply_name(self._settings.host, settings.reply_expires),
+            self._receive,
+            also=(lambda: registry_queue(self._transport), self._registry.receive),
+            listening=self._ask_who_is_there,
+        )
+        inbox.start(settings.connect_timeout, waited=time.monotonic() - began)
+        agenda = Agenda()
+        agenda.start()
+        return Services(
+            settings=settings,
+            agenda=agenda,
+            inbox=inbox,
+            backlog=Backlog(self._app, self._transport, max_waiting=settings.max_waiting),
+            cancellations=Cancellations(agenda, self._app.connection_for_write),
+            routes=Routes(self._registry),
+            publish=self._publish,
+            ended=lambda request_id: self._flights.pop(request_id, None),
+        )
 
     def _receive(self, node: str, frame: Frame) -> None:
         """In the thread of the inbox. Who works for nobody is told so, with each sign of life until it has heard."""
@@ -236,19 +247,6 @@ class Router:
         wanted = flight is not None and flight.receive(node, frame)
         if not wanted and self._services and isinstance(frame, Accepted | Alive):
             self._services.cancellations.add(frame.id, Leftover(node, frame.attempt))
-
-    def _elsewhere(self, request: FleetRequest, failed: set[str]) -> str | None:
-        """The lane is best: who is free takes from it. But not if somebody takes from it who has just failed."""
-        offered = self._registry.offerings(model=request.model, capability=request.operation, ready=True)
-        free = {
-            each.node: each.instance.slots
-            for each in offered
-            if request.provider_instance in ("any", each.instance.name)
-        }
-        others = [node for node in free if node not in failed]
-        if not others or failed.isdisjoint(free):
-            return None
-        return random.choices(others, [free[node] or 1 for node in others])[0]  # noqa: S311 - it spreads load
 
     def _ask_who_is_there(self, channel: Any) -> None:
         """Every registry node answers at once, instead of when its next event is due."""
@@ -262,77 +260,8 @@ class Router:
                 {}, exchange=ask_exchange(), declare=[ask_exchange()], routing_key="", serializer="json", retry=False
             )
 
-    def _publish(self, request: FleetRequest, node: str | None, patience: float) -> None:
+    def _publish(self, request: FleetRequest, lane: str, patience: float) -> None:
         """Wait so long for a broker that is away, but not beyond the deadline of the request."""
         if request.remaining <= 0:
             raise Expired("the deadline passed before the request was sent")
-        name = direct_lane(node) if node else lane(request.operation, request.model)
-        submit(self._app, self._transport, request, name, patience=min(patience, request.remaining))
-
-
-class ChatStream:
-    """A streamed answer: iterate it for its deltas; then `response` is the whole, as `Router.chat` returns it.
-
-    Works with `with` and `for`, and with `async with` and `async for`. Nothing is sent before it is entered or
-    iterated. An error ends it; what arrived before was yielded.
-    """
-
-    def __init__(self, call: Call) -> None:
-        self._call = call
-        self._ready: deque[Delta] = deque()
-        self._deltas: list[Delta] = []
-        self._response: ChatResponse | None = None
-
-    def __enter__(self) -> Self:
-        self._call.__enter__()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._call.__exit__()
-
-    async def __aenter__(self) -> Self:
-        await self._call.__aenter__()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._call.__aexit__()
-
-    def __iter__(self) -> Iterator[Delta]:
-        return self
-
-    def __next__(self) -> Delta:
-        while not self._ready:
-            if self._response is not None:
-                raise StopIteration
-            self._call.__enter__()
-            self._take(self._call.frame())
-        return self._ready.popleft()
-
-    def __aiter__(self) -> AsyncIterator[Delta]:
-        return self
-
-    async def __anext__(self) -> Delta:
-        while not self._ready:
-            if self._response is not None:
-                raise StopAsyncIteration
-            await self._call.__aenter__()
-            self._take(await self._call.aframe())
-        return self._ready.popleft()
-
-    @property
-    def response(self) -> ChatResponse:
-        """The whole answer, once the stream has ended."""
-        if self._response is None:
-            raise RuntimeError("the stream has not ended: iterate it to its end first")
-        return self._response
-
-    def cancel(self) -> None:
-        """Want nothing more, from any thread: the node stops, and reading this raises `Cancelled`."""
-        self._call.cancel()
-
-    def _take(self, frame: Frame) -> None:
-        if isinstance(frame, Deltas):
-            self._deltas += frame.deltas
-            self._ready.extend(frame.deltas)
-        else:
-            self._response = cast(ChatResponse, frame).model_copy(update=join(self._deltas))
+        submit(self._app, self._transport, request, lane, patience=min(patience, request.remaining))

@@ -18,19 +18,20 @@ class Stop:
         self.error: FleetError | None = None
         """Why it was stopped; None while it was not."""
         self._lock = threading.Lock()
-        self._cut: Callable[[], object] = lambda: None
+        self._cuts: list[Callable[[], object]] = []
 
     def now(self, error: FleetError) -> None:
         """Stop it, from any thread; only the first reason counts."""
         with self._lock:
             if self.error is None:
                 self.error = error
-                self._cut()
+                for cut in self._cuts:
+                    cut()
 
     @contextmanager
     def cutting(self, cut: Callable[[], object]) -> Iterator[None]:
         """Within this block `cut` is what ends a wait: called once, in the thread of whoever stops. It must
-        not block.
+        not block. There may be blocks within blocks, for what is waited for in turn.
 
         Raises:
             FleetError: it has been stopped before the block began; `cut` is not called then.
@@ -38,9 +39,9 @@ class Stop:
         with self._lock:
             if self.error is not None:
                 raise self.error
-            self._cut = cut
+            self._cuts.append(cut)
         try:
             yield
         finally:
             with self._lock:
-                self._cut = lambda: None
+                self._cuts.remove(cut)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from fleet_worker.errors import (
     InstanceUnavailable,
     InvalidRequest,
     ProviderError,
+    where,
 )
 from fleet_worker.frames import ChatResponse, EmbedResponse, Timings
 from fleet_worker.lanes import REPLY_PREFIX, task_name
@@ -146,7 +146,7 @@ def _working(node: Node, envelope: Any, operation: str) -> Iterator[_Work | None
             yield None
             return
         try:
-            with node.running.attempt(answer.id, answer.attempt, answer.reply_to) as stop:
+            with node.running.attempt(answer.id, answer.attempt, answer.reply_to) as stop, answer.stopped_by(stop):
                 work = _accept(node, envelope, operation, answer, stop)
                 with node.working(work.offering.model, stop):
                     yield work
@@ -178,7 +178,7 @@ def _accept(node: Node, envelope: Any, operation: str, answer: Answer, stop: Sto
     if request.operation != operation:
         raise InvalidRequest(f"a request for {request.operation} came as a task for {operation}")
     if request.provider_instance not in ("any", node.instance):
-        raise InvalidRequest("the request is for another instance than the one it came to")
+        raise InstanceUnavailable(f"the request is for another instance than {node.instance}, who took it")
     offering = offering_for(request, node.offerings)
     started, queue_wait, remaining = time.monotonic(), request.queue_wait, request.remaining
     if remaining <= 0:
@@ -191,9 +191,3 @@ def _accept(node: Node, envelope: Any, operation: str, answer: Answer, stop: Sto
     answer.deadline = started + remaining
     answer.accept(instance=node.instance, queue_wait=queue_wait)
     return _Work(node, request, offering, answer, stop, queue_wait, started, started + remaining)
-
-
-def where(error: Exception) -> str:
-    """File, line and function, and no text: a message may quote a prompt."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{last.filename.rpartition('/')[2]}:{last.lineno} in {last.name}"

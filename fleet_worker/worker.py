@@ -13,7 +13,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_e
 from fleet_worker import exit_codes, lifeline
 from fleet_worker.control import Control
 from fleet_worker.draining import answer_operators
-from fleet_worker.errors import ConfigurationError, FleetError, InstanceUnavailable
+from fleet_worker.errors import ConfigurationError, FleetError, InstanceUnavailable, where
 from fleet_worker.intake import Intake
 from fleet_worker.lanes import lane_queue, transport_of
 from fleet_worker.life import Life
@@ -27,7 +27,7 @@ from fleet_worker.registry_node import RegistryNode
 from fleet_worker.replies import ReplySender
 from fleet_worker.running import Running
 from fleet_worker.settings import REGISTRY, Instance, Settings
-from fleet_worker.tasks import register_tasks, where
+from fleet_worker.tasks import register_tasks
 
 __all__ = ["refuse", "select_instance", "serve_with"]
 

@@ -33,7 +33,7 @@ class Lane:
         """Return the id of the request."""
         router = Router(Settings(broker_url=self.url, router={"connect_timeout": patience}))
         request, _ = router._request("chat", self.model, {"messages": HELLO}, timeout=timeout)
-        router._publish(request.submitted_to("llm.fleet.reply.test.1"), None, patience)
+        router._publish(request.submitted_to("llm.fleet.reply.test.1"), lane("chat", self.model), patience)
         return request.request_id
 
     def gives_up(self, seconds, **options):

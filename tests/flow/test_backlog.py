@@ -1,7 +1,9 @@
 """Lanes that fill: in which order a busy node takes what waits, and what is too much."""
 
+import threading
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 
 import pytest
@@ -85,7 +87,7 @@ def test_a_full_lane_takes_no_more_until_there_is_room(node, mlx, router, backlo
         assert backlog.depth(LANE) == 3
         for stream in streams:
             assert len([delta.content for delta in stream if delta.content]) == 10
-            backlog.accepted(LANE, stream.response.timings.queue_wait)
+            backlog.accepted(LANE, stream.response.timings.queue_wait, "normal", 0.0)
     backlog.admit(LANE)
     assert backlog.depth(LANE) == 0
 
@@ -104,6 +106,31 @@ def test_a_router_refuses_what_is_too_much_before_it_is_sent(node, mlx, broker):
         for stream in [running, *waiting]:
             assert list(stream)
         assert list(router.stream_chat(MODEL, HELLO, **options))
+
+
+def test_a_message_that_vanished_is_missed_in_a_lane_that_is_never_empty(node, mlx, broker):
+    patient = {"accept_timeout": 1.0}
+    with (
+        Router(Settings(broker_url=broker.url, router=patient)) as router,
+        busy(router, mlx),
+        ThreadPoolExecutor(4) as pool,
+    ):
+        lost = pool.submit(lambda: router.chat(MODEL, HELLO, max_tokens=1, timeout=20))
+        with create_app(Settings(broker_url=broker.url)) as app, app.connection_for_read() as connection:
+            waiting = lane_queue(lane("chat", MODEL), transport_of(broker.url))(connection.default_channel)
+            until(lambda: waiting.get(no_ack=True))
+        over = threading.Event()
+
+        def crowd():
+            while not over.is_set():
+                router.chat(MODEL, HELLO, max_tokens=10, timeout=20)
+
+        crowds = [pool.submit(crowd) for _ in range(3)]
+        try:
+            assert [attempt.error for attempt in lost.result(15).attempts] == ["node_lost", None]
+        finally:
+            over.set()
+        assert [each.result(20) for each in crowds] == [None] * 3
 
 
 def test_what_other_routers_send_counts_too(unchecked, backlog_of):
@@ -128,7 +155,7 @@ def test_room_is_expected_by_how_fast_the_lane_is_served(unchecked, broker, back
     model = f"m-{uuid.uuid4().hex[:8]}"
     backlog, name = backlog_of(5), lane("chat", model)
     fill(unchecked, model, 6)
-    backlog.accepted(name, 12.0)
+    backlog.accepted(name, 12.0, "normal", 0.0)
     with pytest.raises(FleetSaturated) as caught:
         backlog.admit(name)
     assert caught.value.metadata["retry_after"] == 4.0
@@ -152,7 +179,7 @@ def test_a_lost_connection_costs_one_answer(unchecked, broker, backlog_of):
 def fill(router, model, number):
     for _ in range(number):
         request, _ = router._request("chat", model, {"messages": HELLO}, timeout=60)
-        router._publish(request.submitted_to("llm.fleet.reply.test.1"), None, 2.0)
+        router._publish(request.submitted_to("llm.fleet.reply.test.1"), lane("chat", model), 2.0)
 
 
 def admits(backlog, name):

@@ -1,15 +1,19 @@
 """What the broker may do to us, and what we may do to it."""
 
+import gc
 import socket
 import uuid
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
+from kombu import Consumer
 from kombu.asynchronous import Hub
 
 from fleet_worker import Router, Settings
 from fleet_worker.celery import create_app
+from fleet_worker.connections import hang_up, hear, open_channel
 from fleet_worker.lanes import reply_name, reply_queue
 from fleet_worker.processes import child, python
 from fleet_worker.publisher import Publisher
@@ -66,6 +70,23 @@ def test_former_connections_leave_nothing_in_the_event_loop(broker):
             connection.transport.register_with_event_loop(connection.connection, hub)
     assert len(hub.on_tick) <= 1
     hub.close()
+
+
+def test_nothing_keeps_a_connection_that_broke(broker):
+    """Or each loss of the broker costs three open files."""
+    with closing(create_app(Settings(broker_url=broker.url))) as app:
+        connection = app.connection_for_read()
+        channel = open_channel(connection)
+        consumer = Consumer(channel, [reply_queue(reply_name("forgotten", 10.0))], on_message=print)
+        consumer.consume()
+        hear(connection, 0.2)
+        broker.stop()
+        broken = weakref.ref(channel)
+        hang_up(connection)
+        broker.start()
+        del channel, consumer, connection
+        gc.collect()
+        assert broken() is None
 
 
 def test_two_nodes_of_two_slots_hold_exactly_four_of_eight_tasks(broker):

@@ -83,3 +83,15 @@ def test_what_a_running_node_cannot_change_ends_it_warmly(reloadable, router):
         node.signal(signal.SIGHUP)
         assert len([*stream]) == 49
     assert node.wait(WITHIN) == 75
+
+
+def test_a_node_that_was_asked_to_end_is_not_to_be_started_again_whatever_it_learns_meanwhile(reloadable, router):
+    node, configure = reloadable
+    with router.stream_chat("m", HELLO, max_tokens=150, timeout=30) as stream:
+        next(stream)
+        node.signal(signal.SIGTERM)
+        configure(models={"m": {}}, limits={"concurrency": 2})
+        node.signal(signal.SIGHUP)
+        node.wait_for("needs a new process", WITHIN)
+        assert len([*stream]) == 149
+    assert node.wait(WITHIN) == 0

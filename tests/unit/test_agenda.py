@@ -56,5 +56,21 @@ def test_what_is_due_is_done_before_the_end_and_what_is_not_is_forgotten():
     assert done == ["now"]
 
 
+def test_what_becomes_due_just_before_the_end_is_done(monkeypatch):
+    agenda, done = Agenda(), []
+    look = agenda._do_what_is_due
+
+    def look_and_then_close():
+        left = look()
+        if not agenda._closed:
+            agenda.soon(lambda: done.append("just before"))
+            agenda.close(timeout=0)
+        return left
+
+    monkeypatch.setattr(agenda, "_do_what_is_due", look_and_then_close)
+    agenda._run()
+    assert done == ["just before"]
+
+
 def test_an_agenda_that_was_never_started_ends_too():
     Agenda().close()

@@ -136,6 +136,19 @@ def test_who_accepted_first_has_it():
     assert attempts.node == "a"
 
 
+def test_a_node_that_was_restarted_says_something_else():
+    """RabbitMQ delivers what a killed node had to the next one of its name, which begins at the beginning."""
+    attempts = attempts_of()
+    fed(attempts, accepted(), deltas(1, "a"), deltas(2, " b"))
+    later = accepted().model_copy(update={"queue_wait": 3.0})
+    assert fed(attempts, later, deltas(1, "a b"), deltas(2, " c"), deltas(3, " d")) == []
+    assert attempts.state == "pausing"
+    assert attempts.history[0].error == NodeLost.code
+    assert attempts.leftovers == [Leftover("a", 1)]
+    assert attempts.again().resume == Resume(content="a b", tokens=1)
+    assert fed(attempts, accepted(2).model_copy(update={"queue_wait": 4.0}), deltas(1, " c", attempt=2))
+
+
 # --- Another one
 
 

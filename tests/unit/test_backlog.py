@@ -134,7 +134,7 @@ def test_each_lane_has_a_count_of_its_own(told):
 
 
 def test_room_is_expected_by_how_fast_the_lane_was_served(told):
-    told.accepted(LANE, 20.0)
+    told.accepted(LANE, 20.0, "normal", told.now)
     told.depths[LANE] = 10
     assert told.refused().metadata["retry_after"] == 2.0  # ten wait for 20 s each: one leaves every 2 s
     told.now += 1
@@ -145,13 +145,13 @@ def test_room_is_expected_by_how_fast_the_lane_was_served(told):
 def test_the_queue_wait_is_smoothed(told):
     told.depths[LANE] = 10
     for seconds in (10.0, 20.0):
-        told.accepted(LANE, seconds)
+        told.accepted(LANE, seconds, "normal", told.now)
     assert told.refused().metadata["retry_after"] == 1.2
 
 
 @pytest.mark.parametrize(("queue_wait", "retry_after"), [(0.0, 0.1), (3600.0, 60.0)])
 def test_nobody_is_sent_away_for_no_time_or_for_ever(told, queue_wait, retry_after):
-    told.accepted(LANE, queue_wait)
+    told.accepted(LANE, queue_wait, "normal", told.now)
     told.depths[LANE] = 10
     assert told.refused().metadata["retry_after"] == retry_after
 
@@ -160,6 +160,32 @@ def test_the_depth_is_asked_now_each_time(told):
     for depth in (3, 4):
         told.depths[LANE] = depth
         assert told.depth(LANE) == depth
+
+
+def test_a_depth_that_was_asked_a_moment_ago_is_good_enough_for_who_says_so(told):
+    for told.depths[LANE], depth in [(3, 3), (4, 3)]:
+        assert told.depth(LANE, max_age=0.25) == depth
+    told.now += 0.3
+    assert told.depth(LANE, max_age=0.25) == 4
+    assert told.asked == [LANE] * 2
+
+
+@pytest.mark.parametrize(("depth", "waits"), [(0, False), (1, True), (None, None)])
+def test_what_was_sent_into_a_lane_waits_unless_it_is_empty(told, depth, waits):
+    told.depths[LANE] = depth
+    assert told.waits(LANE, "normal", told.now, 1.0) is waits
+
+
+def test_what_was_overtaken_does_not_wait_in_its_lane(told):
+    told.depths[LANE] = 5
+    told.accepted(LANE, 3.0, "normal", 1010.0)
+    told.accepted(LANE, 3.0, "normal", 1005.0)
+    assert [told.waits(LANE, "normal", sent_at, 1.0) for sent_at in (1008.0, 1009.5, 1011.0)] == [False, True, True]
+    assert told.waits(LANE, "low", 1008.0, 1.0), "it may be overtaken by all others"
+    assert told.waits(lane("chat", "another"), "normal", 1008.0, 1.0) is False, "that one is empty"
+    told.depths[LANE] = None
+    told.now += 1
+    assert told.waits(LANE, "normal", 1008.0, 1.0) is None
 
 
 def test_not_more_lanes_are_remembered_than_are_good(told):

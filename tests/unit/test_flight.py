@@ -1,5 +1,7 @@
 """A request in flight: readers that come and go, silences, lanes that are empty, and what the nodes are told."""
 
+import contextlib
+import queue
 import time
 from types import SimpleNamespace
 
@@ -19,9 +21,11 @@ class Later:
 
     def __init__(self):
         self.due = []
+        self.moments = []
 
     def at(self, moment, do):
         self.due.append(do)
+        self.moments.append(moment)
 
     def now(self):
         due, self.due = self.due, []
@@ -44,28 +48,32 @@ class Fleet:
         self.later = Later()
         self.clock = SimpleNamespace(clock=0.0, back=0.0)
         self.clock.silence = lambda since: self.clock.clock - max(since, self.clock.back)
-        self.depth = 1
-        self.waits = []
+        self.waits = True
+        self.accepted = []
         self.cancelled = []
         self.ended = []
         self.sent = []
-        self.target = None
+        self.first = self.target = None
+        self.ready = True
         self.refusal = None
         self.services = Services(
             settings=RouterSettings.model_construct(**patient),
             agenda=self.later,
             inbox=self.clock,
-            backlog=SimpleNamespace(depth=lambda *_: self.depth, accepted=lambda *what: self.waits.append(what)),
+            backlog=SimpleNamespace(waits=lambda *_: self.waits, accepted=lambda *what: self.accepted.append(what)),
             cancellations=SimpleNamespace(add=lambda _, leftover: self.cancelled.append(leftover)),
             publish=self._publish,
-            elsewhere=lambda request, failed: self.target,
+            routes=SimpleNamespace(
+                node_for=lambda request, *failed: self.target if failed else self.first, is_ready=lambda *_: self.ready
+            ),
             ended=self.ended.append,
         )
 
-    def _publish(self, request, node, patience):
+    def _publish(self, request, lane, patience):
         if self.refusal:
             raise self.refusal
-        self.sent.append((request.attempt, node))
+        _, _, node = lane.partition(".node.")
+        self.sent.append((request.attempt, node or None))
 
     def flight(self, node=None, **options):
         flight = Flight(options.pop("asked", None) or request(), node, self.services, **options)
@@ -76,8 +84,9 @@ class Fleet:
     def read(self, mailbox=None):
         mailbox = mailbox or self.reader
         frames = []
-        while not mailbox._frames.empty():
-            frames.append(mailbox.get())
+        with contextlib.suppress(queue.Empty):
+            while not mailbox._frames.empty():
+                frames.append(mailbox.get())
         return frames
 
 
@@ -147,8 +156,8 @@ def test_a_lost_node_that_comes_back_is_not_wanted(fleet):
 # --- Messages that are nowhere
 
 
-def test_an_empty_lane_is_looked_at_twice_before_a_request_is_sent_again(fleet):
-    fleet.depth = 0
+def test_a_lane_is_looked_at_twice_before_a_request_that_is_not_in_it_is_sent_again(fleet):
+    fleet.waits = False
     fleet.flight()
     fleet.later.now()
     fleet.clock.clock = 0.5
@@ -161,9 +170,9 @@ def test_an_empty_lane_is_looked_at_twice_before_a_request_is_sent_again(fleet):
     assert fleet.cancelled == [Leftover(None, 1)]
 
 
-@pytest.mark.parametrize("depth", [3, None])
-def test_a_request_that_waits_is_let_wait_and_so_is_one_that_cannot_be_seen(fleet, depth):
-    fleet.depth = depth
+@pytest.mark.parametrize("waits", [True, None])
+def test_a_request_that_waits_is_let_wait_and_so_is_one_that_cannot_be_seen(fleet, waits):
+    fleet.waits = waits
     fleet.flight()
     for second in range(10):
         fleet.clock.clock = float(second)
@@ -171,12 +180,23 @@ def test_a_request_that_waits_is_let_wait_and_so_is_one_that_cannot_be_seen(flee
     assert fleet.sent == [(1, None)]
 
 
-def test_a_lane_that_was_not_empty_all_the_time_is_not_empty(fleet):
+def test_a_request_that_was_not_missing_all_the_time_is_let_wait(fleet):
     fleet.flight()
-    for second, fleet.depth in enumerate([0, 1, 0, None, 0, 2]):
+    for second, fleet.waits in enumerate([False, True, False, None, False, True]):
         fleet.clock.clock = 2.0 * second
         fleet.later.now()
     assert fleet.sent == [(1, None)]
+
+
+def test_a_look_that_fails_is_not_the_last_one(fleet):
+    flight = fleet.flight()
+    flight.receive("a", accepted())
+    fleet.clock.silence = lambda since: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        fleet.later.now()
+    fleet.clock.silence = lambda since: 6.0
+    fleet.later.now()
+    assert fleet.cancelled == [Leftover("a", 1)]
 
 
 # --- Another attempt
@@ -190,12 +210,34 @@ def test_it_goes_where_the_router_says(fleet):
     assert fleet.sent == [(1, None), (2, "b@mini")]
 
 
+def test_the_first_attempt_goes_where_the_router_says(fleet):
+    fleet.first = "a@mini"
+    assert fleet.flight().lane == "llm.fleet.node.a@mini"
+    assert fleet.sent == [(1, "a@mini")]
+
+
 def test_what_is_for_one_node_only_stays_there(fleet):
     fleet.target = "b@mini"
     flight = fleet.flight(node="a@mini")
     flight.receive("a@mini", failure(0, DOWN))
     fleet.later.now()
     assert fleet.sent == [(1, "a@mini"), (2, "a@mini")]
+
+
+@pytest.mark.parametrize(("node", "most", "sent"), [(None, 3, 3), (None, 2, 2), ("b@mini", 3, 2)])
+def test_what_waits_for_a_node_that_is_gone_goes_elsewhere_unless_its_caller_wants_that_node(node, most, sent):
+    fleet = Fleet(max_attempts=most)
+    fleet.target = "b@mini"
+    flight = fleet.flight(node)
+    flight.receive(node or "a@mini", failure(0, DOWN))
+    for _ in range(3):
+        fleet.later.now()
+    assert len(fleet.sent) == 2
+    fleet.ready, fleet.target = False, None
+    for _ in range(3):
+        fleet.later.now()
+    assert fleet.sent[2:] == [(3, None)][: sent - 2]
+    assert fleet.cancelled == [Leftover(None, 2)][: sent - 2]
 
 
 def test_a_broker_that_is_away_is_waited_for(fleet):
@@ -224,6 +266,15 @@ def test_a_first_attempt_that_the_broker_refuses_ends_it(fleet):
         fleet.flight()
     assert fleet.ended == ["r"]
     assert fleet.read()[0].code == "broker_unavailable"
+
+
+def test_a_caller_that_is_interrupted_while_it_sends_leaves_nothing_behind(fleet):
+    fleet.refusal = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        fleet.flight()
+    assert fleet.ended == ["r"]
+    assert fleet.read()[0].code == "cancelled"
+    assert fleet.cancelled == [Leftover(None, 1)]
 
 
 # --- Readers
@@ -260,6 +311,23 @@ def test_who_comes_later_gets_the_whole_answer(fleet):
     for mailbox in (fleet.reader, second, third):
         frames = fleet.read(mailbox)
         assert said(frames) == "ab"
+        assert frames[-1].kind == "response"
+
+
+def test_who_comes_late_to_a_long_answer_gets_all_of_it_and_may_be_slow_from_then_on(fleet):
+    flight = fleet.flight()
+    flight.receive("a", accepted())
+    for seq in range(1, 20):
+        flight.receive("a", deltas(seq, "x"))
+        fleet.read()
+    second = flight.join(0.0)
+    for seq in range(20, 30):
+        flight.receive("a", deltas(seq, "x"))
+    fleet.read()
+    flight.receive("a", response(30))
+    for mailbox in (second, flight.join(0.0)):
+        frames = fleet.read(mailbox)
+        assert said(frames) == "x" * 29
         assert frames[-1].kind == "response"
 
 
@@ -302,6 +370,12 @@ def test_at_its_deadline_it_is_over_whoever_reads(fleet):
     assert fleet.read()[0].code == "timeout"
 
 
+def test_its_deadline_is_noticed_also_if_it_comes_before_the_first_look_is_due():
+    fleet = Fleet(accept_timeout=5.0)
+    flight = fleet.flight(asked=request().model_copy(update={"timeout_seconds": 0.5}))
+    assert fleet.later.moments == [flight._deadline]
+
+
 def test_who_is_told_that_it_is_too_late_is_told_the_attempts_too(fleet):
     flight = fleet.flight()
     assert flight.late().metadata["attempts"] == [{"attempt": 1, "node": None, "error": "expired", "delivered": 0}]
@@ -318,7 +392,7 @@ def test_who_is_told_that_it_is_too_late_is_told_the_attempts_too(fleet):
 def test_the_wait_in_the_lane_is_told(fleet):
     flight = fleet.flight()
     flight.receive("a", accepted())
-    assert fleet.waits == [("llm.fleet.stream_chat.m", 0.0)]
+    assert [what[:3] for what in fleet.accepted] == [("llm.fleet.stream_chat.m", 0.0, "normal")]
 
 
 # --- Requests with a key
@@ -398,6 +472,33 @@ def test_not_more_answers_than_allowed_are_kept(fleet, monkeypatch):
         flight.receive("a", response(0))
     kept = [number for number in range(4) if keyed.join(keyed_request(str(number)))]
     assert kept == [2, 3]
+
+
+def test_not_more_characters_than_allowed_are_kept_of_all_answers(fleet, monkeypatch):
+    monkeypatch.setattr("fleet_worker.keyed.MOST_CHARACTERS", 5_000)
+    keyed = Keyed(ttl=60)
+    for number in range(4):
+        flight = fleet.flight(asked=keyed_request(str(number)))
+        keyed.add(flight)
+        flight.receive("a", accepted())
+        flight.receive("a", deltas(1, "x" * 2_000))
+        flight.receive("a", response(2))
+    assert [number for number in range(4) if keyed.join(keyed_request(str(number)))] == [2, 3]
+
+
+def test_an_answer_that_is_kept_is_one_piece(fleet):
+    keyed = Keyed(ttl=60)
+    flight = fleet.flight(asked=keyed_request())
+    keyed.add(flight)
+    flight.receive("a", accepted())
+    for seq, letter in enumerate("abc", start=1):
+        flight.receive("a", deltas(seq, letter))
+    flight.receive("a", response(4))
+    for _ in range(2):
+        _, mailbox = keyed.join(keyed_request())
+        frames = fleet.read(mailbox)
+        assert said(frames) == "abc"
+        assert len(frames) == 2
 
 
 def test_a_look_at_what_has_ended_is_the_last_one(fleet):

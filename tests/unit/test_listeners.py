@@ -132,6 +132,21 @@ def test_after_an_outage_patience_begins_anew_and_everybody_counts_as_listening(
         assert time.monotonic() - back >= 0.35
 
 
+def test_after_an_outage_work_is_not_stopped_before_everybody_had_the_time_to_come_back(
+    listeners, broker, running, monkeypatch
+):
+    """Also if patience is shorter than that."""
+    monkeypatch.setattr(module, "TRUSTED_FOR", 1.0)
+    broker.error = ConnectionError()
+    with running.attempt("a", 1, "gone") as stop:
+        until(lambda: not listeners._answering)
+        broker.error = None
+        until(lambda: listeners._answering)
+        back = time.monotonic()
+        until(lambda: stop.error)
+        assert time.monotonic() - back >= 0.7
+
+
 def test_the_work_of_a_router_that_died_is_stopped_within_half_a_minute():
     longest = PRESENCE + 2 * LOOK_EVERY + Settings().worker.abandoned_after
     assert longest <= 30

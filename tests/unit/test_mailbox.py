@@ -8,6 +8,7 @@ import time
 import pytest
 
 from fleet_worker.mailbox import Mailbox
+from tests.clients import took_less_than
 from tests.unit.test_attempts import accepted, deltas, response
 
 
@@ -67,3 +68,17 @@ def test_a_frame_for_an_event_loop_that_is_closed_harms_nobody():
     asyncio.run(give_up())
     mailbox.put(accepted())
     assert mailbox.get().kind == "accepted"
+
+
+def test_who_waits_is_not_left_waiting_when_it_is_closed():
+    mailbox = mailbox_of(seconds=60)
+    threading.Timer(0.1, mailbox.close).start()
+    with took_less_than(5), pytest.raises(queue.Empty):
+        mailbox.get()
+
+    async def read():
+        threading.Timer(0.1, mailbox.close).start()
+        await mailbox.aget()
+
+    with took_less_than(5), pytest.raises(queue.Empty):
+        asyncio.run(read())

@@ -1,6 +1,7 @@
 import base64
 import json
 import math
+import re
 import struct
 import time
 import traceback
@@ -24,7 +25,7 @@ from fleet_worker.frames import (
     Usage,
     join,
 )
-from fleet_worker.messages import Cancellation, ChatParams, EmbedParams, FleetRequest, Resume, validate_params
+from fleet_worker.messages import Cancellation, ChatParams, EmbedParams, FleetRequest, Resume
 from fleet_worker.vectors import pack_vector, unpack_vector
 
 SECRET = "swordfish"
@@ -77,10 +78,17 @@ def refused(raw):
     return caught.value.message
 
 
+def built(operation, params, max_bytes=LARGE):
+    """As a router builds it, before anything is sent."""
+    request = FleetRequest.build(envelope(operation=operation, params=params))
+    request.check_size(max_bytes)
+    return request
+
+
 def refused_params(operation, params):
-    """The text of the refusal at the router, before anything is sent."""
+    """The text of the refusal at the router."""
     with pytest.raises(InvalidRequest) as caught:
-        validate_params(operation, params, max_bytes=LARGE)
+        built(operation, params)
     return caught.value.message
 
 
@@ -164,15 +172,13 @@ def test_the_operation_decides_what_the_params_are():
 
 
 def test_a_text_is_a_list_of_one_text():
-    assert validate_params("embed", {"input": "a"}, max_bytes=LARGE).input == ["a"]
-    assert validate_params("chat", {"messages": [user()], "stop": "a"}, max_bytes=LARGE).stop == ["a"]
+    assert built("embed", {"input": "a"}).params.input == ["a"]
+    assert built("chat", {"messages": [user()], "stop": "a"}).params.stop == ["a"]
 
 
 def test_nulls_say_nothing():
     nulls = dict.fromkeys(set(ChatParams.model_fields) - {"messages"})
-    assert validate_params("chat", {"messages": [user()], **nulls}, max_bytes=LARGE) == ChatParams.model_validate(
-        {"messages": [user()]}
-    )
+    assert built("chat", {"messages": [user()], **nulls}).params == ChatParams.model_validate({"messages": [user()]})
 
 
 def test_what_openai_clients_echo_in_a_message_is_dropped():
@@ -339,11 +345,11 @@ GOOD_CHATS = {
 
 @pytest.mark.parametrize("params", GOOD_CHATS.values(), ids=GOOD_CHATS)
 def test_good_params_pass(params):
-    assert decode(envelope(params=params)).params == validate_params("chat", params, max_bytes=LARGE)
+    assert decode(envelope(params=params)).params == built("chat", params).params
 
 
 def test_as_many_texts_as_allowed_are_embedded():
-    assert len(validate_params("embed", {"input": ["a"] * 2048}, max_bytes=LARGE).input) == 2048
+    assert len(built("embed", {"input": ["a"] * 2048}).params.input) == 2048
 
 
 @pytest.mark.parametrize("name", sorted(FleetRequest.model_fields.keys() - {"resume"}))
@@ -431,13 +437,30 @@ def test_a_legacy_envelope_is_told_so(name):
     assert "legacy" in refused(envelope(**{name: None}))
 
 
+def size_of(request):
+    """As its refusal says it."""
+    with pytest.raises(InvalidRequest, match="max_body_bytes") as caught:
+        request.check_size(0)
+    return int(re.search(r"is ([\d,]+) bytes", caught.value.message)[1].replace(",", ""))
+
+
 @given(st.text('aé€😀\n"\\', max_size=20))
 def test_the_size_of_a_request_is_that_of_its_json_in_bytes(content):
-    params = {"messages": [user(content)]}
-    size = len(json.dumps(params, ensure_ascii=False, separators=(",", ":")).encode())
-    validate_params("chat", params, max_bytes=size)
-    with pytest.raises(InvalidRequest, match="max_body_bytes"):
-        validate_params("chat", params, max_bytes=size - 1)
+    least, params = {"messages": [user("")]}, {"messages": [user(content)]}
+    bytes_of = len(json.dumps(content, ensure_ascii=False).encode())
+    assert size_of(built("chat", params)) - size_of(built("chat", least)) == bytes_of - len('""')
+
+
+@given(envelopes)
+def test_what_a_router_does_not_find_too_large_no_node_does_at_no_attempt(raw):
+    request = FleetRequest.build(raw)
+    size = size_of(request)
+    again = {"attempt": 1000, "reply_to": f"llm.fleet.reply.{'x' * 200}.1", "expires_at": 1.23456789012345}
+    for changes in ({}, again):
+        sent = json.loads(json.dumps(request.model_copy(update=changes).encode()))
+        decode(sent, max_bytes=size)
+        with pytest.raises(InvalidRequest, match="max_body_bytes"):
+            decode(sent, max_bytes=size - 1)
 
 
 def test_what_was_delivered_of_an_answer_does_not_make_its_request_too_large():
@@ -587,7 +610,7 @@ def test_a_secret_as_a_key_where_keys_are_data_is_not_repeated():
 
 def test_a_secret_in_too_large_a_request_is_not_repeated():
     with pytest.raises(InvalidRequest) as caught:
-        validate_params("chat", {"messages": [user(SECRET * 100)]}, max_bytes=100)
+        built("chat", {"messages": [user(SECRET * 100)]}, max_bytes=100)
     assert SECRET not in "".join(traceback.format_exception(caught.value))
 
 

@@ -2,6 +2,7 @@
 
 import queue
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from kombu import Connection
@@ -10,6 +11,8 @@ from fleet_worker.errors import ReplyLost, RequestTimeout
 from fleet_worker.frames import Accepted, Alive, ChatResponse, Delta, Deltas, Reply, Timings, Usage
 from fleet_worker.lanes import reply_name
 from fleet_worker.replies import ReplyInbox, ReplySender
+from fleet_worker.stop import Stop
+from tests.clients import SOON, WHY, took_less_than, until
 
 
 def accepted(seq=0, attempt=1):
@@ -130,21 +133,52 @@ def put_many(answer, count):
         answer.put([Delta(content="x")], 1)
 
 
-def test_when_the_broker_is_away_a_bounded_number_of_frames_wait(arrived):
+@pytest.fixture
+def broker():
     broker = Broker()
     broker.away = True
+    return broker
+
+
+@pytest.fixture
+def narrow(broker):
     sender = ReplySender(broker.connect, "n@h", max_pending=5)
-    name = reply_name("test", 60)
-    with sender.answering("r", 1, name) as answer:
-        answer.deadline = time.monotonic() + 0.5
-        with pytest.raises(RequestTimeout):
-            put_many(answer, 20)
-        inbox = ReplyInbox(lambda: Connection("memory://"), name, arrived)
-        inbox.start(5)
-        broker.away = False
-        assert [arrived.get().seq for _ in range(5)] == [0, 1, 2, 3, 4]
-    inbox.close()
+    yield sender
+    broker.away = False
     sender.close()
+
+
+def test_when_the_broker_is_away_a_bounded_number_of_frames_wait_and_the_error_is_the_next(
+    broker, narrow, inbox, arrived
+):
+    with narrow.answering("r", 1, inbox.name) as answer:
+        answer.deadline = time.monotonic() + 0.5
+        with pytest.raises(RequestTimeout) as raised:
+            put_many(answer, 20)
+        answer.fail(raised.value)
+        broker.away = False
+        frames = [arrived.get()]
+        while frames[-1].kind != "error":
+            frames.append(arrived.get())
+        assert [frame.seq for frame in frames] == list(range(len(frames)))
+        assert 6 <= len(frames) <= 12  # one batch is being published, one waits
+
+
+def test_a_task_that_waits_for_the_broker_can_be_stopped(narrow):
+    stop = Stop()
+
+    def work():
+        with narrow.answering("r", 1, reply_name("test", 60)) as answer, answer.stopped_by(stop):
+            put_many(answer, 20)
+
+    with ThreadPoolExecutor(1) as pool:
+        working = pool.submit(work)
+        until(lambda: narrow._count == 5)
+        time.sleep(0.05)  # it waits now
+        with took_less_than(SOON):
+            stop.now(WHY)
+            assert working.exception(timeout=10) is WHY
+    assert narrow.wait_until_idle(0)
 
 
 def test_a_message_of_another_protocol_is_dropped_and_the_next_one_read(sender, inbox, memory, arrived):
@@ -154,3 +188,20 @@ def test_a_message_of_another_protocol_is_dropped_and_the_next_one_read(sender, 
                 body, exchange="", routing_key=inbox.name, content_type="application/json", content_encoding="utf-8"
             )
     assert arrived.get().kind == "accepted"
+
+
+def test_a_frame_that_cannot_be_taken_is_dropped_and_the_next_one_read(sender, memory, arrived, caplog):
+    def clumsy(node, frame):
+        if isinstance(frame, Accepted):
+            raise OverflowError("quoting a secret")
+        arrived(node, frame)
+
+    inbox = ReplyInbox(memory, reply_name("test", 60), clumsy)
+    inbox.start(5)
+    with sender.answering("r", 1, inbox.name) as answer:
+        answer.accept(instance="i", queue_wait=0.5)
+        answer.put([Delta(content="x")], 1)
+    assert arrived.get().kind == "deltas"
+    assert "a frame of n@h (accepted) was dropped: OverflowError at test_replies.py" in caplog.text
+    assert "secret" not in caplog.text
+    inbox.close()

@@ -1,6 +1,10 @@
 """The attempts of a request: when there is another one, and what is made of the frames of each."""
 
 import asyncio
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -14,6 +18,7 @@ from fleet_worker import flight as flight_module
 from fleet_worker.agenda import Agenda
 from fleet_worker.errors import (
     BrokerUnavailable,
+    Cancelled,
     Expired,
     FleetError,
     InstanceUnavailable,
@@ -27,8 +32,10 @@ from fleet_worker.errors import (
 from fleet_worker.flight import Services
 from fleet_worker.frames import Accepted, ChatResponse, Delta, Deltas, EmbedResponse, Failure
 from fleet_worker.lanes import reply_name
-from fleet_worker.messages import Resume
+from fleet_worker.messages import FleetRequest, Resume
 from fleet_worker.replies import ReplyInbox
+from fleet_worker.routes import Routes
+from tests.brokers import free_port
 from tests.clients import HELLO, took_less_than
 from tests.unit.test_attempts import FACTS
 
@@ -60,8 +67,8 @@ DOWN = failed(InstanceUnavailable("it is down"))
 class Fleet:
     """A router whose requests go nowhere; each attempt is answered with the frames that a test has written."""
 
-    def __init__(self, **router):
-        settings = Settings(router=router)
+    def __init__(self, *, max_body_bytes=1_000_000, **router):
+        settings = Settings(max_body_bytes=max_body_bytes, router=router)
         self.router = Router(settings)
         self.router._registry._asked_at -= 60  # nobody has answered
         self.router._publish = self._publish
@@ -73,13 +80,14 @@ class Fleet:
             agenda=agenda,
             inbox=ReplyInbox(None, reply_name("test", 60), self.router._receive),
             backlog=SimpleNamespace(
-                admit=lambda lane: None, accepted=lambda *_: None, depth=lambda *_: 1, close=lambda: None
+                admit=lambda lane: None, accepted=lambda *_: None, waits=lambda *_: True, close=lambda: None
             ),
             cancellations=SimpleNamespace(add=lambda *what: self.cancelled.append(what), close=lambda: None),
-            publish=lambda request, node, patience: self.router._publish(request, node),
-            elsewhere=self.router._elsewhere,
+            routes=Routes(self.router._registry),
+            publish=lambda request, lane, patience: self.router._publish(request, lane),
             ended=self.router._flights.pop,
         )
+        self.router._process = os.getpid()
         self.answers = []
         self.requests = []
         self.nodes = []
@@ -90,9 +98,9 @@ class Fleet:
     def __exit__(self, *_):
         self.router.close()
 
-    def _publish(self, request, node):
+    def _publish(self, request, lane):
         self.requests.append(request)
-        self.nodes.append(node)
+        self.nodes.append(lane.partition(".node.")[2] or None)
         answer = self.answers.pop(0)
         if isinstance(answer, FleetError):
             raise answer
@@ -248,6 +256,20 @@ def test_on_interrupt_is_one_of_two_words(fleet, ask):
         ask(fleet, on_interrupt="retry")
 
 
+@pytest.mark.parametrize("field", ["user", "message_context", "caller", "trace_context"])
+def test_what_nodes_would_refuse_as_too_large_is_not_sent(ask, field):
+    with Fleet(max_body_bytes=1024) as fleet:
+        for length in range(100, 1100, 100):
+            text = "x" * length
+            fleet.answers = [[accepted(), failed(ModelNotServed("it is away"))]]
+            with pytest.raises((InvalidRequest, ModelNotServed)) as raised:
+                ask(fleet, **{field: text if field == "user" else {"of": text}})
+            if "max_body_bytes" in raised.value.message:
+                break
+            FleetRequest.decode(fleet.requests[-1].encode(), max_bytes=1024)
+        assert 1 <= len(fleet.requests) < 10
+
+
 # --- Requests with a key
 
 
@@ -280,8 +302,8 @@ def test_a_reply_with_a_gap_is_tried_again(fleet, read):
     fleet.answers = [[accepted()], [accepted(), deltas("b"), response()]]
     publish = fleet.router._publish
 
-    def lossy(request, node):
-        publish(request, node)
+    def lossy(request, lane):
+        publish(request, lane)
         if request.attempt == 1:
             fleet.say(deltas("lost"), first=2)
 
@@ -330,8 +352,8 @@ def test_what_an_older_attempt_still_says_is_not_listened_to(fleet, read):
     fleet.answers = [[accepted(), DOWN], []]
     publish = fleet.router._publish
 
-    def mixed(request, node):
-        publish(request, node)
+    def mixed(request, lane):
+        publish(request, lane)
         if request.attempt == 2:
             fleet.say(accepted(), deltas("old"), response("old"), attempt=1)
             fleet.say(accepted(), deltas("new"))
@@ -395,9 +417,95 @@ def test_the_whole_answer_of_a_stream_is_there_when_it_has_ended(fleet):
     assert stream.response.content == "a"
 
 
+def test_a_stream_that_is_left_ends_for_whoever_still_reads_it(fleet):
+    fleet.answers = [[accepted()]] * 2
+
+    async def leave():
+        async with fleet.router.stream_chat("m", HELLO) as stream:
+            reader = asyncio.create_task(anext(stream))
+            await asyncio.sleep(0.1)
+        with pytest.raises(Cancelled):
+            await reader
+
+    with took_less_than(5):
+        asyncio.run(leave())
+    with took_less_than(5), ThreadPoolExecutor() as pool:
+        with fleet.router.stream_chat("m", HELLO) as stream:
+            reader = pool.submit(next, stream)
+            time.sleep(0.1)
+        with pytest.raises(Cancelled):
+            reader.result()
+
+
+@pytest.mark.parametrize("in_a_task", [False, True])
+def test_what_is_cancelled_while_it_is_sent_is_cancelled_when_it_was_sent(fleet, in_a_task):
+    fleet.answers = [[accepted()]]
+    publish, sending, cancelled = fleet.router._publish, threading.Event(), threading.Event()
+
+    def slowly(request, lane):
+        sending.set()
+        cancelled.wait(5)
+        publish(request, lane)
+
+    fleet.router._publish = slowly
+    stream = fleet.router.stream_chat("m", HELLO)
+
+    async def give_up():
+        reader = asyncio.create_task(anext(stream))
+        await asyncio.to_thread(sending.wait, 5)
+        reader.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reader
+        cancelled.set()
+
+    with ThreadPoolExecutor() as pool:
+        if in_a_task:
+            asyncio.run(give_up())
+        else:
+            reader = pool.submit(next, stream)
+            sending.wait(5)
+            stream.cancel()
+            cancelled.set()
+            with pytest.raises(Cancelled):
+                reader.result()
+    assert fleet.router._flights == {}
+    assert len(fleet.cancelled) == 1
+
+
+def test_what_is_about_to_be_sent_when_the_router_is_closed_is_cancelled(fleet, monkeypatch):
+    monkeypatch.setattr(fleet.router._services.backlog, "admit", lambda lane: fleet.router.close())
+    with took_less_than(2), pytest.raises(Cancelled, match="closed"):
+        chat(fleet)
+    assert fleet.requests == []
+    assert fleet.router._flights == {}
+
+
+def test_a_router_that_is_closed_stays_closed(fleet, ask):
+    fleet.router.close()
+    fleet.router.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        ask(fleet)
+
+
+def test_a_router_that_was_connected_before_a_fork_says_so(fleet, ask, monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    with pytest.raises(RuntimeError, match="in each process"):
+        ask(fleet)
+    assert fleet.requests == []
+
+
 def test_nothing_is_sent_before_a_stream_is_entered(fleet):
     fleet.router.stream_chat("m", HELLO)
     assert fleet.requests == []
+
+
+def test_who_waits_for_another_one_to_connect_does_not_wait_for_longer():
+    settings = Settings(broker_url=f"redis://127.0.0.1:{free_port()}/0", router={"connect_timeout": 0.5})
+    with Router(settings) as router, ThreadPoolExecutor(8) as pool, took_less_than(1.5):
+        asked = [pool.submit(router.chat, "m", HELLO) for _ in range(8)]
+        for each in asked:
+            with pytest.raises(BrokerUnavailable, match=r"0\.5 s"):
+                each.result()
 
 
 @pytest.mark.parametrize("error", [OperationalError("away"), redis.exceptions.ConnectionError("cut off"), OSError()])

@@ -32,6 +32,18 @@ def test_a_wait_is_cut_once_and_for_the_first_reason():
     assert cuts == [threading.current_thread()]
 
 
+def test_waits_within_a_wait_are_cut_together_and_the_outer_one_also_after_the_inner_one():
+    cuts = []
+    for at_once in (True, False):
+        stop = Stop()
+        with stop.cutting(lambda: cuts.append("outer")):
+            with stop.cutting(lambda: cuts.append("inner")):
+                if at_once:
+                    stop.now(WHY)
+            stop.now(WHY)
+    assert cuts == ["outer", "inner", "outer"]
+
+
 def test_what_was_stopped_before_does_not_begin():
     stop = Stop()
     stop.now(WHY)
