@@ -236,7 +236,11 @@ class Node:
         """Once for each model, until its template is found, and missing again."""
         without = {name for name, each in self.offerings.items() if lacks_template(each, QUIRKS[self.server])}
         for model in sorted(without - self._without_template):
-            log.warning("no chat template of %s is found: streams of it do not go on here (see doctor)", model)
+            log.warning(
+                "no chat template of %s is found, so streams of it that broke off elsewhere go on here only at "
+                "temperature 0: fleet-worker doctor says what to do",
+                model,
+            )
         self._without_template = without
 
     def _follow(self) -> None:

@@ -44,7 +44,8 @@ class Router:
     """Sends requests into the fleet and receives their replies.
 
     One router serves any number of threads and asyncio tasks with one reply queue, one inbox thread and no thread per
-    request. It connects at the first request; `close` it, or use it as a context manager.
+    request. It connects at the first request, in the process that makes it: after a fork, make another. `close` it, or
+    use it as a context manager.
 
     Every request takes `model` (the public name), `timeout` (seconds in all; `router.timeout` if not given),
     `priority`, `instance` (only on instances of that name), `node` (only on that node), `caller`, `message_context`
