@@ -13,10 +13,10 @@ from fleet_worker.backlog import Backlog
 from fleet_worker.cancellations import Cancellations
 from fleet_worker.errors import BrokerUnavailable, Cancelled, Expired, FleetError, ReplyOverflow, RequestTimeout
 from fleet_worker.frames import Accepted, Failure, Frame
+from fleet_worker.inbox import ReplyInbox
 from fleet_worker.lanes import direct_lane, lane
 from fleet_worker.mailbox import Mailbox
 from fleet_worker.messages import ChatParams, FleetRequest
-from fleet_worker.replies import ReplyInbox
 from fleet_worker.routes import Routes
 from fleet_worker.settings import Router as RouterSettings
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -178,6 +178,13 @@ class Reply(Body):
     v: Literal[2]
     node: str
     frames: list[Annotated[Frame, Field(discriminator="kind")]]
+
+    @classmethod
+    def merged(cls, bodies: Sequence[bytes]) -> bytes:
+        """One body with the frames of these, all of the same node."""
+        first, *others = [cls.decode(body) for body in bodies]
+        frames = [frame for reply in (first, *others) for frame in reply.frames]
+        return first.model_copy(update={"frames": frames}).encode() if others else bodies[0]
 
 
 def join(deltas: Iterable[Delta]) -> dict[str, Any]:

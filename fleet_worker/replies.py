@@ -1,4 +1,4 @@
-"""Both ends of the reply protocol: what a node owes its routers, and where a router receives it.
+"""The node's end of the reply protocol: what it owes its routers. `inbox.py` is where a router receives it.
 
 One message carries the frames of all requests that a node owes a router since its last publish. The frames of one
 attempt are numbered without a gap, the last one is a response or an error, and nothing else ends a reply.
@@ -6,28 +6,26 @@ attempt are numbered without a gap, the last one is a response or an error, and 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from kombu import Connection, Consumer, Queue
-from kombu.transport.redis import Channel as RedisChannel
+from kombu import Connection
 
-from fleet_worker.connections import BACK_OFF, hear, open_channel
-from fleet_worker.errors import BrokerUnavailable, FleetError, InvalidRequest, RequestTimeout, where
+from fleet_worker.connections import BACK_OFF
+from fleet_worker.errors import FleetError, RequestTimeout
 from fleet_worker.frames import Accepted, Alive, ChatResponse, Delta, Deltas, EmbedResponse, Failure, Frame, Reply
-from fleet_worker.lanes import listening_key, reply_queue
-from fleet_worker.link import Link
+from fleet_worker.lanes import reply_queue
 from fleet_worker.publisher import Publisher
+from fleet_worker.recent import Recent
 from fleet_worker.stop import Stop
 from fleet_worker.wire import PROTOCOL_VERSION
 
-__all__ = ["Answer", "ReplyInbox", "ReplySender"]
+__all__ = ["Answer", "ReplySender"]
 
 log = logging.getLogger(__name__)
 
@@ -36,23 +34,11 @@ GAP_PER_ANSWER = 0.0003
 """Seconds between two publishes, more the more requests are in progress; a first token and a last frame do not wait.
 At 32 streams of 50 tokens/s a gap of 5 ms makes 3,500 messages of 20,000, for a third of the CPU."""
 ALIVE_EVERY = 1.0
-RESEND_WINDOW = 5.0
-"""Seconds of published frames that are published again after the broker was lost: it may have lost them."""
-RESEND_BYTES = 16 * 1024 * 1024
 TRIES = 5
 """How often the broker may refuse a message, as too large perhaps, before it is given up; it may be away for ever."""
 REMEMBERED = 10_000
 """Attempts that a node remembers, so that a redelivered one is not generated twice."""
-LONGEST_LOOK = 1.5
-"""Seconds of the inbox's clock that one look for messages may count, however long the process was frozen in it."""
-PROVE_EVERY = 1.0
-"""Seconds after which an inbox asks the broker whether it is still there."""
-PRESENCE = 6
-"""Seconds for which Redis remembers that a router listens."""
 _NEVER = float("inf")
-
-
-# --- The node's end --------------------------------------------------------------------------------------------------
 
 
 class Answer:
@@ -135,8 +121,7 @@ class ReplySender:
         self._published = self._next_alive = 0.0
         self._answers: dict[tuple[str, int], Answer] = {}
         self._taken: OrderedDict[tuple[str, int], None] = OrderedDict()
-        self._recent: deque[tuple[float, str, bytes]] = deque()
-        self._recent_bytes = 0
+        self._recent = Recent()
         self._closed = threading.Event()
         self._publisher = Publisher(connect)
         self._thread = threading.Thread(target=self._run, name="fleet-replies", daemon=True)
@@ -243,8 +228,7 @@ class ReplySender:
         """Tell every router that has work here, or had until a moment ago: so a broker that was lost right after a
         last frame is noticed, and the frame published again."""
         self._next_alive = self._published + ALIVE_EVERY
-        self._forget_old()
-        for _, reply_to, _ in self._recent:
+        for reply_to in self._recent.readers():
             self._pending.setdefault(reply_to, [])
         for answer in self._answers.values():
             self._pending.setdefault(answer.reply_to, []).append(answer.alive())
@@ -256,8 +240,9 @@ class ReplySender:
         while True:
             try:
                 if failures:
-                    self._resend()
-                self._publisher.publish(body, routing_key=reply_to, declare=reply_queue)
+                    for recent in self._recent.again():
+                        self._send(*recent)
+                self._send(reply_to, body)
                 break
             except Exception as error:
                 failures += 1
@@ -266,7 +251,7 @@ class ReplySender:
         if failures:
             log.warning("the broker is back, replies flow again")
         if frames:
-            self._remember(reply_to, body)
+            self._recent.add(reply_to, body)
 
     def _again(self, error: Exception, failures: int) -> bool:
         """Wait before another try, and tell whether there should be one."""
@@ -280,137 +265,5 @@ class ReplySender:
         log.error("replies were given up: %s", "the node ends" if closing else f"refused, {type(error).__name__}")
         return False
 
-    def _resend(self) -> None:
-        """They are recent again: the broker may be lost once more before anybody has read them."""
-        for _, reply_to, body in self._recent:
-            self._publisher.publish(body, routing_key=reply_to, declare=reply_queue)
-        now = time.monotonic()
-        self._recent = deque((now, reply_to, body) for _, reply_to, body in self._recent)
-
-    def _remember(self, reply_to: str, body: bytes) -> None:
-        self._recent.append((time.monotonic(), reply_to, body))
-        self._recent_bytes += len(body)
-        self._forget_old()
-
-    def _forget_old(self) -> None:
-        oldest = time.monotonic() - RESEND_WINDOW
-        while self._recent and (self._recent[0][0] < oldest or self._recent_bytes > RESEND_BYTES):
-            self._recent_bytes -= len(self._recent.popleft()[2])
-
-
-# --- The router's end ------------------------------------------------------------------------------------------------
-
-
-class ReplyInbox:
-    """One reply queue, one thread and one connection for all requests of a router: each frame that comes is handed to
-    `receive`, with the name of its node.
-
-    `also` is a subscription that the same thread listens to: a maker of its queue, and what takes its messages.
-    `listening` is called with a channel each time it has begun to listen.
-    """
-
-    def __init__(
-        self,
-        connect: Callable[[], Connection],
-        name: str,
-        receive: Callable[[str, Frame], object],
-        *,
-        also: tuple[Callable[[], Queue], Callable[[Any], None]] | None = None,
-        listening: Callable[[Any], None] = lambda channel: None,
-    ) -> None:
-        self.name = name
-        self._also = also
-        self._on_listening = listening
-        self._connect = connect
-        self._link = Link("the reply queue", connect, self._listen)
-        self._queue = reply_queue(name)
-        self._take = receive
-        self.clock = 0.0
-        """Seconds of listening so far. It stands still while the broker, or this process, does nothing."""
-        self._back = 0.0
-        """When it last began to listen, on this clock."""
-        self._listening = threading.Event()
-        self._next_proof = 0.0
-
-    def start(self, timeout: float, *, waited: float = 0.0) -> None:
-        """Listen; raises `BrokerUnavailable` if the broker is not there within `timeout` seconds, some of which may
-        have been waited already."""
-        if waited < timeout:
-            self._link.start()
-        if not self._listening.wait(timeout - waited):
-            self._link.close()
-            cause = self._link.failure or "no answer"
-            raise BrokerUnavailable(f"the broker did not answer within {timeout:g} s ({cause})")
-
-    def close(self) -> None:
-        """Stop listening and delete the reply queue."""
-        self._link.close()
-        if self._listening.is_set():
-            self._wake_up()
-            self._link.close(timeout=5.0)
-
-    def silence(self, since: float) -> float:
-        """Seconds for which it has listened without a break since this moment of its clock."""
-        return self.clock - max(since, self._back)
-
-    def _listen(self, connection: Connection) -> None:
-        channel = open_channel(connection)
-        consumer = Consumer(channel, [self._queue], on_message=self._receive)
-        consumer.consume()
-        if self._also:
-            new_queue, take = self._also
-            Consumer(channel, [new_queue()], on_message=take, no_ack=True).consume()
-        hear(connection, 0.01)  # only now kombu's Redis transport subscribes
-        self._on_listening(channel)
-        self._back, self._next_proof = self.clock, 0.0
-        self._prove(channel)  # before anything is asked, or a node might take this router for gone
-        self._link.works()
-        self._listening.set()
-        while not self._link.closed.is_set():
-            self._prove(channel)
-            before = time.monotonic()
-            hear(connection, 1.0)
-            self.clock += min(time.monotonic() - before, LONGEST_LOOK)
-        with contextlib.suppress(Exception):  # it all expires anyway
-            self._leave(consumer, channel)
-
-    def _leave(self, consumer: Consumer, channel: Any) -> None:
-        consumer.cancel()
-        self._queue.bind(channel).delete()
-        if isinstance(channel, RedisChannel):
-            with channel.conn_or_acquire() as client:
-                client.delete(listening_key(self.name))
-
-    def _prove(self, channel: Any) -> None:
-        """Ask the broker something: a line that was cut brings no messages, and no errors either. Meanwhile the clock
-        stands still. On Redis this says that the router listens, so that nodes work for it; RabbitMQ knows that."""
-        if time.monotonic() < self._next_proof:
-            return
-        if isinstance(channel, RedisChannel):
-            with channel.conn_or_acquire() as client:
-                client.set(listening_key(self.name), 1, ex=PRESENCE)
-        else:
-            self._queue.bind(channel).queue_declare(passive=True)
-        self._next_proof = time.monotonic() + PROVE_EVERY
-
-    def _receive(self, message: Any) -> None:
-        try:
-            reply = Reply.decode(message.body)
-        except InvalidRequest as error:
-            log.error("a message in the reply queue was dropped: %s", error)
-        else:
-            for frame in reply.frames:
-                self._hand_on(reply.node, frame)
-        message.ack()
-
-    def _hand_on(self, node: str, frame: Frame) -> None:
-        try:
-            self._take(node, frame)
-        except Exception as error:  # the broker would deliver it again, for ever
-            log.error("a frame of %s (%s) was dropped: %s at %s", node, frame.kind, type(error).__name__, where(error))
-
-    def _wake_up(self) -> None:
-        """An empty reply to ourselves ends the wait in `drain_events` at once."""
-        with contextlib.suppress(Exception), self._connect() as connection:
-            empty = Reply(v=PROTOCOL_VERSION, node="", frames=[]).encode()
-            Publisher(lambda: connection).publish(empty, routing_key=self.name, declare=reply_queue)
+    def _send(self, reply_to: str, body: bytes) -> None:
+        self._publisher.publish(body, routing_key=reply_to, declare=reply_queue)

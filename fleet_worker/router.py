@@ -21,6 +21,7 @@ from fleet_worker.celery import create_app
 from fleet_worker.errors import Cancelled, Expired, InvalidRequest
 from fleet_worker.flight import Flight, Services
 from fleet_worker.frames import Accepted, Alive, ChatResponse, EmbedResponse, Frame
+from fleet_worker.inbox import ReplyInbox
 from fleet_worker.keyed import Keyed
 from fleet_worker.lanes import (
     Priority,
@@ -32,7 +33,6 @@ from fleet_worker.lanes import (
 from fleet_worker.mailbox import Mailbox
 from fleet_worker.messages import FleetRequest, Operation
 from fleet_worker.registry import Registry
-from fleet_worker.replies import ReplyInbox
 from fleet_worker.routes import Routes
 from fleet_worker.settings import Settings
 from fleet_worker.submission import submit

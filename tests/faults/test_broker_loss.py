@@ -8,11 +8,12 @@ from contextlib import closing
 
 import pytest
 
-from fleet_worker import Router, Settings, replies
+from fleet_worker import Router, Settings, recent
 from fleet_worker.celery import create_app
 from fleet_worker.frames import Delta
+from fleet_worker.inbox import ReplyInbox
 from fleet_worker.lanes import reply_name
-from fleet_worker.replies import ReplyInbox, ReplySender
+from fleet_worker.replies import ReplySender
 from fleet_worker.simulator import reply_tokens
 from fleet_worker.testing import SimulatedMLX, running_node
 from tests.brokers import Valkey
@@ -88,7 +89,7 @@ def test_a_node_takes_work_again_within_three_seconds_of_the_broker(mlx):
 
 
 def test_what_nobody_has_read_survives_any_number_of_losses(monkeypatch):
-    monkeypatch.setattr(replies, "RESEND_WINDOW", 1.5)
+    monkeypatch.setattr(recent, "WINDOW", 1.5)
     frames = []
     name = reply_name("test", 60)
     with Valkey() as broker:

@@ -16,9 +16,10 @@ from fleet_worker.celery import create_app
 from fleet_worker.control import Control
 from fleet_worker.frames import Alive, Delta, Timings, Usage
 from fleet_worker.frames import ChatResponse as Response
+from fleet_worker.inbox import ReplyInbox
 from fleet_worker.lanes import cancel_exchange, reply_name, transport_of
 from fleet_worker.messages import Cancellation
-from fleet_worker.replies import ReplyInbox, ReplySender
+from fleet_worker.replies import ReplySender
 from tests.clients import until
 from tests.relay import Relay
 

@@ -8,8 +8,8 @@ from kombu import Connection
 
 from fleet_worker import listeners as module
 from fleet_worker.errors import ReplyLost
+from fleet_worker.inbox import PRESENCE
 from fleet_worker.listeners import LOOK_EVERY, Listeners
-from fleet_worker.replies import PRESENCE
 from fleet_worker.running import Running
 from fleet_worker.settings import Settings
 from tests.clients import took_less_than, until

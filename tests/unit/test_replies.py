@@ -9,8 +9,9 @@ from kombu import Connection
 
 from fleet_worker.errors import ReplyLost, RequestTimeout
 from fleet_worker.frames import Accepted, Alive, ChatResponse, Delta, Deltas, Reply, Timings, Usage
+from fleet_worker.inbox import ReplyInbox
 from fleet_worker.lanes import reply_name
-from fleet_worker.replies import ReplyInbox, ReplySender
+from fleet_worker.replies import ReplySender
 from fleet_worker.stop import Stop
 from tests.clients import SOON, WHY, took_less_than, until
 

@@ -31,9 +31,9 @@ from fleet_worker.errors import (
 )
 from fleet_worker.flight import Services
 from fleet_worker.frames import Accepted, ChatResponse, Delta, Deltas, EmbedResponse, Failure
+from fleet_worker.inbox import ReplyInbox
 from fleet_worker.lanes import reply_name
 from fleet_worker.messages import FleetRequest, Resume
-from fleet_worker.replies import ReplyInbox
 from fleet_worker.routes import Routes
 from tests.brokers import free_port
 from tests.clients import HELLO, took_less_than
