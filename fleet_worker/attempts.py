@@ -46,6 +46,8 @@ State = Literal["waiting", "running", "pausing", "ended"]
 
 MOST_DEATHS = 2
 """So many instances may die of a request, or just while they have it, until it is taken for the reason."""
+GAP_CLOSES_WITHIN = 1.5
+"""Seconds that a missing frame is waited for, once one is there that comes after it."""
 _BACK_OFF = wait_exponential(multiplier=0.1, max=5.0) + wait_random(max=0.1)
 
 
@@ -62,7 +64,7 @@ class Attempts:
     """One request on its way through any number of nodes. Moments are monotonic seconds.
 
     `request` is the attempt of the moment, `node` who accepted it, `failed` the nodes on which earlier ones failed.
-    Whoever calls a method looks at `state` and at `leftovers` afterwards.
+    Whoever calls a method looks at `state`, `leftovers` and `misses` afterwards.
     """
 
     def __init__(
@@ -85,6 +87,9 @@ class Attempts:
         self._on_interrupt = on_interrupt
         self._deaths = 0
         self._next_seq = 0
+        self._gap_since: float | None = None
+        self.misses: str | None = None
+        """Which node has sent a frame that never arrived; for whoever asks it for that."""
         self._accepted: Accepted | None = None
         self._resumes = False
 
@@ -103,7 +108,8 @@ class Attempts:
             return None
         if frame.seq > self._next_seq:
             self.node = node
-            return self.fail(ReplyLost(f"frame {self._next_seq} of the reply never arrived", retryable=True), now)
+            return self._gap(now)
+        self._gap_since = None
         if isinstance(frame, Alive):
             return None
         self.node, self.state = node, "running"
@@ -145,7 +151,7 @@ class Attempts:
         self.request = self.request.model_copy(
             update={"attempt": self.request.attempt + 1, "resume": self._resume() if self.delivered else None}
         )
-        self.state, self.node, self._next_seq, self._accepted = "waiting", None, 0, None
+        self.state, self.node, self._next_seq, self._gap_since, self._accepted = "waiting", None, 0, None, None
         self._resumes = bool(self.delivered)
         return self.request
 
@@ -173,6 +179,14 @@ class Attempts:
         """All attempts, for an error; with a code also the present one, as if that had ended it."""
         present = [self._present(code)] if code and self.state in ("waiting", "running") else []
         return [attempt.model_dump() for attempt in [*self.history, *present]]
+
+    def _gap(self, now: float) -> Frame | None:
+        """A frame is missing, and until it comes those after it are of no use. Its node can send all of them again."""
+        if self._gap_since is None:
+            self._gap_since, self.misses = now, self.node
+        if now - self._gap_since < GAP_CLOSES_WITHIN:
+            return None
+        return self.fail(ReplyLost(f"frame {self._next_seq} of the reply never arrived", retryable=True), now)
 
     def _deliver(self, frame: Deltas) -> Deltas:
         if self._resumes:

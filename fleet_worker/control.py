@@ -1,4 +1,4 @@
-"""A node's ear for what routers do not want any more.
+"""A node's ear for routers: what they do not want any more, and what they have missed.
 
 It has a thread and a connection of its own. Celery's remote control hears nothing while a worker connects again or
 ends, which takes up to half a minute, and that is when cancels are needed most.
@@ -16,7 +16,7 @@ from fleet_worker.connections import hear, open_channel, prove
 from fleet_worker.errors import InvalidRequest
 from fleet_worker.lanes import Transport, cancel_queue
 from fleet_worker.link import Link
-from fleet_worker.messages import Cancellation
+from fleet_worker.messages import Notice
 
 __all__ = ["Control"]
 
@@ -24,17 +24,24 @@ log = logging.getLogger(__name__)
 
 
 class Control:
-    """Calls `cancel(request_id, attempt)` for all that is cancelled at `node`, or everywhere.
+    """Calls `cancel(request_id, attempt)` for all that is cancelled at `node`, or everywhere, and
+    `publish_again(reply_to)` for a router that missed something.
 
-    What is published while the broker is away is not heard: a router says it again as long as it sees the work go on.
+    What is published while the broker is away is not heard: a router cancels again as long as it sees the work go on.
     """
 
     def __init__(
-        self, connect: Callable[[], Connection], transport: Transport, node: str, cancel: Callable[[str, int], None]
+        self,
+        connect: Callable[[], Connection],
+        transport: Transport,
+        node: str,
+        cancel: Callable[[str, int], object],
+        publish_again: Callable[[str], object],
     ) -> None:
         self._transport = transport
         self._node = node
         self._cancel = cancel
+        self._publish_again = publish_again
         self._link = Link("cancels", connect, self._listen)
 
     def start(self) -> None:
@@ -55,10 +62,12 @@ class Control:
 
     def _receive(self, message: Any) -> None:
         try:
-            cancelled = Cancellation.decode(message.body)
+            notice = Notice.decode(message.body)
         except InvalidRequest as error:
-            log.error("a cancel was dropped: %s", error)
+            log.error("what a router said was dropped: %s", error)
             return
-        if cancelled.node in (None, self._node):
-            for request_id, attempt in cancelled.requests:
+        if notice.node in (None, self._node):
+            for request_id, attempt in notice.cancelled:
                 self._cancel(request_id, attempt)
+            if notice.missed:
+                self._publish_again(notice.missed)

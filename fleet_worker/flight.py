@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from fleet_worker.agenda import Agenda
 from fleet_worker.attempts import Attempts, OnInterrupt
 from fleet_worker.backlog import Backlog
-from fleet_worker.cancellations import Cancellations
 from fleet_worker.errors import BrokerUnavailable, Cancelled, Expired, FleetError, ReplyOverflow, RequestTimeout
 from fleet_worker.frames import Accepted, Failure, Frame
 from fleet_worker.inbox import ReplyInbox
 from fleet_worker.lanes import direct_lane, lane
 from fleet_worker.mailbox import Mailbox
 from fleet_worker.messages import ChatParams, FleetRequest
+from fleet_worker.notices import Notices
 from fleet_worker.routes import Routes
 from fleet_worker.settings import Router as RouterSettings
 
@@ -38,7 +38,7 @@ class Services:
     agenda: Agenda
     inbox: ReplyInbox
     backlog: Backlog
-    cancellations: Cancellations
+    notices: Notices
     routes: Routes
     publish: Callable[[FleetRequest, str, float], None]
     """Send an attempt into this lane, and wait so many seconds if the broker is away; raises `BrokerUnavailable`."""
@@ -153,6 +153,9 @@ class Flight:
             if isinstance(frame, Accepted) and frame.seq == 0:
                 self._services.backlog.accepted(self.lane, frame.queue_wait, self.request.priority, self._submitted)
             self._deliver(attempts.take(node, frame, time.monotonic()))
+            if attempts.misses:
+                self._services.notices.missed(self._services.inbox.name, attempts.misses)
+                attempts.misses = None
             if attempts.state != before:
                 self._moved()
             return True
@@ -188,7 +191,7 @@ class Flight:
         """Do what follows from a new state."""
         attempts = self._attempts
         for leftover in attempts.leftovers:
-            self._services.cancellations.add(self.request.request_id, leftover)
+            self._services.notices.cancel(self.request.request_id, leftover)
         attempts.leftovers.clear()
         if attempts.state == "pausing":
             self._services.agenda.at(time.monotonic() + attempts.pause, self._try_again)

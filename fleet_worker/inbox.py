@@ -37,7 +37,7 @@ class ReplyInbox:
     `receive`, with the name of its node.
 
     `also` is a subscription that the same thread listens to: a maker of its queue, and what takes its messages.
-    `listening` is called with a channel each time it has begun to listen.
+    `listening` is called with its name and a channel each time it has begun to listen.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class ReplyInbox:
         receive: Callable[[str, Frame], object],
         *,
         also: tuple[Callable[[], Queue], Callable[[Any], None]] | None = None,
-        listening: Callable[[Any], None] = lambda channel: None,
+        listening: Callable[[str, Any], None] = lambda name, channel: None,
     ) -> None:
         self.name = name
         self._also = also
@@ -92,7 +92,7 @@ class ReplyInbox:
             new_queue, take = self._also
             Consumer(channel, [new_queue()], on_message=take, no_ack=True).consume()
         hear(connection, 0.01)  # only now kombu's Redis transport subscribes
-        self._on_listening(channel)
+        self._on_listening(self.name, channel)
         self._back, self._next_proof = self.clock, 0.0
         self._prove(channel)  # before anything is asked, or a node might take this router for gone
         self._link.works()

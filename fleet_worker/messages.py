@@ -13,12 +13,12 @@ from fleet_worker.lanes import Priority
 from fleet_worker.wire import Body, Wire, check_size, explain
 
 __all__ = [
-    "Cancellation",
     "ChatParams",
     "EmbedParams",
     "FleetRequest",
     "ImagePart",
     "Message",
+    "Notice",
     "Operation",
     "Resume",
     "TextPart",
@@ -254,13 +254,15 @@ class FleetRequest(Wire):
         return min(self.timeout_seconds, self.expires_at - time.time())
 
 
-class Cancellation(Body):
-    """What a router tells the nodes: nobody waits for these requests any more, or only for later attempts at them."""
+class Notice(Body):
+    """What a router tells the nodes."""
 
     node: str | None = None
-    """Who is meant; None if it is not known who has them."""
-    requests: list[tuple[str, int]]
-    """Each with the last attempt that is not wanted."""
+    """Who is meant; None for all."""
+    cancelled: list[tuple[str, int]] = Field(default=[])
+    """Requests, each with the last attempt that nobody waits for."""
+    missed: str | None = None
+    """A reply queue whose router was cut off for a moment: what went into it last should go there again."""
 
 
 def _without_nulls(params: Any) -> Any:

@@ -122,6 +122,8 @@ class ReplySender:
         self._answers: dict[tuple[str, int], Answer] = {}
         self._taken: OrderedDict[tuple[str, int], None] = OrderedDict()
         self._recent = Recent()
+        self._missed: set[str] = set()
+        """Reply queues into which what is recent has to go again."""
         self._closed = threading.Event()
         self._publisher = Publisher(connect)
         self._thread = threading.Thread(target=self._run, name="fleet-replies", daemon=True)
@@ -148,6 +150,12 @@ class ReplySender:
                     self._answers.pop(key, None)
                     if not self._answers:
                         self._changed.notify_all()
+
+    def publish_again(self, reply_to: str) -> None:
+        """That router was cut off for a moment, and may have missed what it was sent last. From any thread."""
+        with self._changed:
+            self._missed.add(reply_to)
+            self._changed.notify_all()
 
     def take_lag(self) -> float:
         """Return the longest time in seconds that a frame has waited for its publish since the last call."""
@@ -208,7 +216,7 @@ class ReplySender:
     def _take(self) -> dict[str, list[Frame]]:
         """Wait until frames are due, or until it is time to show life, and return all that is pending."""
         with self._changed:
-            while not self._closed.is_set():
+            while not (self._closed.is_set() or self._missed):
                 idle = not self._answers and not self._recent
                 wake = self._due if idle else min(self._due, self._next_alive)
                 left = wake - time.monotonic()
@@ -218,6 +226,9 @@ class ReplySender:
             self._published, self._due = time.monotonic(), _NEVER
             if self._published >= self._next_alive:
                 self._show_life()
+            self._missed &= self._recent.readers()  # for others there is nothing
+            for reply_to in self._missed:
+                self._pending.setdefault(reply_to, [])
             if self._count:
                 self._lag = max(self._lag, self._published - self._oldest)
             batch, self._pending, self._count = self._pending, {}, 0
@@ -239,9 +250,8 @@ class ReplySender:
         failures = 0
         while True:
             try:
-                if failures:
-                    for recent in self._recent.again():
-                        self._send(*recent)
+                for recent in self._missing(reply_to, failures):
+                    self._send(*recent)
                 self._send(reply_to, body)
                 break
             except Exception as error:
@@ -264,6 +274,15 @@ class ReplySender:
             return True
         log.error("replies were given up: %s", "the node ends" if closing else f"refused, {type(error).__name__}")
         return False
+
+    def _missing(self, reply_to: str, failures: int) -> list[tuple[str, bytes]]:
+        """What the broker may have lost, or this router."""
+        if failures:
+            return self._recent.again()
+        if reply_to not in self._missed:
+            return []
+        self._missed.discard(reply_to)
+        return [each for each in self._recent.again() if each[0] == reply_to]
 
     def _send(self, reply_to: str, body: bytes) -> None:
         self._publisher.publish(body, routing_key=reply_to, declare=reply_queue)

@@ -16,7 +16,6 @@ from fleet_worker.agenda import Agenda
 from fleet_worker.attempts import Leftover, OnInterrupt
 from fleet_worker.backlog import Backlog
 from fleet_worker.call import Call, ChatStream
-from fleet_worker.cancellations import Cancellations
 from fleet_worker.celery import create_app
 from fleet_worker.errors import Cancelled, Expired, InvalidRequest
 from fleet_worker.flight import Flight, Services
@@ -26,12 +25,14 @@ from fleet_worker.keyed import Keyed
 from fleet_worker.lanes import (
     Priority,
     ask_exchange,
+    cancel_exchange,
     registry_queue,
     reply_name,
     transport_of,
 )
 from fleet_worker.mailbox import Mailbox
-from fleet_worker.messages import FleetRequest, Operation
+from fleet_worker.messages import FleetRequest, Notice, Operation
+from fleet_worker.notices import Notices
 from fleet_worker.registry import Registry
 from fleet_worker.routes import Routes
 from fleet_worker.settings import Settings
@@ -96,7 +97,7 @@ class Router:
             flight.give_up(Cancelled("the router was closed"))
         if services:
             services.agenda.close()
-            services.cancellations.close()
+            services.notices.close()
             services.inbox.close()
             services.backlog.close()
         self._app.close()
@@ -226,7 +227,7 @@ class Router:
             reply_name(self._settings.host, settings.reply_expires),
             self._receive,
             also=(lambda: registry_queue(self._transport), self._registry.receive),
-            listening=self._ask_who_is_there,
+            listening=self._listening,
         )
         inbox.start(settings.connect_timeout, waited=time.monotonic() - began)
         agenda = Agenda()
@@ -236,7 +237,7 @@ class Router:
             agenda=agenda,
             inbox=inbox,
             backlog=Backlog(self._app, self._transport, max_waiting=settings.max_waiting),
-            cancellations=Cancellations(agenda, self._app.connection_for_write),
+            notices=Notices(agenda, self._app.connection_for_write),
             routes=Routes(self._registry),
             publish=self._publish,
             ended=lambda request_id: self._flights.pop(request_id, None),
@@ -247,12 +248,16 @@ class Router:
         flight = self._flights.get(frame.id)
         wanted = flight is not None and flight.receive(node, frame)
         if not wanted and self._services and isinstance(frame, Accepted | Alive):
-            self._services.cancellations.add(frame.id, Leftover(node, frame.attempt))
+            self._services.notices.cancel(frame.id, Leftover(node, frame.attempt))
 
-    def _ask_who_is_there(self, channel: Any) -> None:
-        """Every registry node answers at once, instead of when its next event is due."""
+    def _listening(self, name: str, channel: Any) -> None:
+        """Every registry node answers at once, instead of when its next event is due. And if this is not the first
+        time, what was on its way when the connection broke comes again: Redis has forgotten it."""
         self._registry.asked()
         Producer(channel, ask_exchange()).publish({}, serializer="json", retry=False)
+        if self._services and self._transport == "redis":
+            notice = Notice(missed=name).model_dump(mode="json", exclude_none=True)
+            Producer(channel, cancel_exchange()).publish(notice, serializer="json", retry=False)
 
     def _ask_again(self) -> None:
         # Best effort: a connection that was lost is an error of the broker's client library, not always one of kombu's.

@@ -137,6 +137,7 @@ def _node(
 ) -> Node:
     """With its connections to the broker, none of which is opened yet."""
     transport, running = transport_of(settings.broker_url), Running()
+    sender = ReplySender(app.connection_for_write, name, max_pending=settings.worker.max_pending)
     return Node(
         settings,
         name=name,
@@ -145,13 +146,13 @@ def _node(
         mlx=mlx,
         offerings=offerings,
         reported=reported,
-        sender=ReplySender(app.connection_for_write, name, max_pending=settings.worker.max_pending),
+        sender=sender,
         intake=Intake(app, transport),
         running=running,
         listeners=Listeners(
             app.connection_for_read, transport, running, abandoned_after=settings.worker.abandoned_after
         ),
-        control=Control(app.connection_for_read, transport, name, running.cancel),
+        control=Control(app.connection_for_read, transport, name, running.cancel, sender.publish_again),
     )
 
 

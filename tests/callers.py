@@ -21,7 +21,7 @@ from fleet_worker.lanes import (
     transport_of,
 )
 from fleet_worker.link import Link
-from fleet_worker.messages import Cancellation, FleetRequest
+from fleet_worker.messages import FleetRequest, Notice
 from tests.clients import until
 
 
@@ -85,7 +85,7 @@ class Caller:
 
     def cancel(self, *requests, node=None):
         """Each with its last attempt that is not wanted."""
-        body = Cancellation(node=node, requests=list(requests)).model_dump(mode="json")
+        body = Notice(node=node, cancelled=list(requests)).model_dump(mode="json")
         with self._app.connection_for_write() as connection:
             exchange = cancel_exchange()
             connection.Producer(serializer="json").publish(body, exchange=exchange, routing_key="", declare=[exchange])

@@ -1,5 +1,7 @@
 """The broker is lost again and again in the middle of streams: restarted, killed, its connections dropped."""
 
+import base64
+import json
 import threading
 import time
 import uuid
@@ -7,12 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
+import redis
 
 from fleet_worker import Router, Settings, recent
 from fleet_worker.celery import create_app
 from fleet_worker.frames import Delta
 from fleet_worker.inbox import ReplyInbox
-from fleet_worker.lanes import reply_name
+from fleet_worker.lanes import cancel_exchange, reply_name
+from fleet_worker.messages import Notice
 from fleet_worker.replies import ReplySender
 from fleet_worker.simulator import reply_tokens
 from fleet_worker.testing import SimulatedMLX, running_node
@@ -109,3 +113,34 @@ def test_what_nobody_has_read_survives_any_number_of_losses(monkeypatch):
             inbox.start(5)
             with closing(inbox):
                 until(lambda: {frame.seq for frame in frames if frame.kind != "alive"} == {0, 1})
+
+
+def test_a_message_that_never_arrived_comes_again_and_nobody_notices(mlx):
+    """Redis gives a message to whoever takes it, and forgets it."""
+    (model,), asked = mlx.models, [{"role": "user", "content": "Hello"}]
+    with (
+        Valkey() as broker,
+        running_node(broker.url, "steady@test", base_url=mlx.base_url, models={model: {}}),
+        Router(Settings(broker_url=broker.url)) as router,
+        redis.Redis.from_url(broker.url) as thief,
+    ):
+        with router.stream_chat(model, asked, max_tokens=300, timeout=30) as stream:
+            pieces = [next(stream).content for _ in range(20)]
+            for _ in range(3):
+                assert thief.brpop([router._services.inbox.name], timeout=5)
+                pieces += [next(stream).content for _ in range(20)]
+            pieces += [delta.content for delta in stream]
+        assert pieces == reply_tokens(asked, 300, tokens=100_000)
+        assert [attempt.error for attempt in stream.response.attempts] == [None]
+        assert len(work(mlx)) == 1
+
+
+def test_a_router_that_was_cut_off_asks_for_what_it_missed():
+    with Valkey() as broker, Router(Settings(broker_url=broker.url)) as router:
+        name = router._connected().inbox.name
+        with redis.Redis.from_url(broker.url) as client, client.pubsub() as notices:
+            notices.psubscribe(f"*{cancel_exchange().name}*")
+            notices.get_message(timeout=5)
+            broker.drop_connections()
+            heard = notices.get_message(timeout=10)
+        assert Notice.decode(base64.b64decode(json.loads(heard["data"])["body"])).missed == name

@@ -18,7 +18,7 @@ from fleet_worker.frames import Alive, Delta, Timings, Usage
 from fleet_worker.frames import ChatResponse as Response
 from fleet_worker.inbox import ReplyInbox
 from fleet_worker.lanes import cancel_exchange, reply_name, transport_of
-from fleet_worker.messages import Cancellation
+from fleet_worker.messages import Notice
 from fleet_worker.replies import ReplySender
 from tests.clients import until
 from tests.relay import Relay
@@ -146,13 +146,13 @@ def test_a_node_whose_network_was_cut_hears_cancels_again(broker, relay):
     transport, cancelled = transport_of(broker.url), queue.SimpleQueue()
     app = app_of(relay.url)
     control = Control(
-        lambda: app.connection_for_read(heartbeat=1.0), transport, "n@h", lambda *what: cancelled.put(what)
+        lambda: app.connection_for_read(heartbeat=1.0), transport, "n@h", lambda *what: cancelled.put(what), print
     )
     control.start()
 
     def hears(number):
         with create_app(Settings(broker_url=broker.url)).connection_for_write() as connection:
-            body = Cancellation(requests=[("r", number)]).encode()
+            body = Notice(cancelled=[("r", number)]).encode()
             Producer(connection, cancel_exchange()).publish(body, content_type="application/json")
         with suppress(queue.Empty):
             return cancelled.get(timeout=0.2) == ("r", number)

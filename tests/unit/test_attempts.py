@@ -5,7 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from fleet_worker.attempts import Attempts, Leftover
+from fleet_worker.attempts import GAP_CLOSES_WITHIN, Attempts, Leftover
 from fleet_worker.errors import (
     Cancelled,
     ConnectionFailure,
@@ -111,9 +111,23 @@ def test_frames_are_taken_once_each_and_in_order():
     assert fed(attempts, *frames, *frames, frames[1]) == frames[1:]
 
 
-def test_a_gap_is_a_loss_and_whoever_left_it_is_to_stop():
+def test_a_frame_that_is_missing_is_asked_for_and_all_that_came_after_it_taken_when_it_comes_again():
+    attempts, frames = attempts_of(), [accepted(), deltas(1, "a"), deltas(2, "b"), deltas(3, "c")]
+    assert fed(attempts, frames[0], *frames[2:]) == []
+    assert attempts.misses == "a"
+    attempts.misses = None
+    assert fed(attempts, frames[3], *frames) == frames[1:]
+    assert attempts.misses is None
+    fed(attempts, deltas(5, "e"))
+    assert attempts.misses == "a", "that is another one"
+
+
+def test_a_frame_that_does_not_come_again_is_a_loss_and_whoever_left_it_out_is_to_stop():
     attempts = attempts_of()
     assert fed(attempts, accepted(), deltas(2, "b")) == []
+    assert attempts.take("a", deltas(3, "c"), GAP_CLOSES_WITHIN - 0.1) is None
+    assert attempts.state == "running"
+    assert attempts.take("a", deltas(4, "d"), GAP_CLOSES_WITHIN) is None
     assert attempts.state == "pausing"
     assert attempts.history[0].error == ReplyLost.code
     assert attempts.leftovers == [Leftover("a", 1)]
@@ -124,6 +138,8 @@ def test_a_sign_of_life_shows_that_the_frames_before_it_are_lost():
     fed(attempts, accepted(), Alive(**head(1, 1)))
     assert attempts.state == "running"
     fed(attempts, Alive(**head(1, 2)))
+    assert attempts.misses == "a"
+    attempts.take("a", Alive(**head(1, 2)), GAP_CLOSES_WITHIN)
     assert attempts.state == "pausing"
 
 
@@ -353,6 +369,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.sent = []
         self.text = ""
         self.ends = 0
+        self.now = 0.0
 
     def give(self, frame):
         if frame is None:
@@ -402,19 +419,23 @@ class AnyOrder(RuleBasedStateMachine):
         key = (node, self.asked[-1].attempt)
         for _ in range(min(frames, len(self.workers[key]))):
             self.sent.append((node, self.workers[key].pop(0)))
-            self.give(self.attempts.take(*self.sent[-1], 0.0))
+            self.give(self.attempts.take(*self.sent[-1], self.now))
 
     @precondition(lambda self: self.sent)
     @rule(which=st.integers(0, 999))
     def a_frame_arrives(self, which):
         node, frame = self.sent[which % len(self.sent)]
-        self.give(self.attempts.take(node, frame, 0.0))
+        self.give(self.attempts.take(node, frame, self.now))
 
     @precondition(lambda self: self.sent)
     @rule()
     def all_frames_arrive(self):
         for node, frame in tuple(self.sent):
-            self.give(self.attempts.take(node, frame, 0.0))
+            self.give(self.attempts.take(node, frame, self.now))
+
+    @rule(seconds=st.sampled_from([0.1, GAP_CLOSES_WITHIN]))
+    def time_passes(self, seconds):
+        self.now += seconds
 
     @precondition(lambda self: self.attempts.state == "running")
     @rule()

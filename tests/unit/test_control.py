@@ -5,7 +5,7 @@ from kombu import Connection
 
 from fleet_worker.control import Control
 from fleet_worker.lanes import cancel_exchange
-from fleet_worker.messages import Cancellation
+from fleet_worker.messages import Notice
 from tests.clients import until
 
 
@@ -15,9 +15,16 @@ def cancelled():
 
 
 @pytest.fixture
-def say(cancelled):
+def missed():
+    return []
+
+
+@pytest.fixture
+def say(cancelled, missed):
     """Publish this as a cancel."""
-    control = Control(lambda: Connection("memory://"), "redis", "one@test", lambda *request: cancelled.append(request))
+    control = Control(
+        lambda: Connection("memory://"), "redis", "one@test", lambda *request: cancelled.append(request), missed.append
+    )
     control.start()
     with Connection("memory://") as connection:
         producer = connection.Producer(serializer="json")
@@ -26,7 +33,7 @@ def say(cancelled):
             producer.publish(body, exchange=cancel_exchange(), routing_key="", declare=[cancel_exchange()])
 
         def listens():
-            say(Cancellation(node="one@test", requests=[("begin", 1)]).model_dump(mode="json"))
+            say(Notice(node="one@test", cancelled=[("begin", 1)]).model_dump(mode="json"))
             return cancelled
 
         until(listens)
@@ -35,16 +42,24 @@ def say(cancelled):
 
 
 def test_what_is_cancelled_here_or_everywhere_is_heard_and_nothing_else(say, cancelled):
-    say(Cancellation(node=None, requests=[("a", 1), ("b", 3)]).model_dump(mode="json"))
-    say(Cancellation(node="two@test", requests=[("c", 1)]).model_dump(mode="json"))
-    say(Cancellation(node="one@test", requests=[("d", 2)]).model_dump(mode="json"))
+    say(Notice(node=None, cancelled=[("a", 1), ("b", 3)]).model_dump(mode="json"))
+    say(Notice(node="two@test", cancelled=[("c", 1)]).model_dump(mode="json"))
+    say(Notice(node="one@test", cancelled=[("d", 2)]).model_dump(mode="json"))
     until(lambda: ("d", 2) in cancelled)
     assert [each for each in cancelled if each[0] != "begin"] == [("a", 1), ("b", 3), ("d", 2)]
 
 
+def test_what_a_router_has_missed_is_published_again(say, missed):
+    say({"missed": "its queue"})
+    say({"node": "two@test", "missed": "another queue"})
+    say({"node": "one@test", "missed": "its queue, here"})
+    until(lambda: "its queue, here" in missed)
+    assert missed == ["its queue", "its queue, here"]
+
+
 def test_nonsense_is_dropped_and_the_next_one_is_heard(say, cancelled, caplog):
-    say({"node": "one@test", "requests": [["secret", "many"]]})
-    say(Cancellation(node=None, requests=[("after", 1)]).model_dump(mode="json"))
+    say({"node": "one@test", "cancelled": [["secret", "many"]]})
+    say(Notice(node=None, cancelled=[("after", 1)]).model_dump(mode="json"))
     until(lambda: ("after", 1) in cancelled)
-    assert "a cancel was dropped" in caplog.text
+    assert "what a router said was dropped" in caplog.text
     assert "secret" not in caplog.text

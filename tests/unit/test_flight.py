@@ -46,13 +46,14 @@ class Fleet:
             **settings,
         }
         self.later = Later()
-        self.clock = SimpleNamespace(clock=0.0, back=0.0)
+        self.clock = SimpleNamespace(name="replies", clock=0.0, back=0.0)
         self.clock.silence = lambda since: self.clock.clock - max(since, self.clock.back)
         self.waits = True
         self.accepted = []
         self.cancelled = []
         self.ended = []
         self.sent = []
+        self.missed = []
         self.first = self.target = None
         self.ready = True
         self.refusal = None
@@ -61,7 +62,10 @@ class Fleet:
             agenda=self.later,
             inbox=self.clock,
             backlog=SimpleNamespace(waits=lambda *_: self.waits, accepted=lambda *what: self.accepted.append(what)),
-            cancellations=SimpleNamespace(add=lambda _, leftover: self.cancelled.append(leftover)),
+            notices=SimpleNamespace(
+                missed=lambda *what: self.missed.append(what),
+                cancel=lambda _, leftover: self.cancelled.append(leftover),
+            ),
             publish=self._publish,
             routes=SimpleNamespace(
                 node_for=lambda request, *failed: self.target if failed else self.first, is_ready=lambda *_: self.ready
@@ -393,6 +397,17 @@ def test_the_wait_in_the_lane_is_told(fleet):
     flight = fleet.flight()
     flight.receive("a", accepted())
     assert [what[:3] for what in fleet.accepted] == [("llm.fleet.stream_chat.m", 0.0, "normal")]
+
+
+def test_a_node_is_asked_once_for_what_it_sent_and_never_arrived(fleet):
+    flight = fleet.flight()
+    flight.receive("a", accepted())
+    flight.receive("a", deltas(2, "b"))
+    flight.receive("a", deltas(3, "c"))
+    assert fleet.missed == [("replies", "a")]
+    for seq, letter in enumerate("abc", start=1):
+        flight.receive("a", deltas(seq, letter))
+    assert said(fleet.read()) == "abc"
 
 
 # --- Requests with a key

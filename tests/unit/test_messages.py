@@ -25,7 +25,7 @@ from fleet_worker.frames import (
     Usage,
     join,
 )
-from fleet_worker.messages import Cancellation, ChatParams, EmbedParams, FleetRequest, Resume
+from fleet_worker.messages import ChatParams, EmbedParams, FleetRequest, Notice, Resume
 from fleet_worker.vectors import pack_vector, unpack_vector
 
 SECRET = "swordfish"
@@ -717,11 +717,11 @@ def test_what_is_no_reply_of_this_version_is_refused(body):
         Reply.decode(body)
 
 
-def test_a_cancellation_travels_whole():
-    for said in (Cancellation(node="n@h", requests=[("a", 1), ("b", 2)]), Cancellation(requests=[("c", 3)])):
-        assert Cancellation.decode(said.encode()) == said
-    with pytest.raises(InvalidRequest, match="not a valid Cancellation"):
-        Cancellation.decode(b'{"requests": [1]}')
+def test_a_notice_travels_whole():
+    for said in (Notice(node="n@h", cancelled=[("a", 1), ("b", 2)]), Notice(cancelled=[("c", 3)])):
+        assert Notice.decode(said.encode()) == said
+    with pytest.raises(InvalidRequest, match="not a valid Notice"):
+        Notice.decode(b'{"cancelled": [1]}')
 
 
 @pytest.mark.parametrize(

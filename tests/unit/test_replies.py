@@ -182,6 +182,19 @@ def test_a_task_that_waits_for_the_broker_can_be_stopped(narrow):
     assert narrow.wait_until_idle(0)
 
 
+def test_what_a_router_has_missed_is_published_again(sender, inbox, arrived):
+    with sender.answering("r", 1, inbox.name) as answer:
+        answer.accept(instance="i", queue_wait=0.5)
+        answer.put([Delta(content="x")], 1)
+        assert [arrived.get().seq for _ in range(2)] == [0, 1]
+        sender.publish_again("another queue")
+        sender.publish_again(inbox.name)
+        assert [arrived.get().seq for _ in range(2)] == [0, 1]
+        answer.put([Delta(content="y")], 2)
+        assert arrived.get().seq == 2
+        assert arrived.frames.empty()
+
+
 def test_a_message_of_another_protocol_is_dropped_and_the_next_one_read(sender, inbox, memory, arrived):
     with memory() as connection, connection.Producer() as producer:
         for body in (b"not json", b'{"v": 9}', Reply(v=2, node="n", frames=[accepted()]).encode()):

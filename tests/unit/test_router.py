@@ -82,7 +82,9 @@ class Fleet:
             backlog=SimpleNamespace(
                 admit=lambda lane: None, accepted=lambda *_: None, waits=lambda *_: True, close=lambda: None
             ),
-            cancellations=SimpleNamespace(add=lambda *what: self.cancelled.append(what), close=lambda: None),
+            notices=SimpleNamespace(
+                missed=lambda *_: None, cancel=lambda *what: self.cancelled.append(what), close=lambda: None
+            ),
             routes=Routes(self.router._registry),
             publish=lambda request, lane, patience: self.router._publish(request, lane),
             ended=self.router._flights.pop,
@@ -298,7 +300,8 @@ def test_another_request_with_the_same_key_is_refused(fleet, other, answered):
     assert fleet.attempts == [1]
 
 
-def test_a_reply_with_a_gap_is_tried_again(fleet, read):
+def test_a_reply_with_a_gap_that_stays_is_tried_again(fleet, read, monkeypatch):
+    monkeypatch.setattr(attempts_module, "GAP_CLOSES_WITHIN", 0.01)
     fleet.answers = [[accepted()], [accepted(), deltas("b"), response()]]
     publish = fleet.router._publish
 
@@ -306,6 +309,8 @@ def test_a_reply_with_a_gap_is_tried_again(fleet, read):
         publish(request, lane)
         if request.attempt == 1:
             fleet.say(deltas("lost"), first=2)
+            time.sleep(0.02)
+            fleet.say(deltas("lost, too"), first=3)
 
     fleet.router._publish = lossy
     assert read(fleet).content == "b"

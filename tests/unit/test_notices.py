@@ -6,19 +6,19 @@ import weakref
 from types import SimpleNamespace
 
 from fleet_worker.attempts import Leftover
-from fleet_worker.cancellations import Cancellations
+from fleet_worker.notices import Notices
 
 
 def test_a_stream_that_is_forgotten_while_another_one_is_cancelled_is_cancelled_too():
     later = SimpleNamespace(soon=lambda do: gc.collect())
-    cancellations = Cancellations(later, lambda: None)
+    notices = Notices(later, lambda: None)
 
     class Stream:
         def __init__(self):
             self.itself = self
 
-    weakref.finalize(Stream(), cancellations.add, "forgotten", Leftover("n", 1))
-    thread = threading.Thread(target=cancellations.add, args=("cancelled", Leftover("n", 2)), daemon=True)
+    weakref.finalize(Stream(), notices.cancel, "forgotten", Leftover("n", 1))
+    thread = threading.Thread(target=notices.cancel, args=("cancelled", Leftover("n", 2)), daemon=True)
     thread.start()
     thread.join(5)
-    assert cancellations._pending == {"n": {"forgotten": 1, "cancelled": 2}}
+    assert notices._cancelled == {"n": {"forgotten": 1, "cancelled": 2}}
