@@ -226,9 +226,10 @@ class ReplySender:
             self._published, self._due = time.monotonic(), _NEVER
             if self._published >= self._next_alive:
                 self._show_life()
-            self._missed &= self._recent.readers()  # for others there is nothing
-            for reply_to in self._missed:
-                self._pending.setdefault(reply_to, [])
+            if self._missed:
+                self._missed &= self._recent.readers()  # for others there is nothing
+                for reply_to in self._missed:
+                    self._pending.setdefault(reply_to, [])
             if self._count:
                 self._lag = max(self._lag, self._published - self._oldest)
             batch, self._pending, self._count = self._pending, {}, 0
