@@ -13,7 +13,8 @@
 What arrives for another attempt than the present one, or from another node than the one that accepted it, is dropped:
 so a node that was lost and comes back, a message that the broker delivered twice and a reply that was published twice
 are all the same, and harmless. But a node that accepts its attempt a second time, and not in the same words, was killed
-and restarted, and the broker has delivered it again: that is another answer.
+and restarted, and the broker has delivered it again: that is another answer. A frame that is missing is asked for; if
+it does not come within `GAP_CLOSES_WITHIN`, the attempt has failed.
 """
 
 from __future__ import annotations
