@@ -17,9 +17,10 @@ from fleet_worker.frames import Delta
 from fleet_worker.inbox import ReplyInbox
 from fleet_worker.lanes import cancel_exchange, reply_name
 from fleet_worker.messages import Notice
+from fleet_worker.processes import child, python
 from fleet_worker.replies import ReplySender
 from fleet_worker.simulator import reply_tokens
-from fleet_worker.testing import SimulatedMLX, running_node
+from fleet_worker.testing import SimulatedMLX, running_node, worker_toml
 from tests.brokers import Valkey
 from tests.clients import until
 from tests.flow.conftest import work
@@ -144,3 +145,34 @@ def test_a_router_that_was_cut_off_asks_for_what_it_missed():
             broker.drop_connections()
             heard = notices.get_message(timeout=10)
         assert Notice.decode(base64.b64decode(json.loads(heard["data"])["body"])).missed == name
+
+
+CLUMSY = """
+import sys
+import fleet_worker.celery
+import kombu.transport.redis as redis
+register, calls = redis.Transport.register_with_event_loop, []
+def clumsy(*args):
+    calls.append(args)
+    if len(calls) == 2:
+        raise AttributeError("'NoneType' object has no attribute 'fileno'")
+    register(*args)
+redis.Transport.register_with_event_loop = clumsy
+from celery.__main__ import main
+sys.argv = "celery -A fleet_worker worker -n clumsy@test".split()
+main()
+"""
+
+
+def test_a_connection_that_breaks_while_it_is_set_up_does_not_end_a_node(mlx, tmp_path):
+    """Celery and py-amqp then raise what they meet: the socket is None by now."""
+    config = tmp_path / "worker.toml"
+    config.write_text(worker_toml("clumsy", {"base_url": mlx.base_url, "models": {mlx.models[0]: {}}}), "utf-8")
+    with Valkey() as broker, Router(Settings(broker_url=broker.url)) as router:
+        environment = {"FLEET_CONFIG": str(config), "FLEET_BROKER_URL": broker.url}
+        with child("clumsy@test", python("-c", CLUMSY), environment) as node:
+            node.wait_for("is ready", 30)
+            broker.drop_connections()
+            node.wait_for("AttributeError", 15)
+            assert router.chat(mlx.models[0], [{"role": "user", "content": "Hello"}], max_tokens=1, timeout=20)
+            assert not node.ended
