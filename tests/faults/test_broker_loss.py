@@ -172,7 +172,8 @@ def test_a_connection_that_breaks_while_it_is_set_up_does_not_end_a_node(mlx, tm
         environment = {"FLEET_CONFIG": str(config), "FLEET_BROKER_URL": broker.url}
         with child("clumsy@test", python("-c", CLUMSY), environment) as node:
             node.wait_for("is ready", 30)
-            broker.drop_connections()
-            node.wait_for("AttributeError", 15)
+            while "'fileno'" not in node.output:
+                broker.drop_connections()
+                time.sleep(0.5)
             assert router.chat(mlx.models[0], [{"role": "user", "content": "Hello"}], max_tokens=1, timeout=20)
             assert not node.ended
