@@ -90,6 +90,8 @@ class Router:
 
     def close(self) -> None:
         """Cancel what is under way, and stop listening for replies. A closed router stays closed."""
+        if self._is_of_another_process:  # whose connections these are
+            return
         with self._starting:
             self._closed = True
             services, self._services = self._services, None
@@ -207,8 +209,13 @@ class Router:
             flight.give_up(Cancelled("the router was closed"))
         return flight, cast(Mailbox, mailbox)
 
+    @property
+    def _is_of_another_process(self) -> bool:
+        """Was it connected before a fork? Then its threads are not here, and its sockets not ours."""
+        return self._services is not None and self._process != os.getpid()
+
     def _connected(self) -> Services:
-        if self._services and self._process != os.getpid():  # its threads are not here, and its sockets not ours
+        if self._is_of_another_process:
             raise RuntimeError("this router was connected before the process was forked: make one in each process")
         began = time.monotonic()
         with self._starting:  # one connects, the others wait for that, and none of them for longer than one would

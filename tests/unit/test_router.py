@@ -497,6 +497,10 @@ def test_a_router_that_was_connected_before_a_fork_says_so(fleet, ask, monkeypat
     with pytest.raises(RuntimeError, match="in each process"):
         ask(fleet)
     assert fleet.requests == []
+    services = fleet.router._services
+    fleet.router.close()
+    assert fleet.router._services is services, "it is of the other process, which still uses it"
+    monkeypatch.undo()
 
 
 def test_nothing_is_sent_before_a_stream_is_entered(fleet):
