@@ -17,8 +17,6 @@ __all__ = ["Intake"]
 
 log = logging.getLogger(__name__)
 
-BROKEN_CONNECTION = (AttributeError, ValueError)
-"""What Celery and py-amqp also raise when a connection breaks while it is set up: its socket is None, or closed."""
 TRY_AGAIN_AFTER = 2.0
 """Seconds until a lane that could not be joined is tried again."""
 
@@ -80,11 +78,6 @@ class Intake:
 
         class Lanes(bootsteps.StartStopStep):  # type: ignore[misc]
             requires = ("celery.worker.consumer.tasks:Tasks",)
-
-            def __init__(self, consumer: Any, **options: Any) -> None:
-                super().__init__(consumer, **options)
-                # The worker would end of them.
-                consumer.connection_errors = (*consumer.connection_errors, *BROKEN_CONNECTION)
 
             def start(self, consumer: Any) -> None:
                 intake._consumer = consumer

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import celery.apps.worker as celery_worker
-from celery import signals
+from celery import bootsteps, signals
 from celery.worker import state as celery_state
 
 from fleet_worker import exit_codes
@@ -20,10 +20,12 @@ from fleet_worker.node import Node
 from fleet_worker.registry_node import RegistryNode
 from fleet_worker.settings import Settings
 
-__all__ = ["Life"]
+__all__ = ["Life", "Reconnecting"]
 
 log = logging.getLogger(__name__)
 
+BROKEN_CONNECTION = (AttributeError, ValueError)
+"""What Celery and py-amqp also raise when a connection breaks while it is set up: its socket is None, or closed."""
 HANDED_OVER_WITHIN = 3.0
 """Seconds in which what is still running after its grace has to let go."""
 HAND_OVER_EVERY = 0.1
@@ -31,6 +33,14 @@ HAND_OVER_EVERY = 0.1
 LEAVE_AFTER = 8.0
 """Seconds that Celery gets to say goodbye to the broker once a stopping node has no more work. Together with the
 above, and with the last words of a node that leaves without it, less than the 15 of `Worker.killed_after`."""
+
+
+class Reconnecting(bootsteps.Step):  # type: ignore[misc]
+    """A connection that breaks while Celery sets it up costs another connection, and not the worker."""
+
+    def __init__(self, consumer: Any, **options: Any) -> None:
+        super().__init__(consumer, **options)
+        consumer.connection_errors = (*consumer.connection_errors, *BROKEN_CONNECTION)
 
 
 class Life:

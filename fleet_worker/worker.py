@@ -16,7 +16,7 @@ from fleet_worker.draining import answer_operators
 from fleet_worker.errors import ConfigurationError, FleetError, InstanceUnavailable, where
 from fleet_worker.intake import Intake
 from fleet_worker.lanes import lane_queue, transport_of
-from fleet_worker.life import Life
+from fleet_worker.life import Life, Reconnecting
 from fleet_worker.listeners import Listeners
 from fleet_worker.logs import name_lines, protect_logs
 from fleet_worker.mlx import DEFAULT_URLS, Health, MLXClient
@@ -64,7 +64,7 @@ def serve_with(app: Celery, settings: Settings) -> None:
 
     signals.celeryd_init.connect(begin, weak=False)
     signals.worker_init.connect(lighten, weak=False)
-    app.steps["consumer"].add(BatchedEvents)
+    app.steps["consumer"].update((BatchedEvents, Reconnecting))
 
 
 def _refuse_options(options: dict[str, Any]) -> None:

@@ -157,23 +157,26 @@ def clumsy(*args):
     if len(calls) == 2:
         raise AttributeError("'NoneType' object has no attribute 'fileno'")
     register(*args)
+    print("registered", len(calls), flush=True)
 redis.Transport.register_with_event_loop = clumsy
 from celery.__main__ import main
-sys.argv = "celery -A fleet_worker worker -n clumsy@test".split()
+sys.argv[:1] = "celery -A fleet_worker worker -n".split()
 main()
 """
 
 
-def test_a_connection_that_breaks_while_it_is_set_up_does_not_end_a_node(mlx, tmp_path):
+@pytest.mark.parametrize("name", ["clumsy@test", "registry@test"])
+def test_a_connection_that_breaks_while_it_is_set_up_does_not_end_a_node(name, mlx, tmp_path):
     """Celery and py-amqp then raise what they meet: the socket is None by now."""
     config = tmp_path / "worker.toml"
     config.write_text(worker_toml("clumsy", {"base_url": mlx.base_url, "models": {mlx.models[0]: {}}}), "utf-8")
-    with Valkey() as broker, Router(Settings(broker_url=broker.url)) as router:
-        environment = {"FLEET_CONFIG": str(config), "FLEET_BROKER_URL": broker.url}
-        with child("clumsy@test", python("-c", CLUMSY), environment) as node:
+    with Valkey() as broker:
+        environment = {"FLEET_CONFIG": str(config), "FLEET_STATE_DIR": str(tmp_path), "FLEET_BROKER_URL": broker.url}
+        with child(name, python("-c", CLUMSY, name), environment) as node:
             node.wait_for("is ready", 30)
-            while "'fileno'" not in node.output:
+            deadline = time.monotonic() + 20
+            while "'fileno'" not in node.output and time.monotonic() < deadline:
                 broker.drop_connections()
                 time.sleep(0.5)
-            assert router.chat(mlx.models[0], [{"role": "user", "content": "Hello"}], max_tokens=1, timeout=20)
+            node.wait_for("registered 3", 15)
             assert not node.ended
