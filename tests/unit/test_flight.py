@@ -478,19 +478,9 @@ def test_an_answer_is_kept_for_its_time(fleet, monkeypatch):
     assert keyed.join(keyed_request()) is None
 
 
-def test_not_more_answers_than_allowed_are_kept(fleet, monkeypatch):
-    monkeypatch.setattr("fleet_worker.keyed.MOST_ANSWERS", 2)
-    keyed = Keyed(ttl=60)
-    for number in range(4):
-        flight = fleet.flight(asked=keyed_request(str(number)))
-        keyed.add(flight)
-        flight.receive("a", response(0))
-    kept = [number for number in range(4) if keyed.join(keyed_request(str(number)))]
-    assert kept == [2, 3]
-
-
-def test_not_more_characters_than_allowed_are_kept_of_all_answers(fleet, monkeypatch):
-    monkeypatch.setattr("fleet_worker.keyed.MOST_CHARACTERS", 5_000)
+@pytest.mark.parametrize(("bound", "most"), [("MOST_ANSWERS", 2), ("MOST_CHARACTERS", 5_000)])
+def test_not_more_answers_than_allowed_are_kept_nor_more_characters_of_them(fleet, monkeypatch, bound, most):
+    monkeypatch.setattr(f"fleet_worker.keyed.{bound}", most)
     keyed = Keyed(ttl=60)
     for number in range(4):
         flight = fleet.flight(asked=keyed_request(str(number)))
