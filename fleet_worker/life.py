@@ -7,12 +7,14 @@ import os
 import signal
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from typing import Any
 
 import celery.apps.worker as celery_worker
 from celery import bootsteps, signals
 from celery.worker import state as celery_state
+from celery.worker.control import inspect_command
 
 from fleet_worker import exit_codes
 from fleet_worker.errors import ConfigurationError
@@ -26,6 +28,10 @@ log = logging.getLogger(__name__)
 
 BROKEN_CONNECTION = (AttributeError, ValueError)
 """What Celery and py-amqp also raise when a connection breaks while it is set up: its socket is None, or closed."""
+WHO_ANSWERS_WITHIN = 2.0
+"""Seconds in which every process of a name has to say which one it is."""
+ASKED_WHO = 5
+"""Times that this is asked, until this process hears itself: its first question may come before Celery listens."""
 HANDED_OVER_WITHIN = 3.0
 """Seconds in which what is still running after its grace has to let go."""
 HAND_OVER_EVERY = 0.1
@@ -50,6 +56,7 @@ class Life:
         self._worker = worker
         self._node = node
         self._grace = grace
+        self._process, self._began = uuid.uuid4().hex, time.monotonic()
         self._ended = threading.Event()
         self._is_ready = False
         self._reloads = False
@@ -64,6 +71,11 @@ class Life:
         celery_worker.install_worker_term_handler = lambda worker: None  # it would stop hearing the broker at once
         signal.signal(signal.SIGHUP, lambda *_: self._hang_up())
         signal.signal(signal.SIGTERM, lambda *_: self._end(0, asked=True))
+
+        @inspect_command(visible=False)  # type: ignore[untyped-decorator]
+        def process(state: Any, **_: Any) -> list[Any]:
+            """Which one of this name this is, and its age in seconds."""
+            return [self._process, self._age()]
 
     def _ready(self, **_: Any) -> None:
         self._node.start()
@@ -80,16 +92,32 @@ class Life:
             self._reloads = True
 
     def _leave_if_not_alone(self) -> None:
-        """Two nodes of one name would be one to everybody else. Celery only warns, and not here."""
+        """Two nodes of one name would be one to everybody else, and Celery only warns. The elder one stays."""
         name = self._node.name
-        try:
-            answers = self._worker.app.control.ping(destination=[name], limit=2, timeout=2.0)
-        except Exception as error:
-            log.warning("whether there is another %s could not be asked (%s)", name, type(error).__name__)
-        else:
-            if len(answers) > 1:
+        for _ in range(ASKED_WHO):
+            age = self._age()
+            try:
+                ages = self._ages()
+            except Exception as error:
+                log.warning("whether there is another %s could not be asked (%s)", name, type(error).__name__)
+                break
+            is_heard = ages.pop(self._process, None) is not None
+            if max(ages.values(), default=0.0) > age:
                 log.critical("another node is named %s: give the instance, or the host, a name of its own", name)
                 self._end(exit_codes.CONFIGURATION)
+            if ages or is_heard:
+                break
+
+    def _ages(self) -> dict[str, float]:
+        """How old the processes of this name are that answer."""
+        name = self._node.name
+        said = self._worker.app.control.broadcast(
+            "process", destination=[name], reply=True, limit=2, timeout=WHO_ANSWERS_WITHIN
+        )
+        return dict(answer[name] for answer in said or ())
+
+    def _age(self) -> float:
+        return time.monotonic() - self._began
 
     def _reload(self) -> None:
         """Follow the configuration, without touching what is running."""
