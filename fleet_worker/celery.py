@@ -13,6 +13,7 @@ import kombu
 import kombu.transport.redis
 import kombu.transport.virtual
 from celery import Celery
+from kombu.utils.json import dumps
 
 from fleet_worker.connections import ANSWER_WITHIN, HEARTBEAT
 from fleet_worker.errors import ConfigurationError
@@ -50,6 +51,22 @@ def _one_client_per_pool(channel: Any, asynchronous: bool = False) -> Any:
 
 _create_client = kombu.transport.redis.Channel._create_client
 kombu.transport.redis.Channel._create_client = _one_client_per_pool
+
+
+def _give_back(channel: Any, message: Any) -> None:
+    """kombu puts what a worker gives back behind all that has come since."""
+    sent, info = message.serializable(), message.delivery_info
+    sent["redelivered"] = True
+    for queue in channel._lookup(info["exchange"], info["routing_key"]):
+        key = channel._q_for_pri(queue, channel._get_message_priority(sent, reverse=False))
+        with channel.conn_or_acquire() as client, client.pipeline() as pipe:
+            pipe.rpush(key, dumps(sent))
+            if queue in channel._expires:
+                pipe.pexpire(key, channel._expires[queue])
+            pipe.execute()
+
+
+kombu.transport.redis.Channel._restore_at_beginning = _give_back
 
 
 def _forgetting_older_connections(transport: Any, connection: Any, loop: Any) -> None:

@@ -8,13 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
-from kombu import Consumer
+from kombu import Consumer, Producer
 from kombu.asynchronous import Hub
 
 from fleet_worker import Router, Settings
 from fleet_worker.celery import create_app
 from fleet_worker.connections import hang_up, hear, open_channel
-from fleet_worker.lanes import reply_name, reply_queue
+from fleet_worker.lanes import lane, lane_queue, priority, reply_name, reply_queue, transport_of
 from fleet_worker.processes import child, python
 from fleet_worker.publisher import Publisher
 from fleet_worker.simulator import reply_tokens
@@ -87,6 +87,22 @@ def test_nothing_keeps_a_connection_that_broke(broker):
         del channel, consumer, connection
         gc.collect()
         assert broken() is None
+
+
+def test_what_is_given_back_is_taken_next(broker):
+    """And not after all that has come since, or the router would take it for lost."""
+    with closing(create_app(Settings(broker_url=broker.url))) as app, app.connection_for_write() as connection:
+        channel, transport = connection.default_channel, transport_of(broker.url)
+        queue = lane_queue(lane("chat", f"m-{uuid.uuid4().hex[:8]}"), transport)(channel)
+        queue.declare()
+        for sent in ("urgent", "first", "second"):
+            level = priority("high" if sent == "urgent" else "normal", transport)
+            Producer(channel, queue.exchange, queue.routing_key, serializer="json").publish(sent, priority=level)
+        for given_back in ("urgent", "first"):
+            queue.get().requeue()
+            assert queue.get(no_ack=True).payload == given_back
+        assert queue.get(no_ack=True).payload == "second"
+        queue.delete()
 
 
 def test_two_nodes_of_two_slots_hold_exactly_four_of_eight_tasks(broker):
