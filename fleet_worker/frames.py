@@ -10,7 +10,7 @@ from pydantic import Field
 
 from fleet_worker.errors import FleetError
 from fleet_worker.vectors import unpack_vector
-from fleet_worker.wire import Body, Wire
+from fleet_worker.wire import Body, Heard
 
 __all__ = [
     "Accepted",
@@ -29,14 +29,14 @@ __all__ = [
 ]
 
 
-class Usage(Wire):
+class Usage(Heard):
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     total_tokens: int | None = None
     cached_tokens: int | None = None
 
 
-class Timings(Wire):
+class Timings(Heard):
     """Seconds. `queue_wait` from submission to acceptance, `ttft` and `duration` from acceptance."""
 
     queue_wait: float
@@ -45,7 +45,7 @@ class Timings(Wire):
     tokens_per_second: float | None = None
 
 
-class Delta(Wire):
+class Delta(Heard):
     """A piece of a streamed answer, as the server sent it; never cut inside a character."""
 
     content: str | None = Field(None, repr=False)
@@ -55,7 +55,7 @@ class Delta(Wire):
     """Here another node goes on with the answer: an empty piece that the router puts in between."""
 
 
-class Attempt(Wire):
+class Attempt(Heard):
     """One try of a request, as the router saw it."""
 
     attempt: int
@@ -67,7 +67,7 @@ class Attempt(Wire):
     """Characters of the answer that had been delivered when it ended, those of earlier attempts included."""
 
 
-class _Frame(Wire):
+class _Frame(Heard):
     id: str
     attempt: int
     seq: int

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from fleet_worker.errors import PolicyError
-from fleet_worker.wire import Body, Wire
+from fleet_worker.wire import Body, Heard
 
 __all__ = ["GONE", "READINESS", "Announcement", "EventType", "RegistryEvent"]
 
@@ -34,16 +34,12 @@ _SENSITIVE = frozenset(
     }
 )
 _SENSITIVE_ENDS = ("_key", "_secret", "_token", "_password")
-_TOLERANT = ConfigDict(extra="ignore")
-"""Of what newer versions add."""
 
 
-class RegistryEvent(Wire):
+class RegistryEvent(Heard):
     """`offering` says what is offered, `health` whether it works: `{ready, status, checked, error?}`; `capacity` has
     `slots`, `running`, `tokens_per_second`, `last_token_age` (seconds); `lane` names the lanes it takes work from.
     """
-
-    model_config = _TOLERANT
 
     event_id: str
     event_type: EventType
@@ -84,8 +80,6 @@ class RegistryEvent(Wire):
 
 class Announcement(Body):
     """One message: what a host tells. It is to be heard from again within `interval` seconds."""
-
-    model_config = _TOLERANT
 
     v: Literal[1]
     host: str

@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 
 from fleet_worker.errors import InvalidRequest
 
-__all__ = ["PROTOCOL_VERSION", "Body", "Wire", "check_size", "explain"]
+__all__ = ["PROTOCOL_VERSION", "Body", "Heard", "Wire", "check_size", "explain"]
 
 PROTOCOL_VERSION: Final = 2
 
@@ -22,7 +22,13 @@ class Wire(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
 
 
-class Body(Wire):
+class Heard(Wire):
+    """What one program of ours tells another, which may be older: it does not hear the fields that are new to it."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class Body(Heard):
     """What fills the body of a broker message."""
 
     def encode(self) -> bytes:
