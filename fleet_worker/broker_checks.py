@@ -17,7 +17,7 @@ from amqp.exceptions import AccessRefused, NotAllowed
 from redis.exceptions import AuthenticationError, ResponseError
 
 from fleet_worker.celery import create_app
-from fleet_worker.connections import BROKER_ERRORS, connect
+from fleet_worker.connections import BROKER_ERRORS, connect, place_of
 from fleet_worker.errors import BrokerUnavailable
 from fleet_worker.findings import Finding, Severity
 from fleet_worker.lanes import transport_of
@@ -53,7 +53,7 @@ def broker(settings: Settings) -> list[Finding]:
     ask = {"redis": _ask_redis, "amqp": _ask_rabbitmq}[transport_of(settings.broker_url)]
     try:
         with connected(settings) as connection:
-            return [*ask(connection, settings.broker_place), *exposure(settings.broker_url)]
+            return [*ask(connection, place_of(settings.broker_url)), *exposure(settings.broker_url)]
     except BrokerUnavailable as error:
         return [Finding("error", "broker", error.message, error.metadata["advice"])]
 
@@ -70,7 +70,7 @@ def connected(settings: Settings) -> Iterator[Any]:
             yield connect(connection, ANSWER_WITHIN)
         except BROKER_ERRORS as error:
             found, advice = _cause(error)
-            raise BrokerUnavailable(f"the broker at {settings.broker_place} {found}", advice=advice) from None
+            raise BrokerUnavailable(f"the broker at {place_of(settings.broker_url)} {found}", advice=advice) from None
 
 
 def _cause(error: BaseException) -> tuple[str, str]:

@@ -332,8 +332,7 @@ def _errors_explained() -> Iterator[None]:
 def _hint(error: FleetError) -> str:
     if not isinstance(error, BrokerUnavailable):
         return ""
-    place = Settings().broker_place
-    return f": is a broker running at {place}? (FLEET_BROKER_URL, or broker_url in the file that FLEET_CONFIG names)"
+    return ": is it running? (FLEET_BROKER_URL, or broker_url in the file that FLEET_CONFIG names)"
 
 
 def _exit_code(error: FleetError) -> int:

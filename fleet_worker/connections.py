@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from typing import Any
 
 from amqp.exceptions import AMQPError, MessageNacked, RecoverableConnectionError
@@ -14,6 +15,8 @@ from redis.exceptions import AuthenticationError, AuthorizationError, RedisError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from fleet_worker.errors import BrokerUnavailable
+
 __all__ = [
     "ANSWER_WITHIN",
     "BACK_OFF",
@@ -24,7 +27,9 @@ __all__ = [
     "hear",
     "is_away",
     "open_channel",
+    "place_of",
     "prove",
+    "unavailable",
 ]
 
 ANSWER_WITHIN = 5.0
@@ -71,6 +76,19 @@ def is_away(error: BaseException) -> bool:
     """Tell whether the broker may take the same again as soon as it is back."""
     cause = error.__cause__ if isinstance(error, OperationalError) and error.__cause__ else error
     return isinstance(cause, _AWAY) and not isinstance(cause, _REFUSED)
+
+
+def place_of(broker_url: str) -> str:
+    """Where the broker is, for texts: without scheme, user, password and all that follows the port."""
+    return re.split("[/?#]", broker_url.partition("://")[2].rpartition("@")[2])[0]
+
+
+def unavailable(
+    broker_url: str, said: str, cause: BaseException | str, *, retryable: bool | None = None
+) -> BrokerUnavailable:
+    """The error that says it of this broker, with the kind of its cause: the texts of all the others are left out."""
+    kind = cause if isinstance(cause, str) else type(cause.__cause__ or cause).__name__
+    return BrokerUnavailable(f"the broker at {place_of(broker_url)} {said} ({kind})", retryable=retryable)
 
 
 def open_channel(connection: Connection) -> Any:

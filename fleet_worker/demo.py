@@ -20,8 +20,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from fleet_worker import exit_codes
 from fleet_worker.celery import create_app
+from fleet_worker.connections import unavailable
 from fleet_worker.demo_models import chat_model, embedding_model, platform_problem
-from fleet_worker.errors import BrokerUnavailable
 from fleet_worker.frames import ChatResponse, EmbedResponse
 from fleet_worker.processes import ChildFailed, ChildLost, ChildProcess, Children, Interrupted, python
 from fleet_worker.router import Router
@@ -127,8 +127,7 @@ def _check_broker(url: str) -> None:
         try:
             connection.ensure_connection(max_retries=2, interval_start=0.2)
         except OperationalError as error:
-            cause = type(error.__cause__ or error).__name__
-            raise BrokerUnavailable(f"the broker does not answer ({cause})") from None
+            raise unavailable(url, "does not answer", error) from None
 
 
 @contextmanager

@@ -14,8 +14,8 @@ from celery.worker.control import control_command, inspect_command
 
 from fleet_worker import connections
 from fleet_worker.celery import create_app
-from fleet_worker.connections import BROKER_ERRORS, connect
-from fleet_worker.errors import BrokerUnavailable, InvalidRequest
+from fleet_worker.connections import BROKER_ERRORS, connect, unavailable
+from fleet_worker.errors import InvalidRequest
 from fleet_worker.node import Node
 from fleet_worker.settings import REGISTRY, Settings
 
@@ -142,8 +142,7 @@ class Draining:
                 connect(connection, connections.ANSWER_WITHIN)
                 said = self._app.control.broadcast(command, connection=connection, reply=True, **options)
             except BROKER_ERRORS as error:
-                cause = type(error.__cause__ or error).__name__
-                raise BrokerUnavailable(f"the broker does not let the nodes be asked ({cause})") from None
+                raise unavailable(self._app.conf.broker_url, "does not let the nodes be asked", error) from None
         return {name: answer for each in said for name, answer in each.items()}
 
 

@@ -12,8 +12,8 @@ from typing import Any
 from kombu import Connection, Consumer, Queue
 from kombu.transport.redis import Channel as RedisChannel
 
-from fleet_worker.connections import hear, open_channel
-from fleet_worker.errors import BrokerUnavailable, InvalidRequest, where
+from fleet_worker.connections import hear, open_channel, unavailable
+from fleet_worker.errors import InvalidRequest, where
 from fleet_worker.frames import Frame, Reply
 from fleet_worker.lanes import listening_key, reply_queue
 from fleet_worker.link import Link
@@ -43,6 +43,7 @@ class ReplyInbox:
     def __init__(
         self,
         connect: Callable[[], Connection],
+        broker_url: str,
         name: str,
         receive: Callable[[str, Frame], object],
         *,
@@ -53,6 +54,7 @@ class ReplyInbox:
         self._also = also
         self._on_listening = listening
         self._connect = connect
+        self._broker_url = broker_url
         self._link = Link("the reply queue", connect, self._listen)
         self._queue = reply_queue(name)
         self._take = receive
@@ -71,7 +73,7 @@ class ReplyInbox:
         if not self._listening.wait(timeout - waited):
             self._link.close()
             cause = self._link.failure or "no answer"
-            raise BrokerUnavailable(f"the broker did not answer within {timeout:g} s ({cause})")
+            raise unavailable(self._broker_url, f"did not answer within {timeout:g} s", cause)
 
     def close(self) -> None:
         """Stop listening and delete the reply queue."""

@@ -12,8 +12,7 @@ from typing import Any
 from amqp.exceptions import NotFound
 from celery import Celery
 
-from fleet_worker.connections import BROKER_ERRORS, connect
-from fleet_worker.errors import BrokerUnavailable
+from fleet_worker.connections import BROKER_ERRORS, connect, unavailable
 from fleet_worker.lanes import EXCHANGE, Transport, direct_lane
 from fleet_worker.settings import REGISTRY
 
@@ -95,8 +94,7 @@ def _connected(app: Celery, timeout: float) -> Iterator[Any]:
         try:
             yield connect(connection, timeout)
         except BROKER_ERRORS as error:
-            cause = type(error.__cause__ or error).__name__
-            raise BrokerUnavailable(f"the broker does not say what waits ({cause})") from None
+            raise unavailable(app.conf.broker_url, "does not say what waits", error) from None
 
 
 def _chosen(lanes: Iterable[str]) -> list[str]:

@@ -231,6 +231,7 @@ class Router:
         settings = self._settings.router
         inbox = ReplyInbox(
             self._app.connection_for_read,
+            self._settings.broker_url,
             reply_name(self._settings.host, settings.reply_expires),
             self._receive,
             also=(lambda: registry_queue(self._transport), self._registry.receive),

@@ -7,7 +7,6 @@ Sources, strongest first: arguments of `Settings(...)`, `FLEET_*` environment va
 from __future__ import annotations
 
 import os
-import re
 import socket
 import tomllib
 from pathlib import Path
@@ -267,11 +266,6 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, env_settings, InitSettingsSource(settings_cls, _config_file())
-
-    @property
-    def broker_place(self) -> str:
-        """Where the broker is, for texts: `broker_url` without scheme, user, password and all that follows the port."""
-        return re.split("[/?#]", self.broker_url.partition("://")[2].rpartition("@")[2])[0]
 
     @field_validator("broker_url")
     @classmethod

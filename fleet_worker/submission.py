@@ -9,8 +9,7 @@ from celery import Celery
 from kombu.exceptions import LimitExceeded
 from tenacity import Retrying, retry_if_exception, stop_before_delay, wait_exponential, wait_random
 
-from fleet_worker.connections import BROKER_ERRORS, connect, is_away
-from fleet_worker.errors import BrokerUnavailable
+from fleet_worker.connections import BROKER_ERRORS, connect, is_away, unavailable
 from fleet_worker.lane_depths import SUBMITTED_AT
 from fleet_worker.lanes import Transport, priority, route_to, task_name
 from fleet_worker.messages import FleetRequest
@@ -37,7 +36,11 @@ def submit(app: Celery, transport: Transport, request: FleetRequest, lane: str, 
     try:
         attempts(send)
     except BROKER_ERRORS as error:
-        raise _unavailable(error, patience) from None
+        broker = app.conf.broker_url
+        if is_away(error) or isinstance(error, LimitExceeded):
+            said = f"did not take the request within {patience:.3g} s"
+            raise unavailable(broker, said, error, retryable=True) from None
+        raise unavailable(broker, "refused the request", error) from None
 
 
 def _send(
@@ -75,11 +78,3 @@ def _send(
 
 def _left(deadline: float) -> float:
     return max(0.01, deadline - time.monotonic())
-
-
-def _unavailable(error: BaseException, patience: float) -> BrokerUnavailable:
-    cause = type(error.__cause__ or error).__name__
-    if is_away(error) or isinstance(error, LimitExceeded):
-        text = f"the broker did not take the request within {patience:.3g} s ({cause})"
-        return BrokerUnavailable(text, retryable=True)
-    return BrokerUnavailable(f"the broker refused the request ({cause})")

@@ -99,7 +99,7 @@ def test_what_nobody_has_read_survives_any_number_of_losses(monkeypatch):
     name = reply_name("test", 60)
     with Valkey() as broker:
         app = create_app(Settings(broker_url=broker.url))
-        inbox = ReplyInbox(app.connection_for_read, name, lambda node, frame: frames.append(frame))
+        inbox = ReplyInbox(app.connection_for_read, broker.url, name, lambda node, frame: frames.append(frame))
         sender = ReplySender(app.connection_for_write, "n@h", max_pending=100)
         with closing(sender), sender.answering("r", 1, name) as answer:
             answer.accept(instance="i", queue_wait=0.0)

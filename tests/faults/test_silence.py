@@ -80,7 +80,7 @@ def app_of(url):
 def a_stream(node_url, router_url):
     """A node answers a request of a router with a token each 10 ms; yields the reader, and what ends the answer."""
     reader, ends = Reader(), threading.Event()
-    inbox = ReplyInbox(app_of(router_url).connection_for_read, reply_name("test", 60), reader.receive)
+    inbox = ReplyInbox(app_of(router_url).connection_for_read, router_url, reply_name("test", 60), reader.receive)
     inbox.start(5)
     sender = ReplySender(app_of(node_url).connection_for_write, "n@h", max_pending=10_000)
 

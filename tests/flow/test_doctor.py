@@ -2,6 +2,7 @@
 
 from fleet_worker.broker_checks import broker as check_broker
 from fleet_worker.broker_checks import clock
+from fleet_worker.connections import place_of
 from fleet_worker.doctor import fleet
 from fleet_worker.findings import Finding
 from fleet_worker.settings import Settings
@@ -12,7 +13,7 @@ def test_the_broker_says_what_it_is(broker):
     first, *_ = check_broker(settings)
     kind = {"valkey": "Valkey 9.", "rabbitmq": "RabbitMQ 3."}[broker.name]
     assert (first.severity, first.found.startswith(kind)) == ("ok", True)
-    assert settings.broker_place in first.found
+    assert place_of(settings.broker_url) in first.found
     (time,) = clock(settings)
     assert (time.severity, "not compared" in time.found) == ("ok", broker.name == "rabbitmq")
 

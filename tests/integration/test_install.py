@@ -76,10 +76,11 @@ def test_it_can_be_imported_and_says_what_it_can_do(installed):
 
 
 def test_a_router_needs_nothing_more(installed):
-    broker = {"FLEET_BROKER_URL": f"redis://127.0.0.1:{free_port()}/0", "FLEET_ROUTER__CONNECT_TIMEOUT": "0.5"}
+    port = free_port()
+    broker = {"FLEET_BROKER_URL": f"redis://127.0.0.1:{port}/0", "FLEET_ROUTER__CONNECT_TIMEOUT": "0.5"}
     done = run(installed / "fleet-worker", "chat", "any", "Hello", **broker)
     assert done.returncode == 69
-    assert done.stderr.startswith("fleet-worker: the broker did not answer")
+    assert done.stderr.startswith(f"fleet-worker: the broker at 127.0.0.1:{port} did not answer")
 
 
 def test_a_worker_needs_nothing_more(installed):

@@ -61,7 +61,7 @@ def arrived():
 
 @pytest.fixture
 def inbox(memory, arrived):
-    inbox = ReplyInbox(memory, reply_name("test", 60), lambda node, frame: arrived(node, frame))
+    inbox = ReplyInbox(memory, "memory://", reply_name("test", 60), lambda node, frame: arrived(node, frame))
     inbox.start(5)
     yield inbox
     inbox.close()
@@ -210,7 +210,7 @@ def test_a_frame_that_cannot_be_taken_is_dropped_and_the_next_one_read(sender, m
             raise OverflowError("quoting a secret")
         arrived(node, frame)
 
-    inbox = ReplyInbox(memory, reply_name("test", 60), clumsy)
+    inbox = ReplyInbox(memory, "memory://", reply_name("test", 60), clumsy)
     inbox.start(5)
     with sender.answering("r", 1, inbox.name) as answer:
         answer.accept(instance="i", queue_wait=0.5)

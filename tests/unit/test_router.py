@@ -78,7 +78,7 @@ class Fleet:
         self.router._services = Services(
             settings=settings.router,
             agenda=agenda,
-            inbox=ReplyInbox(None, reply_name("test", 60), self.router._receive),
+            inbox=ReplyInbox(None, settings.broker_url, reply_name("test", 60), self.router._receive),
             backlog=SimpleNamespace(
                 admit=lambda lane: None, accepted=lambda *_: None, waits=lambda *_: True, close=lambda: None
             ),

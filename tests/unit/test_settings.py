@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fleet_worker.connections import place_of
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.settings import Instance, Model, Settings, config_path
 
@@ -496,7 +497,7 @@ def test_a_list_of_brokers_is_refused_and_shows_no_password():
     }.items(),
 )
 def test_the_place_of_a_broker_shows_no_password(url, place):
-    assert Settings(broker_url=url).broker_place == place
+    assert place_of(url) == place
 
 
 def test_the_configuration_file_is_known_by_its_path(monkeypatch):
