@@ -182,12 +182,14 @@ def test_the_lane_of_a_busy_node_fills_and_empties(camera, router, mlx, broker):
     """One slot: what runs does not wait, and what waits is served."""
     name = lane("stream_chat", "slow")
     assert (seen_lane(camera, name).depth, seen_lane(camera, name).nodes) == (0, 1)
-    with submitted(router, "slow", "normal", max_tokens=20):
+    with ExitStack() as running:
+        running.enter_context(submitted(router, "slow", "normal", max_tokens=1000))
         mlx.wait_for(lambda mlx: mlx.counters["running"] == 1, 10)
         with submitted(router, "slow", *LEVELS):
             busy = seen_lane(camera, name)
             assert (busy.depth, busy.nodes, busy.unserved) == (4, 1, False)
             assert (busy.oldest_age is None) == (broker.name == "rabbitmq")
+            running.close()
             wait_until(lambda: seen_lane(camera, name).depth == 0, 20)
     assert seen_lane(camera, name).oldest_age is None
 
