@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from fleet_worker.simulator.answers import Answer, answer
 from fleet_worker.simulator.chunks import DONE, Chunks, completion, tool_call
-from fleet_worker.simulator.flavours import Answer, Body, answer, is_poison, mlx_lm_opening
+from fleet_worker.simulator.flavours import mlx_lm_opening
 from fleet_worker.simulator.machine import Machine, Record
+from fleet_worker.simulator.refusals import Body, is_poison
 from fleet_worker.simulator.replies import ENDINGS, INTERRUPTIONS, Fault, Reply
 from fleet_worker.simulator.texts import reply_tokens
 

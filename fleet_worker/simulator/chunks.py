@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from fleet_worker.simulator.flavours import Answer, Body, Flavour
+from fleet_worker.simulator.answers import Answer
+from fleet_worker.simulator.flavours import Flavour
+from fleet_worker.simulator.refusals import Body
 
 DONE = b"data: [DONE]\n\n"
 FINGERPRINT = "0.32.2-0.32.4-macOS-15.6-arm64-arm-64bit-applegpu_g16g"

@@ -12,10 +12,27 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fleet_worker.simulator.answers import (
+    Answer,
+    answer,
+    crashed,
+    mlx_openai_error,
+    mlx_openai_unknown,
+    openai_error,
+    unprocessable,
+)
+from fleet_worker.simulator.refusals import (
+    Body,
+    fastapi_refuses,
+    has_known_roles,
+    has_model,
+    has_only_text,
+    has_positive_max_tokens,
+    has_stop_list,
+    mlx_lm_refuses,
+    openai_refuses,
+)
 from fleet_worker.simulator.texts import CHAT_TEMPLATE
-
-Body = Mapping[str, Any]
-Check = Callable[[Body], tuple[str, str] | None]
 
 ROUTES = {
     "/v1/chat/completions": ("POST", "chat"),
@@ -23,35 +40,12 @@ ROUTES = {
     "/v1/models": ("GET", "models"),
     "/health": ("GET", "health"),
 }
-VOCABULARY_SIZE = 49_152  # SmolLM2's
 NO_SNAPSHOT = (
     "Cannot find an appropriate cached snapshot folder for the specified revision on the local disk and outgoing "
     "traffic has been disabled. To enable repo look-ups and downloads online, pass 'local_files_only=False' as input."
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A complete response: everything that is not a stream."""
-
-    status: int
-    body: bytes = b""
-    content_type: str = "application/json"
-    headers: tuple[tuple[str, str], ...] = ()
-
-
 NOT_FOUND = Answer(404, b"Not Found")  # labelled as JSON
 UNSUPPORTED_METHOD = Answer(501, b"<!DOCTYPE HTML>\n<html>Error response</html>\n", "text/html;charset=utf-8")
-
-
-def answer(status: int, value: object) -> Answer:
-    """A JSON answer."""
-    return Answer(status, json.dumps(value, ensure_ascii=False).encode())
-
-
-def crashed(_: object = None) -> Answer:
-    """What uvicorn says when a handler raised."""
-    return Answer(500, b"Internal Server Error", "text/plain; charset=utf-8")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +114,17 @@ class Flavour:
             return NOT_FOUND if method in ("GET", "POST") else UNSUPPORTED_METHOD
         return answer(405, {"detail": "Method Not Allowed"}) if offered else answer(404, {"detail": "Not Found"})
 
+    def refuses_texts(self, models: Sequence[str], body: Body) -> Answer | None:
+        """Every server takes a text or a list of texts to embed; token ids are refused."""
+        texts = body.get("input")
+        if not isinstance(texts, str | list) or not all(isinstance(text, str) for text in texts):
+            return unprocessable("input", "Input should be a valid string")
+        if self.base64 and body.get("encoding_format", "float") not in ("float", "base64"):
+            return unprocessable("encoding_format", "Input should be 'float' or 'base64'")
+        if body.get("model") not in models:
+            return (self.unknown_embedder or self.unknown_model)(str(body.get("model")))
+        return None if texts else self.no_input()
+
     def dumps(self, value: object) -> str:
         """The JSON of a stream: mlx_lm, mlx-openai and omni use json.dumps, vllm-mlx pydantic's."""
         return json.dumps(value) if self.ascii else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
@@ -132,174 +137,6 @@ class Flavour:
         """The usage object of a chat reply."""
         usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
         return {**usage, "prompt_tokens_details": {"cached_tokens": cached}} if self.cached_tokens else usage
-
-
-# --- refusals -------------------------------------------------------------------------------------------------------
-
-NUMBER = (float, int)
-MLX_LM_FIELDS: tuple[tuple[str, Any, Any, float | None, float | None], ...] = (
-    ("stream", False, bool, None, None),
-    ("max_tokens", 512, int, 1, None),
-    ("temperature", 0.0, NUMBER, 0, None),
-    ("top_p", 1.0, NUMBER, 0, 1),
-    ("top_k", 0, int, 0, None),
-    ("min_p", 0.0, NUMBER, 0, 1),
-    ("num_draft_tokens", 3, int, 0, None),
-    ("repetition_penalty", 0.0, NUMBER, 0, None),
-    ("repetition_context_size", 20, int, 0, None),
-    ("presence_penalty", 0.0, NUMBER, None, None),
-    ("presence_context_size", 20, int, 0, None),
-    ("frequency_penalty", 0.0, NUMBER, None, None),
-    ("frequency_context_size", 20, int, 0, None),
-    ("logprobs", False, bool, None, None),
-    ("top_logprobs", -1, int, -1, 11),
-    ("xtc_probability", 0.0, float, 0, 1),
-    ("xtc_threshold", 0.1, float, 0, 1),
-    ("model", "default_model", str, None, None),
-    ("adapters", "", (str, type(None)), None, None),
-    ("seed", None, (int, type(None)), None, None),
-    ("logit_bias", None, (dict, type(None)), None, None),
-)
-
-
-def mlx_lm_refuses(body: Body) -> Answer | None:
-    """mlx_lm.server 0.32: fields first, and what the chat template does not take as a 404."""
-    if body.get("max_completion_tokens") is not None:
-        body = {**body, "max_tokens": body["max_completion_tokens"]}
-    if problem := mlx_lm_field(body):
-        return answer(400, {"error": problem})
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        return answer(400, {"error": "'str' object has no attribute 'get'"})
-    if not all("role" in message for message in messages):
-        return answer(404, {"error": "'dict object' has no attribute 'role'"})
-    if problem := mlx_lm_template(body.get("chat_template_kwargs") or {}):
-        return answer(404, {"error": problem})
-    return None
-
-
-def mlx_lm_template(kwargs: Body) -> str | None:
-    """It always asks for a generation prompt, and so the flags that continue elsewhere are in conflict with it."""
-    if "add_generation_prompt" in kwargs:
-        return "apply_chat_template() got multiple values for keyword argument 'add_generation_prompt'"
-    if kwargs.get("continue_final_message"):
-        return "continue_final_message and add_generation_prompt are not compatible."
-    return None
-
-
-def mlx_lm_field(body: Body) -> str | None:
-    """A field that is present must have its type, so that an explicit null is refused."""
-    for name, default, kind, least, most in MLX_LM_FIELDS:
-        value = body.get(name, default)
-        if not isinstance(value, kind):
-            kinds = kind if isinstance(kind, tuple) else (kind,)
-            return f"{name} must be of type {', '.join(one.__name__ for one in kinds)}"
-        if least is not None and value < least:
-            return f"{name} must be at least {least}"
-        if most is not None and value > most:
-            return f"{name} must be at most {most}"
-    try:
-        _ = {int(token): float(bias) for token, bias in (body.get("logit_bias") or {}).items()}
-    except ValueError:
-        return "logit_bias must be a dict of int to float"
-    return None if "messages" in body else "Request did not contain messages"
-
-
-def is_poison(body: Body) -> bool:
-    """mlx_lm.server 0.32: these requests end its generation thread for good."""
-    stop = body.get("stop") or []
-    words = [] if isinstance(stop, str) else stop
-    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        return True
-    return bool(body.get("top_k", 0) >= VOCABULARY_SIZE and body.get("temperature", 0) > 0)
-
-
-def has_messages(body: Body) -> tuple[str, str] | None:
-    messages = body.get("messages")
-    fine = isinstance(messages, list) and all(isinstance(message, dict) and "role" in message for message in messages)
-    return None if fine else ("messages", "Input should be a valid list")
-
-
-def has_model(body: Body) -> tuple[str, str] | None:
-    return None if isinstance(body.get("model"), str) else ("model", "Field required")
-
-
-def has_whole_max_tokens(body: Body) -> tuple[str, str] | None:
-    values = (body.get("max_tokens"), body.get("max_completion_tokens"))
-    fine = all(isinstance(value, int | None) for value in values)
-    return None if fine else ("max_tokens", "Input should be a valid integer")
-
-
-def has_positive_max_tokens(body: Body) -> tuple[str, str] | None:
-    value = body.get("max_tokens")
-    return ("max_tokens", "Input should be greater than 0") if value is not None and value <= 0 else None
-
-
-def has_stop_list(body: Body) -> tuple[str, str] | None:
-    return None if isinstance(body.get("stop"), list | None) else ("stop", "Input should be a valid list")
-
-
-def has_known_roles(body: Body) -> tuple[str, str] | None:
-    known = {"system", "user", "assistant", "tool"}
-    fine = all(message["role"] in known for message in body["messages"])
-    return None if fine else ("messages", "Input should be 'system', 'user', 'assistant' or 'tool'")
-
-
-def has_only_text(body: Body) -> tuple[str, str] | None:
-    parts = (part for m in body["messages"] if isinstance(m.get("content"), list) for part in m["content"])
-    fine = all(isinstance(value, str) for part in parts for value in part.values())
-    return None if fine else ("messages", "Input should be a valid string")
-
-
-def embedding_refused(flavour: Flavour, models: Sequence[str], body: Body) -> Answer | None:
-    """Every server takes a text or a list of texts; token ids are refused."""
-    texts = body.get("input")
-    if not isinstance(texts, str | list) or not all(isinstance(text, str) for text in texts):
-        return unprocessable("input", "Input should be a valid string")
-    if flavour.base64 and body.get("encoding_format", "float") not in ("float", "base64"):
-        return unprocessable("encoding_format", "Input should be 'float' or 'base64'")
-    if body.get("model") not in models:
-        return (flavour.unknown_embedder or flavour.unknown_model)(str(body.get("model")))
-    return None if texts else flavour.no_input()
-
-
-def fastapi_refuses(*checks: Check) -> Callable[[Body], Answer | None]:
-    """The first check that fails, as FastAPI reports it: 422, and `detail` is a list."""
-
-    def refuses(body: Body) -> Answer | None:
-        for check in (has_messages, has_whole_max_tokens, *checks):
-            if problem := check(body):
-                return unprocessable(*problem)
-        return None
-
-    return refuses
-
-
-def unprocessable(field: str, message: str) -> Answer:
-    """FastAPI's answer to a body that does not fit."""
-    return answer(422, {"detail": [{"type": "value_error", "loc": ["body", field], "msg": message}]})
-
-
-def openai_refuses(body: Body) -> Answer | None:
-    for check in (has_messages, has_model, has_whole_max_tokens, has_positive_max_tokens):
-        if problem := check(body):
-            return openai_error(400, f"{problem[0]}: {problem[1]}")
-    return None
-
-
-def openai_error(status: int, message: str) -> Answer:
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    return answer(status, {"error": {"message": message, "type": kind, "param": None, "code": None}})
-
-
-def mlx_openai_error(status: int, message: str) -> Answer:
-    error = {"message": message, "type": "internal_error", "param": None, "code": str(status)}
-    return answer(status, {"error": error})
-
-
-def mlx_openai_unknown(model: str) -> Answer:
-    error = {"message": f"Model '{model}' not found. Available models: (none)", "type": "model_not_found", "code": 404}
-    return answer(404, {"detail": {"error": error}})
 
 
 # --- going on with a partial reply ----------------------------------------------------------------------------------

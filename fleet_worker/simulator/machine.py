@@ -10,7 +10,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
-from fleet_worker.simulator.flavours import FLAVOURS, Body, Flavour
+from fleet_worker.simulator.flavours import FLAVOURS, Flavour
+from fleet_worker.simulator.refusals import Body
 from fleet_worker.simulator.replies import Fault
 
 

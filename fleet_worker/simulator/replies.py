@@ -15,8 +15,9 @@ from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from typing import Any
 
+from fleet_worker.simulator.answers import Answer
 from fleet_worker.simulator.chunks import DONE, Chunks
-from fleet_worker.simulator.flavours import Answer, Flavour
+from fleet_worker.simulator.flavours import Flavour
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from typing import Self
 
 from pydantic_core import from_json
 
+from fleet_worker.simulator.answers import Answer, answer
 from fleet_worker.simulator.chats import Chat
-from fleet_worker.simulator.flavours import Answer, answer, embedding_refused
 from fleet_worker.simulator.machine import Engine, Machine, Record
 from fleet_worker.simulator.replies import ANSWERS, VECTORS, WRITES, Fault, Reply
 from fleet_worker.simulator.texts import embedding, encoded_embedding
@@ -204,7 +204,7 @@ class Exchange:
 
     async def _embed(self) -> None:
         body, flavour = self.record.body, self.flavour
-        if refusal := embedding_refused(flavour, self.machine.models, body):
+        if refusal := flavour.refuses_texts(self.machine.models, body):
             return await self.reply.whole(refusal)
         await asyncio.sleep(self.machine.ttft)
         texts = [body["input"]] if isinstance(body["input"], str) else body["input"]
