@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Self, cast
 
-from fleet_worker.errors import Cancelled, FleetError
+from fleet_worker.errors import Cancelled, Expired, FleetError
 from fleet_worker.flight import Flight
 from fleet_worker.frames import ChatResponse, Delta, Deltas, EmbedResponse, Failure, Frame, join
 from fleet_worker.mailbox import Mailbox
@@ -18,42 +20,53 @@ from fleet_worker.mailbox import Mailbox
 __all__ = ["Call", "ChatStream"]
 
 
+THREAD_ENDS_WITHIN = 0.2
+"""Seconds after the deadline in which a thread that sends a request says itself why that was too late."""
+
+
 class Call:
     """One reader of one flight. Who leaves it, or forgets it, before its end does not want the rest.
 
-    `take_off` returns the flight, which may be under way already, and the mailbox that this reader has in it.
+    `take_off` is given the monotonic time at which `timeout` seconds are over, counted from the entering; it returns
+    the flight, which may be under way already, and the mailbox that this reader has in it.
     """
 
-    def __init__(self, take_off: Callable[[], tuple[Flight, Mailbox]]) -> None:
+    def __init__(self, take_off: Callable[[float], tuple[Flight, Mailbox]], timeout: float) -> None:
         self._take_off = take_off
+        self._timeout = timeout
+        self._deadline: float | None = None
+        self._entering = threading.Lock()
         self._flight: Flight | None = None
         self._mailbox: Mailbox | None = None
         self._error: FleetError | None = None
 
     def __enter__(self) -> Self:
+        deadline = self._begin()
         if self._mailbox is None:
-            self._raise_again()
-            try:
-                self._flight, self._mailbox = self._take_off()
-            except FleetError as error:
-                self._error = error
-                raise
-            forgotten = weakref.finalize(self, self._flight.leave, self._mailbox)
-            forgotten.atexit = False
-            if self._error:  # cancelled meanwhile
-                self.cancel()
+            with self._entering:
+                if self._mailbox is None:
+                    self._submit(deadline)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.cancel()
 
     async def __aenter__(self) -> Self:
+        left = self._begin() - time.monotonic()
         if self._mailbox is None:
             try:
-                await asyncio.to_thread(self.__enter__)
+                async with asyncio.timeout(left + THREAD_ENDS_WITHIN):
+                    await asyncio.to_thread(self.__enter__)
             except asyncio.CancelledError:  # but that thread goes on
                 self.cancel()
                 raise
+            except TimeoutError:
+                self._error = Expired(
+                    f"the request was not sent within its timeout of {self._timeout:g} s: the broker is away, or the "
+                    "threads of asyncio.to_thread are all busy"
+                )
+                self.cancel()
+                raise self._error from None
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -86,6 +99,23 @@ class Call:
             self.cancel()
             raise
 
+    def _begin(self) -> float:
+        if self._deadline is None:
+            self._deadline = time.monotonic() + self._timeout
+        return self._deadline
+
+    def _submit(self, deadline: float) -> None:
+        self._raise_again()
+        try:
+            self._flight, self._mailbox = self._take_off(deadline)
+        except FleetError as error:
+            self._error = self._error or error
+            raise
+        forgotten = weakref.finalize(self, self._flight.leave, self._mailbox)
+        forgotten.atexit = False
+        if self._error:  # cancelled meanwhile
+            self.cancel()
+
     def result(self) -> ChatResponse | EmbedResponse:
         return cast(ChatResponse | EmbedResponse, self.frame())
 
@@ -110,7 +140,7 @@ class Call:
 
     def _late(self) -> FleetError:
         if self._error is None and self._flight:
-            self._error = self._flight.late()
+            self._error = self._flight.late(self._timeout)
         self.cancel()
         return cast(FleetError, self._error)
 

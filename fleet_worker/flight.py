@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 from fleet_worker.agenda import Agenda
 from fleet_worker.attempts import Attempts, OnInterrupt
@@ -58,7 +59,7 @@ class Flight:
         self.request = request
         self._node = node
         self._services = services
-        self._deadline = time.monotonic() + request.timeout_seconds
+        self._deadline = time.monotonic() + request.remaining
         self._attempts = Attempts(
             request, deadline=self._deadline, max_attempts=services.settings.max_attempts, on_interrupt=on_interrupt
         )
@@ -119,18 +120,20 @@ class Flight:
                 if not self._readers:
                     self.give_up(Cancelled("nobody waits for the answer any more"))
 
-    def late(self) -> FleetError:
-        """What a reader is told at its deadline."""
-        seconds = self.request.timeout_seconds
+    def late(self, seconds: float) -> FleetError:
+        """What a reader is told at its deadline, when its timeout of so many seconds is over."""
         with self._lock:
             if self._attempts.node or self._attempts.delivered:
                 text = f"the answer was not complete within its timeout of {seconds:g} s"
                 return RequestTimeout(text, attempts=self._attempts.told(RequestTimeout.code))
-            text = (
-                f"no node took the request within its timeout of {seconds:g} s: none serves {self.request.operation} "
-                "of that model, or all are busy or cut off"
-            )
-            return Expired(text, attempts=self._attempts.told(Expired.code))
+            if self._node:
+                why = f"{self._node} did not take the request within its timeout of {seconds:g} s: it is busy or away"
+            else:
+                why = (
+                    f"no node took the request within its timeout of {seconds:g} s: none serves "
+                    f"{self.request.operation} of that model, or all are busy or cut off"
+                )
+            return Expired(why, attempts=self._attempts.told(Expired.code))
 
     # --- Its way ---
 
@@ -138,8 +141,11 @@ class Flight:
         """Send the first attempt; raises what the broker has against it."""
         try:
             self._send(self.request, self._services.settings.connect_timeout)
-        except BaseException as error:  # a KeyboardInterrupt, too: others may have joined
-            self.give_up(error if isinstance(error, FleetError) else Cancelled("the request was not sent"))
+        except FleetError as error:
+            self.give_up(error)
+            raise cast(Failure, self._attempts.last).error() from None
+        except BaseException:  # a KeyboardInterrupt, too: others may have joined
+            self.give_up(Cancelled("the request was not sent"))
             raise
         self._look_again(self._submitted + self._services.settings.accept_timeout)
 
@@ -183,7 +189,8 @@ class Flight:
 
     def _overflow(self, mailbox: Mailbox) -> None:
         waiting = self._services.settings.max_buffered
-        error = ReplyOverflow(f"{waiting} deltas and more wait for a reader: read faster, or raise router.max_buffered")
+        text = f"{waiting} deltas and more wait for a reader: read faster, or raise router.max_buffered"
+        error = ReplyOverflow(text, attempts=self._attempts.told(ReplyOverflow.code))
         mailbox.put(Failure.of(error, self.request.request_id, self.request.attempt, 0))
         self.leave(mailbox)
 
@@ -229,7 +236,7 @@ class Flight:
         if state == "ended":
             return
         if now >= self._deadline:
-            self.give_up(self.late())
+            self.give_up(self.late(self.request.timeout_seconds))
             return
         looks = {"waiting": self._look_for_it, "running": self._listen_for_life}
         again = now + LOOKS_AGAIN

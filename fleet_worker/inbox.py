@@ -13,7 +13,7 @@ from kombu import Connection, Consumer, Queue
 from kombu.transport.redis import Channel as RedisChannel
 
 from fleet_worker.connections import hear, open_channel, unavailable
-from fleet_worker.errors import InvalidRequest, where
+from fleet_worker.errors import Cancelled, InvalidRequest, where
 from fleet_worker.frames import Frame, Reply
 from fleet_worker.lanes import listening_key, reply_queue
 from fleet_worker.link import Link
@@ -62,22 +62,26 @@ class ReplyInbox:
         """Seconds of listening so far. It stands still while the broker, or this process, does nothing."""
         self._back = 0.0
         """When it last began to listen, on this clock."""
-        self._listening = threading.Event()
+        self._listening, self._decided = threading.Event(), threading.Event()
         self._next_proof = 0.0
 
     def start(self, timeout: float, *, waited: float = 0.0) -> None:
         """Listen; raises `BrokerUnavailable` if the broker is not there within `timeout` seconds, some of which may
-        have been waited already."""
+        have been waited already, and `Cancelled` if it is closed meanwhile."""
         if waited < timeout:
             self._link.start()
-        if not self._listening.wait(timeout - waited):
+        self._decided.wait(timeout - waited)
+        if self._link.closed.is_set():
+            raise Cancelled("the router was closed")
+        if not self._listening.is_set():
             self._link.close()
-            cause = self._link.failure or "no answer"
-            raise unavailable(self._broker_url, f"did not answer within {timeout:g} s", cause)
+            said, cause = f"did not answer within {timeout:.3g} s", self._link.failure or "no answer"
+            raise unavailable(self._broker_url, said, cause, retryable=not self._link.refused)
 
     def close(self) -> None:
         """Stop listening and delete the reply queue."""
         self._link.close()
+        self._decided.set()
         if self._listening.is_set():
             self._wake_up()
             self._link.close(timeout=5.0)
@@ -99,6 +103,7 @@ class ReplyInbox:
         self._prove(channel)  # before anything is asked, or a node might take this router for gone
         self._link.works()
         self._listening.set()
+        self._decided.set()
         while not self._link.closed.is_set():
             self._prove(channel)
             before = time.monotonic()

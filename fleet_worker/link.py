@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from kombu import Connection
 
-from fleet_worker.connections import BACK_OFF, HEARTBEAT, hang_up
+from fleet_worker.connections import BACK_OFF, HEARTBEAT, hang_up, is_away
 
 __all__ = ["Link"]
 
@@ -30,6 +30,8 @@ class Link:
         self._worked = False
         self.failure = ""
         """The kind of the last error."""
+        self.refused = False
+        """Was it one that time does not mend?"""
         self.closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"fleet-{name}", daemon=True)
 
@@ -57,7 +59,7 @@ class Link:
                 connection.close()
             except Exception as error:
                 hang_up(connection)
-                self.failure = type(error).__name__
+                self.failure, self.refused = type(error).__name__, not is_away(error)
                 if self._worked and not self._failures and not self.closed.is_set():
                     log.warning("%s: the broker is away (%s)", self._name, self.failure)
                 self.closed.wait(BACK_OFF[min(self._failures, len(BACK_OFF) - 1)])

@@ -234,9 +234,10 @@ class FleetRequest(Wire):
         """Raises `InvalidRequest` for what `decode` would find too large, once it is sent."""
         check_size(_without(OF_AN_ATTEMPT, self.encode()), max_bytes)
 
-    def submitted_to(self, reply_to: str) -> FleetRequest:
-        """The same request, now: its time runs from here."""
-        return self.model_copy(update={"reply_to": reply_to, "expires_at": time.time() + self.timeout_seconds})
+    def submitted_to(self, reply_to: str, left: float | None = None) -> FleetRequest:
+        """The same request, now: so many seconds are left of its time, or all of it."""
+        seconds = self.timeout_seconds if left is None else left
+        return self.model_copy(update={"reply_to": reply_to, "expires_at": time.time() + seconds})
 
     def encode(self) -> dict[str, Any]:
         body = self.model_dump(exclude={"params"})

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import threading
 import time
 import uuid
+from functools import partial
 from typing import Any, Self, cast, get_args
 
 from kombu import Producer
@@ -17,6 +19,7 @@ from fleet_worker.attempts import Leftover, OnInterrupt
 from fleet_worker.backlog import Backlog
 from fleet_worker.call import Call, ChatStream
 from fleet_worker.celery import create_app
+from fleet_worker.connections import unavailable
 from fleet_worker.errors import Cancelled, Expired, InvalidRequest
 from fleet_worker.flight import Flight, Services
 from fleet_worker.frames import Accepted, Alive, ChatResponse, EmbedResponse, Frame
@@ -36,7 +39,7 @@ from fleet_worker.notices import Notices
 from fleet_worker.registry import Registry
 from fleet_worker.routes import Routes
 from fleet_worker.settings import Settings
-from fleet_worker.submission import submit
+from fleet_worker.submission import Submissions
 
 __all__ = ["Router"]
 
@@ -67,12 +70,14 @@ class Router:
         self._settings = settings or Settings()
         self._transport = transport_of(self._settings.broker_url)
         self._app = create_app(self._settings)
+        self._submissions = Submissions(self._app, self._transport)
         self._registry = Registry(ask=self._ask_again)
         self._services: Services | None = None
         self._closed = False
         self._process = 0
         """The one that is connected."""
         self._starting = threading.Lock()
+        self._connecting: ReplyInbox | None = None
         self._flights: dict[str, Flight] = {}
         self._keyed = Keyed(self._settings.router.idempotency_ttl)
 
@@ -92,8 +97,10 @@ class Router:
         """Cancel what is under way, and stop listening for replies. A closed router stays closed."""
         if self._is_of_another_process:  # whose connections these are
             return
+        self._closed = True
+        if connecting := self._connecting:
+            connecting.close()
         with self._starting:
-            self._closed = True
             services, self._services = self._services, None
         for flight in tuple(self._flights.values()):
             flight.give_up(Cancelled("the router was closed"))
@@ -102,6 +109,7 @@ class Router:
             services.notices.close()
             services.inbox.close()
             services.backlog.close()
+        self._submissions.close()
         self._app.close()
 
     @property
@@ -140,7 +148,8 @@ class Router:
             raise InvalidRequest('on_interrupt is "resume" or "fail"')
         has_key = options.get("idempotency_key") is not None
         request, node = self._request(operation, model, body, **options)
-        return Call(lambda: self._take_off(request, node, on_interrupt, has_key=has_key))
+        take_off = partial(self._take_off, request, node, on_interrupt, has_key=has_key)
+        return Call(take_off, request.timeout_seconds)
 
     def _request(
         self,
@@ -189,17 +198,18 @@ class Router:
         return request, node
 
     def _take_off(
-        self, request: FleetRequest, node: str | None, on_interrupt: OnInterrupt, *, has_key: bool
+        self, request: FleetRequest, node: str | None, on_interrupt: OnInterrupt, deadline: float, *, has_key: bool
     ) -> tuple[Flight, Mailbox]:
         """Submit a request, or join the one that has its key, as a further reader of that."""
-        services = self._connected()
+        services = self._connected(deadline)
         if has_key and (joined := self._keyed.join(request, node, on_interrupt)):
             return joined
         if not node:
             self._registry.check(request.model, request.operation, request.provider_instance)
-        flight = Flight(request.submitted_to(services.inbox.name), node, services, on_interrupt=on_interrupt)
+        left = deadline - time.monotonic()
+        flight = Flight(request.submitted_to(services.inbox.name, left), node, services, on_interrupt=on_interrupt)
         services.backlog.admit(flight.lane)
-        mailbox = flight.join(request.timeout_seconds)
+        mailbox = flight.join(left)
         if has_key and (joined := self._keyed.add(flight, node, on_interrupt)):
             return joined
         self._flights[request.request_id] = flight
@@ -214,22 +224,28 @@ class Router:
         """Was it connected before a fork? Then its threads are not here, and its sockets not ours."""
         return self._services is not None and self._process != os.getpid()
 
-    def _connected(self) -> Services:
+    def _connected(self, deadline: float = math.inf) -> Services:
         if self._is_of_another_process:
             raise RuntimeError("this router was connected before the process was forked: make one in each process")
         began = time.monotonic()
-        with self._starting:  # one connects, the others wait for that, and none of them for longer than one would
+        patience = max(0.0, min(self._settings.router.connect_timeout, deadline - began))
+        # One connects, the others wait for that, and none of them for longer than one would.
+        if not self._starting.acquire(timeout=patience):
+            said = f"did not answer within {patience:.3g} s"
+            raise unavailable(self._settings.broker_url, said, "no answer", retryable=True)
+        try:
             if self._closed:
                 raise RuntimeError("this router is closed")
             if self._services is None:
-                self._services = self._connect(began)
+                self._services = self._connect(patience, waited=time.monotonic() - began)
                 self._process = os.getpid()
             return self._services
+        finally:
+            self._starting.release()
 
-    def _connect(self, began: float) -> Services:
-        """`connect_timeout` counts from this monotonic time."""
+    def _connect(self, patience: float, *, waited: float) -> Services:
         settings = self._settings.router
-        inbox = ReplyInbox(
+        inbox = self._connecting = ReplyInbox(
             self._app.connection_for_read,
             self._settings.broker_url,
             reply_name(self._settings.host, settings.reply_expires),
@@ -237,7 +253,12 @@ class Router:
             also=(lambda: registry_queue(self._transport), self._registry.receive),
             listening=self._listening,
         )
-        inbox.start(settings.connect_timeout, waited=time.monotonic() - began)
+        try:
+            if self._closed:
+                raise Cancelled("the router was closed")
+            inbox.start(patience, waited=waited)
+        finally:
+            self._connecting = None
         agenda = Agenda()
         agenda.start()
         return Services(
@@ -269,7 +290,7 @@ class Router:
 
     def _ask_again(self) -> None:
         # Best effort: a connection that was lost is an error of the broker's client library, not always one of kombu's.
-        with contextlib.suppress(Exception), self._app.producer_pool.acquire(block=True, timeout=2.0) as producer:
+        with contextlib.suppress(Exception), self._submissions.producer(timeout=2.0) as producer:
             producer.publish(
                 {}, exchange=ask_exchange(), declare=[ask_exchange()], routing_key="", serializer="json", retry=False
             )
@@ -278,4 +299,4 @@ class Router:
         """Wait so long for a broker that is away, but not beyond the deadline of the request."""
         if request.remaining <= 0:
             raise Expired("the deadline passed before the request was sent")
-        submit(self._app, self._transport, request, lane, patience=min(patience, request.remaining))
+        self._submissions.submit(request, lane, patience=min(patience, request.remaining))

@@ -1,7 +1,9 @@
 """What the broker may do to us, and what we may do to it."""
 
 import gc
+import os
 import socket
+import threading
 import uuid
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +21,7 @@ from fleet_worker.processes import child, python
 from fleet_worker.publisher import Publisher
 from fleet_worker.simulator import reply_tokens
 from fleet_worker.testing import SimulatedMLX, running_node
+from tests.clients import until
 from tests.flow.conftest import CHAT, work
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -87,6 +90,26 @@ def test_nothing_keeps_a_connection_that_broke(broker):
         del channel, consumer, connection
         gc.collect()
         assert broken() is None
+
+
+def test_a_closed_router_leaves_no_connection_open(broker):
+    before, together = open_files(), threading.Barrier(8)
+
+    def ask(_):
+        together.wait(10)
+        with router.stream_chat("nobody", HELLO, timeout=10):
+            pass
+
+    with Router(Settings(broker_url=broker.url)) as router, ThreadPoolExecutor(8) as pool:
+        router.registry.check = lambda *_: None
+        assert len([*pool.map(ask, range(8))]) == 8
+        assert open_files() > before + 4
+    until(lambda: open_files() <= before, 5)
+
+
+def open_files():
+    gc.collect()  # kombu's poller of the reply queue is part of a cycle
+    return len(os.listdir("/dev/fd"))
 
 
 def test_what_is_given_back_is_taken_next(broker):

@@ -80,7 +80,8 @@ class Fleet:
         self.sent.append((request.attempt, node or None))
 
     def flight(self, node=None, **options):
-        flight = Flight(options.pop("asked", None) or request(), node, self.services, **options)
+        asked = options.pop("asked", None) or request()
+        flight = Flight(asked.submitted_to(asked.reply_to), node, self.services, **options)
         self.reader = flight.join(0.0)
         flight.submit()
         return flight
@@ -382,12 +383,12 @@ def test_its_deadline_is_noticed_also_if_it_comes_before_the_first_look_is_due()
 
 def test_who_is_told_that_it_is_too_late_is_told_the_attempts_too(fleet):
     flight = fleet.flight()
-    assert flight.late().metadata["attempts"] == [{"attempt": 1, "node": None, "error": "expired", "delivered": 0}]
+    assert flight.late(60.0).metadata["attempts"] == [{"attempt": 1, "node": None, "error": "expired", "delivered": 0}]
     flight.receive("a", failure(0, DOWN))
     fleet.later.now()
     flight.receive("b", accepted(2))
     flight.receive("b", deltas(1, "xyz", attempt=2))
-    assert [tuple(each.values()) for each in flight.late().metadata["attempts"]] == [
+    assert [tuple(each.values()) for each in flight.late(60.0).metadata["attempts"]] == [
         (1, "a", "instance_unavailable", 0),
         (2, "b", "timeout", 3),
     ]

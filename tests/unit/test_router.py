@@ -36,7 +36,7 @@ from fleet_worker.lanes import reply_name
 from fleet_worker.messages import FleetRequest, Resume
 from fleet_worker.routes import Routes
 from tests.brokers import free_port
-from tests.clients import HELLO, took_less_than
+from tests.clients import HELLO, took_less_than, until
 from tests.unit.test_attempts import FACTS
 
 
@@ -517,11 +517,42 @@ def test_who_waits_for_another_one_to_connect_does_not_wait_for_longer():
                 each.result()
 
 
+def away():
+    return Router(Settings(broker_url=f"redis://127.0.0.1:{free_port()}/0"))
+
+
+def test_no_request_waits_for_a_broker_beyond_its_timeout():
+    with away() as router, took_less_than(2), pytest.raises(BrokerUnavailable, match=r"within 0\.5 s") as caught:
+        router.chat("m", HELLO, timeout=0.5)
+    assert caught.value.retryable
+
+
+def test_no_task_waits_for_a_broker_or_for_a_thread_beyond_its_timeout():
+    """There are more tasks than threads, each of which would wait for a second."""
+
+    async def ask(router):
+        calls = [router.achat("m", HELLO, timeout=1) for _ in range(40)]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    with away() as router, took_less_than(3):
+        ends = asyncio.run(ask(router))
+    assert {type(end) for end in ends} <= {BrokerUnavailable, Expired}
+
+
+def test_a_router_that_is_connecting_can_be_closed():
+    with away() as router, ThreadPoolExecutor() as pool, took_less_than(2):
+        asked = pool.submit(router.chat, "m", HELLO)
+        until(lambda: router._connecting)
+        router.close()
+        with pytest.raises(Cancelled, match="closed"):
+            asked.result()
+
+
 @pytest.mark.parametrize("error", [OperationalError("away"), redis.exceptions.ConnectionError("cut off"), OSError()])
 def test_a_broker_that_is_away_is_no_trouble_to_who_asks_for_figures(fleet, error, monkeypatch):
     def publish(*_, **__):
         raise error
 
-    pool = SimpleNamespace(acquire=lambda block: nullcontext(SimpleNamespace(publish=publish)))
-    monkeypatch.setattr(fleet.router, "_app", SimpleNamespace(producer_pool=pool, close=fleet.router._app.close))
+    producer = SimpleNamespace(publish=publish)
+    monkeypatch.setattr(fleet.router._submissions, "producer", lambda timeout: nullcontext(producer))
     fleet.router._registry.refresh()

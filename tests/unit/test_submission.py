@@ -1,13 +1,14 @@
 import socket
 import threading
 import time
+from contextlib import closing
 
 import pytest
 
 from fleet_worker import BrokerUnavailable, Expired, Router, Settings
 from fleet_worker.celery import create_app
 from fleet_worker.lanes import transport_of
-from fleet_worker.submission import submit
+from fleet_worker.submission import Submissions
 from fleet_worker.testing import embedded_broker
 from tests.brokers import free_port
 from tests.clients import HELLO, took_less_than
@@ -23,8 +24,9 @@ def request_of(**options):
 
 
 def unavailable(url, patience):
-    with pytest.raises(BrokerUnavailable) as caught:
-        submit(create_app(Settings(broker_url=url)), transport_of(url), request_of(), LANE, patience=patience)
+    submissions = Submissions(create_app(Settings(broker_url=url)), transport_of(url))
+    with closing(submissions), pytest.raises(BrokerUnavailable) as caught:
+        submissions.submit(request_of(), LANE, patience=patience)
     assert "hush" not in str(caught.value)
     assert caught.value.__cause__ is None
     return caught.value
