@@ -269,7 +269,7 @@ class Flight:
     def _is_stranded(self, request: FleetRequest) -> bool:
         """Does it wait for one node only, which is not there? The last attempt waits until that comes back."""
         chosen, last = self._chosen, self._services.settings.max_attempts
-        return chosen is not None and request.attempt < last and not self._services.routes.is_ready(request, chosen)
+        return chosen is not None and request.attempt < last and self._services.routes.waits_in_vain(request, chosen)
 
     def _untaken(self, request: FleetRequest, now: float) -> None:
         with self._lock:

@@ -21,25 +21,31 @@ class Routes:
         """Return the node that this attempt should go to, as it failed on these already; None for its lane.
 
         The lane is best, but not if somebody takes from it who has just failed, or who is not of the instance that is
-        asked for; while there is nobody else, it is all there is. Who has more slots is chosen more often.
+        asked for. While there is nobody else, the lane is all there is; but who asks for an instance waits for that.
+        Who has more slots is chosen more often.
         """
-        if not failed and request.provider_instance == "any":
-            return None
-        ready, wanted = self._ready(request), request.provider_instance
-        fit = {
-            node: slots
-            for node, (instance, slots) in ready.items()
-            if node not in failed and wanted in ("any", instance)
-        }
-        if not fit or len(fit) == len(ready):
-            return None
-        return random.choices(list(fit), list(fit.values()))[0]  # noqa: S311 - it spreads load
+        wanted = request.provider_instance
+        if wanted == "any":
+            ready = self._nodes(request, ready=True) if failed else {}
+            return _one_of(ready.keys() - failed, ready)
+        nodes = self._nodes(request)
+        fit = {node for node, (instance, _) in nodes.items() if instance == wanted}
+        there = fit & self._nodes(request, ready=True).keys()
+        return _one_of((there - set(failed)) or there or fit, nodes)
 
-    def is_ready(self, request: FleetRequest, node: str) -> bool:
-        """Is this node there to take it?"""
-        return node in self._ready(request)
+    def waits_in_vain(self, request: FleetRequest, node: str) -> bool:
+        """Is this node not there to take it, while somebody else may be?"""
+        ready, wanted = self._nodes(request, ready=True), request.provider_instance
+        return node not in ready and (wanted == "any" or any(wanted == instance for instance, _ in ready.values()))
 
-    def _ready(self, request: FleetRequest) -> dict[str, tuple[str, int]]:
-        """Return who takes from the lane of this request: its instance and slots, by node."""
-        offered = self._registry.offerings(model=request.model, capability=request.operation, ready=True)
+    def _nodes(self, request: FleetRequest, ready: bool | None = None) -> dict[str, tuple[str, int]]:
+        """Return who takes from the lane of this request, now or when it is ready: its instance and slots, by node."""
+        offered = self._registry.offerings(model=request.model, capability=request.operation, ready=ready)
         return {each.node: (each.instance.name, each.instance.slots or 1) for each in offered}
+
+
+def _one_of(fit: Collection[str], nodes: dict[str, tuple[str, int]]) -> str | None:
+    """One of those who fit, or None if there is none of them, or nobody but them."""
+    if not fit or len(fit) == len(nodes):
+        return None
+    return random.choices(list(fit), [nodes[node][1] for node in fit])[0]  # noqa: S311 - it spreads load

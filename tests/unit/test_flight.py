@@ -68,7 +68,8 @@ class Fleet:
             ),
             publish=self._publish,
             routes=SimpleNamespace(
-                node_for=lambda request, *failed: self.target if failed else self.first, is_ready=lambda *_: self.ready
+                node_for=lambda request, *failed: self.target if failed else self.first,
+                waits_in_vain=lambda *_: not self.ready,
             ),
             ended=self.ended.append,
         )
