@@ -18,6 +18,7 @@ __all__ = [
     "cancel_exchange",
     "cancel_queue",
     "direct_lane",
+    "is_node_name",
     "lane",
     "lane_queue",
     "listening_key",
@@ -62,6 +63,11 @@ def lane(operation: str, model: str) -> str:
 def direct_lane(node: str) -> str:
     """The lane of work that is meant for one node only."""
     return f"{EXCHANGE.name}.node.{node}"
+
+
+def is_node_name(name: object) -> bool:
+    """Can a node be named so: INSTANCE@HOST, short enough for the name of its lane?"""
+    return isinstance(name, str) and re.fullmatch(r"[\w-]+@[\w.-]+", name) is not None and len(name.encode()) <= 200
 
 
 def lane_queue(name: str, transport: Transport) -> Queue:

@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, ValidationError, field_validator, model_
 
 from fleet_worker.errors import InvalidRequest
 from fleet_worker.lanes import Priority
-from fleet_worker.wire import Body, Wire, check_size, explain
+from fleet_worker.wire import Body, Wire, check_form, check_size, explain
 
 __all__ = [
     "ChatParams",
@@ -225,6 +225,7 @@ class FleetRequest(Wire):
     @classmethod
     def build(cls, values: Any) -> FleetRequest:
         """Return the envelope of these fields; raises `InvalidRequest` for what a caller got wrong."""
+        check_form(values)
         try:
             return cls.model_validate(values)
         except ValidationError as error:

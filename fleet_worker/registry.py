@@ -184,23 +184,25 @@ class Registry:
                     return self
                 self._changed.wait(patience)
 
-    def check(self, model: str, capability: str, instance: str = "any") -> None:
+    def check(self, model: str, capability: str, instance: str = "any", node: str | None = None) -> None:
         """Let a request pass if somebody offers this, ready or not: it may become so before the deadline.
 
         Waits only while a fresh router has not heard everybody yet, at most a second. While no registry node is heard
         of, everything passes: nodes may work without one.
 
         Raises:
-            ModelUnavailable: nobody does. The text names the nearest models that exist.
+            ModelUnavailable: nobody does. The text names the nearest models that exist; or nodes, if one is asked for.
         """
         with self._changed:
-            while not self._is_offered(model, capability, instance):
+            while not self._is_offered(model, capability, instance, node):
                 heard = self._heard_at is not None
                 patience = self._asked_at + (ALL_WORDS if heard else FIRST_WORD) - self._clock()
                 if patience <= 0:
-                    if self.instances():
-                        raise self._unavailable(model, f"no instance offers {capability} with that model")
-                    return
+                    if not self.instances():
+                        return
+                    if node and self._is_offered(model, capability, instance):
+                        raise self._not_there(node, f"that node does not offer {capability} with that model")
+                    raise self._unavailable(model, f"no instance offers {capability} with that model")
                 self._changed.wait(patience)
 
     def receive(self, message: Any) -> None:
@@ -268,16 +270,19 @@ class Registry:
                     ready = instance.ready and state.status == "available"
                     yield Offered(name, state.capabilities, state.features, state.limits, ready, instance)
 
-    def _is_offered(self, model: str, capability: str, instance: str) -> bool:
+    def _is_offered(self, model: str, capability: str, instance: str, node: str | None = None) -> bool:
         return any(
-            capability in offered.capabilities and instance in ("any", offered.instance.name)
+            capability in offered.capabilities
+            and instance in ("any", offered.instance.name)
+            and node in (None, offered.node)
             for offered in self._offered(model)
         )
 
     def _unavailable(self, model: str, why: str) -> ModelUnavailable:
-        nearest = difflib.get_close_matches(model, list(self._models), n=3, cutoff=0.3)
-        there = f"; the nearest that exist: {', '.join(nearest)}" if nearest else ""
-        return ModelUnavailable(f"{why}{there}", nearest=nearest)
+        return _missing(why, difflib.get_close_matches(model, list(self._models), n=3, cutoff=0.3))
+
+    def _not_there(self, node: str, why: str) -> ModelUnavailable:
+        return _missing(why, difflib.get_close_matches(node, [each.node for each in self.instances()], n=3, cutoff=0.3))
 
     def _tell(self, event: RegistryEvent) -> None:
         for callback in tuple(self._subscribers):
@@ -285,6 +290,11 @@ class Registry:
                 callback(event)
             except Exception as error:
                 log.error("a subscriber of the registry failed: %s", type(error).__name__)
+
+
+def _missing(why: str, nearest: list[str]) -> ModelUnavailable:
+    there = f"; the nearest that exist: {', '.join(nearest)}" if nearest else ""
+    return ModelUnavailable(f"{why}{there}", nearest=nearest)
 
 
 def _instance_state(host: str, event: RegistryEvent, status: str, now: float, expires_at: float) -> InstanceState:

@@ -29,6 +29,7 @@ from fleet_worker.lanes import (
     Priority,
     ask_exchange,
     cancel_exchange,
+    is_node_name,
     registry_queue,
     reply_name,
     transport_of,
@@ -172,6 +173,8 @@ class Router:
         seconds = self._settings.router.timeout if timeout is None else timeout
         if not isinstance(seconds, int | float) or not 0 < seconds <= limit:
             raise InvalidRequest(f"timeout must be more than 0 and at most {limit:g} seconds (router.max_timeout)")
+        if node is not None and not is_node_name(node):
+            raise InvalidRequest('node is the name of a node, as in "local@mini-7"')
         request_id = str(uuid.uuid4())
         envelope = {
             "protocol_version": 2,
@@ -204,8 +207,7 @@ class Router:
         services = self._connected(deadline)
         if has_key and (joined := self._keyed.join(request, node, on_interrupt)):
             return joined
-        if not node:
-            self._registry.check(request.model, request.operation, request.provider_instance)
+        self._registry.check(request.model, request.operation, request.provider_instance, node)
         left = deadline - time.monotonic()
         flight = Flight(request.submitted_to(services.inbox.name, left), node, services, on_interrupt=on_interrupt)
         services.backlog.admit(flight.lane)

@@ -11,9 +11,10 @@ from pydantic_core import ErrorDetails
 
 from fleet_worker.errors import InvalidRequest
 
-__all__ = ["PROTOCOL_VERSION", "Body", "Heard", "Wire", "check_size", "explain"]
+__all__ = ["PROTOCOL_VERSION", "Body", "Heard", "Wire", "check_form", "check_size", "explain"]
 
 PROTOCOL_VERSION: Final = 2
+MOST_LEVELS: Final = 100
 
 
 class Wire(BaseModel):
@@ -43,6 +44,18 @@ class Body(Heard):
             raise InvalidRequest(f"not a valid {cls.__name__}: {explain(error)}") from None
 
 
+def check_form(value: Any, levels: int = MOST_LEVELS) -> None:
+    """Raises `InvalidRequest` for keys that are not text, which would come out as text, and for what is nested deeper
+    than JSON libraries like."""
+    if isinstance(value, dict | list | tuple):
+        if levels == 0:
+            raise InvalidRequest(f"the request is nested more than {MOST_LEVELS} levels deep")
+        if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
+            raise InvalidRequest("the request is not JSON: the keys of an object are text")
+        for part in value.values() if isinstance(value, dict) else value:
+            check_form(part, levels - 1)
+
+
 def check_size(value: Any, max_bytes: int) -> None:
     """Raises `InvalidRequest` for what is not JSON (a NaN is not) or more than `max_bytes` of it."""
     try:
@@ -63,9 +76,10 @@ def explain(error: ValidationError) -> str:
 
 def _where(fault: ErrorDetails) -> str:
     """The path in names of ours only: the keys of a caller's object are data, and pydantic adds members of unions."""
-    known = [str(part) for part in fault["loc"] if isinstance(part, int) or part in _field_names()]
-    unknown = [str(fault["loc"][-1])[:40]] if fault["type"] == "extra_forbidden" else []  # a name, not a value
-    return ".".join(known + unknown)
+    path, unknown = fault["loc"], []
+    if fault["type"] == "extra_forbidden":
+        path, unknown = path[:-1], [str(path[-1])[:40]]  # a name, not a value
+    return ".".join([*(str(part) for part in path if isinstance(part, int) or part in _field_names()), *unknown])
 
 
 def _why(fault: ErrorDetails) -> str:

@@ -1,4 +1,5 @@
 import base64
+import functools
 import json
 import math
 import re
@@ -413,6 +414,9 @@ BAD_ENVELOPES = {
     "an unknown priority": {"priority": "urgent"},
     "a priority as a number": {"priority": 0},
     "a field of tomorrow": {"colour": "blue"},
+    "a key that is a number": {"params": {"messages": [user()], "tools": [{"function": {"a": 1, 2: 3}}]}},
+    "many levels": {"params": {"messages": [user()], "tools": [functools.reduce(lambda a, _: {"a": a}, range(101))]}},
+    "more levels": {"message_context": functools.reduce(lambda a, _: {"a": a}, range(2000), {})},
     "legacy schema_version": {"schema_version": 1},
     "legacy request_type": {"request_type": "chat"},
     "legacy fleet_correlation_id": {"fleet_correlation_id": "r-1"},
@@ -477,7 +481,7 @@ def test_too_deep_a_body_is_refused():
     deep = {}
     for _ in range(100_000):
         deep = {"a": deep}
-    assert "JSON" in refused_params("chat", {"messages": [user()], "tools": [deep]})
+    assert "100 levels deep" in refused_params("chat", {"messages": [user()], "tools": [deep]})
 
 
 # --- The texts of refusals

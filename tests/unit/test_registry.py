@@ -357,11 +357,11 @@ def test_what_was_waited_for_is_returned_even_if_it_is_gone_a_moment_later(regis
 def known(registry):
     say(
         registry,
-        about_instance("one"),
+        about_instance("one", node="one@mini"),
         about_model("qwen3-14b", instance="one", capabilities=["chat"]),
         about_model("qwen3-8b", instance="one", capabilities=["chat"]),
         about_model("minilm", instance="one", capabilities=["embed"]),
-        about_instance("two", status="unavailable"),
+        about_instance("two", status="unavailable", node="two@mini"),
         about_model("qwen3-8b", instance="two", status="unavailable", capabilities=["chat"]),
     )
     return registry
@@ -375,6 +375,7 @@ def known(registry):
         ("qwen3-14b", "chat", "one"),
         ("qwen3-8b", "chat", "two"),  # not ready now, perhaps before the deadline
         ("minilm", "embed"),
+        ("qwen3-8b", "chat", "any", "two@mini"),
     ],
 )
 def test_a_request_that_somebody_can_serve_passes_at_once(known, wanted):
@@ -384,7 +385,14 @@ def test_a_request_that_somebody_can_serve_passes_at_once(known, wanted):
 
 @pytest.mark.parametrize(
     "wanted",
-    [("qwen3-32b", "chat"), ("minilm", "chat"), ("qwen3-14b", "chat", "two"), ("qwen3-8b", "chat", "three")],
+    [
+        ("qwen3-32b", "chat"),
+        ("minilm", "chat"),
+        ("qwen3-14b", "chat", "two"),
+        ("qwen3-8b", "chat", "three"),
+        ("qwen3-14b", "chat", "any", "two@mini"),
+        ("qwen3-14b", "chat", "any", "three@mini"),
+    ],
 )
 def test_one_that_nobody_can_serve_is_refused_at_once(known, wanted):
     with took_less_than(0.2), pytest.raises(ModelUnavailable):
@@ -402,6 +410,15 @@ def test_a_refusal_names_the_nearest_models_and_not_what_was_asked_for(known):
         known.check(SECRET, "chat")
     assert caught.value.message == "no instance offers chat with that model"
     assert caught.value.metadata["nearest"] == []
+
+
+def test_a_refusal_names_the_nearest_nodes_if_one_is_asked_for(known):
+    with pytest.raises(ModelUnavailable) as caught:
+        known.check("qwen3-14b", "chat", "any", "one@mimi")
+    assert caught.value.message.startswith(
+        "that node does not offer chat with that model; the nearest that exist: one@"
+    )
+    assert caught.value.metadata["nearest"] == ["one@mini", "two@mini"]
 
 
 @pytest.fixture

@@ -277,14 +277,14 @@ def test_what_nodes_would_refuse_as_too_large_is_not_sent(ask, field):
 
 def test_the_same_request_with_the_same_key_is_not_sent_again(fleet, ask):
     fleet.answers = [[accepted(), response("the answer")]]
-    asked = {"idempotency_key": "k", "on_interrupt": "fail", "node": "n", "max_tokens": 5}
+    asked = {"idempotency_key": "k", "on_interrupt": "fail", "node": "n@h", "max_tokens": 5}
     first = ask(fleet, timeout=5, **asked)
     assert ask(fleet, timeout=9, priority="high", **asked) == first
     assert fleet.attempts == [1]
 
 
 @pytest.mark.parametrize(
-    "other", [{"max_tokens": 6}, {"node": "n"}, {"instance": "local"}, {"on_interrupt": "fail"}], ids=str
+    "other", [{"max_tokens": 6}, {"node": "n@h"}, {"instance": "local"}, {"on_interrupt": "fail"}], ids=str
 )
 @pytest.mark.parametrize("answered", [True, False])
 def test_another_request_with_the_same_key_is_refused(fleet, other, answered):
@@ -515,6 +515,15 @@ def test_who_waits_for_another_one_to_connect_does_not_wait_for_longer():
         for each in asked:
             with pytest.raises(BrokerUnavailable, match=r"0\.5 s"):
                 each.result()
+
+
+@pytest.mark.parametrize(
+    "node", ["", "one", "@mini", "one@", "a b@mini", "one@mini/..", "*@mini", "x" * 300 + "@mini", 5, ["one@mini"]]
+)
+def test_what_no_node_can_be_named_is_refused_before_anything_is_sent(fleet, ask, node):
+    with pytest.raises(InvalidRequest, match="name of a node"):
+        ask(fleet, node=node)
+    assert fleet.requests == []
 
 
 def away():
