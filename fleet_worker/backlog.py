@@ -39,6 +39,10 @@ class _Lane:
     """By this router since then; nodes may have taken it at once, so that it never waited."""
     asked_at: float = float("-inf")
     queue_wait: float | None = None
+    full_since: float | None = None
+    """When the broker first said so, if it has said nothing else since."""
+    taken_at: float = float("-inf")
+    """When a node last took a request of this router."""
     served: dict[Priority, float] = field(default_factory=dict)
     """When the latest of those that were taken was sent."""
 
@@ -83,7 +87,7 @@ class Backlog:
         with self._changing:
             known = self._known(lane)
             if known.depth is not None and known.depth >= self._max_waiting:
-                raise self._saturated(lane, known.depth, known.queue_wait)
+                raise self._saturated(lane, known)
             known.sent += 1
 
     def accepted(self, lane: str, queue_wait: float, priority: Priority, sent_at: float) -> None:
@@ -93,6 +97,7 @@ class Backlog:
             known = self._known(lane)
             before = queue_wait if known.queue_wait is None else known.queue_wait
             known.queue_wait = before + SMOOTHING * (queue_wait - before)
+            known.taken_at = time.monotonic()
             known.served[priority] = max(sent_at, known.served.get(priority, sent_at))
 
     def waits(self, lane: str, priority: Priority, sent_at: float, timeout: float) -> bool | None:
@@ -145,6 +150,8 @@ class Backlog:
             known = self._known(lane)
             known.asked_at = time.monotonic()
             known.depth, known.sent = depth, known.sent - before
+            if depth is not None:
+                known.full_since = (known.full_since or known.asked_at) if depth >= self._max_waiting else None
         return depth
 
     def _told(self, lane: str, timeout: float) -> int | None:
@@ -163,21 +170,23 @@ class Backlog:
             self._lanes.popitem(last=False)
         return known
 
-    def _saturated(self, lane: str, depth: int, queue_wait: float | None) -> FleetSaturated:
-        retry_after = self._room_after(depth, queue_wait)
+    def _saturated(self, lane: str, known: _Lane) -> FleetSaturated:
+        retry_after = self._room_after(known)
         text = (
-            f"{depth} requests wait for {_what(lane)}, and no more than {self._max_waiting} may "
+            f"{known.depth} requests wait for {_what(lane)}, and no more than {self._max_waiting} may "
             f"(router.max_waiting): try again in {retry_after:g} s, or let more nodes serve it"
         )
         return FleetSaturated(text, retry_after=retry_after)
 
-    def _room_after(self, depth: int, queue_wait: float | None) -> float:
+    def _room_after(self, known: _Lane) -> float:
         """By Little's law: where `depth` requests wait for `queue_wait` seconds each, depth / queue_wait leave in each
-        second."""
-        if queue_wait is None:
-            return UNKNOWN
-        seconds = (depth - self._max_waiting + 1) * queue_wait / depth
-        return round(min(max(seconds, SOONEST), LATEST), 3)
+        second. But it will not be sooner than it has lasted already."""
+        depth, now = known.depth or 1, time.monotonic()
+        by_speed = UNKNOWN
+        if known.queue_wait is not None:
+            by_speed = (depth - self._max_waiting + 1) * known.queue_wait / depth
+        lasted = now - max(known.full_since or now, known.taken_at)
+        return round(min(max(by_speed, lasted, SOONEST), LATEST), 3)
 
 
 def _what(lane: str) -> str:

@@ -149,6 +149,22 @@ def test_the_queue_wait_is_smoothed(told):
     assert told.refused().metadata["retry_after"] == 1.2
 
 
+def test_a_lane_that_was_quick_before_it_jammed_is_expected_to_stay_full_for_as_long_as_it_has_been(told):
+    told.depths[LANE] = 10
+    told.accepted(LANE, 0.0, "normal", 0.0)
+    expected = []
+    for seconds in (0, 3, 4):
+        told.now += seconds
+        expected.append(told.refused().metadata["retry_after"])
+    told.accepted(LANE, 0.0, "normal", 0.0)
+    expected.append(told.refused().metadata["retry_after"])
+    assert expected == [0.1, 3.0, 7.0, 0.1]
+    told.depths[LANE], told.now = 9, told.now + 5
+    told.admit(LANE)
+    told.depths[LANE], told.now = 10, told.now + 5
+    assert told.refused().metadata["retry_after"] == 0.1
+
+
 @pytest.mark.parametrize(("queue_wait", "retry_after"), [(0.0, 0.1), (3600.0, 60.0)])
 def test_nobody_is_sent_away_for_no_time_or_for_ever(told, queue_wait, retry_after):
     told.accepted(LANE, queue_wait, "normal", told.now)
