@@ -148,8 +148,8 @@ class Call:
 class ChatStream:
     """A streamed answer: iterate it for its deltas; then `response` is the whole, as `Router.chat` returns it.
 
-    Works with `with` and `for`, and with `async with` and `async for`. Nothing is sent before it is entered or
-    iterated. An error ends it; what arrived before was yielded.
+    Works with `with` and `for`, and with `async with` and `async for`, for one reader. Nothing is sent before it is
+    entered or iterated. An error ends it; what arrived before was yielded.
     """
 
     def __init__(self, call: Call) -> None:
