@@ -16,8 +16,8 @@ def resume(monkeypatch):
     """Makes every request one that goes on with an answer of which this was delivered."""
 
     def with_what_was_delivered(**delivered):
-        def submitted(request, reply_to):
-            return submitted_to(request, reply_to).model_copy(update={"resume": Resume(**delivered)})
+        def submitted(request, *where):
+            return submitted_to(request, *where).model_copy(update={"resume": Resume(**delivered)})
 
         monkeypatch.setattr(FleetRequest, "submitted_to", submitted)
 

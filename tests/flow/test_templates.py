@@ -24,8 +24,8 @@ def looks(mlx):
 def resuming(monkeypatch):
     submitted_to = FleetRequest.submitted_to
 
-    def submitted(request, reply_to):
-        return submitted_to(request, reply_to).model_copy(update={"resume": RESUME})
+    def submitted(request, *where):
+        return submitted_to(request, *where).model_copy(update={"resume": RESUME})
 
     monkeypatch.setattr(FleetRequest, "submitted_to", submitted)
 
