@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 
 from celery import Celery
@@ -33,8 +33,7 @@ class Submissions:
         self._transport = transport
         self._closed = False
         limit = app.conf.broker_pool_limit
-        self._connections = app.connection_for_write().Pool(limit)
-        self._producers = ProducerPool(self._connections, limit)
+        self._producers = ProducerPool(app.connection_for_write().Pool(limit), limit)
 
     def submit(self, request: FleetRequest, lane: str, *, patience: float) -> None:
         """Put this attempt at a request into a lane; return when the broker has it.
@@ -65,23 +64,28 @@ class Submissions:
     @contextmanager
     def producer(self, timeout: float) -> Iterator[Producer]:
         """A connection to publish with, once one is free; raises one of kombu's errors if none is within `timeout`
-        seconds."""
+        seconds, and `Cancelled` if this was closed."""
+        producer = self._producers.acquire(block=True, timeout=timeout)
+        connection = producer.connection
         try:
-            producer = self._producers.acquire(block=True, timeout=timeout)
-        except RuntimeError:
-            if not self._closed:
-                raise
-            raise Cancelled("the router was closed") from None
-        try:
+            if self._closed:
+                raise Cancelled("the router was closed")
             yield producer
         finally:
             producer.release()
+            if self._closed:
+                connection.collect()
 
     def close(self) -> None:
-        """Close all connections, also those on which something is being sent."""
+        """Close all connections; those on which something is being sent, when that has ended."""
         self._closed = True
-        self._producers.force_close_all()
-        self._connections.force_close_all()
+        idle = []
+        with suppress(LimitExceeded):
+            while True:
+                idle.append(self._producers.acquire(block=False))
+        for producer in idle:
+            producer.connection.collect()
+            producer.release()
 
     def _send(self, request: FleetRequest, lane: str, *, deadline: float, silence: float) -> None:
         """Send it once; what the broker has not answered after `silence` seconds is given up.

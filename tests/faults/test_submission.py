@@ -11,29 +11,30 @@ import pytest
 from fleet_worker import BrokerUnavailable, Router, Settings
 from fleet_worker.backlog import Backlog
 from fleet_worker.celery import create_app
+from fleet_worker.errors import Cancelled
 from fleet_worker.lanes import lane, lane_queue, transport_of
 from fleet_worker.simulator import SimulatedMLX, reply_tokens
 from fleet_worker.testing import running_node
 from tests.brokers import Valkey
-from tests.clients import took_less_than
+from tests.clients import took_less_than, until
 from tests.flow.conftest import work
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
 class Lane:
-    """The lane of a model that nobody serves."""
+    """The lane of a model that nobody serves, and a router that sends into it."""
 
-    def __init__(self, broker):
-        self.url = broker.url
+    def __init__(self, url):
+        self.url = url
+        self.router = Router(Settings(broker_url=url))
         self.model = f"m-{uuid.uuid4().hex[:8]}"
         self.name = lane("chat", self.model)
 
     def send(self, *, patience=5.0, timeout=60):
         """Return the id of the request."""
-        router = Router(Settings(broker_url=self.url, router={"connect_timeout": patience}))
-        request, _ = router._request("chat", self.model, {"messages": HELLO}, timeout=timeout)
-        router._publish(request.submitted_to("llm.fleet.reply.test.1"), lane("chat", self.model), patience)
+        request, _ = self.router._request("chat", self.model, {"messages": HELLO}, timeout=timeout)
+        self.router._publish(request.submitted_to("llm.fleet.reply.test.1"), lane("chat", self.model), patience)
         return request.request_id
 
     def gives_up(self, seconds, **options):
@@ -51,9 +52,22 @@ class Lane:
 
 
 @pytest.fixture
-def waiting(broker):
+def lane_at():
+    """Makes lanes at the broker of a URL."""
+    with ExitStack() as stack:
+
+        def make(url):
+            lane = Lane(url)
+            stack.callback(lane.router.close)
+            return lane
+
+        yield make
+
+
+@pytest.fixture
+def waiting(broker, lane_at):
     """A lane to which messages have been sent, so that connections are open."""
-    lane = Lane(broker)
+    lane = lane_at(broker.url)
     with ThreadPoolExecutor(4) as pool:
         sent = {call.result() for call in [pool.submit(lane.send) for _ in range(4)]}
     assert set(lane.copies()) == sent
@@ -87,6 +101,16 @@ def test_a_broker_that_stays_frozen_is_given_up(broker, waiting):
         waiting.gives_up(0.5, timeout=0.5)
 
 
+def test_a_router_that_is_closed_while_it_sends_waits_for_no_broker(broker, waiting):
+    """By more threads than there are connections."""
+    with frozen(broker), ThreadPoolExecutor(24) as pool:
+        calls = [pool.submit(waiting.send, patience=3) for _ in range(24)]
+        until(lambda: len(waiting.router._submissions._producers._dirty) == 16)
+        with took_less_than(1):
+            waiting.router.close()
+        assert {type(call.exception(10)) for call in calls} <= {Cancelled, BrokerUnavailable}
+
+
 def test_a_connection_that_was_lost_costs_no_submission_and_makes_no_second_copy(broker, waiting):
     broker.drop_connections()
     with ThreadPoolExecutor(4) as pool:
@@ -94,18 +118,17 @@ def test_a_connection_that_was_lost_costs_no_submission_and_makes_no_second_copy
     assert sorted(waiting.copies()) == sorted(sent)
 
 
-def test_what_a_broker_refuses_fails_at_once(broker):
-    lane = Lane(broker)
+def test_what_a_broker_refuses_fails_at_once(broker, lane_at):
     scheme, _, place = broker.url.partition("://")
-    lane.url = f"{scheme}://nobody:hush-hush@{place.rpartition('@')[2]}"
+    lane = lane_at(f"{scheme}://nobody:hush-hush@{place.rpartition('@')[2]}")
     with took_less_than(10), pytest.raises(BrokerUnavailable, match="refused") as caught:
         lane.send(patience=30)
     assert not caught.value.retryable
     assert "hush" not in str(caught.value)
 
 
-def test_an_answer_that_comes_too_late_is_not_that_of_another_lane(broker, waiting):
-    settings, empty = Settings(broker_url=broker.url), Lane(broker)
+def test_an_answer_that_comes_too_late_is_not_that_of_another_lane(broker, waiting, lane_at):
+    settings, empty = Settings(broker_url=broker.url), lane_at(broker.url)
     waiting.send()
     with create_app(settings) as app, closing(Backlog(app, transport_of(broker.url), max_waiting=1)) as backlog:
         assert backlog.depth(waiting.name) == 1
@@ -124,8 +147,8 @@ def lasting(broker, tmp_path):
         yield persistent
 
 
-def test_what_waits_survives_a_restart_and_what_comes_in_the_meantime_joins_it(lasting):
-    lane = Lane(lasting)
+def test_what_waits_survives_a_restart_and_what_comes_in_the_meantime_joins_it(lasting, lane_at):
+    lane = lane_at(lasting.url)
     settings = Settings(broker_url=lasting.url, router={"connect_timeout": 40})
     with Router(settings) as router, ExitStack() as stack, ThreadPoolExecutor(4) as pool:
         router.registry.check = lambda *_: None
