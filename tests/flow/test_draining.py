@@ -131,7 +131,16 @@ def test_who_does_not_answer_is_named(run):
     code, said, error = run("drain", "three@mini", "one@mini")
     assert (code, said.split()[0]) == (69, "one@mini")
     assert error.startswith("fleet-worker: three@mini does not answer: ")
-    assert run("undrain", "nowhere")[0] == 69
+    code, _, error = run("undrain", "nowhere", "one@mini", "attic")
+    assert code == 69
+    assert [line.split()[1] for line in error.splitlines()] == ["nowhere", "attic"]
+
+
+def test_the_name_of_a_host_is_no_pattern(run):
+    patterns = ["*", "min?", "min.", "min(i)", "mini|attic", "ini"]
+    code, said, error = run("drain", *patterns)
+    assert (code, said) == (69, "")
+    assert [line.split()[1] for line in error.splitlines()] == patterns
 
 
 def test_a_registry_node_has_nothing_to_drain(draining):
