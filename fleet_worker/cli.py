@@ -179,7 +179,7 @@ def reload() -> None:
 def drain(nodes: tuple[str, ...], seconds: float | None) -> None:
     """Let nodes take no more work until `undrain`, or until they are started again. What runs there goes on.
 
-    NODE is a node, as in local@mini-7, or a host, as in mini-7: all inference nodes that answer there.
+    NODE is a node, as in local@mini-7, or a host, as in mini-7: all inference nodes there.
     The exit code is 69 if a node does not answer, and 1 if it was waited for and still has work.
     """
     from fleet_worker.maintenance import drain

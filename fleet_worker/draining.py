@@ -18,6 +18,7 @@ from fleet_worker.celery import create_app
 from fleet_worker.connections import BROKER_ERRORS, connect, unavailable
 from fleet_worker.errors import InvalidRequest
 from fleet_worker.node import Node
+from fleet_worker.router import Router
 from fleet_worker.settings import REGISTRY, Settings
 
 __all__ = ["Drained", "Draining", "answer_operators"]
@@ -81,17 +82,19 @@ def answer_operators(node: Node) -> None:
 
 
 class Draining:
-    """Nodes are named as in `local@mini-7`; a host, as in `mini-7`, means all its inference nodes.
+    """Nodes are named as in `local@mini-7`; a host, as in `mini-7`, means all its inference nodes: those that answer,
+    and those that its registry node knows.
 
     `silent` are those that did not answer. Every method raises `BrokerUnavailable` if the broker is not there.
     """
 
     def __init__(self, settings: Settings) -> None:
+        self._settings = settings
         self._app = create_app(settings)
         self.silent: list[str] = []
 
     def find(self, names: Iterable[str]) -> list[str]:
-        """Return the nodes that are meant. A host of which no node answers is a silent one."""
+        """Return the nodes that are meant. A host of which no node answers or is known is a silent one."""
         names = list(dict.fromkeys(names))
         for name in names:
             if name.startswith(f"{REGISTRY}@"):
@@ -124,13 +127,16 @@ class Draining:
             said = self._ask("drained", [each.node for each in working if each not in kept])
 
     def _nodes_of(self, hosts: Sequence[str]) -> dict[str, list[str]]:
-        """The inference nodes of each."""
+        """The inference nodes of each. One that is starting or frozen does not answer, but takes work later."""
         if not hosts:
             return {}
         pattern = f".*@({'|'.join(map(re.escape, hosts))})$"
-        there = self._broadcast("ping", pattern=pattern, matcher="pcre", timeout=HOST_ANSWERS_WITHIN)
-        working = sorted(name for name in there if not name.startswith(f"{REGISTRY}@"))
-        return {host: [name for name in working if name.partition("@")[2] == host] for host in hosts}
+        with Router(self._settings) as router:
+            registry = router.registry
+            there = set(self._broadcast("ping", pattern=pattern, matcher="pcre", timeout=HOST_ANSWERS_WITHIN))
+            there.update(instance.node for instance in registry.instances())  # all hosts have answered it by now
+        nodes = sorted(name for name in there if not name.startswith(f"{REGISTRY}@"))
+        return {host: [name for name in nodes if name.partition("@")[2] == host] for host in hosts}
 
     def _ask(self, command: str, nodes: Sequence[str]) -> list[Drained]:
         """What those say that answer, in their order."""
