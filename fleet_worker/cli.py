@@ -332,7 +332,8 @@ def _errors_explained() -> Iterator[None]:
 def _hint(error: FleetError) -> str:
     if not isinstance(error, BrokerUnavailable):
         return ""
-    return ": is it running? (FLEET_BROKER_URL, or broker_url in the file that FLEET_CONFIG names)"
+    advice = str(error.metadata.get("advice", "is it running? If it is, correct broker_url"))
+    return f": {advice.replace('broker_url', 'broker_url (FLEET_BROKER_URL, or in the file that FLEET_CONFIG names)')}"
 
 
 def _exit_code(error: FleetError) -> int:
