@@ -7,6 +7,7 @@ Sources, strongest first: arguments of `Settings(...)`, `FLEET_*` environment va
 from __future__ import annotations
 
 import os
+import re
 import socket
 import tomllib
 from pathlib import Path
@@ -274,6 +275,7 @@ class Settings(BaseSettings):
             raise ValueError("must begin with redis://, rediss://, valkey://, amqp:// or amqps://")
         if ";" in url:  # kombu's list of brokers to fail over to: it hides only the first password in its logs
             raise ValueError("must name one broker, without ';'")
+        _check_database(url)
         return url.replace("valkey", "redis", 1) if url.startswith("valkey") else url
 
     @field_validator("instances")
@@ -302,12 +304,22 @@ class Settings(BaseSettings):
         return serving
 
 
+def _check_database(url: str) -> None:
+    """Of Redis, as kombu reads it; it would look at it only when it connects, again and again."""
+    parts = _split(url)
+    if "amqp" not in parts.scheme and not re.fullmatch("/{0,2}[0-9]*", parts.path):
+        raise ValueError(
+            "must end with the number of a database, as in redis://broker:6379/0 "
+            "(in a password / is written %2F, ? is %3F and # is %23)"
+        )
+
+
 def _split(url: str) -> SplitResult:
     try:
         parts = urlsplit(url)
         parts.port  # noqa: B018 - it is checked when it is read
     except ValueError:  # whose text repeats the password
-        raise ValueError("is not a URL") from None
+        raise ValueError("is not a URL, or its port is not a number") from None
     return parts
 
 

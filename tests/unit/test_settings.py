@@ -314,6 +314,26 @@ def test_another_broker_is_refused(url):
     assert "redis://" in refused(broker_url=url)
 
 
+@pytest.mark.parametrize(
+    "url", ["redis://h", "redis://h/", "redis://h:1/15", "redis:///0", "redis://h//", "amqp://h/abc"]
+)
+def test_a_broker_may_be_named_without_a_database_and_one_of_redis_has_a_number(url):
+    assert Settings(broker_url=url).broker_url == url
+
+
+@pytest.mark.parametrize("end", ["/abc", "/0/1", "/-1", "/0x", "/1.5", "/hush", "/pass@h:1/0"])
+@pytest.mark.parametrize("scheme", ["redis", "rediss", "valkey", "valkeys"])
+def test_a_database_of_redis_that_is_no_number_is_refused_before_anything_connects(scheme, end):
+    message = refused(broker_url=f"{scheme}://h:1{end}")
+    assert "broker_url: Value error, must end with the number of a database, as in redis://broker:6379/0" in message
+    assert end.strip("/") not in message.replace("redis://broker:6379/0", "")
+
+
+@pytest.mark.parametrize("url", ["redis://h:port/0", "amqp://h:70000//", "redis://u:pass#word@h:1/0"])
+def test_a_port_that_is_no_number_is_refused(url):
+    assert "broker_url: Value error, is not a URL, or its port is not a number" in refused(broker_url=url)
+
+
 # --- Instances
 
 
