@@ -36,7 +36,7 @@ from pydantic_settings import (
 
 from fleet_worker.errors import ConfigurationError
 
-__all__ = ["REGISTRY", "Instance", "Model", "Settings", "config_path"]
+__all__ = ["REGISTRY", "Instance", "Model", "Settings", "config_path", "fitting"]
 
 REGISTRY = "registry"
 """What the registry node of every host is called, as in `registry@mini-7`, and so no instance may be."""
@@ -238,7 +238,8 @@ class Settings(BaseSettings):
     )
 
     broker_url: str = Field("redis://127.0.0.1:6379/0", repr=False)
-    host: str = Field(default_factory=lambda: socket.gethostname().split(".")[0], min_length=1)
+    host: str = Field(default_factory=lambda: fitting(socket.gethostname().split(".")[0]))
+    """It is a part of node names, and of the names of files."""
     state_dir: Path = Field(default_factory=lambda: platformdirs.user_state_path("fleet-worker"))
     """Where the processes of this host find each other; all of them need the same."""
     max_body_bytes: int = Field(8 * 1024 * 1024, ge=1024)
@@ -278,6 +279,13 @@ class Settings(BaseSettings):
         _check_database(url)
         return url.replace("valkey", "redis", 1) if url.startswith("valkey") else url
 
+    @field_validator("host")
+    @classmethod
+    def _usable_host(cls, host: str) -> str:
+        if host != fitting(host):
+            raise ValueError("a host is named with letters, digits, '-', '.' and '_' only")
+        return host
+
     @field_validator("instances")
     @classmethod
     def _usable_names(cls, instances: dict[str, Instance]) -> dict[str, Instance]:
@@ -302,6 +310,12 @@ class Settings(BaseSettings):
                 "in the file that FLEET_CONFIG names"
             )
         return serving
+
+
+def fitting(host: str) -> str:
+    """What the machine calls itself may be anything; this much of it can be a host in node names."""
+    name = re.sub(r"[^\w.-]", "-", host)
+    return name if any(map(str.isalnum, name)) else "host"
 
 
 def _check_database(url: str) -> None:

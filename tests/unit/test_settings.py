@@ -189,6 +189,32 @@ def test_an_instance_has_a_name_that_fits_into_a_node_name(name):
     assert "instance is named" in refused(instances={name: {}})
 
 
+@pytest.mark.parametrize("host", ["", ".", "..", "../../evil", "mini a", "a@b", "a*", "a/b", "-", "mini\n"])
+def test_a_host_has_a_name_that_fits_into_node_names_and_file_names(host):
+    assert "host: Value error, a host is named with letters, digits, '-', '.' and '_' only" in refused(host=host)
+
+
+@pytest.mark.parametrize("host", ["mini-7", "mini_7.local", "7", "größe", "10.0.0.7"])
+def test_letters_digits_dashes_dots_and_underscores_name_a_host(host):
+    assert Settings(host=host).host == host
+
+
+@pytest.mark.parametrize(
+    ("own", "used"),
+    {
+        "Bob's mini.local": "Bob-s-mini",
+        "a@b": "a-b",
+        "": "host",
+        ".local": "host",
+        "**": "host",
+        "mini": "mini",
+    }.items(),
+)
+def test_what_the_machine_calls_itself_is_never_refused(own, used, monkeypatch):
+    monkeypatch.setattr(socket, "gethostname", lambda: own)
+    assert Settings().host == used
+
+
 @pytest.mark.parametrize("name", ["local", "embed-2", "gpu_1", "7"])
 def test_letters_digits_dashes_and_underscores_name_an_instance(name):
     assert set(Settings(instances={name: {}}).instances) == {name}
