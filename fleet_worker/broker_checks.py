@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import socket
-import ssl
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,11 +11,10 @@ from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
-from amqp.exceptions import AccessRefused, NotAllowed
-from redis.exceptions import AuthenticationError, ResponseError
+from redis.exceptions import ResponseError
 
 from fleet_worker.celery import create_app
-from fleet_worker.connections import BROKER_ERRORS, connect, place_of
+from fleet_worker.connections import ANSWER_WITHIN, BROKER_ERRORS, connect, place_of, unavailable
 from fleet_worker.errors import BrokerUnavailable
 from fleet_worker.findings import Finding, Severity
 from fleet_worker.lanes import transport_of
@@ -25,28 +22,8 @@ from fleet_worker.settings import Settings
 
 __all__ = ["agreement", "broker", "clock", "connected", "exposure", "reached", "redis_settings"]
 
-ANSWER_WITHIN = 5.0
 SLOW = 0.05
 """Seconds of a round trip."""
-_CAUSES: tuple[tuple[type[BaseException], str, str], ...] = (
-    (AuthenticationError, "refuses the user or the password", "correct them in broker_url"),
-    (AccessRefused, "refuses the user or the password", "correct them in broker_url"),
-    (
-        NotAllowed,
-        "does not let this user into this virtual host",
-        "correct the end of broker_url, or the user's rights",
-    ),
-    (ResponseError, "refuses what a node asks of it", "give the user its rights, and check the end of broker_url"),
-    (ConnectionRefusedError, "does not run: nothing listens there", "start it, or correct broker_url"),
-    (socket.gaierror, "is on a host that cannot be found", "correct broker_url, or the DNS of this host"),
-    (ssl.SSLError, "and this host do not agree on TLS", "check its certificate, and the scheme of broker_url"),
-    (
-        TimeoutError,
-        f"does not answer within {ANSWER_WITHIN:g} s",
-        "see whether it is frozen, a firewall is between, or broker_url has the wrong scheme (with TLS: rediss, amqps)",
-    ),
-)
-"""What may be wrong with the connection, and what to do; the first that fits decides."""
 
 
 def broker(settings: Settings) -> list[Finding]:
@@ -69,21 +46,7 @@ def connected(settings: Settings) -> Iterator[Any]:
         try:
             yield connect(connection, ANSWER_WITHIN)
         except BROKER_ERRORS as error:
-            found, advice = _cause(error)
-            raise BrokerUnavailable(f"the broker at {place_of(settings.broker_url)} {found}", advice=advice) from None
-
-
-def _cause(error: BaseException) -> tuple[str, str]:
-    """kombu and redis put their errors above what has happened. All their texts are left behind."""
-    chain: list[BaseException] = []
-    under: BaseException | None = error
-    while under is not None:
-        chain.append(under)
-        under = under.__cause__ or under.__context__
-    for kind, found, advice in _CAUSES:
-        if any(isinstance(each, kind) for each in chain):
-            return found, advice
-    return f"cannot be used ({type(error.__cause__ or error).__name__})", "look at its log, and check broker_url"
+            raise unavailable(settings.broker_url, "cannot be used", error) from None
 
 
 def _ask_redis(connection: Any, place: str) -> Iterator[Finding]:

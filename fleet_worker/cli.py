@@ -179,7 +179,7 @@ def reload() -> None:
 def drain(nodes: tuple[str, ...], seconds: float | None) -> None:
     """Let nodes take no more work until `undrain`, or until they are started again. What runs there goes on.
 
-    NODE is a node, as in local@mini-7, or a host, as in mini-7: all inference nodes that answer there.
+    NODE is a node, as in local@mini-7, or a host, as in mini-7: all inference nodes there.
     The exit code is 69 if a node does not answer, and 1 if it was waited for and still has work.
     """
     from fleet_worker.maintenance import drain
@@ -332,7 +332,8 @@ def _errors_explained() -> Iterator[None]:
 def _hint(error: FleetError) -> str:
     if not isinstance(error, BrokerUnavailable):
         return ""
-    return ": is it running? (FLEET_BROKER_URL, or broker_url in the file that FLEET_CONFIG names)"
+    advice = str(error.metadata.get("advice", "is it running? If it is, correct broker_url"))
+    return f": {advice.replace('broker_url', 'broker_url (FLEET_BROKER_URL, or in the file that FLEET_CONFIG names)')}"
 
 
 def _exit_code(error: FleetError) -> int:

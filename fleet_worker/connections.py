@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import re
+import socket
+import ssl
 from typing import Any
 
-from amqp.exceptions import AMQPError, MessageNacked, RecoverableConnectionError
+from amqp.exceptions import AccessRefused, AMQPError, MessageNacked, NotAllowed, RecoverableConnectionError
 from celery.utils.threads import bound_open_broker_sockets
 from kombu import Connection
 from kombu.exceptions import KombuError, OperationalError
 from kombu.transport.redis import Channel as RedisChannel
-from redis.exceptions import AuthenticationError, AuthorizationError, RedisError
+from redis.exceptions import (  # type: ignore[attr-defined]  # its stubs lack OutOfMemoryError
+    AuthenticationError,
+    AuthorizationError,
+    NoPermissionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+)
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
@@ -29,6 +39,7 @@ __all__ = [
     "open_channel",
     "place_of",
     "prove",
+    "refuses",
     "unavailable",
 ]
 
@@ -44,7 +55,32 @@ FAREWELL = 0.5
 BROKER_ERRORS = (OSError, KombuError, RedisError, AMQPError, MessageNacked)
 """What a broker that is away, or that refuses, is noticed by: errors of kombu, or of the libraries below it."""
 _AWAY = (OSError, RedisConnectionError, RedisTimeoutError, RecoverableConnectionError)
-_REFUSED = (AuthenticationError, AuthorizationError)
+_REFUSED = (AuthenticationError, AuthorizationError, NoPermissionError, AccessRefused, NotAllowed)
+_CAUSES: tuple[tuple[type[BaseException], str, str], ...] = (
+    (AuthenticationError, "refuses the user or the password", "correct them in broker_url"),
+    (AccessRefused, "refuses the user or the password", "correct them in broker_url"),
+    (
+        NotAllowed,
+        "does not let this user into this virtual host",
+        "correct the end of broker_url, or the user's rights",
+    ),
+    (
+        OutOfMemoryError,
+        "has no room for more: its maxmemory is reached",
+        "raise it, or see by fleet-worker status what waits",
+    ),
+    (ReadOnlyError, "takes nothing: it is the replica of another", "name that other one in broker_url"),
+    (ResponseError, "refuses what a node asks of it", "give the user its rights, and check the end of broker_url"),
+    (ConnectionRefusedError, "does not run: nothing listens there", "start it, or correct broker_url"),
+    (socket.gaierror, "is on a host that cannot be found", "correct broker_url, or the DNS of this host"),
+    (ssl.SSLError, "and this host do not agree on TLS", "check its certificate, and the scheme of broker_url"),
+    (
+        TimeoutError,
+        "does not answer in time",
+        "see whether it is frozen, a firewall is between, or broker_url has the wrong scheme (with TLS: rediss, amqps)",
+    ),
+)
+"""What may be wrong with the connection, and what to do; the first that fits decides."""
 
 
 def connect(connection: Connection, seconds: float) -> Connection:
@@ -74,8 +110,12 @@ def connect(connection: Connection, seconds: float) -> Connection:
 
 def is_away(error: BaseException) -> bool:
     """Tell whether the broker may take the same again as soon as it is back."""
-    cause = error.__cause__ if isinstance(error, OperationalError) and error.__cause__ else error
-    return isinstance(cause, _AWAY) and not isinstance(cause, _REFUSED)
+    return isinstance(_cause(error), _AWAY) and not refuses(error)
+
+
+def refuses(error: BaseException) -> bool:
+    """Tell whether the broker will not have this user: it takes nothing before somebody corrects that."""
+    return isinstance(_cause(error), _REFUSED)
 
 
 def place_of(broker_url: str) -> str:
@@ -86,9 +126,30 @@ def place_of(broker_url: str) -> str:
 def unavailable(
     broker_url: str, said: str, cause: BaseException | str, *, retryable: bool | None = None
 ) -> BrokerUnavailable:
-    """The error that says it of this broker, with the kind of its cause: the texts of all the others are left out."""
+    """The error that says it of this broker, with the kind of its cause. If time does not mend that, it says what is
+    wrong instead, and `metadata["advice"]` what to do. The texts of all other errors are left out."""
+    place = place_of(broker_url)
     kind = cause if isinstance(cause, str) else type(cause.__cause__ or cause).__name__
-    return BrokerUnavailable(f"the broker at {place_of(broker_url)} {said} ({kind})", retryable=retryable)
+    if retryable or isinstance(cause, str):
+        return BrokerUnavailable(f"the broker at {place} {said} ({kind})", retryable=retryable)
+    found, advice = _found(cause) or (f"{said} ({kind})", "look at its log, and check broker_url")
+    return BrokerUnavailable(f"the broker at {place} {found}", retryable=retryable, advice=advice)
+
+
+def _found(error: BaseException) -> tuple[str, str] | None:
+    """What is wrong, and what to do. kombu and redis put their errors above what has happened."""
+    chain: list[BaseException] = []
+    under: BaseException | None = error
+    while under is not None:
+        chain.append(under)
+        under = under.__cause__ or under.__context__
+    said = ((found, advice) for kind, found, advice in _CAUSES if any(isinstance(each, kind) for each in chain))
+    return next(said, None)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """kombu's own error is above that of the library below it."""
+    return error.__cause__ if isinstance(error, OperationalError) and error.__cause__ else error
 
 
 def open_channel(connection: Connection) -> Any:

@@ -5,6 +5,7 @@ Over Celery's remote control, since an operator waits for the answer.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from fleet_worker.celery import create_app
 from fleet_worker.connections import BROKER_ERRORS, connect, unavailable
 from fleet_worker.errors import InvalidRequest
 from fleet_worker.node import Node
+from fleet_worker.router import Router
 from fleet_worker.settings import REGISTRY, Settings
 
 __all__ = ["Drained", "Draining", "answer_operators"]
@@ -24,7 +26,7 @@ __all__ = ["Drained", "Draining", "answer_operators"]
 ANSWER_WITHIN = 2.0
 """Seconds that a node has to answer."""
 HOST_ANSWERS_WITHIN = 1.5
-"""Seconds in which all nodes of a host have to say who they are: nobody knows how many there are."""
+"""Seconds in which all nodes of the hosts have to say who they are: nobody knows how many there are."""
 LOOK_EVERY = 0.25
 LETS_GO_WITHIN = 10.0
 """Seconds after its grace in which a node has to have let go of its work."""
@@ -80,25 +82,27 @@ def answer_operators(node: Node) -> None:
 
 
 class Draining:
-    """Nodes are named as in `local@mini-7`; a host, as in `mini-7`, means all its inference nodes.
+    """Nodes are named as in `local@mini-7`; a host, as in `mini-7`, means all its inference nodes: those that answer,
+    and those that its registry node knows.
 
     `silent` are those that did not answer. Every method raises `BrokerUnavailable` if the broker is not there.
     """
 
     def __init__(self, settings: Settings) -> None:
+        self._settings = settings
         self._app = create_app(settings)
         self.silent: list[str] = []
 
     def find(self, names: Iterable[str]) -> list[str]:
-        """Return the nodes that are meant. A host of which no node answers is a silent one."""
-        found: dict[str, None] = {}
+        """Return the nodes that are meant. A host of which no node answers or is known is a silent one."""
+        names = list(dict.fromkeys(names))
         for name in names:
             if name.startswith(f"{REGISTRY}@"):
                 raise InvalidRequest(f"{name} is a registry node, which works for nobody: name an inference node")
-            nodes = [name] if "@" in name else self._nodes_of(name)
-            self.silent += [] if nodes else [name]
-            found.update(dict.fromkeys(nodes))
-        return list(found)
+        nodes = self._nodes_of([name for name in names if "@" not in name])
+        meant = {name: [name] if "@" in name else nodes[name] for name in names}
+        self.silent += [name for name in names if not meant[name]]
+        return list(dict.fromkeys(node for name in names for node in meant[name]))
 
     def drain(self, nodes: Sequence[str]) -> list[Drained]:
         return self._ask("drain", nodes)
@@ -122,9 +126,17 @@ class Draining:
             time.sleep(LOOK_EVERY if working else 0)
             said = self._ask("drained", [each.node for each in working if each not in kept])
 
-    def _nodes_of(self, host: str) -> list[str]:
-        named = self._broadcast("ping", pattern=f"*@{host}", matcher="glob", timeout=HOST_ANSWERS_WITHIN)
-        return sorted(name for name in named if not name.startswith(f"{REGISTRY}@"))
+    def _nodes_of(self, hosts: Sequence[str]) -> dict[str, list[str]]:
+        """The inference nodes of each. One that is starting or frozen does not answer, but takes work later."""
+        if not hosts:
+            return {}
+        pattern = f".*@({'|'.join(map(re.escape, hosts))})$"
+        with Router(self._settings) as router:
+            registry = router.registry
+            there = set(self._broadcast("ping", pattern=pattern, matcher="pcre", timeout=HOST_ANSWERS_WITHIN))
+            there.update(instance.node for instance in registry.instances())  # all hosts have answered it by now
+        nodes = sorted(name for name in there if not name.startswith(f"{REGISTRY}@"))
+        return {host: [name for name in nodes if name.partition("@")[2] == host] for host in hosts}
 
     def _ask(self, command: str, nodes: Sequence[str]) -> list[Drained]:
         """What those say that answer, in their order."""

@@ -12,7 +12,7 @@ from typing import Any
 from kombu import Connection, Consumer, Queue
 from kombu.transport.redis import Channel as RedisChannel
 
-from fleet_worker.connections import hear, open_channel, unavailable
+from fleet_worker.connections import hear, is_away, open_channel, refuses, unavailable
 from fleet_worker.errors import Cancelled, InvalidRequest, where
 from fleet_worker.frames import Frame, Reply
 from fleet_worker.lanes import listening_key, reply_queue
@@ -55,7 +55,7 @@ class ReplyInbox:
         self._on_listening = listening
         self._connect = connect
         self._broker_url = broker_url
-        self._link = Link("the reply queue", connect, self._listen)
+        self._link = Link("the reply queue", connect, self._listen, self._failed)
         self._queue = reply_queue(name)
         self._take = receive
         self.clock = 0.0
@@ -63,11 +63,13 @@ class ReplyInbox:
         self._back = 0.0
         """When it last began to listen, on this clock."""
         self._listening, self._decided = threading.Event(), threading.Event()
+        self._failure: Exception | None = None
+        """The last one before it listened."""
         self._next_proof = 0.0
 
     def start(self, timeout: float, *, waited: float = 0.0) -> None:
         """Listen; raises `BrokerUnavailable` if the broker is not there within `timeout` seconds, some of which may
-        have been waited already, and `Cancelled` if it is closed meanwhile."""
+        have been waited already, or at once if it refuses, and `Cancelled` if it is closed meanwhile."""
         if waited < timeout:
             self._link.start()
         self._decided.wait(timeout - waited)
@@ -75,8 +77,9 @@ class ReplyInbox:
             raise Cancelled("the router was closed")
         if not self._listening.is_set():
             self._link.close()
-            said, cause = f"did not answer within {timeout:.3g} s", self._link.failure or "no answer"
-            raise unavailable(self._broker_url, said, cause, retryable=not self._link.refused)
+            said, cause = f"did not answer within {timeout:.3g} s", self._failure
+            retryable = cause is None or is_away(cause)
+            raise unavailable(self._broker_url, said, cause or "no answer", retryable=retryable)
 
     def close(self) -> None:
         """Stop listening and delete the reply queue."""
@@ -89,6 +92,12 @@ class ReplyInbox:
     def silence(self, since: float) -> float:
         """Seconds for which it has listened without a break since this moment of its clock."""
         return self.clock - max(since, self._back)
+
+    def _failed(self, error: Exception) -> None:
+        if not self._listening.is_set():
+            self._failure = error
+            if refuses(error):
+                self._decided.set()
 
     def _listen(self, connection: Connection) -> None:
         channel = open_channel(connection)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from kombu import Connection
 
-from fleet_worker.connections import BACK_OFF, HEARTBEAT, hang_up, is_away
+from fleet_worker.connections import BACK_OFF, HEARTBEAT, hang_up
 
 __all__ = ["Link"]
 
@@ -19,19 +19,22 @@ class Link:
     """`use` works with a connection until the link is closed; whatever it raises is answered with another connection.
 
     Nobody waits for it: a broker that is away, slow or frozen only makes it late. `name` says in the log what is cut
-    off, if it had worked before.
+    off, if it had worked before. `failed` is called with each error.
     """
 
-    def __init__(self, name: str, connect: Callable[[], Connection], use: Callable[[Connection], None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        connect: Callable[[], Connection],
+        use: Callable[[Connection], None],
+        failed: Callable[[Exception], object] = lambda error: None,
+    ) -> None:
         self._name = name
         self._connect = connect
         self._use = use
+        self._failed = failed
         self._failures = 0
         self._worked = False
-        self.failure = ""
-        """The kind of the last error."""
-        self.refused = False
-        """Was it one that time does not mend?"""
         self.closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"fleet-{name}", daemon=True)
 
@@ -59,8 +62,8 @@ class Link:
                 connection.close()
             except Exception as error:
                 hang_up(connection)
-                self.failure, self.refused = type(error).__name__, not is_away(error)
+                self._failed(error)
                 if self._worked and not self._failures and not self.closed.is_set():
-                    log.warning("%s: the broker is away (%s)", self._name, self.failure)
+                    log.warning("%s: the broker is away (%s)", self._name, type(error).__name__)
                 self.closed.wait(BACK_OFF[min(self._failures, len(BACK_OFF) - 1)])
                 self._failures += 1

@@ -7,6 +7,7 @@ Sources, strongest first: arguments of `Settings(...)`, `FLEET_*` environment va
 from __future__ import annotations
 
 import os
+import re
 import socket
 import tomllib
 from pathlib import Path
@@ -35,7 +36,7 @@ from pydantic_settings import (
 
 from fleet_worker.errors import ConfigurationError
 
-__all__ = ["REGISTRY", "Instance", "Model", "Settings", "config_path"]
+__all__ = ["REGISTRY", "Instance", "Model", "Settings", "config_path", "fitting"]
 
 REGISTRY = "registry"
 """What the registry node of every host is called, as in `registry@mini-7`, and so no instance may be."""
@@ -237,7 +238,8 @@ class Settings(BaseSettings):
     )
 
     broker_url: str = Field("redis://127.0.0.1:6379/0", repr=False)
-    host: str = Field(default_factory=lambda: socket.gethostname().split(".")[0], min_length=1)
+    host: str = Field(default_factory=lambda: fitting(socket.gethostname().split(".")[0]))
+    """It is a part of node names, and of the names of files."""
     state_dir: Path = Field(default_factory=lambda: platformdirs.user_state_path("fleet-worker"))
     """Where the processes of this host find each other; all of them need the same."""
     max_body_bytes: int = Field(8 * 1024 * 1024, ge=1024)
@@ -274,7 +276,15 @@ class Settings(BaseSettings):
             raise ValueError("must begin with redis://, rediss://, valkey://, amqp:// or amqps://")
         if ";" in url:  # kombu's list of brokers to fail over to: it hides only the first password in its logs
             raise ValueError("must name one broker, without ';'")
+        _check_database(url)
         return url.replace("valkey", "redis", 1) if url.startswith("valkey") else url
+
+    @field_validator("host")
+    @classmethod
+    def _usable_host(cls, host: str) -> str:
+        if host != fitting(host):
+            raise ValueError("a host is named with letters, digits, '-', '.' and '_' only")
+        return host
 
     @field_validator("instances")
     @classmethod
@@ -302,12 +312,28 @@ class Settings(BaseSettings):
         return serving
 
 
+def fitting(host: str) -> str:
+    """What the machine calls itself may be anything; this much of it can be a host in node names."""
+    name = re.sub(r"[^\w.-]", "-", host)
+    return name if any(map(str.isalnum, name)) else "host"
+
+
+def _check_database(url: str) -> None:
+    """Of Redis, as kombu reads it; it would look at it only when it connects, again and again."""
+    parts = _split(url)
+    if "amqp" not in parts.scheme and not re.fullmatch("/{0,2}[0-9]*", parts.path):
+        raise ValueError(
+            "must end with the number of a database, as in redis://broker:6379/0 "
+            "(in a password / is written %2F, ? is %3F and # is %23)"
+        )
+
+
 def _split(url: str) -> SplitResult:
     try:
         parts = urlsplit(url)
         parts.port  # noqa: B018 - it is checked when it is read
     except ValueError:  # whose text repeats the password
-        raise ValueError("is not a URL") from None
+        raise ValueError("is not a URL, or its port is not a number") from None
     return parts
 
 

@@ -26,7 +26,7 @@ from fleet_worker.offerings import Offering, offerings_of
 from fleet_worker.registry_node import RegistryNode
 from fleet_worker.replies import ReplySender
 from fleet_worker.running import Running
-from fleet_worker.settings import REGISTRY, Instance, Settings
+from fleet_worker.settings import REGISTRY, Instance, Settings, fitting
 from fleet_worker.tasks import register_tasks
 
 __all__ = ["refuse", "select_instance", "serve_with"]
@@ -39,7 +39,7 @@ def serve_with(app: Celery, settings: Settings) -> None:
         if instance.app is app:
             _refuse_options(options)
             name, _, host = instance.hostname.partition("@")
-            host = settings.host if "host" in settings.model_fields_set else host
+            host = settings.host if "host" in settings.model_fields_set else fitting(host)
             protect_logs()
             try:
                 lifeline.bind(instance.hostname, grace=settings.worker.killed_after)

@@ -131,7 +131,38 @@ def test_who_does_not_answer_is_named(run):
     code, said, error = run("drain", "three@mini", "one@mini")
     assert (code, said.split()[0]) == (69, "one@mini")
     assert error.startswith("fleet-worker: three@mini does not answer: ")
-    assert run("undrain", "nowhere")[0] == 69
+    code, _, error = run("undrain", "nowhere", "one@mini", "attic")
+    assert code == 69
+    assert [line.split()[1] for line in error.splitlines()] == ["nowhere", "attic"]
+
+
+def test_a_frozen_node_of_a_host_is_named_since_it_takes_work_later(run, nodes):
+    nodes["one"].signal(signal.SIGSTOP)
+    try:
+        code, said, error = run("drain", "mini")
+        assert (code, said.split()[0]) == (69, "two@mini")
+        assert error.startswith("fleet-worker: one@mini does not answer: ")
+        assert "drain it again" in error
+        code, said, error = run("undrain", "mini")
+        assert (code, said.split()[0], error.split()[1]) == (69, "two@mini", "one@mini")
+        assert "undrain it again" in error
+    finally:
+        nodes["one"].signal(signal.SIGCONT)
+
+
+def test_a_node_that_has_not_begun_yet_is_named_too(run, broker):
+    opted_in = {"FLEET_INSTANCES__LATE__FLEET": '{"enabled": true, "respond_to_requests": true}'}
+    with running_host(broker.url, {}, host="attic", env=opted_in):  # only its registry node
+        code, said, error = run("drain", "attic", "mini")
+    assert (code, [line.split()[0] for line in said.splitlines()]) == (69, ["one@mini", "two@mini"])
+    assert [line.split()[1] for line in error.splitlines()] == ["late@attic"]
+
+
+def test_the_name_of_a_host_is_no_pattern(run):
+    patterns = ["*", "min?", "min.", "min(i)", "mini|attic", "ini"]
+    code, said, error = run("drain", *patterns)
+    assert (code, said) == (69, "")
+    assert [line.split()[1] for line in error.splitlines()] == patterns
 
 
 def test_a_registry_node_has_nothing_to_drain(draining):

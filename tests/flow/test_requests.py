@@ -155,3 +155,16 @@ def test_a_broker_that_is_not_there_is_said_within_the_connect_timeout():
     settings = Settings(broker_url=f"redis://127.0.0.1:{free_port()}/0", router={"connect_timeout": 0.5})
     with Router(settings) as router, pytest.raises(BrokerUnavailable, match="within 0"):
         router.chat(CHAT, HELLO)
+
+
+def test_a_broker_that_refuses_the_user_is_not_waited_for(broker):
+    scheme, _, place = broker.url.partition("://")
+    url = f"{scheme}://nobody:hush-hush@{place.rpartition('@')[2]}"
+    settings = Settings(broker_url=url, router={"connect_timeout": 600})
+    with (
+        Router(settings) as router,
+        pytest.raises(BrokerUnavailable, match="refuses the user") as caught,
+    ):
+        router.chat(CHAT, HELLO, timeout=300)
+    assert not caught.value.retryable
+    assert "hush" not in f"{caught.value} {caught.value.metadata}"

@@ -210,6 +210,15 @@ def test_a_broker_that_is_not_there_is_named_without_its_password(line, monkeypa
     assert_refused(run(f"fleet-worker {line}"), 69, f"127.0.0.1:{port}", "FLEET_BROKER_URL")
 
 
+@pytest.mark.parametrize("line", [f"chat {CHAT} Hello", f"embed {EMBED} a", "status", "drain local@mini", "drain mini"])
+def test_a_password_that_the_broker_refuses_is_said_at_once(line, broker_url, monkeypatch):
+    monkeypatch.setenv("FLEET_BROKER_URL", broker_url.replace(PASSWORD, f"{PASSWORD}-wrong"))
+    monkeypatch.setenv("FLEET_ROUTER__CONNECT_TIMEOUT", "600")
+    done = run(f"fleet-worker {line}")
+    assert_refused(done, 69, "refuses the user or the password: correct them in broker_url (FLEET_BROKER_URL, ")
+    assert "running" not in done.stderr
+
+
 @pytest.mark.parametrize("line", ["chat nobody Hello", "chat --no-stream nobody Hello", "embed nobody Hello"])
 def test_a_model_that_nobody_serves_is_said_when_time_is_up(line, node):
     assert_refused(run(f"fleet-worker {line} --timeout 0.5"), 69, "no node took the request", "0.5 s")

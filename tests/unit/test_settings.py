@@ -189,6 +189,32 @@ def test_an_instance_has_a_name_that_fits_into_a_node_name(name):
     assert "instance is named" in refused(instances={name: {}})
 
 
+@pytest.mark.parametrize("host", ["", ".", "..", "../../evil", "mini a", "a@b", "a*", "a/b", "-", "mini\n"])
+def test_a_host_has_a_name_that_fits_into_node_names_and_file_names(host):
+    assert "host: Value error, a host is named with letters, digits, '-', '.' and '_' only" in refused(host=host)
+
+
+@pytest.mark.parametrize("host", ["mini-7", "mini_7.local", "7", "größe", "10.0.0.7"])
+def test_letters_digits_dashes_dots_and_underscores_name_a_host(host):
+    assert Settings(host=host).host == host
+
+
+@pytest.mark.parametrize(
+    ("own", "used"),
+    {
+        "Bob's mini.local": "Bob-s-mini",
+        "a@b": "a-b",
+        "": "host",
+        ".local": "host",
+        "**": "host",
+        "mini": "mini",
+    }.items(),
+)
+def test_what_the_machine_calls_itself_is_never_refused(own, used, monkeypatch):
+    monkeypatch.setattr(socket, "gethostname", lambda: own)
+    assert Settings().host == used
+
+
 @pytest.mark.parametrize("name", ["local", "embed-2", "gpu_1", "7"])
 def test_letters_digits_dashes_and_underscores_name_an_instance(name):
     assert set(Settings(instances={name: {}}).instances) == {name}
@@ -312,6 +338,26 @@ def test_a_broker_is_valkey_redis_or_rabbitmq(given, used):
 @pytest.mark.parametrize("url", ["", "localhost", "http://h", "sqs://", "memory://", "6379"])
 def test_another_broker_is_refused(url):
     assert "redis://" in refused(broker_url=url)
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://h", "redis://h/", "redis://h:1/15", "redis:///0", "redis://h//", "amqp://h/abc"]
+)
+def test_a_broker_may_be_named_without_a_database_and_one_of_redis_has_a_number(url):
+    assert Settings(broker_url=url).broker_url == url
+
+
+@pytest.mark.parametrize("end", ["/abc", "/0/1", "/-1", "/0x", "/1.5", "/hush", "/pass@h:1/0"])
+@pytest.mark.parametrize("scheme", ["redis", "rediss", "valkey", "valkeys"])
+def test_a_database_of_redis_that_is_no_number_is_refused_before_anything_connects(scheme, end):
+    message = refused(broker_url=f"{scheme}://h:1{end}")
+    assert "broker_url: Value error, must end with the number of a database, as in redis://broker:6379/0" in message
+    assert end.strip("/") not in message.replace("redis://broker:6379/0", "")
+
+
+@pytest.mark.parametrize("url", ["redis://h:port/0", "amqp://h:70000//", "redis://u:pass#word@h:1/0"])
+def test_a_port_that_is_no_number_is_refused(url):
+    assert "broker_url: Value error, is not a URL, or its port is not a number" in refused(broker_url=url)
 
 
 # --- Instances

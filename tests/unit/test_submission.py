@@ -70,7 +70,7 @@ def test_what_the_broker_refuses_is_not_tried_again():
         error = unavailable(url.replace("//", "//user:hush-hush@"), patience=20)
     assert not error.retryable
     place = url.partition("://")[2].partition("/")[0]
-    assert error.message == f"the broker at {place} refused the request (AuthenticationError)"
+    assert error.message == f"the broker at {place} refuses the user or the password"
 
 
 def test_nothing_is_sent_after_the_deadline(monkeypatch):
