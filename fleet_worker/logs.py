@@ -13,7 +13,7 @@ from celery.worker.request import Request
 from kombu import Message
 from kombu.exceptions import DecodeError
 
-__all__ = ["name_lines", "protect_logs"]
+__all__ = ["begin_log", "name_lines", "protect_logs"]
 
 _LEAST_LEVELS = {
     "celery.worker.strategy": logging.WARNING,  # "received": one line a task, when it ends, is enough
@@ -43,6 +43,15 @@ def protect_logs() -> None:
     for name, command in Panel.data.items():  # each has an alias
         if command in showing:
             Panel.data[name] = _without_arguments(command)
+
+
+def begin_log(app: Celery, node_name: str, options: dict[str, Any]) -> None:
+    """Set logging up as Celery does with these options of its command line, but before the node begins: it may have to
+    wait, or end, and say so."""
+    name_lines(app, node_name)
+    no_color = options.get("no_color")
+    colorize = None if no_color is None else not no_color
+    app.log.setup(options.get("loglevel"), options.get("logfile"), colorize=colorize, hostname=node_name)
 
 
 def name_lines(app: Celery, node_name: str) -> None:
