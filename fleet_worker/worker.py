@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from celery import Celery, signals
 from celery.concurrency import get_implementation
-from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential, wait_random
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential, wait_random
 
 from fleet_worker import lifeline
 from fleet_worker.control import Control
@@ -218,7 +218,13 @@ def _reported(client: MLXClient, instance: Instance) -> list[str]:
 
 def _find_server(instance: Instance, timeout: float) -> tuple[str, Health]:
     urls = (instance.base_url,) if instance.base_url else DEFAULT_URLS
+
+    def tell(state: RetryCallState) -> None:
+        if state.attempt_number == 1:
+            log.info("waits up to %g s for an MLX server at %s", timeout, " or ".join(urls))
+
     attempts = Retrying(
+        before_sleep=tell,
         retry=retry_if_exception_type(InstanceUnavailable),
         stop=stop_after_delay(timeout),
         wait=wait_exponential(multiplier=0.1, max=2.0) + wait_random(max=0.1),

@@ -318,7 +318,11 @@ def test_a_node_that_cannot_begin_does_not_go_on_as_some_other_worker(configured
 def test_a_server_that_is_down_is_waited_for_and_then_named(configured):
     url = f"http://127.0.0.1:{free_port()}"
     configured("[worker]\nstart_timeout = 1", local={"base_url": url})
-    assert_gave_up(run(WORKERS[1]), 69, url, "within 1 s")
+    done = run(WORKERS[1])
+    waits, gave_up = done.stderr.splitlines()
+    assert f": INFO/local@{Settings().host}] waits up to 1 s for an MLX server at {url}" in waits
+    done.stderr = gave_up
+    assert_gave_up(done, 69, url, "within 1 s")
 
 
 def test_a_server_that_serves_nothing_is_a_matter_of_configuration(configured):
