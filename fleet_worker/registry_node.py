@@ -37,6 +37,10 @@ __all__ = ["RegistryNode"]
 log = logging.getLogger(__name__)
 
 KINDS = ("readiness", "models")
+NO_NODE = (
+    "no node answers for this instance: it is starting (perhaps its MLX server is missing), has ended, or is frozen; "
+    "see its log and fleet-worker doctor"
+)
 _TYPES: dict[str, EventType] = {"available": "offering_available", "degraded": "offering_degraded"}
 
 
@@ -255,7 +259,7 @@ class RegistryNode:
         if self._ending:
             return "the registry node of this host ended"
         if report is None:
-            return "no node runs for this instance, or it is frozen"
+            return NO_NODE
         return "the MLX server does not have this model" if missing else report.reason
 
 
