@@ -32,7 +32,7 @@ from fleet_worker.settings import REGISTRY, Settings
 if TYPE_CHECKING:
     from fleet_worker.metrics import Metrics
 
-__all__ = ["RegistryNode"]
+__all__ = ["RegistryNode", "can_follow"]
 
 log = logging.getLogger(__name__)
 
@@ -73,8 +73,7 @@ class RegistryNode:
 
     def reload(self, settings: Settings) -> bool:
         """Tell of the instances that are configured now; False if anything else changed, which takes a new process."""
-        parts = {"broker_url", "host", "state_dir", "registry"}
-        if settings.model_dump(include=parts) != self._settings.model_dump(include=parts):
+        if not can_follow(settings, self._settings):
             return False
         self._settings = settings
         self._announcer.announce(*KINDS)
@@ -261,6 +260,12 @@ class RegistryNode:
         if report is None:
             return NO_NODE
         return "the MLX server does not have this model" if missing else report.reason
+
+
+def can_follow(settings: Settings, old: Settings) -> bool:
+    """Tell whether a registry node can go over to these settings without a new process."""
+    parts = {"broker_url", "host", "state_dir", "registry"}
+    return settings.model_dump(include=parts) == old.model_dump(include=parts)
 
 
 class Jittered(schedule):  # type: ignore[misc]

@@ -11,11 +11,11 @@ from celery import Celery, signals
 from celery.concurrency import get_implementation
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential, wait_random
 
-from fleet_worker import lifeline
+from fleet_worker import lifeline, registry_node
 from fleet_worker.control import Control
 from fleet_worker.draining import answer_operators
 from fleet_worker.errors import ConfigurationError, FleetError, InstanceUnavailable, where
-from fleet_worker.exit_codes import CONFIGURATION, SOFTWARE, UNAVAILABLE
+from fleet_worker.exit_codes import AGAIN, CONFIGURATION, SOFTWARE, UNAVAILABLE
 from fleet_worker.intake import Intake
 from fleet_worker.lanes import lane_queue, transport_of
 from fleet_worker.life import Life, Reconnecting
@@ -23,12 +23,13 @@ from fleet_worker.listeners import Listeners
 from fleet_worker.logs import begin_log, protect_logs
 from fleet_worker.mlx import DEFAULT_URLS, Health, MLXClient
 from fleet_worker.monitoring import BatchedEvents
-from fleet_worker.node import Node, lanes_of
+from fleet_worker.node import Node, can_follow, lanes_of
 from fleet_worker.offerings import Offering, offerings_of
 from fleet_worker.registry_node import RegistryNode
 from fleet_worker.replies import ReplySender
 from fleet_worker.running import Running
 from fleet_worker.settings import REGISTRY, Instance, Settings
+from fleet_worker.startup import Startup
 from fleet_worker.tasks import register_tasks
 
 __all__ = ["refuse", "select_instance", "serve_with"]
@@ -48,12 +49,15 @@ def serve_with(app: Celery, settings: Settings) -> None:
             instance.hostname = _node_name(settings, instance.hostname)
         except ConfigurationError as error:
             refuse(error)
+        startup = _startup(settings, instance.hostname)
         try:
             begin_log(app, instance.hostname, options)
             lifeline.bind(instance.hostname, grace=settings.worker.killed_after)
-            _begin(app, settings, worker=instance)
+            _begin(app, settings, instance, startup)
+        except ConfigurationError as error:
+            _give_up(error.message, AGAIN if startup.reloads else CONFIGURATION)  # which may be right by now
         except FleetError as error:
-            _give_up(error.message, CONFIGURATION if isinstance(error, ConfigurationError) else UNAVAILABLE)
+            _give_up(error.message, UNAVAILABLE)
         except Exception as error:  # Celery would only log it, and go on as a worker that is no node
             _give_up(f"the node cannot begin: {type(error).__name__} at {where(error)}", SOFTWARE)
 
@@ -102,11 +106,18 @@ def _node_name(settings: Settings, worker_name: str) -> str:
     return f"{name}@{settings.host if 'host' in settings.model_fields_set else host}"
 
 
-def _begin(app: Celery, settings: Settings, *, worker: Any) -> None:
+def _startup(settings: Settings, node_name: str) -> Startup:
+    name = node_name.partition("@")[0]
+    if name == REGISTRY:
+        return Startup(node_name, lambda new: registry_node.can_follow(new, settings))
+    return Startup(node_name, lambda new: can_follow(new, settings, name))
+
+
+def _begin(app: Celery, settings: Settings, worker: Any, startup: Startup) -> None:
     name, _, host = worker.hostname.partition("@")
     _refuse_a_taken_name(app, settings, worker.hostname)
     node = RegistryNode(app, settings, host) if name == REGISTRY else _begin_node(app, settings, worker.hostname)
-    Life(worker, node, grace=settings.worker.drain_grace).begin()
+    Life(worker, node, grace=settings.worker.drain_grace).begin(startup)
 
 
 def _begin_node(app: Celery, settings: Settings, node_name: str) -> Node:
