@@ -259,8 +259,9 @@ class Node:
     def _tell(self, left: frozenset[str], joined: frozenset[str]) -> None:
         for each in sorted(joined):
             log.info("%s serves lane %s", self.name, each)
+        level = logging.INFO if self.drained else logging.WARNING  # it is meant to leave them
         for each in sorted(left):
-            log.warning("%s leaves lane %s: %s", self.name, each, self.state.reason or "the model is not there")
+            log.log(level, "%s leaves lane %s: %s", self.name, each, self.state.reason or "the model is not there")
         if joined:
             log.info("%s is ready, %d slot%s", self.name, self.slots, "" if self.slots == 1 else "s")
 
