@@ -109,19 +109,23 @@ def sleep_minutes(pmset: str) -> int | None:
 def fleet(settings: Settings) -> list[Finding]:
     with connected(settings) as connection:
         replies = create_app(settings).control.ping(timeout=2.0, connection=connection)
-    return census([name for reply in replies for name in reply])
+    expected = [f"{name}@{settings.host}" for name, instance in settings.instances.items() if instance.opted_in]
+    return census([name for reply in replies for name in reply], expected)
 
 
-def census(answers: Sequence[str]) -> list[Finding]:
-    """Judge by the names of all nodes that have answered."""
+def census(answers: Sequence[str], expected: Sequence[str] = ()) -> list[Finding]:
+    """Judge by the names of all nodes that have answered, and of those that this host is to have."""
     if not answers:
         advice = "start one: fleet-worker worker; if some run, compare their broker_url with the one of this host"
         return [Finding("warning", "fleet", "no node answers", advice)]
     names = sorted(set(answers))
     shown = ", ".join(names[:SHOWN_NODES]) + (", ..." if len(names) > SHOWN_NODES else "")
+    missing = [name for name in expected if name not in names]
+    see = "see the log of fleet-worker up: it may wait for its MLX server, have ended, be frozen, or have another name"
     advice = "stop all but one, or give each host a name of its own (host, or -n NAME@HOST)"
     return [
         Finding("ok", "fleet", f"nodes that answer: {len(names)} ({shown})"),
+        *([Finding("warning", "fleet", f"no answer from this host's {', '.join(missing)}", see)] if missing else ()),
         # Only on Redis: RabbitMQ lets no second one start.
         *(
             Finding("error", "fleet", f"{count} nodes are called {name}", advice)

@@ -9,6 +9,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import celery.apps.worker as celery_worker
@@ -21,6 +22,7 @@ from fleet_worker.errors import ConfigurationError
 from fleet_worker.node import Node
 from fleet_worker.registry_node import RegistryNode
 from fleet_worker.settings import Settings
+from fleet_worker.startup import Startup
 
 __all__ = ["Life", "Reconnecting"]
 
@@ -63,13 +65,18 @@ class Life:
         self._reloading = threading.Lock()
         self._exit_code: int | None = None
 
-    def begin(self) -> None:
+    def begin(self, startup: Startup) -> None:
+        """Take over from what handled signals until now."""
         signals.worker_ready.connect(self._ready, weak=False)
         signals.worker_shutting_down.connect(self._stopping, weak=False)
         signals.worker_shutdown.connect(self._stopped, weak=False)
         celery_worker.install_worker_restart_handler = lambda worker: None  # it would start the process anew
         celery_worker.install_worker_term_handler = lambda worker: None  # it would stop hearing the broker at once
+        celery_worker.install_worker_int_handler = partial(
+            celery_worker.install_worker_int_handler, exitcode=exit_codes.INTERRUPTED
+        )
         signal.signal(signal.SIGHUP, lambda *_: self._hang_up())
+        self._reloads |= startup.reloads
         signal.signal(signal.SIGTERM, lambda *_: self._end(0, asked=True))
 
         @inspect_command(visible=False)  # type: ignore[untyped-decorator]

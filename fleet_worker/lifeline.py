@@ -9,7 +9,6 @@ import fcntl
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -70,7 +69,7 @@ def _succeed(lock: int, node_name: str, timeout: float) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        sys.stderr.write(f"{node_name} waits until the one before it has ended\n")  # logging is not set up yet
+        log.info("%s waits until the one before it has ended", node_name)
         waiting = threading.Thread(target=fcntl.flock, args=(lock, fcntl.LOCK_EX), daemon=True)
         waiting.start()
         waiting.join(timeout)

@@ -13,7 +13,9 @@ from celery.worker.request import Request
 from kombu import Message
 from kombu.exceptions import DecodeError
 
-__all__ = ["name_lines", "protect_logs"]
+from fleet_worker.outage import Outage
+
+__all__ = ["begin_log", "name_lines", "protect_logs"]
 
 _LEAST_LEVELS = {
     "celery.worker.strategy": logging.WARNING,  # "received": one line a task, when it ends, is enough
@@ -25,12 +27,16 @@ _LEAST_LEVELS = {
 }
 
 
+_CONNECTION = "celery.worker.consumer.connection"
+
+
 def protect_logs() -> None:
     """Keep bodies and arguments out of this process's logs and events, and of what `celery inspect` and Flower ask; and
     alarms out of its logs that are none."""
     _quieten()
     signals.after_setup_logger.connect(_quieten, weak=False)  # --loglevel DEBUG must not undo it
-    logging.getLogger("celery.worker.request").addFilter(_calm)
+    for name, quieter in _FILTERS.items():
+        logging.getLogger(name).addFilter(quieter)
     # Celery logs up to 1,024 characters of a message that it does not know or cannot decode.
     celery_consumer.dump_body = lambda message, body: f"({len(message.body)}b, not shown)"
     for complaint in ("on_unknown_message", "on_unknown_task", "on_decode_error"):
@@ -45,6 +51,15 @@ def protect_logs() -> None:
             Panel.data[name] = _without_arguments(command)
 
 
+def begin_log(app: Celery, node_name: str, options: dict[str, Any]) -> None:
+    """Set logging up as Celery does with these options of its command line, but before the node begins: it may have to
+    wait, or end, and say so."""
+    name_lines(app, node_name)
+    no_color = options.get("no_color")
+    colorize = None if no_color is None else not no_color
+    app.log.setup(options.get("loglevel"), options.get("logfile"), colorize=colorize, hostname=node_name)
+
+
 def name_lines(app: Celery, node_name: str) -> None:
     """Say in every line which node logs it, where Celery says MainProcess: all nodes of a host may share a log."""
     name = node_name.replace("%", "%%")
@@ -55,7 +70,8 @@ def name_lines(app: Celery, node_name: str) -> None:
 def _quieten(loglevel: int | str | None = None, **_: Any) -> None:
     """Our own few lines are shown at WARNING too, which is the level of `celery worker` if nobody says another."""
     level = logging.getLevelName(loglevel) if isinstance(loglevel, str) else loglevel or logging.WARNING
-    logging.getLogger("fleet_worker").setLevel(level if level > logging.WARNING else min(level, logging.INFO))
+    for name in ("fleet_worker", _CONNECTION):  # which says that the broker is back
+        logging.getLogger(name).setLevel(level if level > logging.WARNING else min(level, logging.INFO))
     for name, level in _LEAST_LEVELS.items():
         logger = logging.getLogger(name)
         logger.setLevel(max(level, logger.level))
@@ -68,6 +84,27 @@ def _calm(record: logging.LogRecord) -> bool:
         record.msg = "the broker was away while a request ran, and delivers it again: harmless, nobody hears it twice"
         record.args = record.exc_info = None
     return True
+
+
+def _no_false_alarm(record: logging.LogRecord) -> bool:
+    """Celery warns at every loss of its connection that it might cancel what runs, some day, if nobody says no."""
+    return "worker_cancel_long_running_tasks_on_connection_loss" not in record.getMessage()
+
+
+def _no_beat(record: logging.LogRecord) -> bool:
+    """That a registry node has beaten once more is nothing new; that it failed is."""
+    is_beat = str(getattr(record, "data", {}).get("name")).startswith("registry.publish_")
+    return record.levelno > logging.INFO or not is_beat
+
+
+_outage = Outage()
+_FILTERS: dict[str, Callable[[logging.LogRecord], bool] | Outage] = {
+    "celery.worker.request": _calm,
+    "py.warnings": _no_false_alarm,
+    "celery.app.trace": _no_beat,
+    "celery.worker.consumer.consumer": _outage,
+    _CONNECTION: _outage,
+}
 
 
 def _without_quotes(complain: Callable[..., Any]) -> Callable[..., Any]:

@@ -28,7 +28,7 @@ from fleet_worker.stop import Stop
 from fleet_worker.tally import Tally
 from fleet_worker.watch import Watch
 
-__all__ = ["Node", "lanes_of"]
+__all__ = ["Node", "can_follow", "lanes_of"]
 
 log = logging.getLogger(__name__)
 
@@ -124,13 +124,10 @@ class Node:
         Raises:
             ConfigurationError: with them it would offer nothing; it keeps what it has.
         """
-        instance = settings.instances.get(self.instance)
-        if instance is None or not instance.opted_in:
-            return False
-        if _fixed(settings, instance) != _fixed(self.settings, self.instance_settings):
+        if not can_follow(settings, self.settings, self.instance):
             return False
         with self._following:
-            offerings = offerings_of(instance, settings.features, self._reported)
+            offerings = offerings_of(settings.instances[self.instance], settings.features, self._reported)
             if not offerings:
                 raise ConfigurationError("it would have nothing to offer")
             self.settings, self.offerings = settings, offerings
@@ -262,8 +259,9 @@ class Node:
     def _tell(self, left: frozenset[str], joined: frozenset[str]) -> None:
         for each in sorted(joined):
             log.info("%s serves lane %s", self.name, each)
+        level = logging.INFO if self.drained else logging.WARNING  # it is meant to leave them
         for each in sorted(left):
-            log.warning("%s leaves lane %s: %s", self.name, each, self.state.reason or "the model is not there")
+            log.log(level, "%s leaves lane %s: %s", self.name, each, self.state.reason or "the model is not there")
         if joined:
             log.info("%s is ready, %d slot%s", self.name, self.slots, "" if self.slots == 1 else "s")
 
@@ -294,6 +292,12 @@ class Node:
 
 
 _OFFERED = {"models", "model_whitelist", "model_blacklist", "features"}
+
+
+def can_follow(settings: Settings, old: Settings, name: str) -> bool:
+    """Tell whether a node of this instance can go over to these settings without a new process."""
+    instance = settings.instances.get(name)
+    return instance is not None and instance.opted_in and _fixed(settings, instance) == _fixed(old, old.instances[name])
 
 
 def _fixed(settings: Settings, instance: Instance) -> dict[str, Any]:

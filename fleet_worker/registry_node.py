@@ -32,11 +32,15 @@ from fleet_worker.settings import REGISTRY, Settings
 if TYPE_CHECKING:
     from fleet_worker.metrics import Metrics
 
-__all__ = ["RegistryNode"]
+__all__ = ["RegistryNode", "can_follow"]
 
 log = logging.getLogger(__name__)
 
 KINDS = ("readiness", "models")
+NO_NODE = (
+    "no node answers for this instance: it is starting (perhaps its MLX server is missing), has ended, or is frozen; "
+    "see its log and fleet-worker doctor"
+)
 _TYPES: dict[str, EventType] = {"available": "offering_available", "degraded": "offering_degraded"}
 
 
@@ -69,8 +73,7 @@ class RegistryNode:
 
     def reload(self, settings: Settings) -> bool:
         """Tell of the instances that are configured now; False if anything else changed, which takes a new process."""
-        parts = {"broker_url", "host", "state_dir", "registry"}
-        if settings.model_dump(include=parts) != self._settings.model_dump(include=parts):
+        if not can_follow(settings, self._settings):
             return False
         self._settings = settings
         self._announcer.announce(*KINDS)
@@ -255,8 +258,14 @@ class RegistryNode:
         if self._ending:
             return "the registry node of this host ended"
         if report is None:
-            return "no node runs for this instance, or it is frozen"
+            return NO_NODE
         return "the MLX server does not have this model" if missing else report.reason
+
+
+def can_follow(settings: Settings, old: Settings) -> bool:
+    """Tell whether a registry node can go over to these settings without a new process."""
+    parts = {"broker_url", "host", "state_dir", "registry"}
+    return settings.model_dump(include=parts) == old.model_dump(include=parts)
 
 
 class Jittered(schedule):  # type: ignore[misc]

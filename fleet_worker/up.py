@@ -103,6 +103,7 @@ class Up:
                 log.info("fleet-worker up, pid %d, runs the nodes of %s", os.getpid(), self._settings.host)
                 self._adopt(self._settings)
                 self._watch(received)
+                log.info("fleet-worker up ends: all of its nodes have ended")
             finally:
                 self._lock.close()
         return self._exit_code or 0

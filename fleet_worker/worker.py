@@ -2,60 +2,64 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from celery import Celery, signals
 from celery.concurrency import get_implementation
-from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential, wait_random
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential, wait_random
 
-from fleet_worker import exit_codes, lifeline
+from fleet_worker import lifeline, registry_node
 from fleet_worker.control import Control
 from fleet_worker.draining import answer_operators
 from fleet_worker.errors import ConfigurationError, FleetError, InstanceUnavailable, where
+from fleet_worker.exit_codes import AGAIN, CONFIGURATION, SOFTWARE, UNAVAILABLE
 from fleet_worker.intake import Intake
 from fleet_worker.lanes import lane_queue, transport_of
 from fleet_worker.life import Life, Reconnecting
 from fleet_worker.listeners import Listeners
-from fleet_worker.logs import name_lines, protect_logs
+from fleet_worker.logs import begin_log, protect_logs
 from fleet_worker.mlx import DEFAULT_URLS, Health, MLXClient
 from fleet_worker.monitoring import BatchedEvents
-from fleet_worker.node import Node, lanes_of
+from fleet_worker.node import Node, can_follow, lanes_of
 from fleet_worker.offerings import Offering, offerings_of
 from fleet_worker.registry_node import RegistryNode
 from fleet_worker.replies import ReplySender
 from fleet_worker.running import Running
 from fleet_worker.settings import REGISTRY, Instance, Settings, fitting
+from fleet_worker.startup import Startup
 from fleet_worker.tasks import register_tasks
 
 __all__ = ["refuse", "select_instance", "serve_with"]
+
+log = logging.getLogger(__name__)
 
 
 def serve_with(app: Celery, settings: Settings) -> None:
     """Make every worker that is started from `app` a node."""
 
     def begin(sender: str, instance: Any, options: dict[str, Any], **_: Any) -> None:
-        if instance.app is app:
-            _refuse_options(options)
-            name, _, host = instance.hostname.partition("@")
-            host = settings.host if "host" in settings.model_fields_set else fitting(host)
-            protect_logs()
-            try:
-                lifeline.bind(instance.hostname, grace=settings.worker.killed_after)
-                if name == REGISTRY:
-                    _begin_registry(app, settings, host, worker=instance)
-                else:
-                    _begin(app, settings, host, worker=instance)
-            except ConfigurationError as error:
-                refuse(error)
-            except FleetError as error:
-                refuse(error, exit_codes.UNAVAILABLE)
-            except Exception as error:  # Celery would only log it, and go on as a worker that is no node
-                refuse(
-                    FleetError(f"the node cannot begin: {type(error).__name__} at {where(error)}"), exit_codes.SOFTWARE
-                )
-            name_lines(app, instance.hostname)
+        if instance.app is not app:
+            return
+        _refuse_options(options)
+        protect_logs()
+        try:
+            instance.hostname = _node_name(settings, instance.hostname)
+        except ConfigurationError as error:
+            refuse(error)
+        startup = _startup(settings, instance.hostname)
+        try:
+            begin_log(app, instance.hostname, options)
+            lifeline.bind(instance.hostname, grace=settings.worker.killed_after)
+            _begin(app, settings, instance, startup)
+        except ConfigurationError as error:
+            _give_up(error.message, AGAIN if startup.reloads else CONFIGURATION)  # which may be right by now
+        except FleetError as error:
+            _give_up(error.message, UNAVAILABLE)
+        except Exception as error:  # Celery would only log it, and go on as a worker that is no node
+            _give_up(f"the node cannot begin: {type(error).__name__} at {where(error)}", SOFTWARE)
 
     def lighten(sender: Any, **_: Any) -> None:
         """Without what workers tell each other: each would hear every other of the fleet, and start a second later."""
@@ -92,18 +96,34 @@ def _refuse_a_taken_name(app: Celery, settings: Settings, node_name: str) -> Non
         raise ConfigurationError(f"another node is named {node_name}: give the instance, or the host, another name")
 
 
-def _begin_registry(app: Celery, settings: Settings, host: str, *, worker: Any) -> None:
-    settings.serving()
-    _refuse_a_taken_name(app, settings, f"{REGISTRY}@{host}")
-    node = RegistryNode(app, settings, host)
-    worker.hostname = node.name
-    Life(worker, node, grace=settings.worker.drain_grace).begin()
+def _node_name(settings: Settings, worker_name: str) -> str:
+    """What a worker of this name is called as a node of this host; raises `ConfigurationError` if it cannot be one."""
+    name, _, host = worker_name.partition("@")
+    if name == REGISTRY:
+        settings.serving()
+    else:
+        name, _ = select_instance(settings, worker_name)
+    return f"{name}@{settings.host if 'host' in settings.model_fields_set else fitting(host)}"
 
 
-def _begin(app: Celery, settings: Settings, host: str, *, worker: Any) -> None:
+def _startup(settings: Settings, node_name: str) -> Startup:
+    name = node_name.partition("@")[0]
+    if name == REGISTRY:
+        return Startup(node_name, lambda new: registry_node.can_follow(new, settings))
+    return Startup(node_name, lambda new: can_follow(new, settings, name))
+
+
+def _begin(app: Celery, settings: Settings, worker: Any, startup: Startup) -> None:
+    name, _, host = worker.hostname.partition("@")
+    _refuse_a_taken_name(app, settings, worker.hostname)
+    node = RegistryNode(app, settings, host) if name == REGISTRY else _begin_node(app, settings, worker.hostname)
+    Life(worker, node, grace=settings.worker.drain_grace).begin(startup)
+
+
+def _begin_node(app: Celery, settings: Settings, node_name: str) -> Node:
     """Set the worker up before Celery reads its pool, concurrency and queues."""
-    name, instance = select_instance(settings, worker.hostname)
-    _refuse_a_taken_name(app, settings, f"{name}@{host}")
+    name = node_name.partition("@")[0]
+    instance = settings.instances[name]
     mlx, server, reported = _find_server_of(instance, settings.worker.start_timeout)
     offerings = offerings_of(instance, settings.features, reported)
     if not offerings:
@@ -112,8 +132,7 @@ def _begin(app: Celery, settings: Settings, host: str, *, worker: Any) -> None:
             f"instance {name} has nothing to offer: list its models under [instances.{name}.models], "
             "and check fleet.capabilities, usage, and the model lists"
         )
-    worker.hostname = f"{name}@{host}"
-    node = _node(app, settings, worker.hostname, mlx, server, offerings, reported)
+    node = _node(app, settings, node_name, mlx, server, offerings, reported)
     register_tasks(app, node)
     answer_operators(node)
     # With Python's 5 ms, the thread that takes messages waits too long for its turn among busy slots: a fifth fewer
@@ -123,7 +142,7 @@ def _begin(app: Celery, settings: Settings, host: str, *, worker: Any) -> None:
     lanes, transport = lanes_of(node.name, offerings), transport_of(settings.broker_url)
     app.conf.task_queues = [lane_queue(each, transport) for each in lanes]
     app.amqp.queues.deselect(lanes)  # joined when the instance has shown that it works
-    Life(worker, node, grace=settings.worker.drain_grace).begin()
+    return node
 
 
 def _node(
@@ -156,9 +175,15 @@ def _node(
     )
 
 
-def refuse(error: FleetError, exit_code: int = exit_codes.CONFIGURATION) -> NoReturn:
-    """End this process with one line that says why."""
+def refuse(error: ConfigurationError) -> NoReturn:
+    """End this process, which has no name yet, with one line that says why."""
     print(f"fleet-worker: {error.message}", file=sys.stderr, flush=True)  # noqa: T201 - logging is not set up yet
+    raise SystemExit(CONFIGURATION)
+
+
+def _give_up(reason: str, exit_code: int) -> NoReturn:
+    """End this node before it is one, with one line of its log that says why."""
+    log.critical("%s", reason)
     raise SystemExit(exit_code)
 
 
@@ -204,7 +229,13 @@ def _reported(client: MLXClient, instance: Instance) -> list[str]:
 
 def _find_server(instance: Instance, timeout: float) -> tuple[str, Health]:
     urls = (instance.base_url,) if instance.base_url else DEFAULT_URLS
+
+    def tell(state: RetryCallState) -> None:
+        if state.attempt_number == 1:
+            log.info("waits up to %g s for an MLX server at %s", timeout, " or ".join(urls))
+
     attempts = Retrying(
+        before_sleep=tell,
         retry=retry_if_exception_type(InstanceUnavailable),
         stop=stop_after_delay(timeout),
         wait=wait_exponential(multiplier=0.1, max=2.0) + wait_random(max=0.1),

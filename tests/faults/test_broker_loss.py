@@ -13,6 +13,7 @@ import redis
 
 from fleet_worker import Router, Settings, recent
 from fleet_worker.celery import create_app
+from fleet_worker.connections import place_of
 from fleet_worker.frames import Delta
 from fleet_worker.inbox import ReplyInbox
 from fleet_worker.lanes import cancel_exchange, reply_name
@@ -20,7 +21,7 @@ from fleet_worker.messages import Notice
 from fleet_worker.processes import child, python
 from fleet_worker.replies import ReplySender
 from fleet_worker.simulator import reply_tokens
-from fleet_worker.testing import SimulatedMLX, running_node, worker_toml
+from fleet_worker.testing import SimulatedMLX, running_host, running_node, worker_toml
 from tests.brokers import Valkey
 from tests.clients import until
 from tests.flow.conftest import work
@@ -180,3 +181,21 @@ def test_a_connection_that_breaks_while_it_is_set_up_does_not_end_a_node(name, m
                 time.sleep(0.5)
             node.wait_for("registered 3", 15)
             assert not node.ended
+
+
+def test_the_log_of_a_host_tells_once_that_its_broker_is_away_and_once_that_it_is_back(mlx):
+    with Valkey() as broker:
+        instances = {"local": {"base_url": mlx.base_url, "models": {mlx.models[0]: {}}}}
+        often = {"FLEET_REGISTRY__READINESS_INTERVAL": "1"}
+        with running_host(broker.url, instances, env=often) as processes:
+            processes["registry"].wait_for("is ready", 20)
+            broker.stop()
+            for process in processes.values():
+                process.wait_for(f"the broker at {place_of(broker.url)} is away", 20)
+            time.sleep(5)  # Celery tries every two seconds
+            broker.start()
+            for name, process in processes.items():
+                process.wait_for(f"/{name}@test] the broker at {place_of(broker.url)} is back after ", 20)
+                assert process.output.count(f"the broker at {place_of(broker.url)} is away") == 1
+                for noise in ("Cannot connect", "PendingDeprecation", "Task registry.", "still away", "redis://"):
+                    assert noise not in process.output.partition("connected to the broker")[2], noise

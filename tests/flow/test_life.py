@@ -7,6 +7,7 @@ import pytest
 from fleet_worker import Router, Settings
 from fleet_worker.processes import child, python
 from fleet_worker.testing import SimulatedMLX, running_node, worker_toml
+from tests.brokers import free_port
 
 HELLO = [{"role": "user", "content": "Hello"}]
 WITHIN = 20.0
@@ -95,3 +96,74 @@ def test_a_node_that_was_asked_to_end_is_not_to_be_started_again_whatever_it_lea
         node.wait_for("needs a new process", WITHIN)
         assert len([*stream]) == 149
     assert node.wait(WITHIN) == 0
+
+
+ENDED_BY = [(signal.SIGTERM, 0), (signal.SIGINT, 130)]
+
+
+@pytest.mark.parametrize(("number", "exit_code"), ENDED_BY)
+def test_a_signal_ends_a_node_when_its_work_is_done(reloadable, router, number, exit_code):
+    node, _ = reloadable
+    with router.stream_chat("m", HELLO, max_tokens=50, timeout=30) as stream:
+        next(stream)
+        node.signal(number)
+        assert len([*stream]) == 49
+    assert node.wait(WITHIN) == exit_code
+
+
+@pytest.fixture
+def waiting(broker, tmp_path):
+    """A node whose MLX server is not there yet, how to give it another configuration, and where it looks."""
+    config, port = tmp_path / "worker.toml", free_port()
+
+    def configure(port=port, **values):
+        config.write_text(worker_toml("one", {"base_url": f"http://127.0.0.1:{port}", **values}), "utf-8")
+
+    configure(models={"m": {}})
+    with started(broker, config) as node:
+        node.wait_for("waits up to 60 s for an MLX server", WITHIN)
+        yield node, configure, port
+
+
+@pytest.mark.parametrize(("number", "exit_code"), ENDED_BY)
+def test_a_signal_ends_a_node_that_waits_for_its_server_at_once(waiting, number, exit_code):
+    node, _, _ = waiting
+    node.signal(number)
+    assert node.wait(WITHIN) == exit_code
+    _, last = node.output.splitlines()
+    assert last.endswith("INFO/one@test] one@test ends before it was ready")
+
+
+def test_a_node_that_waits_for_its_server_follows_its_newest_configuration_once_it_is_ready(waiting):
+    node, configure, port = waiting
+    configure(models={"n": {"backend": "m"}})
+    node.signal(signal.SIGHUP)
+    node.wait_for("follows the new configuration when it is ready", WITHIN)
+    configure(models={"m": {"context_window": -1}})
+    node.signal(signal.SIGHUP)
+    node.wait_for("keeps its old configuration", WITHIN)
+    configure(models={"n": {"backend": "m"}})
+    with SimulatedMLX(models=["m"], port=port):
+        node.wait_for("serves lane llm.fleet.chat.n", WITHIN)
+        assert not node.ended
+
+
+def test_a_node_does_not_go_on_waiting_for_a_server_that_is_not_meant_any_more(waiting):
+    node, configure, _ = waiting
+    configure(port=free_port(), models={"m": {}})
+    node.signal(signal.SIGHUP)
+    assert node.wait(WITHIN) == 75
+
+
+def test_an_old_configuration_that_turns_out_wrong_is_no_reason_not_to_try_the_new_one(broker, tmp_path):
+    config, port = tmp_path / "worker.toml", free_port()
+    instance = {"base_url": f"http://127.0.0.1:{port}"}
+    config.write_text(worker_toml("one", {**instance, "model_whitelist": ["nothing-like-it"]}), "utf-8")
+    with started(broker, config) as node:
+        node.wait_for("waits up to", WITHIN)
+        config.write_text(worker_toml("one", instance), "utf-8")
+        node.signal(signal.SIGHUP)
+        node.wait_for("follows the new configuration when it is ready", WITHIN)
+        with SimulatedMLX(models=["m"], port=port):
+            assert node.wait(WITHIN) == 75
+    assert "has nothing to offer" in node.output

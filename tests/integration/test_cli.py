@@ -97,13 +97,19 @@ def assert_discreet(output):
     assert "Traceback" not in output
 
 
-def assert_refused(done, exit_code, *words):
+def assert_refused(done, exit_code, *words, begins="fleet-worker: "):
     """One line says why, and nothing is on standard output."""
     assert (done.returncode, done.stdout) == (exit_code, ""), done.stderr
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert len(lines) == 1, done.stderr
-    for word in ("fleet-worker: ", *words):
+    for word in (begins, *words):
         assert word in lines[0]
+
+
+def assert_gave_up(done, exit_code, *words, node="local"):
+    """The one line is of its log: with the time, and whose it is."""
+    assert_refused(done, exit_code, *words, begins=f": CRITICAL/{node}@{Settings().host}] ")
+    assert done.stderr.startswith("[2")
 
 
 def answer(prompt, max_tokens, system=None):
@@ -315,25 +321,29 @@ def test_the_instance_must_be_named_if_it_is_not_clear(line, configured):
 def test_a_node_that_cannot_begin_does_not_go_on_as_some_other_worker(configured, monkeypatch):
     monkeypatch.setenv("FLEET_STATE_DIR", "/dev/null/state")
     configured(local={"base_url": "http://127.0.0.1:1"})
-    assert_refused(run("celery -A fleet_worker worker -n registry@%h"), 78, "state_dir")
+    assert_gave_up(run("celery -A fleet_worker worker -n registry@%h"), 78, "state_dir", node="registry")
 
 
 def test_a_server_that_is_down_is_waited_for_and_then_named(configured):
     url = f"http://127.0.0.1:{free_port()}"
     configured("[worker]\nstart_timeout = 1", local={"base_url": url})
-    assert_refused(run(WORKERS[1]), 69, url, "within 1 s")
+    done = run(WORKERS[1])
+    waits, gave_up = done.stderr.splitlines()
+    assert f": INFO/local@{Settings().host}] waits up to 1 s for an MLX server at {url}" in waits
+    done.stderr = gave_up
+    assert_gave_up(done, 69, url, "within 1 s")
 
 
 def test_a_server_that_serves_nothing_is_a_matter_of_configuration(configured):
     with SimulatedMLX(flavour="vllm_batched", listed=[], api_key=API_KEY) as empty:
         configured(local={"base_url": empty.base_url})
-        assert_refused(run(WORKERS[0]), 78, "[instances.local.models]")
+        assert_gave_up(run(WORKERS[0]), 78, "[instances.local.models]")
 
 
 def test_a_server_that_refuses_the_key_is_said_without_the_key(configured):
     with SimulatedMLX(flavour="openai", api_key="another") as strict:
         configured(local={"base_url": strict.base_url})
-        assert_refused(run(WORKERS[0]), 69, "check api_key")
+        assert_gave_up(run(WORKERS[0]), 69, "check api_key")
 
 
 WAYS = {
@@ -383,10 +393,11 @@ def test_a_debug_log_shows_no_secret(broker_url, mlx, configured):
 
 
 def test_a_worker_without_its_broker_waits_for_it_and_shows_no_secret(mlx, configured, monkeypatch):
-    monkeypatch.setenv("FLEET_BROKER_URL", f"redis://operator:{PASSWORD}@127.0.0.1:{free_port()}/0")
+    place = f"127.0.0.1:{free_port()}"
+    monkeypatch.setenv("FLEET_BROKER_URL", f"redis://operator:{PASSWORD}@{place}/0")
     configured(local={"base_url": mlx.base_url})
     with worker(WORKERS[1]) as process:
-        process.wait_for("Cannot connect to redis://operator:**@127.0.0.1", WITHIN)
+        process.wait_for(f"the broker at {place} is away (ConnectionError)", WITHIN)
         process.signal(signal.SIGTERM)
         assert process.wait(WITHIN) == 0
 

@@ -96,15 +96,24 @@ def complaints(found):
 
 def test_where_all_is_well_every_check_has_one_good_word(configured, broker_url, mlx):
     instance = {"base_url": mlx.base_url, "api_key": API_KEY, "models": {MODEL: {}}}
-    configured(**instance)
-    with running_node(broker_url, **instance):
+    configured('host = "mini"', **instance)
+    with running_node(broker_url, "local@mini", **instance):
         code, lines = doctor()
     assert (code, [line.split()[0] for line in lines]) == (0, ["ok"] * len(CHECKS)), lines
     for line, check in zip(lines, CHECKS, strict=True):
         assert line.split(maxsplit=1)[1].startswith(check.__name__.replace("_", " "))
     assert lines[1].endswith(" ms")
     assert "Valkey" in lines[1]
-    assert "nodes that answer: 1 (sim@test)" in lines[-1]
+    assert "nodes that answer: 1 (local@mini)" in lines[-1]
+
+
+def test_an_instance_of_this_host_whose_node_does_not_answer_is_named(configured, broker_url, mlx):
+    instance = {"base_url": mlx.base_url, "api_key": API_KEY, "models": {MODEL: {}}}
+    configured('host = "mini"', **instance)
+    with running_node(broker_url, "local@mini-2", **instance):
+        code, found = findings()
+    assert (code, complaints(found).keys()) == (1, {("warning", "fleet")})
+    assert found[-1][2] == "no answer from this host's local@mini"
 
 
 def test_where_much_is_wrong_all_of_it_is_said_at_once(configured, valkey, mlx, pmset):

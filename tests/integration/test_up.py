@@ -106,6 +106,7 @@ def test_every_node_runs_until_a_signal_stops_them_all(configure, number, exit_c
             assert f"{name}@mini ended with exit code 0\n" in process.output
         assert "idle" not in process.output
         lines = process.output.splitlines()  # they are all told before the first has ended
+        assert lines[-1] == "fleet-worker up ends: all of its nodes have ended"
         assert max(n for n, line in enumerate(lines) if "is told to end" in line) < min(
             n for n, line in enumerate(lines) if "ended with" in line
         )

@@ -129,6 +129,14 @@ def test_nodes_are_counted_by_their_names():
     assert many.found.endswith("local@mini-29, ...)")
 
 
+def test_a_node_of_this_host_that_does_not_answer_is_named():
+    counted, silent = census(["local@mini-1", "registry@mini-2"], ["local@mini-2", "embed@mini-2"])
+    assert (counted.severity, silent.severity, silent.check) == ("ok", "warning", "fleet")
+    assert silent.found == "no answer from this host's local@mini-2, embed@mini-2"
+    (counted,) = census(["local@mini-1", "local@mini-2"], ["local@mini-2"])
+    assert counted.severity == "ok"
+
+
 def test_two_nodes_of_one_name_are_an_error():
     counted, error = census(["local@mini-1", "local@mini", "local@mini"])
     assert "2 (local@mini, local@mini-1)" in counted.found

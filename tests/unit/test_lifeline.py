@@ -48,8 +48,9 @@ WARM = CHILD + "live(lambda: None, end, 15)"
 DEAF = CHILD + "live(lambda: None, signal.SIG_IGN, 0.2)"
 LATE = CHILD + "live(imports, end, 15)"
 SUCCESSOR = """
-import os, signal, sys
+import logging, os, signal, sys
 from fleet_worker.lifeline import LOCK, bind
+logging.basicConfig(level=logging.INFO)
 os.environ[LOCK] = str(os.open(sys.argv[1], os.O_RDWR | os.O_CREAT))
 bind("local@mini", grace=float(sys.argv[2]) - 5)
 print("begins", flush=True)

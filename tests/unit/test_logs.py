@@ -15,6 +15,13 @@ from fleet_worker.logs import name_lines, protect_logs
 
 SECRET = "swordfish"
 LOGGERS = ["celery.pool", "httpcore", "httpx", "kombu", "amqp"]
+FILTERED = [
+    "celery.app.trace",
+    "celery.worker.consumer.connection",
+    "celery.worker.consumer.consumer",
+    "celery.worker.request",
+    "py.warnings",
+]
 
 
 @pytest.fixture
@@ -23,12 +30,12 @@ def protected():
     panel, dump = dict(Panel.data), celery_consumer.dump_body
     methods = {owner: dict(vars(owner)) for owner in (celery_consumer.Consumer, Request)}
     receivers = list(signals.after_setup_logger.receivers)
-    levels = {name: logging.getLogger(name).level for name in LOGGERS}
-    of_requests = logging.getLogger("celery.worker.request")
-    filters = list(of_requests.filters)
+    levels = {name: logging.getLogger(name).level for name in {*LOGGERS, *FILTERED}}
+    filters = {name: list(logging.getLogger(name).filters) for name in FILTERED}
     protect_logs()
     yield
-    of_requests.filters = filters
+    for name, before in filters.items():
+        logging.getLogger(name).filters = before
     Panel.data.clear()
     Panel.data.update(panel)
     celery_consumer.dump_body = dump
@@ -189,6 +196,30 @@ def test_a_message_that_cannot_be_acknowledged_is_no_alarm(protected, caplog, re
     acknowledge_too_late(request_of_a_worker)
     (record,) = caplog.records
     assert (record.levelname, record.exc_info, "harmless" in record.getMessage()) == ("WARNING", None, True)
+
+
+@pytest.mark.parametrize(
+    ("level", "task", "is_logged"),
+    [
+        (logging.INFO, "registry.publish_readiness", False),
+        (logging.INFO, "registry.publish_models", False),
+        (logging.ERROR, "registry.publish_readiness", True),
+        (logging.INFO, "fleet.chat", True),
+    ],
+)
+def test_a_beat_of_a_registry_node_is_logged_only_if_it_failed(protected, caplog, level, task, is_logged):
+    caplog.set_level(logging.INFO, "celery.app.trace")
+    data = {"id": "r-1", "name": task}
+    logging.getLogger("celery.app.trace").log(level, "Task %(name)s[%(id)s] ended", data, extra={"data": data})
+    assert bool(caplog.records) is is_logged
+
+
+def test_celery_does_not_alarm_about_what_it_might_do_some_day_and_other_warnings_stay(protected, caplog):
+    log = logging.getLogger("py.warnings")
+    log.warning("%s", celery_consumer.CANCEL_TASKS_BY_DEFAULT)
+    assert caplog.records == []
+    log.warning("%s", "another warning")
+    assert len(caplog.records) == 1
 
 
 def test_events_name_the_lane_of_a_task_and_never_its_arguments(protected, request_of_a_worker):

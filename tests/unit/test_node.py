@@ -76,3 +76,23 @@ def test_what_is_offered_follows_the_newest_configuration_and_the_newest_list(fi
         other.add_done_callback(lambda _: ended.set())
     assert one.exception() is other.exception() is None
     assert set(node.offerings) == {"a", "c"}
+
+
+@pytest.mark.parametrize(
+    ("leave", "level"),
+    [
+        (lambda node: node.drain(), "INFO"),
+        (lambda node: node.drain(ending=True), "INFO"),
+        (lambda node: (node._readiness.refused(), node._follow()), "WARNING"),
+    ],
+    ids=["drained", "ending", "its server is gone"],
+)
+def test_a_node_that_is_meant_to_leave_its_lanes_does_not_warn_of_it(leave, level, caplog):
+    caplog.set_level("INFO", "fleet_worker")
+    node = new_node(settings(), ["a"])
+    node._readiness.canary_ended(None)
+    node._follow()
+    leave(node)
+    left = [record for record in caplog.records if "leaves lane" in record.getMessage()]
+    assert {record.levelname for record in left} == {level}
+    assert node.lanes == frozenset()

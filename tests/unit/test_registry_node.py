@@ -15,7 +15,7 @@ from kombu import Connection
 from fleet_worker import registry_node as registry_node_module
 from fleet_worker.celery import create_app
 from fleet_worker.registry_events import READINESS
-from fleet_worker.registry_node import Jittered, RegistryNode, _QuietScheduler
+from fleet_worker.registry_node import NO_NODE, Jittered, RegistryNode, _QuietScheduler
 from fleet_worker.reports import NodeReport
 from fleet_worker.settings import Settings
 
@@ -142,7 +142,7 @@ def test_an_instance_without_a_node_is_unavailable(host):
         "ready": False,
         "status": "unavailable",
         "checked": False,
-        "error": "no node runs for this instance, or it is frozen",
+        "error": NO_NODE,
     }
     assert event.capacity == {"slots": 2, "running": 0}
     assert (event.runtime["node"], event.runtime["host"]) == ("talk@mini", "mini")
@@ -213,7 +213,7 @@ def test_models_are_told_of_as_configured_until_their_node_reports(host):
         "features": ["completion", "streaming", "tools"],
         "limits": {"context_window": 4096, "max_output_tokens": 4096},
     }
-    assert event.health["error"] == "no node runs for this instance, or it is frozen"
+    assert event.health["error"] == NO_NODE
     _, embedder = models["vectors", "minilm"]
     assert (embedder.offering["usage"], embedder.offering["limits"]) == ("embedding", {"dimensions": 384})
     assert models.keys() == {("talk", "talker"), ("vectors", "minilm")}
