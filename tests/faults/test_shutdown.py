@@ -78,7 +78,7 @@ def test_a_node_that_ends_under_load_forgets_nothing(broker, mlx):
 def test_a_node_without_a_broker_obeys(mlx):
     with Valkey() as broker, running_node(broker.url, base_url=mlx.base_url, models={CHAT: {}}) as node:
         broker.stop()
-        node.wait_for("Trying again", 20)
+        node.wait_for("is tried again", 20)
         node.signal(signal.SIGTERM)
         assert node.wait(20) == 0
 
