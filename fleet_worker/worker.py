@@ -22,7 +22,7 @@ from fleet_worker.logs import name_lines, protect_logs
 from fleet_worker.mlx import DEFAULT_URLS, Health, MLXClient
 from fleet_worker.monitoring import BatchedEvents
 from fleet_worker.node import Node, lanes_of
-from fleet_worker.offerings import Offering, offerings_of
+from fleet_worker.offerings import Offering, advice_on_nothing, offerings_of
 from fleet_worker.registry_node import RegistryNode
 from fleet_worker.replies import ReplySender
 from fleet_worker.running import Running
@@ -109,8 +109,7 @@ def _begin(app: Celery, settings: Settings, host: str, *, worker: Any) -> None:
     if not offerings:
         mlx.close()
         raise ConfigurationError(
-            f"instance {name} has nothing to offer: list its models under [instances.{name}.models], "
-            "and check fleet.capabilities, usage, and the model lists"
+            f"instance {name} has nothing to offer: {advice_on_nothing(f'instances.{name}', instance)}"
         )
     worker.hostname = f"{name}@{host}"
     node = _node(app, settings, worker.hostname, mlx, server, offerings, reported)
