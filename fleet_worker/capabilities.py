@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from fleet_worker.settings import Capability, Instance, Model
 
-__all__ = ["FEATURES", "Feature", "features_of", "serves"]
+__all__ = ["FEATURES", "NEEDED", "Feature", "features_of", "serves"]
 
 FEATURES = (
     "completion",
@@ -35,6 +35,9 @@ ALIASES = {
     "embeddings": "embedding",
     "reasoning": "thinking",
 }
+NEEDED: dict[Capability, str] = {"chat": "completion", "stream_chat": "streaming", "embed": "embedding"}
+"""The feature without which a model does not serve that capability."""
+_EMBEDS = {"completion": False, "streaming": False, "embedding": True}
 
 # `e5` and `gte` only as words of their own: both occur inside hashes.
 _EMBEDDING = re.compile(r"embed|bge|nomic|minilm|(?<![a-z0-9])(?:e5|gte)(?![a-z0-9])", re.IGNORECASE)
@@ -43,7 +46,7 @@ _VISION = re.compile(r"vlm|vision|llava|pixtral|qwen.*vl|gemma-3(?!n|-1b|-270m)"
 
 @dataclass(frozen=True, slots=True)
 class Feature:
-    """Whether, and which of the sources said so (`model`, `instance`, `provider`, `metadata`, `catalog`, ...)."""
+    """Whether, and which of the sources said so (`model`, `instance`, `provider`, `listed`, `metadata`, ...)."""
 
     value: bool
     source: str
@@ -63,6 +66,7 @@ def features_of(
         "model": canonical(model.features),
         "instance": canonical(instance.features),
         "provider": canonical(provider),
+        "listed": listed(name, model, instance),
         "metadata": canonical(metadata or {}),
         "catalog": catalog(name),
         "probe": canonical(probe or {}),
@@ -82,6 +86,14 @@ def canonical(features: Mapping[str, bool]) -> dict[str, bool]:
     return {ALIASES.get(name, name): value for name, value in features.items()}
 
 
+def listed(name: str, model: Model, instance: Instance) -> dict[str, bool]:
+    """What follows from how a model is listed: one with dimensions embeds, and so does one of an instance that does
+    nothing else.
+    """
+    only_embeds = name in instance.models and instance.capabilities == ("embed",)
+    return _EMBEDS if model.dimensions or only_embeds else {}
+
+
 def catalog(name: str) -> dict[str, bool]:
     """What a model's name tells."""
     embedding = bool(_EMBEDDING.search(name))
@@ -95,5 +107,4 @@ def catalog(name: str) -> dict[str, bool]:
 
 def serves(features: Mapping[str, Feature], capability: Capability) -> bool:
     """Tell whether a model with these features belongs on the lanes of that capability."""
-    needed = {"chat": "completion", "stream_chat": "streaming", "embed": "embedding"}
-    return features[needed[capability]].value
+    return features[NEEDED[capability]].value

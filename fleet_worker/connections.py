@@ -13,7 +13,7 @@ from celery.utils.threads import bound_open_broker_sockets
 from kombu import Connection
 from kombu.exceptions import KombuError, OperationalError
 from kombu.transport.redis import Channel as RedisChannel
-from redis.exceptions import (  # type: ignore[attr-defined]  # its stubs lack OutOfMemoryError
+from redis.exceptions import (
     AuthenticationError,
     AuthorizationError,
     NoPermissionError,

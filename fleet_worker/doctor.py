@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import resource
@@ -17,15 +18,18 @@ from fleet_worker.broker_checks import broker, clock, connected
 from fleet_worker.celery import create_app
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.findings import Finding, at_once, exit_code, show
+from fleet_worker.lifeline import LIFELINE, LOCK
 from fleet_worker.server_checks import WITHIN as INSTANCES_WITHIN
 from fleet_worker.server_checks import instances
-from fleet_worker.settings import Settings, config_path
+from fleet_worker.settings import Settings, config_path, nearest
 
 __all__ = ["CHECKS", "Finding", "examine", "exit_code", "show"]
 
 WITHIN = INSTANCES_WITHIN + 1
 """Seconds for everything."""
 OPEN_FILES = 1024
+READ_ELSEWHERE = {"FLEET_CONFIG", LIFELINE, LOCK, "FLEET_BROKER_PASSWORD", "FLEET_BROKER_ADDRESS"}
+"""Variables that are no settings; the last two are those of docker/compose.yaml."""
 SHOWN_NODES = 20
 
 
@@ -53,10 +57,26 @@ def configuration(settings: Settings) -> list[Finding]:
             "fine for a router; on a mini set fleet = { enabled = true, respond_to_requests = true } for an instance"
         )
         findings.append(Finding("warning", "configuration", "no instance has opted in: no node can start", advice))
+    findings.extend(_unread(name) for name in sorted(os.environ) if _is_unread(name))
     if path and path.stat().st_mode & 0o004 and any(secret in path.read_text("utf-8") for secret in _secrets(settings)):
         found = f"{path} holds a key or a password, and everybody on this host may read it"
         findings.append(Finding("warning", "configuration", found, f"chmod o-r {path}"))
     return findings
+
+
+def _is_unread(name: str) -> bool:
+    """Is it a FLEET_* variable that nothing reads? (What is wrong behind a __ has been refused as any unknown key.)"""
+    group = name.upper().partition("__")[0]
+    return group.startswith("FLEET_") and group not in {*_variables(), *READ_ELSEWHERE}
+
+
+def _unread(name: str) -> Finding:
+    found = f"the variable {name} is not read{nearest(name.upper(), _variables())}"
+    return Finding("warning", "configuration", found, "correct its name, or leave it out")
+
+
+def _variables() -> list[str]:
+    return [f"FLEET_{field.upper()}" for field in Settings.model_fields]
 
 
 def _secrets(settings: Settings) -> list[str]:

@@ -17,7 +17,7 @@ from fleet_worker.intake import Intake
 from fleet_worker.lanes import direct_lane, lane
 from fleet_worker.listeners import Listeners
 from fleet_worker.mlx import MLXClient
-from fleet_worker.offerings import Offering, offerings_of
+from fleet_worker.offerings import Offering, advice_on_nothing, offerings_of
 from fleet_worker.readiness import Readiness, State
 from fleet_worker.replies import ReplySender
 from fleet_worker.reports import NodeReport, Reporter, reported_model, socket_path
@@ -127,9 +127,11 @@ class Node:
         if not can_follow(settings, self.settings, self.instance):
             return False
         with self._following:
-            offerings = offerings_of(settings.instances[self.instance], settings.features, self._reported)
+            instance = settings.instances[self.instance]
+            offerings = offerings_of(instance, settings.features, self._reported)
             if not offerings:
-                raise ConfigurationError("it would have nothing to offer")
+                advice = advice_on_nothing(f"instances.{self.instance}", instance)
+                raise ConfigurationError(f"it would have nothing to offer: {advice}")
             self.settings, self.offerings = settings, offerings
             self._warn_of_templates()
             self._readiness.has(offerings)

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePath
 
-from fleet_worker.capabilities import Feature, features_of, serves
+from fleet_worker.capabilities import NEEDED, Feature, features_of, serves
 from fleet_worker.chat_templates import ChatTemplate, chat_template
 from fleet_worker.errors import ModelNotServed, UnsupportedCapability
 from fleet_worker.messages import ChatParams, FleetRequest
 from fleet_worker.settings import Capability, Instance, Model
 
-__all__ = ["Offering", "offering_for", "offerings_of"]
+__all__ = ["Offering", "advice_on_nothing", "offering_for", "offerings_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,21 @@ def offerings_of(instance: Instance, provider: Mapping[str, bool], reported: Ite
             template = chat_template(model, backend, reported)
             offerings[name] = Offering(name, backend, model, features, capabilities, template)
     return offerings
+
+
+def advice_on_nothing(table: str, instance: Instance) -> str:
+    """What to do about an instance without offerings; `table` is its place, as in `instances.local`."""
+    if not instance.capabilities:
+        return "fleet.capabilities names nothing that usage allows: correct one of them"
+    if not instance.models:
+        return f"list its models under [{table}.models], or check model_whitelist and model_blacklist"
+    names, capabilities = ", ".join(map(repr, instance.models)), ", ".join(instance.capabilities)
+    features = ", ".join(f"{NEEDED[each]} = true" for each in instance.capabilities)
+    first = next(iter(instance.models))
+    return (
+        f"by their names and features the models that it lists ({names}) do not serve what it offers ({capabilities}): "
+        f'set features = {{ {features} }} under [{table}.models."{first}"], or correct fleet.capabilities or usage'
+    )
 
 
 def _public_name(reported: str) -> str:

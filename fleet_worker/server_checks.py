@@ -9,7 +9,7 @@ from functools import partial
 from fleet_worker.errors import FleetError, RequestTimeout, Unauthorized
 from fleet_worker.findings import Finding, at_once
 from fleet_worker.mlx import DEFAULT_URLS, Health, MLXClient
-from fleet_worker.offerings import Offering, offerings_of
+from fleet_worker.offerings import Offering, advice_on_nothing, offerings_of
 from fleet_worker.servers import QUIRKS, lacks_template
 from fleet_worker.settings import Instance, Settings
 
@@ -108,8 +108,8 @@ def models(
     table = f"[{title}.models]"
     offered = offerings_of(instance, provider, reported)
     if not offered:
-        advice = f"list its models under {table}, and check fleet.capabilities, usage, and the model lists"
-        yield Finding("error", title, "there is nothing to offer: its node would not start", advice)
+        found = "there is nothing to offer: its node would not start"
+        yield Finding("error", title, found, advice_on_nothing(title, instance))
     elif not instance.models:
         found = f"no models are listed: {len(offered)} of the {len(reported)} that the server reports would be served"
         advice = f"list your models under {table}: a report may name what is on the disk, to be loaded or downloaded"

@@ -6,12 +6,14 @@ Sources, strongest first: arguments of `Settings(...)`, `FLEET_*` environment va
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import socket
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 from urllib.parse import SplitResult, urlsplit
 
 import platformdirs
@@ -36,7 +38,7 @@ from pydantic_settings import (
 
 from fleet_worker.errors import ConfigurationError
 
-__all__ = ["REGISTRY", "Instance", "Model", "Settings", "config_path", "fitting"]
+__all__ = ["REGISTRY", "Instance", "Model", "Settings", "config_path", "fitting", "nearest"]
 
 REGISTRY = "registry"
 """What the registry node of every host is called, as in `registry@mini-7`, and so no instance may be."""
@@ -358,7 +360,23 @@ def _config_file() -> dict[str, Any]:
 def _explain(error: ValidationError) -> str:
     """Say where and why, without the value: it may be a key."""
     faults = [
-        f"{'.'.join(map(str, fault['loc'])) or 'settings'}: {fault['msg']}"
+        f"{'.'.join(map(str, fault['loc'])) or 'settings'}: "
+        f"{_unknown(fault['loc']) if fault['type'] == 'extra_forbidden' else fault['msg']}"
         for fault in error.errors(include_input=False, include_url=False, include_context=False)
     ]
     return "configuration: " + "; ".join(faults)
+
+
+def _unknown(place: tuple[int | str, ...]) -> str:
+    """Of a key that is not there, say which it may be meant for."""
+    group: Any = Settings
+    for part in place[:-1]:
+        fields = getattr(group, "model_fields", None)  # otherwise it is a dictionary of groups
+        group = fields[part].annotation if fields else get_args(group)[1]
+    return f"unknown key{nearest(str(place[-1]), group.model_fields)}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Words about what a wrong name may be meant for, if there is anything like it."""
+    found = difflib.get_close_matches(name, list(known), n=1)
+    return f", the nearest that exists is {found[0]}" if found else ""

@@ -24,7 +24,7 @@ from fleet_worker.logs import begin_log, protect_logs
 from fleet_worker.mlx import DEFAULT_URLS, Health, MLXClient
 from fleet_worker.monitoring import BatchedEvents
 from fleet_worker.node import Node, can_follow, lanes_of
-from fleet_worker.offerings import Offering, offerings_of
+from fleet_worker.offerings import Offering, advice_on_nothing, offerings_of
 from fleet_worker.registry_node import RegistryNode
 from fleet_worker.replies import ReplySender
 from fleet_worker.running import Running
@@ -129,8 +129,7 @@ def _begin_node(app: Celery, settings: Settings, node_name: str) -> Node:
     if not offerings:
         mlx.close()
         raise ConfigurationError(
-            f"instance {name} has nothing to offer: list its models under [instances.{name}.models], "
-            "and check fleet.capabilities, usage, and the model lists"
+            f"instance {name} has nothing to offer: {advice_on_nothing(f'instances.{name}', instance)}"
         )
     node = _node(app, settings, node_name, mlx, server, offerings, reported)
     register_tasks(app, node)

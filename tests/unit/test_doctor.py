@@ -75,6 +75,24 @@ def test_a_host_that_serves_says_what(configured):
     assert finding.found.endswith("instances: local")
 
 
+def test_a_variable_that_nothing_reads_is_named_without_its_value(configured, monkeypatch):
+    configured(worker_toml("local", {}))
+    for name in ("FLEET_BROKERURL", "fleet_router_timeout", "FLEET_XYZZY__ZYX"):
+        monkeypatch.setenv(name, "hush-hush")
+    known = {"FLEET_HOST": "mini", "fleet_router__timeout": "5", "FLEET_INSTANCES__LOCAL__API_KEY": "hush-hush"}
+    for name, value in {**known, "FLEET_LIFELINE": "3", "FLEET_BROKER_PASSWORD": "hush-hush"}.items():
+        monkeypatch.setenv(name, value)
+    _, *found = configuration(Settings())
+    assert {(finding.severity, finding.check, bool(finding.advice)) for finding in found} == {
+        ("warning", "configuration", True)
+    }
+    assert [finding.found for finding in found] == [
+        "the variable FLEET_BROKERURL is not read, the nearest that exists is FLEET_BROKER_URL",
+        "the variable FLEET_XYZZY__ZYX is not read",
+        "the variable fleet_router_timeout is not read, the nearest that exists is FLEET_ROUTER",
+    ]
+
+
 @pytest.mark.parametrize("file", [True, False])
 def test_a_host_that_serves_nothing_may_be_a_router(file, configured):
     if file:

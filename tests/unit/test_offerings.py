@@ -3,7 +3,7 @@ import pytest
 from fleet_worker.errors import ModelNotServed, UnsupportedCapability
 from fleet_worker.lanes import slug
 from fleet_worker.messages import FleetRequest
-from fleet_worker.offerings import offering_for, offerings_of
+from fleet_worker.offerings import advice_on_nothing, offering_for, offerings_of
 from fleet_worker.settings import Settings
 
 SECRET = "swordfish"
@@ -115,6 +115,46 @@ def test_features_come_from_model_instance_and_provider():
     assert sources["tools"] == "model"
     assert sources["vision"] == "instance"
     assert sources["thinking"] == "provider"
+
+
+def test_a_model_that_is_listed_with_dimensions_embeds_whatever_its_name_is():
+    offered = offerings(models={"e1": {"dimensions": 8}, "c1": {}})
+    assert {name: each.capabilities for name, each in offered.items()} == {
+        "e1": ("embed",),
+        "c1": ("chat", "stream_chat"),
+    }
+
+
+@pytest.mark.parametrize("only", [{"usage": {"inference": False}}, {"fleet": {"capabilities": ["embed"]}}])
+def test_whoever_lists_a_model_for_an_instance_that_only_embeds_knows_that_it_does(only):
+    assert offerings(models={"e1": {}}, **only)["e1"].capabilities == ("embed",)
+    assert offerings("e1", **only) == {}  # a server may report anything
+    assert offerings(models={"e1": {"features": {"embedding": False}}}, **only) == {}
+
+
+NOTHING = {
+    "models that do something else": (
+        {"models": {"bge-talks": {}}, "fleet": {"capabilities": ["chat", "stream_chat"]}},
+        ["'bge-talks'", 'features = { completion = true, streaming = true } under [instances.one.models."bge-talks"]'],
+    ),
+    "models that are said to do nothing": (
+        {"models": {"e1": {"features": {"embedding": False}}}, "usage": {"inference": False}},
+        ["'e1'", "(embed)", 'features = { embedding = true } under [instances.one.models."e1"]'],
+    ),
+    "no capability": (
+        {"models": {"m": {}}, "usage": {"inference": False}, "fleet": {"capabilities": ["chat"]}},
+        ["fleet.capabilities names nothing that usage allows"],
+    ),
+    "no model": ({}, ["[instances.one.models]", "model_whitelist"]),
+}
+
+
+@pytest.mark.parametrize(("instance", "words"), NOTHING.values(), ids=NOTHING)
+def test_whoever_offers_nothing_is_told_what_to_set(instance, words):
+    configured = Settings(instances={"one": instance}).instances["one"]
+    assert offerings_of(configured, {}, ()) == {}
+    advice = advice_on_nothing("instances.one", configured)
+    assert [word for word in words if word not in advice] == []
 
 
 # --- What serves a request

@@ -155,7 +155,9 @@ def test_models_should_be_listed():
 def test_an_instance_without_anything_to_offer_is_an_error():
     neither = {"backend": "default_model", "features": {"completion": False, "streaming": False}}
     assert_complaint(listed("mlx_lm", {}, []), "error", "nothing to offer")
-    assert_complaint(listed("mlx_lm", {"mine": neither}), "error", "nothing to offer")
+    findings = listed("mlx_lm", {"mine": neither})
+    assert_complaint(findings, "error", "nothing to offer")
+    assert '[instances.local.models."mine"]' in findings[-1].advice
 
 
 @pytest.mark.parametrize("flavour", ["vllm_batched", "mlx_openai"])

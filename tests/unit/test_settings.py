@@ -157,6 +157,26 @@ def test_what_is_wrong_in_the_file_is_named_by_its_place(configure, text, where)
     assert where in refused()
 
 
+@pytest.mark.parametrize(
+    ("text", "place", "meant"),
+    [
+        ("wroker = 1", "wroker", "worker"),
+        ("[router]\ntimout = 3", "router.timout", "timeout"),
+        ("[instances.a]\nbase_uri = ''", "instances.a.base_uri", "base_url"),
+        ("[instances.a.fleet]\nenable = true", "instances.a.fleet.enable", "enabled"),
+        ("[instances.a.models.m]\ncontext = 8", "instances.a.models.m.context", "context_window"),
+    ],
+)
+def test_a_key_that_is_not_known_is_said_with_the_nearest_that_is(configure, text, place, meant):
+    configure(text)
+    assert refused() == f"configuration: {place}: unknown key, the nearest that exists is {meant}"
+
+
+def test_a_key_that_is_like_no_other_is_only_unknown(configure):
+    configure("xyzzy = 1")
+    assert refused() == "configuration: xyzzy: unknown key"
+
+
 def test_all_faults_are_told_at_once(configure):
     configure("foo = 1\n[router]\ntimeout = -1\n[worker]\nmax_pending = 0")
     message = refused()
