@@ -18,6 +18,7 @@ from fleet_worker.celery import create_app
 from fleet_worker.connections import BROKER_ERRORS, connect, unavailable
 from fleet_worker.errors import InvalidRequest
 from fleet_worker.node import Node
+from fleet_worker.registry import ALL_WORDS
 from fleet_worker.router import Router
 from fleet_worker.settings import REGISTRY, Settings
 
@@ -131,12 +132,18 @@ class Draining:
         if not hosts:
             return {}
         pattern = f".*@({'|'.join(map(re.escape, hosts))})$"
-        with Router(self._settings) as router:
-            registry = router.registry
-            there = set(self._broadcast("ping", pattern=pattern, matcher="pcre", timeout=HOST_ANSWERS_WITHIN))
-            there.update(instance.node for instance in registry.instances())  # all hosts have answered it by now
+        there = set(self._broadcast("ping", pattern=pattern, matcher="pcre", timeout=HOST_ANSWERS_WITHIN))
+        if any(name.startswith(f"{REGISTRY}@") for name in there):
+            there |= self._known()
         nodes = sorted(name for name in there if not name.startswith(f"{REGISTRY}@"))
         return {host: [name for name in nodes if name.partition("@")[2] == host] for host in hosts}
+
+    def _known(self) -> set[str]:
+        """The nodes that registry nodes tell of."""
+        with Router(self._settings) as router:
+            registry = router.registry
+            time.sleep(ALL_WORDS)  # the host that answers last may be the one that is meant
+            return {instance.node for instance in registry.instances()}
 
     def _ask(self, command: str, nodes: Sequence[str]) -> list[Drained]:
         """What those say that answer, in their order."""
