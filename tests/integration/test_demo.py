@@ -138,7 +138,7 @@ def test_a_broker_that_is_given_and_dead_is_a_clear_failure(folder, monkeypatch)
     with started(SIMULATED) as (process, output):
         said = read(output)
         assert process.wait(WITHIN) == 69
-    assert f"the broker at 127.0.0.1:{port} does not answer" in said
+    assert f"the broker at 127.0.0.1:{port} does not run" in said
     assert "hush-hush" not in said
     assert "Traceback" not in said
     assert_nothing_left({}, folder)
