@@ -92,7 +92,7 @@ def test_when_up_is_killed_its_nodes_finish_their_work_and_end_and_another_up_wa
         killed.signal(signal.SIGKILL)
         with up() as successor:
             successor.wait_for("local@mini waits until the one before it has ended", WITHIN)
-            assert "ready" not in successor.output
+            assert "local@mini is ready" not in successor.output
             assert delivered(stream, LONGER)
             assert is_gone(killed)
             assert "local@mini ended\n" in killed.output

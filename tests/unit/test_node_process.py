@@ -10,10 +10,10 @@ from fleet_worker.node_process import NEVER, Backoff, NodeProcess
 
 WITHIN = 10.0
 WARM = """
-import signal, sys
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+import signal
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # a handler may miss what comes just before a pause
 print("up", flush=True)
-signal.pause()
+signal.sigwait({signal.SIGTERM})
 """
 DEAF = """
 import signal, subprocess, sys
@@ -162,7 +162,8 @@ def test_a_node_that_asks_for_a_new_start_has_not_failed(node, end):
 
 def test_a_running_node_is_told_to_reload(node):
     process = node.up(
-        "import signal, sys; signal.signal(1, lambda *_: sys.exit(75)); print('up', flush=True); signal.pause()"
+        "import signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, {1}); print('up', flush=True); "
+        "signal.sigwait({1}); sys.exit(75)"
     )
     process.reload()
     assert node.ended() == 75
