@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
 
 from fleet_worker.agenda import Agenda
 from fleet_worker.attempts import Attempts, OnInterrupt
@@ -138,12 +137,13 @@ class Flight:
     # --- Its way ---
 
     def submit(self) -> None:
-        """Send the first attempt; raises what the broker has against it."""
+        """Send the first attempt; raises what the broker has against it, unless it was answered all the same."""
         try:
             self._send(self.request, self._services.settings.connect_timeout)
         except FleetError as error:
             self.give_up(error)
-            raise cast(Failure, self._attempts.last).error() from None
+            if isinstance(self._attempts.last, Failure):
+                raise self._attempts.last.error() from None
         except BaseException:  # a KeyboardInterrupt, too: others may have joined
             self.give_up(Cancelled("the request was not sent"))
             raise

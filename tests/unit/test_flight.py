@@ -3,6 +3,7 @@
 import contextlib
 import queue
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -266,10 +267,23 @@ def test_a_further_attempt_that_the_broker_refuses_ends_it(fleet):
     assert fleet.read()[0].code == "broker_unavailable"
 
 
+def test_what_was_answered_although_the_broker_never_said_that_it_has_it_is_answered(fleet):
+    def publish(*_):
+        flight.receive("a", accepted())
+        flight.receive("a", response(1))
+        raise BrokerUnavailable("it fell silent", retryable=True)
+
+    flight = Flight(request().submitted_to("r"), None, replace(fleet.services, publish=publish))
+    mailbox = flight.join(5.0)
+    flight.submit()
+    assert [frame.kind for frame in fleet.read(mailbox)] == ["response"]
+
+
 def test_a_first_attempt_that_the_broker_refuses_ends_it(fleet):
     fleet.refusal = BrokerUnavailable("away")
-    with pytest.raises(BrokerUnavailable):
+    with pytest.raises(BrokerUnavailable) as caught:
         fleet.flight()
+    assert [each["error"] for each in caught.value.metadata["attempts"]] == ["broker_unavailable"]
     assert fleet.ended == ["r"]
     assert fleet.read()[0].code == "broker_unavailable"
 
