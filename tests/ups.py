@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from fleet_worker.processes import ChildProcess
+from fleet_worker.host.child_process import ChildProcess
 
 
 @contextmanager

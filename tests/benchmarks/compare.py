@@ -23,8 +23,8 @@ from typing import Any
 import httpx
 
 from fleet_worker import Router, Settings
-from fleet_worker.processes import ChildProcess, child, python
-from fleet_worker.sse import EventStream
+from fleet_worker.host.child_process import ChildProcess, child, python
+from fleet_worker.mlx.sse import EventStream
 from fleet_worker.testing import running_node
 from tests.benchmarks.table import Row, measure
 from tests.benchmarks.usage import cpu_seconds, rss_mb

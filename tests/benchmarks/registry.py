@@ -31,10 +31,10 @@ import redis
 from kombu import Connection, Consumer, Producer
 
 from fleet_worker import Router, Settings
+from fleet_worker.broker.topology import ask_queue, direct_lane, lane, registry_exchange, transport_of
 from fleet_worker.celery import create_app
-from fleet_worker.lanes import ask_queue, direct_lane, lane, registry_exchange, transport_of
-from fleet_worker.registry import Registry
-from fleet_worker.registry_events import READINESS, Announcement, RegistryEvent
+from fleet_worker.protocol.registry_event import READINESS, Announcement, RegistryEvent
+from fleet_worker.registry.view import Registry
 from fleet_worker.testing import SimulatedMLX, running_host
 from tests.benchmarks.table import Row, measure
 from tests.benchmarks.usage import cpu_seconds, descriptors, rss_mb, threads

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from fleet_worker import FleetError, Router, Settings
-from fleet_worker.processes import python
+from fleet_worker.host.child_process import python
 from fleet_worker.simulator import embedding
 from tests.brokers import BROKERS, RabbitMQ, Valkey
 from tests.fleets import Fleet, Part, conversation, until

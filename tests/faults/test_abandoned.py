@@ -9,7 +9,7 @@ import time
 import pytest
 
 from fleet_worker import RequestTimeout, Router, Settings
-from fleet_worker.processes import child, python
+from fleet_worker.host.child_process import child, python
 from fleet_worker.simulator import Fault
 from tests.fleets import Fleet, conversation, until
 

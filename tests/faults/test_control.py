@@ -6,7 +6,7 @@ import uuid
 
 import pytest
 
-from fleet_worker.frames import ChatResponse
+from fleet_worker.protocol.reply import ChatResponse
 from fleet_worker.testing import SimulatedMLX, running_node
 from tests.brokers import Valkey
 from tests.callers import Caller

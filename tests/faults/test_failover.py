@@ -13,8 +13,8 @@ import time
 import pytest
 
 from fleet_worker import ConnectionFailure, InstanceUnavailable, PoisonSuspected, Router, Settings
-from fleet_worker.demo_models import chat_model, platform_problem
-from fleet_worker.processes import python
+from fleet_worker.demo.models import chat_model, platform_problem
+from fleet_worker.host.child_process import python
 from fleet_worker.simulator import Fault
 from fleet_worker.testing import embedded_broker, running_host
 from tests.brokers import free_port, missing

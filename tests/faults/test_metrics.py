@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fleet_worker.processes import child, python
+from fleet_worker.host.child_process import child, python
 from fleet_worker.testing import SimulatedMLX, running_host, worker_toml
 from tests.brokers import Valkey, free_port
 from tests.clients import took_less_than
@@ -25,7 +25,7 @@ bound = []
 sys.addaudithook(lambda event, args: event == "socket.bind" and bound.append(args[0].family))
 from fleet_worker import Settings
 from fleet_worker.celery import create_app
-from fleet_worker.registry_node import RegistryNode
+from fleet_worker.registry.node import RegistryNode
 settings = Settings()
 node = RegistryNode(create_app(settings), settings, "test")
 assert bound == [socket.AF_UNIX], bound

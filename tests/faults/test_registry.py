@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from fleet_worker import Router, Settings
-from fleet_worker.processes import child, python
+from fleet_worker.host.child_process import child, python
 from fleet_worker.testing import SimulatedMLX, running_host, running_node
 from tests.flow.test_readiness import HELLO, QUICK, statuses, wait_until
 

@@ -5,7 +5,7 @@ import signal
 import pytest
 
 from fleet_worker import Router, Settings
-from fleet_worker.frames import ChatResponse
+from fleet_worker.protocol.reply import ChatResponse
 from fleet_worker.simulator import SimulatedMLX, reply_tokens
 from fleet_worker.testing import running_node
 from tests.brokers import Valkey

@@ -11,15 +11,17 @@ from contextlib import closing, contextmanager, suppress
 import pytest
 from kombu import Producer
 
-from fleet_worker import Settings, connections, link
+from fleet_worker import Settings
+from fleet_worker.broker import connection as connections
+from fleet_worker.broker import reconnecting as link
+from fleet_worker.broker.topology import cancel_exchange, reply_name, transport_of
 from fleet_worker.celery import create_app
-from fleet_worker.control import Control
-from fleet_worker.frames import Alive, Delta, Timings, Usage
-from fleet_worker.frames import ChatResponse as Response
-from fleet_worker.inbox import ReplyInbox
-from fleet_worker.lanes import cancel_exchange, reply_name, transport_of
-from fleet_worker.messages import Notice
-from fleet_worker.replies import ReplySender
+from fleet_worker.node.cancel_listener import Control
+from fleet_worker.node.reply_publisher import ReplySender
+from fleet_worker.protocol.reply import Alive, Delta, Timings, Usage
+from fleet_worker.protocol.reply import ChatResponse as Response
+from fleet_worker.protocol.request import Notice
+from fleet_worker.router.reply_consumer import ReplyInbox
 from tests.clients import until
 from tests.relay import Relay
 

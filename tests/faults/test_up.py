@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from fleet_worker import Router, Settings
-from fleet_worker.processes import python
+from fleet_worker.host.child_process import python
 from fleet_worker.simulator import reply_tokens
 from fleet_worker.testing import SimulatedMLX, embedded_broker, worker_toml
 from tests.ups import is_gone, running_up

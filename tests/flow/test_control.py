@@ -5,7 +5,7 @@ import uuid
 
 import pytest
 
-from fleet_worker.frames import ChatResponse
+from fleet_worker.protocol.reply import ChatResponse
 from fleet_worker.testing import SimulatedMLX, running_host
 from tests.callers import Caller
 from tests.clients import took_less_than, until

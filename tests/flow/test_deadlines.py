@@ -5,8 +5,8 @@ import time
 import pytest
 
 from fleet_worker import Expired, InstanceUnavailable, RequestTimeout, Router, Settings
-from fleet_worker.flight import Flight
-from fleet_worker.messages import FleetRequest
+from fleet_worker.protocol.request import FleetRequest
+from fleet_worker.router.in_flight import Flight
 from fleet_worker.simulator import Fault, reply_tokens
 from fleet_worker.testing import SimulatedMLX, running_node
 from tests.flow.conftest import CHAT, work

@@ -1,10 +1,10 @@
 """What the doctor sees of a fleet, on both brokers."""
 
-from fleet_worker.broker_checks import broker as check_broker
-from fleet_worker.broker_checks import clock
-from fleet_worker.connections import place_of
-from fleet_worker.doctor import fleet
-from fleet_worker.findings import Finding
+from fleet_worker.broker.connection import place_of
+from fleet_worker.ops.broker_checks import broker as check_broker
+from fleet_worker.ops.broker_checks import clock
+from fleet_worker.ops.doctor import fleet
+from fleet_worker.ops.findings import Finding
 from fleet_worker.settings import Settings
 
 

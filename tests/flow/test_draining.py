@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from fleet_worker import Router, Settings
-from fleet_worker.draining import Draining
 from fleet_worker.errors import InvalidRequest
-from fleet_worker.frames import ChatResponse
+from fleet_worker.ops.drain import Draining
+from fleet_worker.protocol.reply import ChatResponse
 from fleet_worker.testing import SimulatedMLX, running_host
 from tests.clients import took_less_than, until
 

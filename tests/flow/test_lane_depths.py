@@ -10,12 +10,13 @@ from types import SimpleNamespace
 import pytest
 import redis
 
-from fleet_worker import Router, Settings, lane_depths
+from fleet_worker import Router, Settings
+from fleet_worker.broker import queue_depth as lane_depths
+from fleet_worker.broker.queue_depth import MOST_LANES, SUBMITTED_AT, Waiting, waiting
+from fleet_worker.broker.topology import direct_lane, lane, lane_queue, transport_of
 from fleet_worker.celery import create_app
-from fleet_worker.lane_depths import MOST_LANES, SUBMITTED_AT, Waiting, waiting
-from fleet_worker.lanes import direct_lane, lane, lane_queue, transport_of
+from fleet_worker.ops.snapshot import Camera
 from fleet_worker.settings import REGISTRY
-from fleet_worker.snapshot import Camera
 from fleet_worker.testing import SimulatedMLX, running_host
 from tests.flow.test_readiness import wait_until
 

@@ -5,7 +5,7 @@ import signal
 import pytest
 
 from fleet_worker import Router, Settings
-from fleet_worker.processes import child, python
+from fleet_worker.host.child_process import child, python
 from fleet_worker.testing import SimulatedMLX, running_node, worker_toml
 from tests.brokers import free_port
 

@@ -3,7 +3,7 @@
 import pytest
 
 from fleet_worker import StreamInterrupted
-from fleet_worker.messages import FleetRequest, Resume
+from fleet_worker.protocol.request import FleetRequest, Resume
 from fleet_worker.simulator import reply_tokens
 from tests.flow.conftest import CHAT, work
 

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from fleet_worker.messages import FleetRequest, Resume
+from fleet_worker.protocol.request import FleetRequest, Resume
 from fleet_worker.simulator import CHAT_TEMPLATE, reply_tokens
 from fleet_worker.testing import SimulatedMLX, running_node
 from tests.clients import until

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from fleet_worker.processes import ChildProcess
+from fleet_worker.host.child_process import ChildProcess
 from fleet_worker.settings import Settings
 from fleet_worker.simulator import embedding, reply_tokens
 from fleet_worker.testing import SimulatedMLX, running_node, worker_toml

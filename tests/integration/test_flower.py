@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from fleet_worker import ContextLengthExceeded, InvalidRequest, Overloaded, Router, Settings
-from fleet_worker.lanes import lane
+from fleet_worker.broker.topology import lane
 from fleet_worker.simulator import Fault
 from fleet_worker.testing import SimulatedMLX, embedded_broker, running_host, running_node
 from tests.flower import running_flower

@@ -5,8 +5,8 @@ import signal
 import pytest
 
 from fleet_worker import Router, Settings
-from fleet_worker.demo_models import chat_model, platform_problem
-from fleet_worker.processes import child, python
+from fleet_worker.demo.models import chat_model, platform_problem
+from fleet_worker.host.child_process import child, python
 from fleet_worker.testing import embedded_broker, worker_toml
 from tests.brokers import free_port, missing
 from tests.flow.test_readiness import statuses, wait_until

@@ -2,9 +2,9 @@
 
 import pytest
 
-from fleet_worker.demo_models import chat_model, platform_problem
-from fleet_worker.messages import Resume
-from fleet_worker.processes import child, python
+from fleet_worker.demo.models import chat_model, platform_problem
+from fleet_worker.host.child_process import child, python
+from fleet_worker.protocol.request import Resume
 from tests.brokers import free_port, missing
 from tests.clients import Client
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fleet_worker.service import LABEL, UNIT
+from fleet_worker.host.service import LABEL, UNIT
 from fleet_worker.testing import worker_toml
 
 SECRET = "hush-hush-4711"

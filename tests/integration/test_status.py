@@ -19,10 +19,10 @@ import redis
 from kombu import Connection, Consumer, Producer
 
 from fleet_worker import Router, Settings
-from fleet_worker.lanes import ask_queue, registry_exchange
-from fleet_worker.processes import ChildProcess
-from fleet_worker.registry_events import READINESS, Announcement, RegistryEvent
-from fleet_worker.status import NO_REGISTRY_NODE, UNSERVED
+from fleet_worker.broker.topology import ask_queue, registry_exchange
+from fleet_worker.host.child_process import ChildProcess
+from fleet_worker.ops.status import NO_REGISTRY_NODE, UNSERVED
+from fleet_worker.protocol.registry_event import READINESS, Announcement, RegistryEvent
 from fleet_worker.testing import SimulatedMLX, running_host
 from tests.brokers import Valkey, free_port
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fleet_worker.locks import holder
-from fleet_worker.processes import python
+from fleet_worker.host.child_process import python
+from fleet_worker.host.file_lock import holder
 from fleet_worker.testing import worker_toml
 from tests.ups import is_gone, running_up
 
@@ -18,9 +18,9 @@ WITHIN = 15.0
 BIN = Path(sys.executable).parent
 UP = """
 import logging, sys
-from fleet_worker.node_process import Backoff
+from fleet_worker.host.node_process import Backoff
 from fleet_worker.settings import Settings
-from fleet_worker.up import Up
+from fleet_worker.host.supervisor import Up
 logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
 command = lambda name: [sys.executable, "-S", "-c", sys.argv[1], name]
 sys.exit(Up(Settings(), command=command, backoff=Backoff(first=0.05, longest=0.2)).run())

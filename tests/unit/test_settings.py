@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fleet_worker.connections import place_of
+from fleet_worker.broker.connection import place_of
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.settings import Instance, Model, Settings, config_path
 

@@ -5,7 +5,7 @@ import socket
 import redis
 
 from fleet_worker import testing
-from fleet_worker.processes import free_port
+from fleet_worker.host.child_process import free_port
 from fleet_worker.testing import embedded_broker
 
 

@@ -1,0 +1,129 @@
+"""What waits in the lanes, asked of the broker. No request is taken out of its lane, and none is read."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from amqp.exceptions import NotFound
+from celery import Celery
+
+from fleet_worker.broker.connection import BROKER_ERRORS, connect, unavailable
+from fleet_worker.broker.topology import EXCHANGE, Transport, direct_lane
+from fleet_worker.settings import REGISTRY
+
+__all__ = ["MOST_LANES", "SUBMITTED_AT", "Waiting", "depth", "waiting"]
+
+SUBMITTED_AT = "submitted_at"
+"""The header of a request that says when this attempt was submitted: epoch seconds."""
+MOST_LANES = 1_000
+BATCH = 100
+"""Lanes that Redis is asked about at a time."""
+REGISTRY_NODES = direct_lane(f"{REGISTRY}@")
+"""How the lanes begin in which registry nodes have the beats of their own clocks."""
+
+_DEPTH_AND_OLDEST = f"""
+local depth, oldest = 0, nil
+for _, list in ipairs(KEYS) do
+  local length = redis.call('LLEN', list)
+  if length > 0 then
+    depth = depth + length
+    local message = redis.call('LINDEX', list, -1)
+    local _, name_ends = string.find(message, '"{SUBMITTED_AT}"', 1, true)
+    local moment = name_ends and tonumber(string.match(message, '^%s*:%s*([%d.]+)', name_ends + 1))
+    if moment and (not oldest or moment < oldest) then oldest = moment end
+  end
+end
+return {{depth, oldest and string.format('%.6f', oldest) or ''}}
+"""
+"""Of the lists of one lane: kombu pushes at the left and pops at the right. A message may be of megabytes and holds a
+prompt, so it stays where it is. Its body is base64, and quotes inside of JSON strings are escaped, so that the name of
+the header in its quotes is nothing else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """The requests that wait in one lane: not those that nodes hold, but also those that are too late by now, since it
+    is nodes that drop them.
+    """
+
+    depth: int
+    oldest_age: float | None = None
+    """Seconds since the oldest was submitted; None if nothing waits or it does not say, and always on RabbitMQ, where
+    a message can only be seen by taking it out and putting it back."""
+    consumers: int | None = None
+    """Nodes that take from the lane, as RabbitMQ counts them; Redis does not know."""
+
+
+def waiting(app: Celery, transport: Transport, lanes: Iterable[str], *, timeout: float = 5.0) -> dict[str, Waiting]:
+    """Return what waits in these lanes; on Redis also in all others that were ever used and have not expired.
+
+    RabbitMQ tells about a lane only who names it, so there a lane that nobody offers any more is not seen; and one that
+    it is asked about it keeps for another LANE_EXPIRES. A lane that does not exist is an empty one. At most MOST_LANES
+    are looked at, those of models first. Those that could not be asked about within `timeout` seconds are left out.
+
+    Raises:
+        BrokerUnavailable: the broker is not there, or fell silent for `timeout` seconds.
+    """
+    deadline = time.monotonic() + timeout
+    with _connected(app, timeout) as connection:
+        channel = connection.default_channel
+        if transport == "amqp":
+            return dict(_told_by_rabbitmq(channel, _chosen(lanes), deadline))
+        known = {queue for *_, queue in channel.get_table(EXCHANGE.name)}
+        return dict(_told_by_redis(channel, _chosen(known.union(lanes)), deadline))
+
+
+def depth(channel: Any, transport: Transport, lane: str) -> int:
+    """Return how many requests wait in one lane, in one round trip; raises what kombu raises."""
+    if transport == "amqp":
+        return next(_told_by_rabbitmq(channel, [lane], math.inf))[1].depth
+    with channel.conn_or_acquire() as client, client.pipeline(transaction=False) as pipe:
+        for step in channel.priority_steps:
+            pipe.llen(channel._q_for_pri(lane, step))
+        return sum(pipe.execute())
+
+
+@contextmanager
+def _connected(app: Celery, timeout: float) -> Iterator[Any]:
+    with app.connection_for_read() as connection:
+        try:
+            yield connect(connection, timeout)
+        except BROKER_ERRORS as error:
+            raise unavailable(app.conf.broker_url, "does not say what waits", error) from None
+
+
+def _chosen(lanes: Iterable[str]) -> list[str]:
+    """Those of requests, the lanes of models before those of single nodes."""
+    of_requests = (name for name in lanes if not name.startswith(REGISTRY_NODES))
+    return sorted(of_requests, key=lambda name: (name.startswith(direct_lane("")), name))[:MOST_LANES]
+
+
+def _told_by_redis(channel: Any, lanes: list[str], deadline: float) -> Iterator[tuple[str, Waiting]]:
+    with channel.conn_or_acquire() as client:
+        ask = client.register_script(_DEPTH_AND_OLDEST)
+        for first in range(0, len(lanes), BATCH):
+            if time.monotonic() > deadline:
+                return
+            batch = lanes[first : first + BATCH]
+            with client.pipeline(transaction=False) as pipe:
+                for name in batch:
+                    ask(keys=[channel._q_for_pri(name, step) for step in channel.priority_steps], client=pipe)
+                answers = pipe.execute()
+            for name, (depth, oldest) in zip(batch, answers, strict=True):
+                yield name, Waiting(depth, max(0.0, time.time() - float(oldest)) if oldest else None)
+
+
+def _told_by_rabbitmq(channel: Any, lanes: list[str], deadline: float) -> Iterator[tuple[str, Waiting]]:
+    for name in lanes:
+        if time.monotonic() > deadline:
+            return
+        try:
+            _, depth, consumers = channel.queue_declare(name, passive=True)
+        except NotFound:  # the channel is closed by it, and opens again by itself
+            depth, consumers = 0, 0
+        yield name, Waiting(depth, consumers=consumers)

@@ -1,0 +1,237 @@
+"""`fleet-worker up`: all nodes that the configuration of this host asks for, kept running.
+
+One thread waits for signals and deadlines, and for nothing else. The nodes write to up's own output themselves: a
+supervisor that is slow, frozen or killed holds up no node and loses no line of theirs.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from fleet_worker import exit_codes
+from fleet_worker.errors import ConfigurationError
+from fleet_worker.host.child_process import python
+from fleet_worker.host.file_lock import Held, hold, holder, open_lock
+from fleet_worker.host.node_process import NEVER, Backoff, NodeProcess
+from fleet_worker.host.parent_pipe import LIFELINE, LOCK, lifeline
+from fleet_worker.settings import REGISTRY, Settings
+
+__all__ = ["Up", "node_command", "nodes_of", "reload_running"]
+
+log = logging.getLogger(__name__)
+
+
+def nodes_of(settings: Settings) -> list[str]:
+    """What runs on this host: a node for each instance that has opted in, and the registry node.
+
+    Raises:
+        ConfigurationError: no instance has opted in.
+    """
+    return [*settings.serving(), REGISTRY]
+
+
+def node_command(node_name: str) -> list[str]:
+    # -P: a celery.py where the user stands is not the one that is meant
+    return python("-P", "-m", "celery", "-A", "fleet_worker", "worker", "-n", node_name, "--loglevel", "INFO")
+
+
+def reload_running(settings: Settings) -> int | None:
+    """Tell the up of this host to read its configuration again; return its process id, or None if none runs."""
+    pid = holder(_lock_path(settings)) or _only_holder(settings.state_dir)
+    if pid:
+        os.kill(pid, signal.SIGHUP)
+    return pid
+
+
+def _only_holder(state_dir: Path) -> int | None:
+    """The one up that runs here under whatever name: `host` may be just what has changed."""
+    pids = [pid for path in state_dir.glob("up-*.lock") if (pid := holder(path))]
+    return pids[0] if len(pids) == 1 else None
+
+
+def _lock_path(settings: Settings) -> Path:
+    return settings.state_dir / f"up-{settings.host}.lock"
+
+
+class Up:
+    """The supervisor of one host.
+
+    A node that ends is started again, after a while if it keeps failing. One that ends with exit code 78 waits for
+    another configuration, and one that ends with 75 has asked for a new start.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        command: Callable[[str], Sequence[str]] = node_command,
+        backoff: Backoff = Backoff(),  # noqa: B008 - it is frozen
+    ) -> None:
+        self._settings = settings
+        self._command = command
+        self._backoff = backoff
+        self._nodes: dict[str, NodeProcess] = {}
+        self._exit_code: int | None = None
+        """Set once everything is being stopped."""
+        self._signalled = False
+
+    def run(self) -> int:
+        """Run until a signal stops it, or no instance can be served; return the exit code. For the main thread.
+
+        SIGTERM (0) and SIGINT (130) stop all nodes, a second one kills them; SIGHUP reads the configuration again.
+        78 means that no instance has opted in any more, or that the nodes of all have ended with 78.
+
+        Raises:
+            ConfigurationError: no instance has opted in.
+            Held: an up for this host runs already.
+        """
+        nodes_of(self._settings)
+        with _signals() as received, lifeline() as self._lifeline:
+            self._lock = hold(_lock_path(self._settings))
+            try:
+                log.info("fleet-worker up, pid %d, runs the nodes of %s", os.getpid(), self._settings.host)
+                self._adopt(self._settings)
+                self._watch(received)
+                log.info("fleet-worker up ends: all of its nodes have ended")
+            finally:
+                self._lock.close()
+        return self._exit_code or 0
+
+    def _watch(self, received: Callable[[float], bytes]) -> None:
+        while self._nodes:
+            due = min(node.due for node in self._nodes.values())
+            for number in received(due - time.monotonic()):
+                self._obey(number)
+            self._tend()
+
+    def _adopt(self, settings: Settings) -> None:
+        """Have what these settings ask for, with as little disturbance as possible."""
+        instances = nodes_of(settings)
+        old, self._settings = self._settings, settings
+        moved = (old.broker_url, old.host) != (settings.broker_url, settings.host)
+        for instance in set(self._nodes).difference(instances):
+            self._retire(self._nodes[instance])
+        for instance in instances:
+            node = self._nodes.setdefault(instance, NodeProcess(instance, self._start, self._backoff))
+            node.wanted = True  # it may be one that is leaving
+            if moved:
+                node.replace(settings.worker.killed_after)
+            elif node.given_up or _read_by(instance, old) != _read_by(instance, settings):
+                node.reload()
+
+    def _retire(self, node: NodeProcess) -> None:
+        node.wanted = False
+        node.stop(self._settings.worker.killed_after)
+
+    def _start(self, node_name: str) -> subprocess.Popen[bytes]:
+        """Start a process that leads a group of its own, and holds the node's name on this host until it ends."""
+        with open_lock(self._settings.state_dir / f"node-{node_name}.lock") as lock:
+            return subprocess.Popen(  # noqa: S603 - our own command line
+                self._command(node_name),
+                stdin=subprocess.DEVNULL,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, LIFELINE: str(self._lifeline), LOCK: str(lock.fileno())},
+                pass_fds=(self._lifeline, lock.fileno()),
+                start_new_session=True,
+            )
+
+    def _obey(self, number: int) -> None:
+        if number == signal.SIGHUP and self._exit_code is None:
+            self._reload()
+        elif number in (signal.SIGTERM, signal.SIGINT):
+            if self._signalled:
+                log.warning("%s again: what still runs is killed", signal.Signals(number).name)
+                for node in self._nodes.values():
+                    node.kill()
+            self._signalled = True
+            self._stop(0 if number == signal.SIGTERM else 128 + number)
+
+    def _reload(self) -> None:
+        """A wrong configuration changes nothing; one that no instance has opted in to ends everything."""
+        try:
+            settings = Settings()
+            lock = self._lock if _lock_path(settings) == _lock_path(self._settings) else hold(_lock_path(settings))
+        except (ConfigurationError, Held) as error:
+            log.error("the configuration stays as it was: %s", error)
+            return
+        if lock is not self._lock:
+            self._lock.close()
+            self._lock = lock
+        log.info("the configuration has been read again")
+        try:
+            self._adopt(settings)
+        except ConfigurationError as error:
+            log.error("%s", error)
+            self._stop(exit_codes.CONFIGURATION)
+
+    def _stop(self, exit_code: int) -> None:
+        """Everything ends at the same time."""
+        if self._exit_code is None:
+            self._exit_code = exit_code
+            for node in self._nodes.values():
+                self._retire(node)
+
+    def _tend(self) -> None:
+        for node in list(self._nodes.values()):
+            node.reap()
+            if node.due <= time.monotonic():
+                node.act(f"{node.instance}@{self._settings.host}")
+        serving = [node for node in self._nodes.values() if node.instance != REGISTRY and not node.gone]
+        if self._exit_code is None and all(node.given_up for node in serving):
+            log.error("no instance can be served with this configuration")
+            self._stop(exit_codes.CONFIGURATION)
+        self._nodes = {instance: node for instance, node in self._nodes.items() if not node.gone}
+
+
+def _read_by(instance: str, settings: Settings) -> Any:
+    """What a node reads of the settings: the registry node reads of all instances."""
+    of_all = settings.model_dump(exclude={"router", "instances"})
+    return of_all, settings.instances if instance == REGISTRY else settings.instances.get(instance)
+
+
+_SIGNALS = (signal.SIGCHLD, signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
+
+
+@contextmanager
+def _signals() -> Iterator[Callable[[float], bytes]]:
+    """Yield a function that waits at most so many seconds, and returns the numbers of the signals that came.
+
+    They come through a file descriptor, because the system may hand a signal to any thread, and because one that
+    comes just before the wait must end it. SIGCHLD ends it too: a child has ended, or several.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    handlers = {number: signal.signal(number, _heard) for number in _SIGNALS if not _ignored(number)}
+
+    def received(timeout: float) -> bytes:
+        ready, _, _ = select.select([reader], [], [], None if timeout == NEVER else max(0.0, timeout))
+        return reader.recv(4096) if ready else b""
+
+    with reader, writer:
+        try:
+            yield received
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(before)
+
+
+def _ignored(number: signal.Signals) -> bool:
+    """A shell has what it starts in the background ignore Ctrl-C. SIGHUP is meant for us, even under nohup."""
+    return number == signal.SIGINT and signal.getsignal(number) is signal.SIG_IGN
+
+
+def _heard(number: int, frame: FrameType | None) -> None:
+    """Without a handler in Python there is nothing in the file descriptor."""

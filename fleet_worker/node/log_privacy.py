@@ -1,0 +1,140 @@
+"""What may be logged: never a prompt, a completion, a vector, a key or a token."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import celery.worker.consumer.consumer as celery_consumer
+from celery import Celery, signals
+from celery.worker.control import Panel
+from celery.worker.request import Request
+from kombu import Message
+from kombu.exceptions import DecodeError
+
+from fleet_worker.node.outage_log import Outage
+
+__all__ = ["begin_log", "name_lines", "protect_logs"]
+
+_LEAST_LEVELS = {
+    "celery.worker.strategy": logging.WARNING,  # "received": one line a task, when it ends, is enough
+    "celery.pool": logging.INFO,  # DEBUG shows the arguments of every task
+    "httpcore": logging.INFO,  # DEBUG shows headers, so keys
+    "httpx": logging.WARNING,  # INFO is a line per request
+    "kombu": logging.INFO,
+    "amqp": logging.INFO,
+}
+
+
+_CONNECTION = "celery.worker.consumer.connection"
+
+
+def protect_logs() -> None:
+    """Keep bodies and arguments out of this process's logs and events, and of what `celery inspect` and Flower ask; and
+    alarms out of its logs that are none."""
+    _quieten()
+    signals.after_setup_logger.connect(_quieten, weak=False)  # --loglevel DEBUG must not undo it
+    for name, quieter in _FILTERS.items():
+        logging.getLogger(name).addFilter(quieter)
+    # Celery logs up to 1,024 characters of a message that it does not know or cannot decode.
+    celery_consumer.dump_body = lambda message, body: f"({len(message.body)}b, not shown)"
+    for complaint in ("on_unknown_message", "on_unknown_task", "on_decode_error"):
+        original = getattr(celery_consumer.Consumer, complaint)
+        setattr(celery_consumer.Consumer, complaint, _without_quotes(original))
+    # In events and in Flower, arguments look as the sender says, and a sender that is not ours says all of them.
+    Request.argsrepr = property(lambda request: request.delivery_info["routing_key"] or "-")
+    Request.kwargsrepr = ""
+    showing = [Panel.data[command] for command in ("active", "reserved", "scheduled", "query_task")]
+    for name, command in Panel.data.items():  # each has an alias
+        if command in showing:
+            Panel.data[name] = _without_arguments(command)
+
+
+def begin_log(app: Celery, node_name: str, options: dict[str, Any]) -> None:
+    """Set logging up as Celery does with these options of its command line, but before the node begins: it may have to
+    wait, or end, and say so."""
+    name_lines(app, node_name)
+    no_color = options.get("no_color")
+    colorize = None if no_color is None else not no_color
+    app.log.setup(options.get("loglevel"), options.get("logfile"), colorize=colorize, hostname=node_name)
+
+
+def name_lines(app: Celery, node_name: str) -> None:
+    """Say in every line which node logs it, where Celery says MainProcess: all nodes of a host may share a log."""
+    name = node_name.replace("%", "%%")
+    for setting in ("worker_log_format", "worker_task_log_format"):
+        app.conf[setting] = app.conf[setting].replace("%(processName)s", name)
+
+
+def _quieten(loglevel: int | str | None = None, **_: Any) -> None:
+    """Our own few lines are shown at WARNING too, which is the level of `celery worker` if nobody says another."""
+    level = logging.getLevelName(loglevel) if isinstance(loglevel, str) else loglevel or logging.WARNING
+    for name in ("fleet_worker", _CONNECTION):  # which says that the broker is back
+        logging.getLogger(name).setLevel(level if level > logging.WARNING else min(level, logging.INFO))
+    for name, level in _LEAST_LEVELS.items():
+        logger = logging.getLogger(name)
+        logger.setLevel(max(level, logger.level))
+
+
+def _calm(record: logging.LogRecord) -> bool:
+    """RabbitMQ delivers again what was not acknowledged before its connection was lost. Celery calls that critical."""
+    if str(record.msg).startswith("Couldn't ack "):
+        record.levelno, record.levelname = logging.WARNING, logging.getLevelName(logging.WARNING)
+        record.msg = "the broker was away while a request ran, and delivers it again: harmless, nobody hears it twice"
+        record.args = record.exc_info = None
+    return True
+
+
+def _no_false_alarm(record: logging.LogRecord) -> bool:
+    """Celery warns at every loss of its connection that it might cancel what runs, some day, if nobody says no."""
+    return "worker_cancel_long_running_tasks_on_connection_loss" not in record.getMessage()
+
+
+def _no_beat(record: logging.LogRecord) -> bool:
+    """That a registry node has beaten once more is nothing new; that it failed is."""
+    is_beat = str(getattr(record, "data", {}).get("name")).startswith("registry.publish_")
+    return record.levelno > logging.INFO or not is_beat
+
+
+_outage = Outage()
+_FILTERS: dict[str, Callable[[logging.LogRecord], bool] | Outage] = {
+    "celery.worker.request": _calm,
+    "py.warnings": _no_false_alarm,
+    "celery.app.trace": _no_beat,
+    "celery.worker.consumer.consumer": _outage,
+    _CONNECTION: _outage,
+}
+
+
+def _without_quotes(complain: Callable[..., Any]) -> Callable[..., Any]:
+    """The same method of Celery's consumer, which logs a bad message, with less to quote.
+
+    Headers may show the arguments, and the error of a decoder (UnicodeDecodeError) the whole body.
+    """
+
+    def discreet(consumer: Any, *about: Any) -> Any:
+        for message in about:
+            if isinstance(message, Message):
+                headers = message.headers if isinstance(message.headers, dict) else {}
+                message.headers = {key: headers[key] for key in ("id", "task", "root_id") if key in headers}
+        return complain(consumer, *("not JSON" if isinstance(each, DecodeError) else each for each in about))
+
+    return discreet
+
+
+def _without_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The same remote-control command with the arguments of tasks hidden."""
+
+    def redacted(*args: Any, **kwargs: Any) -> Any:
+        return _redact(command(*args, **kwargs))
+
+    return redacted
+
+
+def _redact(answer: Any) -> Any:
+    if isinstance(answer, dict):
+        return {key: "-" if key in ("args", "kwargs") else _redact(value) for key, value in answer.items()}
+    if isinstance(answer, list | tuple):
+        return [_redact(each) for each in answer]
+    return answer

@@ -1,0 +1,265 @@
+"""What a worker process becomes by its name: the inference node of one instance, or the registry node of its host."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from celery import Celery, signals
+from celery.concurrency import get_implementation
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential, wait_random
+
+from fleet_worker.broker.topology import lane_queue, transport_of
+from fleet_worker.errors import ConfigurationError, FleetError, InstanceUnavailable, where
+from fleet_worker.exit_codes import AGAIN, CONFIGURATION, SOFTWARE, UNAVAILABLE
+from fleet_worker.host import parent_pipe as lifeline
+from fleet_worker.mlx.client import DEFAULT_URLS, Health, MLXClient
+from fleet_worker.mlx.offering import Offering, advice_on_nothing, offerings_of
+from fleet_worker.node.cancel_listener import Control
+from fleet_worker.node.lane_consumer import Intake
+from fleet_worker.node.lifecycle import Life, Reconnecting
+from fleet_worker.node.log_privacy import begin_log, protect_logs
+from fleet_worker.node.node import Node, can_follow, lanes_of
+from fleet_worker.node.reply_publisher import ReplySender
+from fleet_worker.node.router_presence import Listeners
+from fleet_worker.node.running_attempts import Running
+from fleet_worker.node.startup import Startup
+from fleet_worker.node.task_events import BatchedEvents
+from fleet_worker.node.tasks import register_tasks
+from fleet_worker.ops.drain import answer_operators
+from fleet_worker.registry import node as registry_node
+from fleet_worker.registry.node import RegistryNode
+from fleet_worker.settings import REGISTRY, Instance, Settings, fitting
+
+__all__ = ["refuse", "select_instance", "serve_with"]
+
+log = logging.getLogger(__name__)
+
+
+def serve_with(app: Celery, settings: Settings) -> None:
+    """Make every worker that is started from `app` a node."""
+
+    def begin(sender: str, instance: Any, options: dict[str, Any], **_: Any) -> None:
+        if instance.app is not app:
+            return
+        _refuse_options(options)
+        protect_logs()
+        try:
+            instance.hostname = _node_name(settings, instance.hostname)
+        except ConfigurationError as error:
+            refuse(error)
+        startup = _startup(settings, instance.hostname)
+        try:
+            begin_log(app, instance.hostname, options)
+            lifeline.bind(instance.hostname, grace=settings.worker.killed_after)
+            _begin(app, settings, instance, startup)
+        except ConfigurationError as error:
+            _give_up(error.message, AGAIN if startup.reloads else CONFIGURATION)  # which may be right by now
+        except FleetError as error:
+            _give_up(error.message, UNAVAILABLE)
+        except Exception as error:  # Celery would only log it, and go on as a worker that is no node
+            _give_up(f"the node cannot begin: {type(error).__name__} at {where(error)}", SOFTWARE)
+
+    def lighten(sender: Any, **_: Any) -> None:
+        """Without what workers tell each other: each would hear every other of the fleet, and start a second later."""
+        if sender.app is app:
+            sender.options.update(without_gossip=True, without_mingle=True)
+
+    signals.celeryd_init.connect(begin, weak=False)
+    signals.worker_init.connect(lighten, weak=False)
+    app.steps["consumer"].update((BatchedEvents, Reconnecting))
+
+
+def _refuse_options(options: dict[str, Any]) -> None:
+    """The settings say all this; a command line that says otherwise would be obeyed in parts."""
+    if options.get("concurrency") or options.get("autoscale"):
+        refuse(ConfigurationError("slots are set by limits.concurrency of the instance: leave out -c"))
+    if options.get("queues"):
+        refuse(ConfigurationError("queues are the lanes of what the instance serves: leave out -Q"))
+    if options.get("pool") not in (None, get_implementation("threads")):
+        refuse(ConfigurationError("a node works with threads, whatever it waits for is elsewhere: leave out -P"))
+
+
+def _refuse_a_taken_name(app: Celery, settings: Settings, node_name: str) -> None:
+    """On RabbitMQ the second of two nodes of one name would end with a traceback: Celery's control queue is exclusive.
+
+    (On Redis nothing stops it, and it notices when it is ready.)
+    """
+    if transport_of(settings.broker_url) != "amqp":
+        return
+    try:
+        taken = app.control.ping(destination=[node_name], limit=1, timeout=0.7)
+    except Exception:  # the broker is away: it is waited for later
+        return
+    if taken:
+        raise ConfigurationError(f"another node is named {node_name}: give the instance, or the host, another name")
+
+
+def _node_name(settings: Settings, worker_name: str) -> str:
+    """What a worker of this name is called as a node of this host; raises `ConfigurationError` if it cannot be one."""
+    name, _, host = worker_name.partition("@")
+    if name == REGISTRY:
+        settings.serving()
+    else:
+        name, _ = select_instance(settings, worker_name)
+    return f"{name}@{settings.host if 'host' in settings.model_fields_set else fitting(host)}"
+
+
+def _startup(settings: Settings, node_name: str) -> Startup:
+    name = node_name.partition("@")[0]
+    if name == REGISTRY:
+        return Startup(node_name, lambda new: registry_node.can_follow(new, settings))
+    return Startup(node_name, lambda new: can_follow(new, settings, name))
+
+
+def _begin(app: Celery, settings: Settings, worker: Any, startup: Startup) -> None:
+    name, _, host = worker.hostname.partition("@")
+    _refuse_a_taken_name(app, settings, worker.hostname)
+    node = RegistryNode(app, settings, host) if name == REGISTRY else _begin_node(app, settings, worker.hostname)
+    Life(worker, node, grace=settings.worker.drain_grace).begin(startup)
+
+
+def _begin_node(app: Celery, settings: Settings, node_name: str) -> Node:
+    """Set the worker up before Celery reads its pool, concurrency and queues."""
+    name = node_name.partition("@")[0]
+    instance = settings.instances[name]
+    mlx, server, reported = _find_server_of(instance, settings.worker.start_timeout)
+    offerings = offerings_of(instance, settings.features, reported)
+    if not offerings:
+        mlx.close()
+        raise ConfigurationError(
+            f"instance {name} has nothing to offer: {advice_on_nothing(f'instances.{name}', instance)}"
+        )
+    node = _node(app, settings, node_name, mlx, server, offerings, reported)
+    register_tasks(app, node)
+    answer_operators(node)
+    # With Python's 5 ms, the thread that takes messages waits too long for its turn among busy slots: a fifth fewer
+    # requests a second.
+    sys.setswitchinterval(0.001)
+    app.conf.worker_concurrency = node.slots
+    lanes, transport = lanes_of(node.name, offerings), transport_of(settings.broker_url)
+    app.conf.task_queues = [lane_queue(each, transport) for each in lanes]
+    app.amqp.queues.deselect(lanes)  # joined when the instance has shown that it works
+    return node
+
+
+def _node(
+    app: Celery,
+    settings: Settings,
+    name: str,
+    mlx: MLXClient,
+    server: str,
+    offerings: dict[str, Offering],
+    reported: list[str],
+) -> Node:
+    """With its connections to the broker, none of which is opened yet."""
+    transport, running = transport_of(settings.broker_url), Running()
+    sender = ReplySender(app.connection_for_write, name, max_pending=settings.worker.max_pending)
+    return Node(
+        settings,
+        name=name,
+        instance=name.partition("@")[0],
+        server=server,
+        mlx=mlx,
+        offerings=offerings,
+        reported=reported,
+        sender=sender,
+        intake=Intake(app, transport),
+        running=running,
+        listeners=Listeners(
+            app.connection_for_read, transport, running, abandoned_after=settings.worker.abandoned_after
+        ),
+        control=Control(app.connection_for_read, transport, name, running.cancel, sender.publish_again),
+    )
+
+
+def refuse(error: ConfigurationError) -> NoReturn:
+    """End this process, which has no name yet, with one line that says why."""
+    print(f"fleet-worker: {error.message}", file=sys.stderr, flush=True)  # noqa: T201 - logging is not set up yet
+    raise SystemExit(CONFIGURATION)
+
+
+def _give_up(reason: str, exit_code: int) -> NoReturn:
+    """End this node before it is one, with one line of its log that says why."""
+    log.critical("%s", reason)
+    raise SystemExit(exit_code)
+
+
+def select_instance(settings: Settings, node_name: str) -> tuple[str, Instance]:
+    """Return the instance that a worker of this name serves: `local@mini-7` serves `local`.
+
+    Raises:
+        ConfigurationError: no instance has opted in, or the name does not tell which one is meant.
+    """
+    serving = settings.serving()
+    wanted = node_name.partition("@")[0]
+    if wanted == "celery" and len(serving) == 1:  # Celery's default name: the worker was started without -n
+        wanted = next(iter(serving))
+    if wanted not in serving:
+        known = ", ".join(sorted(serving))
+        raise ConfigurationError(
+            f"the node's name must begin with an instance that has opted in, as -n NAME@%h: {known}"
+        )
+    return wanted, serving[wanted]
+
+
+def _find_server_of(instance: Instance, timeout: float) -> tuple[MLXClient, str, list[str]]:
+    """Wait for the MLX server; return its client, what kind it is, and what it reports as its models.
+
+    Raises:
+        InstanceUnavailable: it did not become ready within `timeout` seconds.
+    """
+    url, health = _find_server(instance, timeout)
+    server = health.server if instance.server == "auto" else instance.server
+    client = MLXClient(instance, url, server=server)
+    return client, server, _reported(client, instance)
+
+
+def _reported(client: MLXClient, instance: Instance) -> list[str]:
+    """Without it a node whose models are configured can begin all the same."""
+    try:
+        return client.models()
+    except FleetError:
+        if instance.models:
+            return []
+        raise
+
+
+def _find_server(instance: Instance, timeout: float) -> tuple[str, Health]:
+    urls = (instance.base_url,) if instance.base_url else DEFAULT_URLS
+
+    def tell(state: RetryCallState) -> None:
+        if state.attempt_number == 1:
+            log.info("waits up to %g s for an MLX server at %s", timeout, " or ".join(urls))
+
+    attempts = Retrying(
+        before_sleep=tell,
+        retry=retry_if_exception_type(InstanceUnavailable),
+        stop=stop_after_delay(timeout),
+        wait=wait_exponential(multiplier=0.1, max=2.0) + wait_random(max=0.1),
+        reraise=True,
+    )
+    return attempts(_ready_server, instance, urls, timeout)
+
+
+def _ready_server(instance: Instance, urls: Sequence[str], timeout: float) -> tuple[str, Health]:
+    for url in urls:
+        if health := _health(instance, url):
+            return url, health
+    where = " or ".join(urls)
+    raise InstanceUnavailable(
+        f"no MLX server became ready at {where} within {timeout:g} s: start it, or correct base_url"
+    )
+
+
+def _health(instance: Instance, url: str) -> Health | None:
+    client = MLXClient(instance, url)
+    try:
+        health = client.health()
+    except FleetError:
+        return None
+    finally:
+        client.close()
+    return health if health.ready else None

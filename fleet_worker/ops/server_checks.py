@@ -1,0 +1,152 @@
+"""Checks of the MLX servers of this host: that they answer, and are what the configuration says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from functools import partial
+
+from fleet_worker.errors import FleetError, RequestTimeout, Unauthorized
+from fleet_worker.mlx.client import DEFAULT_URLS, Health, MLXClient
+from fleet_worker.mlx.offering import Offering, advice_on_nothing, offerings_of
+from fleet_worker.mlx.profiles import QUIRKS, lacks_template
+from fleet_worker.ops.findings import Finding, at_once
+from fleet_worker.settings import Instance, Settings
+
+__all__ = ["WITHIN", "identity", "instances", "models", "slots"]
+
+ANSWER_WITHIN = 5.0
+WITHIN = 3 * ANSWER_WITHIN + 2
+"""Seconds for one instance: two places to look at, and a list of models."""
+_MARKED = ("mlx_lm", "vllm_mlx", "mlx_openai")
+"""The kinds that show what they are."""
+
+
+def instances(settings: Settings) -> list[Finding]:
+    """All that have opted in, at the same time: a silent server hides nothing of the others."""
+    serving = {f"instances.{name}": each for name, each in settings.instances.items() if each.opted_in}
+    return at_once(
+        {title: partial(_instance, title, each, settings.features) for title, each in serving.items()}, WITHIN
+    )
+
+
+def _instance(title: str, instance: Instance, provider: Mapping[str, bool]) -> Iterator[Finding]:
+    silent = []
+    for url in (instance.base_url,) if instance.base_url else DEFAULT_URLS:
+        with closing(MLXClient(_impatient(instance), url)) as client:
+            try:
+                health = client.health()
+            except FleetError as error:
+                silent.append(f"{url}: {_said(error)}")
+                continue
+            yield from _server(title, instance, url, health)
+            yield from _models(title, instance, provider, client, health)
+            return
+    advice = "start the MLX server, restart it if it is frozen, or correct base_url"
+    yield Finding("error", title, "; ".join(silent), advice)
+
+
+def _impatient(instance: Instance) -> Instance:
+    connect = min(instance.clocks.connect, ANSWER_WITHIN)
+    return instance.model_copy(update={"clocks": instance.clocks.model_copy(update={"connect": connect})})
+
+
+def _said(error: FleetError) -> str:
+    return "the MLX server does not answer in time" if isinstance(error, RequestTimeout) else error.message
+
+
+def _server(title: str, instance: Instance, url: str, health: Health) -> Iterator[Finding]:
+    name = " ".join(filter(None, (health.server, health.engine)))
+    if health.ready:
+        yield Finding("ok", title, f"{name} server at {url} answers")
+    else:
+        advice = (
+            "restart it, if it is not just loading a model: mlx_lm.server says so for ever when its thread has died"
+        )
+        yield Finding("error", title, f"{name} server at {url} says that it is not ready", advice)
+    yield from identity(title, instance.server, health.server)
+    yield from slots(title, instance, health)
+
+
+def identity(title: str, configured: str, detected: str) -> Iterator[Finding]:
+    """Whether a server is what the configuration says. `openai` as detected: it shows no mark of any kind."""
+    if configured in ("auto", detected) or (configured == "omni" and detected == "openai"):
+        return
+    found = f'server = "{configured}" is configured, and it'
+    advice = 'correct it, or leave it out: "auto" recognises it'
+    if detected in _MARKED:
+        yield Finding("error", title, f"{found} is {detected}", advice)
+    else:
+        yield Finding("warning", title, f"{found} shows no mark of that", "correct it, unless a proxy stands before it")
+
+
+def slots(title: str, instance: Instance, health: Health) -> Iterator[Finding]:
+    if instance.limits.concurrency > 1 and (health.engine == "simple" or instance.server == "omni"):
+        found = f"{instance.limits.concurrency} slots for a server that works on one request at a time"
+        advice = "limits.concurrency = 1, or start vllm-mlx with --continuous-batching"
+        yield Finding("warning", title, found, advice)
+
+
+def _models(
+    title: str, instance: Instance, provider: Mapping[str, bool], client: MLXClient, health: Health
+) -> Iterator[Finding]:
+    try:
+        reported = client.models()
+    except FleetError as error:
+        serious = isinstance(error, Unauthorized) or not instance.models
+        found = f"its list of models cannot be read: {_said(error)}"
+        yield Finding("error" if serious else "warning", title, found, "look at its log")
+        return
+    kind = health.server if instance.server == "auto" else instance.server
+    yield from models(title, instance, kind, provider, reported)
+
+
+def models(
+    title: str, instance: Instance, kind: str, provider: Mapping[str, bool], reported: Sequence[str]
+) -> Iterator[Finding]:
+    """Compare what is configured with what the server reports, as far as a server of this kind tells the truth."""
+    table = f"[{title}.models]"
+    offered = offerings_of(instance, provider, reported)
+    if not offered:
+        found = "there is nothing to offer: its node would not start"
+        yield Finding("error", title, found, advice_on_nothing(title, instance))
+    elif not instance.models:
+        found = f"no models are listed: {len(offered)} of the {len(reported)} that the server reports would be served"
+        advice = f"list your models under {table}: a report may name what is on the disk, to be loaded or downloaded"
+        yield Finding("warning", title, found, advice)
+    if kind == "mlx_lm" and any("embed" in offering.capabilities for offering in offered.values()):
+        found = "mlx_lm.server has no embeddings: requests for them would fail"
+        yield Finding(
+            "warning", title, found, 'leave "embed" out of fleet.capabilities, or set usage.embedding = false'
+        )
+    yield from _backends(
+        title, kind, {name: model.backend or name for name, model in instance.models.items()}, reported
+    )
+    if instance.models:
+        yield from (_no_template(title, each) for each in offered.values() if lacks_template(each, QUIRKS[kind]))
+
+
+def _backends(title: str, kind: str, backends: Mapping[str, str], reported: Sequence[str]) -> Iterator[Finding]:
+    if kind in ("mlx_lm", "omni") and len(set(backends.values())) > 1:
+        found = "several backends on a server that holds one model: each change of model loads it anew"
+        yield Finding("warning", title, found, "keep one of them, and start another server for each other")
+    for model, backend in backends.items():
+        if backend in reported:
+            continue
+        if kind in ("vllm_mlx", "mlx_openai"):
+            found = f"the server does not have the backend {backend!r} of model {model!r}"
+            yield Finding("warning", title, found, f"correct it; the server has {', '.join(map(repr, reported[:8]))}")
+        elif kind == "mlx_lm" and backend != "default_model":
+            found = f"the server does not list the backend {backend!r} of model {model!r}: it may load or download it"
+            yield Finding("warning", title, found, 'backend = "default_model" is what the server was started with')
+
+
+def _no_template(title: str, offering: Offering) -> Finding:
+    model, named = offering.model, offering.settings.chat_template
+    fault = f"is not found by chat_template = {named!r}" if named else "is not found"
+    found = f"the chat template of model {model!r} {fault}: streams that broke off go on here only at temperature 0"
+    advice = (
+        f"under [{title}.models.{model!r}] say as chat_template what the server was started with: the folder of the "
+        "model, or its name in the Hugging Face cache of this user; or name a file with the Jinja text"
+    )
+    return Finding("warning", title, found, advice)

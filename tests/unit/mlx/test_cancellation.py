@@ -1,0 +1,296 @@
+"""A request that is stopped from outside, at every moment of it: against the simulated server, over real sockets."""
+
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, suppress
+
+import pytest
+
+from fleet_worker.errors import Cancelled, FleetError, InvalidRequest
+from fleet_worker.mlx import client as mlx
+from fleet_worker.mlx.cancellation import Stop
+from fleet_worker.simulator import FLAVOURS, Fault, reply_tokens
+from tests.brokers import free_port
+from tests.clients import HELLO, SOON, WHY, Client, answering, client_of, said, served, stopped, took_less_than
+
+ASKING = {"chat": Client.ask, "stream_chat": Client.stream}
+UVICORN = sorted(set(FLAVOURS) - {"mlx_lm"})
+
+
+# --- The word itself
+
+
+def test_a_wait_is_cut_once_and_for_the_first_reason():
+    stop, cuts = Stop(), []
+    with stop.cutting(lambda: cuts.append(threading.current_thread())):
+        assert (stop.error, cuts) == (None, [])
+        stop.now(WHY)
+        stop.now(Cancelled("again"))
+    assert stop.error is WHY
+    assert cuts == [threading.current_thread()]
+
+
+def test_waits_within_a_wait_are_cut_together_and_the_outer_one_also_after_the_inner_one():
+    cuts = []
+    for at_once in (True, False):
+        stop = Stop()
+        with stop.cutting(lambda: cuts.append("outer")):
+            with stop.cutting(lambda: cuts.append("inner")):
+                if at_once:
+                    stop.now(WHY)
+            stop.now(WHY)
+    assert cuts == ["outer", "inner", "outer"]
+
+
+def test_what_was_stopped_before_does_not_begin():
+    stop = Stop()
+    stop.now(WHY)
+    with pytest.raises(Cancelled) as raised, stop.cutting(lambda: pytest.fail("nothing waits")):
+        pytest.fail("it has begun")
+    assert raised.value is WHY
+
+
+def test_what_has_ended_is_not_cut():
+    stop = Stop()
+    with pytest.raises(ZeroDivisionError), stop.cutting(lambda: pytest.fail("it has ended")):
+        raise ZeroDivisionError
+    stop.now(WHY)
+
+
+# --- Before it is sent
+
+
+@pytest.mark.parametrize("ask", [*ASKING.values(), lambda client, stopper: client.vectors("a", stopper=stopper)])
+def test_a_request_that_was_stopped_before_is_not_sent(ask):
+    stop = Stop()
+    stop.now(WHY)
+    with served("vllm_batched") as (server, client), pytest.raises(Cancelled) as raised:
+        ask(client, stopper=stop)
+    assert raised.value is WHY
+    assert server.counters["connections"] == 0
+
+
+def test_a_canary_can_be_stopped_too():
+    with served("vllm_batched", ttft=30) as (server, client):
+        deadline = time.monotonic() + 30
+        with stopped(lambda stopper: client.canary(client.offering, deadline=deadline, stop=stopper)):
+            server.wait_for(lambda it: it.counters["running"] == 1)
+        server.wait_for(lambda it: it.counters["disconnected"] == 1)
+
+
+# --- While it is connecting
+
+
+def test_a_server_whose_backlog_is_full():
+    """The kernel is still sending its first packets; none of them may become a connection later."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener, ExitStack() as opened:
+        for _ in range(4):
+            knocking = opened.enter_context(socket.socket())
+            knocking.setblocking(False)
+            knocking.connect_ex(listener.getsockname())
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with closing(Client(url, clocks={"connect": 20})) as client, stopped(client.ask):
+            time.sleep(0.2)
+
+
+def test_a_server_that_is_not_there_is_not_tried_again():
+    """Not even if it comes back at that moment."""
+    port = free_port()
+    with closing(Client(f"http://127.0.0.1:{port}", clocks={"connect": 20})) as client, ExitStack() as opened:
+        with stopped(client.ask, within=0.25):
+            time.sleep(1.2)  # the fifth try was 0.3 s ago, the sixth comes in 0.3 s
+            listener = opened.enter_context(socket.create_server(("127.0.0.1", port)))
+        listener.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            listener.accept()
+
+
+def test_a_server_that_never_answers_a_tls_handshake():
+    with (
+        answering("") as url,
+        closing(Client(url.replace("http", "https"), clocks={"connect": 20})) as client,
+        stopped(client.ask),
+    ):
+        time.sleep(0.2)
+
+
+# --- While it waits for the answer
+
+
+@pytest.mark.parametrize("ask", ASKING.values(), ids=ASKING)
+def test_a_server_that_never_accepts(ask):
+    """Its kernel does. When it comes to it, there is nobody any more."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        with closing(Client(f"http://127.0.0.1:{listener.getsockname()[1]}")) as client, stopped(ask, client):
+            time.sleep(0.2)
+        listener.settimeout(10)
+        accepted, _ = listener.accept()
+        accepted.settimeout(10)
+        with accepted, suppress(ConnectionResetError):
+            while accepted.recv(65536):
+                pass
+
+
+@pytest.mark.parametrize("ask", ASKING.values(), ids=ASKING)
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_server_in_its_prefill(flavour, ask):
+    """Twenty seconds of it. mlx_lm.server notices when it writes its next comment, every 2,048 tokens."""
+    prompt = [{"role": "user", "content": "word " * 100_000}]
+    with served(flavour, prefill_rate=5_000) as (server, client):
+        with stopped(ask, client, prompt):
+            server.wait_for(lambda it: it.counters["running"] == 1)
+        server.wait_for(lambda it: it.counters["disconnected"] == 1 and it.counters["running"] == 0)
+        assert (server.counters["generated"], server.counters["finished"]) == (0, 0)
+
+
+@pytest.mark.parametrize("ask", ASKING.values(), ids=ASKING)
+@pytest.mark.parametrize("flavour", ["mlx_lm", "vllm_batched"])
+def test_a_server_in_which_it_is_queueing(flavour, ask):
+    """mlx_lm.server sends no head before it is a request's turn. Who was there first goes on undisturbed."""
+    with served(flavour, slots=1, token_interval=0.02, tokens=30) as (server, client), client.open() as first:
+        arrived = iter(first)
+        next(arrived)
+        with stopped(ask, client):
+            server.wait_for(lambda it: it.counters["requests"] == 2)
+        rest = [delta for deltas in arrived for delta in deltas]
+        assert len(rest) == 29
+        server.wait_for(lambda it: it.counters["disconnected"] == 1)
+        assert server.requests[1].generated == 0
+
+
+@pytest.mark.parametrize("flavour", UVICORN)
+def test_a_server_that_embeds(flavour):
+    with served(flavour, ttft=2) as (server, client), stopped(client.vectors, "a"):
+        server.wait_for(lambda it: it.counters["requests"] == 1)
+
+
+def test_a_server_that_has_half_an_answer_or_half_an_error():
+    for head in ("200 OK", "404 Not Found"):
+        half = f"HTTP/1.1 {head}\r\ncontent-length: 999\r\n\r\n{{"
+        for ask in (Client.ask, lambda client, stopper: client.vectors("a", stopper=stopper)):
+            with answering(half) as url, closing(Client(url)) as client, stopped(ask, client):
+                time.sleep(0.1)
+
+
+# --- In the middle of the answer
+
+
+@pytest.mark.parametrize("ask", ASKING.values(), ids=ASKING)
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_stream_that_flows(flavour, ask):
+    with served(flavour, token_interval=0.01, tokens=5000) as (server, client):
+        with stopped(ask, client, max_tokens=5000):
+            server.wait_for(lambda it: it.counters["generated"] > 5)
+        server.wait_for(lambda it: it.counters["disconnected"] == 1 and it.counters["running"] == 0)
+        assert server.generated_after_leave < 10
+        assert server.requests[0].generated < 200
+
+
+@pytest.mark.parametrize("fault", ["freeze", "heartbeat_only"])
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_stream_that_has_fallen_silent(flavour, fault):
+    with served(flavour) as (server, client):
+        server.fail(Fault(fault, at_token=5, seconds=0.02))
+        with stopped(client.stream):
+            server.wait_for(lambda it: it.counters["generated"] == 5)
+        server.wait_for(lambda it: it.counters["disconnected"] == 1)
+
+
+def test_a_stream_whose_reader_is_busy_elsewhere():
+    """It is told as soon as it comes back, whatever has arrived meanwhile; what it has is good."""
+    with served("vllm_batched", token_interval=0.005, tokens=500) as (server, client):
+        stop = Stop()
+        with client.open(max_tokens=500, stopper=stop) as stream:
+            arrived = iter(stream)
+            got = next(arrived)
+            server.wait_for(lambda it: it.counters["generated"] > 20)
+            stop.now(WHY)
+            server.wait_for(lambda it: it.counters["disconnected"] == 1)
+            with pytest.raises(Cancelled) as raised:
+                next(arrived)
+        assert raised.value is WHY
+        assert [delta.content for delta in got] == reply_tokens(HELLO, 500, tokens=500)[: len(got)]
+
+
+def test_one_request_of_many_is_stopped_and_no_other():
+    with (
+        served("vllm_batched", token_interval=0.02, tokens=40) as (server, client),
+        ThreadPoolExecutor(4) as pool,
+    ):
+        others = [pool.submit(client.ask) for _ in range(4)]
+        with stopped(client.ask):
+            server.wait_for(lambda it: it.counters["running"] == 5 and it.counters["generated"] > 10)
+        assert {other.result(10).content for other in others} == {"".join(reply_tokens(HELLO, 40, tokens=40))}
+
+
+# --- Between two batches of an embedding
+
+
+def test_the_next_batch_is_not_sent(monkeypatch):
+    stop, read = Stop(), mlx.vectors_of
+
+    def read_and_stop(*arguments):
+        stop.now(WHY)
+        return read(*arguments)
+
+    monkeypatch.setattr(mlx, "vectors_of", read_and_stop)
+    with served("vllm_batched", client={"limits": {"embed_batch": 1}}) as (server, client):
+        with pytest.raises(Cancelled) as raised:
+            client.vectors("a", "b", "c", stopper=stop)
+        assert raised.value is WHY
+        assert len(server.requests) == 1
+
+
+def test_an_embedding_of_many_batches_ends_in_the_middle():
+    with served("vllm_batched", ttft=0.02, client={"limits": {"embed_batch": 1}}) as (server, client):
+        with stopped(client.vectors, *map(str, range(500))):
+            server.wait_for(lambda it: it.counters["requests"] == 4)
+        assert server.counters["requests"] < 50
+
+
+# --- At the end
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_stop_changes_nothing_when_the_answer_is_whole(flavour):
+    with served(flavour, tokens=5) as (server, client):
+        stop = Stop()
+        with client.open(stopper=stop) as stream:
+            whole = [delta.content for deltas in stream for delta in deltas]
+            stop.now(WHY)
+            assert stream.answer().finish_reason == "stop"
+        assert whole == reply_tokens(HELLO, 5)
+        server.wait_for(lambda it: it.counters["finished"] == 1)
+
+
+def test_an_answer_that_is_whole_is_not_waited_for():
+    """The server says [DONE] and does not close: the last deltas are there, and the stop comes too late."""
+    head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n"
+    with answering(head + said("Hi")) as url, closing(Client(url)) as client, took_less_than(SOON):
+        stop = Stop()
+        with client.open(stopper=stop) as stream:
+            arrived = iter(stream)
+            assert [delta.content for delta in next(arrived)] == ["Hi"]
+            stop.now(WHY)
+            assert list(arrived) == []
+            assert stream.answer().finish_reason == "stop"
+
+
+def test_an_error_that_came_before_the_stop_stays():
+    with served("vllm_batched") as (server, client):
+        server.fail(Fault("status", status=400))
+        stop = Stop()
+        with pytest.raises(InvalidRequest):
+            client.ask(stopper=stop)
+        stop.now(WHY)
+
+
+def test_a_client_goes_on_after_a_stop():
+    with served("vllm_batched", token_interval=0.002) as (server, client), client_of(server) as other:
+        for _ in range(5):
+            with stopped(client.ask, max_tokens=100):
+                server.wait_for(lambda it: it.counters["running"] == 1)
+        assert client.ask().content == other.ask().content
+        assert issubclass(Cancelled, FleetError)

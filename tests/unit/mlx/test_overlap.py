@@ -1,0 +1,262 @@
+"""Two parts of one answer join to the text that it is."""
+
+import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+from fleet_worker.mlx.overlap import Seam, before_last_word
+from fleet_worker.protocol.reply import Delta, join
+
+letters = st.sampled_from([*"ab1 é\n.,海。🚢<", "\u2028", "  ", " the", " of"])
+texts = st.lists(letters, min_size=1, max_size=30).map("".join)
+sizes = st.lists(st.integers(1, 5), min_size=1)
+
+
+def pieces(text, lengths):
+    """The text in pieces of these lengths, over and over."""
+    at, found = 0, []
+    while at < len(text):
+        length = lengths[len(found) % len(lengths)]
+        found.append(text[at : at + length])
+        at += length
+    return found
+
+
+def fed(seam, said, lengths=(3,), field="content"):
+    """What a seam lets through of this text, as it comes in pieces."""
+    deltas = [seam.feed(Delta(**{field: piece})) for piece in pieces(said, lengths)]
+    return join(delta for delta in [*deltas, seam.end()] if delta)["content"] or ""
+
+
+# --- What is said again
+
+
+@given(text=texts, cut=st.integers(1), lengths=sizes, stripped=st.booleans())
+@example(text="set on a stormy", cut=6, lengths=[1], stripped=True)
+@example(text="set on a stormy", cut=7, lengths=[1], stripped=True)
+def test_a_text_joins_wherever_it_was_cut_however_it_comes_and_with_its_space_or_without(text, cut, lengths, stripped):
+    delivered, rest = text[: cut % len(text)], text[cut % len(text) :]
+    word = before_last_word(delivered)
+    if word == len(delivered):  # nothing that could be said again: another test's matter
+        return
+    said = text[word:].removeprefix(" ") if stripped else text[word:]
+    seam = Seam(delivered, again=delivered[word:])
+    assert delivered + fed(seam, said, lengths) == text
+    assert not seam.differs
+    assert seam.new <= len(rest)
+
+
+@given(text=texts, cut=st.integers(1), lengths=sizes, first=st.booleans(), then=st.booleans())
+@example(text="Hello you", cut=5, lengths=[1], first=False, then=True)
+@example(text="Hello you", cut=5, lengths=[1], first=True, then=False)
+def test_an_answer_from_its_beginning_says_all_again(text, cut, lengths, first, then):
+    """Some servers begin it with a space, and some without."""
+    text = text.lstrip(" ")
+    assume(text)
+    delivered, rest = text[: cut % len(text)], text[cut % len(text) :]
+    assume(delivered)
+    seam = Seam("", again=" " * first + delivered)
+    assert fed(seam, " " * then + text, lengths) == rest
+    assert not seam.differs
+
+
+@given(reasoning=texts, text=texts, cut=st.integers(0), lengths=sizes)
+def test_reasoning_is_said_again_too(reasoning, text, cut, lengths):
+    thought = reasoning[: cut % len(reasoning)]
+    cases = [(thought, ""), (reasoning, text[: cut % len(text)])]
+    for thought, delivered in cases:
+        seam = Seam("", again=delivered, reasoning=thought)
+        deltas = [seam.feed(Delta(reasoning=piece)) for piece in pieces(reasoning, lengths)]
+        deltas += [seam.feed(Delta(content=piece)) for piece in pieces(text, lengths)]
+        new = join(delta for delta in deltas if delta)
+        assert (thought + (new["reasoning"] or ""), delivered + (new["content"] or "")) == (reasoning, text)
+        assert not seam.differs
+
+
+@given(text=texts, said=texts, lengths=sizes)
+def test_what_differs_lets_nothing_through(text, said, lengths):
+    word = before_last_word(text)
+    again = text[word:]
+    assume(word < len(text) and not said.removeprefix(" ").startswith(again.removeprefix(" ")))
+    seam = Seam(text, again=again)
+    assert fed(seam, said, lengths) == ""
+    assert seam.differs
+
+
+def test_pieces_are_counted_by_whether_they_hold_anything_new():
+    seam = Seam("The harbour", again=" harbour")
+    assert [seam.feed(Delta(content=text)) for text in ("har", "bour")] == [None, None]
+    assert (seam.repeated, seam.new) == (2, 0)
+    assert seam.feed(Delta(content=" is")) == Delta(content=" is")
+    assert (seam.repeated, seam.new) == (2, 1)
+
+
+def test_an_answer_that_ends_before_it_has_said_all_again_differs():
+    seam = Seam("set on", again=" on")
+    assert seam.feed(Delta(content=" o")) is None
+    assert not seam.differs
+    assert seam.end() is None
+    assert seam.differs
+
+
+def test_reasoning_and_calls_do_not_come_before_all_is_said_again():
+    call = {"index": 0, "function": {"name": "weather", "arguments": "{}"}}
+    for delta in (Delta(reasoning="Hm"), Delta(tool_calls=[call])):
+        seam = Seam("set on", again=" on")
+        assert seam.feed(delta) is None
+        assert seam.differs
+
+
+def test_an_answer_that_begins_to_think_is_another_one():
+    seam = Seam("Hello")
+    assert seam.feed(Delta(reasoning="Hm")) is None
+    assert seam.differs
+
+
+def test_calls_go_through():
+    call = {"index": 0, "function": {"name": "weather", "arguments": "{}"}}
+    assert Seam("Hello").feed(Delta(tool_calls=[call])) == Delta(tool_calls=[call])
+
+
+# --- Where the last word begins
+
+
+@pytest.mark.parametrize(
+    ("text", "before"),
+    [
+        ("set on", "set"),
+        ("set on ", "set"),
+        ("set on a", "set on"),
+        ("set  on", "set  on"),
+        ("word", "word"),
+        ("", ""),
+        ("if x:\n    return", "if"),
+        ("one\ntwo", "one\ntwo"),
+        ("one two\nthree", "one"),
+        ("東京。大阪", "東京"),
+        ("東京大阪", "東京大阪"),
+        ("set on \ufffd", "set"),
+        ("word\ufffd", "word"),
+        ("\ufffd", ""),
+        ("a " + "b" * 198, "a"),
+        ("a " + "b" * 300, "a " + "b" * 300),
+        ("a bc " + "\ufffd" * 200, "a bc " ),
+    ],
+)  # fmt: skip
+def test_a_word_begins_before_its_space(text, before):
+    assert text[: before_last_word(text)] == before
+
+
+# --- A guess
+
+
+@pytest.mark.parametrize(
+    ("said", "joined"),
+    [
+        ("\n\nthree", "one:\n\nthree"),
+        (" \n\nthree", "one:\n\nthree"),
+        ("\n    three", "one:\n\n    three"),
+        ("three", "one:\n\nthree"),
+        ("\n", "one:\n\n"),
+        ("", "one:\n\n"),
+    ],
+)
+def test_white_space_may_be_said_again_or_not(said, joined):
+    for lengths in ([1], [100]):
+        seam = Seam("one:\n\n", again="\n\n", guesses=True)
+        assert "one:\n\n" + fed(seam, said, lengths) == joined
+        assert not seam.differs
+
+
+def test_calls_may_follow_white_space():
+    call = {"index": 0, "function": {"name": "weather", "arguments": "{}"}}
+    seam = Seam("one:\n\n", again="\n\n", guesses=True)
+    assert seam.feed(Delta(tool_calls=[call])) == Delta(tool_calls=[call])
+
+
+@pytest.mark.parametrize(
+    ("delivered", "said", "joined"),
+    [
+        ("set on", "a stormy", "set on a stormy"),
+        ("set on", " a stormy", "set on a stormy"),
+        ("set on", ", a stormy", "set on, a stormy"),
+        ("set on,", "a", "set on,a"),
+        ("Mambo No", "5", "Mambo No 5"),
+        ("東京", "海", "東京海"),
+        ("東京", "tower", "東京tower"),
+        ("สวัสดี", "ครับ", "สวัสดีครับ"),
+        ("서울", "바다", "서울 바다"),
+        ("на", "море", "на море"),
+    ],
+)
+def test_a_space_is_guessed_between_words(delivered, said, joined):
+    assert delivered + fed(Seam(delivered, guesses=True), said, (1,)) == joined
+    assert delivered + fed(Seam(delivered), said, (1,)) == delivered + said
+
+
+# --- Stop strings
+
+
+@pytest.mark.parametrize(
+    ("delivered", "said", "stop", "let_through"),
+    [
+        ("Hello wor", "ld, you", ["world"], ""),
+        ("Hello wor", "k, you", ["world"], "k, you"),
+        ("Hello wor", "l", ["world"], "l"),
+        ("Hello w", "orld", ["world", "work"], ""),
+        ("aa", "ab", ["aaab"], ""),
+        ("aaa", "ab", ["aaab"], ""),
+        ("a#", "##b", ["###"], ""),
+        ("a##", "b###", ["###"], "b###"),
+        ("world", " you", ["world"], " you"),
+        ("", "world", ["world"], "world"),
+    ],
+)
+def test_a_stop_string_across_the_seam_ends_the_answer(delivered, said, stop, let_through):
+    """What begins after the seam is for the server to find."""
+    for lengths in ([1], [2], [100]):
+        seam = Seam(delivered, stop=stop)
+        assert fed(seam, said, lengths) == let_through
+        assert seam.stopped == (not let_through)
+
+
+@given(text=texts, cut=st.integers(1), stop=texts, lengths=sizes)
+def test_a_stop_string_is_found_in_any_pieces(text, cut, stop, lengths):
+    delivered, rest = text[: cut % len(text)], text[cut % len(text) :]
+    across = range(max(0, len(delivered) - len(stop) + 1), len(delivered))
+    expected = any(text.startswith(stop, at) for at in across)
+    seam = Seam(delivered, stop=[stop])
+    assert fed(seam, rest, lengths) == ("" if expected else rest)
+    assert seam.stopped == expected
+
+
+@pytest.mark.parametrize(
+    ("said", "stop", "stopped"),
+    [
+        (" ", ["world"], True),
+        ("", ["world"], True),
+        ("", [" world"], True),
+        (" w", ["or!", "order"], True),
+        (" ", ["ork"], False),
+        (" ", [], False),
+        (" wor", ["world"], False),
+    ],
+)
+def test_a_server_may_cut_a_stop_string_out_of_what_it_should_say_again(said, stop, stopped):
+    """It ends its answer before the string, which begins in what was delivered."""
+    for delivered, before in (("Hello wor", ""), ("", "Hello")):
+        seam = Seam(delivered, again=f"{before} wor", stop=stop)
+        assert fed(seam, before + said, (1,)) == ""
+        assert (seam.stopped, seam.differs) == (stopped, not stopped and said != " wor")
+
+
+def test_what_may_become_a_stop_string_is_held_back_until_it_is_decided():
+    seam = Seam("Hello wor", stop=["world"])
+    assert seam.feed(Delta(content="l")) is None
+    assert seam.feed(Delta(content="ly")) == Delta(content="lly")
+
+
+def test_a_space_that_is_guessed_is_part_of_a_stop_string():
+    seam = Seam("set on", stop=["on a"], guesses=True)
+    assert seam.feed(Delta(content="a")) is None
+    assert seam.stopped

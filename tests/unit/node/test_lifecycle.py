@@ -1,0 +1,138 @@
+"""How a worker process ends; the node, and Celery, only do what a test says."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+from celery.worker import state as celery_state
+
+from fleet_worker.exit_codes import AGAIN, CONFIGURATION
+from fleet_worker.node import lifecycle as module
+from fleet_worker.node.lifecycle import ASKED_WHO, HANDED_OVER_WITHIN, Life
+from tests.clients import took_less_than, until
+
+
+class Node:
+    """So many requests, none of which ends by itself. Each begins when the one before it has been handed over."""
+
+    name = "one@test"
+
+    def __init__(self, requests=0):
+        self._requests = requests
+        self.followed = []
+
+    def reload(self, settings):
+        self.followed.append(settings.version)
+        return True
+
+    def drain(self, *, ending):
+        assert ending
+
+    def hand_over(self):
+        self._requests -= 1
+
+    def wait_until_idle(self, timeout):
+        time.sleep(timeout if self._requests else 0)
+        return not self._requests
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def worker(monkeypatch):
+    monkeypatch.setattr(celery_state, "should_stop", None)
+    return SimpleNamespace()
+
+
+def exit_code(life, worker):
+    """What Celery is told to end with; and it ends."""
+    until(lambda: celery_state.should_stop is not None, HANDED_OVER_WITHIN + 2)
+    life._stopped(worker)
+    return celery_state.should_stop
+
+
+def test_what_begins_only_after_a_node_has_begun_to_hand_over_is_handed_over_too(worker):
+    life = Life(worker, Node(requests=3), grace=0.0)
+    with took_less_than(HANDED_OVER_WITHIN - 1):
+        life._end(0, asked=True)
+        assert exit_code(life, worker) == 0
+
+
+ASKED = (0, {"asked": True})
+ANEW = (AGAIN, {})
+
+
+@pytest.mark.parametrize(
+    ("reasons", "code"),
+    [([ASKED, ANEW], 0), ([ANEW, ASKED], 0), ([ANEW, (CONFIGURATION, {})], AGAIN), ([ASKED, (1, {"asked": True})], 1)],
+)
+def test_who_asks_a_node_to_end_says_with_which_exit_code_whatever_its_own_reasons_are(worker, reasons, code):
+    life = Life(worker, Node(requests=1), grace=0.1)
+    for exit_with, by in reasons:
+        life._end(exit_with, **by)
+    assert exit_code(life, worker) == code
+
+
+class Control:
+    """The processes of a name that answer, round by round; `None` is the one that asks."""
+
+    def __init__(self, *rounds):
+        self.rounds = [*rounds]
+
+    def ask(self, node):
+        self.life = Life(SimpleNamespace(app=SimpleNamespace(control=self)), node, grace=0)
+        self.life._leave_if_not_alone()
+        return self.life
+
+    def broadcast(self, command, **options):
+        own = [self.life._process, self.life._age()]
+        return [{"one@test": process or own} for process in self.rounds.pop(0)]
+
+
+ELDER, YOUNGER = ["elder", 1e6], ["younger", 0.0]
+
+
+@pytest.mark.parametrize(
+    "rounds",
+    [
+        [[ELDER, None]],
+        [[None, ELDER]],
+        pytest.param([[ELDER]], id="asked before Celery listens"),
+        pytest.param([[], [ELDER, None]], id="both were too late for the first question"),
+    ],
+)
+def test_a_node_leaves_when_an_elder_process_has_its_name(worker, rounds):
+    life = Control(*rounds).ask(Node())
+    assert exit_code(life, life._worker) == CONFIGURATION
+
+
+@pytest.mark.parametrize("rounds", [[[None]], [[], [], [None]], [[]] * ASKED_WHO, [[None, YOUNGER]], [[YOUNGER]]])
+def test_a_node_that_is_alone_or_the_elder_one_goes_on(worker, rounds):
+    control = Control(*rounds)
+    control.ask(Node())
+    assert control.rounds == []
+    assert celery_state.should_stop is None
+
+
+def test_of_two_reloads_at_once_the_one_that_has_read_the_newer_configuration_is_the_last(worker, monkeypatch):
+    versions, newer_followed = iter(("older", "newer")), threading.Event()
+
+    class Settings:
+        def __init__(self):
+            self.version = next(versions)
+
+        def serving(self):
+            """The older one is slow."""
+            if self.version == "older":
+                newer_followed.wait(0.3)
+
+    monkeypatch.setattr(module, "Settings", Settings)
+    node = Node()
+    life = Life(worker, node, grace=0)
+    with ThreadPoolExecutor(2) as pool:
+        for reload in [pool.submit(life._reload) for _ in range(2)]:
+            reload.add_done_callback(lambda _: newer_followed.set())
+    assert node.followed == ["older", "newer"]

@@ -1,0 +1,193 @@
+"""Checks of the broker: judgements on what it says, and connections to brokers that are not well."""
+
+import time
+from urllib.parse import urlsplit
+
+import pytest
+import redis
+
+from fleet_worker.errors import BrokerUnavailable
+from fleet_worker.ops.broker_checks import agreement, broker, clock, connected, exposure, reached, redis_settings
+from fleet_worker.settings import Settings
+from fleet_worker.testing import embedded_broker
+from tests.brokers import free_port
+
+GOOD = {
+    "maxmemory_policy": "noeviction",
+    "maxmemory": 0,
+    "used_memory": 1_000_000,
+    "aof_enabled": 1,
+    "rdb_last_bgsave_status": "ok",
+    "aof_last_write_status": "ok",
+}
+SETTINGS = {
+    "good": (GOOD, "", []),
+    "saved from time to time": ({**GOOD, "aof_enabled": 0}, "3600 1", []),
+    "saved nobody knows how": ({**GOOD, "aof_enabled": 0}, None, []),
+    "not saved": ({**GOOD, "aof_enabled": 0}, "", [("warning", "persistence is off")]),
+    "evicting": ({**GOOD, "maxmemory_policy": "allkeys-lru"}, "", [("error", "maxmemory-policy is allkeys-lru")]),
+    "evicting replies": ({**GOOD, "maxmemory_policy": "volatile-ttl"}, "", [("error", "maxmemory-policy")]),
+    "half full": ({**GOOD, "maxmemory": 2_000_000}, "", []),
+    "nearly full": ({**GOOD, "maxmemory": 1_050_000}, "", [("warning", "95% of its memory")]),
+    "disk full": ({**GOOD, "rdb_last_bgsave_status": "err"}, "", [("error", "its disk")]),
+    "disk full, appending": ({**GOOD, "aof_last_write_status": "err"}, "", [("error", "its disk")]),
+}
+
+
+@pytest.mark.parametrize(("info", "save", "expected"), SETTINGS.values(), ids=SETTINGS)
+def test_a_broker_must_be_set_up_to_lose_nothing(info, save, expected):
+    assert_found(redis_settings(info, save), expected)
+
+
+PASSWORD, TLS = ("warning", "no password"), ("warning", "no TLS")
+EXPOSURES = {
+    "redis://localhost:6379/0": [],
+    "redis://127.0.0.7/0": [],
+    "redis://[::1]:6379/0": [],
+    "redis:///0": [],
+    "amqp://guest:guest@localhost//": [],
+    "redis://broker:6379/0": [PASSWORD, TLS],
+    "redis://10.0.0.1": [PASSWORD, TLS],
+    "redis://operator@broker": [PASSWORD, TLS],
+    "valkey://:hush@broker": [TLS],
+    "rediss://broker": [PASSWORD],
+    "valkeys://:hush@broker": [],
+    "amqp://fleet:hush@broker//": [TLS],
+    "amqps://fleet:hush@broker//": [],
+}
+
+
+@pytest.mark.parametrize(("url", "expected"), EXPOSURES.items())
+def test_a_broker_on_the_network_has_a_password_and_tls(url, expected):
+    findings = list(exposure(Settings(broker_url=url).broker_url))
+    assert_found(findings, expected)
+    assert "hush" not in str(findings)
+
+
+def test_the_scheme_of_tls_is_that_of_the_broker():
+    (redis_finding,), (rabbitmq_finding,) = exposure("redis://:x@broker"), exposure("amqp://x:x@broker")
+    assert "rediss://" in redis_finding.advice
+    assert "amqps://" in rabbitmq_finding.advice
+
+
+@pytest.mark.parametrize(
+    ("ahead", "severity", "found"),
+    [
+        (0.004, "ok", "0.00 s ahead"),
+        (-0.5, "ok", "0.50 s behind"),
+        (-0.51, "warning", "0.51 s behind"),
+        (2.0, "warning", "2.00 s ahead"),
+        (2.1, "error", "2.10 s ahead"),
+        (-7200, "error", "7200.00 s behind"),
+    ],
+)
+def test_clocks_have_to_agree(ahead, severity, found):
+    finding = agreement(ahead)
+    assert (finding.severity, finding.check) == (severity, "clock")
+    assert finding.found.startswith(found)
+    assert ("NTP" in finding.advice) is (severity != "ok")
+
+
+@pytest.mark.parametrize(("seconds", "severity"), [(0.0004, "ok"), (0.05, "ok"), (0.051, "warning")])
+def test_a_broker_has_to_be_near(seconds, severity):
+    finding = reached("Valkey 9.1", "broker:6379", seconds)
+    assert finding.severity == severity
+    assert finding.found == f"Valkey 9.1 at broker:6379, round trip {seconds * 1000:.1f} ms"
+
+
+# --- Real brokers
+
+
+@pytest.fixture(scope="module")
+def url():
+    with embedded_broker() as url:
+        yield url
+
+
+@pytest.fixture
+def client(url):
+    with redis.Redis.from_url(url) as client:
+        yield client
+        client.flushall()
+        client.acl_deluser("limited")
+
+
+@pytest.mark.parametrize("ahead", [0.0, 1.2, -3.0])
+def test_the_clock_of_the_broker_is_asked(url, ahead):
+    (finding,) = clock(Settings(broker_url=url), now=lambda: time.time() + ahead)
+    assert finding.severity == {0.0: "ok", 1.2: "warning", -3.0: "error"}[ahead]
+
+
+def test_half_of_a_round_trip_is_on_the_way_back(url):
+    """This clock stands still while a question travels, and then runs on: as if the way back took all the time."""
+    begun = time.time()
+    moments = iter([begun, begun + 2.0] * 5)
+    (finding,) = clock(Settings(broker_url=url), now=lambda: next(moments))
+    ahead, _, words = finding.found.partition(" ")
+    assert words.startswith("s ahead")
+    assert 1.0 - (time.time() - begun) - 0.01 <= float(ahead) <= 1.01  # the broker's clock ran on until it was asked
+
+
+def test_the_quickest_answer_tells_the_time_best(url):
+    slow = [(0.0, 8.0)] * 4
+    moments = iter([time.time() + late for both in [*slow, (0.0, 0.0)] for late in both])
+    assert clock(Settings(broker_url=url), now=lambda: next(moments))[0].severity == "ok"
+
+
+@pytest.mark.parametrize(
+    ("forbidden", "expected"),
+    {
+        "-info": [("ok", "Redis or Valkey"), ("warning", "does not tell this user")],
+        "-config": [("ok", "Valkey 9")],
+    }.items(),
+)
+def test_a_user_may_not_be_allowed_to_ask(forbidden, expected, url, client):
+    """As with hosted brokers."""
+    everything = {"keys": "*", "channels": "*", "categories": ["+@all"]}
+    client.acl_setuser("limited", enabled=True, passwords=["+hush"], commands=[forbidden], **everything)
+    assert_found(broker(Settings(broker_url=url.replace("//", "//limited:hush@"))), expected)
+
+
+def test_a_broker_that_forgets_and_drops_is_said_to(url, client):
+    assert_found(broker(Settings(broker_url=url)), [("ok", "Valkey"), ("warning", "persistence")])
+    client.config_set("maxmemory-policy", "allkeys-lru")
+    client.config_set("save", "60 1")
+    try:
+        assert_found(broker(Settings(broker_url=url)), [("ok", "Valkey"), ("error", "maxmemory-policy")])
+    finally:
+        client.config_set("maxmemory-policy", "noeviction")
+        client.config_set("save", "")
+
+
+def test_a_connection_that_breaks_is_as_one_that_is_not_there(url, client):
+    with pytest.raises(BrokerUnavailable), connected(Settings(broker_url=url)) as connection:
+        connection.default_channel.client.execute_command("NONSENSE")
+
+
+UNUSABLE = {
+    "redis://operator:hush-hush@127.0.0.1:{closed}/0": "127.0.0.1:{closed} does not run: nothing listens there",
+    "amqp://operator:hush-hush@127.0.0.1:{closed}//": "127.0.0.1:{closed} does not run: nothing listens there",
+    "redis://operator:hush-hush@nowhere.invalid:6379/0": "nowhere.invalid:6379 is on a host that cannot be found",
+    "amqp://operator:hush-hush@nowhere.invalid//": "nowhere.invalid is on a host that cannot be found",
+    "redis://operator:hush-hush@127.0.0.1:{open}/0": "127.0.0.1:{open} refuses the user or the password",
+    "redis://127.0.0.1:{open}/99": "127.0.0.1:{open} refuses what a node asks of it",
+}
+
+
+@pytest.mark.parametrize(("given", "found"), UNUSABLE.items())
+def test_a_broker_that_cannot_be_used_is_one_error_in_our_own_words(url, given, found):
+    ports = {"closed": free_port(), "open": urlsplit(url).port}
+    (finding,) = broker(Settings(broker_url=given.format(**ports)))
+    assert (finding.severity, finding.check) == ("error", "broker")
+    assert finding.found == "the broker at " + found.format(**ports)
+    assert finding.advice
+    assert "hush" not in finding.advice
+
+
+def assert_found(findings, expected):
+    findings = list(findings)
+    assert [finding.severity for finding in findings] == [severity for severity, _ in expected], findings
+    for finding, (severity, word) in zip(findings, expected, strict=True):
+        assert word in finding.found
+        assert finding.check == "broker"
+        assert bool(finding.advice) is (severity != "ok")

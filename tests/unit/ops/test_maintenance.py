@@ -1,0 +1,89 @@
+"""What is said about nodes, and with which exit code, as they answer."""
+
+import math
+
+import pytest
+
+from fleet_worker import Settings
+from fleet_worker.ops import maintenance as module
+from fleet_worker.ops.drain import Drained
+from fleet_worker.ops.maintenance import drain, undrain
+
+
+def said(drained=True, running=0, handed_over=0):
+    return Drained("one@mini", drained, running, handed_over, grace=30.0)
+
+
+class Fleet:
+    """In which one node answers so, at once and when it was waited for; and others do not answer."""
+
+    def __init__(self, at_once, later=None, silent=()):
+        self.at_once, self.later, self.silent = at_once, later, silent
+
+    def __call__(self, settings):
+        return self
+
+    def find(self, names):
+        return names
+
+    def drain(self, nodes):
+        return [self.at_once]
+
+    undrain = drain
+
+    def wait(self, said, seconds):
+        self.seconds = seconds
+        yield self.later
+
+
+@pytest.fixture
+def asked(monkeypatch, capsys):
+    """The exit code and the lines of a command, in such a fleet."""
+
+    def asked(command, fleet, **options):
+        monkeypatch.setattr(module, "Draining", fleet)
+        code = command(Settings(), ["one@mini"], **options)
+        return code, *capsys.readouterr()
+
+    return asked
+
+
+GONE_ON = "one@mini is drained: it takes no more work, 2 requests not finished yet\n"
+IDLE = "one@mini is drained: nothing runs there any more\n"
+TAKES = "one@mini is not drained: it takes work as soon as its MLX server has proved that it works\n"
+
+
+@pytest.mark.parametrize(
+    ("node", "code", "line", "code_of_undrain"),
+    [(said(), 0, IDLE, 1), (said(running=2), 0, GONE_ON, 1), (said(drained=False), 1, TAKES, 0)],
+)
+def test_a_node_that_is_not_waited_for_has_done_its_part_when_it_is_drained_or_not_any_more(
+    asked, node, code, line, code_of_undrain
+):
+    assert asked(drain, Fleet(node)) == (code, line, "")
+    assert asked(undrain, Fleet(node)) == (code_of_undrain, line, "")
+
+
+@pytest.mark.parametrize(
+    ("node", "code", "line"),
+    [
+        (said(handed_over=1), 0, IDLE.replace("more", "more, 1 request handed over to other nodes")),
+        (said(running=2), 1, GONE_ON),
+        (said(drained=False), 1, TAKES),
+    ],
+)
+def test_a_node_that_is_waited_for_has_done_its_part_when_it_has_no_more_work(asked, node, code, line):
+    assert asked(drain, Fleet(said(running=3), later=node), wait=5.0) == (code, line, "")
+
+
+@pytest.mark.parametrize(("wait", "seconds"), [(0.0, 0.0), (5.0, 5.0), (math.inf, None)])
+def test_it_is_waited_as_long_as_is_said_or_as_the_node_says(asked, wait, seconds):
+    asked(drain, fleet := Fleet(said(), later=said()), wait=wait)
+    assert fleet.seconds == seconds
+
+
+@pytest.mark.parametrize("command", [drain, undrain])
+def test_who_does_not_answer_is_named_whatever_the_others_say(asked, command):
+    code, out, error = asked(command, Fleet(said(), silent=["two@mini", "attic"]))
+    assert (code, out) == (69, IDLE)
+    assert [line.partition(":")[2].split()[0] for line in error.splitlines()] == ["two@mini", "attic"]

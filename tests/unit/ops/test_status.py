@@ -1,0 +1,169 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from fleet_worker.ops.snapshot import SeenInstance, SeenLane, SeenModel, Snapshot
+from fleet_worker.ops.status import FITS_A_TABLE, NO_LANES, NO_REGISTRY_NODE, UNLIMITED, UNSERVED, tables
+
+RED = "\x1b[1;31m"
+CHAT, EMBED = "llm.fleet.chat.mlx-community-qwen3-14b-4bit", "llm.fleet.embed.m"
+DIRECT = "llm.fleet.node.local@mini-7"
+WHY = "the MLX server does not accept connections [Errno 111]"
+
+
+def instance(name="local", host="mini-7", **fields):
+    known = {
+        "status": "available",
+        "reason": "",
+        "ready": True,
+        "models": ["m"],
+        "lanes": [CHAT],
+        "slots": 8,
+        "used": 3,
+        "free": 5,
+        "tokens_per_second": 31.25,
+        "last_token_age": 0.44,
+        "server": "mlx_lm",
+        "version": "0.1.0",
+        "heard_age": 2.0,
+    }
+    return SeenInstance(host=host, instance=name, node=f"{name}@{host}", **{**known, **fields})
+
+
+def model(name, of, *, ready=True):
+    return SeenModel(name, of.host, of.instance, of.node, ready, ["chat"], [], {})
+
+
+def lane(name=CHAT, depth=0, oldest_age=None, nodes=1):
+    return SeenLane(name, depth, oldest_age, nodes, unserved=bool(depth) and nodes == 0)
+
+
+def printed(seen, width=UNLIMITED, *, colours=False):
+    """What a console of that many columns shows."""
+    file = io.StringIO()
+    console = Console(file=file, width=width, force_terminal=colours, color_system="standard" if colours else None)
+    console.print(tables(seen))
+    return file.getvalue()
+
+
+def words(text):
+    """All of it, wherever lines were folded."""
+    return "".join(text.split())
+
+
+BROKEN = instance("embed", ready=False, status="unavailable", reason=WHY, lanes=[], used=0)
+FLEET = Snapshot(
+    instances=[instance(), BROKEN],
+    models=[model("mlx-community/Qwen3-14B-4bit", instance()), model("m", BROKEN, ready=False)],
+    lanes=[lane(EMBED, 3, 75.2, nodes=0), lane(CHAT, 12, 3.21, nodes=2)],
+)
+
+
+def test_every_row_is_one_line_where_nothing_limits_it():
+    lines = [line.split() for line in printed(FLEET).splitlines()]
+    assert [
+        "local@mini-7",
+        "available",
+        "mlx-community/Qwen3-14B-4bit",
+        "3",
+        "5",
+        "31.2",
+        "0.4s",
+        "mlx_lm",
+        "0.1.0",
+    ] in lines
+    assert [EMBED, "3", "75s", "0", *UNSERVED.split()] in lines
+    assert [CHAT, "12", "3.2s", "2"] in lines
+    assert f"embed@mini-7 is unavailable: {WHY}".split() in lines
+
+
+def test_the_top_sums_it_up():
+    first, second, third, *_ = printed(FLEET).splitlines()
+    assert first == "1 of 2 instances on 1 host ready, 3 of 16 slots used"
+    assert second == "15 requests waiting in 2 lanes"
+    assert third == f"{UNSERVED}: 1 lane with waiting requests"
+
+
+@pytest.mark.parametrize("width", [30, 40, 60, 71, 72, 80, 100, 160])
+def test_no_terminal_is_too_narrow_for_it(width):
+    """Nothing is cut off: in a table a long name goes on below itself, and without one there are paragraphs."""
+    text = printed(FLEET, width)
+    assert max(map(len, text.splitlines())) <= width
+    assert words(f"embed@mini-7 is unavailable: {WHY}") in words(text)
+    table = width >= FITS_A_TABLE
+    assert "mlx-community/Qwen3-14B-4bit" in (column(text, "models", "used") if table else words(text))
+    assert CHAT in (column(text, "lane", "waiting") if table else words(text))
+    for said in ("unavailable", "31.2", "0.4s", "mlx_lm", "0.1.0", "12", "3.2s", "75s"):
+        assert said in text.split()
+    assert text.count(UNSERVED) == 2
+
+
+def column(text, header, following):
+    """The words of a column, up to the one that follows, of the table whose header has these two."""
+    lines = iter(text.splitlines())
+    top = next(line for line in lines if line.startswith(("node ", "lane ")) and header in line)
+    return words("".join(line[top.index(header) : top.index(following)] for line in lines))
+
+
+def test_what_nobody_serves_is_red_and_nothing_else_of_the_lanes():
+    red = [line for line in printed(FLEET, 120, colours=True).splitlines() if RED in line]
+    assert len(red) == 2
+    assert all(UNSERVED in line for line in red)
+
+
+def test_without_a_terminal_there_are_no_colours():
+    assert "\x1b" not in printed(FLEET)
+
+
+def test_a_lane_that_is_served_or_empty_is_not_marked():
+    assert UNSERVED not in printed(Snapshot([instance()], [], [lane(CHAT, 5, 1.0), lane(EMBED, 0, nodes=0)]))
+
+
+def test_the_lane_of_one_node_is_shown_if_something_waits_in_it():
+    idle, busy = (Snapshot([instance()], [], [lane(DIRECT, depth)]) for depth in (0, 1))
+    assert DIRECT not in printed(idle)
+    assert DIRECT in printed(busy)
+
+
+def test_what_is_not_known_is_not_invented():
+    text = printed(Snapshot([instance(last_token_age=None)], [], [lane(CHAT, None, None, nodes=None)]))
+    assert [CHAT, "?", "-", "?"] in [line.split() for line in text.splitlines()]
+    assert "0.0s" not in text
+
+
+def test_without_a_registry_node_it_is_said_how_to_start_one():
+    text = printed(Snapshot([], [], [lane(CHAT, 5, 1.0, nodes=None)]))
+    assert NO_REGISTRY_NODE in text
+    assert "celery -A fleet_worker worker -n registry@%h" in text
+    assert [CHAT, "5", "1.0s", "?"] in [line.split() for line in text.splitlines()]
+    assert UNSERVED not in text
+
+
+def test_without_any_lane_it_is_said_why():
+    assert NO_LANES in printed(Snapshot([instance()], [], []))
+
+
+def test_a_model_that_a_working_server_lacks_is_marked():
+    one = instance()
+    text = printed(Snapshot([one], [model("there", one), model("gone", one, ready=False)], []))
+    assert "there, gone (not there)" in text
+
+
+def test_what_other_hosts_say_moves_no_cursor_and_is_no_markup():
+    odd = instance(node := "\x1b[2Jlocal", reason="[red]\r\nrm -rf[/red]", status="degraded")
+    text = printed(Snapshot([odd], [model("[bold]m", odd)], [lane("llm.fleet.\x9b2J", 1)]), 120)
+    assert node not in text
+    assert "[red]??rm -rf[/red]" in text
+    assert "[bold]m" in text
+    assert text.isascii()
+    assert text.replace("\n", "").isprintable()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    {0: "0.0s", 9.94: "9.9s", 10: "10s", 119: "119s", 120: "2min", 3600: "60min", 7200: "2h", 1e6: "12d"}.items(),
+)
+def test_ages_are_short(seconds, said):
+    text = printed(Snapshot([], [], [lane(CHAT, 1, seconds)]))
+    assert [CHAT, "1", said, "1"] in [line.split() for line in text.splitlines()]

@@ -1,0 +1,426 @@
+"""What a host tells of its instances and their models, and how often."""
+
+import pickle
+import random
+import tempfile
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from kombu import Connection
+
+from fleet_worker.celery import create_app
+from fleet_worker.protocol.registry_event import READINESS
+from fleet_worker.registry import node as registry_node_module
+from fleet_worker.registry.node import NO_NODE, Jittered, RegistryNode, _QuietScheduler
+from fleet_worker.registry.status_socket import NodeReport
+from fleet_worker.settings import Settings
+
+OPTED_IN = {"enabled": True, "respond_to_requests": True}
+KEY = "hunter2"
+TALKER = {"model": "talker", "capabilities": ["chat"], "features": ["tools"], "limits": {"context_window": 4096}}
+READINESS_EVERY, MODELS_EVERY = 5.0, 20.0
+
+
+def settings(folder, instances, **changes):
+    all_of_it = {
+        "broker_url": f"redis://:{KEY}@127.0.0.1:1/0",
+        "state_dir": folder,
+        "registry": {"readiness_interval": READINESS_EVERY, "models_interval": MODELS_EVERY},
+        "instances": {name: {"fleet": OPTED_IN, **values} for name, values in instances.items()},
+    }
+    return Settings(**{**all_of_it, **changes})
+
+
+def report(instance="talk", **facts):
+    said = {
+        "node": f"{instance}@mini",
+        "instance": instance,
+        "pid": 7,
+        "version": "0.1.0",
+        "server": "mlx_lm",
+        "status": "available",
+        "reason": "",
+        "slots": 4,
+        "running": 1,
+        "tokens_per_second": 31.5,
+        "last_token_age": 0.25,
+        "reply_lag": 0.0,
+        "lanes": ["lane"],
+        "models": [TALKER],
+        "tally": {},
+    }
+    return NodeReport.model_validate({**said, **facts})
+
+
+class Told:
+    """Instead of an announcer: what it was asked to publish."""
+
+    def __init__(self, connect, transport, announcements):
+        self.kinds = []
+        self.closed = False
+
+    def announce(self, *kinds):
+        assert not self.closed
+        self.kinds.append(kinds)
+
+    def close(self, timeout):
+        self.closed = True
+
+
+class Host:
+    """A registry node with one instance that talks and one that embeds, and what their nodes report."""
+
+    def __init__(self, state_dir):
+        self.state_dir = state_dir
+        self.instances = {
+            "talk": {
+                "base_url": "http://127.0.0.1:8080",
+                "api_key": KEY,
+                "limits": {"concurrency": 2},
+                "models": {"talker": {"context_window": 4096, "features": {"tools": True}}},
+            },
+            "vectors": {"models": {"minilm": {"dimensions": 384}}},
+            "aside": {"models": {"secret": {}}, "fleet": {"enabled": True}},
+        }
+        configured = settings(state_dir, self.instances)
+        self.app = create_app(configured)
+        self.node = RegistryNode(self.app, configured, "mini")
+        self.nodes = []
+        self.socket, self.node.reports = self.node.reports, self.reports
+
+    def reports(self):
+        return {each.instance: each for each in self.nodes}
+
+    @property
+    def announced(self):
+        return self.node._announcer.kinds
+
+    def close(self):
+        self.socket.close()
+
+    def messages(self, *kinds):
+        """What is published for these kinds: a list of type, announcement."""
+        return list(self.node._announcements(frozenset(kinds)))
+
+    def told(self, *kinds):
+        """The events of it, as {(instance, model): (type, event)}."""
+        messages = self.messages(*kinds)
+        return {
+            (event.instance, event.model): (event_type.removeprefix("offering_"), event)
+            for event_type, announcement in messages
+            for event in announcement.events
+        }
+
+    def types(self, *kinds):
+        return {of: event_type for of, (event_type, _) in self.told(*kinds).items()}
+
+
+@pytest.fixture
+def host(monkeypatch):
+    monkeypatch.setattr(registry_node_module, "Announcer", Told)
+    with tempfile.TemporaryDirectory(prefix="fleet-", dir="/tmp") as folder:
+        host = Host(folder)
+        yield host
+        host.close()
+
+
+TALK, VECTORS = ("talk", READINESS), ("vectors", READINESS)
+
+
+# --- Readiness
+
+
+def test_an_instance_without_a_node_is_unavailable(host):
+    event_type, event = host.told("readiness")[TALK]
+    assert event_type == "unavailable"
+    assert event.offering == {"provider": "mlx", "instance": "talk", "model": READINESS, "usage": "inference"}
+    assert event.health == {
+        "ready": False,
+        "status": "unavailable",
+        "checked": False,
+        "error": NO_NODE,
+    }
+    assert event.capacity == {"slots": 2, "running": 0}
+    assert (event.runtime["node"], event.runtime["host"]) == ("talk@mini", "mini")
+    assert event.lane == []
+    assert event.metadata["live"] is False
+
+
+def test_an_instance_is_what_its_node_reports(host):
+    host.nodes = [report()]
+    event_type, event = host.told("readiness")[TALK]
+    assert event_type == "available"
+    assert event.health == {"ready": True, "status": "available", "checked": True}
+    assert event.capacity == {"slots": 4, "running": 1, "tokens_per_second": 31.5, "last_token_age": 0.25}
+    assert (event.runtime["server"], event.runtime["pid"]) == ("mlx_lm", 7)
+    assert event.lane == ["lane"]
+    assert event.metadata["live"] is True
+
+
+def test_only_what_has_changed_is_told_as_more_than_a_heartbeat(host):
+    def told(status, reason=""):
+        host.nodes = [report(status=status, reason=reason)]
+        event_type, event = host.told("readiness")[TALK]
+        assert event.health.get("error", "") == reason
+        assert event.health["ready"] == (status == "available")
+        return event_type
+
+    assert [told("starting", "not tried yet") for _ in range(2)] == ["unavailable", "heartbeat"]
+    assert [told("available") for _ in range(3)] == ["available", "heartbeat", "heartbeat"]
+    assert [told("degraded", "late") for _ in range(2)] == ["degraded", "heartbeat"]
+    assert [told("unavailable", "dead") for _ in range(2)] == ["unavailable", "heartbeat"]
+    assert told("available") == "available"
+    host.nodes = []
+    assert [host.types("readiness")[TALK] for _ in range(2)] == ["unavailable", "heartbeat"]
+
+
+def test_there_is_one_message_for_each_type_of_event(host):
+    host.nodes = [report("talk"), report("vectors")]
+    ((event_type, announcement),) = host.messages("readiness")
+    assert event_type == "offering_available"
+    assert [event.event_type for event in announcement.events] == ["offering_available"] * 2
+    assert (announcement.host, announcement.interval) == ("mini", READINESS_EVERY)
+    host.nodes = [report("talk"), report("vectors", status="degraded")]
+    messages = host.messages("readiness")
+    assert {event_type: [event.instance for event in said.events] for event_type, said in messages} == {
+        "offering_heartbeat": ["talk"],
+        "offering_degraded": ["vectors"],
+    }
+
+
+def test_an_instance_that_has_not_opted_in_is_not_told_of(host):
+    host.nodes = [report("aside")]
+    assert {instance for instance, _ in host.told("readiness", "models")} == {"talk", "vectors"}
+
+
+# --- Models
+
+
+def test_models_are_told_of_as_configured_until_their_node_reports(host):
+    models = host.told("models")
+    event_type, event = models["talk", "talker"]
+    assert event_type == "unavailable"
+    assert event.offering == {
+        "provider": "mlx",
+        "instance": "talk",
+        "model": "talker",
+        "usage": "inference",
+        "capabilities": ["chat", "stream_chat"],
+        "features": ["completion", "streaming", "tools"],
+        "limits": {"context_window": 4096, "max_output_tokens": 4096},
+    }
+    assert event.health["error"] == NO_NODE
+    _, embedder = models["vectors", "minilm"]
+    assert (embedder.offering["usage"], embedder.offering["limits"]) == ("embedding", {"dimensions": 384})
+    assert models.keys() == {("talk", "talker"), ("vectors", "minilm")}
+
+
+def test_models_are_told_of_as_their_node_reported_them_last(host):
+    host.nodes = [report(models=[TALKER, {**TALKER, "model": "found"}])]
+    models = host.told("models")
+    assert models["talk", "talker"][1].offering["capabilities"] == ["chat"]
+    assert models["talk", "found"][0] == "available"
+    host.nodes = []
+    assert host.types("models")["talk", "found"] == "unavailable"
+    assert host.types("models")["talk", "found"] == "heartbeat"
+
+
+def test_a_missing_model_is_unavailable_while_its_instance_is_not(host):
+    host.nodes = [report()]
+    host.told("readiness", "models")
+    host.nodes = [report(models=[TALKER | {"available": False}, TALKER | {"model": "other"}])]
+    told = host.told("readiness", "models")
+    assert told[TALK][0] == "heartbeat"
+    event_type, event = told["talk", "talker"]
+    assert (event_type, event.health["status"], event.health["ready"]) == ("unavailable", "unavailable", False)
+    assert event.health["error"] == "the MLX server does not have this model"
+    assert told["talk", "other"][0] == "available"
+    host.nodes = [report()]
+    assert host.types("models")["talk", "talker"] == "available"
+
+
+def test_a_model_is_what_its_instance_is(host):
+    host.nodes = [report(status="degraded", reason="late")]
+    event_type, event = host.told("models")["talk", "talker"]
+    assert (event_type, event.health["status"], event.health["error"]) == ("degraded", "degraded", "late")
+
+
+def test_readiness_and_models_are_told_at_intervals_of_their_own_and_readiness_first(host):
+    assert [said.interval for _, said in host.messages("models", "readiness")] == [READINESS_EVERY, MODELS_EVERY]
+    assert {model for _, model in host.told("readiness")} == {READINESS}
+    assert READINESS not in {model for _, model in host.told("models")}
+
+
+# --- What counts as told
+
+
+def test_what_was_not_published_is_told_again_as_news(host):
+    """The announcer gives a round up when the broker does not take one of its messages."""
+    host.nodes = [report("talk"), report("vectors", status="degraded")]
+    round_ = host.node._announcements(frozenset({"readiness"}))
+    first, _ = next(round_)
+    second, _ = next(round_)
+    round_.close()
+    assert {first, second} == {"offering_available", "offering_degraded"}
+    told = host.types("readiness")
+    assert sorted([told[TALK], told[VECTORS]]) == sorted(["heartbeat", second.removeprefix("offering_")])
+
+
+def test_nothing_counts_as_told_if_nothing_was_published(host):
+    for _ in range(3):
+        round_ = host.node._announcements(frozenset({"readiness", "models"}))
+        event_type, _ = next(round_)
+        round_.close()
+        assert event_type == "offering_unavailable"
+
+
+def test_no_url_and_no_key_is_ever_told(host):
+    host.nodes = [report()]
+    for _, announcement in host.messages("readiness", "models"):
+        assert KEY.encode() not in announcement.encode()
+        assert b"http:" not in announcement.encode()
+
+
+# --- Beginning, reload and end
+
+
+def test_a_host_that_ends_says_so_of_everything(host):
+    host.nodes = [report("talk"), report("vectors", models=[])]
+    host.told("readiness", "models")
+    host.node.reports = SimpleNamespace(close=host.socket.close)
+    host.node.close()
+    host.node.reports = host.reports  # the nodes are still there
+    told = host.told("readiness", "models")
+    assert {event_type for event_type, _ in told.values()} == {"unavailable"}
+    assert {event.health["error"] for _, event in told.values()} == {"the registry node of this host ended"}
+    assert {event.health["status"] for _, event in told.values()} == {"unavailable"}
+    assert host.announced[-1] == ("readiness", "models")
+    assert host.node._announcer.closed
+
+
+def test_a_reload_tells_of_the_instances_that_are_configured_now(host):
+    host.nodes = [report("talk"), report("vectors")]
+    host.told("readiness", "models")
+    del host.instances["vectors"]
+    host.instances["new"] = {"models": {"m": {}}}
+    assert host.node.reload(settings(host.state_dir, host.instances))
+    assert host.announced[-1] == ("readiness", "models")
+    assert host.types("readiness", "models") == {
+        TALK: "heartbeat",
+        ("new", READINESS): "unavailable",
+        ("vectors", READINESS): "unavailable",
+        ("talk", "talker"): "heartbeat",
+        ("new", "m"): "unavailable",
+        ("vectors", "talker"): "unavailable",
+    }
+    assert ("vectors", READINESS) not in host.types("readiness", "models")  # it is said once
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"broker_url": "redis://127.0.0.1:2/0"},
+        {"host": "another"},
+        {"state_dir": "/tmp/another"},
+        {"registry": {"readiness_interval": 1.0}},
+    ],
+)
+def test_anything_else_takes_a_new_process(host, change):
+    assert not host.node.reload(settings(host.state_dir, host.instances, **change))
+    assert host.announced == []
+
+
+def test_a_router_that_asks_is_answered_with_everything(host):
+    (asked,) = (step for step in host.app.steps["consumer"] if step.__name__ == "Asked")
+    with Connection("memory://") as connection, connection.channel() as channel:
+        (consumer,) = asked.get_consumers(asked, channel)
+        assert [queue.exchange.name for queue in consumer.queues] == ["llm.registry.ask"]
+        assert consumer.no_ack
+        consumer.on_message(None)
+    assert host.announced == [("readiness", "models")]
+
+
+# --- The beat
+
+
+def test_the_beat_is_in_the_configuration_of_celery_and_works_by_its_tasks(host):
+    beats = host.app.conf.beat_schedule
+    assert {kind: beat["task"] for kind, beat in beats.items()} == {
+        "readiness": "registry.publish_readiness",
+        "models": "registry.publish_models",
+    }
+    assert {kind: beat["options"]["expires"] for kind, beat in beats.items()} == {
+        "readiness": READINESS_EVERY,
+        "models": MODELS_EVERY,
+    }
+    (queue,) = host.app.conf.task_queues
+    assert {beat["options"]["queue"] for beat in beats.values()} == {queue.name} == {"llm.fleet.node.registry@mini"}
+    for beat in beats.values():
+        host.app.tasks[beat["task"]]()
+    assert host.announced == [("readiness",), ("models",)]
+
+
+def beats(seconds, count):
+    """The intervals between the first so many beats; the first one is from the start of the process."""
+    now = [datetime(2026, 1, 1, tzinfo=UTC)]
+    schedule = Jittered(seconds, nowfun=lambda: now[0], app=create_app(Settings()))
+    last, intervals = now[0], []
+    while len(intervals) < count:
+        now[0] += timedelta(seconds=seconds / 100)
+        if schedule.is_due(last).is_due:
+            intervals.append((now[0] - last).total_seconds() / seconds)
+            last = now[0]
+    return intervals
+
+
+@given(st.integers(0, 10**6), st.sampled_from([0.05, 15.0, 3600.0]))
+def test_beats_are_a_fifth_apart_from_being_regular(seed, seconds):
+    random.seed(seed)
+    first, *others = beats(seconds, 4)
+    assert 0.1 <= first <= 1.02
+    assert all(0.8 <= interval <= 1.22 for interval in others)
+
+
+def test_hosts_that_were_switched_on_together_do_not_beat_together():
+    random.seed(1)
+    hosts = [beats(15.0, 3) for _ in range(60)]
+    for beat in range(3):
+        moments = sorted(sum(intervals[: beat + 1]) for intervals in hosts)
+        assert moments[-1] - moments[0] > 0.7
+        assert max(later - earlier for earlier, later in pairwise(moments)) < 0.3
+    assert max(last for *_, last in hosts) - min(last for *_, last in hosts) > 0.3
+
+
+def test_a_schedule_that_is_not_due_stays_as_it_is():
+    schedule = Jittered(15.0, app=create_app(Settings()))
+    before = schedule.run_every
+    for _ in range(20):
+        assert not schedule.is_due(datetime.now(UTC)).is_due
+    assert schedule.run_every == before
+    assert isinstance(pickle.loads(pickle.dumps(schedule)), Jittered)
+
+
+def test_a_beat_that_does_not_reach_the_broker_is_spoken_of_once(host, monkeypatch, caplog):
+    scheduler = _QuietScheduler(host.app, lazy=True)
+    away = [True]
+
+    def publish(entry, **_):
+        if away[0]:
+            raise ConnectionRefusedError(KEY)
+
+    monkeypatch.setattr(scheduler, "apply_async", publish)
+    for _ in range(3):
+        scheduler.apply_entry(object())
+    assert [record.getMessage() for record in caplog.records] == [
+        "the beat does not reach the broker (ConnectionRefusedError)"
+    ]
+    away[0] = False
+    scheduler.apply_entry(object())
+    away[0] = True
+    scheduler.apply_entry(object())
+    assert len(caplog.records) == 2
+    assert KEY not in caplog.text

@@ -1,0 +1,586 @@
+"""The live view of a router: what is offered, by whom, for how long, and what it lets pass."""
+
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+
+from fleet_worker.errors import ModelUnavailable
+from fleet_worker.protocol.registry_event import READINESS, Announcement, RegistryEvent
+from fleet_worker.registry.view import ALL_WORDS, FIRST_WORD, QUIET, Registry
+from tests.clients import took_less_than
+
+WITHIN = 5.0
+SECRET = "hunter2"
+
+
+class Clock:
+    """It stands still unless it is turned."""
+
+    now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+    def turn(self, seconds):
+        self.now += seconds
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def fresh(clock):
+    """The view of a router that has just asked who is there."""
+    return Registry(clock=clock)
+
+
+@pytest.fixture
+def registry(fresh, clock):
+    """The view of a router that asked long ago."""
+    clock.turn(60)
+    return fresh
+
+
+def about_instance(name="local", *, status="available", lane=(), capacity=None, error=None, **runtime):
+    health = {"ready": status == "available", "status": status, "checked": True}
+    return RegistryEvent.of(
+        "offering_heartbeat",
+        offering={"provider": "mlx", "instance": name, "model": READINESS},
+        runtime=runtime,
+        capacity=capacity or {},
+        health=health | ({"error": error} if error else {}),
+        lane=list(lane),
+    )
+
+
+def about_model(model="m", *, instance="local", status="available", capabilities=("chat",), features=(), limits=None):
+    offering = {"instance": instance, "model": model, "capabilities": list(capabilities), "features": list(features)}
+    return RegistryEvent.of(
+        "offering_heartbeat",
+        offering=offering | {"limits": limits or {}},
+        runtime={},
+        capacity={},
+        health={"status": status},
+    )
+
+
+def say(registry, *events, host="mini", interval=15.0):
+    registry.hear(Announcement(v=1, host=host, interval=interval, events=list(events)))
+
+
+def offered(registry, *args, **filters):
+    return sorted((each.model, each.instance.name) for each in registry.offerings(*args, **filters))
+
+
+# --- What is offered
+
+
+def test_nothing_is_known_before_anything_was_said(registry):
+    assert registry.offerings() == registry.models() == registry.instances() == []
+
+
+def test_an_offering_needs_a_word_about_the_model_and_one_about_its_instance(registry):
+    say(registry, about_model("m"))
+    assert registry.offerings() == registry.models() == []
+    say(registry, about_instance("another"))
+    assert registry.offerings() == []
+    say(registry, about_instance("local"))
+    assert offered(registry) == [("m", "local")]
+    assert registry.models() == ["m"]
+
+
+def test_an_offering_says_what_its_host_said(registry, clock):
+    capacity = {"slots": 4, "running": 2, "tokens_per_second": 31.5, "last_token_age": 0.25}
+    runtime = {"node": "local@mini", "server": "mlx_lm", "version": "0.1.0"}
+    limits = {"context_window": 4096}
+    say(
+        registry,
+        about_instance(status="degraded", lane=["a", "b"], capacity=capacity, error="late", **runtime),
+        about_model("m", capabilities=["chat", "stream_chat"], features=["tools"], limits=limits),
+    )
+    (one,) = registry.offerings()
+    assert (one.model, one.capabilities, one.features, one.limits, one.ready) == (
+        "m",
+        ("chat", "stream_chat"),
+        ("tools",),
+        limits,
+        False,
+    )
+    assert (one.node, one.host) == ("local@mini", "mini")
+    (state,) = registry.instances()
+    assert one.instance == state
+    assert (state.host, state.name, state.node) == ("mini", "local", "local@mini")
+    assert (state.status, state.ready, state.reason) == ("degraded", False, "late")
+    assert (state.server, state.version) == ("mlx_lm", "0.1.0")
+    assert (state.slots, state.running, state.tokens_per_second, state.last_token_age) == (4, 2, 31.5, 0.25)
+    assert state.lanes == ("a", "b")
+    assert state.heard_at == clock()
+
+
+def test_a_host_that_says_little_is_understood_all_the_same(registry):
+    bare = {"runtime": {}, "capacity": {}, "health": {}}
+    say(
+        registry,
+        RegistryEvent.of("offering_available", offering={"instance": "local", "model": READINESS}, **bare),
+        RegistryEvent.of("offering_available", offering={"instance": "local", "model": "m"}, **bare),
+    )
+    (one,) = registry.offerings()
+    assert (one.ready, one.capabilities, one.features, one.limits) == (False, (), (), {})
+    assert (one.instance.slots, one.instance.last_token_age, one.instance.status) == (0, None, "unavailable")
+
+
+def test_offerings_are_found_by_all_that_is_asked_for(registry):
+    say(
+        registry,
+        about_instance("one"),
+        about_model("big", instance="one", capabilities=["chat", "stream_chat"], features=["tools", "vision"]),
+        about_model("small", instance="one", features=["tools"]),
+        about_instance("two"),
+        about_model("big", instance="two", status="unavailable", capabilities=["chat"]),
+        about_model("vectors", instance="two", capabilities=["embed"]),
+    )
+    assert offered(registry, "big") == [("big", "one"), ("big", "two")]
+    assert offered(registry, capability="embed") == [("vectors", "two")]
+    assert offered(registry, feature="tools") == [("big", "one"), ("small", "one")]
+    assert offered(registry, ready=False) == [("big", "two")]
+    assert offered(registry, "big", ready=True) == [("big", "one")]
+    assert offered(registry, "big", capability="stream_chat", feature="vision", ready=True) == [("big", "one")]
+    assert offered(registry, "small", capability="stream_chat") == offered(registry, "none") == []
+    assert registry.models() == ["big", "small", "vectors"]
+    assert registry.models(ready=False) == ["big"]
+
+
+@pytest.mark.parametrize("instance", ["available", "degraded", "unavailable", "starting", "of tomorrow"])
+@pytest.mark.parametrize("model", ["available", "degraded", "unavailable"])
+def test_only_an_available_model_of_an_available_instance_is_ready(registry, instance, model):
+    say(registry, about_instance(status=instance), about_model(status=model))
+    (one,) = registry.offerings()
+    assert one.ready == (instance == model == "available")
+
+
+def test_two_hosts_may_have_instances_of_the_same_name(registry):
+    say(registry, about_instance(node="local@a"), about_model(), host="a")
+    say(registry, about_instance(node="local@b"), about_model(), host="b")
+    assert [(each.host, each.node) for each in registry.offerings("m")] == [("a", "local@a"), ("b", "local@b")]
+    say(registry, about_instance(status="unavailable"), host="a")
+    assert [each.host for each in registry.offerings("m", ready=True)] == ["b"]
+    assert [(state.host, state.ready) for state in registry.instances()] == [("a", False), ("b", True)]
+
+
+def test_what_was_returned_does_not_change_when_more_is_said(registry):
+    say(registry, about_instance(), about_model())
+    (before,) = registry.offerings()
+    say(registry, about_instance(status="unavailable"))
+    assert before.ready
+    assert before.instance.ready
+
+
+# --- Silence
+
+
+def test_an_instance_is_forgotten_after_three_of_its_intervals(registry, clock):
+    say(registry, about_instance(), interval=15)
+    say(registry, about_model(), interval=60)
+    clock.turn(44.5)
+    assert offered(registry) == [("m", "local")]
+    clock.turn(0.6)
+    assert registry.offerings() == registry.instances() == registry.models() == []
+
+
+def test_a_model_is_forgotten_after_three_of_its_own(registry, clock):
+    say(registry, about_model(), interval=60)
+    for _ in range(6):
+        say(registry, about_instance(), interval=15)
+        clock.turn(29.9)
+        assert offered(registry) == [("m", "local")]
+    say(registry, about_instance(), interval=15)
+    clock.turn(0.7)
+    assert registry.offerings() == []
+    assert [state.name for state in registry.instances()] == ["local"]
+
+
+def test_every_word_renews(registry, clock):
+    for _ in range(10):
+        say(registry, about_instance(), about_model(), interval=0.05)
+        clock.turn(0.1)
+        assert offered(registry) == [("m", "local")]
+    clock.turn(0.06)
+    assert registry.offerings() == []
+
+
+def test_what_is_forgotten_takes_no_room(registry, clock):
+    for number in range(50):
+        say(registry, about_instance(), about_model(f"m{number}"), host=f"host-{number}")
+    clock.turn(46)
+    say(registry, about_instance(), host="last")
+    assert list(registry._instances) == [("last", "local")]
+    assert registry._models == {}
+
+
+# --- Subscribers
+
+
+@pytest.fixture
+def news(registry):
+    heard = []
+    registry.subscribe(heard.append)
+    return heard
+
+
+def told(news):
+    """What was told since the last time."""
+    told = [(event.model, event.health["status"]) for event in news]
+    news.clear()
+    return told
+
+
+def test_a_subscriber_is_told_what_is_new_and_nothing_else(registry, news):
+    say(registry, about_instance(), about_model())
+    assert told(news) == [(READINESS, "available"), ("m", "available")]
+    say(registry, about_instance(capacity={"running": 3}), about_model())
+    assert told(news) == []
+    say(registry, about_instance(status="degraded"), about_model())
+    assert told(news) == [(READINESS, "degraded")]
+    say(registry, about_instance(status="degraded", lane=["a"]), about_model(status="unavailable"))
+    assert told(news) == [(READINESS, "degraded"), ("m", "unavailable")]
+    say(registry, about_instance(), about_model(), host="another")
+    assert told(news) == [(READINESS, "available"), ("m", "available")]
+
+
+@pytest.mark.parametrize("other", [{"capabilities": ["embed"]}, {"features": ["tools"]}, {"limits": {"dimensions": 8}}])
+def test_a_model_that_can_do_something_else_is_news(registry, news, other):
+    say(registry, about_model())
+    told(news)
+    say(registry, about_model(**other))
+    assert told(news) == [("m", "available")]
+
+
+def test_who_comes_back_after_having_been_forgotten_is_news(registry, news, clock):
+    say(registry, about_instance(), about_model())
+    told(news)
+    clock.turn(46)
+    say(registry, about_instance(), about_model())
+    assert told(news) == [(READINESS, "available"), ("m", "available")]
+
+
+def test_a_subscriber_that_fails_harms_nobody(registry, caplog):
+    def fail(event):
+        raise ValueError(SECRET)
+
+    heard = []
+    registry.subscribe(fail)
+    registry.subscribe(heard.append)
+    say(registry, about_instance(), about_model())
+    assert [event.model for event in heard] == [READINESS, "m"]
+    assert offered(registry) == [("m", "local")]
+    assert "ValueError" in caplog.text
+    assert SECRET not in caplog.text
+
+
+def test_a_subscriber_may_ask_and_may_end_its_own_subscription(registry):
+    seen = []
+
+    def once(event):
+        seen.append(offered(registry))
+        end()
+
+    end = registry.subscribe(once)
+    others = []
+    registry.subscribe(others.append)
+    say(registry, about_instance())
+    say(registry, about_model())
+    assert seen == [[]]
+    assert len(others) == 2
+
+
+def test_who_has_ended_its_subscription_is_told_nothing_more(registry, news):
+    others = []
+    end = registry.subscribe(others.append)
+    say(registry, about_instance())
+    end()
+    end()
+    say(registry, about_model())
+    assert [event.model for event in others] == [READINESS]
+    assert len(news) == 2
+
+
+# --- Waiting for a model
+
+
+def test_a_model_that_is_ready_is_not_waited_for(registry):
+    say(registry, about_instance(), about_model())
+    with took_less_than(1):
+        assert [each.model for each in registry.wait_for("m", 60)] == ["m"]
+
+
+def test_a_model_is_waited_for_until_it_is_ready(registry):
+    say(registry, about_instance(status="starting"), about_model(), about_model("other"))
+    with ThreadPoolExecutor(1) as pool, took_less_than(WITHIN):
+        waiting = pool.submit(registry.wait_for, "m", 60)
+        say(registry, about_instance("another"), about_model("other", instance="another"))
+        assert not waiting.done()
+        say(registry, about_instance(status="available"))
+        assert [(each.model, each.ready) for each in waiting.result(WITHIN)] == [("m", True)]
+
+
+def test_a_model_that_does_not_become_ready_is_waited_for_no_longer_than_asked(registry):
+    say(registry, about_instance(status="unavailable"), about_model("qwen3-14b"), about_model("phi", capabilities=[]))
+    with took_less_than(WITHIN), pytest.raises(ModelUnavailable, match=r"after 0\.05 s") as caught:
+        registry.wait_for("qwen3-14b", 0.05)
+    assert caught.value.metadata == {"nearest": ["qwen3-14b"]}
+
+
+def test_a_model_is_waited_for_with_a_capability(registry):
+    say(registry, about_instance(), about_model(capabilities=["chat"]))
+    with pytest.raises(ModelUnavailable):
+        registry.wait_for("m", 0.02, capability="embed")
+    assert registry.wait_for("m", 0.02, capability="chat")
+
+
+def test_what_was_waited_for_is_returned_even_if_it_is_gone_a_moment_later(registry, monkeypatch):
+    answers = iter([[], ["ready"], []])
+    monkeypatch.setattr(registry, "offerings", lambda *args, **filters: next(answers))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(registry.wait_for, "m", WITHIN)
+        while not waiting.done():
+            say(registry, about_instance())
+        assert waiting.result() == ["ready"]
+
+
+# --- What a request may pass
+
+
+@pytest.fixture
+def known(registry):
+    say(
+        registry,
+        about_instance("one", node="one@mini"),
+        about_model("qwen3-14b", instance="one", capabilities=["chat"]),
+        about_model("qwen3-8b", instance="one", capabilities=["chat"]),
+        about_model("minilm", instance="one", capabilities=["embed"]),
+        about_instance("two", status="unavailable", node="two@mini"),
+        about_model("qwen3-8b", instance="two", status="unavailable", capabilities=["chat"]),
+    )
+    return registry
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        ("qwen3-14b", "chat"),
+        ("qwen3-14b", "chat", "any"),
+        ("qwen3-14b", "chat", "one"),
+        ("qwen3-8b", "chat", "two"),  # not ready now, perhaps before the deadline
+        ("minilm", "embed"),
+        ("qwen3-8b", "chat", "any", "two@mini"),
+    ],
+)
+def test_a_request_that_somebody_can_serve_passes_at_once(known, wanted):
+    with took_less_than(0.2):
+        known.check(*wanted)
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        ("qwen3-32b", "chat"),
+        ("minilm", "chat"),
+        ("qwen3-14b", "chat", "two"),
+        ("qwen3-8b", "chat", "three"),
+        ("qwen3-14b", "chat", "any", "two@mini"),
+        ("qwen3-14b", "chat", "any", "three@mini"),
+    ],
+)
+def test_one_that_nobody_can_serve_is_refused_at_once(known, wanted):
+    with took_less_than(0.2), pytest.raises(ModelUnavailable):
+        known.check(*wanted)
+
+
+def test_a_refusal_names_the_nearest_models_and_not_what_was_asked_for(known):
+    with pytest.raises(ModelUnavailable) as caught:
+        known.check("qwen3-14", "chat")
+    assert caught.value.metadata["nearest"] == ["qwen3-14b", "qwen3-8b"]
+    assert caught.value.message == (
+        "no instance offers chat with that model; the nearest that exist: qwen3-14b, qwen3-8b"
+    )
+    with pytest.raises(ModelUnavailable) as caught:
+        known.check(SECRET, "chat")
+    assert caught.value.message == "no instance offers chat with that model"
+    assert caught.value.metadata["nearest"] == []
+
+
+def test_a_refusal_names_the_nearest_nodes_if_one_is_asked_for(known):
+    with pytest.raises(ModelUnavailable) as caught:
+        known.check("qwen3-14b", "chat", "any", "one@mimi")
+    assert caught.value.message.startswith(
+        "that node does not offer chat with that model; the nearest that exist: one@"
+    )
+    assert caught.value.metadata["nearest"] == ["one@mini", "two@mini"]
+
+
+@pytest.fixture
+def script(fresh, clock, monkeypatch):
+    """Whoever waits in a fresh view hears these words then, seconds after it asked, and no real time passes."""
+    words = []
+
+    def wait(patience):
+        if words and words[0][0] <= clock() + patience:
+            clock.now, host, events = words.pop(0)
+            say(fresh, *events, host=host)
+        else:
+            clock.turn(patience)
+
+    def write(seconds, host, *events):
+        words.append((fresh._asked_at + seconds, host, events))
+
+    monkeypatch.setattr(fresh._changed, "wait", wait)
+    return write
+
+
+@pytest.fixture
+def waited(fresh, clock):
+    """How long it was waited since the fresh router asked."""
+    return lambda: clock() - fresh._asked_at
+
+
+OFFERED = (about_instance(), about_model("m"))
+OTHER = (about_instance(), about_model("other"))
+
+
+def test_in_a_fleet_without_registry_nodes_everything_passes(fresh, script, waited):
+    fresh.check("m", "chat")
+    fresh.check("another", "embed")
+    assert waited() == pytest.approx(FIRST_WORD)
+
+
+def test_when_all_registry_nodes_have_fallen_silent_everything_passes(known, clock):
+    clock.turn(46)
+    with took_less_than(0.2):
+        known.check("qwen3-32b", "chat")
+
+
+def test_a_fresh_router_waits_for_the_first_word(fresh, script, waited):
+    script(FIRST_WORD - 0.01, "mini", *OFFERED)
+    fresh.check("m", "chat")
+    assert waited() == pytest.approx(FIRST_WORD - 0.01)
+
+
+def test_a_fresh_router_waits_for_the_words_of_all_hosts(fresh, script, waited):
+    script(0.1, "quick", *OTHER)
+    script(ALL_WORDS - 0.01, "slow", *OFFERED)
+    fresh.check("m", "chat")
+    assert waited() == pytest.approx(ALL_WORDS - 0.01)
+
+
+def test_a_fresh_router_does_not_wait_for_ever(fresh, script, waited):
+    for number in range(1, 30):
+        script(number / 10, f"host-{number}", *OTHER)
+    with pytest.raises(ModelUnavailable):
+        fresh.check("m", "chat")
+    assert waited() == pytest.approx(ALL_WORDS)
+
+
+def test_a_router_that_asked_again_is_fresh_again(fresh, script, waited, clock):
+    say(fresh, *OTHER)
+    clock.turn(10)
+    fresh.asked()
+    script(0.5, "mini", *OFFERED)
+    fresh.check("m", "chat")
+    assert waited() == pytest.approx(0.5)
+
+
+def test_a_request_that_waits_for_the_first_words_is_woken_by_them(fresh):
+    with ThreadPoolExecutor(1) as pool:
+        checking = pool.submit(fresh.check, "m", "chat")
+        say(fresh, *OFFERED)
+        checking.result(WITHIN)
+
+
+def test_all_hosts_can_be_asked_again(clock):
+    asked = []
+    Registry(ask=lambda: asked.append(1), clock=clock).refresh()
+    assert asked == [1]
+
+
+# --- Settling
+
+
+def test_without_a_word_it_settles_soon(fresh, script, waited):
+    assert fresh.settle() is fresh
+    assert waited() == pytest.approx(FIRST_WORD)
+
+
+def test_it_settles_when_nobody_has_spoken_for_a_moment(fresh, script, waited):
+    for number in range(3):
+        script(0.1 * number, f"host-{number}", *OTHER)
+    script(0.2 + QUIET + 0.1, "late", *OFFERED)
+    fresh.settle()
+    assert waited() == pytest.approx(0.2 + QUIET)
+    assert fresh.models() == ["other"]
+
+
+def test_it_settles_in_time_even_if_somebody_always_speaks(fresh, script, waited):
+    for number in range(30):
+        script(number / 10, f"host-{number}", *OTHER)
+    fresh.settle()
+    assert waited() == pytest.approx(ALL_WORDS)
+
+
+def test_what_has_settled_is_not_waited_for(fresh, script, waited, clock):
+    say(fresh, *OFFERED)
+    clock.turn(100)
+    for _ in range(10):
+        fresh.settle()
+    assert waited() == 100
+
+
+# --- From the wire, and from many threads
+
+
+def message(body):
+    return SimpleNamespace(body=body)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"capacity": {"slots": SECRET}},
+        {"capacity": {"running": None}},
+        {"capacity": {"tokens_per_second": [SECRET]}},
+        {"offering": {"instance": "local", "model": "m", "limits": SECRET}},
+        {"offering": {"instance": "local", "model": "m", "capabilities": None}},
+    ],
+)
+def test_a_message_that_cannot_be_understood_is_dropped_and_the_next_one_heard(registry, wrong, caplog):
+    """An exception would cut off the reply queue: the same thread serves both."""
+    event = about_instance().model_copy(update=wrong)
+    registry.receive(message(Announcement(v=1, host="strange", interval=15.0, events=[event]).encode()))
+    registry.receive(message(SECRET.encode()))
+    registry.receive(message(Announcement(v=1, host="mini", interval=15.0, events=[about_instance()]).encode()))
+    assert [state.host for state in registry.instances()] == ["mini"]
+    assert caplog.text.count("a registry message was dropped") == 2
+    assert SECRET not in caplog.text
+
+
+def test_many_threads_may_speak_and_ask_at_once(registry, news):
+    hosts = range(8)
+
+    def speak(host):
+        for status in ("starting", "available") * 25:
+            say(registry, about_instance(status=status), about_model(f"m{host}"), host=f"host-{host}")
+
+    def ask(_):
+        for _ in range(50):
+            assert len(registry.offerings()) <= len(hosts)
+            assert len(registry.instances()) <= len(hosts)
+
+    with ThreadPoolExecutor(12) as pool:
+        work = [pool.submit(speak, host) for host in hosts] + [pool.submit(ask, number) for number in range(4)]
+        for each in work:
+            each.result(WITHIN)
+    assert registry.models(ready=True) == [f"m{host}" for host in hosts]
+    assert sum(event.model == READINESS for event in news) == len(hosts) * 50
+    assert sum(event.model != READINESS for event in news) == len(hosts)

@@ -1,0 +1,499 @@
+"""The state machine of a request: what each frame, each silence and each failure leads to, in whatever order."""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from fleet_worker.broker.topology import reply_name
+from fleet_worker.errors import (
+    Cancelled,
+    ConnectionFailure,
+    FleetError,
+    InstanceUnavailable,
+    InvalidRequest,
+    NodeLost,
+    Overloaded,
+    PoisonSuspected,
+    ReplyLost,
+    StreamInterrupted,
+)
+from fleet_worker.protocol.reply import (
+    Accepted,
+    Alive,
+    ChatResponse,
+    Delta,
+    Deltas,
+    EmbedResponse,
+    Failure,
+    Timings,
+    Usage,
+)
+from fleet_worker.protocol.request import FleetRequest, Resume
+from fleet_worker.router.attempts import GAP_CLOSES_WITHIN, Attempts, Leftover
+
+WORDS = [f" word{number}" for number in range(6)]
+FACTS = {
+    "node": "n",
+    "instance": "i",
+    "model": "m",
+    "usage": Usage(),
+    "timings": Timings(queue_wait=0.0, duration=1.0),
+}
+
+
+def request(operation="stream_chat", **params):
+    body = {"input": ["a"]} if operation == "embed" else {"messages": [{"role": "user", "content": "Hello"}]}
+    return FleetRequest.build(
+        {
+            "protocol_version": 2,
+            "request_id": "r",
+            "correlation_id": "r",
+            "idempotency_key": "r",
+            "attempt": 1,
+            "operation": operation,
+            "provider": "mlx",
+            "provider_instance": "any",
+            "model": "m",
+            "params": {**body, **params},
+            "reply_to": reply_name("test", 60),
+            "message_context": {},
+            "caller": {},
+            "trace_context": {},
+            "signed_token": None,
+            "timeout_seconds": 60.0,
+            "expires_at": 60.0,
+            "priority": "normal",
+        }
+    )
+
+
+def attempts_of(asked=None, **options):
+    return Attempts(asked or request(), **{"deadline": 1000.0, "max_attempts": 3, **options})
+
+
+def head(attempt, seq):
+    return {"id": "r", "attempt": attempt, "seq": seq}
+
+
+def accepted(attempt=1):
+    return Accepted(**head(attempt, 0), instance="i", queue_wait=0.0)
+
+
+def deltas(seq, *texts, attempt=1, tokens=None):
+    pieces = [Delta(content=text) for text in texts]
+    return Deltas(**head(attempt, seq), deltas=pieces, tokens=len(texts) if tokens is None else tokens)
+
+
+def response(seq, attempt=1):
+    return ChatResponse(**head(attempt, seq), **FACTS, finish_reason="stop")
+
+
+def failure(seq, error, attempt=1):
+    told = {"code": error.code, "message": error.message, "error_class": type(error).__name__}
+    return Failure(**head(attempt, seq), **told, retryable=error.retryable, metadata=error.metadata)
+
+
+def fed(attempts, *frames, node="a"):
+    """Take these frames, and return what the reader gets of them."""
+    return [given for frame in frames if (given := attempts.take(node, frame, 0.0))]
+
+
+DOWN = InstanceUnavailable("down")
+
+
+# --- One attempt
+
+
+def test_an_answer_that_comes_at_once_is_the_whole_story():
+    attempts = attempts_of(request("embed"))
+    answer = EmbedResponse(**head(1, 1), **FACTS, data=["AACAPw=="], dimensions=1)
+    (given,) = fed(attempts, accepted(), answer)
+    assert attempts.state == "ended"
+    assert given is attempts.last
+    assert [(each.attempt, each.node, each.error) for each in given.attempts] == [(1, "a", None)]
+    assert attempts.leftovers == []
+
+
+def test_frames_are_taken_once_each_and_in_order():
+    attempts = attempts_of()
+    frames = [accepted(), deltas(1, "a"), deltas(2, "b")]
+    assert fed(attempts, *frames, *frames, frames[1]) == frames[1:]
+
+
+def test_a_frame_that_is_missing_is_asked_for_and_all_that_came_after_it_taken_when_it_comes_again():
+    attempts, frames = attempts_of(), [accepted(), deltas(1, "a"), deltas(2, "b"), deltas(3, "c")]
+    assert fed(attempts, frames[0], *frames[2:]) == []
+    assert attempts.misses == "a"
+    attempts.misses = None
+    assert fed(attempts, frames[3], *frames) == frames[1:]
+    assert attempts.misses is None
+    fed(attempts, deltas(5, "e"))
+    assert attempts.misses == "a", "that is another one"
+
+
+def test_a_frame_that_does_not_come_again_is_a_loss_and_whoever_left_it_out_is_to_stop():
+    attempts = attempts_of()
+    assert fed(attempts, accepted(), deltas(2, "b")) == []
+    assert attempts.take("a", deltas(3, "c"), GAP_CLOSES_WITHIN - 0.1) is None
+    assert attempts.state == "running"
+    assert attempts.take("a", deltas(4, "d"), GAP_CLOSES_WITHIN) is None
+    assert attempts.state == "pausing"
+    assert attempts.history[0].error == ReplyLost.code
+    assert attempts.leftovers == [Leftover("a", 1)]
+
+
+def test_a_sign_of_life_shows_that_the_frames_before_it_are_lost():
+    attempts = attempts_of()
+    fed(attempts, accepted(), Alive(**head(1, 1)))
+    assert attempts.state == "running"
+    fed(attempts, Alive(**head(1, 2)))
+    assert attempts.misses == "a"
+    attempts.take("a", Alive(**head(1, 2)), GAP_CLOSES_WITHIN)
+    assert attempts.state == "pausing"
+
+
+def test_who_accepted_first_has_it():
+    attempts = attempts_of()
+    fed(attempts, accepted(), node="a")
+    assert not attempts.wants("b", accepted())
+    assert fed(attempts, accepted(), deltas(1, "not this"), node="b") == []
+    assert fed(attempts, deltas(1, "this"), node="a")
+    assert attempts.node == "a"
+
+
+def test_a_node_that_was_restarted_says_something_else():
+    """RabbitMQ delivers what a killed node had to the next one of its name, which begins at the beginning."""
+    attempts = attempts_of()
+    fed(attempts, accepted(), deltas(1, "a"), deltas(2, " b"))
+    later = accepted().model_copy(update={"queue_wait": 3.0})
+    assert fed(attempts, later, deltas(1, "a b"), deltas(2, " c"), deltas(3, " d")) == []
+    assert attempts.state == "pausing"
+    assert attempts.history[0].error == NodeLost.code
+    assert attempts.leftovers == [Leftover("a", 1)]
+    assert attempts.again().resume == Resume(content="a b", tokens=1)
+    assert fed(attempts, accepted(2).model_copy(update={"queue_wait": 4.0}), deltas(1, " c", attempt=2))
+
+
+# --- Another one
+
+
+@pytest.mark.parametrize("error", [DOWN, Overloaded("busy"), ConnectionFailure("broke"), ReplyLost(retryable=True)])
+def test_what_another_node_may_not_have_is_followed_by_another_attempt(error):
+    attempts = attempts_of()
+    assert fed(attempts, accepted(), failure(1, error)) == []
+    assert attempts.state == "pausing"
+    assert attempts.failed == {"a"}
+    assert attempts.leftovers == []  # it said itself that it has ended
+    again = attempts.again()
+    assert (again.attempt, again.resume) == (2, None)
+    assert attempts.state == "waiting"
+
+
+def test_what_no_node_can_do_ends_it():
+    attempts = attempts_of()
+    (given,) = fed(attempts, accepted(), failure(1, InvalidRequest("wrong")))
+    assert attempts.state == "ended"
+    assert given.code == "invalid_request"
+    assert given.metadata["attempts"] == [{"attempt": 1, "node": "a", "error": "invalid_request", "delivered": 0}]
+
+
+def test_a_lost_node_is_told_to_stop_should_it_come_back():
+    attempts = attempts_of()
+    fed(attempts, accepted())
+    assert attempts.lost(0.0) is None
+    assert attempts.leftovers == [Leftover("a", 1)]
+    assert attempts.failed == {"a"}
+
+
+def test_a_message_that_is_nowhere_is_sent_again_and_nobody_is_to_blame():
+    attempts = attempts_of()
+    assert attempts.untaken(0.0) is None
+    assert attempts.leftovers == [Leftover(None, 1)]
+    assert attempts.failed == set()
+    for _ in range(2):
+        attempts.again()
+        given = attempts.untaken(0.0)
+    assert given.code == NodeLost.code  # and no poison: no instance died
+
+
+def test_the_attempts_are_counted():
+    attempts = attempts_of(max_attempts=2)
+    fed(attempts, accepted(), failure(1, DOWN))
+    attempts.again()
+    (given,) = fed(attempts, failure(0, DOWN, attempt=2))
+    assert given.code == DOWN.code
+    assert [each["attempt"] for each in given.metadata["attempts"]] == [1, 2]
+
+
+def test_there_is_no_attempt_without_time_for_it():
+    attempts = attempts_of(deadline=0.05)
+    (given,) = fed(attempts, failure(0, DOWN))
+    assert given.code == DOWN.code
+
+
+def test_pauses_grow_and_differ():
+    longest = []
+    for attempt in range(1, 5):
+        pauses = []
+        for _ in range(20):
+            attempts = attempts_of(request().model_copy(update={"attempt": attempt}), max_attempts=9)
+            fed(attempts, failure(0, DOWN, attempt=attempt))
+            pauses.append(attempts.pause)
+        assert len(set(pauses)) > 10
+        longest.append(min(pauses))
+    assert longest == sorted(longest)
+    assert 0.1 <= longest[0] < longest[-1] < 2
+
+
+def test_a_busy_server_is_left_alone_for_as_long_as_it_asks():
+    attempts = attempts_of()
+    fed(attempts, failure(0, Overloaded("busy", retry_after=7.0)))
+    assert attempts.pause == 7.0
+
+
+# --- In the middle of a stream
+
+
+def interrupted(error=DOWN, **options):
+    attempts = attempts_of(**options)
+    fed(attempts, accepted(), deltas(1, "a", " b"), deltas(2, " c", tokens=3), failure(3, error))
+    return attempts
+
+
+def test_a_stream_goes_on_where_it_broke_off():
+    attempts = interrupted()
+    assert attempts.again().resume == Resume(content="a b c", tokens=3)
+    marker, *rest = fed(
+        attempts, accepted(2), deltas(1, " d", attempt=2, tokens=4), deltas(2, " e", attempt=2, tokens=5)
+    )
+    assert [delta.resumed for delta in marker.deltas] == [True, None]
+    assert [delta.resumed for frame in rest for delta in frame.deltas] == [None]
+    fed(attempts, failure(3, DOWN, attempt=2))
+    assert attempts.again().resume == Resume(content="a b c d e", tokens=5)
+
+
+def test_a_whole_answer_that_was_not_seen_begins_anew():
+    attempts = attempts_of(request("chat"))
+    fed(attempts, accepted(), failure(1, DOWN))
+    assert attempts.again().resume is None
+
+
+def test_reasoning_is_told_too():
+    attempts = attempts_of()
+    thought = Deltas(**head(1, 1), deltas=[Delta(reasoning="hm")], tokens=1)
+    fed(attempts, accepted(), thought, failure(2, DOWN))
+    assert attempts.again().resume == Resume(reasoning="hm", tokens=1)
+
+
+@pytest.mark.parametrize("kind", ["json_object", "json_schema"])
+def test_half_a_json_document_is_not_continued(kind):
+    attempts = interrupted(asked=request(response_format={"type": kind}))
+    assert attempts.last.code == StreamInterrupted.code
+
+
+def test_half_a_tool_call_is_not_continued():
+    attempts = attempts_of()
+    call = Deltas(**head(1, 1), deltas=[Delta(tool_calls=[{"index": 0, "function": {"name": "f"}}])], tokens=1)
+    (_, given) = fed(attempts, accepted(), call, failure(2, DOWN))
+    assert given.code == StreamInterrupted.code
+
+
+def test_json_of_which_nothing_was_seen_begins_anew():
+    attempts = attempts_of(request(response_format={"type": "json_object"}))
+    fed(attempts, accepted(), failure(1, DOWN))
+    assert attempts.state == "pausing"
+
+
+def test_who_does_not_want_it_continued_gets_the_error():
+    assert interrupted(on_interrupt="fail").last.code == DOWN.code
+
+
+# --- Poison
+
+DIED = ConnectionFailure("broke", instance_died=True)
+
+
+def test_two_deaths_are_enough():
+    attempts = attempts_of(max_attempts=10)
+    fed(attempts, accepted(), failure(1, DIED))
+    assert attempts.state == "pausing"
+    attempts.again()
+    (given,) = fed(attempts, accepted(2), failure(1, DIED, attempt=2), node="b")
+    assert given.code == PoisonSuspected.code
+    assert not given.retryable
+
+
+def test_a_node_that_fell_silent_may_have_died_of_it():
+    attempts = attempts_of(max_attempts=10)
+    fed(attempts, accepted())
+    attempts.lost(0.0)
+    attempts.again()
+    fed(attempts, accepted(2), node="b")
+    assert attempts.lost(0.0).code == PoisonSuspected.code
+
+
+def test_other_failures_are_no_deaths():
+    attempts = attempts_of(max_attempts=4)
+    for attempt, error in enumerate([DOWN, Overloaded("busy"), ConnectionFailure("broke")], start=1):
+        fed(attempts, failure(0, error, attempt=attempt))
+        attempts.again()
+    assert attempts.state == "waiting"
+
+
+# --- The end
+
+
+def test_what_is_given_up_is_to_stop_wherever_it_is():
+    attempts = attempts_of()
+    assert attempts.give_up(Cancelled("enough")).code == "cancelled"
+    assert attempts.leftovers == [Leftover(None, 1)]
+    running = attempts_of()
+    fed(running, accepted())
+    running.give_up(Cancelled("enough"))
+    assert running.leftovers == [Leftover("a", 1)]
+    pausing = attempts_of()
+    fed(pausing, failure(0, DOWN))
+    pausing.give_up(Cancelled("enough"))
+    assert pausing.leftovers == []
+
+
+def test_it_ends_once():
+    attempts = attempts_of()
+    fed(attempts, accepted(), response(1))
+    assert attempts.give_up(Cancelled("too late")) is None
+    assert fed(attempts, deltas(2, "more"), response(3)) == []
+    assert attempts.last.kind == "response"
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """Nodes that take attempts, twice perhaps; frames that arrive late, again, in another order or never; nodes that
+    die, fall silent and come back: the reader gets a beginning of the right text, and exactly one end.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.attempts = attempts_of(max_attempts=4)
+        self.asked = [self.attempts.request]
+        self.workers = {}  # (node, attempt) -> what it will still send
+        self.sent = []
+        self.text = ""
+        self.ends = 0
+        self.now = 0.0
+
+    def give(self, frame):
+        if frame is None:
+            return
+        if isinstance(frame, Deltas):
+            assert not self.ends
+            self.text += "".join(delta.content or "" for delta in frame.deltas)
+        else:
+            self.ends += 1
+
+    @rule(node=st.sampled_from("abc"), which=st.integers(0, 3))
+    def somebody_takes_an_attempt(self, node, which):
+        asked = self.asked[which % len(self.asked)]
+        key = (node, asked.attempt)
+        if key in self.workers:
+            return
+        said = asked.resume.content if asked.resume else ""
+        rest = WORDS[len([word for word in WORDS if "".join(WORDS).find(word) < len(said)]) :]
+        at_once = 1 + "abc".index(node)  # no two nodes send the same frames
+        pieces = [
+            deltas(seq, *rest[first : first + at_once], attempt=asked.attempt)
+            for seq, first in enumerate(range(0, len(rest), at_once), start=1)
+        ]
+        self.workers[key] = [accepted(asked.attempt), *pieces, response(len(pieces) + 1, attempt=asked.attempt)]
+
+    @precondition(lambda self: self.workers)
+    @rule(which=st.integers(0, 99), frames=st.integers(1, 4))
+    def a_node_sends_frames(self, which, frames):
+        key = sorted(self.workers)[which % len(self.workers)]
+        for _ in range(min(frames, len(self.workers[key]))):
+            self.sent.append((key[0], self.workers[key].pop(0)))
+
+    @precondition(lambda self: self.workers)
+    @rule(
+        which=st.integers(0, 99),
+        error=st.sampled_from([DOWN, DIED, InvalidRequest("wrong"), Overloaded("busy", retry_after=1.0)]),
+    )
+    def a_node_fails(self, which, error):
+        key = sorted(self.workers)[which % len(self.workers)]
+        if self.workers[key]:
+            self.sent.append((key[0], failure(self.workers[key][0].seq, error, attempt=key[1])))
+            self.workers[key].clear()
+
+    @rule(node=st.sampled_from("abc"), frames=st.integers(1, 4))
+    def the_attempt_gets_on_well_for_a_while(self, node, frames):
+        self.somebody_takes_an_attempt(node, len(self.asked) - 1)
+        key = (node, self.asked[-1].attempt)
+        for _ in range(min(frames, len(self.workers[key]))):
+            self.sent.append((node, self.workers[key].pop(0)))
+            self.give(self.attempts.take(*self.sent[-1], self.now))
+
+    @precondition(lambda self: self.sent)
+    @rule(which=st.integers(0, 999))
+    def a_frame_arrives(self, which):
+        node, frame = self.sent[which % len(self.sent)]
+        self.give(self.attempts.take(node, frame, self.now))
+
+    @precondition(lambda self: self.sent)
+    @rule()
+    def all_frames_arrive(self):
+        for node, frame in tuple(self.sent):
+            self.give(self.attempts.take(node, frame, self.now))
+
+    @rule(seconds=st.sampled_from([0.1, GAP_CLOSES_WITHIN]))
+    def time_passes(self, seconds):
+        self.now += seconds
+
+    @precondition(lambda self: self.attempts.state == "running")
+    @rule()
+    def the_node_is_lost(self):
+        self.give(self.attempts.lost(0.0))
+
+    @precondition(lambda self: self.attempts.state == "waiting")
+    @rule()
+    def nobody_took_it(self):
+        self.give(self.attempts.untaken(0.0))
+
+    @precondition(lambda self: self.attempts.state == "pausing")
+    @rule()
+    def the_pause_is_over(self):
+        self.asked.append(self.attempts.again())
+
+    @precondition(lambda self: len(self.attempts.history) > 2)
+    @rule()
+    def the_reader_leaves(self):
+        self.give(self.attempts.give_up(Cancelled("enough")))
+
+    @invariant()
+    def the_text_is_right_so_far(self):
+        assert "".join(WORDS).startswith(self.text)
+
+    @invariant()
+    def it_ends_once_and_with_the_whole_text_or_an_error(self):
+        assert self.ends == (self.attempts.state == "ended")
+        if self.attempts.last and self.attempts.last.kind == "response":
+            assert self.text == "".join(WORDS)
+        elif self.attempts.last:
+            assert isinstance(self.attempts.last.error(), FleetError)
+
+    @invariant()
+    def attempts_and_deaths_are_bounded(self):
+        assert len(self.asked) <= 4
+        assert [asked.attempt for asked in self.asked] == list(range(1, len(self.asked) + 1))
+        died = [each for each in self.attempts.history if each.error == NodeLost.code and each.node]
+        assert len(died) <= 2
+
+    @invariant()
+    def whoever_may_still_work_on_an_attempt_that_is_over_is_told(self):
+        told = {leftover.attempt for leftover in self.attempts.leftovers}
+        silent = {NodeLost.code, ReplyLost.code, Cancelled.code, PoisonSuspected.code}
+        assert {each.attempt for each in self.attempts.history if each.error in silent} <= told | {
+            each.attempt for each in self.attempts.history if each.error == PoisonSuspected.code
+        }
+
+
+TestAnyOrder = AnyOrder.TestCase
+TestAnyOrder.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
