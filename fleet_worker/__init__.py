@@ -1,13 +1,35 @@
-"""Any number of Mac minis running MLX servers, one inference service."""
+"""Any number of Mac minis running MLX servers, one inference service: the public names.
+
+The errors are here at once. Everything else is loaded when it is first asked for (PEP 562), so a program that only
+catches our errors loads neither Celery nor kombu nor redis.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from fleet_worker import errors
 from fleet_worker.errors import *  # noqa: F403
-from fleet_worker.protocol.reply import ChatResponse, Delta, EmbedResponse, Timings, Usage
-from fleet_worker.router.call import ChatStream
-from fleet_worker.router.router import Router
-from fleet_worker.settings import Instance, Model, Settings
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from fleet_worker.protocol.reply import ChatResponse, Delta, EmbedResponse, Timings, Usage
+    from fleet_worker.router.call import ChatStream
+    from fleet_worker.router.router import Router
+    from fleet_worker.settings import Instance, Model, Settings
+
+_MODULE_OF = {
+    "ChatResponse": "protocol.reply",
+    "ChatStream": "router.call",
+    "Delta": "protocol.reply",
+    "EmbedResponse": "protocol.reply",
+    "Instance": "settings",
+    "Model": "settings",
+    "Router": "router.router",
+    "Settings": "settings",
+    "Timings": "protocol.reply",
+    "Usage": "protocol.reply",
+}
 
 __all__ = [
     *errors.__all__,
@@ -22,3 +44,11 @@ __all__ = [
     "Timings",
     "Usage",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.import_module("fleet_worker.version").VERSION
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'fleet_worker' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"fleet_worker.{_MODULE_OF[name]}"), name)

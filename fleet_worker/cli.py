@@ -17,9 +17,6 @@ from fleet_worker.errors import BrokerUnavailable, ConfigurationError, Expired, 
 from fleet_worker.protocol.reply import Delta
 from fleet_worker.settings import Settings
 
-__all__ = ["main"]
-
-
 _EXAMPLES = """\b
 Examples:
   fleet-worker demo                                   the whole thing on this machine
@@ -182,7 +179,7 @@ def drain(nodes: tuple[str, ...], seconds: float | None) -> None:
     NODE is a node, as in local@mini-7, or a host, as in mini-7: all inference nodes there.
     The exit code is 69 if a node does not answer, and 1 if it was waited for and still has work.
     """
-    from fleet_worker.ops.maintenance import drain
+    from fleet_worker.ops.drain import drain
 
     if seconds is not None and math.isnan(seconds):
         raise click.BadParameter("nan is not in the range", param_hint="'--wait'")
@@ -197,7 +194,7 @@ def undrain(nodes: tuple[str, ...]) -> None:
     NODE is a node, as in local@mini-7, or a host, as in mini-7. The exit code is 69 if a node does not answer, and 1
     if it is ending.
     """
-    from fleet_worker.ops.maintenance import undrain
+    from fleet_worker.ops.drain import undrain
 
     sys.exit(undrain(Settings(), nodes))
 
@@ -266,7 +263,8 @@ def doctor(as_json: bool) -> None:
     Looks at the configuration, the broker and its clock, the MLX servers, this machine, and the nodes of the fleet.
     The exit code is 0 if all is well, 1 after warnings, 2 after errors, 78 if the configuration cannot be used.
     """
-    from fleet_worker.ops.doctor import examine, exit_code, show
+    from fleet_worker.ops.doctor import examine
+    from fleet_worker.ops.findings import exit_code, show
 
     findings = examine()
     show(findings, as_json=as_json)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["AGAIN", "CONFIGURATION", "FAILED", "INTERRUPTED", "NOT_RUNNING", "SOFTWARE", "UNAVAILABLE", "USAGE"]
-
 FAILED = 1
 NOT_RUNNING = 3  # as of systemctl
 USAGE = 64

@@ -38,8 +38,6 @@ from pydantic_settings import (
 
 from fleet_worker.errors import ConfigurationError
 
-__all__ = ["REGISTRY", "Instance", "Model", "Settings", "config_path", "fitting", "nearest"]
-
 REGISTRY = "registry"
 """What the registry node of every host is called, as in `registry@mini-7`, and so no instance may be."""
 

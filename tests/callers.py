@@ -8,6 +8,7 @@ import redis
 from kombu import Consumer
 
 from fleet_worker import Settings
+from fleet_worker.broker.app import create_app
 from fleet_worker.broker.reconnecting import Link
 from fleet_worker.broker.topology import (
     cancel_exchange,
@@ -19,9 +20,9 @@ from fleet_worker.broker.topology import (
     task_name,
     transport_of,
 )
-from fleet_worker.celery import create_app
+from fleet_worker.protocol.control import Notice
 from fleet_worker.protocol.reply import Accepted, ChatResponse, Deltas, Failure, Reply
-from fleet_worker.protocol.request import FleetRequest, Notice
+from fleet_worker.protocol.request import FleetRequest
 from tests.clients import until
 
 

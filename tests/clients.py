@@ -11,8 +11,8 @@ from fleet_worker.errors import Cancelled
 from fleet_worker.mlx.cancellation import Stop
 from fleet_worker.mlx.client import MLXClient
 from fleet_worker.mlx.offering import offerings_of
+from fleet_worker.protocol.openai import ChatParams
 from fleet_worker.protocol.reply import join
-from fleet_worker.protocol.request import ChatParams
 from fleet_worker.settings import Instance, Model
 from fleet_worker.testing import SimulatedMLX
 

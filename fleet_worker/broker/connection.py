@@ -27,22 +27,6 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from fleet_worker.errors import BrokerUnavailable
 
-__all__ = [
-    "ANSWER_WITHIN",
-    "BACK_OFF",
-    "BROKER_ERRORS",
-    "HEARTBEAT",
-    "connect",
-    "hang_up",
-    "hear",
-    "is_away",
-    "open_channel",
-    "place_of",
-    "prove",
-    "refuses",
-    "unavailable",
-]
-
 ANSWER_WITHIN = 5.0
 """Seconds after which a broker that does not answer counts as lost."""
 HEARTBEAT = 5.0

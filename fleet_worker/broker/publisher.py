@@ -13,8 +13,6 @@ from kombu.transport.redis import Channel as RedisChannel
 
 from fleet_worker.broker.connection import hang_up, open_channel
 
-__all__ = ["Publisher"]
-
 REMEMBERED = 10_000
 """Routing keys whose queue or exchange is known to be declared."""
 

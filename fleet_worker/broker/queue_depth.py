@@ -16,8 +16,6 @@ from fleet_worker.broker.connection import BROKER_ERRORS, connect, unavailable
 from fleet_worker.broker.topology import EXCHANGE, Transport, direct_lane
 from fleet_worker.settings import REGISTRY
 
-__all__ = ["MOST_LANES", "SUBMITTED_AT", "Waiting", "depth", "waiting"]
-
 SUBMITTED_AT = "submitted_at"
 """The header of a request that says when this attempt was submitted: epoch seconds."""
 MOST_LANES = 1_000

@@ -10,8 +10,6 @@ from kombu import Connection
 
 from fleet_worker.broker.connection import BACK_OFF, HEARTBEAT, hang_up
 
-__all__ = ["Link"]
-
 log = logging.getLogger(__name__)
 
 

@@ -9,32 +9,9 @@ from urllib.parse import urlsplit
 
 from kombu import Exchange, Queue
 
-__all__ = [
-    "EXCHANGE",
-    "Priority",
-    "Transport",
-    "ask_exchange",
-    "ask_queue",
-    "cancel_exchange",
-    "cancel_queue",
-    "direct_lane",
-    "is_node_name",
-    "lane",
-    "lane_queue",
-    "listening_key",
-    "priority",
-    "registry_exchange",
-    "registry_queue",
-    "reply_name",
-    "reply_queue",
-    "route_to",
-    "slug",
-    "task_name",
-    "transport_of",
-]
+from fleet_worker.protocol.request import Priority
 
 Transport = Literal["redis", "amqp"]
-Priority = Literal["critical", "high", "normal", "low"]
 
 EXCHANGE = Exchange("llm.fleet", type="topic", durable=True)
 REPLY_PREFIX = "llm.fleet.reply."

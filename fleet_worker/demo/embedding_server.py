@@ -33,8 +33,6 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from tokenizers import Tokenizer
 
-__all__ = ["Encoder", "create_app", "main"]
-
 T = TypeVar("T")
 R = TypeVar("R")
 

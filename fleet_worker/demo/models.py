@@ -30,8 +30,6 @@ import platformdirs
 from fleet_worker.demo.gguf import convert
 from fleet_worker.errors import FleetError
 
-__all__ = ["ModelUnpackError", "Progress", "chat_model", "embedding_model", "platform_problem"]
-
 Progress = Callable[[str, float | None], None]
 """Called with what is going on, and how much of it is done between 0 and 1; None while that cannot be known."""
 

@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from fleet_worker import exit_codes
+from fleet_worker.broker.app import create_app
 from fleet_worker.broker.connection import unavailable
-from fleet_worker.celery import create_app
 from fleet_worker.demo.models import chat_model, embedding_model, platform_problem
 from fleet_worker.host.child_process import (
     ChildFailed,
@@ -34,9 +34,6 @@ from fleet_worker.protocol.reply import ChatResponse, EmbedResponse
 from fleet_worker.router.router import Router
 from fleet_worker.settings import Settings
 from fleet_worker.testing import worker_toml
-
-__all__ = ["run"]
-
 
 CHAT = "smollm2-135m"
 EMBED = "all-minilm-l6-v2"

@@ -16,18 +16,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import FrameType
 from typing import Any, Self, TypeVar
 
-__all__ = [
-    "ChildFailed",
-    "ChildLost",
-    "ChildProcess",
-    "Children",
-    "Interrupted",
-    "child",
-    "free_port",
-    "how_ended",
-    "python",
-]
-
 KEPT_LINES = 5_000
 
 T = TypeVar("T")

@@ -9,8 +9,6 @@ from typing import IO
 
 from fleet_worker.errors import ConfigurationError
 
-__all__ = ["Held", "hold", "holder", "open_lock"]
-
 
 class Held(Exception):
     """Somebody else holds the name: the process `pid`, or None if it does not say."""

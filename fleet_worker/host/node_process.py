@@ -16,8 +16,6 @@ from fleet_worker import exit_codes
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.host.child_process import how_ended
 
-__all__ = ["Backoff", "NodeProcess"]
-
 log = logging.getLogger(__name__)
 
 NEVER = float("inf")

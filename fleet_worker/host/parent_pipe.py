@@ -16,8 +16,6 @@ from contextlib import contextmanager
 
 from fleet_worker.errors import InstanceUnavailable
 
-__all__ = ["LIFELINE", "LOCK", "bind", "lifeline"]
-
 log = logging.getLogger(__name__)
 
 LIFELINE = "FLEET_LIFELINE"

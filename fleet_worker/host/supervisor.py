@@ -27,8 +27,6 @@ from fleet_worker.host.node_process import NEVER, Backoff, NodeProcess
 from fleet_worker.host.parent_pipe import LIFELINE, LOCK, lifeline
 from fleet_worker.settings import REGISTRY, Settings
 
-__all__ = ["Up", "node_command", "nodes_of", "reload_running"]
-
 log = logging.getLogger(__name__)
 
 

@@ -8,8 +8,6 @@ from contextlib import contextmanager
 
 from fleet_worker.errors import FleetError
 
-__all__ = ["Stop"]
-
 
 class Stop:
     """One for each request. Who works on it looks at `error`, and says meanwhile how its waiting can be cut short."""

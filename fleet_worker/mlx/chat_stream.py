@@ -14,11 +14,9 @@ from fleet_worker.mlx.chunks import ChunkReader
 from fleet_worker.mlx.error_mapping import foreign_errors_mapped, raw
 from fleet_worker.mlx.profiles import Quirks, finish_reason
 from fleet_worker.mlx.reasoning import ThinkingSplitter
-from fleet_worker.mlx.request_timer import Clock
 from fleet_worker.mlx.sse import EventStream
+from fleet_worker.mlx.timeouts import Clock
 from fleet_worker.protocol.reply import Delta, Usage
-
-__all__ = ["ChatAnswer", "ChatStream"]
 
 
 @dataclass(frozen=True, slots=True)

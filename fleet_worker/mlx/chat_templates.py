@@ -11,8 +11,6 @@ from typing import Any
 
 from fleet_worker.settings import Model
 
-__all__ = ["ChatTemplate", "chat_template", "left_open"]
-
 _HUB = "~/.cache/huggingface/hub"
 
 

@@ -12,8 +12,6 @@ from fleet_worker.mlx.error_mapping import error_event
 from fleet_worker.mlx.reasoning import ThinkingSplitter
 from fleet_worker.protocol.reply import Delta, Usage
 
-__all__ = ["ChunkReader", "usage_of"]
-
 
 class ChunkReader:
     """Reads the events of one stream, and knows at the end how it ended."""

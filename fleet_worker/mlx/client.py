@@ -30,20 +30,19 @@ from fleet_worker.errors import ConfigurationError, FleetError, MalformedOutput,
 from fleet_worker.mlx.cancellation import Stop
 from fleet_worker.mlx.chat_stream import ChatAnswer, ChatStream
 from fleet_worker.mlx.chunks import usage_of
+from fleet_worker.mlx.embeddings import vectors_of
 from fleet_worker.mlx.error_mapping import foreign_errors_mapped, raise_for_status, raw
 from fleet_worker.mlx.offering import Offering
-from fleet_worker.mlx.profiles import QUIRKS, chat_body, kind_of
+from fleet_worker.mlx.profiles import QUIRKS, kind_of
 from fleet_worker.mlx.reasoning import ThinkingSplitter, split_thinking
-from fleet_worker.mlx.request_timer import Clock
+from fleet_worker.mlx.request_body import chat_body
 from fleet_worker.mlx.resume import Continuation, Way, ways
-from fleet_worker.mlx.timeouts import Watchdog
+from fleet_worker.mlx.timeouts import Clock, Watchdog
 from fleet_worker.mlx.transport import Transport
+from fleet_worker.protocol.openai import ChatParams
 from fleet_worker.protocol.reply import Usage, join
-from fleet_worker.protocol.request import ChatParams, Resume
-from fleet_worker.protocol.vectors import vectors_of
+from fleet_worker.protocol.request import Resume
 from fleet_worker.settings import Instance
-
-__all__ = ["DEFAULT_URLS", "ChatAnswer", "ChatStream", "Embeddings", "Health", "MLXClient"]
 
 _CANARY = {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0.0}
 _DEAD_WITHIN = 0.5

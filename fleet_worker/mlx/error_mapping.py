@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -14,17 +16,19 @@ from pydantic_core import to_json
 from fleet_worker.errors import (
     ConfigurationError,
     ConnectionFailure,
+    ContextLengthExceeded,
     FleetError,
     InstanceUnavailable,
+    InvalidRequest,
     MalformedOutput,
+    ModelNotServed,
     Overloaded,
     ProviderError,
     RequestTimeout,
+    Unauthorized,
+    UnsupportedCapability,
 )
-from fleet_worker.mlx.profiles import error_for
-from fleet_worker.mlx.request_timer import Clock
-
-__all__ = ["HTTPX_ERRORS", "error_event", "foreign_errors_mapped", "raise_for_status", "raw"]
+from fleet_worker.mlx.timeouts import Clock
 
 _ERROR_BYTES = 64 * 1024
 _ERROR_SECONDS = 1.0
@@ -116,3 +120,85 @@ def error_event(error: Any) -> FleetError:
     words = f"{code} {said.get('type')}"
     status = next((status for word, status in _WORDS.items() if word in words), 500)
     return error_for(status, to_json(error))
+
+
+_CONTEXT = re.compile(
+    r"context.{0,20}(length|window)|maximum context|too many tokens|prompt is too long", re.IGNORECASE
+)
+
+
+_MISSING_MODEL = re.compile(
+    r"cached snapshot|model_not_found|repository not found|repo[_ ]?id|model.{0,200}(does not exist|not found)",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+_MISSING_ROUTE = re.compile(
+    r'\W*(detail\W*)?(404\W*)?(page )?not found\W*|\W*error\W*message\W*not found\.?".*', re.IGNORECASE | re.DOTALL
+)
+
+
+def error_for(status: int, body: bytes, *, retry_after: float | None = None) -> FleetError:
+    """Map an HTTP status and whatever body came with it to our error.
+
+    The body is only searched for marks: servers repeat prompts in it, so no word of it reaches our text.
+    """
+    text = _error_text(body)
+    if "generation thread died" in text:
+        # mlx_lm.server 0.32: a 404 for every request until it is restarted. Which of them killed it cannot be told, so
+        # each counts as one during which a server died.
+        return InstanceUnavailable(
+            "the MLX server's generation thread has died: restart the server", instance_died=True
+        )
+    if status in (400, 404, 413, 422) and _CONTEXT.search(text):
+        return ContextLengthExceeded()
+    match status:
+        case 401 | 403:
+            return Unauthorized(f"the MLX server answered {status}: check api_key of this instance")
+        case 404:
+            return _not_found(text)
+        case 400 | 411 | 413 | 422:
+            return InvalidRequest(f"the MLX server refused the request ({status})")
+        case 408 | 504:
+            return RequestTimeout(f"the MLX server gave up ({status})", retryable=True)
+        case 429 | 529:
+            return _overloaded(status, retry_after)
+        case 503:
+            busy = "busy" in text or retry_after is not None
+            return (
+                _overloaded(status, retry_after) if busy else InstanceUnavailable("the MLX server is not ready (503)")
+            )
+        case 502:
+            return InstanceUnavailable("the proxy before the MLX server does not reach it (502)")
+    return ProviderError(f"the MLX server answered {status}", retryable=status >= 500)
+
+
+def _not_found(text: str) -> FleetError:
+    if _MISSING_MODEL.search(text):
+        return ModelNotServed("the MLX server does not have the model that `backend` names")
+    if _MISSING_ROUTE.fullmatch(text):
+        return UnsupportedCapability("the MLX server has no such endpoint")
+    # mlx_lm.server answers 404 to whatever its chat template or tokenizer could not take
+    return InvalidRequest("the MLX server could not make a prompt of these messages (404)")
+
+
+def _overloaded(status: int, retry_after: float | None) -> Overloaded:
+    error = Overloaded(f"the MLX server is busy ({status})")
+    if retry_after is not None:
+        error.metadata["retry_after"] = retry_after
+    return error
+
+
+def _error_text(body: bytes) -> str:
+    """The words of an error in any of the shapes seen: `{"error": str|object}`, `{"detail": str|list|object}`, text.
+
+    None of a validation report, which repeats the input, nor of JSON that is too long to be more than that.
+    """
+    text = body.decode("utf-8", "replace")
+    try:
+        parsed = json.loads(text)
+    except (ValueError, RecursionError):
+        return "" if text.lstrip().startswith(("{", "[")) else text[:4096]
+    if isinstance(parsed, dict) and isinstance(parsed.get("detail"), list):
+        return ""
+    return json.dumps(parsed, ensure_ascii=False)[:4096]

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 from fleet_worker.settings import Capability, Instance, Model
 
-__all__ = ["FEATURES", "NEEDED", "Feature", "features_of", "serves"]
-
 FEATURES = (
     "completion",
     "embedding",

@@ -9,10 +9,9 @@ from pathlib import PurePath
 from fleet_worker.errors import ModelNotServed, UnsupportedCapability
 from fleet_worker.mlx.chat_templates import ChatTemplate, chat_template
 from fleet_worker.mlx.features import NEEDED, Feature, features_of, serves
-from fleet_worker.protocol.request import ChatParams, FleetRequest
+from fleet_worker.protocol.openai import ChatParams
+from fleet_worker.protocol.request import FleetRequest
 from fleet_worker.settings import Capability, Instance, Model
-
-__all__ = ["Offering", "advice_on_nothing", "offering_for", "offerings_of"]
 
 
 @dataclass(frozen=True, slots=True)

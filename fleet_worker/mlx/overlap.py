@@ -7,8 +7,6 @@ from collections.abc import Sequence
 
 from fleet_worker.protocol.reply import Delta
 
-__all__ = ["Seam", "before_last_word"]
-
 _WINDOW = 200
 """Characters in which a word is looked for that a server can be asked to say again."""
 _LONGEST_STOP = 1000

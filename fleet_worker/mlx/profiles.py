@@ -2,38 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from fleet_worker.errors import (
-    ContextLengthExceeded,
-    FleetError,
-    InstanceUnavailable,
-    InvalidRequest,
-    ModelNotServed,
-    Overloaded,
     ProviderError,
-    RequestTimeout,
-    Unauthorized,
-    UnsupportedCapability,
 )
-from fleet_worker.mlx.chat_templates import left_open
-from fleet_worker.mlx.offering import Offering
-from fleet_worker.protocol.request import ChatParams, Message
-
-__all__ = [
-    "QUIRKS",
-    "Quirks",
-    "chat_body",
-    "continued_body",
-    "error_for",
-    "finish_reason",
-    "kind_of",
-    "lacks_template",
-]
 
 _COMMON = frozenset({"messages", "max_tokens", "temperature", "top_p", "stop", "tools"})
 _MLX_LM = _COMMON | {
@@ -112,75 +87,6 @@ def kind_of(http_version: str, headers: Mapping[str, str], health: Any) -> str:
     return "openai"
 
 
-def chat_body(params: ChatParams, offering: Offering, quirks: Quirks) -> dict[str, Any]:
-    """The body for one server: always streaming (only a stream can be stopped), always with explicit limits."""
-    given = params.model_dump(exclude={"messages"}, exclude_none=True)
-    given["messages"] = [_message(message) for message in params.messages]
-    given["max_tokens"] = params.max_tokens or params.max_completion_tokens or offering.settings.max_output_tokens
-    given.setdefault("temperature", offering.settings.temperature)
-    if params.reasoning_effort and "reasoning_effort" not in quirks.fields:
-        given["chat_template_kwargs"] = {
-            "reasoning_effort": params.reasoning_effort,
-            **given.get("chat_template_kwargs", {}),
-        }
-    if params.tool_choice == "none" and "tool_choice" not in quirks.fields:
-        given.pop("tools", None)
-    body = {name: value for name, value in given.items() if name in quirks.fields}
-    return {**body, "model": offering.backend, "stream": True, "stream_options": {"include_usage": True}}
-
-
-def continued_body(
-    body: dict[str, Any], partial: str, offering: Offering, quirks: Quirks, *, exact: bool
-) -> dict[str, Any] | None:
-    """The body by which a server goes on with `partial`, the beginning of its answer to `body`; None if none does.
-
-    mlx_lm.server needs the model's own chat template for it: it refuses the flags that others take, with a 404.
-    And it dies of a prompt that it has cached to its end: an earlier answer to the same request that `max_tokens` ended
-    where `partial` ends. Unless the text has to be `exact`, a space in front of it makes another prompt.
-    """
-    turn = {"role": "assistant", "content": partial}
-    longer = {**body, "messages": [*body["messages"], turn]}
-    match quirks.continues:
-        case "flags":
-            return _with_template_kwargs(longer, add_generation_prompt=False, continue_final_message=True)
-        case "partial" if not offering.features["vision"].value:  # started for images, it begins a new turn
-            return {**longer, "messages": [*body["messages"], {**turn, "partial": True}]}
-        case "always":
-            return {**body, "messages": _with_more_of_the_last_turn(body["messages"], partial)}
-        case "template" if offering.template:
-            template = offering.template.tool_use if "tools" in body else offering.template.default
-            # The prompt ends inside of an open tag; what was delivered is visible text.
-            closing = "\n</think>\n\n" if offering.settings.starts_in_reasoning else ""
-            before = closing if exact else f"{closing} "
-            return _with_template_kwargs(longer, chat_template=left_open(template, before=before))
-    return None
-
-
-def lacks_template(offering: Offering, quirks: Quirks) -> bool:
-    """Would it take the model's chat template to go on with a stream of it here, and is that not found?"""
-    return quirks.continues == "template" and "stream_chat" in offering.capabilities and not offering.template
-
-
-def _with_template_kwargs(body: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-    return {**body, "chat_template_kwargs": {**body.get("chat_template_kwargs", {}), **kwargs}}
-
-
-def _with_more_of_the_last_turn(messages: list[dict[str, Any]], partial: str) -> list[dict[str, Any]]:
-    """It went on with a caller's own last turn, if that is an assistant's, as it goes on with ours."""
-    *before, last = messages
-    if last["role"] == "assistant" and isinstance(last["content"], str):
-        return [*before, {**last, "content": last["content"] + partial}]
-    return [*messages, {"role": "assistant", "content": partial}]
-
-
-def _message(message: Message) -> dict[str, Any]:
-    plain = message.model_dump(exclude_none=True)
-    plain.setdefault("content", "")
-    # OpenAI's newer name for it: mlx-openai-server answers 422, and templates do not know it.
-    plain["role"] = plain["role"].replace("developer", "system")
-    return plain
-
-
 _FINISH = {
     "stop": "stop",
     "end_turn": "stop",
@@ -208,82 +114,3 @@ def finish_reason(said: str, quirks: Quirks, *, completion_tokens: int | None, m
     if reason == "stop" and quirks.hides_length is not None and completion_tokens is not None:
         return "length" if completion_tokens >= max_tokens - quirks.hides_length else "stop"
     return reason
-
-
-_CONTEXT = re.compile(
-    r"context.{0,20}(length|window)|maximum context|too many tokens|prompt is too long", re.IGNORECASE
-)
-_MISSING_MODEL = re.compile(
-    r"cached snapshot|model_not_found|repository not found|repo[_ ]?id|model.{0,200}(does not exist|not found)",
-    re.IGNORECASE | re.DOTALL,
-)
-
-_MISSING_ROUTE = re.compile(
-    r'\W*(detail\W*)?(404\W*)?(page )?not found\W*|\W*error\W*message\W*not found\.?".*', re.IGNORECASE | re.DOTALL
-)
-
-
-def error_for(status: int, body: bytes, *, retry_after: float | None = None) -> FleetError:
-    """Map an HTTP status and whatever body came with it to our error.
-
-    The body is only searched for marks: servers repeat prompts in it, so no word of it reaches our text.
-    """
-    text = _error_text(body)
-    if "generation thread died" in text:
-        # mlx_lm.server 0.32: a 404 for every request until it is restarted. Which of them killed it cannot be told, so
-        # each counts as one during which a server died.
-        return InstanceUnavailable(
-            "the MLX server's generation thread has died: restart the server", instance_died=True
-        )
-    if status in (400, 404, 413, 422) and _CONTEXT.search(text):
-        return ContextLengthExceeded()
-    match status:
-        case 401 | 403:
-            return Unauthorized(f"the MLX server answered {status}: check api_key of this instance")
-        case 404:
-            return _not_found(text)
-        case 400 | 411 | 413 | 422:
-            return InvalidRequest(f"the MLX server refused the request ({status})")
-        case 408 | 504:
-            return RequestTimeout(f"the MLX server gave up ({status})", retryable=True)
-        case 429 | 529:
-            return _overloaded(status, retry_after)
-        case 503:
-            busy = "busy" in text or retry_after is not None
-            return (
-                _overloaded(status, retry_after) if busy else InstanceUnavailable("the MLX server is not ready (503)")
-            )
-        case 502:
-            return InstanceUnavailable("the proxy before the MLX server does not reach it (502)")
-    return ProviderError(f"the MLX server answered {status}", retryable=status >= 500)
-
-
-def _not_found(text: str) -> FleetError:
-    if _MISSING_MODEL.search(text):
-        return ModelNotServed("the MLX server does not have the model that `backend` names")
-    if _MISSING_ROUTE.fullmatch(text):
-        return UnsupportedCapability("the MLX server has no such endpoint")
-    # mlx_lm.server answers 404 to whatever its chat template or tokenizer could not take
-    return InvalidRequest("the MLX server could not make a prompt of these messages (404)")
-
-
-def _overloaded(status: int, retry_after: float | None) -> Overloaded:
-    error = Overloaded(f"the MLX server is busy ({status})")
-    if retry_after is not None:
-        error.metadata["retry_after"] = retry_after
-    return error
-
-
-def _error_text(body: bytes) -> str:
-    """The words of an error in any of the shapes seen: `{"error": str|object}`, `{"detail": str|list|object}`, text.
-
-    None of a validation report, which repeats the input, nor of JSON that is too long to be more than that.
-    """
-    text = body.decode("utf-8", "replace")
-    try:
-        parsed = json.loads(text)
-    except (ValueError, RecursionError):
-        return "" if text.lstrip().startswith(("{", "[")) else text[:4096]
-    if isinstance(parsed, dict) and isinstance(parsed.get("detail"), list):
-        return ""
-    return json.dumps(parsed, ensure_ascii=False)[:4096]

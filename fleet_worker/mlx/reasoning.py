@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["ThinkingSplitter", "split_thinking"]
-
 _TAG = re.compile(r"<(/?)think(?:ing)?>")
 _TAGS = ("<think>", "</think>", "<thinking>", "</thinking>")
 _LONGEST = max(map(len, _TAGS))

@@ -11,11 +11,11 @@ from fleet_worker.errors import InvalidRequest, StreamInterrupted
 from fleet_worker.mlx.chat_stream import ChatAnswer, ChatStream
 from fleet_worker.mlx.offering import Offering
 from fleet_worker.mlx.overlap import Seam, before_last_word
-from fleet_worker.mlx.profiles import Quirks, chat_body, continued_body
+from fleet_worker.mlx.profiles import Quirks
+from fleet_worker.mlx.request_body import chat_body, continued_body
+from fleet_worker.protocol.openai import ChatParams
 from fleet_worker.protocol.reply import Delta, Usage
-from fleet_worker.protocol.request import ChatParams, Resume
-
-__all__ = ["Continuation", "Way", "ways"]
+from fleet_worker.protocol.request import Resume
 
 _SHORT = 200
 """Characters of an answer that is rather generated a second time than joined by a guess."""

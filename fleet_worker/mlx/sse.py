@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from fleet_worker.errors import MalformedOutput
 
-__all__ = ["EventStream"]
-
 MAX_EVENT_BYTES = 8 * 1024 * 1024
 
 

@@ -14,8 +14,6 @@ import httpx
 
 from fleet_worker.mlx.timeouts import Guard
 
-__all__ = ["Transport"]
-
 
 class Transport(httpx.HTTPTransport):
     """httpx's own without its pool. A request carries its `Guard` as `extensions["guard"]`.

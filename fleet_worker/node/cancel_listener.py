@@ -16,9 +16,7 @@ from fleet_worker.broker.connection import hear, open_channel, prove
 from fleet_worker.broker.reconnecting import Link
 from fleet_worker.broker.topology import Transport, cancel_queue
 from fleet_worker.errors import InvalidRequest
-from fleet_worker.protocol.request import Notice
-
-__all__ = ["Control"]
+from fleet_worker.protocol.control import Notice
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,6 @@ from fleet_worker.mlx.offering import Offering
 from fleet_worker.node.readiness import Readiness
 from fleet_worker.settings import Worker
 
-__all__ = ["Watch"]
-
 log = logging.getLogger(__name__)
 
 CANARY_DEADLINE = 240.0

@@ -13,8 +13,6 @@ from celery.worker import state as celery_state
 
 from fleet_worker.broker.topology import Transport, lane_queue
 
-__all__ = ["Intake"]
-
 log = logging.getLogger(__name__)
 
 TRY_AGAIN_AFTER = 2.0

@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import celery.apps.worker as celery_worker
 from celery import bootsteps, signals
@@ -20,11 +20,8 @@ from celery.worker.control import inspect_command
 from fleet_worker import exit_codes
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.node.node import Node
-from fleet_worker.node.startup import Startup
 from fleet_worker.registry.node import RegistryNode
 from fleet_worker.settings import Settings
-
-__all__ = ["Life", "Reconnecting"]
 
 log = logging.getLogger(__name__)
 
@@ -193,3 +190,38 @@ class Life:
 
 def _in_thread(target: Callable[[], None]) -> None:
     threading.Thread(target=target, daemon=True).start()
+
+
+class Startup:
+    """Handles signals until the `Life` of a node does: to end is easy, for nothing runs.
+
+    `follows` tells whether the node can follow a new configuration once it is ready. For the main thread, whose waits
+    end by an exception of a signal handler.
+    """
+
+    def __init__(self, node_name: str, follows: Callable[[Settings], bool]) -> None:
+        self._name = node_name
+        self._follows = follows
+        self.reloads = False
+        """Whether there is a newer configuration, which the node has to follow when it is ready."""
+        signal.signal(signal.SIGTERM, lambda *_: self._end(0))
+        signal.signal(signal.SIGINT, lambda *_: self._end(exit_codes.INTERRUPTED))
+        signal.signal(signal.SIGHUP, lambda *_: self._hang_up())
+
+    def _end(self, exit_code: int) -> NoReturn:
+        log.info("%s ends before it was ready", self._name)
+        raise SystemExit(exit_code)
+
+    def _hang_up(self) -> None:
+        """It may wait for a server whose address has just been corrected: then only a new process helps."""
+        try:
+            settings = Settings()
+            settings.serving()
+        except ConfigurationError as error:
+            log.error("%s keeps its old configuration: %s", self._name, error.message)
+            return
+        if not self._follows(settings):
+            log.warning("%s ends: its new configuration needs a new process", self._name)
+            raise SystemExit(exit_codes.AGAIN)
+        log.info("%s follows the new configuration when it is ready", self._name)
+        self.reloads = True

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
 import celery.worker.consumer.consumer as celery_consumer
 from celery import Celery, signals
+from celery.worker.consumer.consumer import CONNECTION_ERROR, CONNECTION_RETRY
 from celery.worker.control import Panel
 from celery.worker.request import Request
 from kombu import Message
 from kombu.exceptions import DecodeError
 
-from fleet_worker.node.outage_log import Outage
-
-__all__ = ["begin_log", "name_lines", "protect_logs"]
+from fleet_worker.broker.connection import place_of
 
 _LEAST_LEVELS = {
     "celery.worker.strategy": logging.WARNING,  # "received": one line a task, when it ends, is enough
@@ -97,16 +97,6 @@ def _no_beat(record: logging.LogRecord) -> bool:
     return record.levelno > logging.INFO or not is_beat
 
 
-_outage = Outage()
-_FILTERS: dict[str, Callable[[logging.LogRecord], bool] | Outage] = {
-    "celery.worker.request": _calm,
-    "py.warnings": _no_false_alarm,
-    "celery.app.trace": _no_beat,
-    "celery.worker.consumer.consumer": _outage,
-    _CONNECTION: _outage,
-}
-
-
 def _without_quotes(complain: Callable[..., Any]) -> Callable[..., Any]:
     """The same method of Celery's consumer, which logs a bad message, with less to quote.
 
@@ -138,3 +128,67 @@ def _redact(answer: Any) -> Any:
     if isinstance(answer, list | tuple):
         return [_redact(each) for each in answer]
     return answer
+
+
+TOLD_EVERY = 60.0
+
+
+CONNECTED = "Connected to %s"
+
+
+class Outage:
+    """A filter for what Celery logs of the connection on which it takes work: three lines at each of its tries, with
+    the user of broker_url.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._place = "?"
+        self._since: float | None = None
+        self._told = 0.0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        match record.msg, record.args:
+            case str(said), (str(url),) if said == CONNECTED:
+                self._connected(record, place_of(url))
+            case str(said), (str(url), BaseException() as error, _) if said == CONNECTION_ERROR:
+                self._place = place_of(url)
+                return self._is_away(record, error)
+            case _, (str(said), BaseException() as error) if said == CONNECTION_RETRY:
+                return self._is_away(record, error)
+        return True
+
+    def _connected(self, record: logging.LogRecord, place: str) -> None:
+        if self._since is None:
+            record.msg, record.args = "connected to the broker at %s", (place,)
+        else:
+            _warn(record, "the broker at %s is back after %.0f s", place, self._clock() - self._since)
+        self._place, self._since = place, None
+
+    def _is_away(self, record: logging.LogRecord, error: BaseException) -> bool:
+        """Only its kind is told: the text of an error may quote anything."""
+        now, kind = self._clock(), type(error.__cause__ or error).__name__
+        if self._since is None:
+            self._since = now
+            _warn(record, "the broker at %s is away (%s), and is tried again until it is back", self._place, kind)
+        elif now - self._told >= TOLD_EVERY:
+            _warn(record, "the broker at %s is still away, for %.0f s now (%s)", self._place, now - self._since, kind)
+        else:
+            return False
+        self._told = now
+        return True
+
+
+def _warn(record: logging.LogRecord, message: str, *args: object) -> None:
+    record.levelno, record.levelname = logging.WARNING, logging.getLevelName(logging.WARNING)
+    record.msg, record.args = message, args
+
+
+_outage = Outage()
+_FILTERS: dict[str, Callable[[logging.LogRecord], bool] | Outage] = {
+    "celery.worker.request": _calm,
+    "py.warnings": _no_false_alarm,
+    "celery.app.trace": _no_beat,
+    "celery.worker.consumer.consumer": _outage,
+    _CONNECTION: _outage,
+}

@@ -10,13 +10,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from fleet_worker import __version__
 from fleet_worker.broker.topology import direct_lane, lane
 from fleet_worker.errors import ConfigurationError, FleetError, InstanceUnavailable, ModelNotServed
 from fleet_worker.mlx.cancellation import Stop
 from fleet_worker.mlx.client import MLXClient
 from fleet_worker.mlx.offering import Offering, advice_on_nothing, offerings_of
-from fleet_worker.mlx.profiles import QUIRKS, lacks_template
+from fleet_worker.mlx.profiles import QUIRKS
+from fleet_worker.mlx.request_body import lacks_template
 from fleet_worker.node.cancel_listener import Control
 from fleet_worker.node.health_monitor import Watch
 from fleet_worker.node.lane_consumer import Intake
@@ -27,8 +27,7 @@ from fleet_worker.node.running_attempts import Running
 from fleet_worker.registry.counters import Tally
 from fleet_worker.registry.status_socket import NodeReport, Reporter, reported_model, socket_path
 from fleet_worker.settings import Instance, Settings
-
-__all__ = ["Node", "can_follow", "lanes_of"]
+from fleet_worker.version import VERSION
 
 log = logging.getLogger(__name__)
 
@@ -273,7 +272,7 @@ class Node:
             node=self.name,
             instance=self.instance,
             pid=os.getpid(),
-            version=__version__,
+            version=VERSION,
             server=self.server,
             status=state.status,
             reason=state.reason,

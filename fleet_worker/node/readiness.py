@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 from fleet_worker.errors import (
     ConfigurationError,
@@ -27,10 +26,7 @@ from fleet_worker.errors import (
     RequestTimeout,
     Unauthorized,
 )
-
-__all__ = ["Readiness", "State", "Status"]
-
-Status = Literal["starting", "available", "degraded", "unavailable", "drained"]
+from fleet_worker.protocol.registry_event import Status
 
 GIVE_UP_AFTER = 10.0
 """Seconds without any sign of life after which a late server counts as dead."""

@@ -8,8 +8,6 @@ from collections.abc import Iterable, Iterator
 
 from fleet_worker.protocol.reply import Reply
 
-__all__ = ["Recent"]
-
 WINDOW = 5.0
 """Seconds for which a message counts as recent."""
 MOST_BYTES = 16 * 1024 * 1024

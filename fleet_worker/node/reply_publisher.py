@@ -35,8 +35,6 @@ from fleet_worker.protocol.reply import (
     Reply,
 )
 
-__all__ = ["Answer", "ReplySender"]
-
 log = logging.getLogger(__name__)
 
 LONGEST_GAP = 0.010

@@ -21,8 +21,6 @@ from fleet_worker.broker.topology import Transport, listening_key
 from fleet_worker.errors import ReplyLost
 from fleet_worker.node.running_attempts import Running
 
-__all__ = ["Listeners", "not_listening"]
-
 log = logging.getLogger(__name__)
 
 LOOK_EVERY = 2.0

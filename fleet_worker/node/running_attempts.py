@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from fleet_worker.errors import Cancelled, FleetError
 from fleet_worker.mlx.cancellation import Stop
 
-__all__ = ["Running"]
-
 REMEMBERED = 10_000
 """Cancelled requests that a node remembers, and for how many seconds: none waits in a lane for longer."""
 REMEMBERED_FOR = 3600.0

@@ -6,8 +6,6 @@ from typing import Any
 
 from celery import bootsteps
 
-__all__ = ["BatchedEvents"]
-
 FLUSH_AFTER = 0.2
 MOST_EVENTS = 10_000
 """Celery sends a full buffer (of 24) from the thread that filled it, a task's: on AMQP that thread and the event loop

@@ -24,15 +24,14 @@ from fleet_worker.errors import (
     where,
 )
 from fleet_worker.mlx.cancellation import Stop
-from fleet_worker.mlx.client import ChatAnswer
+from fleet_worker.mlx.chat_stream import ChatAnswer
 from fleet_worker.mlx.offering import Offering, offering_for
 from fleet_worker.node.node import Node
 from fleet_worker.node.reply_publisher import Answer
 from fleet_worker.node.router_presence import not_listening
+from fleet_worker.protocol.openai import ChatParams, EmbedParams
 from fleet_worker.protocol.reply import ChatResponse, EmbedResponse, Timings
-from fleet_worker.protocol.request import ChatParams, EmbedParams, FleetRequest
-
-__all__ = ["register_tasks", "where"]
+from fleet_worker.protocol.request import FleetRequest
 
 log = logging.getLogger(__name__)
 

@@ -4,36 +4,32 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from celery import Celery, signals
 from celery.concurrency import get_implementation
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential, wait_random
 
 from fleet_worker.broker.topology import lane_queue, transport_of
-from fleet_worker.errors import ConfigurationError, FleetError, InstanceUnavailable, where
+from fleet_worker.errors import ConfigurationError, FleetError, where
 from fleet_worker.exit_codes import AGAIN, CONFIGURATION, SOFTWARE, UNAVAILABLE
 from fleet_worker.host import parent_pipe as lifeline
-from fleet_worker.mlx.client import DEFAULT_URLS, Health, MLXClient
+from fleet_worker.mlx.client import MLXClient
 from fleet_worker.mlx.offering import Offering, advice_on_nothing, offerings_of
 from fleet_worker.node.cancel_listener import Control
 from fleet_worker.node.lane_consumer import Intake
-from fleet_worker.node.lifecycle import Life, Reconnecting
+from fleet_worker.node.lifecycle import Life, Reconnecting, Startup
 from fleet_worker.node.log_privacy import begin_log, protect_logs
 from fleet_worker.node.node import Node, can_follow, lanes_of
+from fleet_worker.node.remote_control import answer_operators
 from fleet_worker.node.reply_publisher import ReplySender
 from fleet_worker.node.router_presence import Listeners
 from fleet_worker.node.running_attempts import Running
-from fleet_worker.node.startup import Startup
+from fleet_worker.node.server_discovery import _find_server_of
 from fleet_worker.node.task_events import BatchedEvents
 from fleet_worker.node.tasks import register_tasks
-from fleet_worker.ops.drain import answer_operators
 from fleet_worker.registry import node as registry_node
 from fleet_worker.registry.node import RegistryNode
 from fleet_worker.settings import REGISTRY, Instance, Settings, fitting
-
-__all__ = ["refuse", "select_instance", "serve_with"]
 
 log = logging.getLogger(__name__)
 
@@ -203,63 +199,3 @@ def select_instance(settings: Settings, node_name: str) -> tuple[str, Instance]:
             f"the node's name must begin with an instance that has opted in, as -n NAME@%h: {known}"
         )
     return wanted, serving[wanted]
-
-
-def _find_server_of(instance: Instance, timeout: float) -> tuple[MLXClient, str, list[str]]:
-    """Wait for the MLX server; return its client, what kind it is, and what it reports as its models.
-
-    Raises:
-        InstanceUnavailable: it did not become ready within `timeout` seconds.
-    """
-    url, health = _find_server(instance, timeout)
-    server = health.server if instance.server == "auto" else instance.server
-    client = MLXClient(instance, url, server=server)
-    return client, server, _reported(client, instance)
-
-
-def _reported(client: MLXClient, instance: Instance) -> list[str]:
-    """Without it a node whose models are configured can begin all the same."""
-    try:
-        return client.models()
-    except FleetError:
-        if instance.models:
-            return []
-        raise
-
-
-def _find_server(instance: Instance, timeout: float) -> tuple[str, Health]:
-    urls = (instance.base_url,) if instance.base_url else DEFAULT_URLS
-
-    def tell(state: RetryCallState) -> None:
-        if state.attempt_number == 1:
-            log.info("waits up to %g s for an MLX server at %s", timeout, " or ".join(urls))
-
-    attempts = Retrying(
-        before_sleep=tell,
-        retry=retry_if_exception_type(InstanceUnavailable),
-        stop=stop_after_delay(timeout),
-        wait=wait_exponential(multiplier=0.1, max=2.0) + wait_random(max=0.1),
-        reraise=True,
-    )
-    return attempts(_ready_server, instance, urls, timeout)
-
-
-def _ready_server(instance: Instance, urls: Sequence[str], timeout: float) -> tuple[str, Health]:
-    for url in urls:
-        if health := _health(instance, url):
-            return url, health
-    where = " or ".join(urls)
-    raise InstanceUnavailable(
-        f"no MLX server became ready at {where} within {timeout:g} s: start it, or correct base_url"
-    )
-
-
-def _health(instance: Instance, url: str) -> Health | None:
-    client = MLXClient(instance, url)
-    try:
-        health = client.health()
-    except FleetError:
-        return None
-    finally:
-        client.close()
-    return health if health.ready else None

@@ -13,14 +13,12 @@ from urllib.parse import urlsplit
 
 from redis.exceptions import ResponseError
 
+from fleet_worker.broker.app import create_app
 from fleet_worker.broker.connection import ANSWER_WITHIN, BROKER_ERRORS, connect, place_of, unavailable
 from fleet_worker.broker.topology import transport_of
-from fleet_worker.celery import create_app
 from fleet_worker.errors import BrokerUnavailable
 from fleet_worker.ops.findings import Finding, Severity
 from fleet_worker.settings import Settings
-
-__all__ = ["agreement", "broker", "clock", "connected", "exposure", "reached", "redis_settings"]
 
 SLOW = 0.05
 """Seconds of a round trip."""

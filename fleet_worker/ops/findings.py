@@ -19,9 +19,6 @@ from fleet_worker import exit_codes
 from fleet_worker.errors import BrokerUnavailable, FleetError
 from fleet_worker.ops.terminal import printable
 
-__all__ = ["Finding", "Severity", "at_once", "exit_code", "show"]
-
-
 Severity = Literal["ok", "warning", "error"]
 
 

@@ -9,11 +9,10 @@ from functools import partial
 from fleet_worker.errors import FleetError, RequestTimeout, Unauthorized
 from fleet_worker.mlx.client import DEFAULT_URLS, Health, MLXClient
 from fleet_worker.mlx.offering import Offering, advice_on_nothing, offerings_of
-from fleet_worker.mlx.profiles import QUIRKS, lacks_template
+from fleet_worker.mlx.profiles import QUIRKS
+from fleet_worker.mlx.request_body import lacks_template
 from fleet_worker.ops.findings import Finding, at_once
 from fleet_worker.settings import Instance, Settings
-
-__all__ = ["WITHIN", "identity", "instances", "models", "slots"]
 
 ANSWER_WITHIN = 5.0
 WITHIN = 3 * ANSWER_WITHIN + 2

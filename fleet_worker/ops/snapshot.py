@@ -10,13 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fleet_worker.broker.app import create_app
 from fleet_worker.broker.queue_depth import Waiting, waiting
 from fleet_worker.broker.topology import direct_lane, lane, transport_of
-from fleet_worker.celery import create_app
 from fleet_worker.registry.view import InstanceState, Offered, Registry
 from fleet_worker.settings import Settings
-
-__all__ = ["Camera", "SeenInstance", "SeenLane", "SeenModel", "Snapshot", "snapshot_of"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,8 +25,6 @@ from fleet_worker.registry.view import ALL_WORDS
 from fleet_worker.router.router import Router
 from fleet_worker.settings import Settings
 
-__all__ = ["NO_LANES", "NO_REGISTRY_NODE", "UNSERVED", "show", "tables"]
-
 UNSERVED = "NOBODY SERVES THIS"
 NO_REGISTRY_NODE = (
     "No registry node answers, so it is not known which hosts, instances and models there are.\n"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["printable"]
-
 
 def printable(text: str) -> str:
     """Return it on one line: names of nodes and models were written by others, and must not move a cursor here."""

@@ -11,8 +11,6 @@ from pydantic_core import ErrorDetails
 
 from fleet_worker.errors import InvalidRequest
 
-__all__ = ["PROTOCOL_VERSION", "Body", "Heard", "Wire", "check_form", "check_size", "explain"]
-
 PROTOCOL_VERSION: Final = 2
 MOST_LEVELS: Final = 100
 

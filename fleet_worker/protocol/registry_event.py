@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from fleet_worker.errors import PolicyError
+from fleet_worker.errors import (
+    PolicyError,
+)
 from fleet_worker.protocol.base import Body, Heard
-
-__all__ = ["GONE", "READINESS", "Announcement", "EventType", "RegistryEvent"]
 
 EventType = Literal["offering_available", "offering_unavailable", "offering_degraded", "offering_heartbeat"]
 
@@ -109,3 +109,6 @@ def _without_sensitive(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_sensitive(inner) for inner in value]
     return value
+
+
+Status = Literal["starting", "available", "degraded", "unavailable", "drained"]

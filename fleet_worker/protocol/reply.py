@@ -12,22 +12,6 @@ from fleet_worker.errors import FleetError
 from fleet_worker.protocol.base import Body, Heard
 from fleet_worker.protocol.vectors import unpack_vector
 
-__all__ = [
-    "Accepted",
-    "Alive",
-    "Attempt",
-    "ChatResponse",
-    "Delta",
-    "Deltas",
-    "EmbedResponse",
-    "Failure",
-    "Frame",
-    "Reply",
-    "Timings",
-    "Usage",
-    "join",
-]
-
 
 class Usage(Heard):
     prompt_tokens: int | None = None

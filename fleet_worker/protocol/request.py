@@ -4,25 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from fleet_worker.broker.topology import Priority
 from fleet_worker.errors import InvalidRequest
-from fleet_worker.protocol.base import Body, Wire, check_form, check_size, explain
-
-__all__ = [
-    "ChatParams",
-    "EmbedParams",
-    "FleetRequest",
-    "ImagePart",
-    "Message",
-    "Notice",
-    "Operation",
-    "Resume",
-    "TextPart",
-]
+from fleet_worker.protocol.base import Wire, check_form, check_size, explain
+from fleet_worker.protocol.openai import ChatParams, EmbedParams
 
 LEGACY_KEYS = frozenset({"schema_version", "request_type", "fleet_correlation_id"})
 
@@ -31,111 +19,7 @@ OF_AN_ATTEMPT = frozenset({"attempt", "reply_to", "expires_at", "resume"})
 attempt at a request takes them all."""
 
 Operation = Literal["chat", "stream_chat", "embed"]
-
-
-class TextPart(Wire):
-    type: Literal["text"]
-    text: str = Field(repr=False)
-
-
-class ImageUrl(Wire):
-    url: str = Field(repr=False)
-    detail: Literal["auto", "low", "high"] | None = None
-
-    @field_validator("url")
-    @classmethod
-    def _inline(cls, url: str) -> str:
-        # mlx_lm.server fetches http image URLs itself, even for text models: a door into the minis' network.
-        if not url.startswith("data:image/"):
-            raise ValueError("images travel as data:image/... URLs")
-        return url
-
-
-class ImagePart(Wire):
-    type: Literal["image_url"]
-    image_url: ImageUrl
-
-
-class Message(Wire):
-    """One turn. Fields that OpenAI clients echo back and no MLX server wants are dropped."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]] | None = Field(None, repr=False)
-    name: str | None = Field(None, repr=False)
-    tool_calls: list[dict[str, Any]] | None = Field(None, repr=False)
-    tool_call_id: str | None = Field(None, repr=False)
-
-    @model_validator(mode="after")
-    def _says_something(self) -> Message:
-        if self.content is None and not (self.role == "assistant" and self.tool_calls):
-            raise ValueError("a message needs content")
-        return self
-
-
-class ChatTemplateKwargs(Wire):
-    """The safe ones: others reach into the server's tokenizer (`return_tensors` kills mlx_lm.server 0.32)."""
-
-    enable_thinking: bool | None = None
-    thinking_budget: int | None = Field(None, ge=0)
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = None
-
-
-class ChatParams(Wire):
-    """The body of an OpenAI chat completion without `model` and `stream`.
-
-    The bounds keep out what is known to kill servers: mlx_lm.server 0.32 loses its generation thread for good to a
-    `stop` that is not text, and to a `top_k` as large as the vocabulary.
-    """
-
-    messages: list[Message] = Field(min_length=1, repr=False)
-    max_tokens: int | None = Field(None, ge=1, le=1_000_000)
-    max_completion_tokens: int | None = Field(None, ge=1, le=1_000_000)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0, le=1000)
-    min_p: float | None = Field(None, ge=0, le=1)
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
-    seed: int | None = Field(None, ge=0, lt=2**32)
-    stop: list[Annotated[str, Field(min_length=1)]] | None = Field(None, max_length=16, repr=False)
-    tools: list[dict[str, Any]] | None = Field(None, repr=False)
-    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = Field(None, repr=False)
-    parallel_tool_calls: bool | None = None
-    response_format: dict[str, Any] | None = Field(None, repr=False)
-    logit_bias: dict[str, float] | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = None
-    chat_template_kwargs: ChatTemplateKwargs | None = None
-    n: Literal[1] | None = None
-    user: str | None = Field(None, repr=False)
-
-    @field_validator("stop", mode="before")
-    @classmethod
-    def _as_list(cls, stop: Any) -> Any:
-        return [stop] if isinstance(stop, str) else stop
-
-    @property
-    def has_images(self) -> bool:
-        return any(
-            isinstance(part, ImagePart)
-            for message in self.messages
-            if isinstance(message.content, list)
-            for part in message.content
-        )
-
-
-class EmbedParams(Wire):
-    """The body of an OpenAI embedding without `model`; texts only, since token ids mean another thing to each model."""
-
-    input: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1, max_length=2048, repr=False)
-    user: str | None = Field(None, repr=False)
-
-    @field_validator("input", mode="before")
-    @classmethod
-    def _as_list(cls, texts: Any) -> Any:
-        return [texts] if isinstance(texts, str) else texts
+Priority = Literal["critical", "high", "normal", "low"]
 
 
 PARAMS: dict[str, type[ChatParams] | type[EmbedParams]] = {
@@ -254,17 +138,6 @@ class FleetRequest(Wire):
     def remaining(self) -> float:
         """Seconds until its deadline; never more than it was given, however wrong a clock is."""
         return min(self.timeout_seconds, self.expires_at - time.time())
-
-
-class Notice(Body):
-    """What a router tells the nodes."""
-
-    node: str | None = None
-    """Who is meant; None for all."""
-    cancelled: list[tuple[str, int]] = Field(default=[])
-    """Requests, each with the last attempt that nobody waits for."""
-    missed: str | None = None
-    """A reply queue whose router was cut off for a moment: what went into it last should go there again."""
 
 
 def _without_nulls(params: Any) -> Any:

@@ -7,8 +7,6 @@ import threading
 from collections import Counter
 from typing import Any
 
-__all__ = ["BOUNDS", "Tally"]
-
 BOUNDS = {
     "ttft_seconds": (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 240.0),
     "queue_wait_seconds": (0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0),

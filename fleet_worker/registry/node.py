@@ -19,7 +19,6 @@ from celery.beat import Scheduler, Service
 from celery.schedules import schedule
 from kombu import Consumer
 
-from fleet_worker import __version__
 from fleet_worker.broker.queue_depth import waiting
 from fleet_worker.broker.topology import ask_queue, direct_lane, lane_queue, transport_of
 from fleet_worker.errors import ConfigurationError
@@ -28,11 +27,10 @@ from fleet_worker.protocol.registry_event import GONE, READINESS, Announcement, 
 from fleet_worker.registry.publisher import Announcer
 from fleet_worker.registry.status_socket import NodeReport, ReportedModel, Reports, reported_model, socket_path
 from fleet_worker.settings import REGISTRY, Settings
+from fleet_worker.version import VERSION
 
 if TYPE_CHECKING:
     from fleet_worker.registry.prometheus import Metrics
-
-__all__ = ["RegistryNode", "can_follow"]
 
 log = logging.getLogger(__name__)
 
@@ -198,7 +196,7 @@ class RegistryNode:
     def _farewell(self, name: str, model: str) -> dict[str, Any]:
         return {
             "offering": {"provider": "mlx", "instance": name, "model": model},
-            "runtime": {"node": f"{name}@{self._host}", "host": self._host, "version": __version__},
+            "runtime": {"node": f"{name}@{self._host}", "host": self._host, "version": VERSION},
             "capacity": {"slots": 0, "running": 0},
             "health": {"ready": False, "status": GONE, "checked": True, "error": "it is not offered any more"},
         }
@@ -235,7 +233,7 @@ class RegistryNode:
         health: dict[str, Any] = {"ready": status == "available", "status": status, "checked": report is not None}
         if error := self._error(report, missing=missing):
             health["error"] = error
-        runtime: dict[str, Any] = {"node": f"{name}@{self._host}", "host": self._host, "version": __version__}
+        runtime: dict[str, Any] = {"node": f"{name}@{self._host}", "host": self._host, "version": VERSION}
         capacity: dict[str, Any] = {"slots": self._settings.instances[name].limits.concurrency, "running": 0}
         if report:
             runtime |= {"server": report.server, "pid": report.pid}

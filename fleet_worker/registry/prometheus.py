@@ -20,16 +20,14 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily
 from prometheus_client.metrics_core import Metric
 
-from fleet_worker import __version__
 from fleet_worker.broker.queue_depth import Waiting
 from fleet_worker.broker.topology import direct_lane, lane
 from fleet_worker.errors import BrokerUnavailable, ConfigurationError, ProviderError
-from fleet_worker.node.readiness import Status
+from fleet_worker.protocol.registry_event import Status
 from fleet_worker.registry.counters import BOUNDS
 from fleet_worker.registry.publisher import Announcer
 from fleet_worker.registry.status_socket import NodeReport, ReportedModel
-
-__all__ = ["HostCollector", "Metrics"]
+from fleet_worker.version import VERSION
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +115,7 @@ class HostCollector:
                 yield from (family for family in families if family.samples)
 
     def _registry(self) -> Iterator[Metric]:
-        yield InfoMetricFamily("fleet", "The registry node of this host.", {"version": __version__})
+        yield InfoMetricFamily("fleet", "The registry node of this host.", {"version": VERSION})
         yield CounterMetricFamily(
             "fleet_registry_publish_failures",
             "Rounds of registry events that the broker did not take.",

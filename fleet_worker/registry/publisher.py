@@ -13,8 +13,6 @@ from fleet_worker.broker.publisher import Publisher
 from fleet_worker.broker.topology import Transport, registry_exchange
 from fleet_worker.protocol.registry_event import Announcement
 
-__all__ = ["Announcer"]
-
 log = logging.getLogger(__name__)
 
 PAUSE = 0.05

@@ -20,8 +20,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.mlx.offering import Offering
 
-__all__ = ["NodeReport", "ReportedModel", "Reporter", "Reports", "reported_model", "socket_path"]
-
 log = logging.getLogger(__name__)
 
 REPORT_EVERY = 1.0

@@ -18,8 +18,6 @@ from typing import Any
 from fleet_worker.errors import InvalidRequest, ModelUnavailable
 from fleet_worker.protocol.registry_event import GONE, READINESS, Announcement, RegistryEvent
 
-__all__ = ["InstanceState", "ModelState", "Offered", "Registry"]
-
 log = logging.getLogger(__name__)
 
 INTERVALS_TO_LIVE = 3

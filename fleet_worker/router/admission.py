@@ -11,10 +11,9 @@ from celery import Celery
 
 from fleet_worker.broker import queue_depth as lane_depths
 from fleet_worker.broker.connection import BROKER_ERRORS, connect
-from fleet_worker.broker.topology import EXCHANGE, Priority, Transport
+from fleet_worker.broker.topology import EXCHANGE, Transport
 from fleet_worker.errors import FleetSaturated
-
-__all__ = ["Backlog"]
+from fleet_worker.protocol.request import Priority
 
 ANSWER_WITHIN = 1.0
 """Seconds that the broker has for each answer, and for which it is left alone if it did not give one."""

@@ -26,6 +26,7 @@ from typing import Any, Literal
 from tenacity import RetryCallState, wait_exponential, wait_random
 
 from fleet_worker.errors import FleetError, NodeLost, PoisonSuspected, ReplyLost, StreamInterrupted
+from fleet_worker.protocol.openai import ChatParams
 from fleet_worker.protocol.reply import (
     Accepted,
     Alive,
@@ -38,9 +39,7 @@ from fleet_worker.protocol.reply import (
     Frame,
     join,
 )
-from fleet_worker.protocol.request import ChatParams, FleetRequest, Resume
-
-__all__ = ["Attempts", "Leftover", "OnInterrupt"]
+from fleet_worker.protocol.request import FleetRequest, Resume
 
 OnInterrupt = Literal["resume", "fail"]
 State = Literal["waiting", "running", "pausing", "ended"]

@@ -17,9 +17,6 @@ from fleet_worker.protocol.reply import ChatResponse, Delta, Deltas, EmbedRespon
 from fleet_worker.router.in_flight import Flight
 from fleet_worker.router.reply_buffer import Mailbox
 
-__all__ = ["Call", "ChatStream"]
-
-
 THREAD_ENDS_WITHIN = 0.2
 """Seconds after the deadline in which a thread that sends a request says itself why that was too late."""
 

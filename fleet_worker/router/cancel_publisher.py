@@ -10,11 +10,9 @@ from kombu import Connection, Exchange
 
 from fleet_worker.broker.publisher import Publisher
 from fleet_worker.broker.topology import cancel_exchange
-from fleet_worker.protocol.request import Notice
+from fleet_worker.protocol.control import Notice
 from fleet_worker.router.attempts import Leftover
 from fleet_worker.router.scheduler import Agenda
-
-__all__ = ["Notices"]
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,6 @@ from fleet_worker.protocol.request import FleetRequest
 from fleet_worker.router.in_flight import Flight
 from fleet_worker.router.reply_buffer import Mailbox
 
-__all__ = ["Keyed"]
-
 MOST_ANSWERS = 1_000
 MOST_CHARACTERS = 64 * 1024 * 1024
 """Of all answers that are kept; a vector of 1,024 numbers has 5,464."""

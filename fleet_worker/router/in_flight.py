@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from fleet_worker.broker.topology import direct_lane, lane
 from fleet_worker.errors import BrokerUnavailable, Cancelled, Expired, FleetError, ReplyOverflow, RequestTimeout
+from fleet_worker.protocol.openai import ChatParams
 from fleet_worker.protocol.reply import Accepted, Failure, Frame
-from fleet_worker.protocol.request import ChatParams, FleetRequest
+from fleet_worker.protocol.request import FleetRequest
 from fleet_worker.router.admission import Backlog
 from fleet_worker.router.attempts import Attempts, OnInterrupt
 from fleet_worker.router.cancel_publisher import Notices
@@ -19,8 +20,6 @@ from fleet_worker.router.reply_buffer import Mailbox
 from fleet_worker.router.reply_consumer import ReplyInbox
 from fleet_worker.router.scheduler import Agenda
 from fleet_worker.settings import Router as RouterSettings
-
-__all__ = ["Flight", "Services"]
 
 LOOKS_AGAIN = 1.0
 """Seconds between two looks for a request that is not in its lane, as an acceptance may be on its way; or between two

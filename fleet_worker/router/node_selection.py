@@ -8,8 +8,6 @@ from collections.abc import Collection
 from fleet_worker.protocol.request import FleetRequest
 from fleet_worker.registry.view import Registry
 
-__all__ = ["Routes"]
-
 
 class Routes:
     """Decides by what the registry says at the moment."""

@@ -11,8 +11,6 @@ from collections.abc import Callable
 
 from fleet_worker.protocol.reply import Deltas, Frame
 
-__all__ = ["Mailbox"]
-
 
 class Mailbox:
     """Where the frames of an answer wait for their reader: a thread or an asyncio task."""

@@ -20,8 +20,6 @@ from fleet_worker.errors import Cancelled, InvalidRequest, where
 from fleet_worker.protocol.base import PROTOCOL_VERSION
 from fleet_worker.protocol.reply import Frame, Reply
 
-__all__ = ["ReplyInbox"]
-
 log = logging.getLogger(__name__)
 
 LONGEST_LOOK = 1.5

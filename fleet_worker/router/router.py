@@ -14,9 +14,9 @@ from typing import Any, Self, cast, get_args
 
 from kombu import Producer
 
+from fleet_worker.broker.app import create_app
 from fleet_worker.broker.connection import unavailable
 from fleet_worker.broker.topology import (
-    Priority,
     ask_exchange,
     cancel_exchange,
     is_node_name,
@@ -24,10 +24,10 @@ from fleet_worker.broker.topology import (
     reply_name,
     transport_of,
 )
-from fleet_worker.celery import create_app
 from fleet_worker.errors import Cancelled, Expired, InvalidRequest
+from fleet_worker.protocol.control import Notice
 from fleet_worker.protocol.reply import Accepted, Alive, ChatResponse, EmbedResponse, Frame
-from fleet_worker.protocol.request import FleetRequest, Notice, Operation
+from fleet_worker.protocol.request import FleetRequest, Operation, Priority
 from fleet_worker.registry.view import Registry
 from fleet_worker.router.admission import Backlog
 from fleet_worker.router.attempts import Leftover, OnInterrupt
@@ -41,8 +41,6 @@ from fleet_worker.router.reply_consumer import ReplyInbox
 from fleet_worker.router.scheduler import Agenda
 from fleet_worker.router.submitter import Submissions
 from fleet_worker.settings import Settings
-
-__all__ = ["Router"]
 
 
 class Router:

@@ -12,8 +12,6 @@ from collections.abc import Callable
 
 from fleet_worker.errors import where
 
-__all__ = ["Agenda"]
-
 log = logging.getLogger(__name__)
 
 NEVER = float("inf")

@@ -19,8 +19,6 @@ from fleet_worker.broker.topology import Transport, priority, route_to, task_nam
 from fleet_worker.errors import Cancelled
 from fleet_worker.protocol.request import FleetRequest
 
-__all__ = ["Submissions"]
-
 
 class Submissions:
     """Sends requests, each on one of a few connections of its own, which are opened when they are needed.

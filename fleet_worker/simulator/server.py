@@ -17,8 +17,6 @@ from fleet_worker.simulator.machine import Engine, Machine, Record
 from fleet_worker.simulator.replies import ANSWERS, VECTORS, WRITES, Fault, Reply
 from fleet_worker.simulator.texts import embedding, encoded_embedding
 
-__all__ = ["SimulatedMLX"]
-
 TURNS_TO_BEGIN = 5
 """Turns of the event loop from the acceptance of a connection to the first line of `_connection`. A server that is
 closed in between forgets the connection without closing it."""

@@ -31,8 +31,8 @@ import redis
 from kombu import Connection, Consumer, Producer
 
 from fleet_worker import Router, Settings
+from fleet_worker.broker.app import create_app
 from fleet_worker.broker.topology import ask_queue, direct_lane, lane, registry_exchange, transport_of
-from fleet_worker.celery import create_app
 from fleet_worker.protocol.registry_event import READINESS, Announcement, RegistryEvent
 from fleet_worker.registry.view import Registry
 from fleet_worker.testing import SimulatedMLX, running_host

@@ -12,14 +12,14 @@ import pytest
 import redis
 
 from fleet_worker import Router, Settings
+from fleet_worker.broker.app import create_app
 from fleet_worker.broker.connection import place_of
 from fleet_worker.broker.topology import cancel_exchange, reply_name
-from fleet_worker.celery import create_app
 from fleet_worker.host.child_process import child, python
 from fleet_worker.node import replay_buffer as recent
 from fleet_worker.node.reply_publisher import ReplySender
+from fleet_worker.protocol.control import Notice
 from fleet_worker.protocol.reply import Delta
-from fleet_worker.protocol.request import Notice
 from fleet_worker.router.reply_consumer import ReplyInbox
 from fleet_worker.simulator import reply_tokens
 from fleet_worker.testing import SimulatedMLX, running_host, running_node, worker_toml

@@ -24,7 +24,7 @@ import socket, sys
 bound = []
 sys.addaudithook(lambda event, args: event == "socket.bind" and bound.append(args[0].family))
 from fleet_worker import Settings
-from fleet_worker.celery import create_app
+from fleet_worker.broker.app import create_app
 from fleet_worker.registry.node import RegistryNode
 settings = Settings()
 node = RegistryNode(create_app(settings), settings, "test")

@@ -14,13 +14,13 @@ from kombu import Producer
 from fleet_worker import Settings
 from fleet_worker.broker import connection as connections
 from fleet_worker.broker import reconnecting as link
+from fleet_worker.broker.app import create_app
 from fleet_worker.broker.topology import cancel_exchange, reply_name, transport_of
-from fleet_worker.celery import create_app
 from fleet_worker.node.cancel_listener import Control
 from fleet_worker.node.reply_publisher import ReplySender
+from fleet_worker.protocol.control import Notice
 from fleet_worker.protocol.reply import Alive, Delta, Timings, Usage
 from fleet_worker.protocol.reply import ChatResponse as Response
-from fleet_worker.protocol.request import Notice
 from fleet_worker.router.reply_consumer import ReplyInbox
 from tests.clients import until
 from tests.relay import Relay

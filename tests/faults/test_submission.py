@@ -9,8 +9,8 @@ from contextlib import ExitStack, closing, contextmanager
 import pytest
 
 from fleet_worker import BrokerUnavailable, Router, Settings
+from fleet_worker.broker.app import create_app
 from fleet_worker.broker.topology import lane, lane_queue, transport_of
-from fleet_worker.celery import create_app
 from fleet_worker.errors import Cancelled
 from fleet_worker.router.admission import Backlog
 from fleet_worker.simulator import SimulatedMLX, reply_tokens

@@ -9,8 +9,8 @@ from contextlib import ExitStack, closing, contextmanager
 import pytest
 
 from fleet_worker import FleetSaturated, Router, Settings
+from fleet_worker.broker.app import create_app
 from fleet_worker.broker.topology import lane, lane_queue, transport_of
-from fleet_worker.celery import create_app
 from fleet_worker.router.admission import FAR_EVERY, Backlog
 from fleet_worker.testing import SimulatedMLX, running_node
 from tests.clients import took_less_than, until

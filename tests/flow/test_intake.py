@@ -6,8 +6,8 @@ import pytest
 from kombu import Queue
 
 from fleet_worker import Router, Settings
+from fleet_worker.broker.app import create_app
 from fleet_worker.broker.topology import direct_lane, lane
-from fleet_worker.celery import create_app
 from fleet_worker.simulator import reply_tokens
 from fleet_worker.testing import SimulatedMLX, running_host, running_node
 from tests.clients import until

@@ -12,9 +12,9 @@ import redis
 
 from fleet_worker import Router, Settings
 from fleet_worker.broker import queue_depth as lane_depths
+from fleet_worker.broker.app import create_app
 from fleet_worker.broker.queue_depth import MOST_LANES, SUBMITTED_AT, Waiting, waiting
 from fleet_worker.broker.topology import direct_lane, lane, lane_queue, transport_of
-from fleet_worker.celery import create_app
 from fleet_worker.ops.snapshot import Camera
 from fleet_worker.settings import REGISTRY
 from fleet_worker.testing import SimulatedMLX, running_host

@@ -3,8 +3,8 @@
 import pytest
 
 from fleet_worker import Settings
+from fleet_worker.broker.app import create_app
 from fleet_worker.broker.topology import lane, lane_queue, transport_of
-from fleet_worker.celery import create_app
 from tests.flow.conftest import CHAT, work
 
 HELLO = [{"role": "user", "content": "Hello"}]

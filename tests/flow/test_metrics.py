@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from fleet_worker import FleetError, Settings
+from fleet_worker.broker.app import create_app
 from fleet_worker.broker.queue_depth import waiting
 from fleet_worker.broker.topology import lane, transport_of
-from fleet_worker.celery import create_app
 from fleet_worker.simulator import Fault, reply_tokens
 from fleet_worker.testing import SimulatedMLX, running_host
 from tests.flow.conftest import CHAT, EMBED

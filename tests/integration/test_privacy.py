@@ -18,8 +18,8 @@ from celery import Celery
 from kombu import Connection
 
 from fleet_worker import FleetError, Router, Settings
+from fleet_worker.broker.app import create_app
 from fleet_worker.broker.topology import direct_lane, lane, route_to
-from fleet_worker.celery import create_app
 from fleet_worker.host.child_process import child, python
 from fleet_worker.protocol.request import FleetRequest
 from fleet_worker.simulator import Fault

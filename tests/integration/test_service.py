@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fleet_worker.host.service import LABEL, UNIT
+from fleet_worker.host.launchd import LABEL
+from fleet_worker.host.systemd import UNIT
 from fleet_worker.testing import worker_toml
 
 SECRET = "hush-hush-4711"

@@ -3,9 +3,9 @@ import socket
 import pytest
 
 from fleet_worker import BrokerUnavailable, Settings
+from fleet_worker.broker.app import create_app
 from fleet_worker.broker.queue_depth import waiting
 from fleet_worker.broker.topology import transport_of
-from fleet_worker.celery import create_app
 from tests.brokers import free_port
 from tests.clients import took_less_than
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from fleet_worker.errors import ConfigurationError
-from fleet_worker.host.service import LABEL, UNIT, launchd_plist, systemd_unit
+from fleet_worker.host.launchd import LABEL, launchd_plist
+from fleet_worker.host.systemd import UNIT, systemd_unit
 
 CONFIG = Path("/etc/fleet/worker.toml")
 LOG = Path("/Users/op/Library/Logs/fleet-worker/up.log")

@@ -5,7 +5,7 @@ from kombu import Connection
 
 from fleet_worker.broker.topology import cancel_exchange
 from fleet_worker.node.cancel_listener import Control
-from fleet_worker.protocol.request import Notice
+from fleet_worker.protocol.control import Notice
 from tests.clients import until
 
 

@@ -5,7 +5,7 @@ import logging
 import pytest
 from celery.worker.consumer.consumer import CONNECTION_ERROR, CONNECTION_RETRY
 
-from fleet_worker.node.outage_log import TOLD_EVERY, Outage
+from fleet_worker.node.log_privacy import TOLD_EVERY, Outage
 
 URL = "redis://operator:**@broker:6379/0"
 

@@ -3,7 +3,8 @@ import stat
 
 import pytest
 
-from fleet_worker.ops.doctor import ALWAYS, CHECKS, census, configuration, examine, exit_code, open_files, sleep_minutes
+from fleet_worker.ops.doctor import ALWAYS, CHECKS, census, configuration, examine, open_files, sleep_minutes
+from fleet_worker.ops.findings import exit_code
 from fleet_worker.settings import Settings
 from fleet_worker.testing import worker_toml
 

@@ -13,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleet_worker.errors import FleetError, InvalidRequest, Overloaded
+from fleet_worker.protocol.control import Notice
+from fleet_worker.protocol.openai import ChatParams, EmbedParams
 from fleet_worker.protocol.reply import (
     Accepted,
     Alive,
@@ -26,7 +28,7 @@ from fleet_worker.protocol.reply import (
     Usage,
     join,
 )
-from fleet_worker.protocol.request import ChatParams, EmbedParams, FleetRequest, Notice, Resume
+from fleet_worker.protocol.request import FleetRequest, Resume
 from fleet_worker.protocol.vectors import pack_vector, unpack_vector
 
 SECRET = "swordfish"

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleet_worker.errors import MalformedOutput
-from fleet_worker.protocol.vectors import vectors_of
+from fleet_worker.mlx.embeddings import vectors_of
 
 
 def answer(*embeddings):

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kombu import Connection
 
-from fleet_worker.celery import create_app
+from fleet_worker.broker.app import create_app
 from fleet_worker.protocol.registry_event import READINESS
 from fleet_worker.registry import node as registry_node_module
 from fleet_worker.registry.node import NO_NODE, Jittered, RegistryNode, _QuietScheduler

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from fleet_worker import FleetSaturated, Settings
+from fleet_worker.broker.app import create_app
 from fleet_worker.broker.queue_depth import MOST_LANES
 from fleet_worker.broker.topology import direct_lane, lane, transport_of
-from fleet_worker.celery import create_app
 from fleet_worker.router import admission as backlog
 from fleet_worker.router.admission import Backlog
 from tests.brokers import free_port

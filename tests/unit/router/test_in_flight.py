@@ -7,7 +7,6 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from tests.unit.router.test_attempts import DOWN, accepted, deltas, failure, head, request, response
 
 from fleet_worker.errors import BrokerUnavailable, Cancelled, InvalidRequest, ReplyOverflow
 from fleet_worker.protocol.reply import Alive, Deltas
@@ -15,6 +14,7 @@ from fleet_worker.router.attempts import Leftover
 from fleet_worker.router.idempotency import Keyed
 from fleet_worker.router.in_flight import Flight, Services
 from fleet_worker.settings import Router as RouterSettings
+from tests.unit.router.test_attempts import DOWN, accepted, deltas, failure, head, request, response
 
 
 class Later:

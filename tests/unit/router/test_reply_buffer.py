@@ -6,10 +6,10 @@ import threading
 import time
 
 import pytest
-from tests.unit.router.test_attempts import accepted, deltas, response
 
 from fleet_worker.router.reply_buffer import Mailbox
 from tests.clients import took_less_than
+from tests.unit.router.test_attempts import accepted, deltas, response
 
 
 def mailbox_of(max_buffered=100, seconds=0.0):

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 import redis
 from kombu.exceptions import OperationalError
-from tests.unit.router.test_attempts import FACTS
 
 from fleet_worker import Router, Settings
 from fleet_worker.broker.topology import reply_name
@@ -38,6 +37,7 @@ from fleet_worker.router.reply_consumer import ReplyInbox
 from fleet_worker.router.scheduler import Agenda
 from tests.brokers import free_port
 from tests.clients import HELLO, took_less_than, until
+from tests.unit.router.test_attempts import FACTS
 
 
 def accepted():

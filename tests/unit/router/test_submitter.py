@@ -6,8 +6,8 @@ from contextlib import closing
 import pytest
 
 from fleet_worker import BrokerUnavailable, Expired, Router, Settings
+from fleet_worker.broker.app import create_app
 from fleet_worker.broker.topology import transport_of
-from fleet_worker.celery import create_app
 from fleet_worker.router.submitter import Submissions
 from fleet_worker.testing import embedded_broker
 from tests.brokers import free_port

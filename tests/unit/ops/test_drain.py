@@ -5,9 +5,8 @@ import math
 import pytest
 
 from fleet_worker import Settings
-from fleet_worker.ops import maintenance as module
-from fleet_worker.ops.drain import Drained
-from fleet_worker.ops.maintenance import drain, undrain
+from fleet_worker.ops import drain as module
+from fleet_worker.ops.drain import Drained, drain, undrain
 
 
 def said(drained=True, running=0, handed_over=0):
