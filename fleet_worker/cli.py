@@ -137,13 +137,13 @@ def up() -> None:
     SIGTERM and Ctrl-C let running requests end, a second one does not. SIGHUP reads the configuration again.
     """
     from fleet_worker.host.file_lock import Held
-    from fleet_worker.host.supervisor import Up
+    from fleet_worker.host.supervisor import Supervisor
 
     settings = Settings()
     form = "[%(asctime)s: %(levelname)s/up] %(message)s"  # as that of the nodes, whose lines are between ours
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format=form)
     try:
-        sys.exit(Up(settings).run())
+        sys.exit(Supervisor(settings).run())
     except Held as error:
         click.echo(f"fleet-worker: fleet-worker up runs already on this host, pid {error.pid or 'unknown'}", err=True)
         sys.exit(exit_codes.AGAIN)  # whoever starts us, launchd or systemd, is right to try later

@@ -163,7 +163,7 @@ class Instance(_Group):
         return not any(part.lower() in name for part in self.model_blacklist)
 
 
-class Router(_Group):
+class RouterSettings(_Group):
     timeout: float = Field(300.0, gt=0)
     """Seconds a request may take in all when the caller does not say."""
     max_timeout: float = Field(3600.0, gt=0, le=3600)
@@ -185,13 +185,13 @@ class Router(_Group):
     """Deltas that one stream may have waiting for its reader."""
 
     @model_validator(mode="after")
-    def _bounded(self) -> Router:
+    def _bounded(self) -> RouterSettings:
         if self.timeout > self.max_timeout:
             raise ValueError("router.timeout must not exceed router.max_timeout")
         return self
 
 
-class Worker(_Group):
+class WorkerSettings(_Group):
     start_timeout: float = Field(60.0, gt=0)
     """Seconds to wait at start for the MLX server to answer."""
     probe_interval: float = Field(0.5, gt=0, le=60)
@@ -219,7 +219,7 @@ class Worker(_Group):
         return self.drain_grace + 15.0
 
 
-class Registry(_Group):
+class RegistrySettings(_Group):
     """The registry node of a host; intervals are seconds."""
 
     readiness_interval: float = Field(15.0, gt=0)
@@ -245,9 +245,9 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(8 * 1024 * 1024, ge=1024)
     """Largest request in bytes of JSON, images included."""
     features: Features = {}
-    router: Router = Router()
-    worker: Worker = Worker()
-    registry: Registry = Registry()
+    router: RouterSettings = RouterSettings()
+    worker: WorkerSettings = WorkerSettings()
+    registry: RegistrySettings = RegistrySettings()
     instances: dict[str, Instance] = {}
 
     def __init__(self, **values: Any) -> None:

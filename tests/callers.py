@@ -9,7 +9,7 @@ from kombu import Consumer
 
 from fleet_worker import Settings
 from fleet_worker.broker.app import create_app
-from fleet_worker.broker.reconnecting import Link
+from fleet_worker.broker.reconnecting import ReconnectingThread
 from fleet_worker.broker.topology import (
     cancel_exchange,
     lane,
@@ -36,7 +36,7 @@ class Caller:
         self.name = reply_name("caller", 60)
         self._frames = []
         self._listens = False
-        self._link = Link("caller", lambda: self._app.connection_for_read(), self._listen)
+        self._link = ReconnectingThread("caller", lambda: self._app.connection_for_read(), self._listen)
 
     def __enter__(self):
         self._link.start()

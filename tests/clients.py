@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 
 from fleet_worker.errors import Cancelled
-from fleet_worker.mlx.cancellation import Stop
+from fleet_worker.mlx.cancellation import CancelToken
 from fleet_worker.mlx.client import MLXClient
 from fleet_worker.mlx.offering import offerings_of
 from fleet_worker.protocol.openai import ChatParams
@@ -113,7 +113,7 @@ def answering(answer, tls=None):
 @contextmanager
 def stopped(ask, *arguments, within=SOON, **options):
     """Run a request in a thread, and stop it at the end of the block: it raises just that error, and soon."""
-    stop = Stop()
+    stop = CancelToken()
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(ask, *arguments, stopper=stop, **options)
         try:

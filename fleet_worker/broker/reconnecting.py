@@ -13,7 +13,7 @@ from fleet_worker.broker.connection import BACK_OFF, HEARTBEAT, hang_up
 log = logging.getLogger(__name__)
 
 
-class Link:
+class ReconnectingThread:
     """`use` works with a connection until the link is closed; whatever it raises is answered with another connection.
 
     Nobody waits for it: a broker that is away, slow or frozen only makes it late. `name` says in the log what is cut

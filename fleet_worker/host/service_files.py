@@ -10,9 +10,9 @@ from pathlib import Path
 from tenacity import Retrying, retry_if_result, stop_after_delay, wait_fixed
 
 from fleet_worker.errors import ConfigurationError, FleetError
-from fleet_worker.settings import Worker
+from fleet_worker.settings import WorkerSettings
 
-ENDS_WITHIN = Worker().killed_after
+ENDS_WITHIN = WorkerSettings().killed_after
 
 
 """Seconds in which `fleet-worker up` has ended after SIGTERM, if the configuration says nothing else."""

@@ -62,7 +62,7 @@ def _lock_path(settings: Settings) -> Path:
     return settings.state_dir / f"up-{settings.host}.lock"
 
 
-class Up:
+class Supervisor:
     """The supervisor of one host.
 
     A node that ends is started again, after a while if it keeps failing. One that ends with exit code 78 waits for

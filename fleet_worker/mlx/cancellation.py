@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from fleet_worker.errors import FleetError
 
 
-class Stop:
+class CancelToken:
     """One for each request. Who works on it looks at `error`, and says meanwhile how its waiting can be cut short."""
 
     def __init__(self) -> None:

@@ -12,10 +12,10 @@ import httpx
 from fleet_worker.errors import ConnectionFailure, MalformedOutput
 from fleet_worker.mlx.chunks import ChunkReader
 from fleet_worker.mlx.error_mapping import foreign_errors_mapped, raw
-from fleet_worker.mlx.profiles import Quirks, finish_reason
+from fleet_worker.mlx.profiles import ServerProfile, finish_reason
 from fleet_worker.mlx.reasoning import ThinkingSplitter
 from fleet_worker.mlx.sse import EventStream
-from fleet_worker.mlx.timeouts import Clock
+from fleet_worker.mlx.timeouts import RequestTimer
 from fleet_worker.protocol.reply import Delta, Usage
 
 
@@ -32,14 +32,14 @@ class ChatAnswer:
     tokens_per_second: float | None
 
 
-class ChatStream:
+class ServerStream:
     """An open stream: iterate it for the deltas, as many at a time as arrived together."""
 
     def __init__(
         self,
         response: httpx.Response,
-        clock: Clock,
-        quirks: Quirks,
+        clock: RequestTimer,
+        quirks: ServerProfile,
         splitter: ThinkingSplitter | None,
         *,
         max_tokens: int,

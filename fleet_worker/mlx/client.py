@@ -27,17 +27,17 @@ from tenacity import (
 )
 
 from fleet_worker.errors import ConfigurationError, FleetError, MalformedOutput, RequestTimeout
-from fleet_worker.mlx.cancellation import Stop
-from fleet_worker.mlx.chat_stream import ChatAnswer, ChatStream
+from fleet_worker.mlx.cancellation import CancelToken
+from fleet_worker.mlx.chat_stream import ChatAnswer, ServerStream
 from fleet_worker.mlx.chunks import usage_of
 from fleet_worker.mlx.embeddings import vectors_of
 from fleet_worker.mlx.error_mapping import foreign_errors_mapped, raise_for_status, raw
 from fleet_worker.mlx.offering import Offering
-from fleet_worker.mlx.profiles import QUIRKS, kind_of
+from fleet_worker.mlx.profiles import PROFILES, kind_of
 from fleet_worker.mlx.reasoning import ThinkingSplitter, split_thinking
 from fleet_worker.mlx.request_body import chat_body
-from fleet_worker.mlx.resume import Continuation, Way, ways
-from fleet_worker.mlx.timeouts import Clock, Watchdog
+from fleet_worker.mlx.resume import Continuation, ResumeStrategy, ways
+from fleet_worker.mlx.timeouts import RequestTimer, TimeoutThread
 from fleet_worker.mlx.transport import Transport
 from fleet_worker.protocol.openai import ChatParams
 from fleet_worker.protocol.reply import Usage, join
@@ -82,7 +82,7 @@ class MLXClient:
         self, instance: Instance, base_url: str, *, server: str = "openai", transport: httpx.BaseTransport | None = None
     ) -> None:
         self._instance = instance
-        self._quirks = QUIRKS[server]
+        self._quirks = PROFILES[server]
         url = _url(base_url)
         self._http = httpx.Client(
             base_url=url,
@@ -90,7 +90,7 @@ class MLXClient:
             transport=transport or Transport(secure=url.scheme == "https"),
             trust_env=False,
         )
-        self._watchdog = Watchdog()
+        self._watchdog = TimeoutThread()
         self.url = base_url
         self.away = threading.Event()
         """Set by whoever watches the server while nothing listens there: connecting is then not tried again."""
@@ -99,7 +99,9 @@ class MLXClient:
         self._watchdog.close()
         self._http.close()
 
-    def chat(self, params: ChatParams, offering: Offering, *, deadline: float, stop: Stop | None = None) -> ChatAnswer:
+    def chat(
+        self, params: ChatParams, offering: Offering, *, deadline: float, stop: CancelToken | None = None
+    ) -> ChatAnswer:
         """Return the whole answer. The server streams all the same: only a stream can be stopped."""
         body = chat_body(params, offering, self._quirks)
         with self._stream(body, self._clock(deadline, stop), splitter=None) as stream:
@@ -117,9 +119,9 @@ class MLXClient:
         offering: Offering,
         *,
         deadline: float,
-        stop: Stop | None = None,
+        stop: CancelToken | None = None,
         resume: Resume | None = None,
-    ) -> Iterator[ChatStream | Continuation]:
+    ) -> Iterator[ServerStream | Continuation]:
         """Open a stream; iterate it, then ask for its `answer()`. Leaving the block stops the server.
 
         With `resume` it is only what comes after what was delivered, by the ways of `continuation.ways`.
@@ -137,9 +139,9 @@ class MLXClient:
             yield stream
 
     def _continuation(
-        self, params: ChatParams, offering: Offering, deadline: float, stop: Stop | None, resume: Resume
+        self, params: ChatParams, offering: Offering, deadline: float, stop: CancelToken | None, resume: Resume
     ) -> Continuation:
-        def ask(way: Way) -> AbstractContextManager[ChatStream]:
+        def ask(way: ResumeStrategy) -> AbstractContextManager[ServerStream]:
             # Who goes on with visible text has thought before.
             inside = offering.settings.starts_in_reasoning and way.replays
             return self._stream(way.body, self._clock(deadline, stop), splitter=ThinkingSplitter(starts_inside=inside))
@@ -147,13 +149,15 @@ class MLXClient:
         return Continuation(ways(params, offering, self._quirks, resume), resume, ask)
 
     @contextmanager
-    def _stream(self, body: dict[str, Any], clock: Clock, *, splitter: ThinkingSplitter | None) -> Iterator[ChatStream]:
+    def _stream(
+        self, body: dict[str, Any], clock: RequestTimer, *, splitter: ThinkingSplitter | None
+    ) -> Iterator[ServerStream]:
         with self._response("POST", "/v1/chat/completions", clock, body) as response:
             raise_for_status(response, clock)
-            yield ChatStream(response, clock, self._quirks, splitter, max_tokens=body["max_tokens"])
+            yield ServerStream(response, clock, self._quirks, splitter, max_tokens=body["max_tokens"])
 
     def embed(
-        self, texts: Sequence[str], offering: Offering, *, deadline: float, stop: Stop | None = None
+        self, texts: Sequence[str], offering: Offering, *, deadline: float, stop: CancelToken | None = None
     ) -> Embeddings:
         """Return one vector per text, asking the server in batches that it can take."""
         size = self._instance.limits.embed_batch
@@ -169,7 +173,7 @@ class MLXClient:
         total = None if None in tokens else sum(count or 0 for count in tokens)
         return Embeddings(data, dimensions or 0, Usage(prompt_tokens=total, total_tokens=total))
 
-    def _embed_batch(self, texts: Sequence[str], offering: Offering, clock: Clock) -> dict[str, Any]:
+    def _embed_batch(self, texts: Sequence[str], offering: Offering, clock: RequestTimer) -> dict[str, Any]:
         body = {"model": offering.backend, "input": list(texts)}
         if self._quirks.base64_vectors:
             body["encoding_format"] = "base64"
@@ -179,7 +183,7 @@ class MLXClient:
         clock.content()
         return answer
 
-    def canary(self, offering: Offering, *, deadline: float, stop: Stop | None = None) -> None:
+    def canary(self, offering: Offering, *, deadline: float, stop: CancelToken | None = None) -> None:
         """Ask for one token, or one vector; raises a `FleetError` unless the server works."""
         if "embed" in offering.capabilities:
             self.embed(["canary"], offering, deadline=deadline, stop=stop)
@@ -244,12 +248,12 @@ class MLXClient:
                     time.sleep(_LOOKS_AGAIN)
         return True
 
-    def _clock(self, deadline: float, stop: Stop | None = None) -> Clock:
-        return Clock(self._watchdog, self._instance.clocks, deadline, stop)
+    def _clock(self, deadline: float, stop: CancelToken | None = None) -> RequestTimer:
+        return RequestTimer(self._watchdog, self._instance.clocks, deadline, stop)
 
     @contextmanager
     def _response(
-        self, method: str, path: str, clock: Clock, body: dict[str, Any] | None = None
+        self, method: str, path: str, clock: RequestTimer, body: dict[str, Any] | None = None
     ) -> Iterator[httpx.Response]:
         """Open the response to a request; leaving the block closes the connection."""
         request = self._http.build_request(
@@ -264,7 +268,7 @@ class MLXClient:
             with closing(response):
                 yield response
 
-    def _send(self, request: httpx.Request, clock: Clock) -> httpx.Response:
+    def _send(self, request: httpx.Request, clock: RequestTimer) -> httpx.Response:
         """Return the response once its head is there.
 
         Only connecting is tried again: nothing has reached the server before. A mere question is not even that.
@@ -301,7 +305,7 @@ def _authorization(instance: Instance) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"} if key else {}
 
 
-def _read(response: httpx.Response, clock: Clock) -> bytes:
+def _read(response: httpx.Response, clock: RequestTimer) -> bytes:
     with foreign_errors_mapped(clock):
         content = b"".join(raw(response))
     clock.check()  # where the end of a response is the end of its connection, a cut looks like an end

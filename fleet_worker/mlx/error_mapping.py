@@ -28,7 +28,7 @@ from fleet_worker.errors import (
     Unauthorized,
     UnsupportedCapability,
 )
-from fleet_worker.mlx.timeouts import Clock
+from fleet_worker.mlx.timeouts import RequestTimer
 
 _ERROR_BYTES = 64 * 1024
 _ERROR_SECONDS = 1.0
@@ -61,7 +61,7 @@ _TEXTS: dict[type[FleetError], str] = {
 
 
 @contextmanager
-def foreign_errors_mapped(clock: Clock | None = None) -> Iterator[None]:
+def foreign_errors_mapped(clock: RequestTimer | None = None) -> Iterator[None]:
     """Turn what httpx raises into our errors. Its texts are left behind: they may name URLs and keys."""
     try:
         yield
@@ -69,7 +69,7 @@ def foreign_errors_mapped(clock: Clock | None = None) -> Iterator[None]:
         raise _ours(error, clock) from None
 
 
-def _ours(error: Exception, clock: Clock | None) -> FleetError:
+def _ours(error: Exception, clock: RequestTimer | None) -> FleetError:
     """A connection that our own clock cut looks broken; it is the clock that has something to say."""
     kind = next(ours for theirs, ours in HTTPX_ERRORS.items() if isinstance(error, theirs))
     connecting = kind is InstanceUnavailable  # for which a server is to blame, however little time it had
@@ -77,7 +77,7 @@ def _ours(error: Exception, clock: Clock | None) -> FleetError:
     return reason or kind(_TEXTS[kind])
 
 
-def raise_for_status(response: httpx.Response, clock: Clock) -> None:
+def raise_for_status(response: httpx.Response, clock: RequestTimer) -> None:
     """Raise what a status other than 2xx means, as far as its body tells; half a body is better than none."""
     if response.is_success:
         return

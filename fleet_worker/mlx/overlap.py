@@ -32,7 +32,7 @@ def before_last_word(text: str) -> int:
     return max((word.start() for word in _WORD.finditer(text, start, end)), default=end)
 
 
-class Seam:
+class OverlapFilter:
     """Takes the pieces of a continuation, and returns what of them the caller does not have.
 
     `delivered` is the visible text that is continued; empty for an answer that begins at its beginning. What has to be

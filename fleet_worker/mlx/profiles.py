@@ -43,7 +43,7 @@ _OPENAI = _COMMON | {
 
 
 @dataclass(frozen=True, slots=True)
-class Quirks:
+class ServerProfile:
     """One kind of server."""
 
     fields: frozenset[str]
@@ -60,18 +60,18 @@ class Quirks:
     transformers' chat templates, by a mark on the message, not at all, or by a template that leaves the turn open."""
 
 
-QUIRKS: dict[str, Quirks] = {
-    "mlx_lm": Quirks(fields=_MLX_LM, continues="template"),
-    "vllm_mlx": Quirks(fields=_VLLM, lists_models=True, continues="flags"),
-    "mlx_openai": Quirks(
+PROFILES: dict[str, ServerProfile] = {
+    "mlx_lm": ServerProfile(fields=_MLX_LM, continues="template"),
+    "vllm_mlx": ServerProfile(fields=_VLLM, lists_models=True, continues="flags"),
+    "mlx_openai": ServerProfile(
         fields=_COMMON | {"top_k", "min_p", "seed", "tool_choice", "response_format", "chat_template_kwargs"},
         hides_length=0,
         base64_vectors=True,
         lists_models=True,
         continues="partial",
     ),
-    "omni": Quirks(fields=_COMMON | {"response_format"}, hides_length=1, continues="always"),
-    "openai": Quirks(fields=_OPENAI, says_done=False, base64_vectors=True),
+    "omni": ServerProfile(fields=_COMMON | {"response_format"}, hides_length=1, continues="always"),
+    "openai": ServerProfile(fields=_OPENAI, says_done=False, base64_vectors=True),
 }
 
 
@@ -102,7 +102,7 @@ _FINISH = {
 }
 
 
-def finish_reason(said: str, quirks: Quirks, *, completion_tokens: int | None, max_tokens: int) -> str:
+def finish_reason(said: str, quirks: ServerProfile, *, completion_tokens: int | None, max_tokens: int) -> str:
     """Return OpenAI's word for why the answer ended: stop, length, tool_calls or content_filter.
 
     Raises:

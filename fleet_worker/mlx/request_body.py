@@ -6,11 +6,11 @@ from typing import Any
 
 from fleet_worker.mlx.chat_templates import left_open
 from fleet_worker.mlx.offering import Offering
-from fleet_worker.mlx.profiles import Quirks
+from fleet_worker.mlx.profiles import ServerProfile
 from fleet_worker.protocol.openai import ChatParams, Message
 
 
-def chat_body(params: ChatParams, offering: Offering, quirks: Quirks) -> dict[str, Any]:
+def chat_body(params: ChatParams, offering: Offering, quirks: ServerProfile) -> dict[str, Any]:
     """The body for one server: always streaming (only a stream can be stopped), always with explicit limits."""
     given = params.model_dump(exclude={"messages"}, exclude_none=True)
     given["messages"] = [_message(message) for message in params.messages]
@@ -28,7 +28,7 @@ def chat_body(params: ChatParams, offering: Offering, quirks: Quirks) -> dict[st
 
 
 def continued_body(
-    body: dict[str, Any], partial: str, offering: Offering, quirks: Quirks, *, exact: bool
+    body: dict[str, Any], partial: str, offering: Offering, quirks: ServerProfile, *, exact: bool
 ) -> dict[str, Any] | None:
     """The body by which a server goes on with `partial`, the beginning of its answer to `body`; None if none does.
 
@@ -54,7 +54,7 @@ def continued_body(
     return None
 
 
-def lacks_template(offering: Offering, quirks: Quirks) -> bool:
+def lacks_template(offering: Offering, quirks: ServerProfile) -> bool:
     """Would it take the model's chat template to go on with a stream of it here, and is that not found?"""
     return quirks.continues == "template" and "stream_chat" in offering.capabilities and not offering.template
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fleet_worker.errors import InvalidRequest, StreamInterrupted
-from fleet_worker.mlx.chat_stream import ChatAnswer, ChatStream
+from fleet_worker.mlx.chat_stream import ChatAnswer, ServerStream
 from fleet_worker.mlx.offering import Offering
-from fleet_worker.mlx.overlap import Seam, before_last_word
-from fleet_worker.mlx.profiles import Quirks
+from fleet_worker.mlx.overlap import OverlapFilter, before_last_word
+from fleet_worker.mlx.profiles import ServerProfile
 from fleet_worker.mlx.request_body import chat_body, continued_body
 from fleet_worker.protocol.openai import ChatParams
 from fleet_worker.protocol.reply import Delta, Usage
@@ -22,11 +22,11 @@ _SHORT = 200
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class ResumeStrategy:
     """What to ask a server, and how that joins what was delivered."""
 
     body: dict[str, Any]
-    seam: Seam
+    seam: OverlapFilter
     left: int | None
     """How many tokens may still come; None if the server begins at the beginning, and counts itself."""
 
@@ -45,7 +45,7 @@ class _Question:
 
     body: dict[str, Any]
     offering: Offering
-    quirks: Quirks
+    quirks: ServerProfile
     resume: Resume
 
     @property
@@ -69,7 +69,7 @@ class _Question:
         return continued_body({**self.body, "max_tokens": limit}, partial, self.offering, self.quirks, exact=exact)
 
 
-def ways(params: ChatParams, offering: Offering, quirks: Quirks, resume: Resume) -> list[Way]:
+def ways(params: ChatParams, offering: Offering, quirks: ServerProfile, resume: Resume) -> list[ResumeStrategy]:
     """Return what to try, in this order, to go on with an answer; nothing if its tokens are used up.
 
     The server goes on where the last word begins that was delivered, or where the text ends; or it begins at the
@@ -84,19 +84,19 @@ def ways(params: ChatParams, offering: Offering, quirks: Quirks, resume: Resume)
         return []
     if (params.response_format or {}).get("type", "text") != "text":
         raise StreamInterrupted("an answer in JSON is not continued")
-    found: list[Way] = []
+    found: list[ResumeStrategy] = []
     if resume.content and not (question.exact and resume.reasoning):
         found += _joining(question)
     if question.exact:
-        seam = Seam("", again=resume.content, reasoning=resume.reasoning, stop=question.stop)
-        found.append(Way(question.body, seam, None))
+        seam = OverlapFilter("", again=resume.content, reasoning=resume.reasoning, stop=question.stop)
+        found.append(ResumeStrategy(question.body, seam, None))
     if not found:
         # Reasoning alone is nothing to go on with for any server.
         raise StreamInterrupted("this MLX server cannot go on with what was delivered", retryable=bool(resume.content))
     return found
 
 
-def _joining(question: _Question) -> Iterator[Way]:
+def _joining(question: _Question) -> Iterator[ResumeStrategy]:
     delivered = question.resume.content
     # transformers takes white space from the end of a text that is continued, if the model's chat template does.
     end = len(delivered if question.quirks.continues == "template" else delivered.rstrip())
@@ -106,24 +106,27 @@ def _joining(question: _Question) -> Iterator[Way]:
         if cut == 0 or (word == end <= _SHORT and question.exact):
             continue
         if asked := question.continued(cut, exact=question.exact and not guesses):
-            seam = Seam(delivered, again=delivered[cut:], stop=question.stop, guesses=guesses)
-            yield Way(asked, seam, question.left)
+            seam = OverlapFilter(delivered, again=delivered[cut:], stop=question.stop, guesses=guesses)
+            yield ResumeStrategy(asked, seam, question.left)
 
 
 class Continuation:
-    """An answer that goes on; used as a `ChatStream` is. Leave it by `close`."""
+    """An answer that goes on; used as a `ServerStream` is. Leave it by `close`."""
 
     def __init__(
-        self, found: list[Way], resume: Resume, ask: Callable[[Way], AbstractContextManager[ChatStream]]
+        self,
+        found: list[ResumeStrategy],
+        resume: Resume,
+        ask: Callable[[ResumeStrategy], AbstractContextManager[ServerStream]],
     ) -> None:
         self._ways = found
         self._resume = resume
         self._ask = ask
-        self._asked: tuple[Way, ChatStream] | None = None
+        self._asked: tuple[ResumeStrategy, ServerStream] | None = None
         self._deltas = self._run()
 
     def __iter__(self) -> Iterator[list[Delta]]:
-        """Raises what a `ChatStream` raises, and a retryable `StreamInterrupted` if no way joins what was delivered."""
+        """Raises what a `ServerStream` raises, and a retryable `StreamInterrupted` if none joins what was delivered."""
         return self._deltas
 
     def close(self) -> None:
@@ -131,9 +134,9 @@ class Continuation:
 
     @property
     def tokens(self) -> int:
-        """As of a `ChatStream`, those of what was delivered included."""
+        """As of a `ServerStream`, those of what was delivered included."""
         match self._asked:
-            case (Way(left=None), stream):
+            case (ResumeStrategy(left=None), stream):
                 return stream.tokens
             case (way, _):
                 return self._resume.tokens + way.seam.new
@@ -154,7 +157,7 @@ class Continuation:
         if self._ways:
             raise StreamInterrupted("what the MLX server says does not join what was delivered", retryable=True)
 
-    def _joined(self, way: Way, stream: ChatStream) -> Iterator[list[Delta]]:
+    def _joined(self, way: ResumeStrategy, stream: ServerStream) -> Iterator[list[Delta]]:
         seam = way.seam
         for deltas in stream:
             new: list[Delta] = []
@@ -173,7 +176,7 @@ class Continuation:
             yield [last]
 
     def answer(self) -> ChatAnswer:
-        """As of a `ChatStream`, and about the whole answer: its usage counts what was delivered before."""
+        """As of a `ServerStream`, and about the whole answer: its usage counts what was delivered before."""
         if self._asked is None:
             usage = Usage(completion_tokens=self.tokens)
             return ChatAnswer(None, None, [], "length", usage, ttft=None, tokens_per_second=None)
@@ -188,7 +191,7 @@ class Continuation:
             finish = "length"
         return replace(answer, finish_reason=finish, usage=self._usage(answer.usage, way.left, way.seam))
 
-    def _usage(self, said: Usage, left: int, seam: Seam) -> Usage:
+    def _usage(self, said: Usage, left: int, seam: OverlapFilter) -> Usage:
         """The delivered tokens are of the prompt for this server; what it said again is in both counts."""
         before = self._resume.tokens
         new = seam.new if said.completion_tokens is None else said.completion_tokens - seam.repeated

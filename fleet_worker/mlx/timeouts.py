@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from fleet_worker.errors import FleetError, RequestTimeout
-from fleet_worker.mlx.cancellation import Stop
+from fleet_worker.mlx.cancellation import CancelToken
 from fleet_worker.settings import Clocks
 
 _LOOKS_AGAIN = 0.1
@@ -22,7 +22,7 @@ _RESET = struct.pack("ii", 1, 0)
 still succeed, and only the one after that tell the server that nobody listens."""
 
 
-class Guard:
+class ConnectionGuard:
     """One request under watch. Its reader moves `limit` (monotonic seconds) as it makes progress."""
 
     def __init__(self, limit: float) -> None:
@@ -71,7 +71,7 @@ class Guard:
         return min(busy_until, now + _LOOKS_AGAIN)
 
 
-class Watchdog:
+class TimeoutThread:
     """One thread for all requests of a node.
 
     A thread that waits in `recv` cannot look at a clock, and httpx fixes its timeouts for a whole response. So the
@@ -81,7 +81,7 @@ class Watchdog:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._guards: set[Guard] = set()
+        self._guards: set[ConnectionGuard] = set()
         self._wakes_at = float("inf")
         self._closed = False
         self.last_content = 0.0
@@ -90,7 +90,7 @@ class Watchdog:
         self._thread.start()
 
     @contextmanager
-    def watching(self, guard: Guard) -> Iterator[None]:
+    def watching(self, guard: ConnectionGuard) -> Iterator[None]:
         """Cut this one, within the block, when its limit has passed."""
         with self._changed:
             self._guards.add(guard)
@@ -102,7 +102,7 @@ class Watchdog:
                 self._guards.discard(guard)
             guard.close()
 
-    def hasten(self, guard: Guard, limit: float) -> None:
+    def hasten(self, guard: ConnectionGuard, limit: float) -> None:
         """Set a limit that may be earlier than before. (A later one is set by assignment.)"""
         guard.limit = limit
         with self._changed:
@@ -130,16 +130,18 @@ class Watchdog:
                 self._changed.wait(None if self._wakes_at == float("inf") else max(0.0, self._wakes_at - now))
 
 
-class Clock:
+class RequestTimer:
     """The time of one request, as one limit that the watchdog enforces. Moments are monotonic seconds."""
 
-    def __init__(self, watchdog: Watchdog, limits: Clocks, deadline: float, stop: Stop | None = None) -> None:
+    def __init__(
+        self, watchdog: TimeoutThread, limits: Clocks, deadline: float, stop: CancelToken | None = None
+    ) -> None:
         self.started = time.monotonic()
         self.connecting = min(limits.connect, deadline - self.started)
         """Seconds that connecting may take in all, however often it is tried."""
-        self.guard = Guard(min(deadline, self.started + limits.first_content))
+        self.guard = ConnectionGuard(min(deadline, self.started + limits.first_content))
         self._watchdog = watchdog
-        self._stop = stop or Stop()
+        self._stop = stop or CancelToken()
         self._gap = limits.gap
         self._deadline = deadline
         self._flowing = False

@@ -12,11 +12,11 @@ from typing import Any
 import httpcore
 import httpx
 
-from fleet_worker.mlx.timeouts import Guard
+from fleet_worker.mlx.timeouts import ConnectionGuard
 
 
 class Transport(httpx.HTTPTransport):
-    """httpx's own without its pool. A request carries its `Guard` as `extensions["guard"]`.
+    """httpx's own without its pool. A request carries its `ConnectionGuard` as `extensions["guard"]`.
 
     The socket of a pooled connection is not known before the response is there, and the server may be closing it at
     the moment of the next request, which then looks like a server that died.
@@ -42,7 +42,7 @@ class _Connections(httpcore.ConnectionPool):
 class _Guarded(httpcore.NetworkBackend):
     """Connects where a guard sees it."""
 
-    def __init__(self, guard: Guard) -> None:
+    def __init__(self, guard: ConnectionGuard) -> None:
         self._guard = guard
 
     def connect_tcp(

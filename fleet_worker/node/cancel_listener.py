@@ -13,7 +13,7 @@ from typing import Any
 from kombu import Connection, Consumer
 
 from fleet_worker.broker.connection import hear, open_channel, prove
-from fleet_worker.broker.reconnecting import Link
+from fleet_worker.broker.reconnecting import ReconnectingThread
 from fleet_worker.broker.topology import Transport, cancel_queue
 from fleet_worker.errors import InvalidRequest
 from fleet_worker.protocol.control import Notice
@@ -21,7 +21,7 @@ from fleet_worker.protocol.control import Notice
 log = logging.getLogger(__name__)
 
 
-class Control:
+class CancelListener:
     """Calls `cancel(request_id, attempt)` for all that is cancelled at `node`, or everywhere, and
     `publish_again(reply_to)` for a router that missed something.
 
@@ -40,7 +40,7 @@ class Control:
         self._node = node
         self._cancel = cancel
         self._publish_again = publish_again
-        self._link = Link("cancels", connect, self._listen)
+        self._link = ReconnectingThread("cancels", connect, self._listen)
 
     def start(self) -> None:
         self._link.start()

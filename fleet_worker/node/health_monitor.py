@@ -11,7 +11,7 @@ from fleet_worker.errors import FleetError, RequestTimeout
 from fleet_worker.mlx.client import MLXClient
 from fleet_worker.mlx.offering import Offering
 from fleet_worker.node.readiness import Readiness
-from fleet_worker.settings import Worker
+from fleet_worker.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ CONFIRM_AFTER = 0.05
 """Seconds until a refused connection is tried again: a server with a full backlog refuses for a moment."""
 
 
-class Watch:
+class HealthMonitor:
     """One thread. `changed` is called in it whenever something may be different from before.
 
     `working_since` is the monotonic moment since when the server has had work without a break, or None; `models` is
@@ -32,7 +32,7 @@ class Watch:
         self,
         mlx: MLXClient,
         readiness: Readiness,
-        settings: Worker,
+        settings: WorkerSettings,
         *,
         canary_for: Callable[[], Offering | None],
         working_since: Callable[[], float | None],

@@ -27,7 +27,7 @@ class _Wish:
     fulfilled: threading.Event = field(default_factory=threading.Event)
 
 
-class Intake:
+class LaneConsumer:
     """Joins and leaves lanes while the worker runs, from any thread, and tries until it has: when the broker comes
     back, and when it refuses.
 

@@ -48,7 +48,7 @@ class Reconnecting(bootsteps.Step):  # type: ignore[misc]
         consumer.connection_errors = (*consumer.connection_errors, *BROKEN_CONNECTION)
 
 
-class Life:
+class Lifecycle:
     """Of one Celery worker, told by Celery's signals."""
 
     def __init__(self, worker: Any, node: Node | RegistryNode, *, grace: float) -> None:
@@ -193,7 +193,7 @@ def _in_thread(target: Callable[[], None]) -> None:
 
 
 class Startup:
-    """Handles signals until the `Life` of a node does: to end is easy, for nothing runs.
+    """Handles signals until the `Lifecycle` of a node does: to end is easy, for nothing runs.
 
     `follows` tells whether the node can follow a new configuration once it is ready. For the main thread, whose waits
     end by an exception of a signal handler.

@@ -136,7 +136,7 @@ TOLD_EVERY = 60.0
 CONNECTED = "Connected to %s"
 
 
-class Outage:
+class OutageFilter:
     """A filter for what Celery logs of the connection on which it takes work: three lines at each of its tries, with
     the user of broker_url.
     """
@@ -184,8 +184,8 @@ def _warn(record: logging.LogRecord, message: str, *args: object) -> None:
     record.msg, record.args = message, args
 
 
-_outage = Outage()
-_FILTERS: dict[str, Callable[[logging.LogRecord], bool] | Outage] = {
+_outage = OutageFilter()
+_FILTERS: dict[str, Callable[[logging.LogRecord], bool] | OutageFilter] = {
     "celery.worker.request": _calm,
     "py.warnings": _no_false_alarm,
     "celery.app.trace": _no_beat,

@@ -12,19 +12,19 @@ from typing import Any
 
 from fleet_worker.broker.topology import direct_lane, lane
 from fleet_worker.errors import ConfigurationError, FleetError, InstanceUnavailable, ModelNotServed
-from fleet_worker.mlx.cancellation import Stop
+from fleet_worker.mlx.cancellation import CancelToken
 from fleet_worker.mlx.client import MLXClient
 from fleet_worker.mlx.offering import Offering, advice_on_nothing, offerings_of
-from fleet_worker.mlx.profiles import QUIRKS
+from fleet_worker.mlx.profiles import PROFILES
 from fleet_worker.mlx.request_body import lacks_template
-from fleet_worker.node.cancel_listener import Control
-from fleet_worker.node.health_monitor import Watch
-from fleet_worker.node.lane_consumer import Intake
+from fleet_worker.node.cancel_listener import CancelListener
+from fleet_worker.node.health_monitor import HealthMonitor
+from fleet_worker.node.lane_consumer import LaneConsumer
 from fleet_worker.node.readiness import Readiness, State
-from fleet_worker.node.reply_publisher import ReplySender
-from fleet_worker.node.router_presence import Listeners
-from fleet_worker.node.running_attempts import Running
-from fleet_worker.registry.counters import Tally
+from fleet_worker.node.reply_publisher import ReplyPublisher
+from fleet_worker.node.router_presence import RouterPresence
+from fleet_worker.node.running_attempts import RunningAttempts
+from fleet_worker.registry.counters import Counters
 from fleet_worker.registry.status_socket import NodeReport, Reporter, reported_model, socket_path
 from fleet_worker.settings import Instance, Settings
 from fleet_worker.version import VERSION
@@ -53,11 +53,11 @@ class Node:
         mlx: MLXClient,
         offerings: dict[str, Offering],
         reported: Sequence[str],
-        sender: ReplySender,
-        intake: Intake,
-        running: Running,
-        listeners: Listeners,
-        control: Control,
+        sender: ReplyPublisher,
+        intake: LaneConsumer,
+        running: RunningAttempts,
+        listeners: RouterPresence,
+        control: CancelListener,
     ) -> None:
         self.name = name
         self.instance = instance
@@ -83,7 +83,7 @@ class Node:
         """Requests that other nodes had to go on with, since it was drained."""
         self._working_since: float | None = None
         self._readiness = Readiness(stall_after=settings.worker.stall_after)
-        self._watch = Watch(
+        self._watch = HealthMonitor(
             mlx,
             self._readiness,
             settings.worker,
@@ -93,7 +93,7 @@ class Node:
             changed=self._follow,
         )
         self._reporter = Reporter(socket_path(settings.state_dir, name.partition("@")[2]), self._report)
-        self.tally = Tally()
+        self.tally = Counters()
         self._tokens = (time.monotonic(), 0)
 
     @property
@@ -187,7 +187,7 @@ class Node:
         self.mlx.close()
 
     @contextmanager
-    def working(self, model: str, stop: Stop) -> Iterator[None]:
+    def working(self, model: str, stop: CancelToken) -> Iterator[None]:
         """The server works on a request for this model. How it ends says something about it, unless we stopped it."""
         self._count(+1)
         try:
@@ -223,7 +223,7 @@ class Node:
             if found := offerings_of(instance, self.settings.features, reported):
                 self.offerings = found
                 self._warn_of_templates()
-            if instance.models and reported and QUIRKS[self.server].lists_models:
+            if instance.models and reported and PROFILES[self.server].lists_models:
                 there = {name for name, each in self.offerings.items() if each.backend in reported}
                 self._readiness.has(there)
                 for name in self.offerings.keys() - there:
@@ -232,7 +232,7 @@ class Node:
 
     def _warn_of_templates(self) -> None:
         """Once for each model, until its template is found, and missing again."""
-        without = {name for name, each in self.offerings.items() if lacks_template(each, QUIRKS[self.server])}
+        without = {name for name, each in self.offerings.items() if lacks_template(each, PROFILES[self.server])}
         for model in sorted(without - self._without_template):
             log.warning(
                 "no chat template of %s is found, so streams of it that broke off elsewhere go on here only at "

@@ -16,7 +16,7 @@ AT_ONCE = 1024 * 1024
 """Bytes of one message that is published again."""
 
 
-class Recent:
+class ReplayBuffer:
     """The replies of the last seconds, for one thread: each with the reply queue that it went to."""
 
     def __init__(self) -> None:

@@ -20,8 +20,8 @@ from fleet_worker.broker.connection import BACK_OFF
 from fleet_worker.broker.publisher import Publisher
 from fleet_worker.broker.topology import reply_queue
 from fleet_worker.errors import FleetError, RequestTimeout
-from fleet_worker.mlx.cancellation import Stop
-from fleet_worker.node.replay_buffer import Recent
+from fleet_worker.mlx.cancellation import CancelToken
+from fleet_worker.node.replay_buffer import ReplayBuffer
 from fleet_worker.protocol.base import PROTOCOL_VERSION
 from fleet_worker.protocol.reply import (
     Accepted,
@@ -49,10 +49,10 @@ REMEMBERED = 10_000
 _NEVER = float("inf")
 
 
-class Answer:
+class ReplyWriter:
     """The reply to one attempt, as the task that serves it writes it."""
 
-    def __init__(self, sender: ReplySender, request_id: str, attempt: int, reply_to: str) -> None:
+    def __init__(self, sender: ReplyPublisher, request_id: str, attempt: int, reply_to: str) -> None:
         self._sender = sender
         self.id = request_id
         self.attempt = attempt
@@ -61,10 +61,10 @@ class Answer:
         self.appended = 0
         """Frames that the sender has; those of `_seq` beyond it are still on their way to it."""
         self.deadline = time.monotonic() + 3600.0
-        self._stop = Stop()
+        self._stop = CancelToken()
 
     @contextmanager
-    def stopped_by(self, stop: Stop) -> Iterator[None]:
+    def stopped_by(self, stop: CancelToken) -> Iterator[None]:
         """Within this block nothing waits any longer once it is stopped; raises what it has been stopped with."""
         self._stop = stop
         with stop.cutting(self._sender.wake_up):
@@ -107,7 +107,7 @@ class Answer:
         return {"id": self.id, "attempt": self.attempt, "seq": seq}
 
 
-class ReplySender:
+class ReplyPublisher:
     """Publishes the frames of a node from one thread with one connection, as fast as the broker takes them.
 
     It clocks itself: while a publish is on its way, and for a few milliseconds after it, frames gather for the next.
@@ -127,9 +127,9 @@ class ReplySender:
         self._due = _NEVER
         """When what is pending must leave; when the last publish began; when to show life: monotonic seconds."""
         self._published = self._next_alive = 0.0
-        self._answers: dict[tuple[str, int], Answer] = {}
+        self._answers: dict[tuple[str, int], ReplyWriter] = {}
         self._taken: OrderedDict[tuple[str, int], None] = OrderedDict()
-        self._recent = Recent()
+        self._recent = ReplayBuffer()
         self._missed: set[str] = set()
         """Reply queues into which what is recent has to go again."""
         self._closed = threading.Event()
@@ -138,7 +138,7 @@ class ReplySender:
         self._thread.start()
 
     @contextmanager
-    def answering(self, request_id: str, attempt: int, reply_to: str) -> Iterator[Answer | None]:
+    def answering(self, request_id: str, attempt: int, reply_to: str) -> Iterator[ReplyWriter | None]:
         """Open the answer to an attempt; None if this node has it already (a redelivered message)."""
         key = (request_id, attempt)
         with self._changed:
@@ -148,7 +148,7 @@ class ReplySender:
                 self._taken[key] = None
                 if len(self._taken) > REMEMBERED:
                     self._taken.popitem(last=False)
-                answer = self._answers[key] = Answer(self, request_id, attempt, reply_to)
+                answer = self._answers[key] = ReplyWriter(self, request_id, attempt, reply_to)
                 self._changed.notify()
         try:
             yield answer
@@ -183,7 +183,7 @@ class ReplySender:
         self.wake_up()
         self._thread.join(timeout)
 
-    def wait_for_room(self, deadline: float, stop: Stop) -> bool:
+    def wait_for_room(self, deadline: float, stop: CancelToken) -> bool:
         """Wait until a frame more may wait; False once that is not worth waiting for: its time is over, or it was
         stopped, and somebody called `wake_up`."""
         if self._count < self._max_pending:
@@ -199,7 +199,7 @@ class ReplySender:
         with self._changed:
             self._changed.notify_all()
 
-    def _append(self, answer: Answer, frame: Frame, *, delay: float | None) -> None:
+    def _append(self, answer: ReplyWriter, frame: Frame, *, delay: float | None) -> None:
         """Let a frame leave within `delay` seconds; with None, once the gap since the last publish is over."""
         with self._changed:
             self._pending.setdefault(answer.reply_to, []).append(frame)

@@ -16,10 +16,10 @@ from amqp.exceptions import NotFound
 from kombu import Connection
 
 from fleet_worker.broker.connection import open_channel
-from fleet_worker.broker.reconnecting import Link
+from fleet_worker.broker.reconnecting import ReconnectingThread
 from fleet_worker.broker.topology import Transport, listening_key
 from fleet_worker.errors import ReplyLost
-from fleet_worker.node.running_attempts import Running
+from fleet_worker.node.running_attempts import RunningAttempts
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class _Seen:
     silent_since: float | None
 
 
-class Listeners:
+class RouterPresence:
     """One thread and one connection. What runs for a router is stopped when nobody has listened for `abandoned_after`
     seconds, in which the broker did answer, and not right after an outage of the broker.
     """
@@ -51,7 +51,7 @@ class Listeners:
         self,
         connect: Callable[[], Connection],
         transport: Transport,
-        running: Running,
+        running: RunningAttempts,
         *,
         abandoned_after: float,
     ) -> None:
@@ -64,7 +64,7 @@ class Listeners:
         self._answering = False
         self._trusted_until = 0.0
         self._began = False
-        self._link = Link("routers", connect, self._look)
+        self._link = ReconnectingThread("routers", connect, self._look)
 
     def start(self) -> None:
         self._link.start()

@@ -9,30 +9,30 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from fleet_worker.errors import Cancelled, FleetError
-from fleet_worker.mlx.cancellation import Stop
+from fleet_worker.mlx.cancellation import CancelToken
 
 REMEMBERED = 10_000
 """Cancelled requests that a node remembers, and for how many seconds: none waits in a lane for longer."""
 REMEMBERED_FOR = 3600.0
 
 
-class Running:
+class RunningAttempts:
     """Any thread may ask and stop. Moments are those of `clock`, in seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._stops: dict[tuple[str, int], tuple[Stop, str]] = {}
+        self._stops: dict[tuple[str, int], tuple[CancelToken, str]] = {}
         self._cancelled: OrderedDict[str, tuple[int, float]] = OrderedDict()
 
     @contextmanager
-    def attempt(self, request_id: str, attempt: int, reply_to: str) -> Iterator[Stop]:
+    def attempt(self, request_id: str, attempt: int, reply_to: str) -> Iterator[CancelToken]:
         """Within this block the attempt runs for the router that `reply_to` belongs to, and may be stopped.
 
         Raises:
             Cancelled: nobody wants it any more; it has not begun.
         """
-        key, stop = (request_id, attempt), Stop()
+        key, stop = (request_id, attempt), CancelToken()
         with self._lock:
             if self._is_cancelled(request_id, attempt):
                 raise Cancelled("the request was cancelled before it began")

@@ -23,11 +23,11 @@ from fleet_worker.errors import (
     ProviderError,
     where,
 )
-from fleet_worker.mlx.cancellation import Stop
+from fleet_worker.mlx.cancellation import CancelToken
 from fleet_worker.mlx.chat_stream import ChatAnswer
 from fleet_worker.mlx.offering import Offering, offering_for
 from fleet_worker.node.node import Node
-from fleet_worker.node.reply_publisher import Answer
+from fleet_worker.node.reply_publisher import ReplyWriter
 from fleet_worker.node.router_presence import not_listening
 from fleet_worker.protocol.openai import ChatParams, EmbedParams
 from fleet_worker.protocol.reply import ChatResponse, EmbedResponse, Timings
@@ -102,8 +102,8 @@ class _Work:
     node: Node
     request: FleetRequest
     offering: Offering
-    answer: Answer
-    stop: Stop
+    answer: ReplyWriter
+    stop: CancelToken
     queue_wait: float
     started: float
     deadline: float
@@ -172,7 +172,7 @@ def _address(envelope: Any) -> tuple[str, int, str]:
     raise InvalidRequest("an envelope without request_id and reply_to: nobody to answer to")
 
 
-def _accept(node: Node, envelope: Any, operation: str, answer: Answer, stop: Stop) -> _Work:
+def _accept(node: Node, envelope: Any, operation: str, answer: ReplyWriter, stop: CancelToken) -> _Work:
     request = FleetRequest.decode(envelope, max_bytes=node.settings.max_body_bytes)
     if request.operation != operation:
         raise InvalidRequest(f"a request for {request.operation} came as a task for {operation}")

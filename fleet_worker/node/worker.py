@@ -15,15 +15,15 @@ from fleet_worker.exit_codes import AGAIN, CONFIGURATION, SOFTWARE, UNAVAILABLE
 from fleet_worker.host import parent_pipe as lifeline
 from fleet_worker.mlx.client import MLXClient
 from fleet_worker.mlx.offering import Offering, advice_on_nothing, offerings_of
-from fleet_worker.node.cancel_listener import Control
-from fleet_worker.node.lane_consumer import Intake
-from fleet_worker.node.lifecycle import Life, Reconnecting, Startup
+from fleet_worker.node.cancel_listener import CancelListener
+from fleet_worker.node.lane_consumer import LaneConsumer
+from fleet_worker.node.lifecycle import Lifecycle, Reconnecting, Startup
 from fleet_worker.node.log_privacy import begin_log, protect_logs
 from fleet_worker.node.node import Node, can_follow, lanes_of
 from fleet_worker.node.remote_control import answer_operators
-from fleet_worker.node.reply_publisher import ReplySender
-from fleet_worker.node.router_presence import Listeners
-from fleet_worker.node.running_attempts import Running
+from fleet_worker.node.reply_publisher import ReplyPublisher
+from fleet_worker.node.router_presence import RouterPresence
+from fleet_worker.node.running_attempts import RunningAttempts
 from fleet_worker.node.server_discovery import _find_server_of
 from fleet_worker.node.task_events import BatchedEvents
 from fleet_worker.node.tasks import register_tasks
@@ -114,7 +114,7 @@ def _begin(app: Celery, settings: Settings, worker: Any, startup: Startup) -> No
     name, _, host = worker.hostname.partition("@")
     _refuse_a_taken_name(app, settings, worker.hostname)
     node = RegistryNode(app, settings, host) if name == REGISTRY else _begin_node(app, settings, worker.hostname)
-    Life(worker, node, grace=settings.worker.drain_grace).begin(startup)
+    Lifecycle(worker, node, grace=settings.worker.drain_grace).begin(startup)
 
 
 def _begin_node(app: Celery, settings: Settings, node_name: str) -> Node:
@@ -151,8 +151,8 @@ def _node(
     reported: list[str],
 ) -> Node:
     """With its connections to the broker, none of which is opened yet."""
-    transport, running = transport_of(settings.broker_url), Running()
-    sender = ReplySender(app.connection_for_write, name, max_pending=settings.worker.max_pending)
+    transport, running = transport_of(settings.broker_url), RunningAttempts()
+    sender = ReplyPublisher(app.connection_for_write, name, max_pending=settings.worker.max_pending)
     return Node(
         settings,
         name=name,
@@ -162,12 +162,12 @@ def _node(
         offerings=offerings,
         reported=reported,
         sender=sender,
-        intake=Intake(app, transport),
+        intake=LaneConsumer(app, transport),
         running=running,
-        listeners=Listeners(
+        listeners=RouterPresence(
             app.connection_for_read, transport, running, abandoned_after=settings.worker.abandoned_after
         ),
-        control=Control(app.connection_for_read, transport, name, running.cancel, sender.publish_again),
+        control=CancelListener(app.connection_for_read, transport, name, running.cancel, sender.publish_again),
     )
 
 

@@ -9,7 +9,7 @@ from functools import partial
 from fleet_worker.errors import FleetError, RequestTimeout, Unauthorized
 from fleet_worker.mlx.client import DEFAULT_URLS, Health, MLXClient
 from fleet_worker.mlx.offering import Offering, advice_on_nothing, offerings_of
-from fleet_worker.mlx.profiles import QUIRKS
+from fleet_worker.mlx.profiles import PROFILES
 from fleet_worker.mlx.request_body import lacks_template
 from fleet_worker.ops.findings import Finding, at_once
 from fleet_worker.settings import Instance, Settings
@@ -122,7 +122,7 @@ def models(
         title, kind, {name: model.backend or name for name, model in instance.models.items()}, reported
     )
     if instance.models:
-        yield from (_no_template(title, each) for each in offered.values() if lacks_template(each, QUIRKS[kind]))
+        yield from (_no_template(title, each) for each in offered.values() if lacks_template(each, PROFILES[kind]))
 
 
 def _backends(title: str, kind: str, backends: Mapping[str, str], reported: Sequence[str]) -> Iterator[Finding]:

@@ -85,7 +85,7 @@ class Snapshot:
     """Those first that nobody serves, then by depth."""
 
 
-class Camera:
+class SnapshotCollector:
     """Takes snapshots. It remembers the lanes that it has seen: on RabbitMQ those of a host that has just died are
     known from nowhere else.
     """

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fleet_worker.errors import BrokerUnavailable
-from fleet_worker.ops.snapshot import Camera, SeenInstance, SeenLane, SeenModel, Snapshot
+from fleet_worker.ops.snapshot import SeenInstance, SeenLane, SeenModel, Snapshot, SnapshotCollector
 from fleet_worker.ops.terminal import printable
 from fleet_worker.registry.view import ALL_WORDS
 from fleet_worker.router.router import Router
@@ -49,7 +49,7 @@ def show(settings: Settings, *, as_json: bool = False, every: float | None = Non
         BrokerUnavailable: the broker is not there. When a watch loses it, it says so and goes on.
     """
     console = Console(width=None if sys.stdout.isatty() else UNLIMITED, highlight=False, emoji=False, markup=False)
-    with Router(settings) as router, closing(Camera(settings, router.registry)) as camera:
+    with Router(settings) as router, closing(SnapshotCollector(settings, router.registry)) as camera:
         time.sleep(ALL_WORDS)  # the host that answers last may be the only one that serves a lane
         if every is not None:
             with _watched(console, as_json=as_json) as put:
@@ -61,7 +61,7 @@ def show(settings: Settings, *, as_json: bool = False, every: float | None = Non
 
 
 def _watch(
-    router: Router, camera: Camera, put: Callable[[Snapshot | BrokerUnavailable], None], every: float
+    router: Router, camera: SnapshotCollector, put: Callable[[Snapshot | BrokerUnavailable], None], every: float
 ) -> NoReturn:
     pause = threading.Event()
     while True:

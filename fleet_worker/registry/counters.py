@@ -15,7 +15,7 @@ BOUNDS = {
 """Upper bounds of the buckets of each histogram; above the last one there is one more."""
 
 
-class Tally:
+class Counters:
     """Counts, from any thread."""
 
     def __init__(self) -> None:

@@ -24,7 +24,7 @@ from fleet_worker.broker.topology import ask_queue, direct_lane, lane_queue, tra
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.mlx.offering import offerings_of
 from fleet_worker.protocol.registry_event import GONE, READINESS, Announcement, EventType, RegistryEvent
-from fleet_worker.registry.publisher import Announcer
+from fleet_worker.registry.publisher import RegistryPublisher
 from fleet_worker.registry.status_socket import NodeReport, ReportedModel, Reports, reported_model, socket_path
 from fleet_worker.settings import REGISTRY, Settings
 from fleet_worker.version import VERSION
@@ -54,7 +54,7 @@ class RegistryNode:
         self._last: dict[tuple[str, str], str] = {}
         self._ending = False
         transport = transport_of(settings.broker_url)
-        self._announcer = Announcer(app.connection_for_write, transport, self._announcements)
+        self._announcer = RegistryPublisher(app.connection_for_write, transport, self._announcements)
         self.reports = Reports(socket_path(settings.state_dir, host), lambda: self._announcer.announce(*KINDS))
         self._metrics = None if settings.registry.metrics_port is None else self._serve(settings.registry.metrics_port)
         self._schedule()

@@ -25,7 +25,7 @@ from fleet_worker.broker.topology import direct_lane, lane
 from fleet_worker.errors import BrokerUnavailable, ConfigurationError, ProviderError
 from fleet_worker.protocol.registry_event import Status
 from fleet_worker.registry.counters import BOUNDS
-from fleet_worker.registry.publisher import Announcer
+from fleet_worker.registry.publisher import RegistryPublisher
 from fleet_worker.registry.status_socket import NodeReport, ReportedModel
 from fleet_worker.version import VERSION
 
@@ -92,7 +92,7 @@ class HostCollector:
         *,
         models: Callable[[], Mapping[str, list[ReportedModel]]],
         reports: Callable[[], Mapping[str, NodeReport]],
-        announcer: Announcer,
+        announcer: RegistryPublisher,
         waiting: Callable[[list[str]], Mapping[str, Waiting]],
     ) -> None:
         self._host = host

@@ -19,7 +19,7 @@ PAUSE = 0.05
 """Seconds between two rounds: what changes in the meantime travels together."""
 
 
-class Announcer:
+class RegistryPublisher:
     """One thread and one connection. `announcements` makes the messages for the kinds that were asked for, at the
     moment at which they leave; of a round that the broker does not take, the kinds are said with the next one.
     """

@@ -51,7 +51,7 @@ class _Lane:
         return (self.depth or 0) + self.sent
 
 
-class Backlog:
+class Admission:
     """What waits in the lanes that a router sends to. Safe for any number of threads.
 
     The broker is asked now and then, on a connection of its own, which is opened at the first need; what this router

@@ -52,7 +52,7 @@ _BACK_OFF = wait_exponential(multiplier=0.1, max=5.0) + wait_random(max=0.1)
 
 
 @dataclass(frozen=True, slots=True)
-class Leftover:
+class OrphanedAttempt:
     """An attempt that may still run somewhere, and that nobody wants any more."""
 
     node: str | None
@@ -75,7 +75,7 @@ class Attempts:
         self.node: str | None = None
         self.failed: set[str] = set()
         self.history: list[Attempt] = []
-        self.leftovers: list[Leftover] = []
+        self.leftovers: list[OrphanedAttempt] = []
         self.pause = 0.0
         """Seconds until the next attempt, while pausing."""
         self.delivered: list[Deltas] = []
@@ -210,7 +210,7 @@ class Attempts:
     def _close_attempt(self, code: str | None, *, left_over: bool) -> None:
         self.history.append(self._present(code))
         if left_over:
-            self.leftovers.append(Leftover(self.node, self.request.attempt))
+            self.leftovers.append(OrphanedAttempt(self.node, self.request.attempt))
 
     def _present(self, code: str | None) -> Attempt:
         said = sum(len(delta.content or "") for delta in self._deltas())

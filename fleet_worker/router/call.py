@@ -14,8 +14,8 @@ from typing import Self, cast
 
 from fleet_worker.errors import Cancelled, Expired, FleetError
 from fleet_worker.protocol.reply import ChatResponse, Delta, Deltas, EmbedResponse, Failure, Frame, join
-from fleet_worker.router.in_flight import Flight
-from fleet_worker.router.reply_buffer import Mailbox
+from fleet_worker.router.in_flight import InFlightRequest
+from fleet_worker.router.reply_buffer import ReplyBuffer
 
 THREAD_ENDS_WITHIN = 0.2
 """Seconds after the deadline in which a thread that sends a request says itself why that was too late."""
@@ -28,13 +28,13 @@ class Call:
     the flight, which may be under way already, and the mailbox that this reader has in it.
     """
 
-    def __init__(self, take_off: Callable[[float], tuple[Flight, Mailbox]], timeout: float) -> None:
+    def __init__(self, take_off: Callable[[float], tuple[InFlightRequest, ReplyBuffer]], timeout: float) -> None:
         self._take_off = take_off
         self._timeout = timeout
         self._deadline: float | None = None
         self._entering = threading.Lock()
-        self._flight: Flight | None = None
-        self._mailbox: Mailbox | None = None
+        self._flight: InFlightRequest | None = None
+        self._mailbox: ReplyBuffer | None = None
         self._error: FleetError | None = None
 
     def __enter__(self) -> Self:
@@ -120,7 +120,7 @@ class Call:
         return cast(ChatResponse | EmbedResponse, await self.aframe())
 
     @property
-    def _box(self) -> Mailbox:
+    def _box(self) -> ReplyBuffer:
         if self._mailbox is None:
             raise RuntimeError("the request was not submitted: use it in a with block, or iterate it")
         return self._mailbox

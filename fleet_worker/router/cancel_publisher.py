@@ -11,8 +11,8 @@ from kombu import Connection, Exchange
 from fleet_worker.broker.publisher import Publisher
 from fleet_worker.broker.topology import cancel_exchange
 from fleet_worker.protocol.control import Notice
-from fleet_worker.router.attempts import Leftover
-from fleet_worker.router.scheduler import Agenda
+from fleet_worker.router.attempts import OrphanedAttempt
+from fleet_worker.router.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 
@@ -20,12 +20,12 @@ AT_A_TIME = 1_000
 """Requests in one message."""
 
 
-class Notices:
+class CancelPublisher:
     """Published soon, by the thread of the agenda, and best effort: what a node goes on with all the same is cancelled
     again with each sign of life that it gives of it, and what was missed for too long is a failed attempt.
     """
 
-    def __init__(self, agenda: Agenda, connect: Callable[[], Connection]) -> None:
+    def __init__(self, agenda: Scheduler, connect: Callable[[], Connection]) -> None:
         self._agenda = agenda
         self._publisher = Publisher(connect)
         self._lock = threading.RLock()
@@ -33,7 +33,7 @@ class Notices:
         self._cancelled: dict[str | None, dict[str, int]] = {}
         self._missed: dict[str, str] = {}
 
-    def cancel(self, request_id: str, leftover: Leftover) -> None:
+    def cancel(self, request_id: str, leftover: OrphanedAttempt) -> None:
         """Nobody wants this attempt, nor earlier ones."""
         with self._lock:
             self._soon()

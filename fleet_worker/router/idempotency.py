@@ -10,25 +10,25 @@ from collections import OrderedDict
 
 from fleet_worker.errors import InvalidRequest
 from fleet_worker.protocol.request import FleetRequest
-from fleet_worker.router.in_flight import Flight
-from fleet_worker.router.reply_buffer import Mailbox
+from fleet_worker.router.in_flight import InFlightRequest
+from fleet_worker.router.reply_buffer import ReplyBuffer
 
 MOST_ANSWERS = 1_000
 MOST_CHARACTERS = 64 * 1024 * 1024
 """Of all answers that are kept; a vector of 1,024 numbers has 5,464."""
 
 
-class Keyed:
+class IdempotencyCache:
     """The flights with a key, while they are under way, and for `ttl` seconds after they were answered."""
 
     def __init__(self, ttl: float) -> None:
         self._ttl = ttl
         self._lock = threading.RLock()
-        self._flights: OrderedDict[str, tuple[bytes, Flight]] = OrderedDict()
+        self._flights: OrderedDict[str, tuple[bytes, InFlightRequest]] = OrderedDict()
         self._sizes: dict[str, int] = {}
         """Characters of each answer."""
 
-    def join(self, request: FleetRequest, *how: object) -> tuple[Flight, Mailbox] | None:
+    def join(self, request: FleetRequest, *how: object) -> tuple[InFlightRequest, ReplyBuffer] | None:
         """Join the flight that has the key of this request, if there is one that did not fail.
 
         `how` is what the caller wants beside the request: on which node, and what becomes of it if it breaks off.
@@ -38,7 +38,7 @@ class Keyed:
         """
         return self._join(request, _fingerprint(request, how))
 
-    def add(self, flight: Flight, *how: object) -> tuple[Flight, Mailbox] | None:
+    def add(self, flight: InFlightRequest, *how: object) -> tuple[InFlightRequest, ReplyBuffer] | None:
         """Let others join this flight, unless there is one to join already, which is returned."""
         asked = _fingerprint(flight.request, how)
         with self._lock:
@@ -47,7 +47,7 @@ class Keyed:
                 self._flights[flight.request.idempotency_key] = asked, flight
             return joined
 
-    def _join(self, request: FleetRequest, asked: bytes) -> tuple[Flight, Mailbox] | None:
+    def _join(self, request: FleetRequest, asked: bytes) -> tuple[InFlightRequest, ReplyBuffer] | None:
         with self._lock:
             self._forget()
             known, flight = self._flights.get(request.idempotency_key, (asked, None))

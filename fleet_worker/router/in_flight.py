@@ -12,14 +12,14 @@ from fleet_worker.errors import BrokerUnavailable, Cancelled, Expired, FleetErro
 from fleet_worker.protocol.openai import ChatParams
 from fleet_worker.protocol.reply import Accepted, Failure, Frame
 from fleet_worker.protocol.request import FleetRequest
-from fleet_worker.router.admission import Backlog
+from fleet_worker.router.admission import Admission
 from fleet_worker.router.attempts import Attempts, OnInterrupt
-from fleet_worker.router.cancel_publisher import Notices
-from fleet_worker.router.node_selection import Routes
-from fleet_worker.router.reply_buffer import Mailbox
-from fleet_worker.router.reply_consumer import ReplyInbox
-from fleet_worker.router.scheduler import Agenda
-from fleet_worker.settings import Router as RouterSettings
+from fleet_worker.router.cancel_publisher import CancelPublisher
+from fleet_worker.router.node_selection import NodeSelection
+from fleet_worker.router.reply_buffer import ReplyBuffer
+from fleet_worker.router.reply_consumer import ReplyConsumer
+from fleet_worker.router.scheduler import Scheduler
+from fleet_worker.settings import RouterSettings
 
 LOOKS_AGAIN = 1.0
 """Seconds between two looks for a request that is not in its lane, as an acceptance may be on its way; or between two
@@ -34,18 +34,18 @@ class Services:
     """What a flight needs of its router."""
 
     settings: RouterSettings
-    agenda: Agenda
-    inbox: ReplyInbox
-    backlog: Backlog
-    notices: Notices
-    routes: Routes
+    agenda: Scheduler
+    inbox: ReplyConsumer
+    backlog: Admission
+    notices: CancelPublisher
+    routes: NodeSelection
     publish: Callable[[FleetRequest, str, float], None]
     """Send an attempt into this lane, and wait so many seconds if the broker is away; raises `BrokerUnavailable`."""
     ended: Callable[[str], object]
     """This request needs no more frames."""
 
 
-class Flight:
+class InFlightRequest:
     """From the submission of a request to its end. It may have several readers, each of whom gets the whole answer.
 
     Frames come in the thread of the inbox, what is due in that of the agenda, readers in theirs.
@@ -62,7 +62,7 @@ class Flight:
             request, deadline=self._deadline, max_attempts=services.settings.max_attempts, on_interrupt=on_interrupt
         )
         self._lock = threading.RLock()
-        self._readers: list[Mailbox] = []
+        self._readers: list[ReplyBuffer] = []
         self._chosen = None if node else services.routes.node_for(request)
         """Whom the attempt of the moment is for by the router's choice, not by its caller's."""
         self._submitted = 0.0
@@ -93,12 +93,12 @@ class Flight:
 
     # --- Its readers ---
 
-    def join(self, timeout: float) -> Mailbox | None:
+    def join(self, timeout: float) -> ReplyBuffer | None:
         """Return where the whole answer arrives, from its beginning, for `timeout` seconds; None if it has failed."""
         deadline, room = time.monotonic() + timeout, self._services.settings.max_buffered
         with self._lock:
             past = self._attempts.delivered
-            mailbox = Mailbox(deadline=deadline, max_buffered=room + sum(len(frame.deltas) for frame in past))
+            mailbox = ReplyBuffer(deadline=deadline, max_buffered=room + sum(len(frame.deltas) for frame in past))
             for frame in past:
                 mailbox.put(frame)
             if self.answered and self._attempts.last:
@@ -109,7 +109,7 @@ class Flight:
                 self._readers.append(mailbox)
         return mailbox
 
-    def leave(self, mailbox: Mailbox) -> None:
+    def leave(self, mailbox: ReplyBuffer) -> None:
         """A reader goes. When the last one has gone, nobody wants the answer."""
         mailbox.close()
         with self._lock:
@@ -186,7 +186,7 @@ class Flight:
             if not mailbox.put(frame):
                 self._overflow(mailbox)
 
-    def _overflow(self, mailbox: Mailbox) -> None:
+    def _overflow(self, mailbox: ReplyBuffer) -> None:
         waiting = self._services.settings.max_buffered
         text = f"{waiting} deltas and more wait for a reader: read faster, or raise router.max_buffered"
         error = ReplyOverflow(text, attempts=self._attempts.told(ReplyOverflow.code))

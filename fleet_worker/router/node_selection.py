@@ -9,7 +9,7 @@ from fleet_worker.protocol.request import FleetRequest
 from fleet_worker.registry.view import Registry
 
 
-class Routes:
+class NodeSelection:
     """Decides by what the registry says at the moment."""
 
     def __init__(self, registry: Registry) -> None:

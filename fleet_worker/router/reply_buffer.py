@@ -12,7 +12,7 @@ from collections.abc import Callable
 from fleet_worker.protocol.reply import Deltas, Frame
 
 
-class Mailbox:
+class ReplyBuffer:
     """Where the frames of an answer wait for their reader: a thread or an asyncio task."""
 
     def __init__(self, *, deadline: float, max_buffered: int) -> None:

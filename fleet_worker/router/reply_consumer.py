@@ -14,7 +14,7 @@ from kombu.transport.redis import Channel as RedisChannel
 
 from fleet_worker.broker.connection import hear, is_away, open_channel, refuses, unavailable
 from fleet_worker.broker.publisher import Publisher
-from fleet_worker.broker.reconnecting import Link
+from fleet_worker.broker.reconnecting import ReconnectingThread
 from fleet_worker.broker.topology import listening_key, reply_queue
 from fleet_worker.errors import Cancelled, InvalidRequest, where
 from fleet_worker.protocol.base import PROTOCOL_VERSION
@@ -30,7 +30,7 @@ PRESENCE = 6
 """Seconds for which Redis remembers that a router listens."""
 
 
-class ReplyInbox:
+class ReplyConsumer:
     """One reply queue, one thread and one connection for all requests of a router: each frame that comes is handed to
     `receive`, with the name of its node.
 
@@ -53,7 +53,7 @@ class ReplyInbox:
         self._on_listening = listening
         self._connect = connect
         self._broker_url = broker_url
-        self._link = Link("the reply queue", connect, self._listen, self._failed)
+        self._link = ReconnectingThread("the reply queue", connect, self._listen, self._failed)
         self._queue = reply_queue(name)
         self._take = receive
         self.clock = 0.0

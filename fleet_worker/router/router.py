@@ -29,17 +29,17 @@ from fleet_worker.protocol.control import Notice
 from fleet_worker.protocol.reply import Accepted, Alive, ChatResponse, EmbedResponse, Frame
 from fleet_worker.protocol.request import FleetRequest, Operation, Priority
 from fleet_worker.registry.view import Registry
-from fleet_worker.router.admission import Backlog
-from fleet_worker.router.attempts import Leftover, OnInterrupt
+from fleet_worker.router.admission import Admission
+from fleet_worker.router.attempts import OnInterrupt, OrphanedAttempt
 from fleet_worker.router.call import Call, ChatStream
-from fleet_worker.router.cancel_publisher import Notices
-from fleet_worker.router.idempotency import Keyed
-from fleet_worker.router.in_flight import Flight, Services
-from fleet_worker.router.node_selection import Routes
-from fleet_worker.router.reply_buffer import Mailbox
-from fleet_worker.router.reply_consumer import ReplyInbox
-from fleet_worker.router.scheduler import Agenda
-from fleet_worker.router.submitter import Submissions
+from fleet_worker.router.cancel_publisher import CancelPublisher
+from fleet_worker.router.idempotency import IdempotencyCache
+from fleet_worker.router.in_flight import InFlightRequest, Services
+from fleet_worker.router.node_selection import NodeSelection
+from fleet_worker.router.reply_buffer import ReplyBuffer
+from fleet_worker.router.reply_consumer import ReplyConsumer
+from fleet_worker.router.scheduler import Scheduler
+from fleet_worker.router.submitter import Submitter
 from fleet_worker.settings import Settings
 
 
@@ -69,16 +69,16 @@ class Router:
         self._settings = settings or Settings()
         self._transport = transport_of(self._settings.broker_url)
         self._app = create_app(self._settings)
-        self._submissions = Submissions(self._app, self._transport)
+        self._submissions = Submitter(self._app, self._transport)
         self._registry = Registry(ask=self._ask_again)
         self._services: Services | None = None
         self._closed = False
         self._process = 0
         """The one that is connected."""
         self._starting = threading.Lock()
-        self._connecting: ReplyInbox | None = None
-        self._flights: dict[str, Flight] = {}
-        self._keyed = Keyed(self._settings.router.idempotency_ttl)
+        self._connecting: ReplyConsumer | None = None
+        self._flights: dict[str, InFlightRequest] = {}
+        self._keyed = IdempotencyCache(self._settings.router.idempotency_ttl)
 
     def __enter__(self) -> Self:
         return self
@@ -200,14 +200,16 @@ class Router:
 
     def _take_off(
         self, request: FleetRequest, node: str | None, on_interrupt: OnInterrupt, deadline: float, *, has_key: bool
-    ) -> tuple[Flight, Mailbox]:
+    ) -> tuple[InFlightRequest, ReplyBuffer]:
         """Submit a request, or join the one that has its key, as a further reader of that."""
         services = self._connected(deadline)
         if has_key and (joined := self._keyed.join(request, node, on_interrupt)):
             return joined
         self._registry.check(request.model, request.operation, request.provider_instance, node)
         left = deadline - time.monotonic()
-        flight = Flight(request.submitted_to(services.inbox.name, left), node, services, on_interrupt=on_interrupt)
+        flight = InFlightRequest(
+            request.submitted_to(services.inbox.name, left), node, services, on_interrupt=on_interrupt
+        )
         services.backlog.admit(flight.lane)
         mailbox = flight.join(left)
         if has_key and (joined := self._keyed.add(flight, node, on_interrupt)):
@@ -217,7 +219,7 @@ class Router:
             flight.submit()
         else:  # it was given up with the others, or came too late for that
             flight.give_up(Cancelled("the router was closed"))
-        return flight, cast(Mailbox, mailbox)
+        return flight, cast(ReplyBuffer, mailbox)
 
     @property
     def _is_of_another_process(self) -> bool:
@@ -245,7 +247,7 @@ class Router:
 
     def _connect(self, patience: float, *, waited: float) -> Services:
         settings = self._settings.router
-        inbox = self._connecting = ReplyInbox(
+        inbox = self._connecting = ReplyConsumer(
             self._app.connection_for_read,
             self._settings.broker_url,
             reply_name(self._settings.host, settings.reply_expires),
@@ -259,15 +261,15 @@ class Router:
             inbox.start(patience, waited=waited)
         finally:
             self._connecting = None
-        agenda = Agenda()
+        agenda = Scheduler()
         agenda.start()
         return Services(
             settings=settings,
             agenda=agenda,
             inbox=inbox,
-            backlog=Backlog(self._app, self._transport, max_waiting=settings.max_waiting),
-            notices=Notices(agenda, self._app.connection_for_write),
-            routes=Routes(self._registry),
+            backlog=Admission(self._app, self._transport, max_waiting=settings.max_waiting),
+            notices=CancelPublisher(agenda, self._app.connection_for_write),
+            routes=NodeSelection(self._registry),
             publish=self._publish,
             ended=lambda request_id: self._flights.pop(request_id, None),
         )
@@ -277,7 +279,7 @@ class Router:
         flight = self._flights.get(frame.id)
         wanted = flight is not None and flight.receive(node, frame)
         if not wanted and self._services and isinstance(frame, Accepted | Alive):
-            self._services.notices.cancel(frame.id, Leftover(node, frame.attempt))
+            self._services.notices.cancel(frame.id, OrphanedAttempt(node, frame.attempt))
 
     def _listening(self, name: str, channel: Any) -> None:
         """Every registry node answers at once, instead of when its next event is due. And if this is not the first

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 NEVER = float("inf")
 
 
-class Agenda:
+class Scheduler:
     """Calls functions at their moment (monotonic seconds), one after the other. They should not take long."""
 
     def __init__(self) -> None:

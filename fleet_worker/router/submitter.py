@@ -20,7 +20,7 @@ from fleet_worker.errors import Cancelled
 from fleet_worker.protocol.request import FleetRequest
 
 
-class Submissions:
+class Submitter:
     """Sends requests, each on one of a few connections of its own, which are opened when they are needed.
 
     For any number of threads. kombu's own pools are those of the whole process, and stay open when a router is closed.

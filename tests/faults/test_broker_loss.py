@@ -17,10 +17,10 @@ from fleet_worker.broker.connection import place_of
 from fleet_worker.broker.topology import cancel_exchange, reply_name
 from fleet_worker.host.child_process import child, python
 from fleet_worker.node import replay_buffer as recent
-from fleet_worker.node.reply_publisher import ReplySender
+from fleet_worker.node.reply_publisher import ReplyPublisher
 from fleet_worker.protocol.control import Notice
 from fleet_worker.protocol.reply import Delta
-from fleet_worker.router.reply_consumer import ReplyInbox
+from fleet_worker.router.reply_consumer import ReplyConsumer
 from fleet_worker.simulator import reply_tokens
 from fleet_worker.testing import SimulatedMLX, running_host, running_node, worker_toml
 from tests.brokers import Valkey
@@ -101,8 +101,8 @@ def test_what_nobody_has_read_survives_any_number_of_losses(monkeypatch):
     name = reply_name("test", 60)
     with Valkey() as broker:
         app = create_app(Settings(broker_url=broker.url))
-        inbox = ReplyInbox(app.connection_for_read, broker.url, name, lambda node, frame: frames.append(frame))
-        sender = ReplySender(app.connection_for_write, "n@h", max_pending=100)
+        inbox = ReplyConsumer(app.connection_for_read, broker.url, name, lambda node, frame: frames.append(frame))
+        sender = ReplyPublisher(app.connection_for_write, "n@h", max_pending=100)
         with closing(sender), sender.answering("r", 1, name) as answer:
             answer.accept(instance="i", queue_wait=0.0)
             answer.put([Delta(content="x")], 1)

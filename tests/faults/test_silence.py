@@ -16,12 +16,12 @@ from fleet_worker.broker import connection as connections
 from fleet_worker.broker import reconnecting as link
 from fleet_worker.broker.app import create_app
 from fleet_worker.broker.topology import cancel_exchange, reply_name, transport_of
-from fleet_worker.node.cancel_listener import Control
-from fleet_worker.node.reply_publisher import ReplySender
+from fleet_worker.node.cancel_listener import CancelListener
+from fleet_worker.node.reply_publisher import ReplyPublisher
 from fleet_worker.protocol.control import Notice
 from fleet_worker.protocol.reply import Alive, Delta, Timings, Usage
 from fleet_worker.protocol.reply import ChatResponse as Response
-from fleet_worker.router.reply_consumer import ReplyInbox
+from fleet_worker.router.reply_consumer import ReplyConsumer
 from tests.clients import until
 from tests.relay import Relay
 
@@ -82,9 +82,9 @@ def app_of(url):
 def a_stream(node_url, router_url):
     """A node answers a request of a router with a token each 10 ms; yields the reader, and what ends the answer."""
     reader, ends = Reader(), threading.Event()
-    inbox = ReplyInbox(app_of(router_url).connection_for_read, router_url, reply_name("test", 60), reader.receive)
+    inbox = ReplyConsumer(app_of(router_url).connection_for_read, router_url, reply_name("test", 60), reader.receive)
     inbox.start(5)
-    sender = ReplySender(app_of(node_url).connection_for_write, "n@h", max_pending=10_000)
+    sender = ReplyPublisher(app_of(node_url).connection_for_write, "n@h", max_pending=10_000)
 
     def work():
         with sender.answering("r", 1, inbox.name) as answer:
@@ -147,7 +147,7 @@ def test_a_frozen_broker_is_noticed_and_costs_no_frame(broker, caplog):
 def test_a_node_whose_network_was_cut_hears_cancels_again(broker, relay):
     transport, cancelled = transport_of(broker.url), queue.SimpleQueue()
     app = app_of(relay.url)
-    control = Control(
+    control = CancelListener(
         lambda: app.connection_for_read(heartbeat=1.0), transport, "n@h", lambda *what: cancelled.put(what), print
     )
     control.start()

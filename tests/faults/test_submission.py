@@ -12,7 +12,7 @@ from fleet_worker import BrokerUnavailable, Router, Settings
 from fleet_worker.broker.app import create_app
 from fleet_worker.broker.topology import lane, lane_queue, transport_of
 from fleet_worker.errors import Cancelled
-from fleet_worker.router.admission import Backlog
+from fleet_worker.router.admission import Admission
 from fleet_worker.simulator import SimulatedMLX, reply_tokens
 from fleet_worker.testing import running_node
 from tests.brokers import Valkey
@@ -130,7 +130,7 @@ def test_what_a_broker_refuses_fails_at_once(broker, lane_at):
 def test_an_answer_that_comes_too_late_is_not_that_of_another_lane(broker, waiting, lane_at):
     settings, empty = Settings(broker_url=broker.url), lane_at(broker.url)
     waiting.send()
-    with create_app(settings) as app, closing(Backlog(app, transport_of(broker.url), max_waiting=1)) as backlog:
+    with create_app(settings) as app, closing(Admission(app, transport_of(broker.url), max_waiting=1)) as backlog:
         assert backlog.depth(waiting.name) == 1
         with frozen(broker), took_less_than(1.5):
             assert backlog.depth(waiting.name, timeout=0.4) is None

@@ -11,7 +11,7 @@ import pytest
 from fleet_worker import FleetSaturated, Router, Settings
 from fleet_worker.broker.app import create_app
 from fleet_worker.broker.topology import lane, lane_queue, transport_of
-from fleet_worker.router.admission import FAR_EVERY, Backlog
+from fleet_worker.router.admission import FAR_EVERY, Admission
 from fleet_worker.testing import SimulatedMLX, running_node
 from tests.clients import took_less_than, until
 from tests.flow.conftest import work
@@ -38,7 +38,7 @@ def backlog_of(broker):
     """What a router of its own would know of the lanes."""
     with ExitStack() as stack:
         app = stack.enter_context(create_app(Settings(broker_url=broker.url)))
-        yield lambda most: stack.enter_context(closing(Backlog(app, transport_of(broker.url), max_waiting=most)))
+        yield lambda most: stack.enter_context(closing(Admission(app, transport_of(broker.url), max_waiting=most)))
 
 
 @pytest.fixture(scope="module")

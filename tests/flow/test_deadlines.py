@@ -6,7 +6,7 @@ import pytest
 
 from fleet_worker import Expired, InstanceUnavailable, RequestTimeout, Router, Settings
 from fleet_worker.protocol.request import FleetRequest
-from fleet_worker.router.in_flight import Flight
+from fleet_worker.router.in_flight import InFlightRequest
 from fleet_worker.simulator import Fault, reply_tokens
 from fleet_worker.testing import SimulatedMLX, running_node
 from tests.flow.conftest import CHAT, work
@@ -97,7 +97,7 @@ def _answer_to(router, changes):
             return envelope
 
     tampered = Tampered.model_construct(**dict(request))
-    flight = router._flights[request.request_id] = Flight(tampered, None, services)
+    flight = router._flights[request.request_id] = InFlightRequest(tampered, None, services)
     mailbox = flight.join(10)
     flight.submit()
     return mailbox.get()

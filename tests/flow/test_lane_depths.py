@@ -15,7 +15,7 @@ from fleet_worker.broker import queue_depth as lane_depths
 from fleet_worker.broker.app import create_app
 from fleet_worker.broker.queue_depth import MOST_LANES, SUBMITTED_AT, Waiting, waiting
 from fleet_worker.broker.topology import direct_lane, lane, lane_queue, transport_of
-from fleet_worker.ops.snapshot import Camera
+from fleet_worker.ops.snapshot import SnapshotCollector
 from fleet_worker.settings import REGISTRY
 from fleet_worker.testing import SimulatedMLX, running_host
 from tests.flow.test_readiness import wait_until
@@ -164,14 +164,14 @@ def host(broker, mlx):
 
 @pytest.fixture
 def camera(host, broker, router):
-    with closing(Camera(Settings(broker_url=broker.url), router.registry)) as camera:
+    with closing(SnapshotCollector(Settings(broker_url=broker.url), router.registry)) as camera:
         wait_until(lambda: any(each.ready for each in camera.take().instances))
         yield camera
 
 
 @pytest.fixture
 def another_camera(broker, router):
-    with closing(Camera(Settings(broker_url=broker.url), router.registry)) as camera:
+    with closing(SnapshotCollector(Settings(broker_url=broker.url), router.registry)) as camera:
         yield camera
 
 

@@ -5,7 +5,7 @@ import threading
 import pytest
 from kombu import Connection
 
-from fleet_worker.broker.reconnecting import Link
+from fleet_worker.broker.reconnecting import ReconnectingThread
 from tests.clients import until
 
 
@@ -25,7 +25,7 @@ def link(used):
             raise ConnectionError
         link.closed.wait(10)
 
-    link = Link("something", lambda: Connection("memory://"), use)
+    link = ReconnectingThread("something", lambda: Connection("memory://"), use)
     yield link
     link.close(timeout=5)
     assert not any(thread.name == "fleet-something" for thread in threading.enumerate())

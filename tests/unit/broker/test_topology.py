@@ -19,7 +19,7 @@ from fleet_worker.broker.topology import (
     transport_of,
 )
 from fleet_worker.protocol.request import FleetRequest
-from fleet_worker.settings import Router
+from fleet_worker.settings import RouterSettings
 
 LONGEST_ROUTING_KEY = 255  # AMQP 0-9-1: a short string
 
@@ -81,7 +81,7 @@ def test_a_lane_is_a_queue_that_its_own_name_leads_to(transport):
 
 
 def test_a_lane_outlives_every_request_that_may_wait_in_it():
-    longest = max(getattr(rule, "le", 0) for rule in Router.model_fields["max_timeout"].metadata)
+    longest = max(getattr(rule, "le", 0) for rule in RouterSettings.model_fields["max_timeout"].metadata)
     assert longest < LANE_EXPIRES
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from fleet_worker.errors import Cancelled, FleetError, InvalidRequest
 from fleet_worker.mlx import client as mlx
-from fleet_worker.mlx.cancellation import Stop
+from fleet_worker.mlx.cancellation import CancelToken
 from fleet_worker.simulator import FLAVOURS, Fault, reply_tokens
 from tests.brokers import free_port
 from tests.clients import HELLO, SOON, WHY, Client, answering, client_of, said, served, stopped, took_less_than
@@ -23,7 +23,7 @@ UVICORN = sorted(set(FLAVOURS) - {"mlx_lm"})
 
 
 def test_a_wait_is_cut_once_and_for_the_first_reason():
-    stop, cuts = Stop(), []
+    stop, cuts = CancelToken(), []
     with stop.cutting(lambda: cuts.append(threading.current_thread())):
         assert (stop.error, cuts) == (None, [])
         stop.now(WHY)
@@ -35,7 +35,7 @@ def test_a_wait_is_cut_once_and_for_the_first_reason():
 def test_waits_within_a_wait_are_cut_together_and_the_outer_one_also_after_the_inner_one():
     cuts = []
     for at_once in (True, False):
-        stop = Stop()
+        stop = CancelToken()
         with stop.cutting(lambda: cuts.append("outer")):
             with stop.cutting(lambda: cuts.append("inner")):
                 if at_once:
@@ -45,7 +45,7 @@ def test_waits_within_a_wait_are_cut_together_and_the_outer_one_also_after_the_i
 
 
 def test_what_was_stopped_before_does_not_begin():
-    stop = Stop()
+    stop = CancelToken()
     stop.now(WHY)
     with pytest.raises(Cancelled) as raised, stop.cutting(lambda: pytest.fail("nothing waits")):
         pytest.fail("it has begun")
@@ -53,7 +53,7 @@ def test_what_was_stopped_before_does_not_begin():
 
 
 def test_what_has_ended_is_not_cut():
-    stop = Stop()
+    stop = CancelToken()
     with pytest.raises(ZeroDivisionError), stop.cutting(lambda: pytest.fail("it has ended")):
         raise ZeroDivisionError
     stop.now(WHY)
@@ -64,7 +64,7 @@ def test_what_has_ended_is_not_cut():
 
 @pytest.mark.parametrize("ask", [*ASKING.values(), lambda client, stopper: client.vectors("a", stopper=stopper)])
 def test_a_request_that_was_stopped_before_is_not_sent(ask):
-    stop = Stop()
+    stop = CancelToken()
     stop.now(WHY)
     with served("vllm_batched") as (server, client), pytest.raises(Cancelled) as raised:
         ask(client, stopper=stop)
@@ -201,7 +201,7 @@ def test_a_stream_that_has_fallen_silent(flavour, fault):
 def test_a_stream_whose_reader_is_busy_elsewhere():
     """It is told as soon as it comes back, whatever has arrived meanwhile; what it has is good."""
     with served("vllm_batched", token_interval=0.005, tokens=500) as (server, client):
-        stop = Stop()
+        stop = CancelToken()
         with client.open(max_tokens=500, stopper=stop) as stream:
             arrived = iter(stream)
             got = next(arrived)
@@ -229,7 +229,7 @@ def test_one_request_of_many_is_stopped_and_no_other():
 
 
 def test_the_next_batch_is_not_sent(monkeypatch):
-    stop, read = Stop(), mlx.vectors_of
+    stop, read = CancelToken(), mlx.vectors_of
 
     def read_and_stop(*arguments):
         stop.now(WHY)
@@ -256,7 +256,7 @@ def test_an_embedding_of_many_batches_ends_in_the_middle():
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_a_stop_changes_nothing_when_the_answer_is_whole(flavour):
     with served(flavour, tokens=5) as (server, client):
-        stop = Stop()
+        stop = CancelToken()
         with client.open(stopper=stop) as stream:
             whole = [delta.content for deltas in stream for delta in deltas]
             stop.now(WHY)
@@ -269,7 +269,7 @@ def test_an_answer_that_is_whole_is_not_waited_for():
     """The server says [DONE] and does not close: the last deltas are there, and the stop comes too late."""
     head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n"
     with answering(head + said("Hi")) as url, closing(Client(url)) as client, took_less_than(SOON):
-        stop = Stop()
+        stop = CancelToken()
         with client.open(stopper=stop) as stream:
             arrived = iter(stream)
             assert [delta.content for delta in next(arrived)] == ["Hi"]
@@ -281,7 +281,7 @@ def test_an_answer_that_is_whole_is_not_waited_for():
 def test_an_error_that_came_before_the_stop_stays():
     with served("vllm_batched") as (server, client):
         server.fail(Fault("status", status=400))
-        stop = Stop()
+        stop = CancelToken()
         with pytest.raises(InvalidRequest):
             client.ask(stopper=stop)
         stop.now(WHY)

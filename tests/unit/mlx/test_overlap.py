@@ -4,7 +4,7 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from fleet_worker.mlx.overlap import Seam, before_last_word
+from fleet_worker.mlx.overlap import OverlapFilter, before_last_word
 from fleet_worker.protocol.reply import Delta, join
 
 letters = st.sampled_from([*"ab1 é\n.,海。🚢<", "\u2028", "  ", " the", " of"])
@@ -40,7 +40,7 @@ def test_a_text_joins_wherever_it_was_cut_however_it_comes_and_with_its_space_or
     if word == len(delivered):  # nothing that could be said again: another test's matter
         return
     said = text[word:].removeprefix(" ") if stripped else text[word:]
-    seam = Seam(delivered, again=delivered[word:])
+    seam = OverlapFilter(delivered, again=delivered[word:])
     assert delivered + fed(seam, said, lengths) == text
     assert not seam.differs
     assert seam.new <= len(rest)
@@ -55,7 +55,7 @@ def test_an_answer_from_its_beginning_says_all_again(text, cut, lengths, first, 
     assume(text)
     delivered, rest = text[: cut % len(text)], text[cut % len(text) :]
     assume(delivered)
-    seam = Seam("", again=" " * first + delivered)
+    seam = OverlapFilter("", again=" " * first + delivered)
     assert fed(seam, " " * then + text, lengths) == rest
     assert not seam.differs
 
@@ -65,7 +65,7 @@ def test_reasoning_is_said_again_too(reasoning, text, cut, lengths):
     thought = reasoning[: cut % len(reasoning)]
     cases = [(thought, ""), (reasoning, text[: cut % len(text)])]
     for thought, delivered in cases:
-        seam = Seam("", again=delivered, reasoning=thought)
+        seam = OverlapFilter("", again=delivered, reasoning=thought)
         deltas = [seam.feed(Delta(reasoning=piece)) for piece in pieces(reasoning, lengths)]
         deltas += [seam.feed(Delta(content=piece)) for piece in pieces(text, lengths)]
         new = join(delta for delta in deltas if delta)
@@ -78,13 +78,13 @@ def test_what_differs_lets_nothing_through(text, said, lengths):
     word = before_last_word(text)
     again = text[word:]
     assume(word < len(text) and not said.removeprefix(" ").startswith(again.removeprefix(" ")))
-    seam = Seam(text, again=again)
+    seam = OverlapFilter(text, again=again)
     assert fed(seam, said, lengths) == ""
     assert seam.differs
 
 
 def test_pieces_are_counted_by_whether_they_hold_anything_new():
-    seam = Seam("The harbour", again=" harbour")
+    seam = OverlapFilter("The harbour", again=" harbour")
     assert [seam.feed(Delta(content=text)) for text in ("har", "bour")] == [None, None]
     assert (seam.repeated, seam.new) == (2, 0)
     assert seam.feed(Delta(content=" is")) == Delta(content=" is")
@@ -92,7 +92,7 @@ def test_pieces_are_counted_by_whether_they_hold_anything_new():
 
 
 def test_an_answer_that_ends_before_it_has_said_all_again_differs():
-    seam = Seam("set on", again=" on")
+    seam = OverlapFilter("set on", again=" on")
     assert seam.feed(Delta(content=" o")) is None
     assert not seam.differs
     assert seam.end() is None
@@ -102,20 +102,20 @@ def test_an_answer_that_ends_before_it_has_said_all_again_differs():
 def test_reasoning_and_calls_do_not_come_before_all_is_said_again():
     call = {"index": 0, "function": {"name": "weather", "arguments": "{}"}}
     for delta in (Delta(reasoning="Hm"), Delta(tool_calls=[call])):
-        seam = Seam("set on", again=" on")
+        seam = OverlapFilter("set on", again=" on")
         assert seam.feed(delta) is None
         assert seam.differs
 
 
 def test_an_answer_that_begins_to_think_is_another_one():
-    seam = Seam("Hello")
+    seam = OverlapFilter("Hello")
     assert seam.feed(Delta(reasoning="Hm")) is None
     assert seam.differs
 
 
 def test_calls_go_through():
     call = {"index": 0, "function": {"name": "weather", "arguments": "{}"}}
-    assert Seam("Hello").feed(Delta(tool_calls=[call])) == Delta(tool_calls=[call])
+    assert OverlapFilter("Hello").feed(Delta(tool_calls=[call])) == Delta(tool_calls=[call])
 
 
 # --- Where the last word begins
@@ -163,14 +163,14 @@ def test_a_word_begins_before_its_space(text, before):
 )
 def test_white_space_may_be_said_again_or_not(said, joined):
     for lengths in ([1], [100]):
-        seam = Seam("one:\n\n", again="\n\n", guesses=True)
+        seam = OverlapFilter("one:\n\n", again="\n\n", guesses=True)
         assert "one:\n\n" + fed(seam, said, lengths) == joined
         assert not seam.differs
 
 
 def test_calls_may_follow_white_space():
     call = {"index": 0, "function": {"name": "weather", "arguments": "{}"}}
-    seam = Seam("one:\n\n", again="\n\n", guesses=True)
+    seam = OverlapFilter("one:\n\n", again="\n\n", guesses=True)
     assert seam.feed(Delta(tool_calls=[call])) == Delta(tool_calls=[call])
 
 
@@ -190,8 +190,8 @@ def test_calls_may_follow_white_space():
     ],
 )
 def test_a_space_is_guessed_between_words(delivered, said, joined):
-    assert delivered + fed(Seam(delivered, guesses=True), said, (1,)) == joined
-    assert delivered + fed(Seam(delivered), said, (1,)) == delivered + said
+    assert delivered + fed(OverlapFilter(delivered, guesses=True), said, (1,)) == joined
+    assert delivered + fed(OverlapFilter(delivered), said, (1,)) == delivered + said
 
 
 # --- Stop strings
@@ -215,7 +215,7 @@ def test_a_space_is_guessed_between_words(delivered, said, joined):
 def test_a_stop_string_across_the_seam_ends_the_answer(delivered, said, stop, let_through):
     """What begins after the seam is for the server to find."""
     for lengths in ([1], [2], [100]):
-        seam = Seam(delivered, stop=stop)
+        seam = OverlapFilter(delivered, stop=stop)
         assert fed(seam, said, lengths) == let_through
         assert seam.stopped == (not let_through)
 
@@ -225,7 +225,7 @@ def test_a_stop_string_is_found_in_any_pieces(text, cut, stop, lengths):
     delivered, rest = text[: cut % len(text)], text[cut % len(text) :]
     across = range(max(0, len(delivered) - len(stop) + 1), len(delivered))
     expected = any(text.startswith(stop, at) for at in across)
-    seam = Seam(delivered, stop=[stop])
+    seam = OverlapFilter(delivered, stop=[stop])
     assert fed(seam, rest, lengths) == ("" if expected else rest)
     assert seam.stopped == expected
 
@@ -245,18 +245,18 @@ def test_a_stop_string_is_found_in_any_pieces(text, cut, stop, lengths):
 def test_a_server_may_cut_a_stop_string_out_of_what_it_should_say_again(said, stop, stopped):
     """It ends its answer before the string, which begins in what was delivered."""
     for delivered, before in (("Hello wor", ""), ("", "Hello")):
-        seam = Seam(delivered, again=f"{before} wor", stop=stop)
+        seam = OverlapFilter(delivered, again=f"{before} wor", stop=stop)
         assert fed(seam, before + said, (1,)) == ""
         assert (seam.stopped, seam.differs) == (stopped, not stopped and said != " wor")
 
 
 def test_what_may_become_a_stop_string_is_held_back_until_it_is_decided():
-    seam = Seam("Hello wor", stop=["world"])
+    seam = OverlapFilter("Hello wor", stop=["world"])
     assert seam.feed(Delta(content="l")) is None
     assert seam.feed(Delta(content="ly")) == Delta(content="lly")
 
 
 def test_a_space_that_is_guessed_is_part_of_a_stop_string():
-    seam = Seam("set on", stop=["on a"], guesses=True)
+    seam = OverlapFilter("set on", stop=["on a"], guesses=True)
     assert seam.feed(Delta(content="a")) is None
     assert seam.stopped

@@ -22,7 +22,7 @@ from fleet_worker.errors import (
 from fleet_worker.mlx.chat_templates import ChatTemplate, left_open
 from fleet_worker.mlx.error_mapping import error_for
 from fleet_worker.mlx.offering import offerings_of
-from fleet_worker.mlx.profiles import QUIRKS, finish_reason, kind_of
+from fleet_worker.mlx.profiles import PROFILES, finish_reason, kind_of
 from fleet_worker.mlx.request_body import chat_body, continued_body
 from fleet_worker.protocol.openai import ChatParams
 from fleet_worker.settings import Instance, Model, Server
@@ -39,24 +39,24 @@ def offering(template=None, **model):
 
 def body_for(kind, *, model=None, **params):
     given = ChatParams.model_validate({"messages": [{"role": "user", "content": "Hi"}], **params})
-    return chat_body(given, offering(**(model or {})), QUIRKS[kind])
+    return chat_body(given, offering(**(model or {})), PROFILES[kind])
 
 
 # --- What is sent
 
 
 def test_every_server_that_can_be_configured_is_known():
-    assert set(QUIRKS) == set(get_args(Server)) - {"auto"}
+    assert set(PROFILES) == set(get_args(Server)) - {"auto"}
 
 
-@pytest.mark.parametrize("kind", QUIRKS)
+@pytest.mark.parametrize("kind", PROFILES)
 def test_a_server_s_fields_are_fields_of_a_request(kind):
-    assert QUIRKS[kind].fields <= set(ChatParams.model_fields)
-    assert {"messages", "max_tokens", "temperature"} <= QUIRKS[kind].fields
+    assert PROFILES[kind].fields <= set(ChatParams.model_fields)
+    assert {"messages", "max_tokens", "temperature"} <= PROFILES[kind].fields
 
 
 def test_done_is_waited_for_where_it_is_known_to_come():
-    assert [kind for kind, quirks in QUIRKS.items() if not quirks.says_done] == ["openai"]
+    assert [kind for kind, quirks in PROFILES.items() if not quirks.says_done] == ["openai"]
 
 
 everything = st.fixed_dictionaries(
@@ -86,7 +86,7 @@ everything = st.fixed_dictionaries(
 )
 
 
-@given(st.sampled_from(sorted(QUIRKS)), everything)
+@given(st.sampled_from(sorted(PROFILES)), everything)
 def test_a_body_always_streams_has_limits_and_holds_nothing_unknown(kind, params):
     body = body_for(kind, **params)
     assert body["stream"] is True
@@ -94,16 +94,16 @@ def test_a_body_always_streams_has_limits_and_holds_nothing_unknown(kind, params
     assert body["model"] == "default_model"
     assert body["max_tokens"] == (params.get("max_tokens") or params.get("max_completion_tokens") or 4096)
     assert body["temperature"] == (0.7 if params.get("temperature") is None else params["temperature"])
-    assert body.keys() <= QUIRKS[kind].fields | {"model", "stream", "stream_options"}
+    assert body.keys() <= PROFILES[kind].fields | {"model", "stream", "stream_options"}
     assert None not in body.values()
     json.dumps(body, allow_nan=False)
 
 
-@given(st.sampled_from(sorted(QUIRKS)), everything)
+@given(st.sampled_from(sorted(PROFILES)), everything)
 def test_what_a_server_knows_reaches_it_as_it_was_said(kind, params):
     body = body_for(kind, **params)
     special = {"max_tokens", "temperature", "chat_template_kwargs"}
-    said = {name: value for name, value in params.items() if name in QUIRKS[kind].fields - special}
+    said = {name: value for name, value in params.items() if name in PROFILES[kind].fields - special}
     assert {name: body[name] for name in said} == said
 
 
@@ -121,7 +121,7 @@ def test_max_tokens_has_two_names_of_which_the_older_wins():
     assert body_for("omni", max_completion_tokens=7, max_tokens=8)["max_tokens"] == 8
 
 
-@pytest.mark.parametrize("kind", QUIRKS)
+@pytest.mark.parametrize("kind", PROFILES)
 def test_messages_are_sent_in_words_that_every_server_knows(kind):
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     body = body_for(
@@ -168,7 +168,7 @@ def test_what_a_caller_says_to_the_template_itself_wins():
 def test_every_server_has_its_way_to_go_on(kind, turn, kwargs):
     body = body_for(kind, chat_template_kwargs={"enable_thinking": False})
     known = body.get("chat_template_kwargs", {})
-    continued = continued_body(body, "Hi and", offering(TEMPLATE), QUIRKS[kind], exact=True)
+    continued = continued_body(body, "Hi and", offering(TEMPLATE), PROFILES[kind], exact=True)
     assert continued["messages"] == [*body["messages"], {"role": "assistant", "content": "Hi and", **turn}]
     assert continued.get("chat_template_kwargs", {}) == {**known, **kwargs}
     assert continued.keys() - {"chat_template_kwargs"} == body.keys() - {"chat_template_kwargs"}
@@ -183,20 +183,22 @@ def test_every_server_has_its_way_to_go_on(kind, turn, kwargs):
     ],
 )
 def test_the_template_is_that_of_the_request(params, own):
-    continued = continued_body(body_for("mlx_lm", **params), "Hi and", offering(TEMPLATE), QUIRKS["mlx_lm"], exact=True)
+    continued = continued_body(
+        body_for("mlx_lm", **params), "Hi and", offering(TEMPLATE), PROFILES["mlx_lm"], exact=True
+    )
     assert continued["chat_template_kwargs"]["chat_template"] == left_open(own)
 
 
 def test_a_text_that_need_not_be_exact_makes_a_prompt_that_mlx_lm_has_not_cached():
-    continued = continued_body(body_for("mlx_lm"), "Hi and", offering(TEMPLATE), QUIRKS["mlx_lm"], exact=False)
+    continued = continued_body(body_for("mlx_lm"), "Hi and", offering(TEMPLATE), PROFILES["mlx_lm"], exact=False)
     assert continued["chat_template_kwargs"]["chat_template"] == left_open("the model's own", before=" ")
 
 
 def test_a_server_without_a_way_to_go_on_is_not_asked():
-    assert continued_body(body_for("openai"), "Hi", offering(TEMPLATE), QUIRKS["openai"], exact=True) is None
-    assert continued_body(body_for("mlx_lm"), "Hi", offering(), QUIRKS["mlx_lm"], exact=True) is None
+    assert continued_body(body_for("openai"), "Hi", offering(TEMPLATE), PROFILES["openai"], exact=True) is None
+    assert continued_body(body_for("mlx_lm"), "Hi", offering(), PROFILES["mlx_lm"], exact=True) is None
     seeing = offering(TEMPLATE, features={"vision": True})
-    assert continued_body(body_for("mlx_openai"), "Hi", seeing, QUIRKS["mlx_openai"], exact=True) is None
+    assert continued_body(body_for("mlx_openai"), "Hi", seeing, PROFILES["mlx_openai"], exact=True) is None
 
 
 # --- Who answers
@@ -239,15 +241,15 @@ def test_a_server_is_known_by_its_health(version, headers, health, expected):
         ("stop_sequence", "stop"),
     ],
 )
-@pytest.mark.parametrize("kind", QUIRKS)
+@pytest.mark.parametrize("kind", PROFILES)
 def test_a_finish_reason_is_one_of_openai_s(kind, said, expected):
-    assert finish_reason(said, QUIRKS[kind], completion_tokens=5, max_tokens=100) == expected
+    assert finish_reason(said, PROFILES[kind], completion_tokens=5, max_tokens=100) == expected
 
 
 @pytest.mark.parametrize("said", ["abort", "error", SECRET])
 def test_an_answer_that_ends_for_another_reason_may_not_be_whole(said):
     with pytest.raises(ProviderError) as raised:
-        finish_reason(said, QUIRKS["vllm_mlx"], completion_tokens=5, max_tokens=100)
+        finish_reason(said, PROFILES["vllm_mlx"], completion_tokens=5, max_tokens=100)
     assert raised.value.retryable
     assert said not in raised.value.message
 
@@ -268,11 +270,11 @@ def test_an_answer_that_ends_for_another_reason_may_not_be_whole(said):
     ],
 )
 def test_two_servers_never_say_length_so_the_tokens_are_counted(kind, tokens, expected):
-    assert finish_reason("stop", QUIRKS[kind], completion_tokens=tokens, max_tokens=10) == expected
+    assert finish_reason("stop", PROFILES[kind], completion_tokens=tokens, max_tokens=10) == expected
 
 
 def test_a_tool_call_at_the_limit_is_a_tool_call():
-    assert finish_reason("tool_calls", QUIRKS["omni"], completion_tokens=10, max_tokens=10) == "tool_calls"
+    assert finish_reason("tool_calls", PROFILES["omni"], completion_tokens=10, max_tokens=10) == "tool_calls"
 
 
 # --- What their failures mean

@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 
 import pytest
 
-from fleet_worker.mlx.timeouts import Guard, Watchdog
+from fleet_worker.mlx.timeouts import ConnectionGuard, TimeoutThread
 
 NEVER = float("inf")
 LATE = 5.0
@@ -28,7 +28,7 @@ def connection():
 
 @contextmanager
 def watched(dog, connection, limit):
-    guard = Guard(limit)
+    guard = ConnectionGuard(limit)
     guard.watch(connection)
     with dog.watching(guard):
         yield guard
@@ -36,7 +36,7 @@ def watched(dog, connection, limit):
 
 @pytest.fixture
 def watchdog():
-    dog = Watchdog()
+    dog = TimeoutThread()
     yield dog
     dog.close()
 
@@ -155,7 +155,7 @@ def test_a_cut_from_outside_returns_the_reader_at_once(watchdog):
 
 def test_a_connection_that_is_named_after_the_cut_is_cut_at_once(watchdog):
     """Whoever connects does not know that its time is over."""
-    with connection() as (ours, theirs), watchdog.watching(guard := Guard(NEVER)):
+    with connection() as (ours, theirs), watchdog.watching(guard := ConnectionGuard(NEVER)):
         guard.cut()
         guard.watch(ours)
         assert theirs.recv(1) == b""
@@ -216,7 +216,7 @@ def test_one_thread_watches_many_connections_each_with_its_limit(watchdog):
 
 def test_closing_ends_the_thread_and_leaves_connections_alone():
     before = set(threading.enumerate())
-    dog = Watchdog()
+    dog = TimeoutThread()
     with connection() as (ours, theirs), watched(dog, ours, soon(60)) as guard:
         assert len(set(threading.enumerate()) - before) == 1
         dog.close()

@@ -4,7 +4,7 @@ import pytest
 from kombu import Connection
 
 from fleet_worker.broker.topology import cancel_exchange
-from fleet_worker.node.cancel_listener import Control
+from fleet_worker.node.cancel_listener import CancelListener
 from fleet_worker.protocol.control import Notice
 from tests.clients import until
 
@@ -22,7 +22,7 @@ def missed():
 @pytest.fixture
 def say(cancelled, missed):
     """Publish this as a cancel."""
-    control = Control(
+    control = CancelListener(
         lambda: Connection("memory://"), "redis", "one@test", lambda *request: cancelled.append(request), missed.append
     )
     control.start()

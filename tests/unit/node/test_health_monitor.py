@@ -9,9 +9,9 @@ import pytest
 from fleet_worker.errors import ConnectionFailure, InstanceUnavailable, ProviderError, RequestTimeout
 from fleet_worker.mlx.client import Health
 from fleet_worker.node import health_monitor as watch_module
-from fleet_worker.node.health_monitor import CANARY_DEADLINE, Watch
+from fleet_worker.node.health_monitor import CANARY_DEADLINE, HealthMonitor
 from fleet_worker.node.readiness import Readiness
-from fleet_worker.settings import Worker
+from fleet_worker.settings import WorkerSettings
 
 WITHIN = 5.0
 OFFERING = object()
@@ -67,10 +67,10 @@ class Watched:
         self.lists = []
         self.changes = []
         self.on_change = lambda: None
-        self.settings = Worker(**{"probe_interval": 0.002, "stall_after": 20, **settings})
+        self.settings = WorkerSettings(**{"probe_interval": 0.002, "stall_after": 20, **settings})
 
     def __enter__(self):
-        self.watch = Watch(
+        self.watch = HealthMonitor(
             self.server,
             self.readiness,
             self.settings,
@@ -196,7 +196,7 @@ def test_without_anything_to_ask_for_no_canary_is_spent(watched):
 
 
 def test_without_canaries_health_is_the_proof(watched):
-    watched.settings = Worker(canary=False, probe_interval=0.002)
+    watched.settings = WorkerSettings(canary=False, probe_interval=0.002)
     with watched:
         assert watched.looked().status == "available"
         watched.server.failing = DOWN
@@ -311,7 +311,7 @@ def test_what_goes_wrong_in_it_does_not_end_the_watch(available, caplog, broken)
 
 
 def test_it_can_be_told_to_look_now(watched):
-    watched.settings = Worker(probe_interval=60)
+    watched.settings = WorkerSettings(probe_interval=60)
     with watched:
         with watched.server.asked:
             assert watched.server.asked.wait_for(lambda: watched.server.looks == 1, WITHIN)

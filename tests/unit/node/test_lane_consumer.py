@@ -10,7 +10,7 @@ from kombu import Connection
 
 from fleet_worker.broker.topology import lane
 from fleet_worker.node import lane_consumer as module
-from fleet_worker.node.lane_consumer import Intake
+from fleet_worker.node.lane_consumer import LaneConsumer
 
 FIRST, SECOND = lane("chat", "first"), lane("chat", "second")
 
@@ -31,7 +31,7 @@ class Consumer:
 def new_intake(connection):
     app = Celery(broker="memory://")
     app.amqp.queues.select([])
-    intake = Intake(app, "redis")
+    intake = LaneConsumer(app, "redis")
     intake._consumer = Consumer(connection)
     return intake, intake._consumer.joined
 

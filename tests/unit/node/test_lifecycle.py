@@ -10,7 +10,7 @@ from celery.worker import state as celery_state
 
 from fleet_worker.exit_codes import AGAIN, CONFIGURATION
 from fleet_worker.node import lifecycle as module
-from fleet_worker.node.lifecycle import ASKED_WHO, HANDED_OVER_WITHIN, Life
+from fleet_worker.node.lifecycle import ASKED_WHO, HANDED_OVER_WITHIN, Lifecycle
 from tests.clients import took_less_than, until
 
 
@@ -55,7 +55,7 @@ def exit_code(life, worker):
 
 
 def test_what_begins_only_after_a_node_has_begun_to_hand_over_is_handed_over_too(worker):
-    life = Life(worker, Node(requests=3), grace=0.0)
+    life = Lifecycle(worker, Node(requests=3), grace=0.0)
     with took_less_than(HANDED_OVER_WITHIN - 1):
         life._end(0, asked=True)
         assert exit_code(life, worker) == 0
@@ -70,7 +70,7 @@ ANEW = (AGAIN, {})
     [([ASKED, ANEW], 0), ([ANEW, ASKED], 0), ([ANEW, (CONFIGURATION, {})], AGAIN), ([ASKED, (1, {"asked": True})], 1)],
 )
 def test_who_asks_a_node_to_end_says_with_which_exit_code_whatever_its_own_reasons_are(worker, reasons, code):
-    life = Life(worker, Node(requests=1), grace=0.1)
+    life = Lifecycle(worker, Node(requests=1), grace=0.1)
     for exit_with, by in reasons:
         life._end(exit_with, **by)
     assert exit_code(life, worker) == code
@@ -83,7 +83,7 @@ class Control:
         self.rounds = [*rounds]
 
     def ask(self, node):
-        self.life = Life(SimpleNamespace(app=SimpleNamespace(control=self)), node, grace=0)
+        self.life = Lifecycle(SimpleNamespace(app=SimpleNamespace(control=self)), node, grace=0)
         self.life._leave_if_not_alone()
         return self.life
 
@@ -131,7 +131,7 @@ def test_of_two_reloads_at_once_the_one_that_has_read_the_newer_configuration_is
 
     monkeypatch.setattr(module, "Settings", Settings)
     node = Node()
-    life = Life(worker, node, grace=0)
+    life = Lifecycle(worker, node, grace=0)
     with ThreadPoolExecutor(2) as pool:
         for reload in [pool.submit(life._reload) for _ in range(2)]:
             reload.add_done_callback(lambda _: newer_followed.set())

@@ -9,11 +9,11 @@ import pytest
 from fleet_worker.mlx.offering import offerings_of
 from fleet_worker.node import node as module
 from fleet_worker.node.node import Node
-from fleet_worker.node.running_attempts import Running
+from fleet_worker.node.running_attempts import RunningAttempts
 from fleet_worker.settings import Settings
 
 
-class Intake:
+class LaneConsumer:
     """It follows at once."""
 
     lanes = wanted = frozenset()
@@ -40,8 +40,8 @@ def new_node(settings, reported):
         offerings=offerings_of(settings.instances["one"], settings.features, reported),
         reported=reported,
         sender=None,
-        intake=Intake(),
-        running=Running(),
+        intake=LaneConsumer(),
+        running=RunningAttempts(),
         listeners=None,
         control=None,
     )

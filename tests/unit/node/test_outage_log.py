@@ -5,7 +5,7 @@ import logging
 import pytest
 from celery.worker.consumer.consumer import CONNECTION_ERROR, CONNECTION_RETRY
 
-from fleet_worker.node.log_privacy import TOLD_EVERY, Outage
+from fleet_worker.node.log_privacy import TOLD_EVERY, OutageFilter
 
 URL = "redis://operator:**@broker:6379/0"
 
@@ -17,7 +17,7 @@ class Celery:
         self.now = 1000.0
         self._caplog = caplog
         self._log = logging.getLogger("tests.outage")
-        self._log.filters = [Outage(clock=lambda: self.now)]
+        self._log.filters = [OutageFilter(clock=lambda: self.now)]
 
     def connects(self):
         return self._logged(logging.INFO, "Connected to %s", URL)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from fleet_worker.node import replay_buffer as module
-from fleet_worker.node.replay_buffer import Recent
+from fleet_worker.node.replay_buffer import ReplayBuffer
 from fleet_worker.protocol.reply import Delta, Deltas, Reply
 
 
@@ -26,7 +26,7 @@ def clock(monkeypatch):
 
 
 def test_many_messages_to_one_router_are_one_when_they_are_published_again(clock):
-    recent = Recent()
+    recent = ReplayBuffer()
     for reply_to, seq in [("a", 0), ("b", 0), ("a", 1), ("a", 2), ("b", 1)]:
         recent.add(reply_to, body(seq))
     assert [reply_to for reply_to, _ in recent.again()] == ["a", "b"]
@@ -35,7 +35,7 @@ def test_many_messages_to_one_router_are_one_when_they_are_published_again(clock
 
 
 def test_a_merged_message_says_all_that_its_parts_said(clock):
-    recent = Recent()
+    recent = ReplayBuffer()
     recent.add("a", body(0, text="Grüße"))
     recent.add("a", body(1, 2))
     [(_, merged)] = recent.again()
@@ -46,14 +46,14 @@ def test_a_merged_message_says_all_that_its_parts_said(clock):
 
 def test_no_message_becomes_too_large_by_that(clock, monkeypatch):
     monkeypatch.setattr(module, "AT_ONCE", 1_000)
-    recent = Recent()
+    recent = ReplayBuffer()
     for seq, length in enumerate([300, 300, 300, 5_000, 10, 10]):
         recent.add("a", body(seq, text="x" * length))
     assert seqs(each for _, each in recent.again()) == [[0, 1], [2], [3], [4, 5]]
 
 
 def test_what_is_old_is_forgotten_and_what_was_published_again_is_new(clock):
-    recent = Recent()
+    recent = ReplayBuffer()
     recent.add("a", body(0))
     clock.now += 3
     recent.add("b", body(0))
@@ -70,7 +70,7 @@ def test_what_is_old_is_forgotten_and_what_was_published_again_is_new(clock):
 
 def test_not_more_bytes_than_allowed_are_kept(clock, monkeypatch):
     monkeypatch.setattr(module, "MOST_BYTES", 3 * len(body(0)))
-    recent = Recent()
+    recent = ReplayBuffer()
     for seq in range(5):
         recent.add("a", body(seq))
     assert seqs(each for _, each in recent.again()) == [[2, 3, 4]]

@@ -9,10 +9,10 @@ from kombu import Connection
 
 from fleet_worker.broker.topology import reply_name
 from fleet_worker.errors import ReplyLost, RequestTimeout
-from fleet_worker.mlx.cancellation import Stop
-from fleet_worker.node.reply_publisher import ReplySender
+from fleet_worker.mlx.cancellation import CancelToken
+from fleet_worker.node.reply_publisher import ReplyPublisher
 from fleet_worker.protocol.reply import Accepted, Alive, ChatResponse, Delta, Deltas, Reply, Timings, Usage
-from fleet_worker.router.reply_consumer import ReplyInbox
+from fleet_worker.router.reply_consumer import ReplyConsumer
 from tests.clients import SOON, WHY, took_less_than, until
 
 
@@ -61,7 +61,7 @@ def arrived():
 
 @pytest.fixture
 def inbox(memory, arrived):
-    inbox = ReplyInbox(memory, "memory://", reply_name("test", 60), lambda node, frame: arrived(node, frame))
+    inbox = ReplyConsumer(memory, "memory://", reply_name("test", 60), lambda node, frame: arrived(node, frame))
     inbox.start(5)
     yield inbox
     inbox.close()
@@ -69,7 +69,7 @@ def inbox(memory, arrived):
 
 @pytest.fixture
 def sender(memory):
-    sender = ReplySender(memory, "n@h", max_pending=50)
+    sender = ReplyPublisher(memory, "n@h", max_pending=50)
     yield sender
     sender.close()
 
@@ -143,7 +143,7 @@ def broker():
 
 @pytest.fixture
 def narrow(broker):
-    sender = ReplySender(broker.connect, "n@h", max_pending=5)
+    sender = ReplyPublisher(broker.connect, "n@h", max_pending=5)
     yield sender
     broker.away = False
     sender.close()
@@ -166,7 +166,7 @@ def test_when_the_broker_is_away_a_bounded_number_of_frames_wait_and_the_error_i
 
 
 def test_a_task_that_waits_for_the_broker_can_be_stopped(narrow):
-    stop = Stop()
+    stop = CancelToken()
 
     def work():
         with narrow.answering("r", 1, reply_name("test", 60)) as answer, answer.stopped_by(stop):
@@ -210,7 +210,7 @@ def test_a_frame_that_cannot_be_taken_is_dropped_and_the_next_one_read(sender, m
             raise OverflowError("quoting a secret")
         arrived(node, frame)
 
-    inbox = ReplyInbox(memory, "memory://", reply_name("test", 60), clumsy)
+    inbox = ReplyConsumer(memory, "memory://", reply_name("test", 60), clumsy)
     inbox.start(5)
     with sender.answering("r", 1, inbox.name) as answer:
         answer.accept(instance="i", queue_wait=0.5)

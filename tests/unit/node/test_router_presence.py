@@ -8,8 +8,8 @@ from kombu import Connection
 
 from fleet_worker.errors import ReplyLost
 from fleet_worker.node import router_presence as module
-from fleet_worker.node.router_presence import LOOK_EVERY, Listeners
-from fleet_worker.node.running_attempts import Running
+from fleet_worker.node.router_presence import LOOK_EVERY, RouterPresence
+from fleet_worker.node.running_attempts import RunningAttempts
 from fleet_worker.router.reply_consumer import PRESENCE
 from fleet_worker.settings import Settings
 from tests.clients import took_less_than, until
@@ -42,7 +42,7 @@ def broker():
 
 @pytest.fixture
 def running():
-    return Running()
+    return RunningAttempts()
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def listeners(broker, running, monkeypatch):
     monkeypatch.setattr(module, "ANSWER_WITHIN", 0.3)
     monkeypatch.setattr(module, "TRUSTED_FOR", 0.3)
     monkeypatch.setattr(module, "_key_is_there", broker.ask)
-    listeners = Listeners(lambda: Connection("memory://"), "redis", running, abandoned_after=0.4)
+    listeners = RouterPresence(lambda: Connection("memory://"), "redis", running, abandoned_after=0.4)
     listeners.start()
     until(lambda: listeners._answering)
     yield listeners

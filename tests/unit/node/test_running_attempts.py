@@ -3,7 +3,7 @@
 import pytest
 
 from fleet_worker.errors import Cancelled, InstanceUnavailable
-from fleet_worker.node.running_attempts import REMEMBERED, REMEMBERED_FOR, Running
+from fleet_worker.node.running_attempts import REMEMBERED, REMEMBERED_FOR, RunningAttempts
 
 
 @pytest.fixture
@@ -13,7 +13,7 @@ def now():
 
 @pytest.fixture
 def running(now):
-    return Running(clock=lambda: now[0])
+    return RunningAttempts(clock=lambda: now[0])
 
 
 def begins(running, request_id, attempt=1):

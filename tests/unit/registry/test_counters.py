@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleet_worker.registry.counters import BOUNDS, Tally
+from fleet_worker.registry.counters import BOUNDS, Counters
 
 
 def histogram(tally, name):
@@ -14,7 +14,7 @@ def histogram(tally, name):
 
 
 def test_it_begins_with_nothing():
-    report = Tally().report()
+    report = Counters().report()
     assert (report["tokens"], report["requests"], report["errors"]) == (0, {}, {})
     assert report["histograms"].keys() == BOUNDS.keys()
     for name, measured in report["histograms"].items():
@@ -22,7 +22,7 @@ def test_it_begins_with_nothing():
 
 
 def test_requests_errors_and_tokens_are_counted_by_name():
-    tally = Tally()
+    tally = Counters()
     for operation in ("chat", "embed", "chat"):
         tally.request(operation)
     for code in ("timeout", "timeout", "overloaded"):
@@ -41,13 +41,13 @@ def test_requests_errors_and_tokens_are_counted_by_name():
 )
 def test_a_bucket_holds_what_is_not_above_its_bound(seconds, bucket):
     """As Prometheus counts them: `le`."""
-    tally = Tally()
+    tally = Counters()
     tally.request("chat", ttft_seconds=seconds)
     assert [number for number, count in enumerate(histogram(tally, "ttft_seconds")["buckets"]) if count] == [bucket]
 
 
 def test_what_was_not_measured_is_not_counted():
-    tally = Tally()
+    tally = Counters()
     tally.request("embed", ttft_seconds=None, queue_wait_seconds=0.2)
     assert sum(histogram(tally, "ttft_seconds")["buckets"]) == 0
     assert sum(histogram(tally, "queue_wait_seconds")["buckets"]) == 1
@@ -55,7 +55,7 @@ def test_what_was_not_measured_is_not_counted():
 
 @given(st.lists(st.none() | st.floats(0, 1000), max_size=30))
 def test_every_measurement_is_in_one_bucket_and_in_the_sum(values):
-    tally = Tally()
+    tally = Counters()
     for value in values:
         tally.request("chat", tokens_per_second=value)
     measured = [value for value in values if value is not None]
@@ -67,7 +67,7 @@ def test_every_measurement_is_in_one_bucket_and_in_the_sum(values):
 
 
 def test_a_report_does_not_change_with_what_comes_later():
-    tally = Tally()
+    tally = Counters()
     tally.request("chat", ttft_seconds=1.0)
     before = tally.report()
     tally.request("chat", ttft_seconds=1.0)
@@ -78,7 +78,7 @@ def test_a_report_does_not_change_with_what_comes_later():
 
 
 def test_many_threads_may_count_at_once():
-    tally = Tally()
+    tally = Counters()
 
     def count(_):
         for _ in range(500):

@@ -121,7 +121,7 @@ class Host:
 
 @pytest.fixture
 def host(monkeypatch):
-    monkeypatch.setattr(registry_node_module, "Announcer", Told)
+    monkeypatch.setattr(registry_node_module, "RegistryPublisher", Told)
     with tempfile.TemporaryDirectory(prefix="fleet-", dir="/tmp") as folder:
         host = Host(folder)
         yield host

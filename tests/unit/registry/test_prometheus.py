@@ -16,7 +16,7 @@ from fleet_worker import __version__
 from fleet_worker.broker.queue_depth import Waiting
 from fleet_worker.errors import BrokerUnavailable, ConfigurationError
 from fleet_worker.registry import prometheus as metrics
-from fleet_worker.registry.counters import BOUNDS, Tally
+from fleet_worker.registry.counters import BOUNDS, Counters
 from fleet_worker.registry.prometheus import HostCollector, Metrics
 from fleet_worker.registry.status_socket import NodeReport, ReportedModel
 from tests.clients import took_less_than
@@ -41,7 +41,7 @@ def report(instance="local", *, tally=None, **values):
         "reply_lag": 0.004,
         "lanes": LANES,
         "models": [CHAT],
-        "tally": (tally or Tally()).report(),
+        "tally": (tally or Counters()).report(),
     }
     return NodeReport(node=f"{instance}@mini", instance=instance, **{**usual, **values})
 
@@ -147,7 +147,7 @@ def test_nodes_have_their_own_figures():
 
 
 def test_counters_are_those_of_the_tally():
-    tally = Tally()
+    tally = Counters()
     tally.generated(120)
     tally.request("chat")
     tally.request("chat")
@@ -178,7 +178,7 @@ def test_what_may_happen_is_counted_from_0():
     ],
 )
 def test_histograms_are_cumulative(measured, metric):
-    bounds, tally = BOUNDS[measured], Tally()
+    bounds, tally = BOUNDS[measured], Counters()
     for value in (bounds[0], bounds[0], bounds[2], bounds[-1] + 1):
         tally.request("chat", **{measured: value})
     scraped = seen(report(tally=tally))
@@ -327,7 +327,7 @@ def test_a_part_that_fails_leaves_out_its_families_and_says_so_once(caplog):
 
 def test_a_histogram_with_other_buckets_is_left_out():
     """One of a node that runs another version."""
-    tally = Tally().report()
+    tally = Counters().report()
     tally["histograms"]["ttft_seconds"]["buckets"].append(1)
     scraped = seen(report().model_copy(update={"tally": tally}))
     assert "fleet_ttft_seconds" not in scraped

@@ -11,7 +11,7 @@ from kombu import Connection, Consumer
 from fleet_worker.broker.topology import registry_queue
 from fleet_worker.protocol.registry_event import Announcement, RegistryEvent
 from fleet_worker.registry import publisher as announcer_module
-from fleet_worker.registry.publisher import Announcer
+from fleet_worker.registry.publisher import RegistryPublisher
 from tests.clients import took_less_than, until
 
 WITHIN = 5.0
@@ -68,7 +68,7 @@ def host():
 @pytest.fixture
 def announcer(host, monkeypatch):
     monkeypatch.setattr(announcer_module, "PAUSE", 0.01)
-    announcer = Announcer(host.connect, "redis", host.announcements)
+    announcer = RegistryPublisher(host.connect, "redis", host.announcements)
     yield announcer
     host.answers.set()
     announcer.close(WITHIN)
@@ -226,7 +226,7 @@ def test_a_value_that_cannot_be_published_is_a_failure_and_no_more(announcer, ho
 
 def test_what_is_wanted_at_the_end_is_published_first(host, heard, monkeypatch):
     monkeypatch.setattr(announcer_module, "PAUSE", 60)
-    announcer = Announcer(host.connect, "redis", host.announcements)
+    announcer = RegistryPublisher(host.connect, "redis", host.announcements)
     announcer.announce("a")
     host.told_of(1)
     announcer.announce("b")
@@ -247,7 +247,7 @@ def test_its_end_does_not_wait_for_a_broker_that_does_not_answer(announcer, host
 
 def test_its_end_closes_its_connection(host, heard):
     opened = []
-    announcer = Announcer(lambda: opened.append(connection()) or opened[0], "redis", host.announcements)
+    announcer = RegistryPublisher(lambda: opened.append(connection()) or opened[0], "redis", host.announcements)
     with closing(announcer):
         announcer.announce("a")
         heard(1)

@@ -14,7 +14,7 @@ WITHIN = 5.0
 SECRET = "hunter2"
 
 
-class Clock:
+class RequestTimer:
     """It stands still unless it is turned."""
 
     now = 1000.0
@@ -28,7 +28,7 @@ class Clock:
 
 @pytest.fixture
 def clock():
-    return Clock()
+    return RequestTimer()
 
 
 @pytest.fixture

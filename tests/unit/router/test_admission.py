@@ -9,7 +9,7 @@ from fleet_worker.broker.app import create_app
 from fleet_worker.broker.queue_depth import MOST_LANES
 from fleet_worker.broker.topology import direct_lane, lane, transport_of
 from fleet_worker.router import admission as backlog
-from fleet_worker.router.admission import Backlog
+from fleet_worker.router.admission import Admission
 from tests.brokers import free_port
 from tests.clients import took_less_than
 
@@ -17,10 +17,10 @@ LANE = lane("stream_chat", "Qwen3-14B")
 
 
 def backlog_of(url, most):
-    return Backlog(create_app(Settings(broker_url=url)), transport_of(url), max_waiting=most)
+    return Admission(create_app(Settings(broker_url=url)), transport_of(url), max_waiting=most)
 
 
-class Told(Backlog):
+class Told(Admission):
     """What the broker says is what a test has written; the time passes when a test says so."""
 
     def __init__(self, monkeypatch, *, most):

@@ -30,7 +30,7 @@ from fleet_worker.protocol.reply import (
     Usage,
 )
 from fleet_worker.protocol.request import FleetRequest, Resume
-from fleet_worker.router.attempts import GAP_CLOSES_WITHIN, Attempts, Leftover
+from fleet_worker.router.attempts import GAP_CLOSES_WITHIN, Attempts, OrphanedAttempt
 
 WORDS = [f" word{number}" for number in range(6)]
 FACTS = {
@@ -140,7 +140,7 @@ def test_a_frame_that_does_not_come_again_is_a_loss_and_whoever_left_it_out_is_t
     assert attempts.take("a", deltas(4, "d"), GAP_CLOSES_WITHIN) is None
     assert attempts.state == "pausing"
     assert attempts.history[0].error == ReplyLost.code
-    assert attempts.leftovers == [Leftover("a", 1)]
+    assert attempts.leftovers == [OrphanedAttempt("a", 1)]
 
 
 def test_a_sign_of_life_shows_that_the_frames_before_it_are_lost():
@@ -170,7 +170,7 @@ def test_a_node_that_was_restarted_says_something_else():
     assert fed(attempts, later, deltas(1, "a b"), deltas(2, " c"), deltas(3, " d")) == []
     assert attempts.state == "pausing"
     assert attempts.history[0].error == NodeLost.code
-    assert attempts.leftovers == [Leftover("a", 1)]
+    assert attempts.leftovers == [OrphanedAttempt("a", 1)]
     assert attempts.again().resume == Resume(content="a b", tokens=1)
     assert fed(attempts, accepted(2).model_copy(update={"queue_wait": 4.0}), deltas(1, " c", attempt=2))
 
@@ -202,14 +202,14 @@ def test_a_lost_node_is_told_to_stop_should_it_come_back():
     attempts = attempts_of()
     fed(attempts, accepted())
     assert attempts.lost(0.0) is None
-    assert attempts.leftovers == [Leftover("a", 1)]
+    assert attempts.leftovers == [OrphanedAttempt("a", 1)]
     assert attempts.failed == {"a"}
 
 
 def test_a_message_that_is_nowhere_is_sent_again_and_nobody_is_to_blame():
     attempts = attempts_of()
     assert attempts.untaken(0.0) is None
-    assert attempts.leftovers == [Leftover(None, 1)]
+    assert attempts.leftovers == [OrphanedAttempt(None, 1)]
     assert attempts.failed == set()
     for _ in range(2):
         attempts.again()
@@ -347,11 +347,11 @@ def test_other_failures_are_no_deaths():
 def test_what_is_given_up_is_to_stop_wherever_it_is():
     attempts = attempts_of()
     assert attempts.give_up(Cancelled("enough")).code == "cancelled"
-    assert attempts.leftovers == [Leftover(None, 1)]
+    assert attempts.leftovers == [OrphanedAttempt(None, 1)]
     running = attempts_of()
     fed(running, accepted())
     running.give_up(Cancelled("enough"))
-    assert running.leftovers == [Leftover("a", 1)]
+    assert running.leftovers == [OrphanedAttempt("a", 1)]
     pausing = attempts_of()
     fed(pausing, failure(0, DOWN))
     pausing.give_up(Cancelled("enough"))

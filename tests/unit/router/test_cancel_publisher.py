@@ -5,20 +5,20 @@ import threading
 import weakref
 from types import SimpleNamespace
 
-from fleet_worker.router.attempts import Leftover
-from fleet_worker.router.cancel_publisher import Notices
+from fleet_worker.router.attempts import OrphanedAttempt
+from fleet_worker.router.cancel_publisher import CancelPublisher
 
 
 def test_a_stream_that_is_forgotten_while_another_one_is_cancelled_is_cancelled_too():
     later = SimpleNamespace(soon=lambda do: gc.collect())
-    notices = Notices(later, lambda: None)
+    notices = CancelPublisher(later, lambda: None)
 
     class Stream:
         def __init__(self):
             self.itself = self
 
-    weakref.finalize(Stream(), notices.cancel, "forgotten", Leftover("n", 1))
-    thread = threading.Thread(target=notices.cancel, args=("cancelled", Leftover("n", 2)), daemon=True)
+    weakref.finalize(Stream(), notices.cancel, "forgotten", OrphanedAttempt("n", 1))
+    thread = threading.Thread(target=notices.cancel, args=("cancelled", OrphanedAttempt("n", 2)), daemon=True)
     thread.start()
     thread.join(5)
     assert notices._cancelled == {"n": {"forgotten": 1, "cancelled": 2}}

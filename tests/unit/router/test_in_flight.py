@@ -10,10 +10,10 @@ import pytest
 
 from fleet_worker.errors import BrokerUnavailable, Cancelled, InvalidRequest, ReplyOverflow
 from fleet_worker.protocol.reply import Alive, Deltas
-from fleet_worker.router.attempts import Leftover
-from fleet_worker.router.idempotency import Keyed
-from fleet_worker.router.in_flight import Flight, Services
-from fleet_worker.settings import Router as RouterSettings
+from fleet_worker.router.attempts import OrphanedAttempt
+from fleet_worker.router.idempotency import IdempotencyCache
+from fleet_worker.router.in_flight import InFlightRequest, Services
+from fleet_worker.settings import RouterSettings
 from tests.unit.router.test_attempts import DOWN, accepted, deltas, failure, head, request, response
 
 
@@ -83,7 +83,7 @@ class Fleet:
 
     def flight(self, node=None, **options):
         asked = options.pop("asked", None) or request()
-        flight = Flight(asked.submitted_to(asked.reply_to), node, self.services, **options)
+        flight = InFlightRequest(asked.submitted_to(asked.reply_to), node, self.services, **options)
         self.reader = flight.join(0.0)
         flight.submit()
         return flight
@@ -117,7 +117,7 @@ def test_a_node_that_is_silent_for_too_long_is_lost(fleet):
     assert fleet.sent == [(1, None)]
     fleet.clock.clock = 5.1
     fleet.later.now()
-    assert fleet.cancelled == [Leftover("a", 1)]
+    assert fleet.cancelled == [OrphanedAttempt("a", 1)]
     fleet.later.now()
     assert fleet.sent == [(1, None), (2, None)]
 
@@ -174,7 +174,7 @@ def test_a_lane_is_looked_at_twice_before_a_request_that_is_not_in_it_is_sent_ag
     fleet.later.now()
     fleet.later.now()
     assert fleet.sent == [(1, None), (2, None)]
-    assert fleet.cancelled == [Leftover(None, 1)]
+    assert fleet.cancelled == [OrphanedAttempt(None, 1)]
 
 
 @pytest.mark.parametrize("waits", [True, None])
@@ -203,7 +203,7 @@ def test_a_look_that_fails_is_not_the_last_one(fleet):
         fleet.later.now()
     fleet.clock.silence = lambda since: 6.0
     fleet.later.now()
-    assert fleet.cancelled == [Leftover("a", 1)]
+    assert fleet.cancelled == [OrphanedAttempt("a", 1)]
 
 
 # --- Another attempt
@@ -244,7 +244,7 @@ def test_what_waits_for_a_node_that_is_gone_goes_elsewhere_unless_its_caller_wan
     for _ in range(3):
         fleet.later.now()
     assert fleet.sent[2:] == [(3, None)][: sent - 2]
-    assert fleet.cancelled == [Leftover(None, 2)][: sent - 2]
+    assert fleet.cancelled == [OrphanedAttempt(None, 2)][: sent - 2]
 
 
 def test_a_broker_that_is_away_is_waited_for(fleet):
@@ -273,7 +273,7 @@ def test_what_was_answered_although_the_broker_never_said_that_it_has_it_is_answ
         flight.receive("a", response(1))
         raise BrokerUnavailable("it fell silent", retryable=True)
 
-    flight = Flight(request().submitted_to("r"), None, replace(fleet.services, publish=publish))
+    flight = InFlightRequest(request().submitted_to("r"), None, replace(fleet.services, publish=publish))
     mailbox = flight.join(5.0)
     flight.submit()
     assert [frame.kind for frame in fleet.read(mailbox)] == ["response"]
@@ -294,7 +294,7 @@ def test_a_caller_that_is_interrupted_while_it_sends_leaves_nothing_behind(fleet
         fleet.flight()
     assert fleet.ended == ["r"]
     assert fleet.read()[0].code == "cancelled"
-    assert fleet.cancelled == [Leftover(None, 1)]
+    assert fleet.cancelled == [OrphanedAttempt(None, 1)]
 
 
 # --- Readers
@@ -307,7 +307,7 @@ def test_when_the_last_reader_leaves_nobody_wants_it(fleet):
     flight.leave(fleet.reader)
     assert fleet.cancelled == []
     flight.leave(second)
-    assert fleet.cancelled == [Leftover("a", 1)]
+    assert fleet.cancelled == [OrphanedAttempt("a", 1)]
     assert fleet.ended == ["r"]
     assert not flight.receive("a", deltas(1, "x"))
 
@@ -378,7 +378,7 @@ def test_a_stream_whose_only_reader_is_too_slow_is_stopped(fleet):
     flight.receive("a", accepted())
     for seq in range(1, 20):
         flight.receive("a", deltas(seq, "x"))
-    assert fleet.cancelled == [Leftover("a", 1)]
+    assert fleet.cancelled == [OrphanedAttempt("a", 1)]
 
 
 def test_at_its_deadline_it_is_over_whoever_reads(fleet):
@@ -386,7 +386,7 @@ def test_at_its_deadline_it_is_over_whoever_reads(fleet):
     flight.receive("a", accepted())
     time.sleep(0.02)
     fleet.later.now()
-    assert fleet.cancelled == [Leftover("a", 1)]
+    assert fleet.cancelled == [OrphanedAttempt("a", 1)]
     assert fleet.read()[0].code == "timeout"
 
 
@@ -434,7 +434,7 @@ def keyed_request(key="k", **params):
 
 
 def test_what_is_under_way_is_joined_and_what_was_answered_is_there(fleet):
-    keyed = Keyed(ttl=60)
+    keyed = IdempotencyCache(ttl=60)
     assert keyed.join(keyed_request()) is None
     flight = fleet.flight(asked=keyed_request())
     assert keyed.add(flight) is None
@@ -448,14 +448,14 @@ def test_what_is_under_way_is_joined_and_what_was_answered_is_there(fleet):
 
 
 def test_of_two_that_come_at_once_the_second_joins(fleet):
-    keyed = Keyed(ttl=60)
+    keyed = IdempotencyCache(ttl=60)
     first, second = fleet.flight(asked=keyed_request()), fleet.flight(asked=keyed_request())
     assert keyed.add(first) is None
     assert keyed.add(second)[0] is first
 
 
 def test_a_key_of_something_else_is_refused(fleet):
-    keyed = Keyed(ttl=60)
+    keyed = IdempotencyCache(ttl=60)
     keyed.add(fleet.flight(asked=keyed_request()))
     for other in (keyed_request(max_tokens=5), keyed_request().model_copy(update={"model": "other"})):
         with pytest.raises(InvalidRequest, match="idempotency_key"):
@@ -463,7 +463,7 @@ def test_a_key_of_something_else_is_refused(fleet):
 
 
 def test_with_an_answer_only_a_hash_of_its_request_is_kept(fleet):
-    keyed = Keyed(ttl=60)
+    keyed = IdempotencyCache(ttl=60)
     flight = fleet.flight(asked=keyed_request(user="swordfish"))
     keyed.add(flight)
     assert "swordfish" in flight.request.model_dump_json()
@@ -476,7 +476,7 @@ def test_with_an_answer_only_a_hash_of_its_request_is_kept(fleet):
 
 
 def test_a_failure_is_not_kept(fleet):
-    keyed = Keyed(ttl=60)
+    keyed = IdempotencyCache(ttl=60)
     flight = fleet.flight(asked=keyed_request())
     keyed.add(flight)
     flight.give_up(Cancelled("closed"))
@@ -485,7 +485,7 @@ def test_a_failure_is_not_kept(fleet):
 
 
 def test_an_answer_is_kept_for_its_time(fleet, monkeypatch):
-    keyed = Keyed(ttl=0.05)
+    keyed = IdempotencyCache(ttl=0.05)
     flight = fleet.flight(asked=keyed_request())
     keyed.add(flight)
     flight.receive("a", response(0))
@@ -497,7 +497,7 @@ def test_an_answer_is_kept_for_its_time(fleet, monkeypatch):
 @pytest.mark.parametrize(("bound", "most"), [("MOST_ANSWERS", 2), ("MOST_CHARACTERS", 5_000)])
 def test_not_more_answers_than_allowed_are_kept_nor_more_characters_of_them(fleet, monkeypatch, bound, most):
     monkeypatch.setattr(f"fleet_worker.router.idempotency.{bound}", most)
-    keyed = Keyed(ttl=60)
+    keyed = IdempotencyCache(ttl=60)
     for number in range(4):
         flight = fleet.flight(asked=keyed_request(str(number)))
         keyed.add(flight)
@@ -508,7 +508,7 @@ def test_not_more_answers_than_allowed_are_kept_nor_more_characters_of_them(flee
 
 
 def test_an_answer_that_is_kept_is_one_piece(fleet):
-    keyed = Keyed(ttl=60)
+    keyed = IdempotencyCache(ttl=60)
     flight = fleet.flight(asked=keyed_request())
     keyed.add(flight)
     flight.receive("a", accepted())

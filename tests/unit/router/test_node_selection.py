@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fleet_worker.router.node_selection import Routes
+from fleet_worker.router.node_selection import NodeSelection
 
 
 class Told:
@@ -51,11 +51,11 @@ def request(instance="any"):
     ],
 )
 def test_an_attempt_goes_into_its_lane_unless_the_wrong_one_may_take_it_there(nodes, instance, failed, node):
-    assert Routes(Told(**nodes)).node_for(request(instance), failed) == node
+    assert NodeSelection(Told(**nodes)).node_for(request(instance), failed) == node
 
 
 def test_who_has_more_slots_is_chosen_more_often():
-    routes = Routes(Told(a=("one", 1), b=("one", 9), c=("one", None), failed=("one", 50)))
+    routes = NodeSelection(Told(a=("one", 1), b=("one", 9), c=("one", None), failed=("one", 50)))
     chosen = Counter(routes.node_for(request(), ["failed"]) for _ in range(2_000))
     assert chosen.keys() == {"a", "b", "c"}
     assert chosen["b"] > 3 * (chosen["a"] + chosen["c"])
@@ -72,4 +72,4 @@ def test_who_has_more_slots_is_chosen_more_often():
     ],
 )
 def test_a_node_that_is_away_is_waited_for_only_if_nobody_else_may_take_it(nodes, instance, waits_in_vain):
-    assert Routes(Told(**nodes)).waits_in_vain(request(instance), "a") == waits_in_vain
+    assert NodeSelection(Told(**nodes)).waits_in_vain(request(instance), "a") == waits_in_vain

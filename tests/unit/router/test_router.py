@@ -32,9 +32,9 @@ from fleet_worker.protocol.request import FleetRequest, Resume
 from fleet_worker.router import attempts as attempts_module
 from fleet_worker.router import in_flight as flight_module
 from fleet_worker.router.in_flight import Services
-from fleet_worker.router.node_selection import Routes
-from fleet_worker.router.reply_consumer import ReplyInbox
-from fleet_worker.router.scheduler import Agenda
+from fleet_worker.router.node_selection import NodeSelection
+from fleet_worker.router.reply_consumer import ReplyConsumer
+from fleet_worker.router.scheduler import Scheduler
 from tests.brokers import free_port
 from tests.clients import HELLO, took_less_than, until
 from tests.unit.router.test_attempts import FACTS
@@ -72,20 +72,20 @@ class Fleet:
         self.router = Router(settings)
         self.router._registry._asked_at -= 60  # nobody has answered
         self.router._publish = self._publish
-        agenda = Agenda()
+        agenda = Scheduler()
         agenda.start()
         self.cancelled = []
         self.router._services = Services(
             settings=settings.router,
             agenda=agenda,
-            inbox=ReplyInbox(None, settings.broker_url, reply_name("test", 60), self.router._receive),
+            inbox=ReplyConsumer(None, settings.broker_url, reply_name("test", 60), self.router._receive),
             backlog=SimpleNamespace(
                 admit=lambda lane: None, accepted=lambda *_: None, waits=lambda *_: True, close=lambda: None
             ),
             notices=SimpleNamespace(
                 missed=lambda *_: None, cancel=lambda *what: self.cancelled.append(what), close=lambda: None
             ),
-            routes=Routes(self.router._registry),
+            routes=NodeSelection(self.router._registry),
             publish=lambda request, lane, patience: self.router._publish(request, lane),
             ended=self.router._flights.pop,
         )

@@ -5,12 +5,12 @@ import time
 
 import pytest
 
-from fleet_worker.router.scheduler import Agenda
+from fleet_worker.router.scheduler import Scheduler
 
 
 @pytest.fixture
 def agenda():
-    agenda = Agenda()
+    agenda = Scheduler()
     agenda.start()
     yield agenda
     agenda.close()
@@ -48,7 +48,7 @@ def test_who_is_called_may_ask_to_be_called_again(agenda):
 
 
 def test_what_is_due_is_done_before_the_end_and_what_is_not_is_forgotten():
-    agenda, done = Agenda(), []
+    agenda, done = Scheduler(), []
     agenda.start()
     agenda.at(time.monotonic() + 60, lambda: done.append("later"))
     agenda.soon(lambda: done.append("now"))
@@ -57,7 +57,7 @@ def test_what_is_due_is_done_before_the_end_and_what_is_not_is_forgotten():
 
 
 def test_what_becomes_due_just_before_the_end_is_done(monkeypatch):
-    agenda, done = Agenda(), []
+    agenda, done = Scheduler(), []
     look = agenda._do_what_is_due
 
     def look_and_then_close():
@@ -73,4 +73,4 @@ def test_what_becomes_due_just_before_the_end_is_done(monkeypatch):
 
 
 def test_an_agenda_that_was_never_started_ends_too():
-    Agenda().close()
+    Scheduler().close()

@@ -8,7 +8,7 @@ import pytest
 from fleet_worker import BrokerUnavailable, Expired, Router, Settings
 from fleet_worker.broker.app import create_app
 from fleet_worker.broker.topology import transport_of
-from fleet_worker.router.submitter import Submissions
+from fleet_worker.router.submitter import Submitter
 from fleet_worker.testing import embedded_broker
 from tests.brokers import free_port
 from tests.clients import HELLO, took_less_than
@@ -24,7 +24,7 @@ def request_of(**options):
 
 
 def unavailable(url, patience):
-    submissions = Submissions(create_app(Settings(broker_url=url)), transport_of(url))
+    submissions = Submitter(create_app(Settings(broker_url=url)), transport_of(url))
     with closing(submissions), pytest.raises(BrokerUnavailable) as caught:
         submissions.submit(request_of(), LANE, patience=patience)
     assert "hush" not in str(caught.value)
