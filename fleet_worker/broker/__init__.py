@@ -1,1 +1,5 @@
-"""broker."""
+"""How we use Celery and kombu: the only room that knows their insides.
+
+May import: `protocol`, `settings`, `errors`. Read in this order: `app`, `redis_transport`, `topology`, `connection`,
+`reconnecting`, `publisher`, `queue_depth`.
+"""

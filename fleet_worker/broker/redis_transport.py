@@ -32,6 +32,7 @@ class Channel(redis.Channel):  # type: ignore[misc]
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.QoS = QoS  # kombu chooses one in its own __init__
+        self.async_pool.disconnect()  # kombu asked PING on it: a channel that only publishes would keep that connection
 
     def _create_client(self, asynchronous: bool = False) -> Any:
         """Return one client for each pool: a new one for every publish costs 0.1 of its 0.24 ms."""

@@ -1,1 +1,4 @@
-"""demo."""
+"""`fleet-worker demo`: a real fleet with small models on this machine.
+
+May import: everything but `cli`, `celery` and `ops`. Read in this order: `run`, `models`, `gguf`, `embedding_server`.
+"""

@@ -1,1 +1,4 @@
-"""protocol."""
+"""What two processes say to each other: JSON messages, each a frozen pydantic model.
+
+May import: `errors`. Read in this order: `base`, `openai`, `request`, `reply`, `vectors`, `control`, `registry_event`.
+"""

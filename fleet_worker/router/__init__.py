@@ -1,1 +1,6 @@
-"""router."""
+"""The library that submits requests and reads their replies.
+
+May import: `registry`, `broker`, `protocol`, `settings`, `errors`. Read in this order: `router`, `call`, `in_flight`,
+`attempts`, `node_selection`, `admission`, `submitter`, `reply_consumer`, `reply_buffer`, `scheduler`,
+`cancel_publisher`, `idempotency`.
+"""
