@@ -35,7 +35,7 @@ def offerings_of(instance: Instance, provider: Mapping[str, bool], reported: Ite
     """
     reported = list(reported)
     found = {_public_name(backend): Model(backend=backend) for backend in reported}
-    models = instance.models or {name: model for name, model in found.items() if instance.lets_pass(name)}
+    models = instance.models or {name: model for name, model in found.items() if instance.allows(name)}
     offerings = {}
     for name, model in models.items():
         features = features_of(name, model, instance, provider)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from fleet_worker.errors import FleetError, RequestTimeout
 from fleet_worker.mlx.cancellation import CancelToken
-from fleet_worker.settings import Clocks
+from fleet_worker.settings import ServerTimeouts
 
 _LOOKS_AGAIN = 0.1
 """Seconds between two looks at a reader that has been busy for longer than its limit: nobody says when it is back."""
@@ -134,7 +134,7 @@ class RequestTimer:
     """The time of one request, as one limit that the watchdog enforces. Moments are monotonic seconds."""
 
     def __init__(
-        self, watchdog: TimeoutThread, limits: Clocks, deadline: float, stop: CancelToken | None = None
+        self, watchdog: TimeoutThread, limits: ServerTimeouts, deadline: float, stop: CancelToken | None = None
     ) -> None:
         self.started = time.monotonic()
         self.connecting = min(limits.connect, deadline - self.started)

@@ -30,7 +30,7 @@ from fleet_worker.node.task_events import BatchedEvents
 from fleet_worker.node.tasks import register_tasks
 from fleet_worker.registry import node as registry_node
 from fleet_worker.registry.node import RegistryNode
-from fleet_worker.settings import REGISTRY, Instance, Settings, fitting
+from fleet_worker.settings import REGISTRY, Instance, Settings, as_host
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def _node_name(settings: Settings, worker_name: str) -> str:
         settings.serving()
     else:
         name, _ = select_instance(settings, worker_name)
-    return f"{name}@{settings.host if 'host' in settings.model_fields_set else fitting(host)}"
+    return f"{name}@{settings.host if 'host' in settings.model_fields_set else as_host(host)}"
 
 
 def _startup(settings: Settings, node_name: str) -> Startup:
