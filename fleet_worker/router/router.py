@@ -30,7 +30,7 @@ from fleet_worker.protocol.reply import Accepted, Alive, ChatResponse, EmbedResp
 from fleet_worker.protocol.request import FleetRequest, Operation, Priority
 from fleet_worker.registry.view import Registry
 from fleet_worker.router.admission import Admission
-from fleet_worker.router.attempts import OnInterrupt, OrphanedAttempt
+from fleet_worker.router.attempts import CancelOrphan, OnInterrupt
 from fleet_worker.router.call import Call, ChatStream
 from fleet_worker.router.cancel_publisher import CancelPublisher
 from fleet_worker.router.idempotency import IdempotencyCache
@@ -279,7 +279,7 @@ class Router:
         flight = self._flights.get(frame.id)
         wanted = flight is not None and flight.receive(node, frame)
         if not wanted and self._services and isinstance(frame, Accepted | Alive):
-            self._services.notices.cancel(frame.id, OrphanedAttempt(node, frame.attempt))
+            self._services.notices.cancel(frame.id, CancelOrphan(node, frame.attempt))
 
     def _listening(self, name: str, channel: Any) -> None:
         """Every registry node answers at once, instead of when its next event is due. And if this is not the first
