@@ -14,7 +14,7 @@ from fleet_worker.errors import ConfigurationError, FleetError, where
 from fleet_worker.exit_codes import AGAIN, CONFIGURATION, SOFTWARE, UNAVAILABLE
 from fleet_worker.host import parent_pipe as lifeline
 from fleet_worker.mlx.client import MLXClient
-from fleet_worker.mlx.offering import Offering, advice_on_nothing, offerings_of
+from fleet_worker.mlx.offering import Offering, no_offerings_advice, offerings_of
 from fleet_worker.node.cancel_listener import CancelListener
 from fleet_worker.node.lane_consumer import LaneConsumer
 from fleet_worker.node.lifecycle import Lifecycle, Reconnecting, Startup
@@ -126,7 +126,7 @@ def _begin_node(app: Celery, settings: Settings, node_name: str) -> Node:
     if not offerings:
         mlx.close()
         raise ConfigurationError(
-            f"instance {name} has nothing to offer: {advice_on_nothing(f'instances.{name}', instance)}"
+            f"instance {name} has nothing to offer: {no_offerings_advice(f'instances.{name}', instance)}"
         )
     node = _node(app, settings, node_name, mlx, server, offerings, reported)
     register_tasks(app, node)
