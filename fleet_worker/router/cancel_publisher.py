@@ -10,7 +10,7 @@ from kombu import Connection, Exchange
 
 from fleet_worker.broker.publisher import Publisher
 from fleet_worker.broker.topology import cancel_exchange
-from fleet_worker.protocol.control import Notice
+from fleet_worker.protocol.control import ControlMessage
 from fleet_worker.router.attempts import CancelOrphan
 from fleet_worker.router.scheduler import Scheduler
 
@@ -60,16 +60,16 @@ class CancelPublisher:
             missed, self._missed = self._missed, {}
         try:
             for node, reply_to in missed.items():
-                self._say(Notice(node=node, missed=reply_to))
+                self._say(ControlMessage(node=node, missed=reply_to))
             for whom, requests in cancelled.items():
                 listed = list(requests.items())
                 for first in range(0, len(listed), AT_A_TIME):
-                    self._say(Notice(node=whom, cancelled=listed[first : first + AT_A_TIME]))
+                    self._say(ControlMessage(node=whom, cancelled=listed[first : first + AT_A_TIME]))
         except Exception as error:
             log.debug("a notice was not published: %s", type(error).__name__)
             self._publisher.drop()
 
-    def _say(self, notice: Notice) -> None:
+    def _say(self, notice: ControlMessage) -> None:
         self._publisher.publish(notice.encode(), exchange=cancel_exchange().name, routing_key="", declare=_exchange)
 
 

@@ -25,7 +25,7 @@ from fleet_worker.broker.topology import (
     transport_of,
 )
 from fleet_worker.errors import Cancelled, Expired, InvalidRequest
-from fleet_worker.protocol.control import Notice
+from fleet_worker.protocol.control import ControlMessage
 from fleet_worker.protocol.reply import Accepted, Alive, ChatResponse, EmbedResponse, Frame
 from fleet_worker.protocol.request import FleetRequest, Operation, Priority
 from fleet_worker.registry.view import Registry
@@ -208,7 +208,7 @@ class Router:
         self._registry.check(request.model, request.operation, request.provider_instance, node)
         left = deadline - time.monotonic()
         flight = InFlightRequest(
-            request.submitted_to(services.inbox.name, left), node, services, on_interrupt=on_interrupt
+            request.addressed_to(services.inbox.name, left), node, services, on_interrupt=on_interrupt
         )
         services.backlog.admit(flight.lane)
         mailbox = flight.join(left)
@@ -287,7 +287,7 @@ class Router:
         self._registry.asked()
         Producer(channel, ask_exchange()).publish({}, serializer="json", retry=False)
         if self._services and self._transport == "redis":
-            notice = Notice(missed=name).model_dump(mode="json", exclude_none=True)
+            notice = ControlMessage(missed=name).model_dump(mode="json", exclude_none=True)
             Producer(channel, cancel_exchange()).publish(notice, serializer="json", retry=False)
 
     def _ask_again(self) -> None:

@@ -83,7 +83,7 @@ class Fleet:
 
     def flight(self, node=None, **options):
         asked = options.pop("asked", None) or request()
-        flight = InFlightRequest(asked.submitted_to(asked.reply_to), node, self.services, **options)
+        flight = InFlightRequest(asked.addressed_to(asked.reply_to), node, self.services, **options)
         self.reader = flight.join(0.0)
         flight.submit()
         return flight
@@ -273,7 +273,7 @@ def test_what_was_answered_although_the_broker_never_said_that_it_has_it_is_answ
         flight.receive("a", response(1))
         raise BrokerUnavailable("it fell silent", retryable=True)
 
-    flight = InFlightRequest(request().submitted_to("r"), None, replace(fleet.services, publish=publish))
+    flight = InFlightRequest(request().addressed_to("r"), None, replace(fleet.services, publish=publish))
     mailbox = flight.join(5.0)
     flight.submit()
     assert [frame.kind for frame in fleet.read(mailbox)] == ["response"]
