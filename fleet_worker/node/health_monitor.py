@@ -89,10 +89,10 @@ class HealthMonitor:
             self._readiness.health_late(asked)
         except FleetError:
             self._readiness.connection_refused()
-            self._mlx.away.set()
+            self._mlx.unreachable.set()
             self._was_away = True
         else:
-            self._mlx.away.clear()
+            self._mlx.unreachable.clear()
             self._readiness.health_answered(ready)
             if ready and not self._settings.canary:
                 self._readiness.canary_ended(None)

@@ -98,7 +98,7 @@ def name_lines(app: Celery, node_name: str) -> None:
 
 
 def _set_levels(loglevel: int | str | None = None, **_: Any) -> None:
-    """Show our own few lines, and that the broker is back, at WARNING too: `celery worker` has that level by default."""
+    """Show our own few lines, and that the broker is back, at WARNING too: the default level of `celery worker`."""
     level = logging.getLevelName(loglevel) if isinstance(loglevel, str) else loglevel or logging.WARNING
     for name in ("fleet_worker", _CONNECTION):
         logging.getLogger(name).setLevel(level if level > logging.WARNING else min(level, logging.INFO))
@@ -143,7 +143,9 @@ class OutageFilter:
         now, kind, place = self._clock(), type(error.__cause__ or error).__name__, self._place
         if self._away_since is None:
             self._away_since = now
-            _change_to_warning(record, "the broker at %s is away (%s), and is tried again until it is back", place, kind)
+            _change_to_warning(
+                record, "the broker at %s is away (%s), and is tried again until it is back", place, kind
+            )
         elif now - self._last_logged >= OUTAGE_LOGGED_EVERY:
             seconds = now - self._away_since
             _change_to_warning(record, "the broker at %s is still away, for %.0f s now (%s)", place, seconds, kind)
@@ -156,7 +158,7 @@ class OutageFilter:
 def _explain_lost_ack(record: logging.LogRecord) -> bool:
     """RabbitMQ delivers again what was not acknowledged before its connection was lost. Celery calls that critical."""
     if str(record.msg).startswith("Couldn't ack "):
-        message = "the broker was away while a request ran, and delivers it again: harmless, it does not run twice"
+        message = "the broker was away while a request ran, and delivers it again: harmless, one answer counts"
         _change_to_warning(record, message)
         record.exc_info = None
     return True

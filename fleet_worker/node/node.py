@@ -1,4 +1,4 @@
-"""An inference node: one instance, the models that it offers, and the lanes that it consumes while the instance works."""
+"""An inference node: one instance, the models that it offers, and the lanes that it consumes while that works."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from celery import Celery
 
 from fleet_worker.broker.topology import direct_lane, lane, transport_of
 from fleet_worker.errors import FleetError, InstanceUnavailable, ModelNotServed
-from fleet_worker.mlx.cancellation import CancelToken
 from fleet_worker.mlx.offering import Offering
+from fleet_worker.mlx.timeouts import CancelToken
 from fleet_worker.node.cancel_listener import CancelListener
 from fleet_worker.node.health_monitor import HealthMonitor
 from fleet_worker.node.lane_consumer import LaneConsumer

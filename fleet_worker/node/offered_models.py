@@ -7,9 +7,8 @@ import threading
 from collections.abc import Sequence
 
 from fleet_worker.errors import ConfigurationError
-from fleet_worker.mlx.offering import Offering, advice_on_nothing, offerings_of
-from fleet_worker.mlx.profiles import PROFILES
-from fleet_worker.mlx.request_body import lacks_template
+from fleet_worker.mlx.offering import Offering, no_offerings_advice, offerings_of
+from fleet_worker.mlx.profiles import PROFILES, lacks_template
 from fleet_worker.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -50,7 +49,7 @@ class OfferedModels:
             instance = settings.instances[self._instance]
             offerings = offerings_of(instance, settings.features, self._reported)
             if not offerings:
-                advice = advice_on_nothing(f"instances.{self._instance}", instance)
+                advice = no_offerings_advice(f"instances.{self._instance}", instance)
                 raise ConfigurationError(f"instance {self._instance} would have nothing to offer: {advice}")
             self._settings = settings
             self._missing -= offerings.keys()

@@ -4,7 +4,32 @@ with a dead engine.
     starting ────── proof ──────> available <── health answers ── degraded (health answers late)
                                    │     ▲                            │
        refused, not ready, or      │     │ proof                      │ no answer and no content
-       FAILURES requests in a row  ▼     │                            ▼ for GIVE_UP_AFTER = 10.0
+       FAILURES requests in a row  ▼     │                            ▼ for GIVE_UP_AFTER
+                                  unavailable <───────────────────────
+
+Proof is a token of a request, or a canary that worked. A `degraded` instance is slow but alive, and takes no new work.
+An instance that stops sending tokens in the middle of work is degraded too, and needs a proof. `drained` overrides all
+of it: an operator, or the end of the node, wants it to take no work.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fleet_worker.errors import (
+    ConfigurationError,
+    FleetError,
+    InstanceUnavailable,
+    ProviderError,
+    RequestTimeout,
+    Unauthorized,
+)
+from fleet_worker.protocol.registry_event import Status
+
+GIVE_UP_AFTER = 10.0
 """Seconds without an answer and without content after which a late server counts as unavailable."""
 FAILURES = 3
 """Requests in a row that fail by the server's fault, after which the instance needs a proof."""

@@ -20,8 +20,7 @@ from fleet_worker.broker.connection import BACK_OFF
 from fleet_worker.broker.publisher import Publisher
 from fleet_worker.broker.topology import reply_queue
 from fleet_worker.errors import FleetError, RequestTimeout
-from fleet_worker.mlx.cancellation import CancelToken
-from fleet_worker.protocol.base import PROTOCOL_VERSION
+from fleet_worker.mlx.timeouts import CancelToken
 from fleet_worker.protocol.reply import (
     Accepted,
     Alive,
@@ -33,6 +32,7 @@ from fleet_worker.protocol.reply import (
     Frame,
     Reply,
 )
+from fleet_worker.protocol.wire import PROTOCOL_VERSION
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class ReplyWriter:
     def cancelled_by(self, cancel_token: CancelToken) -> Iterator[None]:
         """Within this block a cancel ends every wait, which then raises the token's error."""
         self._cancel_token = cancel_token
-        with cancel_token.cutting(self._publisher.wake_up):
+        with cancel_token.on_cancel(self._publisher.wake_up):
             yield
 
     def accept(self, **fields: Any) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from fleet_worker.errors import Cancelled, FleetError
-from fleet_worker.mlx.cancellation import CancelToken
+from fleet_worker.mlx.timeouts import CancelToken
 
 REMEMBERED = 10_000
 """The number of delivered attempts, and of cancelled requests, that a node remembers."""
@@ -78,14 +78,14 @@ class RunningAttempts:
                 token for (its_id, its), (token, _) in self._running.items() if its_id == request_id and its <= attempt
             ]
         for token in tokens:
-            token.now(Cancelled())
+            token.cancel(Cancelled())
 
     def stop(self, error: Callable[[], FleetError], *, reply_to: str | None = None) -> int:
         """End all attempts, or all for one router, each with its own `error()`; return their number."""
         with self._lock:
             tokens = [token for token, its in self._running.values() if reply_to in (None, its) and token.error is None]
         for token in tokens:
-            token.now(error())
+            token.cancel(error())
         return len(tokens)
 
     def _is_cancelled(self, request_id: str, attempt: int) -> bool:

@@ -23,9 +23,9 @@ from fleet_worker.errors import (
     ProviderError,
     where,
 )
-from fleet_worker.mlx.cancellation import CancelToken
 from fleet_worker.mlx.chat_stream import ChatAnswer
 from fleet_worker.mlx.offering import Offering, offering_for
+from fleet_worker.mlx.timeouts import CancelToken
 from fleet_worker.node.node import Node
 from fleet_worker.node.reply_publisher import ReplyWriter
 from fleet_worker.node.router_presence import not_listening
@@ -51,7 +51,9 @@ def register_tasks(app: Celery, node: Node) -> None:
     def chat(envelope: dict[str, Any]) -> None:
         with _accepted(node, envelope, "chat") as work:
             if work and isinstance(work.params, ChatParams):
-                answer = node.mlx.chat(work.params, work.offering, deadline=work.deadline, stop=work.cancel_token)
+                answer = node.mlx.chat(
+                    work.params, work.offering, deadline=work.deadline, cancel_token=work.cancel_token
+                )
                 node.counters.generated(answer.usage.completion_tokens or 0)
                 work.respond(answer)
 
@@ -59,8 +61,13 @@ def register_tasks(app: Celery, node: Node) -> None:
     def stream_chat(envelope: dict[str, Any]) -> None:
         with _accepted(node, envelope, "stream_chat") as work:
             if work and isinstance(work.params, ChatParams):
-                options = {"deadline": work.deadline, "stop": work.cancel_token, "resume": work.request.resume}
-                with node.mlx.stream_chat(work.params, work.offering, **options) as stream:
+                with node.mlx.stream_chat(
+                    work.params,
+                    work.offering,
+                    deadline=work.deadline,
+                    cancel_token=work.cancel_token,
+                    resume=work.request.resume,
+                ) as stream:
                     for deltas in stream:
                         node.counters.generated(len(deltas))
                         work.reply.put(deltas, stream.tokens)
@@ -70,8 +77,9 @@ def register_tasks(app: Celery, node: Node) -> None:
     def embed(envelope: dict[str, Any]) -> None:
         with _accepted(node, envelope, "embed") as work:
             if work and isinstance(work.params, EmbedParams):
-                options = {"deadline": work.deadline, "stop": work.cancel_token}
-                vectors = node.mlx.embed(work.params.input, work.offering, **options)
+                vectors = node.mlx.embed(
+                    work.params.input, work.offering, deadline=work.deadline, cancel_token=work.cancel_token
+                )
                 work.reply.end(
                     EmbedResponse,
                     **work.served_by(),

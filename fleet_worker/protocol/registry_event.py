@@ -17,7 +17,7 @@ from pydantic import Field
 from fleet_worker.errors import (
     PolicyError,
 )
-from fleet_worker.protocol.base import Body, Heard
+from fleet_worker.protocol.wire import BrokerMessage, ExtensibleModel
 
 EventType = Literal["offering_available", "offering_unavailable", "offering_degraded", "offering_heartbeat"]
 
@@ -36,7 +36,7 @@ _SENSITIVE = frozenset(
 _SENSITIVE_ENDS = ("_key", "_secret", "_token", "_password")
 
 
-class RegistryEvent(Heard):
+class RegistryEvent(ExtensibleModel):
     """`offering` says what is offered, `health` whether it works: `{ready, status, checked, error?}`; `capacity` has
     `slots`, `running`, `tokens_per_second`, `last_token_age` (seconds); `lane` names the lanes it takes work from.
     """
@@ -78,7 +78,7 @@ class RegistryEvent(Heard):
         return str(self.offering.get("model"))
 
 
-class Announcement(Body):
+class Announcement(BrokerMessage):
     """One message: what a host tells. It is to be heard from again within `interval` seconds."""
 
     v: Literal[1]

@@ -12,7 +12,7 @@ from celery.worker.control import Panel
 from kombu import Connection, Message
 from kombu.exceptions import DecodeError
 
-from fleet_worker.node.log_privacy import TOLD_EVERY, Consumer, OutageFilter, Request, name_lines, protect_logs
+from fleet_worker.node.log_privacy import OUTAGE_LOGGED_EVERY, Consumer, OutageFilter, Request, name_lines, protect_logs
 
 SECRET = "swordfish"
 LOGGERS = ["celery.pool", "httpcore", "httpx", "kombu", "amqp"]
@@ -341,7 +341,7 @@ def test_a_broker_that_stays_away_is_a_line_a_minute(broker_log):
     broker_log.connects()
     broker_log.loses_it()
     lines = broker_log.fails(times=90)
-    away_for = [TOLD_EVERY, 2 * TOLD_EVERY, 3 * TOLD_EVERY]
+    away_for = [OUTAGE_LOGGED_EVERY, 2 * OUTAGE_LOGGED_EVERY, 3 * OUTAGE_LOGGED_EVERY]
     assert lines == [
         ("WARNING", f"the broker at broker:6379 is still away, for {seconds:g} s now (OSError)") for seconds in away_for
     ]
