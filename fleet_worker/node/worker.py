@@ -12,7 +12,7 @@ from celery.concurrency import get_implementation
 from fleet_worker.broker.topology import lane_queue, transport_of
 from fleet_worker.errors import ConfigurationError, FleetError, where
 from fleet_worker.exit_codes import AGAIN, CONFIGURATION, SOFTWARE, UNAVAILABLE
-from fleet_worker.host import parent_pipe as lifeline
+from fleet_worker.host.parent_pipe import attach_to_parent
 from fleet_worker.mlx.client import MLXClient
 from fleet_worker.mlx.offering import Offering, advice_on_nothing, offerings_of
 from fleet_worker.node.cancel_listener import CancelListener
@@ -49,7 +49,7 @@ def serve_with(app: Celery, settings: Settings) -> None:
         startup = _startup(settings, instance.hostname)
         try:
             begin_log(app, instance.hostname, options)
-            lifeline.bind(instance.hostname, grace=settings.worker.killed_after)
+            attach_to_parent(instance.hostname, grace=settings.worker.killed_after)
             _begin(app, settings, instance, startup)
         except ConfigurationError as error:
             _give_up(error.message, AGAIN if startup.reloads else CONFIGURATION)  # which may be right by now
