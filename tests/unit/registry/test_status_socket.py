@@ -129,7 +129,7 @@ def test_each_node_of_the_host_is_known_by_its_instance(path, reports):
 
 def test_what_a_newer_node_adds_is_ignored(path, reports):
     with speaking(path) as connection:
-        connection.sendall(line().replace(b'{"', b'{"new": 1, "'))
+        connection.sendall(line().replace(b'{"', b'{"new": 1, "', 3))
         assert reports.changed(1) == {"local": report()}
 
 
