@@ -1,23 +1,21 @@
-"""What can be configured, and the one place that reads the environment and the configuration file.
+"""All settings, and the one place that reads the environment and the configuration file.
 
-Sources, strongest first: arguments of `Settings(...)`, `FLEET_*` environment variables (nested names joined by
-`__`, as in `FLEET_ROUTER__TIMEOUT=60`), the TOML file that `FLEET_CONFIG` names, the defaults below.
+Sources, strongest first: arguments of `Settings(...)`, `FLEET_*` environment variables (nested names joined by `__`,
+as in `FLEET_ROUTER__TIMEOUT=60`), the TOML file that `FLEET_CONFIG` names, the defaults below.
+
+The text under a field is its description (`RouterSettings.model_fields["timeout"].description`), with the unit.
 """
 
 from __future__ import annotations
 
-import difflib
-import os
 import re
 import socket
-import tomllib
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
-from urllib.parse import SplitResult, urlsplit
+from typing import Annotated, Any, Literal
 
 import platformdirs
 from pydantic import (
+    AfterValidator,
     AliasChoices,
     BaseModel,
     BeforeValidator,
@@ -36,22 +34,28 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from fleet_worker import config_file, urls
 from fleet_worker.errors import ConfigurationError
 
 REGISTRY = "registry"
-"""What the registry node of every host is called, as in `registry@mini-7`, and so no instance may be."""
+"""The name of the registry node of every host, as in `registry@mini-7`; no instance may have it."""
 
 Capability = Literal["chat", "stream_chat", "embed"]
 Server = Literal["auto", "mlx_lm", "vllm_mlx", "mlx_openai", "omni", "openai"]
 Features = Annotated[
     dict[str, bool], BeforeValidator(lambda value: dict.fromkeys(value, True) if isinstance(value, list) else value)
 ]
-"""`{tools = true, vision = false}`, or a list of what is there."""
+"""`{tools = true, vision = false}`, or a list of those that are there."""
 
 
 class _Group(BaseModel):
     model_config = ConfigDict(
-        frozen=True, extra="forbid", hide_input_in_errors=True, populate_by_name=True, allow_inf_nan=False
+        frozen=True,
+        extra="forbid",
+        hide_input_in_errors=True,
+        populate_by_name=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
     )
 
 
@@ -59,55 +63,70 @@ class Model(_Group):
     """One model that an instance serves, under the public name that callers ask for."""
 
     backend: str | None = None
-    """The one string ever sent to this server as `model`; the public name if not set."""
+    """The only string that is ever sent to this server as `model`. Without it, the public name."""
     context_window: int | None = Field(None, gt=0)
+    """Tokens of a prompt and its answer together. Published in the registry; the server enforces it."""
     max_output_tokens: int = Field(4096, gt=0)
-    """What `max_tokens` becomes when the caller does not say: servers default to anything from 512 to 1,000,000."""
+    """Tokens: the `max_tokens` of a request that names none. Servers default to anything from 512 to 1,000,000."""
     temperature: float = Field(0.7, ge=0, le=2)
-    """What `temperature` becomes when the caller does not say: servers default to anything from 0.0 to 1.0."""
+    """The `temperature` of a request that names none, without a unit. Servers default to anything from 0.0 to 1.0."""
     dimensions: int | None = Field(None, gt=0)
-    """Length of an embedding, checked in every reply if set."""
+    """Numbers in an embedding, checked in every reply. A model that has it is an embedding model, whatever its name."""
     starts_in_reasoning: bool = False
-    """True if the chat template itself opens `<think>`, so that the output begins inside of it."""
+    """True if the chat template itself opens `<think>`, so that the output begins with reasoning."""
     chat_template: str | None = Field(None, min_length=1)
-    """What the server was started with: the folder of the model, or its name in the local Hugging Face cache; or a file
-    with its Jinja template. mlx_lm.server needs it to go on with an answer that another server began; it is found by
-    itself where `backend` names the same, or the server a folder."""
+    """What mlx_lm.server was started with (a folder, or a name in the local Hugging Face cache), or a Jinja file.
+
+    A server needs it to continue an answer that another server began. It is found without this setting if `backend`
+    names the same, or if the server reports a folder.
+    """
     features: Features = {}
+    """Features of this model, as in `{ tools = true, vision = false }`. They replace what its name suggests."""
 
 
-class Limits(_Group):
+class InstanceLimits(_Group):
+    """`limits` of an instance."""
+
     concurrency: int = Field(1, ge=1, le=256)
-    """Slots: how many requests this instance runs at the same time."""
+    """Slots: the number of requests that this instance runs at the same time."""
     embed_batch: int = Field(64, ge=1)
-    """Inputs per request to the server; a larger embedding is split."""
+    """Number of texts in one embedding request to the server. A larger one is split."""
 
 
-class Usage(_Group):
+class AllowedUse(_Group):
+    """`usage` of an instance."""
+
     inference: bool = True
+    """Allow `chat` and `stream_chat`."""
     embedding: bool = True
+    """Allow `embed`."""
     image: bool = False
+    """Reserved for image generation: nothing reads it yet."""
 
 
-class Fleet(_Group):
-    """A host opts in explicitly; all three are enforced."""
+class OptIn(_Group):
+    """`fleet` of an instance. An instance is served only if both switches are on."""
 
     enabled: bool = False
+    """The instance is part of the fleet."""
     respond_to_requests: bool = False
+    """The instance takes requests."""
     capabilities: tuple[Capability, ...] = ("chat", "stream_chat", "embed")
+    """What it takes requests for, as far as `usage` allows."""
 
 
-class Clocks(_Group):
-    """Seconds. Three clocks for one request, because each detects another fault."""
+class ServerTimeouts(_Group):
+    """`clocks` of an instance: three timeouts for one request, because each detects another fault."""
 
     connect: float = Field(5.0, gt=0)
+    """Seconds for connecting to the server."""
     first_content: float = Field(240.0, gt=0)
-    """Queueing and prefill at the server. A long prompt on a cold cache takes minutes."""
+    """Seconds until the first token: queueing and prefill. A long prompt on a cold cache takes minutes."""
     gap: float = Field(60.0, gt=0)
-    """Silence between two events once content flows; must tolerate the prefill of a neighbour."""
+    """Seconds between two events after the first token. Must be longer than the prefill of a concurrent request."""
 
     @model_validator(mode="after")
-    def _ordered(self) -> Clocks:
+    def _ordered(self) -> ServerTimeouts:
         if self.gap > self.first_content:
             raise ValueError("clocks.gap must not exceed clocks.first_content")
         return self
@@ -116,34 +135,30 @@ class Clocks(_Group):
 class Instance(_Group):
     """One MLX server."""
 
-    base_url: str | None = Field(
+    base_url: Annotated[str, AfterValidator(urls.server_url)] | None = Field(
         None, validation_alias=AliasChoices("base_url", "api_base", "endpoint", "mlx_api_base")
     )
-    """Without it, the worker looks at ports 8000 and 8080 of this machine."""
+    """URL of the server. Without it, ports 8000 and 8080 of this host are tried."""
     api_key: SecretStr | None = Field(None, validation_alias=AliasChoices("api_key", "mlx_api_key"))
+    """Bearer token for the server. Better set by a variable, as in FLEET_INSTANCES__LOCAL__API_KEY."""
     server: Server = "auto"
-    usage: Usage = Usage()
-    limits: Limits = Limits()
-    fleet: Fleet = Fleet()
-    clocks: Clocks = Clocks()
+    """The software of the server; `auto` asks it."""
+    usage: AllowedUse = AllowedUse()
+    """What the instance may be used for."""
+    limits: InstanceLimits = InstanceLimits()
+    """How much it does at the same time."""
+    fleet: OptIn = OptIn()
+    """Whether it is served, and with what capabilities."""
+    clocks: ServerTimeouts = ServerTimeouts()
+    """Timeouts of its requests, in seconds."""
     models: dict[str, Model] = {}
-    """Listed models win. With none listed, the worker serves what the server reports and the lists below let pass."""
+    """Its models by public name. Without any, those that the server reports and the two lists below allow."""
     model_whitelist: tuple[str, ...] = ()
+    """If not empty, a reported model must contain one of these texts in its name, in any case."""
     model_blacklist: tuple[str, ...] = ()
+    """A reported model must contain none of these texts in its name, in any case."""
     features: Features = {}
-
-    @field_validator("base_url")
-    @classmethod
-    def _without_v1(cls, url: str | None) -> str | None:
-        if url is None:
-            return None
-        url = url.rstrip("/").removesuffix("/v1").rstrip("/")
-        parts = _split(url)
-        if parts.username or parts.password:
-            raise ValueError("must not hold a user or a password: use api_key")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("must be an http:// or https:// URL")
-        return url
+    """Features of all its models that do not set their own."""
 
     @property
     def opted_in(self) -> bool:
@@ -151,12 +166,12 @@ class Instance(_Group):
 
     @property
     def capabilities(self) -> tuple[Capability, ...]:
-        """What its lanes may carry: what it opted in for, as far as its usage allows."""
+        """The capabilities that its lanes may have: those it opted in for, as far as `usage` allows them."""
         allowed = {"chat": self.usage.inference, "stream_chat": self.usage.inference, "embed": self.usage.embedding}
         return tuple(capability for capability in self.fleet.capabilities if allowed[capability])
 
-    def lets_pass(self, model: str) -> bool:
-        """Tell whether the whitelist and the blacklist (case-insensitive substrings) let this model be served."""
+    def allows(self, model: str) -> bool:
+        """Tell whether the whitelist and the blacklist (substrings, in any case) allow this model to be served."""
         name = model.lower()
         if self.model_whitelist and not any(part.lower() in name for part in self.model_whitelist):
             return False
@@ -164,25 +179,28 @@ class Instance(_Group):
 
 
 class RouterSettings(_Group):
+    """`router`."""
+
     timeout: float = Field(300.0, gt=0)
-    """Seconds a request may take in all when the caller does not say."""
+    """Seconds for a whole request that names no timeout."""
     max_timeout: float = Field(3600.0, gt=0, le=3600)
+    """Seconds that a caller may ask for at most."""
     max_attempts: int = Field(3, ge=1, le=10)
-    """How often a request is tried, if it failed in a way that another node may not."""
+    """Number of attempts for one request, if it fails in a way that another node may not."""
     lost_after: float = Field(5.0, ge=2)
-    """Seconds of silence after which the node that works on a request counts as lost. It says a word every second."""
+    """Seconds without a heartbeat after which a node that runs a request counts as lost. It sends one every second."""
     accept_timeout: float = Field(5.0, ge=1)
-    """Seconds after which a request that no node has taken is looked for, and sent again if its lane is empty."""
+    """Seconds after which the router checks a request that no node has accepted, and sends it again if it was lost."""
     max_waiting: int = Field(1000, ge=1)
-    """Requests that may wait in one lane; beyond it new ones are refused."""
+    """Number of requests that may wait in one lane. The router refuses more."""
     idempotency_ttl: float = Field(300.0, ge=0)
     """Seconds for which the answer to a request with an `idempotency_key` is kept."""
     connect_timeout: float = Field(10.0, gt=0)
     """Seconds to wait for the broker when a request is submitted."""
     reply_expires: float = Field(120.0, ge=1)
-    """Seconds after which the broker forgets the reply queue of a router that is gone."""
+    """Seconds after which the broker deletes the reply queue of a router that has gone."""
     max_buffered: int = Field(20_000, ge=1)
-    """Deltas that one stream may have waiting for its reader."""
+    """Number of deltas of one stream that may wait for its reader. Beyond it the stream fails."""
 
     @model_validator(mode="after")
     def _bounded(self) -> RouterSettings:
@@ -192,117 +210,106 @@ class RouterSettings(_Group):
 
 
 class WorkerSettings(_Group):
+    """`worker`: the inference nodes of a host."""
+
     start_timeout: float = Field(60.0, gt=0)
     """Seconds to wait at start for the MLX server to answer."""
     probe_interval: float = Field(0.5, gt=0, le=60)
-    """Seconds between two looks at the health of the MLX server."""
+    """Seconds between two health checks of the MLX server."""
     probe_timeout: float = Field(0.5, gt=0, le=60)
-    """Seconds after which an answer counts as late, and the node takes no new work until there is one."""
+    """Seconds after which an answer is late. The node then takes no new work until there is one."""
     stall_after: float = Field(20.0, gt=0)
-    """Seconds without a token, while work is in progress, after which the node takes no more of it."""
+    """Seconds without a token, while requests run, after which the node takes no new work."""
     canary: bool = True
-    """Prove by a request for one token that the server works, at start and when it had failed."""
+    """Send a request for one token, at start and after a failure, to prove that the server works."""
     canary_interval: float = Field(60.0, ge=1)
-    """Seconds between two requests for one token, by which a server that had failed proves that it works again."""
+    """Seconds between two such requests to a server that has failed."""
     models_interval: float = Field(300.0, ge=1)
-    """Seconds between two looks at the server's list of models."""
+    """Seconds between two requests for the server's list of models."""
     max_pending: int = Field(10_000, ge=1)
-    """Reply frames that may wait for the broker; beyond it the tasks, and so the MLX servers, wait."""
+    """Number of reply frames that may wait for the broker. Beyond it the tasks wait, and so do the MLX servers."""
     drain_grace: float = Field(30.0, ge=0)
-    """Seconds that running requests have to end when a node is stopped; then other nodes go on with them."""
+    """Seconds that running requests have to end when a node is stopped. Then other nodes continue them."""
     abandoned_after: float = Field(18.0, ge=5)
-    """Seconds after which the work for a router that no longer listens is stopped."""
+    """Seconds after which a node cancels the requests of a router that does not listen any more."""
 
     @property
     def killed_after(self) -> float:
-        """Seconds after which a stopped node is killed: its requests' grace, and 15 s for its last words."""
+        """Seconds after which a stopped node is killed: `drain_grace`, and 15 s to publish its last frames."""
         return self.drain_grace + 15.0
 
 
 class RegistrySettings(_Group):
-    """The registry node of a host; intervals are seconds."""
+    """`registry`: the registry node of a host."""
 
     readiness_interval: float = Field(15.0, gt=0)
-    """Between two events about each instance. A router forgets a host that was silent for three of them."""
+    """Seconds between two events about each instance. A router forgets a host after three missing ones."""
     models_interval: float = Field(60.0, gt=0)
-    """Between two events about each model. What changes is told at once."""
+    """Seconds between two events about each model. A change is published at once."""
     metrics_port: int | None = Field(None, ge=0, le=65535)
-    """Serve Prometheus metrics on this port of 127.0.0.1; not at all if not set."""
+    """Port of 127.0.0.1 for Prometheus metrics. Without it there are none."""
 
 
-class Settings(BaseSettings):
-    """All of it. Raises `ConfigurationError`, never showing a value, when something is wrong."""
+class Settings(_Group, BaseSettings):
+    """All settings of a process. Raises `ConfigurationError`, which never shows a value, if one is wrong."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="FLEET_", env_nested_delimiter="__", frozen=True, extra="forbid", hide_input_in_errors=True
+    model_config = SettingsConfigDict(env_prefix="FLEET_", env_nested_delimiter="__")
+
+    broker_url: Annotated[str, AfterValidator(urls.broker_url)] = Field("redis://127.0.0.1:6379/0", repr=False)
+    """URL of the broker: Valkey or Redis (`redis://`, `rediss://`, `valkey://`) or RabbitMQ (`amqp://`, `amqps://`)."""
+    host: str = Field(default_factory=lambda: as_host(socket.gethostname().split(".")[0]))
+    """Name of this host in node names and file names: letters, digits, `-`, `.`, `_`. Default: its host name."""
+    state_dir: Annotated[Path, AfterValidator(Path.expanduser)] = Field(
+        default_factory=lambda: platformdirs.user_state_path("fleet-worker")
     )
-
-    broker_url: str = Field("redis://127.0.0.1:6379/0", repr=False)
-    host: str = Field(default_factory=lambda: fitting(socket.gethostname().split(".")[0]))
-    """It is a part of node names, and of the names of files."""
-    state_dir: Path = Field(default_factory=lambda: platformdirs.user_state_path("fleet-worker"))
-    """Where the processes of this host find each other; all of them need the same."""
+    """Folder for lock files and sockets, the same for all processes of a host. Default: the user's state folder."""
     max_body_bytes: int = Field(8 * 1024 * 1024, ge=1024)
-    """Largest request in bytes of JSON, images included."""
+    """Bytes of the largest request, as JSON, images included. The same for nodes and routers."""
     features: Features = {}
+    """Features of all models of all instances that do not set their own."""
     router: RouterSettings = RouterSettings()
+    """Settings of a router."""
     worker: WorkerSettings = WorkerSettings()
+    """Settings of the inference nodes of this host."""
     registry: RegistrySettings = RegistrySettings()
+    """Settings of the registry node of this host."""
     instances: dict[str, Instance] = {}
+    """The MLX servers of this host by name: letters, digits, `-`, `_`."""
 
     def __init__(self, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigurationError(_explain(error)) from None
+            raise ConfigurationError(config_file.explain(error, type(self))) from None
         except SettingsError as error:
             raise ConfigurationError(f"configuration: a FLEET_ variable is not JSON: {error}") from None
 
     @classmethod
     def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
+        cls, settings_cls: type[BaseSettings], *_: Any, **sources: Any
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, InitSettingsSource(settings_cls, _config_file())
-
-    @field_validator("broker_url")
-    @classmethod
-    def _known_broker(cls, url: str) -> str:
-        if _split(url).scheme not in ("redis", "rediss", "valkey", "valkeys", "amqp", "amqps", "pyamqp"):
-            raise ValueError("must begin with redis://, rediss://, valkey://, amqp:// or amqps://")
-        if ";" in url:  # kombu's list of brokers to fail over to: it hides only the first password in its logs
-            raise ValueError("must name one broker, without ';'")
-        _check_database(url)
-        return url.replace("valkey", "redis", 1) if url.startswith("valkey") else url
+        file = InitSettingsSource(settings_cls, config_file.read())
+        return sources["init_settings"], sources["env_settings"], file
 
     @field_validator("host")
     @classmethod
-    def _usable_host(cls, host: str) -> str:
-        if host != fitting(host):
+    def _valid_host(cls, host: str) -> str:
+        if host != as_host(host):
             raise ValueError("a host is named with letters, digits, '-', '.' and '_' only")
         return host
 
     @field_validator("instances")
     @classmethod
-    def _usable_names(cls, instances: dict[str, Instance]) -> dict[str, Instance]:
+    def _valid_names(cls, instances: dict[str, Instance]) -> dict[str, Instance]:
         for name in instances:
             if not name.replace("-", "").replace("_", "").isalnum():
                 raise ValueError("an instance is named with letters, digits, '-' and '_' only")
             if name == REGISTRY:
-                raise ValueError(f"'{REGISTRY}' is the name of the registry node: call the instance otherwise")
+                raise ValueError(f"'{REGISTRY}' is the name of the registry node: give the instance another name")
         return instances
 
-    @field_validator("state_dir")
-    @classmethod
-    def _from_home(cls, folder: Path) -> Path:
-        return folder.expanduser()
-
     def serving(self) -> dict[str, Instance]:
-        """Return the instances that this host serves, by name; raises `ConfigurationError` if there is none."""
+        """Return the instances that have opted in, by name; raises `ConfigurationError` if there is none."""
         serving = {name: instance for name, instance in self.instances.items() if instance.opted_in}
         if not serving:
             raise ConfigurationError(
@@ -312,69 +319,7 @@ class Settings(BaseSettings):
         return serving
 
 
-def fitting(host: str) -> str:
-    """What the machine calls itself may be anything; this much of it can be a host in node names."""
-    name = re.sub(r"[^\w.-]", "-", host)
-    return name if any(map(str.isalnum, name)) else "host"
-
-
-def _check_database(url: str) -> None:
-    """Of Redis, as kombu reads it; it would look at it only when it connects, again and again."""
-    parts = _split(url)
-    if "amqp" not in parts.scheme and not re.fullmatch("/{0,2}[0-9]*", parts.path):
-        raise ValueError(
-            "must end with the number of a database, as in redis://broker:6379/0 "
-            "(in a password / is written %2F, ? is %3F and # is %23)"
-        )
-
-
-def _split(url: str) -> SplitResult:
-    try:
-        parts = urlsplit(url)
-        parts.port  # noqa: B018 - it is checked when it is read
-    except ValueError:  # whose text repeats the password
-        raise ValueError("is not a URL, or its port is not a number") from None
-    return parts
-
-
-def config_path() -> Path | None:
-    """The configuration file that FLEET_CONFIG names, if it names one."""
-    name = os.environ.get("FLEET_CONFIG")
-    return Path(name).expanduser() if name else None
-
-
-def _config_file() -> dict[str, Any]:
-    path = config_path()
-    if path is None:
-        return {}
-    try:
-        return tomllib.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise ConfigurationError(f"FLEET_CONFIG names {path}, which cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"FLEET_CONFIG names {path}, which is not valid TOML: {error}") from None
-
-
-def _explain(error: ValidationError) -> str:
-    """Say where and why, without the value: it may be a key."""
-    faults = [
-        f"{'.'.join(map(str, fault['loc'])) or 'settings'}: "
-        f"{_unknown(fault['loc']) if fault['type'] == 'extra_forbidden' else fault['msg']}"
-        for fault in error.errors(include_input=False, include_url=False, include_context=False)
-    ]
-    return "configuration: " + "; ".join(faults)
-
-
-def _unknown(place: tuple[int | str, ...]) -> str:
-    """Of a key that is not there, say which it may be meant for."""
-    group: Any = Settings
-    for part in place[:-1]:
-        fields = getattr(group, "model_fields", None)  # otherwise it is a dictionary of groups
-        group = fields[part].annotation if fields else get_args(group)[1]
-    return f"unknown key{nearest(str(place[-1]), group.model_fields)}"
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Words about what a wrong name may be meant for, if there is anything like it."""
-    found = difflib.get_close_matches(name, list(known), n=1)
-    return f", the nearest that exists is {found[0]}" if found else ""
+def as_host(name: str) -> str:
+    """Return a machine's name, which may hold any character, as a valid `host`."""
+    valid = re.sub(r"[^\w.-]", "-", name)
+    return valid if any(map(str.isalnum, valid)) else "host"

@@ -35,7 +35,7 @@ def offerings_of(instance: Instance, provider: Mapping[str, bool], reported: Ite
     """
     reported = list(reported)
     found = {_public_name(backend): Model(backend=backend) for backend in reported}
-    models = instance.models or {name: model for name, model in found.items() if instance.lets_pass(name)}
+    models = instance.models or {name: model for name, model in found.items() if instance.allows(name)}
     offerings = {}
     for name, model in models.items():
         features = features_of(name, model, instance, provider)
@@ -47,7 +47,7 @@ def offerings_of(instance: Instance, provider: Mapping[str, bool], reported: Ite
     return offerings
 
 
-def advice_on_nothing(table: str, instance: Instance) -> str:
+def no_offerings_advice(table: str, instance: Instance) -> str:
     """What to do about an instance without offerings; `table` is its place, as in `instances.local`."""
     if not instance.capabilities:
         return "fleet.capabilities names nothing that usage allows: correct one of them"

@@ -12,11 +12,10 @@ from typing import Any
 
 from fleet_worker.broker.topology import direct_lane, lane
 from fleet_worker.errors import ConfigurationError, FleetError, InstanceUnavailable, ModelNotServed
-from fleet_worker.mlx.cancellation import CancelToken
 from fleet_worker.mlx.client import MLXClient
-from fleet_worker.mlx.offering import Offering, advice_on_nothing, offerings_of
-from fleet_worker.mlx.profiles import PROFILES
-from fleet_worker.mlx.request_body import lacks_template
+from fleet_worker.mlx.offering import Offering, no_offerings_advice, offerings_of
+from fleet_worker.mlx.profiles import PROFILES, lacks_template
+from fleet_worker.mlx.timeouts import CancelToken
 from fleet_worker.node.cancel_listener import CancelListener
 from fleet_worker.node.health_monitor import HealthMonitor
 from fleet_worker.node.lane_consumer import LaneConsumer
@@ -130,7 +129,7 @@ class Node:
             instance = settings.instances[self.instance]
             offerings = offerings_of(instance, settings.features, self._reported)
             if not offerings:
-                advice = advice_on_nothing(f"instances.{self.instance}", instance)
+                advice = no_offerings_advice(f"instances.{self.instance}", instance)
                 raise ConfigurationError(f"it would have nothing to offer: {advice}")
             self.settings, self.offerings = settings, offerings
             self._warn_of_templates()
@@ -188,13 +187,13 @@ class Node:
         self.mlx.close()
 
     @contextmanager
-    def working(self, model: str, stop: CancelToken) -> Iterator[None]:
+    def working(self, model: str, cancel_token: CancelToken) -> Iterator[None]:
         """The server works on a request for this model. How it ends says something about it, unless we stopped it."""
         self._count(+1)
         try:
             yield
         except FleetError as error:
-            if stop.error is None:
+            if cancel_token.error is None:
                 self._failed(model, error)
             raise
         finally:

@@ -15,13 +15,14 @@ from importlib.metadata import version
 from urllib.parse import urlsplit
 
 from fleet_worker.broker.app import create_app
+from fleet_worker.config_file import config_path, nearest
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.host.parent_pipe import LIFELINE, LOCK
 from fleet_worker.ops.broker_checks import broker, clock, connected
 from fleet_worker.ops.findings import Finding, at_once
 from fleet_worker.ops.server_checks import WITHIN as INSTANCES_WITHIN
 from fleet_worker.ops.server_checks import instances
-from fleet_worker.settings import Settings, config_path, nearest
+from fleet_worker.settings import Settings
 
 WITHIN = INSTANCES_WITHIN + 1
 """Seconds for everything."""

@@ -15,8 +15,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from fleet_worker.errors import PolicyError
-from fleet_worker.protocol.base import Body, Heard
 from fleet_worker.protocol.status import InstanceStatus, ModelStatus
+from fleet_worker.protocol.wire import BrokerMessage, ExtensibleModel
 
 EventType = Literal["offering_available", "offering_unavailable", "offering_degraded", "offering_heartbeat"]
 
@@ -36,7 +36,7 @@ _SENSITIVE = frozenset(
 _SENSITIVE_ENDS = ("_key", "_secret", "_token", "_password")
 
 
-class RegistryEvent(Heard):
+class RegistryEvent(ExtensibleModel):
     """`offering` is what is offered; `health` is `{ready, status, checked, error?}`; `capacity` has `slots`, `running`,
     `tokens_per_second` and `last_token_age` (seconds); `lane` lists the lanes that the node consumes.
     """
@@ -141,7 +141,7 @@ class RegistryEvent(Heard):
         )
 
 
-class Announcement(Body):
+class Announcement(BrokerMessage):
     """One message: events of one host. The next one about the same instances or models follows within `interval`
     seconds.
     """

@@ -7,7 +7,7 @@ from redis.exceptions import AuthenticationError, BusyLoadingError, NoPermission
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from fleet_worker.broker.connection import BROKER_ERRORS, is_away, refuses, unavailable
+from fleet_worker.broker.connection import BROKER_ERRORS, is_away, place_of, refuses, unavailable
 
 AWAY = [
     ConnectionRefusedError(),
@@ -83,3 +83,18 @@ def test_what_time_may_mend_is_said_in_the_words_of_who_waited():
         "the broker at h:1 did not answer within 3 s (ConnectionRefusedError)",
         {},
     )
+
+
+@pytest.mark.parametrize(
+    ("url", "place"),
+    {
+        "redis://broker:6379/0": "broker:6379",
+        "rediss://operator:hush@hush@broker/0?ssl_cert_reqs=none": "broker",
+        "redis://:12/hush@broker:6379": "broker:6379",
+        "amqps://guest:hush@[::1]:5671//": "[::1]:5671",
+        "redis://broker:1?password=hush": "broker:1",
+        "redis:///0": "",
+    }.items(),
+)
+def test_the_place_of_a_broker_shows_no_password(url, place):
+    assert place_of(url) == place

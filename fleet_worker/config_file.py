@@ -1,0 +1,59 @@
+"""The configuration file: where it is, what it holds, and the text of the error if that is wrong."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from fleet_worker.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel, ValidationError
+
+
+def config_path() -> Path | None:
+    """Return the path that FLEET_CONFIG names; None if it is not set."""
+    name = os.environ.get("FLEET_CONFIG")
+    return Path(name).expanduser() if name else None
+
+
+def read() -> dict[str, Any]:
+    """Return the content of the configuration file, empty if there is none; raises `ConfigurationError`."""
+    path = config_path()
+    if path is None:
+        return {}
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigurationError(f"FLEET_CONFIG names {path}, which cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"FLEET_CONFIG names {path}, which is not valid TOML: {error}") from None
+
+
+def explain(error: ValidationError, settings: type[BaseModel]) -> str:
+    """Return the place and the reason of every fault in `settings`, without the values: one may be a key."""
+    faults = []
+    for fault in error.errors(include_input=False, include_url=False, include_context=False):
+        place = fault["loc"]
+        unknown = fault["type"] == "extra_forbidden"
+        reason = _unknown_key(place, settings) if unknown else fault["msg"].removeprefix("Value error, ")
+        faults.append(f"{'.'.join(map(str, place)) or 'settings'}: {reason}")
+    return "configuration: " + "; ".join(faults)
+
+
+def _unknown_key(place: tuple[int | str, ...], settings: type[BaseModel]) -> str:
+    group: Any = settings
+    for part in place[:-1]:
+        fields = getattr(group, "model_fields", None)  # otherwise it is a dictionary of groups
+        group = fields[part].annotation if fields else get_args(group)[1]
+    return f"unknown key{nearest(str(place[-1]), group.model_fields)}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return the end of an error text that names the known name most like `name`; empty if none is like it."""
+    found = difflib.get_close_matches(name, list(known), n=1)
+    return f", the nearest that exists is {found[0]}" if found else ""
