@@ -1,4 +1,7 @@
-"""For every test: no FLEET_* variable of the machine is seen, and its folder says which tier it belongs to."""
+"""What holds for every test: which run it belongs to, in which order they run, and a clean environment.
+
+`pytest` runs what touches every promise once, `pytest --rest` all that this leaves out, `pytest FILE` all of a file.
+"""
 
 import os
 import signal
@@ -7,22 +10,75 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# The machines that run this are busy: a slow example is no failure.
-settings.register_profile("fleet", deadline=None, max_examples=80)
-settings.load_profile("fleet")
+TIERS = ("faults", "integration", "flow", "unit")
+"""The slowest first."""
 
-TIERS = ("unit", "flow", "integration", "faults")
+# No deadline for an example: the machines that run this are busy.
+settings.register_profile("short", deadline=None, max_examples=25)
+settings.register_profile("thorough", deadline=None, max_examples=300)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--rest", action="store_true", help="run what a run without this option leaves out")
+
+
+def pytest_configure(config):
+    named = any(".py" in argument for argument in config.args)
+    config.stash[WHOLE] = named and not config.option.rest
+    settings.load_profile("thorough" if named or config.option.rest else "short")
+
+
+WHOLE = pytest.StashKey[bool]()
+"""Whether files were named, and so everything in them runs."""
+
+
+def pytest_collection_modifyitems(config, items):
     for item in items:
-        tier = next((part for part in Path(item.path).parts if part in TIERS), None)
-        if tier:
-            item.add_marker(tier)
+        item.add_marker(tier(item))
+    if not config.stash[WHOLE]:
+        belongs = is_of_the_rest if config.option.rest else is_short
+        left_out = [item for item in items if not belongs(item)]
+        items[:] = [item for item in items if belongs(item)]
+        config.hook.pytest_deselected(items=left_out)
+    if hasattr(config, "workerinput"):  # of pytest-xdist: what takes long begins first, so that all end together
+        items.sort(key=lambda item: (not on_rabbitmq(item.nodeid), TIERS.index(tier(item))))
+
+
+def tier(item):
+    return next(part for part in Path(item.path).parts if part in TIERS)
+
+
+def is_short(item):
+    if item.get_closest_marker("rest"):
+        return False
+    return not on_rabbitmq(item.nodeid) or item.get_closest_marker("both_brokers") is not None
+
+
+def is_of_the_rest(item):
+    """Hypothesis tests run again, with more examples."""
+    return not is_short(item) or getattr(item.obj, "is_hypothesis_test", False)
+
+
+def on_rabbitmq(nodeid):
+    return "rabbitmq" in nodeid.partition("[")[2]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With `-n`: the tests of a file run in one process, and all tests on RabbitMQ, which takes seconds to start."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return "rabbitmq" if on_rabbitmq(nodeid) else nodeid.partition("::")[0]
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
 
 
 @pytest.fixture(autouse=True)
 def clean_environ(monkeypatch):
+    """No FLEET_* variable of the machine is seen."""
     for name in os.environ:
         if name.upper().startswith("FLEET_"):
             monkeypatch.delenv(name)
@@ -30,7 +86,7 @@ def clean_environ(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def interruptible():
-    """A test run in the background, or under nohup, has these ignored, and so would what it starts."""
+    """A test run in the background, or under nohup, ignores these signals, and so would every process it starts."""
     handlers = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGHUP)}
     yield
     for number, handler in handlers.items():

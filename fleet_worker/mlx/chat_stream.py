@@ -13,7 +13,7 @@ from fleet_worker.errors import ConnectionFailure, MalformedOutput
 from fleet_worker.mlx.chunks import ChunkReader
 from fleet_worker.mlx.error_mapping import foreign_errors_mapped, raw
 from fleet_worker.mlx.profiles import ServerProfile, finish_reason
-from fleet_worker.mlx.reasoning import ThinkingSplitter
+from fleet_worker.mlx.reasoning import ReasoningSplitter
 from fleet_worker.mlx.sse import EventStream
 from fleet_worker.mlx.timeouts import RequestTimer
 from fleet_worker.protocol.reply import Delta, Usage
@@ -40,7 +40,7 @@ class ServerStream:
         response: httpx.Response,
         clock: RequestTimer,
         quirks: ServerProfile,
-        splitter: ThinkingSplitter | None,
+        splitter: ReasoningSplitter | None,
         *,
         max_tokens: int,
     ) -> None:

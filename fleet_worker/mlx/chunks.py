@@ -9,14 +9,14 @@ from pydantic_core import from_json
 
 from fleet_worker.errors import MalformedOutput
 from fleet_worker.mlx.error_mapping import error_event
-from fleet_worker.mlx.reasoning import ThinkingSplitter
+from fleet_worker.mlx.reasoning import ReasoningSplitter
 from fleet_worker.protocol.reply import Delta, Usage
 
 
 class ChunkReader:
     """Reads the events of one stream, and knows at the end how it ended."""
 
-    def __init__(self, splitter: ThinkingSplitter | None = None) -> None:
+    def __init__(self, splitter: ReasoningSplitter | None = None) -> None:
         self.finish: str | None = None
         self.usage = Usage()
         self.done = False

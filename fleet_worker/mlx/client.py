@@ -27,17 +27,15 @@ from tenacity import (
 )
 
 from fleet_worker.errors import ConfigurationError, FleetError, MalformedOutput, RequestTimeout
-from fleet_worker.mlx.cancellation import CancelToken
 from fleet_worker.mlx.chat_stream import ChatAnswer, ServerStream
 from fleet_worker.mlx.chunks import usage_of
 from fleet_worker.mlx.embeddings import vectors_of
 from fleet_worker.mlx.error_mapping import foreign_errors_mapped, raise_for_status, raw
 from fleet_worker.mlx.offering import Offering
-from fleet_worker.mlx.profiles import PROFILES, kind_of
-from fleet_worker.mlx.reasoning import ThinkingSplitter, split_thinking
-from fleet_worker.mlx.request_body import chat_body
+from fleet_worker.mlx.profiles import PROFILES, chat_body, kind_of
+from fleet_worker.mlx.reasoning import ReasoningSplitter, split_reasoning
 from fleet_worker.mlx.resume import Continuation, ResumeStrategy, ways
-from fleet_worker.mlx.timeouts import RequestTimer, TimeoutThread
+from fleet_worker.mlx.timeouts import CancelToken, RequestTimer, TimeoutThread
 from fleet_worker.mlx.transport import Transport
 from fleet_worker.protocol.openai import ChatParams
 from fleet_worker.protocol.reply import Usage, join
@@ -92,7 +90,7 @@ class MLXClient:
         )
         self._watchdog = TimeoutThread()
         self.url = base_url
-        self.away = threading.Event()
+        self.unreachable = threading.Event()
         """Set by whoever watches the server while nothing listens there: connecting is then not tried again."""
 
     def close(self) -> None:
@@ -100,15 +98,15 @@ class MLXClient:
         self._http.close()
 
     def chat(
-        self, params: ChatParams, offering: Offering, *, deadline: float, stop: CancelToken | None = None
+        self, params: ChatParams, offering: Offering, *, deadline: float, cancel_token: CancelToken | None = None
     ) -> ChatAnswer:
         """Return the whole answer. The server streams all the same: only a stream can be stopped."""
         body = chat_body(params, offering, self._quirks)
-        with self._stream(body, self._clock(deadline, stop), splitter=None) as stream:
+        with self._stream(body, self._clock(deadline, cancel_token), splitter=None) as stream:
             whole = join(delta for deltas in stream for delta in deltas)
         if whole["content"] and not whole["reasoning"]:
             inside = offering.settings.starts_in_reasoning
-            visible, reasoning = split_thinking(whole["content"], starts_inside=inside)
+            visible, reasoning = split_reasoning(whole["content"], starts_inside=inside)
             whole |= {"content": visible or None, "reasoning": reasoning or None}
         return stream.answer(**whole)
 
@@ -119,7 +117,7 @@ class MLXClient:
         offering: Offering,
         *,
         deadline: float,
-        stop: CancelToken | None = None,
+        cancel_token: CancelToken | None = None,
         resume: Resume | None = None,
     ) -> Iterator[ServerStream | Continuation]:
         """Open a stream; iterate it, then ask for its `answer()`. Leaving the block stops the server.
@@ -130,34 +128,36 @@ class MLXClient:
             StreamInterrupted: there is no way to go on with what was delivered.
         """
         if resume and (resume.content or resume.reasoning):
-            with closing(self._continuation(params, offering, deadline, stop, resume)) as continuation:
+            with closing(self._continuation(params, offering, deadline, cancel_token, resume)) as continuation:
                 yield continuation
             return
-        splitter = ThinkingSplitter(starts_inside=offering.settings.starts_in_reasoning)
+        splitter = ReasoningSplitter(starts_inside=offering.settings.starts_in_reasoning)
         body = chat_body(params, offering, self._quirks)
-        with self._stream(body, self._clock(deadline, stop), splitter=splitter) as stream:
+        with self._stream(body, self._clock(deadline, cancel_token), splitter=splitter) as stream:
             yield stream
 
     def _continuation(
-        self, params: ChatParams, offering: Offering, deadline: float, stop: CancelToken | None, resume: Resume
+        self, params: ChatParams, offering: Offering, deadline: float, cancel_token: CancelToken | None, resume: Resume
     ) -> Continuation:
         def ask(way: ResumeStrategy) -> AbstractContextManager[ServerStream]:
             # Who goes on with visible text has thought before.
             inside = offering.settings.starts_in_reasoning and way.replays
-            return self._stream(way.body, self._clock(deadline, stop), splitter=ThinkingSplitter(starts_inside=inside))
+            return self._stream(
+                way.body, self._clock(deadline, cancel_token), splitter=ReasoningSplitter(starts_inside=inside)
+            )
 
         return Continuation(ways(params, offering, self._quirks, resume), resume, ask)
 
     @contextmanager
     def _stream(
-        self, body: dict[str, Any], clock: RequestTimer, *, splitter: ThinkingSplitter | None
+        self, body: dict[str, Any], clock: RequestTimer, *, splitter: ReasoningSplitter | None
     ) -> Iterator[ServerStream]:
         with self._response("POST", "/v1/chat/completions", clock, body) as response:
             raise_for_status(response, clock)
             yield ServerStream(response, clock, self._quirks, splitter, max_tokens=body["max_tokens"])
 
     def embed(
-        self, texts: Sequence[str], offering: Offering, *, deadline: float, stop: CancelToken | None = None
+        self, texts: Sequence[str], offering: Offering, *, deadline: float, cancel_token: CancelToken | None = None
     ) -> Embeddings:
         """Return one vector per text, asking the server in batches that it can take."""
         size = self._instance.limits.embed_batch
@@ -166,7 +166,7 @@ class MLXClient:
         dimensions = offering.settings.dimensions
         for start in range(0, len(texts), size):
             batch = texts[start : start + size]
-            answer = self._embed_batch(batch, offering, self._clock(deadline, stop))
+            answer = self._embed_batch(batch, offering, self._clock(deadline, cancel_token))
             vectors, dimensions = vectors_of(answer, len(batch), dimensions)
             data += vectors
             tokens.append(usage_of(answer.get("usage")).prompt_tokens)
@@ -183,14 +183,14 @@ class MLXClient:
         clock.content()
         return answer
 
-    def canary(self, offering: Offering, *, deadline: float, stop: CancelToken | None = None) -> None:
+    def canary(self, offering: Offering, *, deadline: float, cancel_token: CancelToken | None = None) -> None:
         """Ask for one token, or one vector; raises a `FleetError` unless the server works."""
         if "embed" in offering.capabilities:
-            self.embed(["canary"], offering, deadline=deadline, stop=stop)
+            self.embed(["canary"], offering, deadline=deadline, cancel_token=cancel_token)
             return
         tokens = 1 + (self._quirks.hides_length or 0)  # mlx-omni-server drops the last one
         params = ChatParams.model_validate({**_CANARY, "max_tokens": tokens})
-        self.chat(params, offering, deadline=deadline, stop=stop)
+        self.chat(params, offering, deadline=deadline, cancel_token=cancel_token)
 
     def models(self) -> list[str]:
         """Return the ids that `GET /v1/models` reports: a hint (a disk cache, an empty body, or one absolute path)."""
@@ -248,8 +248,8 @@ class MLXClient:
                     time.sleep(_LOOKS_AGAIN)
         return True
 
-    def _clock(self, deadline: float, stop: CancelToken | None = None) -> RequestTimer:
-        return RequestTimer(self._watchdog, self._instance.clocks, deadline, stop)
+    def _clock(self, deadline: float, cancel_token: CancelToken | None = None) -> RequestTimer:
+        return RequestTimer(self._watchdog, self._instance.clocks, deadline, cancel_token)
 
     @contextmanager
     def _response(
@@ -273,7 +273,7 @@ class MLXClient:
 
         Only connecting is tried again: nothing has reached the server before. A mere question is not even that.
         """
-        patience = stop_before_delay(clock.connecting) | stop_when_event_set(self.away)
+        patience = stop_before_delay(clock.connecting) | stop_when_event_set(self.unreachable)
         over = clock.guard.over
         for attempt in Retrying(
             retry=retry_if_exception_type((httpx.ConnectError, httpx.ConnectTimeout)),

@@ -47,7 +47,7 @@ def offerings_of(instance: Instance, provider: Mapping[str, bool], reported: Ite
     return offerings
 
 
-def advice_on_nothing(table: str, instance: Instance) -> str:
+def no_offerings_advice(table: str, instance: Instance) -> str:
     """What to do about an instance without offerings; `table` is its place, as in `instances.local`."""
     if not instance.capabilities:
         return "fleet.capabilities names nothing that usage allows: correct one of them"

@@ -9,7 +9,7 @@ _TAGS = ("<think>", "</think>", "<thinking>", "</thinking>")
 _LONGEST = max(map(len, _TAGS))
 
 
-class ThinkingSplitter:
+class ReasoningSplitter:
     """Cuts `<think>...</think>` and `<thinking>...</thinking>` out of a text that arrives in pieces.
 
     A piece that ends inside of what may become a tag is held back until it is decided. A tag that stays open makes
@@ -54,11 +54,11 @@ class ThinkingSplitter:
         sides[self._inside].append(text)
 
 
-def split_thinking(text: str, *, starts_inside: bool = False) -> tuple[str, str]:
+def split_reasoning(text: str, *, starts_inside: bool = False) -> tuple[str, str]:
     """Split a whole text. Here an orphan closing tag makes all before it reasoning: nothing was shown yet."""
     first = _TAG.search(text)
     orphan = first is not None and first.group(1) == "/"
-    splitter = ThinkingSplitter(starts_inside=starts_inside or orphan)
+    splitter = ReasoningSplitter(starts_inside=starts_inside or orphan)
     visible, reasoning = splitter.feed(text)
     last_visible, last_reasoning = splitter.end()
     return visible + last_visible, reasoning + last_reasoning

@@ -11,8 +11,7 @@ from fleet_worker.errors import InvalidRequest, StreamInterrupted
 from fleet_worker.mlx.chat_stream import ChatAnswer, ServerStream
 from fleet_worker.mlx.offering import Offering
 from fleet_worker.mlx.overlap import OverlapFilter, before_last_word
-from fleet_worker.mlx.profiles import ServerProfile
-from fleet_worker.mlx.request_body import chat_body, continued_body
+from fleet_worker.mlx.profiles import ServerProfile, chat_body, continued_body
 from fleet_worker.protocol.openai import ChatParams
 from fleet_worker.protocol.reply import Delta, Usage
 from fleet_worker.protocol.request import Resume

@@ -7,11 +7,10 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from fleet_worker.errors import FleetError, RequestTimeout
-from fleet_worker.mlx.cancellation import CancelToken
 from fleet_worker.settings import ServerTimeouts
 
 _LOOKS_AGAIN = 0.1
@@ -20,6 +19,42 @@ _LOOKS_AGAIN = 0.1
 _RESET = struct.pack("ii", 1, 0)
 """SO_LINGER: closing drops the connection. Otherwise the server's next write, a whole step of a prefill later, would
 still succeed, and only the one after that tell the server that nobody listens."""
+
+
+class CancelToken:
+    """One for each request. Who works on it looks at `error`, and says meanwhile how its waiting can be cut short."""
+
+    def __init__(self) -> None:
+        self.error: FleetError | None = None
+        """Why it was stopped; None while it was not."""
+        self._lock = threading.Lock()
+        self._cuts: list[Callable[[], object]] = []
+
+    def cancel(self, error: FleetError) -> None:
+        """Stop it, from any thread; only the first reason counts."""
+        with self._lock:
+            if self.error is None:
+                self.error = error
+                for cut in self._cuts:
+                    cut()
+
+    @contextmanager
+    def on_cancel(self, cut: Callable[[], object]) -> Iterator[None]:
+        """Within this block `cut` is what ends a wait: called once, in the thread of whoever stops. It must
+        not block. There may be blocks within blocks, for what is waited for in turn.
+
+        Raises:
+            FleetError: it has been stopped before the block began; `cut` is not called then.
+        """
+        with self._lock:
+            if self.error is not None:
+                raise self.error
+            self._cuts.append(cut)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._cuts.remove(cut)
 
 
 class ConnectionGuard:
@@ -134,14 +169,14 @@ class RequestTimer:
     """The time of one request, as one limit that the watchdog enforces. Moments are monotonic seconds."""
 
     def __init__(
-        self, watchdog: TimeoutThread, limits: ServerTimeouts, deadline: float, stop: CancelToken | None = None
+        self, watchdog: TimeoutThread, limits: ServerTimeouts, deadline: float, cancel_token: CancelToken | None = None
     ) -> None:
         self.started = time.monotonic()
         self.connecting = min(limits.connect, deadline - self.started)
         """Seconds that connecting may take in all, however often it is tried."""
         self.guard = ConnectionGuard(min(deadline, self.started + limits.first_content))
         self._watchdog = watchdog
-        self._stop = stop or CancelToken()
+        self._cancel_token = cancel_token or CancelToken()
         self._gap = limits.gap
         self._deadline = deadline
         self._flowing = False
@@ -153,7 +188,7 @@ class RequestTimer:
         Raises:
             FleetError: it was stopped before, or (`RequestTimeout`) the deadline has passed already.
         """
-        with self._watchdog.watching(self.guard), self._stop.cutting(self.guard.cut):
+        with self._watchdog.watching(self.guard), self._cancel_token.on_cancel(self.guard.cut):
             if self.started >= self._deadline:
                 raise RequestTimeout("the deadline passed before the MLX server was asked")
             yield
@@ -192,7 +227,7 @@ class RequestTimer:
     @property
     def stopped(self) -> FleetError | None:
         """Why it was stopped from outside, if it was."""
-        return self._stop.error
+        return self._cancel_token.error
 
     @property
     def over(self) -> FleetError | None:

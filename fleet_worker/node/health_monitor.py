@@ -93,10 +93,10 @@ class HealthMonitor:
             self._readiness.late(asked)
         except FleetError:
             self._readiness.refused()
-            self._mlx.away.set()
+            self._mlx.unreachable.set()
             self._was_refused = True
         else:
-            self._mlx.away.clear()
+            self._mlx.unreachable.clear()
             self._readiness.answered(ready)
             if ready and not self._settings.canary:
                 self._readiness.canary_ended(None)

@@ -9,10 +9,8 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NoReturn
 
-import celery.apps.worker as celery_worker
 from celery import bootsteps, signals
 from celery.worker import state as celery_state
 from celery.worker.control import inspect_command
@@ -67,11 +65,6 @@ class Lifecycle:
         signals.worker_ready.connect(self._ready, weak=False)
         signals.worker_shutting_down.connect(self._stopping, weak=False)
         signals.worker_shutdown.connect(self._stopped, weak=False)
-        celery_worker.install_worker_restart_handler = lambda worker: None  # it would start the process anew
-        celery_worker.install_worker_term_handler = lambda worker: None  # it would stop hearing the broker at once
-        celery_worker.install_worker_int_handler = partial(
-            celery_worker.install_worker_int_handler, exitcode=exit_codes.INTERRUPTED
-        )
         signal.signal(signal.SIGHUP, lambda *_: self._hang_up())
         self._reloads |= startup.reloads
         signal.signal(signal.SIGTERM, lambda *_: self._end(0, asked=True))

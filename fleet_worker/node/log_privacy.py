@@ -7,13 +7,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import celery.worker.consumer.consumer as celery_consumer
 from celery import Celery, signals
+from celery.worker import consumer, request
 from celery.worker.consumer.consumer import CONNECTION_ERROR, CONNECTION_RETRY
-from celery.worker.control import Panel
-from celery.worker.request import Request
 from kombu import Message
-from kombu.exceptions import DecodeError
 
 from fleet_worker.broker.connection import place_of
 
@@ -30,25 +27,57 @@ _LEAST_LEVELS = {
 _CONNECTION = "celery.worker.consumer.connection"
 
 
+class Request(request.Request):  # type: ignore[misc]
+    """A task's message as Celery's worker holds it. Logs, events, `celery inspect` and Flower see no arguments of it.
+
+    Instead they see the lane, whatever the sender, which may be any Celery client, put into the message's headers.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._argsrepr, self._kwargsrepr = self.delivery_info["routing_key"] or "-", ""
+
+    def info(self, safe: bool = False) -> dict[str, Any]:
+        """Return what the remote-control commands show: `active`, `reserved`, `scheduled` and `query_task`."""
+        return {**super().info(safe=True), "args": "-", "kwargs": "-"}
+
+
+class Consumer(consumer.Consumer):  # type: ignore[misc]
+    """Celery's consumer, which logs a message that it cannot use without quoting it.
+
+    Celery logs up to 1,024 characters of the body, all headers, which may show the arguments, and the error of the
+    decoder, which holds the whole body.
+    """
+
+    def on_unknown_message(self, body: Any, message: Message) -> None:
+        super().on_unknown_message(None, _redacted(message))
+
+    def on_unknown_task(self, body: Any, message: Message, exc: Exception) -> None:
+        message = _redacted(message)
+        # Celery reads both, and an error here would end the worker.
+        message.headers = {"id": None, "task": str(exc), **message.headers}
+        super().on_unknown_task(None, message, exc)
+
+    def on_invalid_task(self, body: Any, message: Message, exc: Exception) -> None:
+        super().on_invalid_task(None, _redacted(message), exc)
+
+    def on_decode_error(self, message: Message, exc: Exception) -> None:
+        super().on_decode_error(_redacted(message), "not JSON")
+
+
+def _redacted(message: Message) -> Message:
+    headers = message.headers if isinstance(message.headers, dict) else {}
+    message.headers = {key: headers[key] for key in ("id", "task", "root_id") if key in headers}
+    message.body = f"{len(message.body)} bytes, not shown"
+    return message
+
+
 def protect_logs() -> None:
-    """Keep bodies and arguments out of this process's logs and events, and of what `celery inspect` and Flower ask; and
-    alarms out of its logs that are none."""
+    """Keep arguments, keys and false alarms out of what the libraries log in this process."""
     _quieten()
     signals.after_setup_logger.connect(_quieten, weak=False)  # --loglevel DEBUG must not undo it
     for name, quieter in _FILTERS.items():
         logging.getLogger(name).addFilter(quieter)
-    # Celery logs up to 1,024 characters of a message that it does not know or cannot decode.
-    celery_consumer.dump_body = lambda message, body: f"({len(message.body)}b, not shown)"
-    for complaint in ("on_unknown_message", "on_unknown_task", "on_decode_error"):
-        original = getattr(celery_consumer.Consumer, complaint)
-        setattr(celery_consumer.Consumer, complaint, _without_quotes(original))
-    # In events and in Flower, arguments look as the sender says, and a sender that is not ours says all of them.
-    Request.argsrepr = property(lambda request: request.delivery_info["routing_key"] or "-")
-    Request.kwargsrepr = ""
-    showing = [Panel.data[command] for command in ("active", "reserved", "scheduled", "query_task")]
-    for name, command in Panel.data.items():  # each has an alias
-        if command in showing:
-            Panel.data[name] = _without_arguments(command)
 
 
 def begin_log(app: Celery, node_name: str, options: dict[str, Any]) -> None:
@@ -95,39 +124,6 @@ def _no_beat(record: logging.LogRecord) -> bool:
     """That a registry node has beaten once more is nothing new; that it failed is."""
     is_beat = str(getattr(record, "data", {}).get("name")).startswith("registry.publish_")
     return record.levelno > logging.INFO or not is_beat
-
-
-def _without_quotes(complain: Callable[..., Any]) -> Callable[..., Any]:
-    """The same method of Celery's consumer, which logs a bad message, with less to quote.
-
-    Headers may show the arguments, and the error of a decoder (UnicodeDecodeError) the whole body.
-    """
-
-    def discreet(consumer: Any, *about: Any) -> Any:
-        for message in about:
-            if isinstance(message, Message):
-                headers = message.headers if isinstance(message.headers, dict) else {}
-                message.headers = {key: headers[key] for key in ("id", "task", "root_id") if key in headers}
-        return complain(consumer, *("not JSON" if isinstance(each, DecodeError) else each for each in about))
-
-    return discreet
-
-
-def _without_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The same remote-control command with the arguments of tasks hidden."""
-
-    def redacted(*args: Any, **kwargs: Any) -> Any:
-        return _redact(command(*args, **kwargs))
-
-    return redacted
-
-
-def _redact(answer: Any) -> Any:
-    if isinstance(answer, dict):
-        return {key: "-" if key in ("args", "kwargs") else _redact(value) for key, value in answer.items()}
-    if isinstance(answer, list | tuple):
-        return [_redact(each) for each in answer]
-    return answer
 
 
 TOLD_EVERY = 60.0

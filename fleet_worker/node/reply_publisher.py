@@ -20,9 +20,8 @@ from fleet_worker.broker.connection import BACK_OFF
 from fleet_worker.broker.publisher import Publisher
 from fleet_worker.broker.topology import reply_queue
 from fleet_worker.errors import FleetError, RequestTimeout
-from fleet_worker.mlx.cancellation import CancelToken
+from fleet_worker.mlx.timeouts import CancelToken
 from fleet_worker.node.replay_buffer import ReplayBuffer
-from fleet_worker.protocol.base import PROTOCOL_VERSION
 from fleet_worker.protocol.reply import (
     Accepted,
     Alive,
@@ -34,6 +33,7 @@ from fleet_worker.protocol.reply import (
     Frame,
     Reply,
 )
+from fleet_worker.protocol.wire import PROTOCOL_VERSION
 
 log = logging.getLogger(__name__)
 
@@ -61,13 +61,13 @@ class ReplyWriter:
         self.appended = 0
         """Frames that the sender has; those of `_seq` beyond it are still on their way to it."""
         self.deadline = time.monotonic() + 3600.0
-        self._stop = CancelToken()
+        self._cancel_token = CancelToken()
 
     @contextmanager
-    def stopped_by(self, stop: CancelToken) -> Iterator[None]:
+    def stopped_by(self, cancel_token: CancelToken) -> Iterator[None]:
         """Within this block nothing waits any longer once it is stopped; raises what it has been stopped with."""
-        self._stop = stop
-        with stop.cutting(self._sender.wake_up):
+        self._cancel_token = cancel_token
+        with cancel_token.on_cancel(self._sender.wake_up):
             yield
 
     def accept(self, **fields: Any) -> None:
@@ -99,8 +99,8 @@ class ReplyWriter:
 
     def _wait_for_room(self) -> None:
         """Before a frame has its number: one that never leaves would be missing before the error."""
-        if not self._sender.wait_for_room(self.deadline, self._stop):
-            raise self._stop.error or RequestTimeout("the broker took no replies until the deadline")
+        if not self._sender.wait_for_room(self.deadline, self._cancel_token):
+            raise self._cancel_token.error or RequestTimeout("the broker took no replies until the deadline")
 
     def _next(self) -> dict[str, Any]:
         seq, self._seq = self._seq, self._seq + 1
@@ -183,14 +183,14 @@ class ReplyPublisher:
         self.wake_up()
         self._thread.join(timeout)
 
-    def wait_for_room(self, deadline: float, stop: CancelToken) -> bool:
+    def wait_for_room(self, deadline: float, cancel_token: CancelToken) -> bool:
         """Wait until a frame more may wait; False once that is not worth waiting for: its time is over, or it was
         stopped, and somebody called `wake_up`."""
         if self._count < self._max_pending:
             return True
         with self._changed:
             self._changed.wait_for(
-                lambda: self._count < self._max_pending or stop.error is not None, deadline - time.monotonic()
+                lambda: self._count < self._max_pending or cancel_token.error is not None, deadline - time.monotonic()
             )
             return self._count < self._max_pending
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from fleet_worker.errors import Cancelled, FleetError
-from fleet_worker.mlx.cancellation import CancelToken
+from fleet_worker.mlx.timeouts import CancelToken
 
 REMEMBERED = 10_000
 """Cancelled requests that a node remembers, and for how many seconds: none waits in a lane for longer."""
@@ -51,14 +51,14 @@ class RunningAttempts:
                 stop for (its_id, its), (stop, _) in self._stops.items() if its_id == request_id and its <= attempt
             ]
         for stop in stops:
-            stop.now(Cancelled())
+            stop.cancel(Cancelled())
 
     def stop(self, error: Callable[[], FleetError], *, reply_to: str | None = None) -> int:
         """Stop all that runs, or all for one router, each with an `error` of its own; return how many it were."""
         with self._lock:
             stops = [stop for stop, its in self._stops.values() if reply_to in (None, its) and stop.error is None]
         for stop in stops:
-            stop.now(error())
+            stop.cancel(error())
         return len(stops)
 
     @property

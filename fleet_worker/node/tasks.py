@@ -23,9 +23,9 @@ from fleet_worker.errors import (
     ProviderError,
     where,
 )
-from fleet_worker.mlx.cancellation import CancelToken
 from fleet_worker.mlx.chat_stream import ChatAnswer
 from fleet_worker.mlx.offering import Offering, offering_for
+from fleet_worker.mlx.timeouts import CancelToken
 from fleet_worker.node.node import Node
 from fleet_worker.node.reply_publisher import ReplyWriter
 from fleet_worker.node.router_presence import not_listening
@@ -51,7 +51,9 @@ def register_tasks(app: Celery, node: Node) -> None:
     def chat(envelope: dict[str, Any]) -> None:
         with _working(node, envelope, "chat") as work:
             if work and isinstance(work.params, ChatParams):
-                answer = node.mlx.chat(work.params, work.offering, deadline=work.deadline, stop=work.stop)
+                answer = node.mlx.chat(
+                    work.params, work.offering, deadline=work.deadline, cancel_token=work.cancel_token
+                )
                 node.tally.generated(answer.usage.completion_tokens or 0)
                 work.respond(answer)
 
@@ -60,7 +62,11 @@ def register_tasks(app: Celery, node: Node) -> None:
         with _working(node, envelope, "stream_chat") as work:
             if work and isinstance(work.params, ChatParams):
                 with node.mlx.stream_chat(
-                    work.params, work.offering, deadline=work.deadline, stop=work.stop, resume=work.request.resume
+                    work.params,
+                    work.offering,
+                    deadline=work.deadline,
+                    cancel_token=work.cancel_token,
+                    resume=work.request.resume,
                 ) as stream:
                     for deltas in stream:
                         node.tally.generated(len(deltas))
@@ -71,7 +77,9 @@ def register_tasks(app: Celery, node: Node) -> None:
     def embed(envelope: dict[str, Any]) -> None:
         with _working(node, envelope, "embed") as work:
             if work and isinstance(work.params, EmbedParams):
-                vectors = node.mlx.embed(work.params.input, work.offering, deadline=work.deadline, stop=work.stop)
+                vectors = node.mlx.embed(
+                    work.params.input, work.offering, deadline=work.deadline, cancel_token=work.cancel_token
+                )
                 work.answer.end(
                     EmbedResponse,
                     **work.ending(),
@@ -103,7 +111,7 @@ class _Work:
     request: FleetRequest
     offering: Offering
     answer: ReplyWriter
-    stop: CancelToken
+    cancel_token: CancelToken
     queue_wait: float
     started: float
     deadline: float
@@ -145,9 +153,12 @@ def _working(node: Node, envelope: Any, operation: str) -> Iterator[_Work | None
             yield None
             return
         try:
-            with node.running.attempt(answer.id, answer.attempt, answer.reply_to) as stop, answer.stopped_by(stop):
-                work = _accept(node, envelope, operation, answer, stop)
-                with node.working(work.offering.model, stop):
+            with (
+                node.running.attempt(answer.id, answer.attempt, answer.reply_to) as cancel_token,
+                answer.stopped_by(cancel_token),
+            ):
+                work = _accept(node, envelope, operation, answer, cancel_token)
+                with node.working(work.offering.model, cancel_token):
                     yield work
         except FleetError as error:
             if isinstance(error, ConnectionFailure) and node.mlx.has_died():
@@ -172,7 +183,7 @@ def _address(envelope: Any) -> tuple[str, int, str]:
     raise InvalidRequest("an envelope without request_id and reply_to: nobody to answer to")
 
 
-def _accept(node: Node, envelope: Any, operation: str, answer: ReplyWriter, stop: CancelToken) -> _Work:
+def _accept(node: Node, envelope: Any, operation: str, answer: ReplyWriter, cancel_token: CancelToken) -> _Work:
     request = FleetRequest.decode(envelope, max_bytes=node.settings.max_body_bytes)
     if request.operation != operation:
         raise InvalidRequest(f"a request for {request.operation} came as a task for {operation}")
@@ -189,4 +200,4 @@ def _accept(node: Node, envelope: Any, operation: str, answer: ReplyWriter, stop
         raise not_listening()
     answer.deadline = started + remaining
     answer.accept(instance=node.instance, queue_wait=queue_wait)
-    return _Work(node, request, offering, answer, stop, queue_wait, started, started + remaining)
+    return _Work(node, request, offering, answer, cancel_token, queue_wait, started, started + remaining)

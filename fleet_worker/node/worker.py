@@ -6,19 +6,20 @@ import logging
 import sys
 from typing import Any, NoReturn
 
-from celery import Celery, signals
+import celery.apps.worker as celery_worker
+from celery import Celery
 from celery.concurrency import get_implementation
 
 from fleet_worker.broker.topology import lane_queue, transport_of
 from fleet_worker.errors import ConfigurationError, FleetError, where
-from fleet_worker.exit_codes import AGAIN, CONFIGURATION, SOFTWARE, UNAVAILABLE
+from fleet_worker.exit_codes import AGAIN, CONFIGURATION, INTERRUPTED, SOFTWARE, UNAVAILABLE
 from fleet_worker.host.parent_pipe import attach_to_parent
 from fleet_worker.mlx.client import MLXClient
-from fleet_worker.mlx.offering import Offering, advice_on_nothing, offerings_of
+from fleet_worker.mlx.offering import Offering, no_offerings_advice, offerings_of
 from fleet_worker.node.cancel_listener import CancelListener
 from fleet_worker.node.lane_consumer import LaneConsumer
 from fleet_worker.node.lifecycle import Lifecycle, Reconnecting, Startup
-from fleet_worker.node.log_privacy import begin_log, protect_logs
+from fleet_worker.node.log_privacy import Consumer, Request, begin_log, protect_logs
 from fleet_worker.node.node import Node, can_follow, lanes_of
 from fleet_worker.node.remote_control import answer_operators
 from fleet_worker.node.reply_publisher import ReplyPublisher
@@ -35,37 +36,58 @@ log = logging.getLogger(__name__)
 
 
 def serve_with(app: Celery, settings: Settings) -> None:
-    """Make every worker that is started from `app` a node."""
+    """Make every worker that is started from `app` a node. Other applications of the process are not changed."""
+    app.Worker = app.subclass_with_self(Worker, settings=settings)
+    app.Task.Request = Request
+    app.conf.worker_consumer = Consumer
+    app.steps["consumer"].update((BatchedEvents, Reconnecting))
 
-    def begin(sender: str, instance: Any, options: dict[str, Any], **_: Any) -> None:
-        if instance.app is not app:
-            return
+
+class Worker(celery_worker.Worker):  # type: ignore[misc]
+    """A Celery worker that is a node: the inference node of one instance, or the registry node of its host."""
+
+    settings: Settings
+    hostname: str
+
+    def on_before_init(self, quiet: bool = False, **options: Any) -> None:
+        """Become the node that the worker's name stands for, before Celery reads its pool, concurrency and queues.
+
+        Raises:
+            SystemExit: it cannot be that node.
+        """
         _refuse_options(options)
         protect_logs()
         try:
-            instance.hostname = _node_name(settings, instance.hostname)
+            self.hostname = _node_name(self.settings, self.hostname)
         except ConfigurationError as error:
             refuse(error)
-        startup = _startup(settings, instance.hostname)
+        super().on_before_init(quiet, **options)
+        startup = _startup(self.settings, self.hostname)
         try:
-            begin_log(app, instance.hostname, options)
-            attach_to_parent(instance.hostname, grace=settings.worker.killed_after)
-            _begin(app, settings, instance, startup)
+            begin_log(self.app, self.hostname, options)
+            attach_to_parent(self.hostname, grace=self.settings.worker.killed_after)
+            _begin(self.app, self.settings, self, startup)
         except ConfigurationError as error:
             _give_up(error.message, AGAIN if startup.reloads else CONFIGURATION)  # which may be right by now
         except FleetError as error:
             _give_up(error.message, UNAVAILABLE)
-        except Exception as error:  # Celery would only log it, and go on as a worker that is no node
+        except Exception as error:
             _give_up(f"the node cannot begin: {type(error).__name__} at {where(error)}", SOFTWARE)
 
-    def lighten(sender: Any, **_: Any) -> None:
-        """Without what workers tell each other: each would hear every other of the fleet, and start a second later."""
-        if sender.app is app:
-            sender.options.update(without_gossip=True, without_mingle=True)
+    def prepare_args(self, **options: Any) -> dict[str, Any]:
+        """Leave out gossip and mingle: each node would hear every other node of the fleet, and start a second later."""
+        return {**super().prepare_args(**options), "without_gossip": True, "without_mingle": True}
 
-    signals.celeryd_init.connect(begin, weak=False)
-    signals.worker_init.connect(lighten, weak=False)
-    app.steps["consumer"].update((BatchedEvents, Reconnecting))
+    def install_platform_tweaks(self, worker: Any) -> None:
+        """Handle signals as Celery does, but leave SIGTERM and SIGHUP to `Lifecycle`.
+
+        Celery's handler of SIGTERM stops to listen to the broker at once, that of SIGHUP replaces the process.
+        """
+        if self.app.IS_macOS:
+            self.macOS_proxy_detection_workaround()
+        celery_worker.install_worker_term_hard_handler(worker)
+        celery_worker.install_worker_int_handler(worker, exitcode=INTERRUPTED)
+        celery_worker.install_cry_handler()
 
 
 def _refuse_options(options: dict[str, Any]) -> None:
@@ -126,7 +148,7 @@ def _begin_node(app: Celery, settings: Settings, node_name: str) -> Node:
     if not offerings:
         mlx.close()
         raise ConfigurationError(
-            f"instance {name} has nothing to offer: {advice_on_nothing(f'instances.{name}', instance)}"
+            f"instance {name} has nothing to offer: {no_offerings_advice(f'instances.{name}', instance)}"
         )
     node = _node(app, settings, node_name, mlx, server, offerings, reported)
     register_tasks(app, node)

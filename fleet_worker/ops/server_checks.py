@@ -8,9 +8,8 @@ from functools import partial
 
 from fleet_worker.errors import FleetError, RequestTimeout, Unauthorized
 from fleet_worker.mlx.client import DEFAULT_URLS, Health, MLXClient
-from fleet_worker.mlx.offering import Offering, advice_on_nothing, offerings_of
-from fleet_worker.mlx.profiles import PROFILES
-from fleet_worker.mlx.request_body import lacks_template
+from fleet_worker.mlx.offering import Offering, no_offerings_advice, offerings_of
+from fleet_worker.mlx.profiles import PROFILES, lacks_template
 from fleet_worker.ops.findings import Finding, at_once
 from fleet_worker.settings import Instance, Settings
 
@@ -108,7 +107,7 @@ def models(
     offered = offerings_of(instance, provider, reported)
     if not offered:
         found = "there is nothing to offer: its node would not start"
-        yield Finding("error", title, found, advice_on_nothing(title, instance))
+        yield Finding("error", title, found, no_offerings_advice(title, instance))
     elif not instance.models:
         found = f"no models are listed: {len(offered)} of the {len(reported)} that the server reports would be served"
         advice = f"list your models under {table}: a report may name what is on the disk, to be loaded or downloaded"

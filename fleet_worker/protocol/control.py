@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from fleet_worker.protocol.base import Body
+from fleet_worker.protocol.wire import BrokerMessage
 
 
-class Notice(Body):
+class ControlMessage(BrokerMessage):
     """What a router tells the nodes."""
 
     node: str | None = None

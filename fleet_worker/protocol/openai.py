@@ -6,15 +6,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from fleet_worker.protocol.base import Wire
+from fleet_worker.protocol.wire import WireModel
 
 
-class TextPart(Wire):
+class TextPart(WireModel):
     type: Literal["text"]
     text: str = Field(repr=False)
 
 
-class ImageUrl(Wire):
+class ImageUrl(WireModel):
     url: str = Field(repr=False)
     detail: Literal["auto", "low", "high"] | None = None
 
@@ -27,12 +27,12 @@ class ImageUrl(Wire):
         return url
 
 
-class ImagePart(Wire):
+class ImagePart(WireModel):
     type: Literal["image_url"]
     image_url: ImageUrl
 
 
-class Message(Wire):
+class Message(WireModel):
     """One turn. Fields that OpenAI clients echo back and no MLX server wants are dropped."""
 
     model_config = ConfigDict(extra="ignore")
@@ -50,7 +50,7 @@ class Message(Wire):
         return self
 
 
-class ChatTemplateKwargs(Wire):
+class ChatTemplateKwargs(WireModel):
     """The safe ones: others reach into the server's tokenizer (`return_tensors` kills mlx_lm.server 0.32)."""
 
     enable_thinking: bool | None = None
@@ -58,7 +58,7 @@ class ChatTemplateKwargs(Wire):
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = None
 
 
-class ChatParams(Wire):
+class ChatParams(WireModel):
     """The body of an OpenAI chat completion without `model` and `stream`.
 
     The bounds keep out what is known to kill servers: mlx_lm.server 0.32 loses its generation thread for good to a
@@ -102,7 +102,7 @@ class ChatParams(Wire):
         )
 
 
-class EmbedParams(Wire):
+class EmbedParams(WireModel):
     """The body of an OpenAI embedding without `model`; texts only, since token ids mean another thing to each model."""
 
     input: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1, max_length=2048, repr=False)

@@ -9,18 +9,18 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from fleet_worker.errors import FleetError
-from fleet_worker.protocol.base import Body, Heard
 from fleet_worker.protocol.vectors import unpack_vector
+from fleet_worker.protocol.wire import BrokerMessage, ExtensibleModel
 
 
-class Usage(Heard):
+class Usage(ExtensibleModel):
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     total_tokens: int | None = None
     cached_tokens: int | None = None
 
 
-class Timings(Heard):
+class Timings(ExtensibleModel):
     """Seconds. `queue_wait` from submission to acceptance, `ttft` and `duration` from acceptance."""
 
     queue_wait: float
@@ -29,7 +29,7 @@ class Timings(Heard):
     tokens_per_second: float | None = None
 
 
-class Delta(Heard):
+class Delta(ExtensibleModel):
     """A piece of a streamed answer, as the server sent it; never cut inside a character."""
 
     content: str | None = Field(None, repr=False)
@@ -39,7 +39,7 @@ class Delta(Heard):
     """Here another node goes on with the answer: an empty piece that the router puts in between."""
 
 
-class Attempt(Heard):
+class Attempt(ExtensibleModel):
     """One try of a request, as the router saw it."""
 
     attempt: int
@@ -51,7 +51,7 @@ class Attempt(Heard):
     """Characters of the answer that had been delivered when it ended, those of earlier attempts included."""
 
 
-class _Frame(Heard):
+class _Frame(ExtensibleModel):
     id: str
     attempt: int
     seq: int
@@ -156,7 +156,7 @@ class Alive(_Frame):
 Frame = Accepted | Deltas | ChatResponse | EmbedResponse | Failure | Alive
 
 
-class Reply(Body):
+class Reply(BrokerMessage):
     """One broker message: the frames of all requests that a node owes a router since its last publish."""
 
     v: Literal[2]

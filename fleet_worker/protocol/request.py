@@ -9,8 +9,8 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fleet_worker.errors import InvalidRequest
-from fleet_worker.protocol.base import Wire, check_form, check_size, explain
 from fleet_worker.protocol.openai import ChatParams, EmbedParams
+from fleet_worker.protocol.wire import WireModel, check_form, check_size, explain
 
 LEGACY_KEYS = frozenset({"schema_version", "request_type", "fleet_correlation_id"})
 
@@ -29,7 +29,7 @@ PARAMS: dict[str, type[ChatParams] | type[EmbedParams]] = {
 }
 
 
-class Resume(Wire):
+class Resume(WireModel):
     """What of a streamed answer was delivered by earlier attempts: this attempt goes on from there."""
 
     content: str = Field("", repr=False)
@@ -38,7 +38,7 @@ class Resume(Wire):
     """How many it was, about: servers send a token at a time, or a few."""
 
 
-class FleetRequest(Wire):
+class FleetRequest(WireModel):
     """The envelope: one request, or one attempt at it.
 
     `timeout_seconds` is what the caller allowed in all, `expires_at` (seconds since the epoch) when that is over.
@@ -119,7 +119,7 @@ class FleetRequest(Wire):
         """Raises `InvalidRequest` for what `decode` would find too large, once it is sent."""
         check_size(_without(OF_AN_ATTEMPT, self.encode()), max_bytes)
 
-    def submitted_to(self, reply_to: str, left: float | None = None) -> FleetRequest:
+    def addressed_to(self, reply_to: str, left: float | None = None) -> FleetRequest:
         """The same request, now: so many seconds are left of its time, or all of it."""
         seconds = self.timeout_seconds if left is None else left
         return self.model_copy(update={"reply_to": reply_to, "expires_at": time.time() + seconds})

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from fleet_worker.broker.topology import direct_lane, lane
 from fleet_worker.errors import BrokerUnavailable, Cancelled, Expired, FleetError, ReplyOverflow, RequestTimeout
-from fleet_worker.protocol.openai import ChatParams
 from fleet_worker.protocol.reply import Accepted, Failure, Frame
 from fleet_worker.protocol.request import FleetRequest
 from fleet_worker.router.admission import Admission
-from fleet_worker.router.attempts import Attempts, OnInterrupt
+from fleet_worker.router.attempts import (
+    AskAgain,
+    Attempts,
+    CancelOrphan,
+    Deliver,
+    Effect,
+    End,
+    OnInterrupt,
+    RetryAfter,
+)
 from fleet_worker.router.cancel_publisher import CancelPublisher
 from fleet_worker.router.node_selection import NodeSelection
 from fleet_worker.router.reply_buffer import ReplyBuffer
@@ -54,7 +62,6 @@ class InFlightRequest:
     def __init__(
         self, request: FleetRequest, node: str | None, services: Services, *, on_interrupt: OnInterrupt = "resume"
     ) -> None:
-        self.request = request
         self._node = node
         self._services = services
         self._deadline = time.monotonic() + request.remaining
@@ -73,6 +80,11 @@ class InFlightRequest:
         """Since when it is not in its lane any more, on the same clock."""
         self.ended_at: float | None = None
         """Monotonic seconds."""
+
+    @property
+    def request(self) -> FleetRequest:
+        """The present attempt; without its body once it has ended."""
+        return self._attempts.request
 
     @property
     def lane(self) -> str:
@@ -123,7 +135,7 @@ class InFlightRequest:
         with self._lock:
             if self._attempts.node or self._attempts.delivered:
                 text = f"the answer was not complete within its timeout of {seconds:g} s"
-                return RequestTimeout(text, attempts=self._attempts.told(RequestTimeout.code))
+                return RequestTimeout(text, attempts=self._attempts.report(RequestTimeout.code))
             if self._node:
                 why = f"{self._node} did not take the request within its timeout of {seconds:g} s: it is busy or away"
             else:
@@ -131,7 +143,7 @@ class InFlightRequest:
                     f"no node took the request within its timeout of {seconds:g} s: none serves "
                     f"{self.request.operation} of that model, or all are busy or cut off"
                 )
-            return Expired(why, attempts=self._attempts.told(Expired.code))
+            return Expired(why, attempts=self._attempts.report(Expired.code))
 
     # --- Its way ---
 
@@ -151,26 +163,34 @@ class InFlightRequest:
     def receive(self, node: str, frame: Frame) -> bool:
         """Take a frame of this request; False if it is of an attempt that nobody wants any more."""
         with self._lock:
-            attempts, before = self._attempts, self._attempts.state
-            if not attempts.wants(node, frame):
+            if not self._attempts.wants(node, frame):
                 return False
             self._heard = self._services.inbox.clock
             if isinstance(frame, Accepted) and frame.seq == 0:
                 self._services.backlog.accepted(self.lane, frame.queue_wait, self.request.priority, self._submitted)
-            self._deliver(attempts.take(node, frame, time.monotonic()))
-            if attempts.misses:
-                self._services.notices.missed(self._services.inbox.name, attempts.misses)
-                attempts.misses = None
-            if attempts.state != before:
-                self._moved()
+            self._carry_out(self._attempts.take(node, frame, time.monotonic()))
             return True
 
     def give_up(self, error: FleetError) -> None:
         """End it for all of its readers, who get this error."""
         with self._lock:
-            if frame := self._attempts.give_up(error):
-                self._deliver(frame)
-                self._moved()
+            self._carry_out(self._attempts.give_up(error))
+
+    def _carry_out(self, effects: Iterable[Effect]) -> None:
+        """With the lock held: do what the state machine has decided."""
+        for effect in effects:
+            match effect:
+                case Deliver(frame):
+                    self._deliver(frame)
+                case End(frame):
+                    self._deliver(frame)
+                    self._close()
+                case RetryAfter(seconds):
+                    self._services.agenda.at(time.monotonic() + seconds, self._try_again)
+                case CancelOrphan():
+                    self._services.notices.cancel(self.request.request_id, effect)
+                case AskAgain(node):
+                    self._services.notices.missed(self._services.inbox.name, node)
 
     def _send(self, request: FleetRequest, patience: float) -> None:
         self._missing_since = None
@@ -179,9 +199,7 @@ class InFlightRequest:
         finally:
             self._submitted = time.monotonic()
 
-    def _deliver(self, frame: Frame | None) -> None:
-        if frame is None:
-            return
+    def _deliver(self, frame: Frame) -> None:
         for mailbox in tuple(self._readers):
             if not mailbox.put(frame):
                 self._overflow(mailbox)
@@ -189,23 +207,14 @@ class InFlightRequest:
     def _overflow(self, mailbox: ReplyBuffer) -> None:
         waiting = self._services.settings.max_buffered
         text = f"{waiting} deltas and more wait for a reader: read faster, or raise router.max_buffered"
-        error = ReplyOverflow(text, attempts=self._attempts.told(ReplyOverflow.code))
+        error = ReplyOverflow(text, attempts=self._attempts.report(ReplyOverflow.code))
         mailbox.put(Failure.of(error, self.request.request_id, self.request.attempt, 0))
         self.leave(mailbox)
 
-    def _moved(self) -> None:
-        """Do what follows from a new state."""
-        attempts = self._attempts
-        for leftover in attempts.leftovers:
-            self._services.notices.cancel(self.request.request_id, leftover)
-        attempts.leftovers.clear()
-        if attempts.state == "pausing":
-            self._services.agenda.at(time.monotonic() + attempts.pause, self._try_again)
-        elif attempts.state == "ended":
-            self.ended_at = time.monotonic()
-            self._readers.clear()
-            self.request = attempts.request = _without_body(attempts.request)
-            self._services.ended(self.request.request_id)
+    def _close(self) -> None:
+        self.ended_at = time.monotonic()
+        self._readers.clear()
+        self._services.ended(self.request.request_id)
 
     # --- In the thread of the agenda ---
 
@@ -213,7 +222,7 @@ class InFlightRequest:
         with self._lock:
             if self._attempts.state != "pausing":
                 return
-            request, failed = self._attempts.again(), set(self._attempts.failed)
+            request, failed = self._attempts.next_attempt(), set(self._attempts.failed)
         self._chosen = None if self._node else self._services.routes.node_for(request, failed)
         self._send_in_time(request)
 
@@ -273,8 +282,7 @@ class InFlightRequest:
     def _untaken(self, request: FleetRequest, now: float) -> None:
         with self._lock:
             if self._attempts.state == "waiting" and self._attempts.request is request:
-                self._deliver(self._attempts.untaken(now))
-                self._moved()
+                self._carry_out(self._attempts.message_lost(now))
 
     def _listen_for_life(self, now: float) -> float:
         """Is the node that has it still there? Return when to listen again."""
@@ -282,11 +290,5 @@ class InFlightRequest:
         with self._lock:
             left = lost_after - self._services.inbox.silence(self._heard)
             if left <= 0 and self._attempts.state == "running":
-                self._deliver(self._attempts.lost(now))
-                self._moved()
+                self._carry_out(self._attempts.node_lost(now))
         return now + max(left, 0.1)
-
-
-def _without_body(request: FleetRequest) -> FleetRequest:
-    """An answer is kept for a while if its request had a key; what was asked, with its images, is not."""
-    return request.model_copy(update={"params": ChatParams.model_construct(messages=[]), "resume": None})

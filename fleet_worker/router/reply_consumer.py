@@ -17,8 +17,8 @@ from fleet_worker.broker.publisher import Publisher
 from fleet_worker.broker.reconnecting import ReconnectingThread
 from fleet_worker.broker.topology import listening_key, reply_queue
 from fleet_worker.errors import Cancelled, InvalidRequest, where
-from fleet_worker.protocol.base import PROTOCOL_VERSION
 from fleet_worker.protocol.reply import Frame, Reply
+from fleet_worker.protocol.wire import PROTOCOL_VERSION
 
 log = logging.getLogger(__name__)
 

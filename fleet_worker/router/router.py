@@ -25,12 +25,12 @@ from fleet_worker.broker.topology import (
     transport_of,
 )
 from fleet_worker.errors import Cancelled, Expired, InvalidRequest
-from fleet_worker.protocol.control import Notice
+from fleet_worker.protocol.control import ControlMessage
 from fleet_worker.protocol.reply import Accepted, Alive, ChatResponse, EmbedResponse, Frame
 from fleet_worker.protocol.request import FleetRequest, Operation, Priority
 from fleet_worker.registry.view import Registry
 from fleet_worker.router.admission import Admission
-from fleet_worker.router.attempts import OnInterrupt, OrphanedAttempt
+from fleet_worker.router.attempts import CancelOrphan, OnInterrupt
 from fleet_worker.router.call import Call, ChatStream
 from fleet_worker.router.cancel_publisher import CancelPublisher
 from fleet_worker.router.idempotency import IdempotencyCache
@@ -208,7 +208,7 @@ class Router:
         self._registry.check(request.model, request.operation, request.provider_instance, node)
         left = deadline - time.monotonic()
         flight = InFlightRequest(
-            request.submitted_to(services.inbox.name, left), node, services, on_interrupt=on_interrupt
+            request.addressed_to(services.inbox.name, left), node, services, on_interrupt=on_interrupt
         )
         services.backlog.admit(flight.lane)
         mailbox = flight.join(left)
@@ -279,7 +279,7 @@ class Router:
         flight = self._flights.get(frame.id)
         wanted = flight is not None and flight.receive(node, frame)
         if not wanted and self._services and isinstance(frame, Accepted | Alive):
-            self._services.notices.cancel(frame.id, OrphanedAttempt(node, frame.attempt))
+            self._services.notices.cancel(frame.id, CancelOrphan(node, frame.attempt))
 
     def _listening(self, name: str, channel: Any) -> None:
         """Every registry node answers at once, instead of when its next event is due. And if this is not the first
@@ -287,7 +287,7 @@ class Router:
         self._registry.asked()
         Producer(channel, ask_exchange()).publish({}, serializer="json", retry=False)
         if self._services and self._transport == "redis":
-            notice = Notice(missed=name).model_dump(mode="json", exclude_none=True)
+            notice = ControlMessage(missed=name).model_dump(mode="json", exclude_none=True)
             Producer(channel, cancel_exchange()).publish(notice, serializer="json", retry=False)
 
     def _ask_again(self) -> None:

@@ -18,7 +18,7 @@ from fleet_worker.broker.topology import cancel_exchange, reply_name
 from fleet_worker.host.child_process import child, python
 from fleet_worker.node import replay_buffer as recent
 from fleet_worker.node.reply_publisher import ReplyPublisher
-from fleet_worker.protocol.control import Notice
+from fleet_worker.protocol.control import ControlMessage
 from fleet_worker.protocol.reply import Delta
 from fleet_worker.router.reply_consumer import ReplyConsumer
 from fleet_worker.simulator import reply_tokens
@@ -146,7 +146,7 @@ def test_a_router_that_was_cut_off_asks_for_what_it_missed():
             notices.get_message(timeout=5)
             broker.drop_connections()
             heard = notices.get_message(timeout=10)
-        assert Notice.decode(base64.b64decode(json.loads(heard["data"])["body"])).missed == name
+        assert ControlMessage.decode(base64.b64decode(json.loads(heard["data"])["body"])).missed == name
 
 
 CLUMSY = """

@@ -34,7 +34,7 @@ class Lane:
     def send(self, *, patience=5.0, timeout=60):
         """Return the id of the request."""
         request, _ = self.router._request("chat", self.model, {"messages": HELLO}, timeout=timeout)
-        self.router._publish(request.submitted_to("llm.fleet.reply.test.1"), lane("chat", self.model), patience)
+        self.router._publish(request.addressed_to("llm.fleet.reply.test.1"), lane("chat", self.model), patience)
         return request.request_id
 
     def gives_up(self, seconds, **options):

@@ -89,7 +89,7 @@ def _answer_to(router, changes):
     """Send an envelope around the router's own checks, and return the last frame of its reply."""
     request, _ = router._request("chat", CHAT, {"messages": HELLO}, timeout=10)
     services = router._connected()
-    request = request.submitted_to(services.inbox.name)
+    request = request.addressed_to(services.inbox.name)
     envelope = request.encode() | changes
 
     class Tampered(FleetRequest):

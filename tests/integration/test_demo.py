@@ -185,7 +185,8 @@ def test_a_part_that_dies_ends_all_of_it_with_a_clear_message(part, name, folder
     assert_nothing_left(family, folder)
 
 
-def test_on_a_terminal_progress_is_shown_and_the_answer_stays_readable(folder):
+def test_on_a_terminal_progress_is_shown_and_the_answer_stays_readable(folder, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
     with started(SIMULATED, terminal=True) as (process, output):
         said = read(output)
         assert process.wait(WITHIN) == 0

@@ -10,7 +10,7 @@ import pytest
 
 from fleet_worker.errors import Cancelled, FleetError, InvalidRequest
 from fleet_worker.mlx import client as mlx
-from fleet_worker.mlx.cancellation import CancelToken
+from fleet_worker.mlx.timeouts import CancelToken
 from fleet_worker.simulator import FLAVOURS, Fault, reply_tokens
 from tests.brokers import free_port
 from tests.clients import HELLO, SOON, WHY, Client, answering, client_of, said, served, stopped, took_less_than
@@ -24,10 +24,10 @@ UVICORN = sorted(set(FLAVOURS) - {"mlx_lm"})
 
 def test_a_wait_is_cut_once_and_for_the_first_reason():
     stop, cuts = CancelToken(), []
-    with stop.cutting(lambda: cuts.append(threading.current_thread())):
+    with stop.on_cancel(lambda: cuts.append(threading.current_thread())):
         assert (stop.error, cuts) == (None, [])
-        stop.now(WHY)
-        stop.now(Cancelled("again"))
+        stop.cancel(WHY)
+        stop.cancel(Cancelled("again"))
     assert stop.error is WHY
     assert cuts == [threading.current_thread()]
 
@@ -36,27 +36,27 @@ def test_waits_within_a_wait_are_cut_together_and_the_outer_one_also_after_the_i
     cuts = []
     for at_once in (True, False):
         stop = CancelToken()
-        with stop.cutting(lambda: cuts.append("outer")):
-            with stop.cutting(lambda: cuts.append("inner")):
+        with stop.on_cancel(lambda: cuts.append("outer")):
+            with stop.on_cancel(lambda: cuts.append("inner")):
                 if at_once:
-                    stop.now(WHY)
-            stop.now(WHY)
+                    stop.cancel(WHY)
+            stop.cancel(WHY)
     assert cuts == ["outer", "inner", "outer"]
 
 
 def test_what_was_stopped_before_does_not_begin():
     stop = CancelToken()
-    stop.now(WHY)
-    with pytest.raises(Cancelled) as raised, stop.cutting(lambda: pytest.fail("nothing waits")):
+    stop.cancel(WHY)
+    with pytest.raises(Cancelled) as raised, stop.on_cancel(lambda: pytest.fail("nothing waits")):
         pytest.fail("it has begun")
     assert raised.value is WHY
 
 
 def test_what_has_ended_is_not_cut():
     stop = CancelToken()
-    with pytest.raises(ZeroDivisionError), stop.cutting(lambda: pytest.fail("it has ended")):
+    with pytest.raises(ZeroDivisionError), stop.on_cancel(lambda: pytest.fail("it has ended")):
         raise ZeroDivisionError
-    stop.now(WHY)
+    stop.cancel(WHY)
 
 
 # --- Before it is sent
@@ -65,7 +65,7 @@ def test_what_has_ended_is_not_cut():
 @pytest.mark.parametrize("ask", [*ASKING.values(), lambda client, stopper: client.vectors("a", stopper=stopper)])
 def test_a_request_that_was_stopped_before_is_not_sent(ask):
     stop = CancelToken()
-    stop.now(WHY)
+    stop.cancel(WHY)
     with served("vllm_batched") as (server, client), pytest.raises(Cancelled) as raised:
         ask(client, stopper=stop)
     assert raised.value is WHY
@@ -75,7 +75,7 @@ def test_a_request_that_was_stopped_before_is_not_sent(ask):
 def test_a_canary_can_be_stopped_too():
     with served("vllm_batched", ttft=30) as (server, client):
         deadline = time.monotonic() + 30
-        with stopped(lambda stopper: client.canary(client.offering, deadline=deadline, stop=stopper)):
+        with stopped(lambda stopper: client.canary(client.offering, deadline=deadline, cancel_token=stopper)):
             server.wait_for(lambda it: it.counters["running"] == 1)
         server.wait_for(lambda it: it.counters["disconnected"] == 1)
 
@@ -206,7 +206,7 @@ def test_a_stream_whose_reader_is_busy_elsewhere():
             arrived = iter(stream)
             got = next(arrived)
             server.wait_for(lambda it: it.counters["generated"] > 20)
-            stop.now(WHY)
+            stop.cancel(WHY)
             server.wait_for(lambda it: it.counters["disconnected"] == 1)
             with pytest.raises(Cancelled) as raised:
                 next(arrived)
@@ -232,7 +232,7 @@ def test_the_next_batch_is_not_sent(monkeypatch):
     stop, read = CancelToken(), mlx.vectors_of
 
     def read_and_stop(*arguments):
-        stop.now(WHY)
+        stop.cancel(WHY)
         return read(*arguments)
 
     monkeypatch.setattr(mlx, "vectors_of", read_and_stop)
@@ -259,7 +259,7 @@ def test_a_stop_changes_nothing_when_the_answer_is_whole(flavour):
         stop = CancelToken()
         with client.open(stopper=stop) as stream:
             whole = [delta.content for deltas in stream for delta in deltas]
-            stop.now(WHY)
+            stop.cancel(WHY)
             assert stream.answer().finish_reason == "stop"
         assert whole == reply_tokens(HELLO, 5)
         server.wait_for(lambda it: it.counters["finished"] == 1)
@@ -273,7 +273,7 @@ def test_an_answer_that_is_whole_is_not_waited_for():
         with client.open(stopper=stop) as stream:
             arrived = iter(stream)
             assert [delta.content for delta in next(arrived)] == ["Hi"]
-            stop.now(WHY)
+            stop.cancel(WHY)
             assert list(arrived) == []
             assert stream.answer().finish_reason == "stop"
 
@@ -284,7 +284,7 @@ def test_an_error_that_came_before_the_stop_stays():
         stop = CancelToken()
         with pytest.raises(InvalidRequest):
             client.ask(stopper=stop)
-        stop.now(WHY)
+        stop.cancel(WHY)
 
 
 def test_a_client_goes_on_after_a_stop():

@@ -16,7 +16,7 @@ from fleet_worker.errors import (
     ProviderError,
 )
 from fleet_worker.mlx.chunks import ChunkReader, usage_of
-from fleet_worker.mlx.reasoning import ThinkingSplitter
+from fleet_worker.mlx.reasoning import ReasoningSplitter
 from fleet_worker.protocol.reply import Delta, Usage, join
 
 
@@ -54,16 +54,16 @@ def test_reasoning_has_two_names(name):
 
 
 def test_reasoning_in_tags_joins_reasoning_in_a_field():
-    splitter = ThinkingSplitter()
+    splitter = ReasoningSplitter()
     assert read(event({"content": "<think>b</think>c", "reasoning": "a"}), splitter=splitter)[1] == [
         Delta(content="c", reasoning="ab")
     ]
 
 
 def test_text_that_waits_for_a_tag_comes_at_the_end():
-    _, deltas = read(event({"content": "a <th"}), event({"content": "e"}), splitter=ThinkingSplitter())
+    _, deltas = read(event({"content": "a <th"}), event({"content": "e"}), splitter=ReasoningSplitter())
     assert join(deltas)["content"] == "a <the"
-    _, deltas = read(event({"content": "a <th"}), splitter=ThinkingSplitter())
+    _, deltas = read(event({"content": "a <th"}), splitter=ReasoningSplitter())
     assert deltas == [Delta(content="a "), Delta(content="<th")]
 
 
@@ -217,7 +217,7 @@ def test_a_call_may_leave_out_everything():
         b"[" * 100_000,
     ],
 )
-@pytest.mark.parametrize("splitter", [None, ThinkingSplitter()])
+@pytest.mark.parametrize("splitter", [None, ReasoningSplitter()])
 def test_what_is_no_chunk_is_malformed_output(data, splitter):
     with pytest.raises(MalformedOutput) as raised:
         read(data, splitter=splitter)
@@ -240,7 +240,7 @@ deltas = st.fixed_dictionaries(
 def test_whatever_a_server_sends_is_read_or_refused_and_what_is_read_joins(said, finish, usage):
     """And nothing but our errors comes out."""
     try:
-        reader, read_deltas = read(*(event(delta, finish, usage=usage) for delta in said), splitter=ThinkingSplitter())
+        reader, read_deltas = read(*(event(delta, finish, usage=usage) for delta in said), splitter=ReasoningSplitter())
     except FleetError:
         return
     join(read_deltas)
@@ -288,7 +288,7 @@ def test_an_error_that_is_null_is_none():
 
 def test_a_chunk_counts_when_its_text_is_let_go():
     """So a reader who was interrupted has the text of as many chunks as it was told."""
-    reader = ChunkReader(ThinkingSplitter())
+    reader = ChunkReader(ReasoningSplitter())
     counts = []
     for text in ("a", "<", "thi", "s", " b<"):
         reader.read([event({"content": text})])

@@ -539,7 +539,7 @@ def test_nobody_listens():
 
 def test_connecting_ends_when_the_server_is_known_to_be_away():
     with closing(Client(f"http://127.0.0.1:{free_port()}", clocks={"connect": 30})) as client:
-        known = threading.Timer(0.2, client.away.set)
+        known = threading.Timer(0.2, client.unreachable.set)
         known.start()
         with took_less_than(5), pytest.raises(InstanceUnavailable):
             client.ask()

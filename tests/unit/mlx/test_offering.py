@@ -2,7 +2,7 @@ import pytest
 
 from fleet_worker.broker.topology import slug
 from fleet_worker.errors import ModelNotServed, UnsupportedCapability
-from fleet_worker.mlx.offering import advice_on_nothing, offering_for, offerings_of
+from fleet_worker.mlx.offering import no_offerings_advice, offering_for, offerings_of
 from fleet_worker.protocol.request import FleetRequest
 from fleet_worker.settings import Settings
 
@@ -153,7 +153,7 @@ NOTHING = {
 def test_whoever_offers_nothing_is_told_what_to_set(instance, words):
     configured = Settings(instances={"one": instance}).instances["one"]
     assert offerings_of(configured, {}, ()) == {}
-    advice = advice_on_nothing("instances.one", configured)
+    advice = no_offerings_advice("instances.one", configured)
     assert [word for word in words if word not in advice] == []
 
 

@@ -22,8 +22,7 @@ from fleet_worker.errors import (
 from fleet_worker.mlx.chat_templates import ChatTemplate, left_open
 from fleet_worker.mlx.error_mapping import error_for
 from fleet_worker.mlx.offering import offerings_of
-from fleet_worker.mlx.profiles import PROFILES, finish_reason, kind_of
-from fleet_worker.mlx.request_body import chat_body, continued_body
+from fleet_worker.mlx.profiles import PROFILES, chat_body, continued_body, finish_reason, kind_of
 from fleet_worker.protocol.openai import ChatParams
 from fleet_worker.settings import Instance, Model, Server
 

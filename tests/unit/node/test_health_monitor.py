@@ -30,7 +30,7 @@ class Server:
         self.canary_begins, self.canary_ends = threading.Event(), threading.Event()
         self.canary_ends.set()
         self.last_content = 0.0
-        self.away = threading.Event()
+        self.unreachable = threading.Event()
 
     def health(self, timeout):
         with self.asked:

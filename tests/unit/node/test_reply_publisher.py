@@ -9,7 +9,7 @@ from kombu import Connection
 
 from fleet_worker.broker.topology import reply_name
 from fleet_worker.errors import ReplyLost, RequestTimeout
-from fleet_worker.mlx.cancellation import CancelToken
+from fleet_worker.mlx.timeouts import CancelToken
 from fleet_worker.node.reply_publisher import ReplyPublisher
 from fleet_worker.protocol.reply import Accepted, Alive, ChatResponse, Delta, Deltas, Reply, Timings, Usage
 from fleet_worker.router.reply_consumer import ReplyConsumer
@@ -177,7 +177,7 @@ def test_a_task_that_waits_for_the_broker_can_be_stopped(narrow):
         until(lambda: narrow._count == 5)
         time.sleep(0.05)  # it waits now
         with took_less_than(SOON):
-            stop.now(WHY)
+            stop.cancel(WHY)
             assert working.exception(timeout=10) is WHY
     assert narrow.wait_until_idle(0)
 

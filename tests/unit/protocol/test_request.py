@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleet_worker.errors import FleetError, InvalidRequest, Overloaded
-from fleet_worker.protocol.control import Notice
+from fleet_worker.protocol.control import ControlMessage
 from fleet_worker.protocol.openai import ChatParams, EmbedParams
 from fleet_worker.protocol.reply import (
     Accepted,
@@ -626,7 +626,7 @@ def test_a_secret_in_too_large_a_request_is_not_repeated():
 def test_the_time_of_a_request_runs_from_its_submission():
     request = decode(envelope(timeout_seconds=30, expires_at=1.0))
     before = time.time()
-    submitted = request.submitted_to("llm.fleet.reply.other.0123456789ab.120")
+    submitted = request.addressed_to("llm.fleet.reply.other.0123456789ab.120")
     assert before + 30 <= submitted.expires_at <= time.time() + 30
     assert submitted.reply_to == "llm.fleet.reply.other.0123456789ab.120"
     assert submitted.model_copy(update={"reply_to": request.reply_to, "expires_at": 1.0}) == request
@@ -706,7 +706,7 @@ def test_what_a_newer_node_adds_to_a_reply_is_not_heard():
 
 
 def test_what_a_newer_router_adds_to_a_notice_is_not_heard():
-    assert Notice.decode(b'{"missed":"a","novelty":1}') == Notice(missed="a")
+    assert ControlMessage.decode(b'{"missed":"a","novelty":1}') == ControlMessage(missed="a")
 
 
 def with_novelties(said):
@@ -742,10 +742,10 @@ def test_what_is_no_reply_of_this_version_is_refused(body):
 
 
 def test_a_notice_travels_whole():
-    for said in (Notice(node="n@h", cancelled=[("a", 1), ("b", 2)]), Notice(cancelled=[("c", 3)])):
-        assert Notice.decode(said.encode()) == said
-    with pytest.raises(InvalidRequest, match="not a valid Notice"):
-        Notice.decode(b'{"cancelled": [1]}')
+    for said in (ControlMessage(node="n@h", cancelled=[("a", 1), ("b", 2)]), ControlMessage(cancelled=[("c", 3)])):
+        assert ControlMessage.decode(said.encode()) == said
+    with pytest.raises(InvalidRequest, match="not a valid ControlMessage"):
+        ControlMessage.decode(b'{"cancelled": [1]}')
 
 
 @pytest.mark.parametrize(

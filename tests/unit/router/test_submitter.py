@@ -19,7 +19,7 @@ LANE = "llm.fleet.chat.m"
 
 def request_of(**options):
     return (
-        Router(Settings())._request("chat", "m", {"messages": HELLO}, **options)[0].submitted_to("llm.fleet.reply.a.1")
+        Router(Settings())._request("chat", "m", {"messages": HELLO}, **options)[0].addressed_to("llm.fleet.reply.a.1")
     )
 
 

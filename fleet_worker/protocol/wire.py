@@ -15,19 +15,19 @@ PROTOCOL_VERSION: Final = 2
 MOST_LEVELS: Final = 100
 
 
-class Wire(BaseModel):
+class WireModel(BaseModel):
     """A message, or a part of one. It refuses what it does not know, and its errors do not quote what they refuse."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
 
 
-class Heard(Wire):
+class ExtensibleModel(WireModel):
     """What one program of ours tells another, which may be older: it does not hear the fields that are new to it."""
 
     model_config = ConfigDict(extra="ignore")
 
 
-class Body(Heard):
+class BrokerMessage(ExtensibleModel):
     """What fills the body of a broker message."""
 
     def encode(self) -> bytes:
@@ -88,7 +88,7 @@ def _why(fault: ErrorDetails) -> str:
 
 @functools.cache
 def _field_names() -> frozenset[str]:
-    models = [Wire]
+    models = [WireModel]
     for model in models:
         models += model.__subclasses__()
     return frozenset(name for model in models for name in model.model_fields)
