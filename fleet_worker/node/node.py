@@ -25,8 +25,9 @@ from fleet_worker.node.reply_publisher import ReplyPublisher
 from fleet_worker.node.router_presence import RouterPresence
 from fleet_worker.node.running_attempts import RunningAttempts
 from fleet_worker.node.server_discovery import Server
+from fleet_worker.protocol.status import InstanceStatus
 from fleet_worker.registry.counters import Counters
-from fleet_worker.registry.status_socket import NodeReport, Reporter, reported_model, socket_path
+from fleet_worker.registry.status_socket import NodeReport, StatusClient, model_status, socket_path
 from fleet_worker.settings import Settings
 from fleet_worker.version import VERSION
 
@@ -50,7 +51,7 @@ class Node:
     def __init__(self, app: Celery, settings: Settings, name: str, server: Server) -> None:
         transport = transport_of(settings.broker_url)
         self.name = name
-        self.instance, _, host = name.partition("@")
+        self.instance, _, self._host = name.partition("@")
         self.settings = settings
         self.server = server.kind
         self.mlx = server.client
@@ -75,7 +76,7 @@ class Node:
         self._monitor = HealthMonitor(
             self.mlx, self._readiness, self.models, self.running, settings.worker, self._update_lanes
         )
-        self._reporter = Reporter(socket_path(settings.state_dir, host), self._report)
+        self._status_client = StatusClient(socket_path(settings.state_dir, self._host), self._report)
         self._tokens_reported = (time.monotonic(), 0)
 
     @property
@@ -101,7 +102,7 @@ class Node:
         self._cancel_listener.start()
         self.presence.start()
         self._monitor.start()
-        self._reporter.start()
+        self._status_client.start()
 
     def reload(self, settings: Settings) -> bool:
         """Follow new settings of what is offered; return False if others changed, which need a new process.
@@ -153,7 +154,7 @@ class Node:
         self._cancel_listener.close()
         self.presence.close()
         self._monitor.close()
-        self._reporter.close()
+        self._status_client.close()
         self.publisher.close(timeout)
         self.mlx.close()
 
@@ -185,7 +186,7 @@ class Node:
                 self._lane_consumer.wait_until_settled(LANES_JOINED_WITHIN)
             if before != self.state or self._reported_lanes != self.lanes:
                 self._reported_lanes = self.lanes
-                self._reporter.tell()
+                self._status_client.send_now()
 
     def _log_lanes(self, left: Iterable[str], joined: Iterable[str]) -> None:
         for each in sorted(joined):
@@ -198,23 +199,28 @@ class Node:
 
     def _report(self) -> NodeReport:
         state, last, available = self.state, self.mlx.last_content, self.models.available
-        models = [reported_model(each, available=name in available) for name, each in self.models.by_name.items()]
         return NodeReport(
-            node=self.name,
-            instance=self.instance,
-            pid=os.getpid(),
-            version=VERSION,
-            server=self.server,
-            status=state.status,
-            reason=state.reason,
-            slots=self.slots,
-            running=len(self.running),
-            tokens_per_second=self._tokens_per_second(),
-            last_token_age=round(time.monotonic() - last, 3) if last else None,
+            instance=InstanceStatus(
+                host=self._host,
+                name=self.instance,
+                node=self.name,
+                status=state.status,
+                reason=state.reason,
+                server=self.server,
+                version=VERSION,
+                pid=os.getpid(),
+                slots=self.slots,
+                running=len(self.running),
+                tokens_per_second=self._tokens_per_second(),
+                last_token_age=round(time.monotonic() - last, 3) if last else None,
+                lanes=tuple(sorted(self.lanes)),
+            ),
+            models=tuple(
+                model_status(each, state.status if name in available else "unavailable")
+                for name, each in self.models.by_name.items()
+            ),
             reply_lag=self.publisher.take_lag(),
-            lanes=sorted(self.lanes),
-            models=models,
-            tally=self.counters.report(),
+            counters=self.counters.report(),
         )
 
     def _tokens_per_second(self) -> float:

@@ -13,7 +13,7 @@ from celery.concurrency import get_implementation
 from fleet_worker.broker.topology import lane_queue, transport_of
 from fleet_worker.errors import ConfigurationError, FleetError, where
 from fleet_worker.exit_codes import AGAIN, CONFIGURATION, INTERRUPTED, SOFTWARE, UNAVAILABLE
-from fleet_worker.host import parent_pipe
+from fleet_worker.host.parent_pipe import attach_to_parent
 from fleet_worker.node import node as inference_node
 from fleet_worker.node.lifecycle import Lifecycle, Reconnecting, Startup
 from fleet_worker.node.log_privacy import Consumer, Request, begin_log, protect_logs
@@ -65,7 +65,7 @@ class Worker(celery_worker.Worker):  # type: ignore[misc]
         startup = Startup(self.hostname, lambda new: _can_follow(new, self.settings, self.hostname))
         try:
             begin_log(self.app, self.hostname, options)
-            parent_pipe.bind(self.hostname, grace=self.settings.worker.killed_after)
+            attach_to_parent(self.hostname, grace=self.settings.worker.killed_after)
             _check_name_is_free(self.app, self.settings, self.hostname)
             node = _create_node(self.app, self.settings, self.hostname)
             Lifecycle(self, node, grace=self.settings.worker.drain_grace).begin(startup)
