@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from celery import Celery, signals
-from celery.worker import consumer, request
+from celery.worker import consumer
 from celery.worker.consumer.consumer import CONNECTION_ERROR, CONNECTION_RETRY
 from kombu import Message
 
@@ -26,21 +26,6 @@ _LOWEST_LEVELS = {
     "kombu": logging.INFO,
     "amqp": logging.INFO,
 }
-
-
-class Request(request.Request):  # type: ignore[misc]
-    """A task's message as Celery's worker holds it. Logs, events, `celery inspect` and Flower see no arguments of it.
-
-    Instead they see the lane, whatever the sender, which may be any Celery client, put into the message's headers.
-    """
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._argsrepr, self._kwargsrepr = self.delivery_info["routing_key"] or "-", ""
-
-    def info(self, safe: bool = False) -> dict[str, Any]:
-        """Return what the remote-control commands show: `active`, `reserved`, `scheduled` and `query_task`."""
-        return {**super().info(safe=True), "args": "-", "kwargs": "-"}
 
 
 class Consumer(consumer.Consumer):  # type: ignore[misc]
@@ -169,8 +154,8 @@ def _drop_cancel_warning(record: logging.LogRecord) -> bool:
     return "worker_cancel_long_running_tasks_on_connection_loss" not in record.getMessage()
 
 
-def _drop_beats(record: logging.LogRecord) -> bool:
-    """Drop the line for each task of a registry node's schedule, unless it failed."""
+def drop_beats(record: logging.LogRecord) -> bool:
+    """Drop the line for each task of a registry node's schedule, unless it failed. For the log "celery.app.trace"."""
     is_beat = str(getattr(record, "data", {}).get("name")).startswith("registry.publish_")
     return record.levelno > logging.INFO or not is_beat
 
@@ -184,7 +169,6 @@ _outage = OutageFilter()
 _FILTERS: dict[str, Callable[[logging.LogRecord], bool] | OutageFilter] = {
     "celery.worker.request": _explain_lost_ack,
     "py.warnings": _drop_cancel_warning,
-    "celery.app.trace": _drop_beats,
     "celery.worker.consumer.consumer": _outage,
     _CONNECTION: _outage,
 }

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import celery.worker.request as celery_request
 import celery.worker.strategy as celery_strategy
 from celery import Celery
 from celery.exceptions import InvalidTaskError
@@ -51,9 +52,7 @@ def register_tasks(app: Celery, node: Node) -> None:
     def chat(envelope: dict[str, Any]) -> None:
         with _accepted(node, envelope, "chat") as work:
             if work and isinstance(work.params, ChatParams):
-                answer = node.mlx.chat(
-                    work.params, work.offering, deadline=work.deadline, cancel_token=work.cancel_token
-                )
+                answer = node.mlx.chat(work.params, work.offering, **work.limits)
                 node.counters.generated(answer.usage.completion_tokens or 0)
                 work.respond(answer)
 
@@ -61,13 +60,8 @@ def register_tasks(app: Celery, node: Node) -> None:
     def stream_chat(envelope: dict[str, Any]) -> None:
         with _accepted(node, envelope, "stream_chat") as work:
             if work and isinstance(work.params, ChatParams):
-                with node.mlx.stream_chat(
-                    work.params,
-                    work.offering,
-                    deadline=work.deadline,
-                    cancel_token=work.cancel_token,
-                    resume=work.request.resume,
-                ) as stream:
+                resume = work.request.resume
+                with node.mlx.stream_chat(work.params, work.offering, resume=resume, **work.limits) as stream:
                     for deltas in stream:
                         node.counters.generated(len(deltas))
                         work.reply.put(deltas, stream.tokens)
@@ -77,9 +71,7 @@ def register_tasks(app: Celery, node: Node) -> None:
     def embed(envelope: dict[str, Any]) -> None:
         with _accepted(node, envelope, "embed") as work:
             if work and isinstance(work.params, EmbedParams):
-                vectors = node.mlx.embed(
-                    work.params.input, work.offering, deadline=work.deadline, cancel_token=work.cancel_token
-                )
+                vectors = node.mlx.embed(work.params.input, work.offering, **work.limits)
                 work.reply.end(
                     EmbedResponse,
                     **work.served_by(),
@@ -103,6 +95,21 @@ def careful_strategy(task: Any, app: Any, consumer: Any) -> Any:
     return start_if_valid
 
 
+class Request(celery_request.Request):  # type: ignore[misc]
+    """A task as Celery's worker holds it, whose arguments no log, event, `celery inspect` or Flower shows.
+
+    They show the lane instead, whatever the sender put into the headers: any Celery client may send tasks.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._argsrepr, self._kwargsrepr = self.delivery_info["routing_key"] or "-", ""
+
+    def info(self, safe: bool = False) -> dict[str, Any]:
+        """Return what the remote-control commands show: `active`, `reserved`, `scheduled` and `query_task`."""
+        return {**super().info(safe=True), "args": "-", "kwargs": "-"}
+
+
 @dataclass(frozen=True, slots=True)
 class _Work:
     """One accepted attempt. `started` and `deadline` are `time.monotonic()` seconds, `queue_wait` is seconds."""
@@ -119,6 +126,10 @@ class _Work:
     @property
     def params(self) -> ChatParams | EmbedParams:
         return self.request.params
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        return {"deadline": self.deadline, "cancel_token": self.cancel_token}
 
     def respond(self, answer: ChatAnswer) -> None:
         self.reply.end(

@@ -16,12 +16,12 @@ from fleet_worker.exit_codes import AGAIN, CONFIGURATION, INTERRUPTED, SOFTWARE,
 from fleet_worker.host.parent_pipe import attach_to_parent
 from fleet_worker.node import node as inference_node
 from fleet_worker.node.lifecycle import Lifecycle, Reconnecting, Startup
-from fleet_worker.node.log_privacy import Consumer, Request, begin_log, protect_logs
+from fleet_worker.node.log_privacy import Consumer, begin_log, drop_beats, protect_logs
 from fleet_worker.node.node import Node, lanes_of
 from fleet_worker.node.remote_control import answer_operators
 from fleet_worker.node.server_discovery import find_server
 from fleet_worker.node.task_events import BatchedEvents
-from fleet_worker.node.tasks import register_tasks
+from fleet_worker.node.tasks import Request, register_tasks
 from fleet_worker.registry import node as registry_node
 from fleet_worker.registry.node import RegistryNode
 from fleet_worker.settings import REGISTRY, Settings, as_host
@@ -145,6 +145,7 @@ def _create_node(app: Celery, settings: Settings, node_name: str) -> Node | Regi
     """Create the node, and set the worker up for it."""
     name, _, host = node_name.partition("@")
     if name == REGISTRY:
+        logging.getLogger("celery.app.trace").addFilter(drop_beats)
         return RegistryNode(app, settings, host)
     node = Node(app, settings, node_name, find_server(settings.instances[name], settings.worker.start_timeout))
     register_tasks(app, node)
