@@ -131,15 +131,14 @@ class HealthMonitor:
         started = time.monotonic()
         self._next_canary = started + self._settings.canary_interval if self._had_canary else started
         self._had_canary = True
+        failure = None
         try:
             self._mlx.canary(offering, deadline=started + CANARY_DEADLINE)
         except FleetError as error:
             log.warning("a canary failed: %s", error.message)
-            self._canary_worked = False
-            self._readiness.canary_ended(error)
-        else:
-            self._canary_worked = True
-            self._readiness.canary_ended(None)
+            failure = error
+        self._canary_worked = failure is None
+        self._readiness.canary_ended(failure)
 
     def _models_are_due(self) -> bool:
         return self._readiness.state.ready and time.monotonic() >= self._next_models

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import closing, suppress
 from dataclasses import dataclass
 
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential, wait_random
@@ -51,23 +52,14 @@ def find_server(instance: Instance, timeout: float) -> Server:
 
 def _ready_server(instance: Instance, urls: tuple[str, ...], timeout: float) -> tuple[str, Health]:
     for url in urls:
-        if health := _health(instance, url):
-            return url, health
+        with suppress(FleetError), closing(MLXClient(instance, url)) as client:
+            health = client.health()
+            if health.ready:
+                return url, health
     where = " or ".join(urls)
     raise InstanceUnavailable(
         f"no MLX server became ready at {where} within {timeout:g} s: start it, or correct base_url"
     )
-
-
-def _health(instance: Instance, url: str) -> Health | None:
-    client = MLXClient(instance, url)
-    try:
-        health = client.health()
-    except FleetError:
-        return None
-    finally:
-        client.close()
-    return health if health.ready else None
 
 
 def _models(client: MLXClient, instance: Instance) -> list[str]:
