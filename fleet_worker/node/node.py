@@ -23,8 +23,9 @@ from fleet_worker.node.readiness import Readiness, State
 from fleet_worker.node.reply_publisher import ReplyPublisher
 from fleet_worker.node.router_presence import RouterPresence
 from fleet_worker.node.running_attempts import RunningAttempts
+from fleet_worker.protocol.status import InstanceStatus
 from fleet_worker.registry.counters import Counters
-from fleet_worker.registry.status_socket import NodeReport, Reporter, reported_model, socket_path
+from fleet_worker.registry.status_socket import NodeReport, StatusClient, model_status, socket_path
 from fleet_worker.settings import Instance, Settings
 from fleet_worker.version import VERSION
 
@@ -91,7 +92,7 @@ class Node:
             models=self._models_reported,
             changed=self._follow,
         )
-        self._reporter = Reporter(socket_path(settings.state_dir, name.partition("@")[2]), self._report)
+        self._status_client = StatusClient(socket_path(settings.state_dir, name.partition("@")[2]), self._report)
         self.tally = Counters()
         self._tokens = (time.monotonic(), 0)
 
@@ -114,7 +115,7 @@ class Node:
         self._control.start()
         self.listeners.start()
         self._watch.start()
-        self._reporter.start()
+        self._status_client.start()
 
     def reload(self, settings: Settings) -> bool:
         """Follow new settings of what is offered; False if anything else of it changed, which takes a new process.
@@ -181,7 +182,7 @@ class Node:
         self._control.close()
         self.listeners.close()
         self._watch.close()
-        self._reporter.close()
+        self._status_client.close()
         self.sender.close(timeout)
         self.mlx.close()
 
@@ -254,7 +255,7 @@ class Node:
                 self._intake.settled(LANES_JOINED_WITHIN)
             if before != self.state or self._told_lanes != self.lanes:
                 self._told_lanes = self.lanes
-                self._reporter.tell()
+                self._status_client.send_now()
 
     def _tell(self, left: frozenset[str], joined: frozenset[str]) -> None:
         for each in sorted(joined):
@@ -268,21 +269,27 @@ class Node:
     def _report(self) -> NodeReport:
         last, state = self.mlx.last_content, self.state
         return NodeReport(
-            node=self.name,
-            instance=self.instance,
-            pid=os.getpid(),
-            version=VERSION,
-            server=self.server,
-            status=state.status,
-            reason=state.reason,
-            slots=self.slots,
-            running=self._at_work,
-            tokens_per_second=self._tokens_per_second(),
-            last_token_age=round(time.monotonic() - last, 3) if last else None,
+            instance=InstanceStatus(
+                host=self.name.partition("@")[2],
+                name=self.instance,
+                node=self.name,
+                status=state.status,
+                reason=state.reason,
+                server=self.server,
+                version=VERSION,
+                pid=os.getpid(),
+                slots=self.slots,
+                running=self._at_work,
+                tokens_per_second=self._tokens_per_second(),
+                last_token_age=round(time.monotonic() - last, 3) if last else None,
+                lanes=tuple(sorted(self.lanes)),
+            ),
+            models=tuple(
+                model_status(each, "unavailable" if name in state.missing else state.status)
+                for name, each in self.offerings.items()
+            ),
             reply_lag=self.sender.take_lag(),
-            lanes=sorted(self.lanes),
-            models=[reported_model(each, available=name not in state.missing) for name, each in self.offerings.items()],
-            tally=self.tally.report(),
+            counters=self.tally.report(),
         )
 
     def _tokens_per_second(self) -> float:

@@ -26,7 +26,7 @@ from fleet_worker.errors import (
     RequestTimeout,
     Unauthorized,
 )
-from fleet_worker.protocol.registry_event import Status
+from fleet_worker.protocol.status import Status
 
 GIVE_UP_AFTER = 10.0
 """Seconds without any sign of life after which a late server counts as dead."""

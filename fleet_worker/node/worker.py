@@ -13,7 +13,7 @@ from celery.concurrency import get_implementation
 from fleet_worker.broker.topology import lane_queue, transport_of
 from fleet_worker.errors import ConfigurationError, FleetError, where
 from fleet_worker.exit_codes import AGAIN, CONFIGURATION, INTERRUPTED, SOFTWARE, UNAVAILABLE
-from fleet_worker.host import parent_pipe as lifeline
+from fleet_worker.host.parent_pipe import attach_to_parent
 from fleet_worker.mlx.client import MLXClient
 from fleet_worker.mlx.offering import Offering, no_offerings_advice, offerings_of
 from fleet_worker.node.cancel_listener import CancelListener
@@ -65,7 +65,7 @@ class Worker(celery_worker.Worker):  # type: ignore[misc]
         startup = _startup(self.settings, self.hostname)
         try:
             begin_log(self.app, self.hostname, options)
-            lifeline.bind(self.hostname, grace=self.settings.worker.killed_after)
+            attach_to_parent(self.hostname, grace=self.settings.worker.killed_after)
             _begin(self.app, self.settings, self, startup)
         except ConfigurationError as error:
             _give_up(error.message, AGAIN if startup.reloads else CONFIGURATION)  # which may be right by now
