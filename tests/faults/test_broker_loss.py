@@ -130,7 +130,7 @@ def test_a_message_that_never_arrived_comes_again_and_nobody_notices(mlx):
         with router.stream_chat(model, asked, max_tokens=300, timeout=30) as stream:
             pieces = [next(stream).content for _ in range(20)]
             for _ in range(3):
-                assert thief.brpop([router._services.inbox.name], timeout=5)
+                assert thief.brpop([router._session.replies.name], timeout=5)
                 pieces += [next(stream).content for _ in range(20)]
             pieces += [delta.content for delta in stream]
         assert pieces == reply_tokens(asked, 300, tokens=100_000)
@@ -140,7 +140,7 @@ def test_a_message_that_never_arrived_comes_again_and_nobody_notices(mlx):
 
 def test_a_router_that_was_cut_off_asks_for_what_it_missed():
     with Valkey() as broker, Router(Settings(broker_url=broker.url)) as router:
-        name = router._connected().inbox.name
+        name = router._connected().replies.name
         with redis.Redis.from_url(broker.url) as client, client.pubsub() as notices:
             notices.psubscribe(f"*{cancel_exchange().name}*")
             notices.get_message(timeout=5)
