@@ -19,7 +19,7 @@ from fleet_worker.broker import connection as connections
 from fleet_worker.broker.app import create_app
 from fleet_worker.broker.connection import BROKER_ERRORS, connect, unavailable
 from fleet_worker.errors import InvalidRequest
-from fleet_worker.registry.view import ALL_WORDS
+from fleet_worker.registry.view import ALL_ANSWERS_WITHIN
 from fleet_worker.router.router import Router
 from fleet_worker.settings import REGISTRY, Settings
 
@@ -109,7 +109,7 @@ class Draining:
         """The nodes that registry nodes tell of."""
         with Router(self._settings) as router:
             registry = router.registry
-            time.sleep(ALL_WORDS)  # the host that answers last may be the one that is meant
+            time.sleep(ALL_ANSWERS_WITHIN)  # the host that answers last may be the one that is meant
             return {instance.node for instance in registry.instances()}
 
     def _ask(self, command: str, nodes: Sequence[str]) -> list[Drained]:

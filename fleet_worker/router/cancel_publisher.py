@@ -11,7 +11,7 @@ from kombu import Connection, Exchange
 from fleet_worker.broker.publisher import Publisher
 from fleet_worker.broker.topology import cancel_exchange
 from fleet_worker.protocol.control import ControlMessage
-from fleet_worker.router.attempts import OrphanedAttempt
+from fleet_worker.router.attempts import CancelOrphan
 from fleet_worker.router.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
@@ -33,12 +33,12 @@ class CancelPublisher:
         self._cancelled: dict[str | None, dict[str, int]] = {}
         self._missed: dict[str, str] = {}
 
-    def cancel(self, request_id: str, leftover: OrphanedAttempt) -> None:
+    def cancel(self, request_id: str, orphan: CancelOrphan) -> None:
         """Nobody wants this attempt, nor earlier ones."""
         with self._lock:
             self._soon()
-            requests = self._cancelled.setdefault(leftover.node, {})
-            requests[request_id] = max(leftover.attempt, requests.get(request_id, 0))
+            requests = self._cancelled.setdefault(orphan.node, {})
+            requests[request_id] = max(orphan.attempt, requests.get(request_id, 0))
 
     def missed(self, reply_to: str, node: str) -> None:
         """Something that this node sent into this reply queue never arrived."""
