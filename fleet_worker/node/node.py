@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from celery import Celery
+from celery.worker import state as celery_state
 
 from fleet_worker.broker.topology import direct_lane, lane, transport_of
 from fleet_worker.errors import FleetError, InstanceUnavailable, ModelNotServed
@@ -94,8 +95,8 @@ class Node:
 
     @property
     def held(self) -> int:
-        """The number of requests that it has taken and not finished."""
-        return self._lane_consumer.held
+        """The number of messages that were taken and are not done, whether or not their tasks have begun."""
+        return len(celery_state.reserved_requests)
 
     def start(self) -> None:
         log.info("%s found a %s server at %s", self.name, self.server, self.mlx.url)
