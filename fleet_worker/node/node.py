@@ -71,8 +71,8 @@ class Node:
         )
         self._lane_consumer = LaneConsumer(app, transport)
         self._reported_lanes: frozenset[str] = frozenset()
-        self._updating = threading.RLock()
-        """Held while the settings change or the lanes follow, so that the last update sees the newest facts."""
+        self._updating = threading.Lock()
+        """Held while the lanes follow, so that the last of two updates sees the newest facts."""
         self._readiness = Readiness(stall_after=settings.worker.stall_after)
         self._monitor = HealthMonitor(
             self.mlx, self._readiness, self.models, self.running, settings.worker, self._update_lanes
@@ -113,10 +113,9 @@ class Node:
         """
         if not can_follow(settings, self.settings, self.instance):
             return False
-        with self._updating:
-            self.models.follow_settings(settings)
-            self.settings = settings
-            self._update_lanes()
+        self.models.follow_settings(settings)
+        self.settings = settings
+        self._update_lanes()
         return True
 
     def drain(self, *, ending: bool = False) -> None:
