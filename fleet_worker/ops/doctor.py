@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from fleet_worker.broker.app import create_app
 from fleet_worker.config_file import config_path, nearest
 from fleet_worker.errors import ConfigurationError
-from fleet_worker.host.parent_pipe import LIFELINE, LOCK
+from fleet_worker.host.parent_pipe import NODE_LOCK, PARENT_PIPE
 from fleet_worker.ops.broker_checks import broker, clock, connected
 from fleet_worker.ops.findings import Finding, at_once
 from fleet_worker.ops.server_checks import WITHIN as INSTANCES_WITHIN
@@ -27,7 +27,7 @@ from fleet_worker.settings import Settings
 WITHIN = INSTANCES_WITHIN + 1
 """Seconds for everything."""
 OPEN_FILES = 1024
-READ_ELSEWHERE = {"FLEET_CONFIG", LIFELINE, LOCK, "FLEET_BROKER_PASSWORD", "FLEET_BROKER_ADDRESS"}
+READ_ELSEWHERE = {"FLEET_CONFIG", PARENT_PIPE, NODE_LOCK, "FLEET_BROKER_PASSWORD", "FLEET_BROKER_ADDRESS"}
 """FLEET_* variables that are no settings; docker/compose.yaml reads the last two."""
 SHOWN_NODES = 20
 

@@ -229,13 +229,13 @@ def test_one_request_of_many_is_stopped_and_no_other():
 
 
 def test_the_next_batch_is_not_sent(monkeypatch):
-    stop, read = CancelToken(), mlx.vectors_of
+    stop, read = CancelToken(), mlx.parse_vectors
 
     def read_and_stop(*arguments):
         stop.cancel(WHY)
         return read(*arguments)
 
-    monkeypatch.setattr(mlx, "vectors_of", read_and_stop)
+    monkeypatch.setattr(mlx, "parse_vectors", read_and_stop)
     with served("vllm_batched", client={"limits": {"embed_batch": 1}}) as (server, client):
         with pytest.raises(Cancelled) as raised:
             client.vectors("a", "b", "c", stopper=stop)

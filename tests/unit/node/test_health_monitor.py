@@ -1,4 +1,4 @@
-"""The watch over one MLX server: what it asks, how often, and what it makes of the answers."""
+"""What the health monitor asks of one MLX server, how often, and what it makes of the answers."""
 
 import threading
 import time
@@ -8,7 +8,7 @@ import pytest
 
 from fleet_worker.errors import ConnectionFailure, InstanceUnavailable, ProviderError, RequestTimeout
 from fleet_worker.mlx.client import Health
-from fleet_worker.node import health_monitor as watch_module
+from fleet_worker.node import health_monitor as module
 from fleet_worker.node.health_monitor import CANARY_DEADLINE, HealthMonitor
 from fleet_worker.node.readiness import Readiness
 from fleet_worker.settings import WorkerSettings
@@ -55,38 +55,48 @@ class Server:
         return ["m"]
 
 
+class Models:
+    """The models of such a node, as far as a monitor knows them."""
+
+    def __init__(self):
+        self.offering = OFFERING
+        self.lists = []
+        self.forgotten = 0
+
+    def for_canary(self):
+        return self.offering
+
+    def follow_server(self, reported):
+        self.lists.append(reported)
+
+    def forget_missing(self):
+        self.forgotten += 1
+
+
 class Watched:
-    """A watch over such a server, with a clock that the test turns."""
+    """A monitor of such a server, with a clock that the test turns."""
 
     def __init__(self, **settings):
         self.now = 1000.0
         self.server = Server()
         self.readiness = Readiness(stall_after=20.0, clock=lambda: self.now)
-        self.offering = OFFERING
-        self.since = None
-        self.lists = []
+        self.models, self.running = Models(), SimpleNamespace(busy_since=None)
         self.changes = []
         self.on_change = lambda: None
         self.settings = WorkerSettings(**{"probe_interval": 0.002, "stall_after": 20, **settings})
 
     def __enter__(self):
-        self.watch = HealthMonitor(
-            self.server,
-            self.readiness,
-            self.settings,
-            canary_for=lambda: self.offering,
-            working_since=lambda: self.since,
-            models=self.lists.append,
-            changed=self._changed,
+        self.monitor = HealthMonitor(
+            self.server, self.readiness, self.models, self.running, self.settings, self._changed
         )
-        self.watch.start()
+        self.monitor.start()
         return self
 
     def __exit__(self, *_):
-        self.watch.close()
+        self.monitor.close()
         self.server.canary_ends.set()
-        self.watch._thread.join(WITHIN)
-        assert not self.watch._thread.is_alive()
+        self.monitor._thread.join(WITHIN)
+        assert not self.monitor._thread.is_alive()
 
     def _changed(self):
         self.changes.append(self.status)
@@ -114,7 +124,7 @@ def watched(monkeypatch):
     """Time stands still unless the test says otherwise."""
     watched = Watched()
     clock = SimpleNamespace(monotonic=lambda: watched.now, sleep=lambda seconds: None)
-    monkeypatch.setattr(watch_module, "time", clock)
+    monkeypatch.setattr(module, "time", clock)
     return watched
 
 
@@ -179,19 +189,19 @@ def test_a_server_that_is_not_ready_is_sent_none(available):
 
 
 def test_a_server_that_works_for_somebody_is_sent_none(watched):
-    watched.since = watched.now
+    watched.running.busy_since = watched.now
     with watched:
         assert watched.looked().canaries == 0
-        watched.since = None
+        watched.running.busy_since = None
         assert watched.looked().canaries == 1
 
 
 def test_without_anything_to_ask_for_no_canary_is_spent(watched):
     watched.server.canary_fails = ProviderError("500")
-    watched.offering = None
+    watched.models.offering = None
     with watched:
         assert watched.looked().canaries == 0
-        watched.offering = OFFERING
+        watched.models.offering = OFFERING
         assert watched.looked().canaries == 2
 
 
@@ -248,7 +258,7 @@ def test_what_the_server_delivers_counts_as_proof(watched):
 
 
 def test_silence_in_the_middle_of_work_degrades(available):
-    available.since = available.now
+    available.running.busy_since = available.now
     assert available.looked(20).status == "available"
     assert available.looked(0.1).status == "degraded"
     available.server.last_content = available.now + 0.5
@@ -261,7 +271,7 @@ def test_silence_in_the_middle_of_work_degrades(available):
 def test_models_are_asked_for_rarely_and_only_of_a_server_that_works(available):
     assert available.looked(299).server.lists == 0
     assert available.looked(1).server.lists == 1
-    assert available.lists == [["m"]]
+    assert available.models.lists == [["m"]]
     assert available.looked(299).server.lists == 1
     available.server.ready = False
     assert available.looked(100).server.lists == 1
@@ -270,15 +280,13 @@ def test_models_are_asked_for_rarely_and_only_of_a_server_that_works(available):
 
 
 def test_a_server_that_came_back_may_have_other_models(available):
-    available.readiness.lacks("m")
     available.looked()
-    assert available.readiness.state.missing == {"m"}
     available.server.failing = DOWN
     available.looked()
-    assert available.readiness.state.missing == {"m"}
+    assert available.models.forgotten == 0
     available.server.failing = None
     available.looked()
-    assert available.readiness.state.missing == frozenset()
+    assert available.models.forgotten == 1
     assert available.server.lists == 1
     assert available.looked(10).server.lists == 1
 
@@ -286,7 +294,7 @@ def test_a_server_that_came_back_may_have_other_models(available):
 def test_a_list_that_cannot_be_read_changes_nothing(available, caplog):
     available.server.list_fails = ProviderError("500 for the list")
     assert available.looked(300).server.lists == 1
-    assert (available.lists, available.status) == ([], "available")
+    assert (available.models.lists, available.status) == ([], "available")
     assert "500 for the list" in caplog.text
 
 
@@ -294,7 +302,7 @@ def test_a_list_that_cannot_be_read_changes_nothing(available, caplog):
 
 
 @pytest.mark.parametrize("broken", ["changed", "health"])
-def test_what_goes_wrong_in_it_does_not_end_the_watch(available, caplog, broken):
+def test_what_goes_wrong_in_it_does_not_end_the_monitor(available, caplog, broken):
     if broken == "changed":
         available.on_change = lambda: int("a secret")
         available.looked()
@@ -306,18 +314,18 @@ def test_what_goes_wrong_in_it_does_not_end_the_watch(available, caplog, broken)
         assert available.looked().status == "unavailable"
         available.server.failing = None
     assert available.looked(100).status == "available"
-    assert "failed (ValueError), and goes on" in caplog.text
+    assert "failed (ValueError), the next one follows" in caplog.text
     assert "a secret" not in caplog.text
 
 
-def test_it_can_be_told_to_look_now(watched):
+def test_it_can_be_told_to_check_now(watched):
     watched.settings = WorkerSettings(probe_interval=60)
     with watched:
         with watched.server.asked:
             assert watched.server.asked.wait_for(lambda: watched.server.looks == 1, WITHIN)
         started = time.monotonic()
         for looks in range(2, 5):
-            watched.watch.look_now()
+            watched.monitor.check_now()
             with watched.server.asked:
                 assert watched.server.asked.wait_for(lambda looks=looks: watched.server.looks >= looks, WITHIN)
         assert time.monotonic() - started < 1
@@ -328,6 +336,6 @@ def test_its_end_does_not_wait_for_a_canary(watched):
     with watched:
         assert watched.server.canary_begins.wait(WITHIN)
         started = time.monotonic()
-        watched.watch.close()
+        watched.monitor.close()
         assert time.monotonic() - started < 1
     assert watched.server.looks == 1
