@@ -50,7 +50,7 @@ class OfferedModels:
             offerings = offerings_of(instance, settings.features, self._reported)
             if not offerings:
                 advice = no_offerings_advice(f"instances.{self._instance}", instance)
-                raise ConfigurationError(f"instance {self._instance} would have nothing to offer: {advice}")
+                raise ConfigurationError(f"instance {self._instance} has nothing to offer: {advice}")
             self._settings = settings
             self._missing -= offerings.keys()
             self._replace(offerings)

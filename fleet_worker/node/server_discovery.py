@@ -47,7 +47,12 @@ def find_server(instance: Instance, timeout: float) -> Server:
     url, health = attempts(_ready_server, instance, urls, timeout)
     kind = health.server if instance.server == "auto" else instance.server
     client = MLXClient(instance, url, server=kind)
-    return Server(client, kind, _models(client, instance))
+    try:
+        return Server(client, kind, client.models())
+    except FleetError:
+        if instance.models:  # the node can begin without the server's list
+            return Server(client, kind, [])
+        raise
 
 
 def _ready_server(instance: Instance, urls: tuple[str, ...], timeout: float) -> tuple[str, Health]:
@@ -60,12 +65,3 @@ def _ready_server(instance: Instance, urls: tuple[str, ...], timeout: float) -> 
     raise InstanceUnavailable(
         f"no MLX server became ready at {where} within {timeout:g} s: start it, or correct base_url"
     )
-
-
-def _models(client: MLXClient, instance: Instance) -> list[str]:
-    try:
-        return client.models()
-    except FleetError:
-        if instance.models:  # the node can begin without the list
-            return []
-        raise

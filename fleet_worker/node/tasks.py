@@ -51,17 +51,17 @@ def register_tasks(app: Celery, node: Node) -> None:
     @task
     def chat(envelope: dict[str, Any]) -> None:
         with _accepted(node, envelope, "chat") as work:
-            if work and isinstance(work.params, ChatParams):
-                answer = node.mlx.chat(work.params, work.offering, **work.limits)
+            if work and isinstance(work.request.params, ChatParams):
+                answer = node.mlx.chat(work.request.params, work.offering, **work.limits)
                 node.counters.generated(answer.usage.completion_tokens or 0)
                 work.respond(answer)
 
     @task
     def stream_chat(envelope: dict[str, Any]) -> None:
         with _accepted(node, envelope, "stream_chat") as work:
-            if work and isinstance(work.params, ChatParams):
-                resume = work.request.resume
-                with node.mlx.stream_chat(work.params, work.offering, resume=resume, **work.limits) as stream:
+            if work and isinstance(work.request.params, ChatParams):
+                options = {"resume": work.request.resume, **work.limits}
+                with node.mlx.stream_chat(work.request.params, work.offering, **options) as stream:
                     for deltas in stream:
                         node.counters.generated(len(deltas))
                         work.reply.put(deltas, stream.tokens)
@@ -70,8 +70,8 @@ def register_tasks(app: Celery, node: Node) -> None:
     @task
     def embed(envelope: dict[str, Any]) -> None:
         with _accepted(node, envelope, "embed") as work:
-            if work and isinstance(work.params, EmbedParams):
-                vectors = node.mlx.embed(work.params.input, work.offering, **work.limits)
+            if work and isinstance(work.request.params, EmbedParams):
+                vectors = node.mlx.embed(work.request.params.input, work.offering, **work.limits)
                 work.reply.end(
                     EmbedResponse,
                     **work.served_by(),
@@ -122,10 +122,6 @@ class _Work:
     queue_wait: float
     started: float
     deadline: float
-
-    @property
-    def params(self) -> ChatParams | EmbedParams:
-        return self.request.params
 
     @property
     def limits(self) -> dict[str, Any]:

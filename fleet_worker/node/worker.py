@@ -61,7 +61,6 @@ class Worker(celery_worker.Worker):  # type: ignore[misc]
             self.hostname = _node_name(self.settings, self.hostname)
         except ConfigurationError as error:
             refuse(error)
-        super().on_before_init(quiet, **options)
         startup = Startup(self.hostname, lambda new: _can_follow(new, self.settings, self.hostname))
         try:
             begin_log(self.app, self.hostname, options)
@@ -75,6 +74,7 @@ class Worker(celery_worker.Worker):  # type: ignore[misc]
             _give_up(error.message, UNAVAILABLE)
         except Exception as error:
             _give_up(f"the node cannot begin: {type(error).__name__} at {where(error)}", SOFTWARE)
+        super().on_before_init(quiet, **options)
 
     def prepare_args(self, **options: Any) -> dict[str, Any]:
         """Leave out gossip and mingle: each node would hear every other node of the fleet, and start a second later."""

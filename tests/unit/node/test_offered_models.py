@@ -54,7 +54,7 @@ def test_what_is_offered_follows_the_newest_configuration_and_the_newest_list(fi
 
 def test_settings_that_offer_nothing_are_refused_and_the_old_ones_stay():
     models = models_of("a", "b")
-    with pytest.raises(ConfigurationError, match="instance one would have nothing to offer"):
+    with pytest.raises(ConfigurationError, match="instance one has nothing to offer"):
         models.follow_settings(settings(model_whitelist=["z"]))
     models.follow_server(["a", "z"])
     assert set(models.by_name) == {"a", "z"}
