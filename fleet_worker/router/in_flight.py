@@ -171,7 +171,7 @@ class InFlightRequest:
                 case CancelOrphan():
                     self._session.cancels.cancel(self.request.request_id, effect)
                 case AskAgain(node):
-                    self._session.cancels.missed(self._session.replies.name, node)
+                    self._session.cancels.ask_again(self._session.replies.name, node)
 
     def _send(self, request: FleetRequest, patience: float) -> None:
         self._missing_since = None
@@ -243,7 +243,7 @@ class InFlightRequest:
         request, due = self._attempts.request, self._submitted + settings.accept_timeout
         if now < due:
             return due
-        waits = self._session.admission.waits(self.lane, request.priority, self._submitted, PATIENCE)
+        waits = self._session.admission.is_queued(self.lane, request.priority, self._submitted, PATIENCE)
         if waits and self._is_stranded(request):
             self._untaken(request, now)
         elif waits is not False:

@@ -11,7 +11,8 @@ import pytest
 from fleet_worker import FleetSaturated, Router, Settings
 from fleet_worker.broker.app import create_app
 from fleet_worker.broker.topology import lane, lane_queue, transport_of
-from fleet_worker.router.admission import FAR_EVERY, Admission
+from fleet_worker.router.admission import ASK_EVERY_FAR, Admission
+from fleet_worker.router.submitter import Submitter
 from fleet_worker.testing import SimulatedMLX, running_node
 from tests.clients import took_less_than, until
 from tests.flow.conftest import work
@@ -37,8 +38,9 @@ def node(broker, mlx):
 def backlog_of(broker):
     """What a router of its own would know of the lanes."""
     with ExitStack() as stack:
-        app = stack.enter_context(create_app(Settings(broker_url=broker.url)))
-        yield lambda most: stack.enter_context(closing(Admission(app, transport_of(broker.url), max_waiting=most)))
+        app, transport = stack.enter_context(create_app(Settings(broker_url=broker.url))), transport_of(broker.url)
+        submitter = stack.enter_context(closing(Submitter(app, transport)))
+        yield lambda most: Admission(submitter.producer, transport, max_waiting=most)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +140,7 @@ def test_what_other_routers_send_counts_too(unchecked, backlog_of):
     backlog, name = backlog_of(4), lane("chat", model)
     backlog.admit(name)
     fill(unchecked, model, 4)
-    time.sleep(FAR_EVERY)  # until it asks again
+    time.sleep(ASK_EVERY_FAR)  # until it asks again
     with pytest.raises(FleetSaturated):
         backlog.admit(name)
 

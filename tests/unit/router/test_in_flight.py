@@ -61,9 +61,11 @@ class Fleet:
             settings=RouterSettings.model_construct(**patient),
             scheduler=self.later,
             replies=self.clock,
-            admission=SimpleNamespace(waits=lambda *_: self.waits, accepted=lambda *what: self.accepted.append(what)),
+            admission=SimpleNamespace(
+                is_queued=lambda *_: self.waits, accepted=lambda *what: self.accepted.append(what)
+            ),
             cancels=SimpleNamespace(
-                missed=lambda *what: self.missed.append(what),
+                ask_again=lambda *what: self.missed.append(what),
                 cancel=lambda _, orphan: self.cancelled.append(orphan),
             ),
             submitter=SimpleNamespace(submit=self._submit),

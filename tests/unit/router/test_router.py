@@ -75,10 +75,10 @@ class Fleet:
             submit=lambda request, lane, patience: self.publish(request, lane), close=lambda: None
         )
         self.session.admission = SimpleNamespace(
-            admit=lambda lane: None, accepted=lambda *_: None, waits=lambda *_: True, close=lambda: None
+            admit=lambda lane: None, accepted=lambda *_: None, is_queued=lambda *_: True
         )
         self.session.cancels = SimpleNamespace(
-            missed=lambda *_: None, cancel=lambda *what: self.cancelled.append(what), close=lambda: None
+            ask_again=lambda *_: None, cancel=lambda *what: self.cancelled.append(what)
         )
         self.answers = []
         self.requests = []

@@ -58,7 +58,7 @@ def test_what_is_due_is_done_before_the_end_and_what_is_not_is_forgotten():
 
 def test_what_becomes_due_just_before_the_end_is_done(monkeypatch):
     agenda, done = Scheduler(), []
-    look = agenda._do_what_is_due
+    look = agenda._run_due
 
     def look_and_then_close():
         left = look()
@@ -67,7 +67,7 @@ def test_what_becomes_due_just_before_the_end_is_done(monkeypatch):
             agenda.close(timeout=0)
         return left
 
-    monkeypatch.setattr(agenda, "_do_what_is_due", look_and_then_close)
+    monkeypatch.setattr(agenda, "_run_due", look_and_then_close)
     agenda._run()
     assert done == ["just before"]
 
