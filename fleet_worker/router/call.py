@@ -1,5 +1,4 @@
-"""A request and its answer, as a thread or an asyncio task holds them: submitted on entering, read, left behind on
-leaving."""
+"""A request and its answer as one reader uses them: a thread or an asyncio task."""
 
 from __future__ import annotations
 
@@ -18,30 +17,30 @@ from fleet_worker.router.in_flight import InFlightRequest
 from fleet_worker.router.reply_buffer import ReplyBuffer
 
 THREAD_ENDS_WITHIN = 0.2
-"""Seconds after the deadline in which a thread that sends a request says itself why that was too late."""
+"""Seconds after the deadline within which the thread that sends a request reports itself why it is too late."""
 
 
 class Call:
-    """One reader of one flight. Who leaves it, or forgets it, before its end does not want the rest.
+    """One reader of one request. Entering it submits the request; leaving or forgetting it before its end cancels it.
 
-    `take_off` is given the monotonic time at which `timeout` seconds are over, counted from the entering; it returns
-    the flight, which may be under way already, and the mailbox that this reader has in it.
+    `start` is called once, with the deadline (time.monotonic() seconds): `timeout` seconds after the first entering. It
+    returns the request, which may be in flight already, and this reader's buffer.
     """
 
-    def __init__(self, take_off: Callable[[float], tuple[InFlightRequest, ReplyBuffer]], timeout: float) -> None:
-        self._take_off = take_off
+    def __init__(self, start: Callable[[float], tuple[InFlightRequest, ReplyBuffer]], timeout: float) -> None:
+        self._start = start
         self._timeout = timeout
         self._deadline: float | None = None
         self._entering = threading.Lock()
-        self._flight: InFlightRequest | None = None
-        self._mailbox: ReplyBuffer | None = None
+        self._request: InFlightRequest | None = None
+        self._buffer: ReplyBuffer | None = None
         self._error: FleetError | None = None
 
     def __enter__(self) -> Self:
         deadline = self._begin()
-        if self._mailbox is None:
+        if self._buffer is None:
             with self._entering:
-                if self._mailbox is None:
+                if self._buffer is None:
                     self._submit(deadline)
         return self
 
@@ -50,11 +49,11 @@ class Call:
 
     async def __aenter__(self) -> Self:
         left = self._begin() - time.monotonic()
-        if self._mailbox is None:
+        if self._buffer is None:
             try:
                 async with asyncio.timeout(left + THREAD_ENDS_WITHIN):
                     await asyncio.to_thread(self.__enter__)
-            except asyncio.CancelledError:  # but that thread goes on
+            except asyncio.CancelledError:  # the thread goes on until the request is sent
                 self.cancel()
                 raise
             except TimeoutError:
@@ -70,28 +69,29 @@ class Call:
         self.cancel()
 
     def cancel(self) -> None:
-        """Want nothing more, from any thread: reading it raises `Cancelled` from now on."""
+        """Cancel, from any thread: from now on reading it raises `Cancelled`."""
         self._error = self._error or Cancelled("the request was cancelled by its caller")
-        if self._flight and self._mailbox:
-            self._flight.leave(self._mailbox)
+        if self._request and self._buffer:
+            self._request.leave(self._buffer)
 
     def frame(self) -> Frame:
-        """Return the next frame of the answer; raises the error that ended it, every time."""
+        """Return the next frame of the answer; raises the error that ended it, on every call."""
         self._raise_again()
         try:
-            return self._content(self._box.get())
+            return self._checked(self._entered.get())
         except queue.Empty:
-            raise self._late() from None
+            raise self._timed_out() from None
         except KeyboardInterrupt:
             self.cancel()
             raise
 
     async def aframe(self) -> Frame:
+        """As `frame`, awaitable."""
         self._raise_again()
         try:
-            return self._content(await self._box.aget())
+            return self._checked(await self._entered.aget())
         except queue.Empty:
-            raise self._late() from None
+            raise self._timed_out() from None
         except asyncio.CancelledError:
             self.cancel()
             raise
@@ -104,12 +104,12 @@ class Call:
     def _submit(self, deadline: float) -> None:
         self._raise_again()
         try:
-            self._flight, self._mailbox = self._take_off(deadline)
+            self._request, self._buffer = self._start(deadline)
         except FleetError as error:
             self._error = self._error or error
             raise
-        forgotten = weakref.finalize(self, self._flight.leave, self._mailbox)
-        forgotten.atexit = False
+        when_forgotten = weakref.finalize(self, self._request.leave, self._buffer)
+        when_forgotten.atexit = False
         if self._error:  # cancelled meanwhile
             self.cancel()
 
@@ -120,33 +120,34 @@ class Call:
         return cast(ChatResponse | EmbedResponse, await self.aframe())
 
     @property
-    def _box(self) -> ReplyBuffer:
-        if self._mailbox is None:
+    def _entered(self) -> ReplyBuffer:
+        if self._buffer is None:
             raise RuntimeError("the request was not submitted: use it in a with block, or iterate it")
-        return self._mailbox
+        return self._buffer
 
     def _raise_again(self) -> None:
         if self._error:
             raise self._error
 
-    def _content(self, frame: Frame) -> Frame:
+    def _checked(self, frame: Frame) -> Frame:
         if self._error is None and isinstance(frame, Failure):
             self._error = frame.error()
         self._raise_again()
         return frame
 
-    def _late(self) -> FleetError:
-        if self._error is None and self._flight:
-            self._error = self._flight.late(self._timeout)
+    def _timed_out(self) -> FleetError:
+        if self._error is None and self._request:
+            self._error = self._request.timed_out(self._timeout)
         self.cancel()
         return cast(FleetError, self._error)
 
 
 class ChatStream:
-    """A streamed answer: iterate it for its deltas; then `response` is the whole, as `Router.chat` returns it.
+    """A streamed answer. Iterate it for its deltas; then `response` is the whole answer, as `Router.chat` returns it.
 
-    Works with `with` and `for`, and with `async with` and `async for`, for one reader. Nothing is sent before it is
-    entered or iterated. An error ends it; what arrived before was yielded.
+    For one reader: `with` and `for`, or `async with` and `async for`. The request is sent when the stream is entered or
+    first iterated. Leaving it before its end cancels the request. An error is raised after all deltas that arrived
+    before it.
     """
 
     def __init__(self, call: Call) -> None:
@@ -193,13 +194,13 @@ class ChatStream:
 
     @property
     def response(self) -> ChatResponse:
-        """The whole answer, once the stream has ended."""
+        """The whole answer; raises `RuntimeError` before the stream has ended."""
         if self._response is None:
             raise RuntimeError("the stream has not ended: iterate it to its end first")
         return self._response
 
     def cancel(self) -> None:
-        """Want nothing more, from any thread: the node stops, and reading this raises `Cancelled`."""
+        """Cancel, from any thread: the node stops, and reading the stream raises `Cancelled`."""
         self._call.cancel()
 
     def _take(self, frame: Frame) -> None:

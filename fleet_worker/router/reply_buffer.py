@@ -1,4 +1,4 @@
-"""The answer to a request on its way to one reader."""
+"""The frames of an answer that one reader has not read yet."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from fleet_worker.protocol.reply import Deltas, Frame
 
 
 class ReplyBuffer:
-    """Where the frames of an answer wait for their reader: a thread or an asyncio task."""
+    """A bounded queue. Any thread puts; its reader, a thread or an asyncio task, gets."""
 
     def __init__(self, *, deadline: float, max_buffered: int) -> None:
         self.deadline = deadline
         self._max_buffered = max_buffered
         self._buffered = 0
         self._frames: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
-        """None says that it is closed."""
+        """None: it was closed."""
         self._wake: Callable[[], object] | None = None
         self._arrived: asyncio.Event | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     def put(self, frame: Frame) -> bool:
-        """Append a frame, from any thread; False, and nothing is appended, if too many deltas wait already."""
+        """Append a frame. Return False instead if it has deltas and too many wait already."""
         if isinstance(frame, Deltas):
             if self._buffered >= self._max_buffered:
                 return False
@@ -39,7 +39,7 @@ class ReplyBuffer:
         return self._read(self._frames.get(timeout=max(0.0, self.deadline - time.monotonic())))
 
     async def aget(self) -> Frame:
-        """As `get`, for an asyncio task. One timer serves all waits: one for each would cost more than the frame."""
+        """As `get`, for an asyncio task. One timer serves all waits: one for each costs more than the frame."""
         if self._arrived is None:
             self._arrived, loop = asyncio.Event(), asyncio.get_running_loop()
             self._wake = functools.partial(loop.call_soon_threadsafe, self._arrived.set)
@@ -52,7 +52,7 @@ class ReplyBuffer:
         return self._read(self._frames.get_nowait())
 
     def close(self) -> None:
-        """Its reader has read the last frame, or left; a thread or a task that still waits for one waits no longer."""
+        """End it: whoever waits in `get` gets `queue.Empty`."""
         self._append(None)
         if self._timer:
             self._timer.cancel()

@@ -101,8 +101,7 @@ class Session:
         self._requests[request.request_id] = started
         if self._closed:  # it came too late to be cancelled with the others
             started.give_up(Cancelled("the router was closed"))
-        else:
-            started.submit()
+        started.submit()
         return started, buffer
 
     def ended(self, request_id: str) -> None:

@@ -96,7 +96,7 @@ def test_a_redelivered_attempt_is_not_answered_twice(sender, inbox):
 
 def test_a_request_in_progress_shows_life(sender, inbox):
     seen = queue.SimpleQueue()
-    inbox._take = lambda node, frame: seen.put(frame)
+    inbox._on_frame = lambda node, frame: seen.put(frame)
     with sender.answering("r", 1, inbox.name) as answer:
         answer.accept(instance="i", queue_wait=0.0)
         assert seen.get(timeout=5).kind == "accepted"

@@ -401,12 +401,14 @@ def test_its_deadline_is_noticed_also_if_it_comes_before_the_first_look_is_due()
 
 def test_who_is_told_that_it_is_too_late_is_told_the_attempts_too(fleet):
     flight = fleet.flight()
-    assert flight.late(60.0).metadata["attempts"] == [{"attempt": 1, "node": None, "error": "expired", "delivered": 0}]
+    assert flight.timed_out(60.0).metadata["attempts"] == [
+        {"attempt": 1, "node": None, "error": "expired", "delivered": 0}
+    ]
     flight.receive("a", failure(0, DOWN))
     fleet.later.now()
     flight.receive("b", accepted(2))
     flight.receive("b", deltas(1, "xyz", attempt=2))
-    assert [tuple(each.values()) for each in flight.late(60.0).metadata["attempts"]] == [
+    assert [tuple(each.values()) for each in flight.timed_out(60.0).metadata["attempts"]] == [
         (1, "a", "instance_unavailable", 0),
         (2, "b", "timeout", 3),
     ]
@@ -497,7 +499,7 @@ def test_an_answer_is_kept_for_its_time(fleet, monkeypatch):
     assert keyed.join(keyed_request()) is None
 
 
-@pytest.mark.parametrize(("bound", "most"), [("MOST_ANSWERS", 2), ("MOST_CHARACTERS", 5_000)])
+@pytest.mark.parametrize(("bound", "most"), [("MAX_ANSWERS", 2), ("MAX_CHARACTERS", 5_000)])
 def test_not_more_answers_than_allowed_are_kept_nor_more_characters_of_them(fleet, monkeypatch, bound, most):
     monkeypatch.setattr(f"fleet_worker.router.idempotency.{bound}", most)
     keyed = IdempotencyCache(ttl=60)
