@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Self, cast
 
 from fleet_worker.errors import Cancelled, Expired, FleetError
-from fleet_worker.protocol.reply import ChatResponse, Delta, Deltas, EmbedResponse, Failure, Frame, join
+from fleet_worker.protocol.reply import ChatResponse, Delta, Deltas, Failure, Frame, join
 from fleet_worker.router.in_flight import InFlightRequest
 from fleet_worker.router.reply_buffer import ReplyBuffer
 
@@ -112,12 +112,6 @@ class Call:
         when_forgotten.atexit = False
         if self._error:  # cancelled meanwhile
             self.cancel()
-
-    def result(self) -> ChatResponse | EmbedResponse:
-        return cast(ChatResponse | EmbedResponse, self.frame())
-
-    async def aresult(self) -> ChatResponse | EmbedResponse:
-        return cast(ChatResponse | EmbedResponse, await self.aframe())
 
     @property
     def _entered(self) -> ReplyBuffer:

@@ -8,12 +8,11 @@ import os
 import threading
 import time
 import uuid
-from functools import partial
 from typing import Any, Self, Unpack, cast, get_args
 
 from fleet_worker.broker.connection import unavailable
 from fleet_worker.broker.topology import is_node_name, reply_name
-from fleet_worker.errors import Cancelled, InvalidRequest
+from fleet_worker.errors import InvalidRequest
 from fleet_worker.protocol.reply import ChatResponse, EmbedResponse
 from fleet_worker.protocol.request import FleetRequest, Operation, Priority
 from fleet_worker.registry.view import Registry
@@ -72,7 +71,7 @@ class Router:
 
     def close(self) -> None:
         """Cancel all requests in flight and close all connections. A closed router stays closed."""
-        if self._is_of_another_process:  # the connections are those of that process
+        if self._is_of_another_process:  # these are its connections, and its threads
             return
         self._closed = True
         if opening := self._opening:
@@ -91,36 +90,26 @@ class Router:
     def chat(self, model: str, messages: list[dict[str, Any]], **options: Unpack[ChatOptions]) -> ChatResponse:
         """Return the whole answer."""
         with self._call("chat", model, {"messages": messages}, options) as call:
-            return cast(ChatResponse, call.result())
+            return cast(ChatResponse, call.frame())
 
     async def achat(self, model: str, messages: list[dict[str, Any]], **options: Unpack[ChatOptions]) -> ChatResponse:
         """As `chat`, awaitable."""
         async with self._call("chat", model, {"messages": messages}, options) as call:
-            return cast(ChatResponse, await call.aresult())
+            return cast(ChatResponse, await call.aframe())
 
     def stream_chat(self, model: str, messages: list[dict[str, Any]], **options: Unpack[ChatOptions]) -> ChatStream:
         """Return a stream to iterate with `for` or `async for`; the request is sent when that begins."""
         return ChatStream(self._call("stream_chat", model, {"messages": messages}, options))
 
-    def embed(
-        self,
-        model: str,
-        input: str | list[str],  # noqa: A002 - OpenAI's name
-        **options: Unpack[EmbedOptions],
-    ) -> EmbedResponse:
+    def embed(self, model: str, input: str | list[str], **options: Unpack[EmbedOptions]) -> EmbedResponse:
         """Return one vector per text, in the order of the texts."""
         with self._call("embed", model, {"input": input}, options) as call:
-            return cast(EmbedResponse, call.result())
+            return cast(EmbedResponse, call.frame())
 
-    async def aembed(
-        self,
-        model: str,
-        input: str | list[str],  # noqa: A002
-        **options: Unpack[EmbedOptions],
-    ) -> EmbedResponse:
+    async def aembed(self, model: str, input: str | list[str], **options: Unpack[EmbedOptions]) -> EmbedResponse:
         """As `embed`, awaitable."""
         async with self._call("embed", model, {"input": input}, options) as call:
-            return cast(EmbedResponse, await call.aresult())
+            return cast(EmbedResponse, await call.aframe())
 
     def _call(
         self, operation: Operation, model: str, body: dict[str, Any], options: ChatOptions | EmbedOptions
@@ -130,7 +119,11 @@ class Router:
         if on_interrupt not in get_args(OnInterrupt):
             raise InvalidRequest('on_interrupt is "resume" or "fail"')
         request, node = self._request(operation, model, body, **others)
-        return Call(partial(self._start, request, node, on_interrupt), request.timeout_seconds)
+
+        def start(deadline: float) -> tuple[InFlightRequest, ReplyBuffer]:
+            return self._connected(deadline).start(request, node, on_interrupt, deadline)
+
+        return Call(start, request.timeout_seconds)
 
     def _request(
         self,
@@ -180,11 +173,6 @@ class Router:
         request.check_size(self._settings.max_body_bytes)
         return request, node
 
-    def _start(
-        self, request: FleetRequest, node: str | None, on_interrupt: OnInterrupt, deadline: float
-    ) -> tuple[InFlightRequest, ReplyBuffer]:
-        return self._connected(deadline).start(request, node, on_interrupt, deadline)
-
     def _connected(self, deadline: float = math.inf) -> Session:
         """Return the session; open it first if this is the first request. Others that come meanwhile wait for that."""
         if self._is_of_another_process:
@@ -205,20 +193,16 @@ class Router:
 
     def _open(self, patience: float, *, waited: float) -> Session:
         session = self._opening = Session(self._settings, self._registry)
-        try:
-            if self._closed:
-                raise Cancelled("the router was closed")
-            session.open(patience, waited=waited)
-        except BaseException:
+        if self._closed:  # `close` may not have seen it
             session.close()
-            raise
+        try:
+            session.open(patience, waited=waited)
         finally:
             self._opening = None
         return session
 
     @property
     def _is_of_another_process(self) -> bool:
-        """Return whether it was connected before a fork: its threads do not run here, and its sockets are not ours."""
         return self._session is not None and self._session.process != os.getpid()
 
     def _ask(self) -> None:

@@ -63,7 +63,11 @@ class Session:
                 or it refuses, which is raised at once.
             Cancelled: the session was closed meanwhile.
         """
-        self.replies.start(timeout, waited=waited)
+        try:
+            self.replies.start(timeout, waited=waited)
+        except BaseException:
+            self.close()
+            raise
         self.scheduler.start()
         self._close_idle()
 
