@@ -11,16 +11,7 @@ from fleet_worker.broker.topology import direct_lane, lane
 from fleet_worker.errors import BrokerUnavailable, Cancelled, Expired, FleetError, ReplyOverflow, RequestTimeout
 from fleet_worker.protocol.reply import Accepted, Failure, Frame
 from fleet_worker.protocol.request import FleetRequest
-from fleet_worker.router.attempts import (
-    AskAgain,
-    Attempts,
-    CancelOrphan,
-    Deliver,
-    Effect,
-    End,
-    OnInterrupt,
-    RetryAfter,
-)
+from fleet_worker.router.attempts import AskAgain, Attempts, CancelOrphan, Deliver, Effect, End, OnInterrupt, RetryAfter
 from fleet_worker.router.reply_buffer import ReplyBuffer
 
 if TYPE_CHECKING:

@@ -56,13 +56,7 @@ class Session:
         self._closed = False
 
     def open(self, timeout: float, *, waited: float = 0.0) -> None:
-        """Consume the reply queue.
-
-        Raises:
-            BrokerUnavailable: the broker did not answer within `timeout` seconds, of which `waited` are over already;
-                or it refuses, which is raised at once.
-            Cancelled: the session was closed meanwhile.
-        """
+        """Consume the reply queue, from now on; raises what `ReplyConsumer.start` raises."""
         try:
             self.replies.start(timeout, waited=waited)
         except BaseException:
