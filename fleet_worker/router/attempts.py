@@ -19,11 +19,10 @@ node is asked to send it again; the attempt fails if it does not come within `GA
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
-
-from tenacity import RetryCallState, wait_exponential, wait_random
 
 from fleet_worker.errors import FleetError, NodeLost, PoisonSuspected, ReplyLost, StreamInterrupted
 from fleet_worker.protocol.openai import ChatParams
@@ -48,7 +47,6 @@ MAX_DEATHS = 2
 """If so many instances died while they had a request, the request is taken for the cause."""
 GAP_CLOSES_WITHIN = 1.5
 """Seconds to wait for a missing frame after a later one has arrived."""
-_BACK_OFF = wait_exponential(multiplier=0.1, max=5.0) + wait_random(max=0.1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,7 +275,9 @@ class Attempts:
 
 def _pause_before(attempt: int, error: FleetError) -> float:
     """Return the seconds to wait: exponential with jitter, or as long as a busy server asks for."""
-    state = RetryCallState(None, None, (), {})  # type: ignore[arg-type]
-    state.attempt_number = attempt - 1
     asked = error.metadata.get("retry_after")
-    return max(float(_BACK_OFF(state)), float(asked) if isinstance(asked, int | float) else 0.0)
+    return max(_back_off(attempt), float(asked) if isinstance(asked, int | float) else 0.0)
+
+
+def _back_off(attempt: int) -> float:
+    return min(0.1 * 2 ** (attempt - 2), 5.0) + random.uniform(0.0, 0.1)  # noqa: S311 - not a secret

@@ -112,7 +112,7 @@ class Fleet:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(attempts_module, "_BACK_OFF", lambda state: 0.01)
+    monkeypatch.setattr(attempts_module, "_back_off", lambda attempt: 0.01)
 
 
 @pytest.fixture
@@ -320,7 +320,7 @@ def test_there_are_no_more_attempts_than_configured(ask, most):
 
 
 def test_there_is_no_attempt_for_which_no_time_is_left(fleet, ask, monkeypatch):
-    monkeypatch.setattr(attempts_module, "_BACK_OFF", lambda state: 30.0)
+    monkeypatch.setattr(attempts_module, "_back_off", lambda attempt: 30.0)
     fleet.answers = [[DOWN]]
     with took_less_than(2), pytest.raises(InstanceUnavailable):
         ask(fleet, timeout=10)
