@@ -280,4 +280,4 @@ def _pause_before(attempt: int, error: FleetError) -> float:
 
 
 def _back_off(attempt: int) -> float:
-    return min(0.1 * 2 ** (attempt - 2), 5.0) + random.uniform(0.0, 0.1)  # noqa: S311 - not a secret
+    return min(0.1 * 2.0 ** (attempt - 2), 5.0) + random.uniform(0.0, 0.1)  # noqa: S311 - not a secret
