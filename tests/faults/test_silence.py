@@ -87,7 +87,7 @@ def a_stream(node_url, router_url):
     sender = ReplyPublisher(app_of(node_url).connection_for_write, "n@h", max_pending=10_000)
 
     def work():
-        with sender.answering("r", 1, inbox.name) as answer:
+        with sender.reply("r", 1, inbox.name) as answer:
             answer.accept(instance="i", queue_wait=0.0)
             while not ends.wait(0.01):
                 answer.put([Delta(content="x")], 1)

@@ -10,7 +10,8 @@ from celery import Celery
 from celery.worker import request as celery_request
 from celery.worker.control import Panel
 
-from fleet_worker.node import log_privacy
+from fleet_worker.node.log_privacy import Consumer
+from fleet_worker.node.tasks import Request
 from fleet_worker.node.worker import serve_with
 from fleet_worker.settings import Settings
 
@@ -47,8 +48,8 @@ def test_every_task_of_ours_even_one_of_celery_itself_hides_its_arguments(app):
         """Never runs."""
 
     app.finalize()
-    assert {task.Request for task in app.tasks.values()} == {log_privacy.Request}
-    assert app.conf.worker_consumer is log_privacy.Consumer
+    assert {task.Request for task in app.tasks.values()} == {Request}
+    assert app.conf.worker_consumer is Consumer
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import contextlib
 import queue
 import time
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +11,7 @@ from fleet_worker.errors import BrokerUnavailable, Cancelled, InvalidRequest, Re
 from fleet_worker.protocol.reply import Alive, Deltas
 from fleet_worker.router.attempts import CancelOrphan
 from fleet_worker.router.idempotency import IdempotencyCache
-from fleet_worker.router.in_flight import InFlightRequest, Services
+from fleet_worker.router.in_flight import InFlightRequest
 from fleet_worker.settings import RouterSettings
 from tests.unit.router.test_attempts import DOWN, accepted, deltas, failure, head, request, response
 
@@ -58,24 +57,24 @@ class Fleet:
         self.first = self.target = None
         self.ready = True
         self.refusal = None
-        self.services = Services(
+        self.session = SimpleNamespace(
             settings=RouterSettings.model_construct(**patient),
-            agenda=self.later,
-            inbox=self.clock,
-            backlog=SimpleNamespace(waits=lambda *_: self.waits, accepted=lambda *what: self.accepted.append(what)),
-            notices=SimpleNamespace(
+            scheduler=self.later,
+            replies=self.clock,
+            admission=SimpleNamespace(waits=lambda *_: self.waits, accepted=lambda *what: self.accepted.append(what)),
+            cancels=SimpleNamespace(
                 missed=lambda *what: self.missed.append(what),
                 cancel=lambda _, orphan: self.cancelled.append(orphan),
             ),
-            publish=self._publish,
-            routes=SimpleNamespace(
+            submitter=SimpleNamespace(submit=self._submit),
+            nodes=SimpleNamespace(
                 node_for=lambda request, *failed: self.target if failed else self.first,
                 waits_in_vain=lambda *_: not self.ready,
             ),
             ended=self.ended.append,
         )
 
-    def _publish(self, request, lane, patience):
+    def _submit(self, request, lane, patience):
         if self.refusal:
             raise self.refusal
         _, _, node = lane.partition(".node.")
@@ -83,7 +82,7 @@ class Fleet:
 
     def flight(self, node=None, **options):
         asked = options.pop("asked", None) or request()
-        flight = InFlightRequest(asked.addressed_to(asked.reply_to), node, self.services, **options)
+        flight = InFlightRequest(asked.addressed_to(asked.reply_to), node, self.session, **options)
         self.reader = flight.join(0.0)
         flight.submit()
         return flight
@@ -268,12 +267,14 @@ def test_a_further_attempt_that_the_broker_refuses_ends_it(fleet):
 
 
 def test_what_was_answered_although_the_broker_never_said_that_it_has_it_is_answered(fleet):
-    def publish(*_):
+    def submit(*_, **__):
         flight.receive("a", accepted())
         flight.receive("a", response(1))
         raise BrokerUnavailable("it fell silent", retryable=True)
 
-    flight = InFlightRequest(request().addressed_to("r"), None, replace(fleet.services, publish=publish))
+    fleet.session.submitter.submit = submit
+
+    flight = InFlightRequest(request().addressed_to("r"), None, fleet.session)
     mailbox = flight.join(5.0)
     flight.submit()
     assert [frame.kind for frame in fleet.read(mailbox)] == ["response"]
