@@ -223,7 +223,7 @@ class Registry:
             for key, of_model in self._models.get(name, {}).items():
                 instance = self._instances.get(key)
                 if instance and min(instance.expires_at, of_model.expires_at) > now:
-                    ready = instance.ready and of_model.ready
+                    ready = instance.status == of_model.status == "available"
                     yield Offered(name, of_model.capabilities, of_model.features, of_model.limits, ready, instance)
 
     def _is_offered(self, model: str, capability: str, instance: str, node: str | None = None) -> bool:

@@ -25,10 +25,9 @@ class Fleet:
     def find(self, names):
         return names
 
-    def drain(self, nodes):
+    def ask(self, command, nodes):
+        self.command = command
         return [self.at_once]
-
-    undrain = drain
 
     def wait(self, said, seconds):
         self.seconds = seconds

@@ -359,7 +359,7 @@ def test_a_model_is_reported_with_what_it_can_do():
     assert talker.limits == {"context_window": 4096, "max_output_tokens": 100}
     assert "tools" in talker.features
     assert "vision" not in talker.features
-    assert (talker.capabilities, talker.ready) == (("chat", "stream_chat"), True)
+    assert (talker.capabilities, talker.status) == (("chat", "stream_chat"), "available")
     embedder = model_status(offerings["embedder"], "unavailable")
     assert embedder == ModelStatus(
         model="embedder",
