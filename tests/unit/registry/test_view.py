@@ -68,7 +68,7 @@ def about_model(model="m", *, instance="local", status="available", capabilities
 
 
 def say(registry, *events, host="mini", interval=15.0):
-    registry.hear(Announcement(v=1, host=host, interval=interval, events=list(events)))
+    registry.apply(Announcement(v=1, host=host, interval=interval, events=list(events)))
 
 
 def offered(registry, *args, **filters):
