@@ -183,7 +183,9 @@ def _gauges(live: list[NodeReport]) -> Iterator[Metric]:
 
 def _counts(live: list[NodeReport]) -> Iterator[Metric]:
     tokens = CounterMetricFamily("fleet_tokens", "Generated tokens.", labels=["node"])
-    requests = CounterMetricFamily("fleet_requests", "Answered requests.", labels=["node", "operation"])
+    requests = CounterMetricFamily(
+        "fleet_requests", "Requests answered without an error.", labels=["node", "operation"]
+    )
     errors = CounterMetricFamily("fleet_errors", "Failed requests.", labels=["node", "code"])
     for report in live:
         node, counters = report.instance.node, report.counters
