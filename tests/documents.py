@@ -144,7 +144,7 @@ def _allowed(field: FieldInfo) -> str:
         return "`true`, `false`"
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
     bounds = [
-        f"{sign} {getattr(each, name)}"
+        f"{sign}\N{NO-BREAK SPACE}{getattr(each, name)}"
         for each in field.metadata
         for name, sign in signs.items()
         if hasattr(each, name)

@@ -190,6 +190,12 @@ def test_the_architecture_shows_the_streets_of_the_import_contract():
     assert streets.splitlines() == contract
 
 
+def test_the_architecture_shows_every_room():
+    rooms = {path.parent.name + "/" for path in (ROOT / "fleet_worker").glob("*/__init__.py")}
+    rows = documents.table(text_of("fleet_worker/README.md"), "Rooms and streets")
+    assert {re.match(r"\[(.*)\]\(", row[0])[1] for row in rows} == rooms
+
+
 def codes(cell):
     return re.findall(r"`([^`]+)`", cell)
 
