@@ -9,11 +9,10 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 from celery import Celery
 from celery.utils.threads import bound_open_broker_sockets
-from kombu import Exchange, Producer
+from kombu import Connection, Exchange, Producer
 from kombu.exceptions import LimitExceeded
 from tenacity import Retrying, retry_if_exception, stop_before_delay, wait_exponential, wait_random
 
@@ -40,7 +39,7 @@ class Submitter:
         self._transport = transport
         self._closed = False
         self._slots = threading.Semaphore(MAX_CONNECTIONS)
-        self._idle: deque[tuple[float, Producer]] = deque()
+        self._idle: deque[tuple[float, Connection]] = deque()
         """Since when each is idle; the last one is used first."""
         self._lock = threading.Lock()
 
@@ -91,20 +90,19 @@ class Submitter:
         if not self._slots.acquire(timeout=timeout):
             raise LimitExceeded(MAX_CONNECTIONS)
         try:
-            producer = self._take()
+            connection = self._take()
             try:
-                connect(producer.connection, min(silence, _left(deadline)))
-                yield producer
+                yield Producer(connect(connection, min(silence, _left(deadline))))
             except BaseException:
-                producer.connection.collect()  # without a farewell, for which it would wait
+                connection.collect()  # without a farewell, for which it would wait
                 raise
-            self._put_back(producer)
+            self._put_back(connection)
         finally:
             self._slots.release()
 
     def close_idle(self) -> None:
         """Close the connections that were not used for `IDLE_AFTER` seconds."""
-        while connection := self._idle_before(time.monotonic() - IDLE_AFTER):
+        while connection := self._idle_since(time.monotonic() - IDLE_AFTER):
             with contextlib.suppress(Exception):
                 bound_open_broker_sockets(connection, FAREWELL)
                 connection.close()
@@ -112,28 +110,28 @@ class Submitter:
     def close(self) -> None:
         """Close all connections; those on which something is being sent, when that has ended."""
         self._closed = True
-        while connection := self._idle_before(math.inf):
+        while connection := self._idle_since(math.inf):
             connection.collect()
 
-    def _take(self) -> Producer:
+    def _take(self) -> Connection:
         with self._lock:
             if self._closed:
                 raise Cancelled("the router was closed")
             if self._idle:
                 return self._idle.pop()[1]
-        return Producer(self._app.connection_for_write())
+        return self._app.connection_for_write()
 
-    def _put_back(self, producer: Producer) -> None:
+    def _put_back(self, connection: Connection) -> None:
         with self._lock:
             if not self._closed:
-                self._idle.append((time.monotonic(), producer))
+                self._idle.append((time.monotonic(), connection))
                 return
-        producer.connection.collect()
+        connection.collect()
 
-    def _idle_before(self, moment: float) -> Any:
-        """Take out the connection that has been idle for longest, if it was idle then; return None otherwise."""
+    def _idle_since(self, before: float) -> Connection | None:
+        """Take out the connection that has been idle for longest; None if that is not since `before`."""
         with self._lock:
-            return self._idle.popleft()[1].connection if self._idle and self._idle[0][0] <= moment else None
+            return self._idle.popleft()[1] if self._idle and self._idle[0][0] <= before else None
 
     def _send(self, request: FleetRequest, lane: str, *, deadline: float, silence: float) -> None:
         """Send it once; give up if the broker does not answer within `silence` seconds.

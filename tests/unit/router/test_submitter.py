@@ -111,9 +111,9 @@ def test_a_connection_on_which_something_failed_is_not_used_again():
         with pytest.raises(ZeroDivisionError), submitter.producer(5.0) as first:
             _ = 1 / 0
         with submitter.producer(5.0) as second:
-            assert second is not first
+            assert second.connection is not first.connection
         with submitter.producer(5.0) as third:
-            assert third is second
+            assert third.connection is second.connection
 
 
 def test_no_more_connections_are_lent_than_there_are():
