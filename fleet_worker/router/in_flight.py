@@ -12,7 +12,7 @@ from fleet_worker.errors import BrokerUnavailable, Cancelled, Expired, FleetErro
 from fleet_worker.protocol.reply import Accepted, Failure, Frame
 from fleet_worker.protocol.request import FleetRequest
 from fleet_worker.router.attempts import AskAgain, Attempts, CancelOrphan, Deliver, Effect, End, OnInterrupt, RetryAfter
-from fleet_worker.router.reply_buffer import ReplyBuffer
+from fleet_worker.router.call import ReplyBuffer
 
 if TYPE_CHECKING:
     from fleet_worker.router.session import Session

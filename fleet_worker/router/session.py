@@ -18,11 +18,11 @@ from fleet_worker.protocol.request import FleetRequest
 from fleet_worker.registry.view import Registry
 from fleet_worker.router.admission import Admission
 from fleet_worker.router.attempts import CancelOrphan, OnInterrupt
+from fleet_worker.router.call import ReplyBuffer
 from fleet_worker.router.cancel_publisher import CancelPublisher
 from fleet_worker.router.idempotency import IdempotencyCache
 from fleet_worker.router.in_flight import InFlightRequest
 from fleet_worker.router.node_selection import NodeSelection
-from fleet_worker.router.reply_buffer import ReplyBuffer
 from fleet_worker.router.reply_consumer import ReplyConsumer
 from fleet_worker.router.scheduler import Scheduler
 from fleet_worker.router.submitter import IDLE_AFTER, Submitter, publish
