@@ -188,16 +188,11 @@ class Attempts:
         return [*effects, self._end(self._failure(error))]
 
     def pack(self) -> int:
-        """Merge what was delivered into one frame; return about how many characters the whole answer has."""
+        """Merge what was delivered into one frame; return how many characters of JSON the whole answer has."""
         if len(self.delivered) > 1:
             whole = Delta.model_validate(join(self._deltas()))
             self.delivered = [self.delivered[-1].model_copy(update={"deltas": [whole]})]
-        if isinstance(self.last, EmbedResponse):
-            return sum(map(len, self.last.data))
-        pieces: list[Delta | ChatResponse] = list(self._deltas())
-        if isinstance(self.last, ChatResponse):
-            pieces.append(self.last)
-        return sum(len(f"{each.content}{each.reasoning}{each.tool_calls}") for each in pieces)
+        return sum(len(frame.model_dump_json()) for frame in (*self.delivered, self.last) if frame)
 
     def report(self, code: str | None = None) -> list[dict[str, Any]]:
         """Return all attempts, for the metadata of an error; with a code also the present one, as ended by that."""

@@ -72,7 +72,7 @@ class InFlightRequest:
         return last is not None and last.kind != "error"
 
     def pack(self) -> int:
-        """Keep the whole answer as one frame; return about how many characters it has."""
+        """Keep the whole answer as one frame; return how many characters of JSON it has."""
         with self._lock:
             return self._attempts.pack()
 

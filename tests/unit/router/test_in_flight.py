@@ -499,7 +499,7 @@ def test_an_answer_is_kept_for_its_time(fleet, monkeypatch):
     assert cache.join(request_with_key()) is None
 
 
-@pytest.mark.parametrize(("bound", "most"), [("MAX_ANSWERS", 2), ("MAX_CHARACTERS", 5_000)])
+@pytest.mark.parametrize(("bound", "most"), [("MAX_ANSWERS", 2), ("MAX_CHARACTERS", 6_000)])
 def test_not_more_answers_than_allowed_are_kept_nor_more_characters_of_them(fleet, monkeypatch, bound, most):
     monkeypatch.setattr(f"fleet_worker.router.idempotency.{bound}", most)
     cache = IdempotencyCache(ttl=60)
