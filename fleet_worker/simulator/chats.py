@@ -20,7 +20,8 @@ from fleet_worker.simulator.replies import ENDINGS, INTERRUPTIONS, Fault, Reply
 from fleet_worker.simulator.texts import reply_tokens
 
 PREFILL_STEP = 2048  # tokens between two keepalive comments of mlx_lm.server 0.32
-PATIENCE = 0.2  # seconds between two looks whether the client is still there
+PATIENCE = 0.2  # seconds between two checks whether the client is still there
+RELEASE_CHECK = 0.01  # seconds between two checks whether a held reply may go on
 
 
 class Died(Exception):
@@ -247,8 +248,16 @@ class Chat:
         interval, step = self.machine.token_interval, self._step()
         for start in range(0, tokens, step):
             end = min(start + step, tokens)
+            await self._while_held(end)
             await self._until(max(self._first_token + (end - 1) * interval, self.engine.busy_until))
             yield start, end
+
+    async def _while_held(self, end: int) -> None:
+        since = _now()
+        while self.machine.held_at is not None and end > self.machine.held_at:
+            await asyncio.sleep(RELEASE_CHECK)
+            await self._look()
+        self._first_token += _now() - since
 
     def _step(self) -> int:
         if self.fault and self.fault.kind in INTERRUPTIONS:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -81,6 +81,7 @@ class Machine:
     def __post_init__(self) -> None:
         self.behaviour = FLAVOURS[self.flavour] if isinstance(self.flavour, str) else self.flavour
         self.engine = Engine(self)
+        self.held_at: int | None = None
         self._plan = list(self.faults)
         self._records: deque[Record] = deque(maxlen=self.history)
         self._counts: Counter[str] = Counter()
@@ -93,6 +94,25 @@ class Machine:
         """Add faults to the plan."""
         with self._changed:
             self._plan.extend(faults)
+
+    def hold(self, at_token: int) -> None:
+        """Generate no more than this many tokens of any reply until `release`; the token clock stands still meanwhile.
+
+        With at least 1, the canary of a node, which asks for one token, is not held.
+        """
+        self.held_at = at_token
+
+    def release(self) -> None:
+        self.held_at = None
+
+    @contextmanager
+    def held(self, at_token: int) -> Iterator[None]:
+        """Hold all replies at this token until the end of the block, or until `release`."""
+        self.hold(at_token)
+        try:
+            yield
+        finally:
+            self.release()
 
     @property
     def requests(self) -> list[Request]:

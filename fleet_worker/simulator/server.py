@@ -144,9 +144,12 @@ class Exchange:
         if self.record.path == "/simulated/counters":
             return answer(200, self.machine.counters)
         try:
-            faults = from_json(self.raw)
-            self.machine.fail(*(Fault(**fault) for fault in (faults if isinstance(faults, list) else [faults])))
-        except (TypeError, ValueError) as error:
+            if self.record.path == "/simulated/held":
+                self.machine.held_at = from_json(self.raw)["at_token"]
+            else:
+                faults = from_json(self.raw)
+                self.machine.fail(*(Fault(**fault) for fault in (faults if isinstance(faults, list) else [faults])))
+        except (KeyError, TypeError, ValueError) as error:
             return answer(400, {"error": str(error)})
         return answer(200, {})
 

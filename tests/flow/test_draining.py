@@ -62,6 +62,7 @@ def run(broker, draining):
     return run
 
 
+@pytest.mark.both_brokers
 def test_two_hundred_requests_while_a_node_is_drained_again_and_again(draining, caller, model):
     """Each is tried once, so that one that a node took and forgot would be missing."""
     requests = []
@@ -74,13 +75,15 @@ def test_two_hundred_requests_while_a_node_is_drained_again_and_again(draining, 
     assert {caller.node(each) for each in requests} == {"one@mini", "two@mini"}
 
 
-def test_a_drained_node_finishes_what_it_has_and_takes_no_more_until_it_is_undrained(run, caller, model, nodes):
-    running = caller.begin(model, max_tokens=400)
-    name = caller.node(running)
-    code, said, _ = run("drain", name)
-    assert (code, said) == (0, f"{name} is drained: it takes no more work, 1 request not finished yet\n")
-    after = [caller.submit(model, max_tokens=2) for _ in range(10)]
-    assert {type(caller.last(each)) for each in [running, *after]} == {ChatResponse}
+def test_a_drained_node_finishes_what_it_has_and_takes_no_more_until_it_is_undrained(run, caller, model, mlx):
+    with mlx.held(at_token=5):
+        running = caller.begin(model, max_tokens=20)
+        name = caller.node(running)
+        code, said, _ = run("drain", name)
+        assert (code, said) == (0, f"{name} is drained: it takes no more work, 1 request not finished yet\n")
+        after = [caller.submit(model, max_tokens=2) for _ in range(10)]
+        assert {type(caller.last(each)) for each in after} == {ChatResponse}
+    assert isinstance(caller.last(running), ChatResponse)
     assert name not in {caller.node(each) for each in after}
     assert run("drain", name, "--wait")[:2] == (0, f"{name} is drained: nothing runs there any more\n")
     code, said, _ = run("undrain", name)
@@ -98,10 +101,11 @@ def test_nodes_answer_at_once_and_leave_their_lanes_after_it(draining, caller, m
         assert [each.drained for each in draining.drain(["one@mini", "two@mini"])] == [True, True]
 
 
-def test_what_has_not_ended_when_a_drain_has_waited_long_enough_is_handed_over(run, caller, model):
-    running = caller.begin(model)
-    name = caller.node(running)
-    code, said, _ = run("drain", name, "--wait", "0.5")
+def test_what_has_not_ended_when_a_drain_has_waited_long_enough_is_handed_over(run, caller, model, mlx):
+    with mlx.held(at_token=5):
+        running = caller.begin(model)
+        name = caller.node(running)
+        code, said, _ = run("drain", name, "--wait", "0.5")
     assert code == 0
     assert said == f"{name} is drained: nothing runs there any more, 1 request handed over to other nodes\n"
     failure = caller.last(running)
@@ -136,6 +140,7 @@ def test_who_does_not_answer_is_named(run):
     assert [line.split()[1] for line in error.splitlines()] == ["nowhere", "attic"]
 
 
+@pytest.mark.rest
 def test_a_frozen_node_of_a_host_is_named_since_it_takes_work_later(run, nodes):
     nodes["one"].signal(signal.SIGSTOP)
     try:
@@ -150,6 +155,7 @@ def test_a_frozen_node_of_a_host_is_named_since_it_takes_work_later(run, nodes):
         nodes["one"].signal(signal.SIGCONT)
 
 
+@pytest.mark.rest
 def test_a_node_that_has_not_begun_yet_is_named_too(run, broker):
     opted_in = {"FLEET_INSTANCES__LATE__FLEET": '{"enabled": true, "respond_to_requests": true}'}
     with running_host(broker.url, {}, host="attic", env=opted_in):  # only its registry node
