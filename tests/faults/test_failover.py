@@ -30,8 +30,7 @@ RATE = 100 if FULL else 30
 LOST_AFTER = 2.0
 FLAVOURS = {"one": "mlx_lm", "two": "vllm_batched", "three": "mlx_openai"}
 
-TURNS = pytest.mark.parametrize("turn", [1, pytest.param(2, marks=pytest.mark.rest)])
-"""Each draws something else."""
+DRAWN_TWICE = pytest.mark.parametrize("draw", [1, pytest.param(2, marks=pytest.mark.rest)], indirect=True)
 
 pytestmark = pytest.mark.timeout(1800 if FULL else 150)
 
@@ -74,7 +73,7 @@ def rounds(fleet, router, draw, strike):
     return told
 
 
-@TURNS
+@DRAWN_TWICE
 def test_a_node_killed_at_a_random_token_costs_no_stream_anything_but_a_pause(fleet, router, broker, draw):
     told = rounds(fleet, router, draw, lambda name: fleet.nodes[name].kill())
     figures = report(f"node killed {ROUNDS} times, {broker.name}", told)
@@ -82,7 +81,7 @@ def test_a_node_killed_at_a_random_token_costs_no_stream_anything_but_a_pause(fl
     assert 0 < median_gap(told) <= LOST_AFTER + 1.0, figures
 
 
-@TURNS
+@DRAWN_TWICE
 def test_a_server_killed_at_a_random_token_costs_no_stream_anything_but_a_pause(fleet, router, broker, draw):
     told = rounds(fleet, router, draw, lambda name: fleet.servers[name].kill())
     figures = report(f"MLX server killed {ROUNDS} times, {broker.name}", told)

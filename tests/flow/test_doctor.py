@@ -1,5 +1,7 @@
 """What the doctor sees of a fleet, on both brokers."""
 
+import pytest
+
 from fleet_worker.broker.connection import place_of
 from fleet_worker.ops.broker_checks import broker as check_broker
 from fleet_worker.ops.broker_checks import clock

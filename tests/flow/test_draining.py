@@ -1,23 +1,20 @@
 """Nodes are taken out of service and back while their processes live, and no request notices."""
 
-import os
 import signal
-import subprocess
 import sys
 import time
 import uuid
-from pathlib import Path
 
 import pytest
 
 from fleet_worker import Router, Settings
+from fleet_worker.cli import main
 from fleet_worker.errors import InvalidRequest
 from fleet_worker.ops.drain import Draining
 from fleet_worker.protocol.reply import ChatResponse
 from fleet_worker.testing import SimulatedMLX, running_host
 from tests.clients import took_less_than, until
 
-CLI = Path(sys.executable).with_name("fleet-worker")
 WITHIN = 20.0
 
 
@@ -51,13 +48,15 @@ def draining(broker, nodes):
 
 
 @pytest.fixture
-def run(broker, draining):
-    """`fleet-worker ...`: its exit code, and what it prints."""
+def run(broker, draining, monkeypatch, capsys):
+    """`fleet-worker ...`, in this process: its exit code, and what it prints."""
+    monkeypatch.setenv("FLEET_BROKER_URL", broker.url)
 
     def run(*arguments):
-        environ = {**os.environ, "FLEET_BROKER_URL": broker.url}
-        done = subprocess.run([CLI, *arguments], env=environ, capture_output=True, text=True, timeout=30)
-        return done.returncode, done.stdout, done.stderr
+        monkeypatch.setattr(sys, "argv", ["fleet-worker", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code or 0, *capsys.readouterr()
 
     return run
 

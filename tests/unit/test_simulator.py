@@ -900,17 +900,17 @@ def test_a_long_silence_is_cut_short_when_the_client_leaves():
 
 
 def test_a_held_reply_goes_on_at_its_pace_when_it_is_released():
-    with SimulatedMLX(flavour="vllm_batched", token_interval=0.01, tokens=40) as server:
-        with server.held(at_token=3), ThreadPoolExecutor(1) as pool:
-            held = pool.submit(chunks, server, max_tokens=20)
-            server.wait_for(lambda s: s.counters["generated"] == 3)
-            assert text_of(chunks(server, max_tokens=3)) == "".join(reply_tokens(HELLO, 3, tokens=40))
-            time.sleep(0.05)
-            assert not held.done()
-            released = time.monotonic()
-            server.release()
-            assert text_of(held.result(5)) == "".join(reply_tokens(HELLO, 20, tokens=40))
-            assert time.monotonic() - released > 0.15
+    paced = SimulatedMLX(flavour="vllm_batched", token_interval=0.01, tokens=40)
+    with paced as server, server.held(at_token=3), ThreadPoolExecutor(1) as pool:
+        held = pool.submit(chunks, server, max_tokens=20)
+        server.wait_for(lambda s: s.counters["generated"] == 3)
+        assert text_of(chunks(server, max_tokens=3)) == "".join(reply_tokens(HELLO, 3, tokens=40))
+        time.sleep(0.05)
+        assert not held.done()
+        released = time.monotonic()
+        server.release()
+        assert text_of(held.result(5)) == "".join(reply_tokens(HELLO, 20, tokens=40))
+        assert time.monotonic() - released > 0.15
 
 
 def test_a_held_reply_ends_when_its_client_leaves():
