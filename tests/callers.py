@@ -20,7 +20,7 @@ from fleet_worker.broker.topology import (
     task_name,
     transport_of,
 )
-from fleet_worker.protocol.control import Notice
+from fleet_worker.protocol.control import ControlMessage
 from fleet_worker.protocol.reply import Accepted, ChatResponse, Deltas, Failure, Reply
 from fleet_worker.protocol.request import FleetRequest
 from tests.clients import until
@@ -86,7 +86,7 @@ class Caller:
 
     def cancel(self, *requests, node=None):
         """Each with its last attempt that is not wanted."""
-        body = Notice(node=node, cancelled=list(requests)).model_dump(mode="json")
+        body = ControlMessage(node=node, cancelled=list(requests)).model_dump(mode="json")
         with self._app.connection_for_write() as connection:
             exchange = cancel_exchange()
             connection.Producer(serializer="json").publish(body, exchange=exchange, routing_key="", declare=[exchange])

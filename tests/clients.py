@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 
 from fleet_worker.errors import Cancelled
-from fleet_worker.mlx.cancellation import CancelToken
 from fleet_worker.mlx.client import MLXClient
 from fleet_worker.mlx.offering import offerings_of
+from fleet_worker.mlx.timeouts import CancelToken
 from fleet_worker.protocol.openai import ChatParams
 from fleet_worker.protocol.reply import join
 from fleet_worker.settings import Instance, Model
@@ -43,10 +43,10 @@ class Client(MLXClient):
 
     def ask(self, messages=HELLO, *, seconds=30.0, stopper=None, **params):
         deadline = time.monotonic() + seconds
-        return self.chat(chat_params(messages, **params), self.offering, deadline=deadline, stop=stopper)
+        return self.chat(chat_params(messages, **params), self.offering, deadline=deadline, cancel_token=stopper)
 
     def open(self, messages=HELLO, *, seconds=30.0, stopper=None, resume=None, **params):
-        options = {"deadline": time.monotonic() + seconds, "stop": stopper, "resume": resume}
+        options = {"deadline": time.monotonic() + seconds, "cancel_token": stopper, "resume": resume}
         return self.stream_chat(chat_params(messages, **params), self.offering, **options)
 
     def stream(self, messages=HELLO, *, seconds=30.0, stopper=None, resume=None, **params):
@@ -56,7 +56,7 @@ class Client(MLXClient):
         return deltas, join(deltas), stream.answer()
 
     def vectors(self, *texts, seconds=30.0, stopper=None):
-        return self.embed(texts, self.offering, deadline=time.monotonic() + seconds, stop=stopper)
+        return self.embed(texts, self.offering, deadline=time.monotonic() + seconds, cancel_token=stopper)
 
 
 def chat_params(messages=HELLO, **params):
@@ -120,7 +120,7 @@ def stopped(ask, *arguments, within=SOON, **options):
             yield
             assert not answer.done(), "it ended before it was stopped"
         finally:
-            stop.now(WHY)
+            stop.cancel(WHY)
         with took_less_than(within):
             assert answer.exception(timeout=10) is WHY
 

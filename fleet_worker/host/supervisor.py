@@ -24,7 +24,7 @@ from fleet_worker.errors import ConfigurationError
 from fleet_worker.host.child_process import python
 from fleet_worker.host.file_lock import Held, hold, holder, open_lock
 from fleet_worker.host.node_process import NEVER, Backoff, NodeProcess
-from fleet_worker.host.parent_pipe import LIFELINE, LOCK, lifeline
+from fleet_worker.host.parent_pipe import NODE_LOCK, PARENT_PIPE, parent_pipe
 from fleet_worker.settings import REGISTRY, Settings
 
 log = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ class Supervisor:
             Held: an up for this host runs already.
         """
         nodes_of(self._settings)
-        with _signals() as received, lifeline() as self._lifeline:
+        with _signals() as received, parent_pipe() as self._pipe:
             self._lock = hold(_lock_path(self._settings))
             try:
                 log.info("fleet-worker up, pid %d, runs the nodes of %s", os.getpid(), self._settings.host)
@@ -139,8 +139,8 @@ class Supervisor:
                 self._command(node_name),
                 stdin=subprocess.DEVNULL,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, LIFELINE: str(self._lifeline), LOCK: str(lock.fileno())},
-                pass_fds=(self._lifeline, lock.fileno()),
+                env={**os.environ, PARENT_PIPE: str(self._pipe), NODE_LOCK: str(lock.fileno())},
+                pass_fds=(self._pipe, lock.fileno()),
                 start_new_session=True,
             )
 

@@ -1,6 +1,6 @@
 """The HTTP client of one MLX server. Knows no broker.
 
-May import: `protocol`, `settings`, `errors`. Read in this order: `client`, `request_body`, `profiles`, `transport`,
-`timeouts`, `cancellation`, `chat_stream`, `sse`, `chunks`, `reasoning`, `error_mapping`, `resume`, `overlap`,
-`chat_templates`, `embeddings`; then what an instance offers: `offering`, `features`.
+May import: `protocol`, `settings`, `errors`. What an instance offers is in `offering`. Read the client in this order:
+`client`, `profiles`, `transport`, `timeouts`, `chat_stream`, `chunks`, `reasoning`, `embeddings`, `error_mapping`; then
+how a stream is continued: `resume`, `overlap`, `chat_templates`.
 """

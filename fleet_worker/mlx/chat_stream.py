@@ -1,116 +1,119 @@
-"""The answer to a chat, as it streams from an MLX server and as a whole."""
+"""The answer to a chat: as a stream of deltas, and how it ended."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 
 from fleet_worker.errors import ConnectionFailure, MalformedOutput
-from fleet_worker.mlx.chunks import ChunkReader
-from fleet_worker.mlx.error_mapping import foreign_errors_mapped, raw
-from fleet_worker.mlx.profiles import ServerProfile, finish_reason
-from fleet_worker.mlx.reasoning import ThinkingSplitter
-from fleet_worker.mlx.sse import EventStream
+from fleet_worker.mlx.chunks import ChunkReader, EventParser
+from fleet_worker.mlx.error_mapping import HTTPX_EXCEPTIONS, error_of_exception
+from fleet_worker.mlx.profiles import ServerProfile, normalised_finish_reason
+from fleet_worker.mlx.reasoning import ReasoningSplitter
 from fleet_worker.mlx.timeouts import RequestTimer
+from fleet_worker.mlx.transport import body_of
 from fleet_worker.protocol.reply import Delta, Usage
 
 
 @dataclass(frozen=True, slots=True)
 class ChatAnswer:
-    """A whole chat; seconds are counted from the request to the server."""
+    """How a chat ended, and its text unless it was streamed."""
 
-    content: str | None
-    reasoning: str | None
-    tool_calls: list[dict[str, Any]]
     finish_reason: str
     usage: Usage
-    ttft: float | None
-    tokens_per_second: float | None
+    ttft: float | None = None
+    """Seconds from the request to its first content."""
+    tokens_per_second: float | None = None
+    content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[dict[str, Any]] = field(default_factory=list)
 
 
 class ServerStream:
-    """An open stream: iterate it for the deltas, as many at a time as arrived together."""
+    """An open stream of an MLX server. Each iteration returns the deltas that arrived together."""
 
     def __init__(
         self,
         response: httpx.Response,
-        clock: RequestTimer,
-        quirks: ServerProfile,
-        splitter: ThinkingSplitter | None,
+        timer: RequestTimer,
+        profile: ServerProfile,
+        splitter: ReasoningSplitter | None,
         *,
         max_tokens: int,
     ) -> None:
         self._response = response
-        self._clock = clock
-        self._quirks = quirks
+        self._timer = timer
+        self._profile = profile
         self._max_tokens = max_tokens
-        self._events = EventStream()
+        self._events = EventParser()
         self._chunks = ChunkReader(splitter)
-        self._finish = "stop"
+        self._finish_reason = "stop"
         self._first: float | None = None
-        self._last = clock.started
+        self._last = timer.started
 
     def __iter__(self) -> Iterator[list[Delta]]:
-        """Raises a `FleetError` unless the stream was whole: a good finish_reason, no error, [DONE] where it is due."""
-        with foreign_errors_mapped(self._clock):
-            yield from self._arriving()
-        last = [*self._unended(), *self._chunks.end()]
-        self._check_whole()
+        """Iterate over the deltas.
+
+        Raises:
+            FleetError: the stream was not complete. It needs a known finish_reason, no error, and [DONE] from servers
+                that send it.
+        """
+        try:
+            yield from self._received()
+        except HTTPX_EXCEPTIONS as error:
+            raise error_of_exception(error, self._timer) from None
+        last = [*self._last_event(), *self._chunks.end()]
+        self._check_complete()
         if last:
-            self._arrived()
+            self._content_received()
             yield last
 
     @property
     def tokens(self) -> int:
-        """What the server sent of the answer so far, counted as it sent it: one by one, as a rule."""
-        return self._chunks.pieces
+        """Number of tokens of the answer so far, assuming that the server sends a chunk for each."""
+        return self._chunks.tokens
 
-    def _arriving(self) -> Iterator[list[Delta]]:
-        for received in raw(self._response):
+    def _received(self) -> Iterator[list[Delta]]:
+        for received in body_of(self._response):
             events = self._events.feed(received)
             if deltas := self._chunks.read(events):
-                self._arrived()
+                self._content_received()
                 yield deltas
             if self._chunks.done:
                 return
-            if events:  # a comment is no sign of progress
-                self._clock.waiting()
+            if events:  # comments are no sign of progress
+                self._timer.restart_gap()
 
-    def _arrived(self) -> None:
-        self._last = self._clock.content()
+    def _content_received(self) -> None:
+        self._last = self._timer.content_received()
         self._first = self._first or self._last
 
-    def _unended(self) -> list[Delta]:
-        """The last event if the server closed right after it, without the blank line that ends it."""
+    def _last_event(self) -> list[Delta]:
         with contextlib.suppress(MalformedOutput):  # half an event: the connection broke in the middle of it
             return self._chunks.read(self._events.end())
         return []
 
-    def _check_whole(self) -> None:
-        said = self._chunks.finish
+    def _check_complete(self) -> None:
+        finish_reason = self._chunks.finish_reason
         if not self._chunks.done:
-            self._clock.check()  # where the end of a stream is the end of its connection, a cut looks like an end
-        if not said or (self._quirks.says_done and not self._chunks.done):
-            raise ConnectionFailure("the MLX server ended the stream before the answer was whole")
-        tokens = self._chunks.usage.completion_tokens
-        self._finish = finish_reason(said, self._quirks, completion_tokens=tokens, max_tokens=self._max_tokens)
+            self._timer.check()  # where the end of the connection ends a stream, a cut looks like a regular end
+        if not finish_reason or (self._profile.sends_done and not self._chunks.done):
+            raise ConnectionFailure("the MLX server ended the stream before the answer was complete")
+        self._finish_reason = normalised_finish_reason(
+            finish_reason, self._profile, tokens=self._chunks.usage.completion_tokens, max_tokens=self._max_tokens
+        )
 
-    def answer(
-        self, content: str | None = None, reasoning: str | None = None, tool_calls: list[dict[str, Any]] | None = None
-    ) -> ChatAnswer:
-        """Return how the stream ended, with the given text of it. One that was left before counts as stopped."""
+    def answer(self) -> ChatAnswer:
+        """Return how the stream ended, without its text. If it was not read to its end, finish_reason is "stop"."""
         tokens = self._chunks.usage.completion_tokens
         elapsed = self._last - (self._first or self._last)
         return ChatAnswer(
-            content=content,
-            reasoning=reasoning,
-            tool_calls=tool_calls or [],
-            finish_reason=self._finish,
+            finish_reason=self._finish_reason,
             usage=self._chunks.usage,
-            ttft=self._first and self._first - self._clock.started,
+            ttft=self._first and self._first - self._timer.started,
             tokens_per_second=(tokens - 1) / elapsed if tokens and tokens > 1 and elapsed > 0 else None,
         )

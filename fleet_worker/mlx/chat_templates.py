@@ -1,4 +1,4 @@
-"""The chat template of a model, where it can be found, and made to leave the last turn open."""
+"""Finds the chat template of a model, and changes it so that it leaves the last turn open."""
 
 from __future__ import annotations
 
@@ -16,18 +16,31 @@ _HUB = "~/.cache/huggingface/hub"
 
 @dataclass(frozen=True, slots=True)
 class ChatTemplate:
-    """The Jinja text of a model's own template; some models have another one for requests with tools."""
+    """The Jinja text of a model's own template. Some models have another one for requests with tools."""
 
     default: str
     tool_use: str
 
 
-def chat_template(model: Model, backend: str, reported: Iterable[str]) -> ChatTemplate | None:
+def with_open_last_turn(template: str, *, before_text: str = "") -> str:
+    """Return a template that renders all messages but the last as `template` does, and then the bare text of the last.
+
+    With `add_generation_prompt`, the text stands where the answer begins, after `before_text`. The line breaks are as
+    transformers' Jinja needs them: it drops the one after a block tag (`trim_blocks`), and the last one of a template.
+    """
+    return (
+        "{% set all_messages = messages %}{% set messages = all_messages[:-1] %}\n"
+        + template.removesuffix("\n")
+        + f'{{{{ {json.dumps(before_text)} + all_messages[-1]["content"] }}}}'
+    )
+
+
+def find_chat_template(model: Model, backend: str, reported: Iterable[str]) -> ChatTemplate | None:
     """Return the model's own template, or None if this machine does not have it.
 
-    It lies beside the model, in the folder or in the Hugging Face cache that `chat_template` of the model's settings
-    names, or else `backend`; `chat_template` may also be its file. For `default_model` that is the folder which the
-    server, by what it `reported`, names by an absolute path: the one of its command line.
+    It is searched beside the model: in the folder or the Hugging Face repository that `chat_template` of the model's
+    settings names, or else `backend`; `chat_template` may also be the file itself. The folder of `default_model` is the
+    one in the server's command line, which is the absolute path among the models that the server `reported`.
     """
     if model.chat_template is None and backend == "default_model":
         names = [name for name in reported if Path(name).is_absolute()]
@@ -36,22 +49,7 @@ def chat_template(model: Model, backend: str, reported: Iterable[str]) -> ChatTe
     return next(filter(None, map(_template_at, names)), None)
 
 
-def left_open(template: str, *, before: str = "") -> str:
-    """Return a template that renders all messages but the last as `template` does, and then the bare text of the last.
-
-    For a template that is rendered with `add_generation_prompt`: the text stands where the answer begins. `before` is
-    text that goes in between. The line breaks are as transformers' Jinja needs them: it drops the one after a block
-    tag (`trim_blocks`), and the last one of a template.
-    """
-    return (
-        "{% set all_messages = messages %}{% set messages = all_messages[:-1] %}\n"
-        + template.removesuffix("\n")
-        + f'{{{{ {json.dumps(before)} + all_messages[-1]["content"] }}}}'
-    )
-
-
 def _template_at(name: str) -> ChatTemplate | None:
-    """Of a file, a folder or a model of the Hugging Face cache."""
     path = Path(name).expanduser()
     if text := _text(path):
         return ChatTemplate(text, text)
@@ -59,7 +57,7 @@ def _template_at(name: str) -> ChatTemplate | None:
 
 
 def _snapshot(repository: str) -> Path:
-    """The folder of the Hugging Face cache that holds the main revision of this repository, if any does."""
+    """Return the folder of the Hugging Face cache for the main revision of this repository; it may not exist."""
     home = os.environ.get("HF_HOME")
     hub = Path(os.environ.get("HF_HUB_CACHE") or (f"{home}/hub" if home else _HUB)).expanduser()
     model = hub / f"models--{repository.replace('/', '--')}"
@@ -67,22 +65,22 @@ def _snapshot(repository: str) -> Path:
 
 
 def _template_in(folder: Path) -> ChatTemplate | None:
-    """As transformers reads it: a file of its own counts more than a key of the tokenizer's configuration."""
+    """Read it as transformers does: a separate file comes before a key of the tokenizer's configuration."""
     try:
         config: Any = json.loads(_text(folder / "tokenizer_config.json") or "{}")
         if "chat_template_type" in config:  # mlx_lm renders these in Python
             return None
-        said = _text(folder / "chat_template.jinja") or config.get("chat_template")
-        texts = {each["name"]: each["template"] for each in said} if isinstance(said, list) else {"default": said}
-        more = _text(folder / "additional_chat_templates" / "tool_use.jinja")
-        found = ChatTemplate(texts["default"], more or texts.get("tool_use", texts["default"]))
+        found = _text(folder / "chat_template.jinja") or config.get("chat_template")
+        texts = {each["name"]: each["template"] for each in found} if isinstance(found, list) else {"default": found}
+        tool_use = _text(folder / "additional_chat_templates" / "tool_use.jinja") or texts.get("tool_use")
+        template = ChatTemplate(texts["default"], tool_use or texts["default"])
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
-    return found if isinstance(found.default, str) and isinstance(found.tool_use, str) else None
+    return template if isinstance(template.default, str) and isinstance(template.tool_use, str) else None
 
 
 def _text(path: Path) -> str | None:
     try:
         return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError, ValueError):  # ValueError: no path at all
+    except (OSError, UnicodeDecodeError, ValueError):  # ValueError: not a valid path
         return None

@@ -1,20 +1,30 @@
-"""The vectors in the answer of an MLX server, checked."""
+"""The vectors that an MLX server returns, checked."""
 
 from __future__ import annotations
 
 import math
 from array import array
+from dataclasses import dataclass
 from typing import Any
 
 from fleet_worker.errors import MalformedOutput
-from fleet_worker.protocol.vectors import pack_vector, unpack_vector
+from fleet_worker.protocol.reply import Usage, pack_vector, unpack_vector
 
 
-def vectors_of(answer: dict[str, Any], count: int, dimensions: int | None) -> tuple[list[str], int]:
-    """Return the vectors of a server's answer in the order of the input, and their length.
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """One vector for each text, in their order: base64 of little-endian float32, as they travel."""
+
+    data: list[str]
+    dimensions: int
+    usage: Usage
+
+
+def parse_vectors(answer: dict[str, Any], count: int, dimensions: int | None) -> tuple[list[str], int]:
+    """Return the vectors of a server's answer in the order of the input, and their number of dimensions.
 
     Raises:
-        MalformedOutput: not `count` finite vectors of one length, or of `dimensions` if that is given.
+        MalformedOutput: not `count` finite vectors with the same number of dimensions (`dimensions`, if given).
     """
     try:
         entries = answer["data"]
@@ -33,9 +43,9 @@ def vectors_of(answer: dict[str, Any], count: int, dimensions: int | None) -> tu
 
 
 def _in_order(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The entries by their `index`; as they come where a server numbers none of them."""
-    numbered = {entry.get("index"): entry for entry in entries}
-    return entries if numbered.keys() == {None} else [numbered[number] for number in range(len(entries))]
+    """Return the entries by their `index`, or as they are if none has one."""
+    by_index = {entry.get("index"): entry for entry in entries}
+    return entries if by_index.keys() == {None} else [by_index[index] for index in range(len(entries))]
 
 
 def _floats(embedding: Any) -> array[float]:

@@ -1,4 +1,8 @@
-"""Whatever goes wrong in HTTP, as one of our errors: what httpx raises, and what an MLX server answers."""
+"""Every failure of an HTTP request as one of our errors: an exception of httpx, a status, or an error inside a stream.
+
+Texts of httpx may contain URLs and keys, and servers repeat prompts in their errors. So our texts are all written here,
+and a body is only searched for known phrases.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,7 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import httpx
 from pydantic_core import to_json
@@ -29,11 +31,9 @@ from fleet_worker.errors import (
     UnsupportedCapability,
 )
 from fleet_worker.mlx.timeouts import RequestTimer
+from fleet_worker.mlx.transport import body_of
 
-_ERROR_BYTES = 64 * 1024
-_ERROR_SECONDS = 1.0
-
-HTTPX_ERRORS: dict[type[Exception], type[FleetError]] = {
+_KINDS: dict[type[Exception], type[FleetError]] = {
     httpx.ConnectError: InstanceUnavailable,
     httpx.ConnectTimeout: InstanceUnavailable,
     httpx.PoolTimeout: Overloaded,
@@ -47,8 +47,7 @@ HTTPX_ERRORS: dict[type[Exception], type[FleetError]] = {
     httpx.StreamError: ProviderError,
     httpx.CookieConflict: ProviderError,
 }
-"""From the particular to the general: the first that fits decides."""
-
+"""Subclasses before their base classes: the first match counts."""
 _TEXTS: dict[type[FleetError], str] = {
     InstanceUnavailable: "the MLX server does not accept connections",
     Overloaded: "all connections to the MLX server are in use",
@@ -58,46 +57,34 @@ _TEXTS: dict[type[FleetError], str] = {
     ConnectionFailure: "the connection to the MLX server broke",
     ProviderError: "the request to the MLX server could not be made",
 }
+HTTPX_EXCEPTIONS = tuple(_KINDS)
 
 
-@contextmanager
-def foreign_errors_mapped(clock: RequestTimer | None = None) -> Iterator[None]:
-    """Turn what httpx raises into our errors. Its texts are left behind: they may name URLs and keys."""
-    try:
-        yield
-    except tuple(HTTPX_ERRORS) as error:
-        raise _ours(error, clock) from None
-
-
-def _ours(error: Exception, clock: RequestTimer | None) -> FleetError:
-    """A connection that our own clock cut looks broken; it is the clock that has something to say."""
-    kind = next(ours for theirs, ours in HTTPX_ERRORS.items() if isinstance(error, theirs))
-    connecting = kind is InstanceUnavailable  # for which a server is to blame, however little time it had
-    reason = clock and (clock.stopped if connecting else clock.over)
+def error_of_exception(exception: Exception, timer: RequestTimer | None = None) -> FleetError:
+    """Map one of `HTTPX_EXCEPTIONS`. If our own timer cut the connection, its reason is the error."""
+    kind = next(ours for theirs, ours in _KINDS.items() if isinstance(exception, theirs))
+    connecting = kind is InstanceUnavailable  # the server is to blame, however little time it had
+    reason = timer and (timer.cancel_error if connecting else timer.error)
     return reason or kind(_TEXTS[kind])
 
 
-def raise_for_status(response: httpx.Response, clock: RequestTimer) -> None:
-    """Raise what a status other than 2xx means, as far as its body tells; half a body is better than none."""
-    if response.is_success:
-        return
+_BODY_BYTES = 64 * 1024
+_BODY_SECONDS = 1.0
+
+
+def error_of_response(response: httpx.Response, timer: RequestTimer) -> FleetError:
+    """Map a response whose status is not 2xx. Its body may be incomplete: a part of it is better than nothing."""
     if response.is_redirect:
-        raise ConfigurationError("base_url of this instance answers with a redirect: name the server itself")
+        return ConfigurationError("base_url of this instance answers with a redirect: set it to the server itself")
     body = b""
-    clock.ending(_ERROR_SECONDS)
+    timer.limit_rest(_BODY_SECONDS)
     with contextlib.suppress(httpx.HTTPError):
-        for part in raw(response):
+        for part in body_of(response):
             body += part
-            if len(body) > _ERROR_BYTES:
+            if len(body) > _BODY_BYTES:
                 break
-    raise clock.stopped or error_for(
-        response.status_code, body, retry_after=_seconds(response.headers.get("retry-after"))
-    )
-
-
-def raw(response: httpx.Response) -> httpx.SyncByteStream:
-    """The body as it arrives: one generator less a read than `iter_raw`."""
-    return cast("httpx.SyncByteStream", response.stream)
+    retry_after = _seconds(response.headers.get("retry-after"))
+    return timer.cancel_error or error_of_status(response.status_code, body, retry_after=retry_after)
 
 
 def _seconds(text: str | None) -> float | None:
@@ -108,45 +95,38 @@ def _seconds(text: str | None) -> float | None:
     return seconds if math.isfinite(seconds) and seconds >= 0 else None
 
 
-_WORDS = {"context_length": 400, "invalid_request": 400, "rate_limit": 429, "overloaded": 429}
+_STATUS_OF_CODE = {"context_length": 400, "invalid_request": 400, "rate_limit": 429, "overloaded": 429}
 
 
-def error_event(error: Any) -> FleetError:
-    """An error inside a 200: `code` is an HTTP status, as a number or a string, or a word, as `type` is."""
-    said = error if isinstance(error, dict) else {}
-    code = str(said.get("code"))
+def error_of_event(error: Any) -> FleetError:
+    """Map the `error` of an event. Its `code` is an HTTP status (a number or a string) or a word, as its `type` is."""
+    fields = error if isinstance(error, dict) else {}
+    code = str(fields.get("code"))
     if len(code) == 3 and code.isdecimal():
-        return error_for(int(code), to_json(error))
-    words = f"{code} {said.get('type')}"
-    status = next((status for word, status in _WORDS.items() if word in words), 500)
-    return error_for(status, to_json(error))
+        return error_of_status(int(code), to_json(error))
+    words = f"{code} {fields.get('type')}"
+    status = next((status for word, status in _STATUS_OF_CODE.items() if word in words), 500)
+    return error_of_status(status, to_json(error))
 
 
 _CONTEXT = re.compile(
     r"context.{0,20}(length|window)|maximum context|too many tokens|prompt is too long", re.IGNORECASE
 )
-
-
 _MISSING_MODEL = re.compile(
     r"cached snapshot|model_not_found|repository not found|repo[_ ]?id|model.{0,200}(does not exist|not found)",
     re.IGNORECASE | re.DOTALL,
 )
-
-
 _MISSING_ROUTE = re.compile(
     r'\W*(detail\W*)?(404\W*)?(page )?not found\W*|\W*error\W*message\W*not found\.?".*', re.IGNORECASE | re.DOTALL
 )
 
 
-def error_for(status: int, body: bytes, *, retry_after: float | None = None) -> FleetError:
-    """Map an HTTP status and whatever body came with it to our error.
-
-    The body is only searched for marks: servers repeat prompts in it, so no word of it reaches our text.
-    """
+def error_of_status(status: int, body: bytes, *, retry_after: float | None = None) -> FleetError:
+    """Map an HTTP status and the body that came with it, whatever its shape. `retry_after` is in seconds."""
     text = _error_text(body)
     if "generation thread died" in text:
-        # mlx_lm.server 0.32: a 404 for every request until it is restarted. Which of them killed it cannot be told, so
-        # each counts as one during which a server died.
+        # mlx_lm.server 0.32 answers every request with this 404 until it is restarted. Which request killed the thread
+        # is unknown, so each of them counts as one during which a server died.
         return InstanceUnavailable(
             "the MLX server's generation thread has died: restart the server", instance_died=True
         )
@@ -161,15 +141,10 @@ def error_for(status: int, body: bytes, *, retry_after: float | None = None) -> 
             return InvalidRequest(f"the MLX server refused the request ({status})")
         case 408 | 504:
             return RequestTimeout(f"the MLX server gave up ({status})", retryable=True)
-        case 429 | 529:
-            return _overloaded(status, retry_after)
-        case 503:
-            busy = "busy" in text or retry_after is not None
-            return (
-                _overloaded(status, retry_after) if busy else InstanceUnavailable("the MLX server is not ready (503)")
-            )
+        case 429 | 503 | 529:
+            return _unready_or_busy(status, text, retry_after)
         case 502:
-            return InstanceUnavailable("the proxy before the MLX server does not reach it (502)")
+            return InstanceUnavailable("the proxy in front of the MLX server does not reach it (502)")
     return ProviderError(f"the MLX server answered {status}", retryable=status >= 500)
 
 
@@ -178,11 +153,13 @@ def _not_found(text: str) -> FleetError:
         return ModelNotServed("the MLX server does not have the model that `backend` names")
     if _MISSING_ROUTE.fullmatch(text):
         return UnsupportedCapability("the MLX server has no such endpoint")
-    # mlx_lm.server answers 404 to whatever its chat template or tokenizer could not take
+    # mlx_lm.server answers 404 to everything that its chat template or tokenizer cannot process
     return InvalidRequest("the MLX server could not make a prompt of these messages (404)")
 
 
-def _overloaded(status: int, retry_after: float | None) -> Overloaded:
+def _unready_or_busy(status: int, text: str, retry_after: float | None) -> FleetError:
+    if status == 503 and "busy" not in text and retry_after is None:
+        return InstanceUnavailable("the MLX server is not ready (503)")
     error = Overloaded(f"the MLX server is busy ({status})")
     if retry_after is not None:
         error.metadata["retry_after"] = retry_after
@@ -190,9 +167,10 @@ def _overloaded(status: int, retry_after: float | None) -> Overloaded:
 
 
 def _error_text(body: bytes) -> str:
-    """The words of an error in any of the shapes seen: `{"error": str|object}`, `{"detail": str|list|object}`, text.
+    """Return the text to search in an error: `{"error": str|object}`, `{"detail": str|object}`, or plain text.
 
-    None of a validation report, which repeats the input, nor of JSON that is too long to be more than that.
+    Empty for validation reports (`{"detail": [...]}`), which repeat the request, and for JSON that is cut off: only
+    these reports are that long.
     """
     text = body.decode("utf-8", "replace")
     try:

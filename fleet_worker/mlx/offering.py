@@ -1,22 +1,62 @@
-"""What an instance offers: its models under their public names, with what each can do."""
+"""What an instance offers: its models under their public names, with the capabilities and features of each."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePath
 
 from fleet_worker.errors import ModelNotServed, UnsupportedCapability
-from fleet_worker.mlx.chat_templates import ChatTemplate, chat_template
-from fleet_worker.mlx.features import NEEDED, Feature, features_of, serves
+from fleet_worker.mlx.chat_templates import ChatTemplate, find_chat_template
 from fleet_worker.protocol.openai import ChatParams
 from fleet_worker.protocol.request import FleetRequest
 from fleet_worker.settings import Capability, Instance, Model
 
+FEATURES = (
+    "completion",
+    "embedding",
+    "streaming",
+    "tools",
+    "vision",
+    "thinking",
+    "structured_output",
+    "moderation",
+    "image",
+    "audio_transcription",
+    "audio_speech",
+)
+ALIASES = {
+    "chat": "completion",
+    "function_calling": "tools",
+    "functions": "tools",
+    "tool_use": "tools",
+    "tool_calls": "tools",
+    "stream": "streaming",
+    "stream_chat": "streaming",
+    "embed": "embedding",
+    "embeddings": "embedding",
+    "reasoning": "thinking",
+}
+"""Other names of features in the settings."""
+_REQUIRED_FEATURE: dict[Capability, str] = {"chat": "completion", "stream_chat": "streaming", "embed": "embedding"}
+
+# `e5` and `gte` only as separate words: both occur inside hashes.
+_EMBEDDING = re.compile(r"embed|bge|nomic|minilm|(?<![a-z0-9])(?:e5|gte)(?![a-z0-9])", re.IGNORECASE)
+_VISION = re.compile(r"vlm|vision|llava|pixtral|qwen.*vl|gemma-3(?!n|-1b|-270m)", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """Whether a model has a feature, and the source of that: model, instance, provider, listed, catalog or default."""
+
+    value: bool
+    source: str
+
 
 @dataclass(frozen=True, slots=True)
 class Offering:
-    """One model of one instance. `backend` is the one string ever sent to that server as `model`."""
+    """One model of one instance. `backend` is the only string that is ever sent to that server as `model`."""
 
     model: str
     backend: str
@@ -24,14 +64,15 @@ class Offering:
     features: Mapping[str, Feature]
     capabilities: tuple[Capability, ...]
     template: ChatTemplate | None = field(default=None, repr=False)
-    """The model's own, if this machine has it."""
+    """The model's own chat template, if this machine has it."""
 
 
 def offerings_of(instance: Instance, provider: Mapping[str, bool], reported: Iterable[str]) -> dict[str, Offering]:
-    """Return the offerings by public name: the configured models, else what the server reports and the lists let pass.
+    """Return the offerings by public name: the configured models, or else those that the server reported and the model
+    lists of the instance allow. `provider` are features of all models.
 
-    Only a hint is reported: mlx_lm.server lists the disk cache of its host, or an absolute path, of which only the
-    last part becomes the public name.
+    What a server reports is only a hint: mlx_lm.server lists the disk cache of its host, or an absolute path, of which
+    only the last part becomes the public name.
     """
     reported = list(reported)
     found = {_public_name(backend): Model(backend=backend) for backend in reported}
@@ -39,27 +80,12 @@ def offerings_of(instance: Instance, provider: Mapping[str, bool], reported: Ite
     offerings = {}
     for name, model in models.items():
         features = features_of(name, model, instance, provider)
-        capabilities = tuple(each for each in instance.capabilities if serves(features, each))
+        capabilities = tuple(each for each in instance.capabilities if features[_REQUIRED_FEATURE[each]].value)
         if capabilities:
             backend = model.backend or name
-            template = chat_template(model, backend, reported)
+            template = find_chat_template(model, backend, reported)
             offerings[name] = Offering(name, backend, model, features, capabilities, template)
     return offerings
-
-
-def advice_on_nothing(table: str, instance: Instance) -> str:
-    """What to do about an instance without offerings; `table` is its place, as in `instances.local`."""
-    if not instance.capabilities:
-        return "fleet.capabilities names nothing that usage allows: correct one of them"
-    if not instance.models:
-        return f"list its models under [{table}.models], or check model_whitelist and model_blacklist"
-    names, capabilities = ", ".join(map(repr, instance.models)), ", ".join(instance.capabilities)
-    features = ", ".join(f"{NEEDED[each]} = true" for each in instance.capabilities)
-    first = next(iter(instance.models))
-    return (
-        f"by their names and features the models that it lists ({names}) do not serve what it offers ({capabilities}): "
-        f'set features = {{ {features} }} under [{table}.models."{first}"], or correct fleet.capabilities or usage'
-    )
 
 
 def _public_name(reported: str) -> str:
@@ -67,12 +93,52 @@ def _public_name(reported: str) -> str:
     return path.name if path.is_absolute() else reported
 
 
+def features_of(name: str, model: Model, instance: Instance, provider: Mapping[str, bool]) -> dict[str, Feature]:
+    """Return every feature of a model, decided by the first source that has a value for it."""
+    embeds = bool(_EMBEDDING.search(name))
+    only_embeds = name in instance.models and instance.capabilities == ("embed",)
+    sources = {
+        "model": _canonical(model.features),
+        "instance": _canonical(instance.features),
+        "provider": _canonical(provider),
+        "listed": _text_features(embeds=True) if model.dimensions or only_embeds else {},
+        "catalog": {**_text_features(embeds=embeds), "vision": not embeds and bool(_VISION.search(name))},
+    }
+    features = dict.fromkeys(FEATURES, Feature(False, "default"))
+    for source, values in reversed(sources.items()):
+        features |= {feature: Feature(value, source) for feature, value in values.items() if feature in features}
+    return features
+
+
+def _canonical(features: Mapping[str, bool]) -> dict[str, bool]:
+    return {ALIASES.get(name, name): value for name, value in features.items()}
+
+
+def _text_features(*, embeds: bool) -> dict[str, bool]:
+    return {"completion": not embeds, "streaming": not embeds, "embedding": embeds}
+
+
+def no_offerings_advice(table: str, instance: Instance) -> str:
+    """Return what to change if an instance has no offerings. `table` is its place in the file: `instances.local`."""
+    if not instance.capabilities:
+        return "fleet.capabilities names nothing that usage allows: correct one of them"
+    if not instance.models:
+        return f"list its models under [{table}.models], or check model_whitelist and model_blacklist"
+    names, capabilities = ", ".join(map(repr, instance.models)), ", ".join(instance.capabilities)
+    features = ", ".join(f"{_REQUIRED_FEATURE[each]} = true" for each in instance.capabilities)
+    first = next(iter(instance.models))
+    return (
+        f"by their names and features the models that it lists ({names}) do not serve what it offers ({capabilities}): "
+        f'set features = {{ {features} }} under [{table}.models."{first}"], or correct fleet.capabilities or usage'
+    )
+
+
 def offering_for(request: FleetRequest, offerings: Mapping[str, Offering]) -> Offering:
-    """Return what serves this request.
+    """Return the offering that serves this request.
 
     Raises:
-        ModelNotServed: no offering has exactly that name; lanes of two models may collide, so the name decides.
-        UnsupportedCapability: the model is served, but not for this.
+        ModelNotServed: no offering has exactly that name. (Two models may share a lane, so the name decides.)
+        UnsupportedCapability: the model is served, but not for this operation or these parameters.
     """
     offering = offerings.get(request.model)
     if offering is None:
@@ -85,7 +151,7 @@ def offering_for(request: FleetRequest, offerings: Mapping[str, Offering]) -> Of
 
 
 def _check_features(params: ChatParams, offering: Offering) -> None:
-    # vllm-mlx and mlx-openai-server drop images for a text model silently and answer 200.
+    # vllm-mlx and mlx-openai-server silently drop images for a text model and answer 200.
     if params.has_images and not offering.features["vision"].value:
         raise UnsupportedCapability(f"{offering.model} does not take images; if it does, set its feature vision = true")
     tools = offering.features["tools"]

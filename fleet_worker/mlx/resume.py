@@ -1,8 +1,8 @@
-"""Goes on with an answer of which another server has delivered the beginning."""
+"""Continues an answer whose beginning was delivered by another server."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,122 +11,126 @@ from fleet_worker.errors import InvalidRequest, StreamInterrupted
 from fleet_worker.mlx.chat_stream import ChatAnswer, ServerStream
 from fleet_worker.mlx.offering import Offering
 from fleet_worker.mlx.overlap import OverlapFilter, before_last_word
-from fleet_worker.mlx.profiles import ServerProfile
-from fleet_worker.mlx.request_body import chat_body, continued_body
+from fleet_worker.mlx.profiles import ServerProfile, chat_body, continued_body
 from fleet_worker.protocol.openai import ChatParams
 from fleet_worker.protocol.reply import Delta, Usage
 from fleet_worker.protocol.request import Resume
 
 _SHORT = 200
-"""Characters of an answer that is rather generated a second time than joined by a guess."""
+"""Characters up to which an answer is rather generated again than joined without any overlap."""
 
 
 @dataclass(frozen=True, slots=True)
 class ResumeStrategy:
-    """What to ask a server, and how that joins what was delivered."""
+    """One way to continue: the request to the server, and how its output joins what was delivered."""
 
     body: dict[str, Any]
-    seam: OverlapFilter
-    left: int | None
-    """How many tokens may still come; None if the server begins at the beginning, and counts itself."""
+    overlap: OverlapFilter
+    tokens_left: int | None
+    """How many tokens may still follow; None if the server starts over, and so counts itself."""
 
     @property
-    def replays(self) -> bool:
-        return self.left is None
+    def starts_over(self) -> bool:
+        return self.tokens_left is None
 
     @property
-    def used_up(self) -> bool:
-        return self.left is not None and self.seam.new >= self.left
+    def exhausted(self) -> bool:
+        return self.tokens_left is not None and self.overlap.new >= self.tokens_left
+
+
+def resume_strategies(
+    params: ChatParams, offering: Offering, profile: ServerProfile, resume: Resume
+) -> list[ResumeStrategy]:
+    """Return what to try, in this order, to continue an answer; an empty list if its tokens are used up.
+
+    The server continues before the last word that was delivered, or at the end of the text. Or it starts over, and what
+    equals the delivered text is dropped: this needs temperature 0. At temperature 0 it is also the only strategy for an
+    answer with reasoning, because no server can be given reasoning to continue.
+
+    Raises:
+        StreamInterrupted: there is no strategy; retryable if another server may have one.
+    """
+    partial = _PartialAnswer(chat_body(params, offering, profile), offering, profile, resume)
+    if partial.tokens_left <= 0:
+        return []
+    if (params.response_format or {}).get("type", "text") != "text":
+        raise StreamInterrupted("an answer in JSON is not continued")
+    strategies: list[ResumeStrategy] = []
+    if resume.content and not (partial.exact and resume.reasoning):
+        strategies += partial.continuations()
+    if partial.exact:
+        overlap = OverlapFilter("", again=resume.content, reasoning=resume.reasoning, stop=partial.stop)
+        strategies.append(ResumeStrategy(partial.body, overlap, None))
+    if not strategies:
+        # No server can continue reasoning alone.
+        text = "this MLX server cannot continue what was delivered"
+        raise StreamInterrupted(text, retryable=bool(resume.content))
+    return strategies
 
 
 @dataclass(frozen=True, slots=True)
-class _Question:
-    """What was asked, of which server, and what of the answer was delivered."""
+class _PartialAnswer:
+    """The request (`body`), and the part of the answer that was delivered."""
 
     body: dict[str, Any]
     offering: Offering
-    quirks: ServerProfile
+    profile: ServerProfile
     resume: Resume
 
     @property
     def exact(self) -> bool:
+        """Every server generates the same answer to this request."""
         return bool(self.body["temperature"] == 0)
 
     @property
-    def left(self) -> int:
-        """How many tokens may still come."""
-        return int(self.body["max_tokens"]) - (self.quirks.hides_length or 0) - self.resume.tokens
+    def tokens_left(self) -> int:
+        return int(self.body["max_tokens"]) - (self.profile.length_shortfall or 0) - self.resume.tokens
 
     @property
-    def stop(self) -> Sequence[str]:
+    def stop(self) -> list[str]:
         return list(self.body.get("stop", ()))
 
-    def continued(self, cut: int, *, exact: bool) -> dict[str, Any] | None:
-        """The body by which the server goes on at this character of what was delivered; None if none does."""
+    def continuations(self) -> Iterator[ResumeStrategy]:
+        delivered = self.resume.content
+        # transformers drops white space at the end of a text that is continued, if the model's chat template does so.
+        end = len(delivered if self.profile.continues_by == "template" else delivered.rstrip())
+        word = min(before_last_word(delivered), end)
+        for cut in sorted({word, end}):
+            no_overlap = cut == end
+            if cut == 0 or (word == end <= _SHORT and self.exact):
+                continue
+            if body := self._continued(cut, exact=self.exact and not no_overlap):
+                overlap = OverlapFilter(delivered, again=delivered[cut:], stop=self.stop, guess_space=no_overlap)
+                yield ResumeStrategy(body, overlap, self.tokens_left)
+
+    def _continued(self, cut: int, *, exact: bool) -> dict[str, Any] | None:
+        """Return the request to continue at this character of the delivered text; None if the server cannot."""
         partial, again = self.resume.content[:cut], self.resume.content[cut:]
-        # A token is at least a byte, so this is enough for what is said again.
-        limit = self.left + (self.quirks.hides_length or 0) + len(again.encode())
-        return continued_body({**self.body, "max_tokens": limit}, partial, self.offering, self.quirks, exact=exact)
+        # A token is at least one byte, so this is enough for the text that is repeated.
+        limit = self.tokens_left + (self.profile.length_shortfall or 0) + len(again.encode())
+        return continued_body({**self.body, "max_tokens": limit}, partial, self.offering, self.profile, exact=exact)
 
 
-def ways(params: ChatParams, offering: Offering, quirks: ServerProfile, resume: Resume) -> list[ResumeStrategy]:
-    """Return what to try, in this order, to go on with an answer; nothing if its tokens are used up.
+class ResumedStream:
+    """The rest of an answer; used like a `ServerStream`, and closed at the end.
 
-    The server goes on where the last word begins that was delivered, or where the text ends; or it begins at the
-    beginning, and what equals the delivered text is swallowed. That needs temperature 0, and then it is the only way
-    for an answer with reasoning, which no server can be given back.
-
-    Raises:
-        StreamInterrupted: there is no way; retryable if another server may have one.
+    `open_stream` opens the stream of a request; its second argument tells whether the answer starts from its beginning.
     """
-    question = _Question(chat_body(params, offering, quirks), offering, quirks, resume)
-    if question.left <= 0:
-        return []
-    if (params.response_format or {}).get("type", "text") != "text":
-        raise StreamInterrupted("an answer in JSON is not continued")
-    found: list[ResumeStrategy] = []
-    if resume.content and not (question.exact and resume.reasoning):
-        found += _joining(question)
-    if question.exact:
-        seam = OverlapFilter("", again=resume.content, reasoning=resume.reasoning, stop=question.stop)
-        found.append(ResumeStrategy(question.body, seam, None))
-    if not found:
-        # Reasoning alone is nothing to go on with for any server.
-        raise StreamInterrupted("this MLX server cannot go on with what was delivered", retryable=bool(resume.content))
-    return found
-
-
-def _joining(question: _Question) -> Iterator[ResumeStrategy]:
-    delivered = question.resume.content
-    # transformers takes white space from the end of a text that is continued, if the model's chat template does.
-    end = len(delivered if question.quirks.continues == "template" else delivered.rstrip())
-    word = min(before_last_word(delivered), end)
-    for cut in sorted({word, end}):
-        guesses = cut == end
-        if cut == 0 or (word == end <= _SHORT and question.exact):
-            continue
-        if asked := question.continued(cut, exact=question.exact and not guesses):
-            seam = OverlapFilter(delivered, again=delivered[cut:], stop=question.stop, guesses=guesses)
-            yield ResumeStrategy(asked, seam, question.left)
-
-
-class Continuation:
-    """An answer that goes on; used as a `ServerStream` is. Leave it by `close`."""
 
     def __init__(
         self,
-        found: list[ResumeStrategy],
+        strategies: list[ResumeStrategy],
         resume: Resume,
-        ask: Callable[[ResumeStrategy], AbstractContextManager[ServerStream]],
+        open_stream: Callable[[dict[str, Any], bool], AbstractContextManager[ServerStream]],
     ) -> None:
-        self._ways = found
+        self._strategies = strategies
         self._resume = resume
-        self._ask = ask
-        self._asked: tuple[ResumeStrategy, ServerStream] | None = None
+        self._open_stream = open_stream
+        self._current: tuple[ResumeStrategy, ServerStream] | None = None
         self._deltas = self._run()
 
     def __iter__(self) -> Iterator[list[Delta]]:
-        """Raises what a `ServerStream` raises, and a retryable `StreamInterrupted` if none joins what was delivered."""
+        """Raises what a `ServerStream` raises, or a retryable `StreamInterrupted` if no strategy was successful."""
         return self._deltas
 
     def close(self) -> None:
@@ -134,75 +138,75 @@ class Continuation:
 
     @property
     def tokens(self) -> int:
-        """As of a `ServerStream`, those of what was delivered included."""
-        match self._asked:
-            case (ResumeStrategy(left=None), stream):
+        """Number of tokens of the answer so far, with those that were delivered before."""
+        match self._current:
+            case (ResumeStrategy(tokens_left=None), stream):
                 return stream.tokens
-            case (way, _):
-                return self._resume.tokens + way.seam.new
+            case (strategy, _):
+                return self._resume.tokens + strategy.overlap.new
         return self._resume.tokens
 
     def _run(self) -> Generator[list[Delta], None, None]:
-        for way in self._ways:
+        for strategy in self._strategies:
             try:
-                with self._ask(way) as stream:
-                    self._asked = way, stream
-                    yield from self._joined(way, stream)
-            except InvalidRequest:  # not of the caller's making: the same request was taken elsewhere
-                if way.seam.new:
+                with self._open_stream(strategy.body, strategy.starts_over) as stream:
+                    self._current = strategy, stream
+                    yield from self._new_deltas(strategy, stream)
+            except InvalidRequest:  # not the caller's mistake: another server accepted the same request
+                if strategy.overlap.new:
                     raise
                 continue
-            if not way.seam.differs:
+            if not strategy.overlap.differs:
                 return
-        if self._ways:
-            raise StreamInterrupted("what the MLX server says does not join what was delivered", retryable=True)
+        if self._strategies:
+            raise StreamInterrupted("the MLX server's answer does not continue what was delivered", retryable=True)
 
-    def _joined(self, way: ResumeStrategy, stream: ServerStream) -> Iterator[list[Delta]]:
-        seam = way.seam
+    def _new_deltas(self, strategy: ResumeStrategy, stream: ServerStream) -> Iterator[list[Delta]]:
+        overlap = strategy.overlap
         for deltas in stream:
             new: list[Delta] = []
             for delta in deltas:
-                if way.used_up and not delta.tool_calls:
+                if strategy.exhausted and not delta.tool_calls:
                     continue
-                if piece := seam.feed(delta):
-                    new.append(piece)
-                if seam.differs or seam.stopped:
+                if new_part := overlap.feed(delta):
+                    new.append(new_part)
+                if overlap.differs or overlap.stopped:
                     break
             if new:
                 yield new
-            if seam.differs or seam.stopped:
+            if overlap.differs or overlap.stopped:
                 return
-        if last := seam.end():
+        if last := overlap.end():
             yield [last]
 
     def answer(self) -> ChatAnswer:
-        """As of a `ServerStream`, and about the whole answer: its usage counts what was delivered before."""
-        if self._asked is None:
-            usage = Usage(completion_tokens=self.tokens)
-            return ChatAnswer(None, None, [], "length", usage, ttft=None, tokens_per_second=None)
-        way, stream = self._asked
+        """Return how the stream ended. Its usage is that of the whole answer."""
+        if self._current is None:
+            return ChatAnswer("length", Usage(completion_tokens=self.tokens))
+        strategy, stream = self._current
         answer = stream.answer()
-        if way.left is None:
+        if strategy.tokens_left is None:
             return answer
-        finish = answer.finish_reason
-        if way.seam.stopped:
-            finish = "stop"
-        elif finish == "stop" and way.used_up:
-            finish = "length"
-        return replace(answer, finish_reason=finish, usage=self._usage(answer.usage, way.left, way.seam))
+        finish_reason = answer.finish_reason
+        if strategy.overlap.stopped:
+            finish_reason = "stop"
+        elif finish_reason == "stop" and strategy.exhausted:
+            finish_reason = "length"
+        usage = self._usage(answer.usage, strategy.tokens_left, strategy.overlap)
+        return replace(answer, finish_reason=finish_reason, usage=usage)
 
-    def _usage(self, said: Usage, left: int, seam: OverlapFilter) -> Usage:
-        """The delivered tokens are of the prompt for this server; what it said again is in both counts."""
+    def _usage(self, reported: Usage, tokens_left: int, overlap: OverlapFilter) -> Usage:
+        """Count tokens for the whole answer. The server counted delivered tokens as part of its prompt, and those that
+        it repeated in both counts."""
         before = self._resume.tokens
-        new = seam.new if said.completion_tokens is None else said.completion_tokens - seam.repeated
-        completion = before + min(new, left)
-        if said.prompt_tokens is None:
+        new = overlap.new if reported.completion_tokens is None else reported.completion_tokens - overlap.repeated
+        completion = before + min(new, tokens_left)
+        if reported.prompt_tokens is None:
             return Usage(completion_tokens=completion)
-        prompt = max(0, said.prompt_tokens - before + seam.repeated)
-        cached = None if said.cached_tokens is None else min(said.cached_tokens, prompt)
+        prompt = max(0, reported.prompt_tokens - before + overlap.repeated)
         return Usage(
             prompt_tokens=prompt,
             completion_tokens=completion,
             total_tokens=prompt + completion,
-            cached_tokens=cached,
+            cached_tokens=None if reported.cached_tokens is None else min(reported.cached_tokens, prompt),
         )

@@ -1,4 +1,4 @@
-"""Cuts the connection of a request whose clock has run out, or which is stopped."""
+"""Ends a request to an MLX server before its answer is complete: at a timeout, at its deadline, or when cancelled."""
 
 from __future__ import annotations
 
@@ -7,107 +7,123 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from fleet_worker.errors import FleetError, RequestTimeout
-from fleet_worker.mlx.cancellation import CancelToken
 from fleet_worker.settings import ServerTimeouts
 
-_LOOKS_AGAIN = 0.1
-"""Seconds between two looks at a reader that has been busy for longer than its limit: nobody says when it is back."""
+_CHECK_INTERVAL = 0.1
+"""Seconds after which the thread checks the limits again at the latest: readers do not report that they moved one."""
 
 _RESET = struct.pack("ii", 1, 0)
-"""SO_LINGER: closing drops the connection. Otherwise the server's next write, a whole step of a prefill later, would
-still succeed, and only the one after that tell the server that nobody listens."""
+"""SO_LINGER: closing resets the connection. Otherwise the server's next write would still succeed, which is one whole
+prefill step later, and only the write after that would fail."""
+
+
+class CancelToken:
+    """Cancels one request. The thread that works on it reads `error`, or registers what ends its waiting."""
+
+    def __init__(self) -> None:
+        self.error: FleetError | None = None
+        """Why the request was cancelled; None until then."""
+        self._lock = threading.Lock()
+        self._callbacks: list[Callable[[], object]] = []
+
+    def cancel(self, error: FleetError) -> None:
+        """Cancel the request, from any thread. Only the first call counts."""
+        with self._lock:
+            if self.error is None:
+                self.error = error
+                for callback in self._callbacks:
+                    callback()
+
+    @contextmanager
+    def on_cancel(self, callback: Callable[[], object]) -> Iterator[None]:
+        """Within the block, `cancel` calls `callback` once, in its own thread. It must not block. Blocks may be nested.
+
+        Raises:
+            FleetError: the request was cancelled before the block began; `callback` is not called then.
+        """
+        with self._lock:
+            if self.error is not None:
+                raise self.error
+            self._callbacks.append(callback)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._callbacks.remove(callback)
 
 
 class ConnectionGuard:
-    """One request under watch. Its reader moves `limit` (monotonic seconds) as it makes progress."""
+    """The connection of one request, which can be cut from any thread."""
 
     def __init__(self, limit: float) -> None:
         self.limit = limit
-        self.busy_until = 0.0
-        """Set while the reader is busy elsewhere: until then the limit does not count. It moves the limit first."""
-        self.over = threading.Event()
-        """Set once it was cut."""
+        """When the connection is cut: time.monotonic() seconds. The reader moves it by assignment."""
+        self.was_cut = threading.Event()
         self._lock = threading.Lock()
         self._connection: socket.socket | None = None
 
-    def watch(self, connection: socket.socket) -> None:
-        """This is the connection that it waits on from now. It may be closed, and wrapped in TLS, at any moment."""
+    def attach(self, connection: socket.socket) -> None:
+        """Guard this connection from now on, in place of an earlier one. Its owner may close it or wrap it in TLS."""
         with self._lock:
-            self._let_go()
+            self._release()
             self._connection = connection.dup()
-            if self.over.is_set():
-                self._shut()
+            if self.was_cut.is_set():
+                self._shut_down()
 
     def cut(self) -> None:
-        """End the connection now, and one that comes later at once; whoever waits on it returns. From any thread."""
+        """Cut the connection, and at once any that is attached later. Reads that wait on it return."""
         with self._lock:
-            self.over.set()
-            self._shut()
+            self.was_cut.set()
+            self._shut_down()
 
     def close(self) -> None:
         with self._lock:
-            self._let_go()
+            self._release()
 
-    def _shut(self) -> None:
-        with contextlib.suppress(OSError):  # it is not connected any more
+    def _shut_down(self) -> None:
+        with contextlib.suppress(OSError):  # not connected any more
             if self._connection:
                 self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
                 self._connection.shutdown(socket.SHUT_RDWR)
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         if self._connection:
             self._connection.close()
         self._connection = None
 
-    def due(self, now: float) -> float:
-        """When to cut, or to look again."""
-        busy_until = self.busy_until  # read before the limit, or the old one might count
-        if not busy_until or self.limit > now:
-            return self.limit
-        return min(busy_until, now + _LOOKS_AGAIN)
-
 
 class TimeoutThread:
-    """One thread for all requests of a node.
+    """One thread that enforces the limits of all requests of a client.
 
-    A thread that waits in `recv` cannot look at a clock, and httpx fixes its timeouts for a whole response. So the
-    wait is ended from outside: `shutdown` of the socket makes `recv` return at once, on Linux and macOS.
-    The thread sleeps until the earliest limit it knows; a limit that moves on costs its reader one assignment.
+    A thread that waits in `recv` cannot check the time, and httpx fixes its timeouts for a whole response. So the wait
+    is ended from outside: `shutdown` of the socket makes `recv` return at once, on Linux and macOS.
     """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._guards: set[ConnectionGuard] = set()
-        self._wakes_at = float("inf")
         self._closed = False
         self.last_content = 0.0
-        """When content last arrived on any of them."""
-        self._thread = threading.Thread(target=self._run, name="fleet-watchdog", daemon=True)
+        """When content last arrived for any request: time.monotonic() seconds."""
+        self._thread = threading.Thread(target=self._run, name="fleet-timeouts", daemon=True)
         self._thread.start()
 
     @contextmanager
     def watching(self, guard: ConnectionGuard) -> Iterator[None]:
-        """Cut this one, within the block, when its limit has passed."""
+        """Cut this connection if its limit passes within the block."""
         with self._changed:
             self._guards.add(guard)
-        self.hasten(guard, guard.limit)
+            self._changed.notify()
         try:
             yield
         finally:
             with self._changed:
                 self._guards.discard(guard)
             guard.close()
-
-    def hasten(self, guard: ConnectionGuard, limit: float) -> None:
-        """Set a limit that may be earlier than before. (A later one is set by assignment.)"""
-        guard.limit = limit
-        with self._changed:
-            if limit < self._wakes_at:
-                self._changed.notify()
 
     def close(self) -> None:
         with self._changed:
@@ -118,42 +134,41 @@ class TimeoutThread:
     def _run(self) -> None:
         with self._changed:
             while not self._closed:
-                now = time.monotonic()
-                self._wakes_at = float("inf")
+                now, wait = time.monotonic(), _CHECK_INTERVAL
                 for guard in self._guards:
-                    if guard.over.is_set():
+                    if guard.was_cut.is_set():
                         continue
-                    if (due := guard.due(now)) <= now:
+                    if guard.limit <= now:
                         guard.cut()
                     else:
-                        self._wakes_at = min(self._wakes_at, due)
-                self._changed.wait(None if self._wakes_at == float("inf") else max(0.0, self._wakes_at - now))
+                        wait = min(wait, guard.limit - now)
+                self._changed.wait(wait if self._guards else None)
 
 
 class RequestTimer:
-    """The time of one request, as one limit that the watchdog enforces. Moments are monotonic seconds."""
+    """The timeouts, the deadline and the cancellation of one request. Times are time.monotonic() seconds."""
 
     def __init__(
-        self, watchdog: TimeoutThread, limits: ServerTimeouts, deadline: float, stop: CancelToken | None = None
+        self, thread: TimeoutThread, timeouts: ServerTimeouts, deadline: float, cancel_token: CancelToken | None = None
     ) -> None:
         self.started = time.monotonic()
-        self.connecting = min(limits.connect, deadline - self.started)
-        """Seconds that connecting may take in all, however often it is tried."""
-        self.guard = ConnectionGuard(min(deadline, self.started + limits.first_content))
-        self._watchdog = watchdog
-        self._stop = stop or CancelToken()
-        self._gap = limits.gap
+        self.connect_seconds = min(timeouts.connect, deadline - self.started)
+        """Seconds that connecting may take, all tries together."""
+        self.guard = ConnectionGuard(min(deadline, self.started + timeouts.first_content))
+        self._thread = thread
+        self._cancel_token = cancel_token or CancelToken()
+        self._gap = timeouts.gap
         self._deadline = deadline
-        self._flowing = False
+        self._has_content = False
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """The request, from before it is connected to its end.
+        """Enforce the limits within the block: from before the request connects until its response is closed.
 
         Raises:
-            FleetError: it was stopped before, or (`RequestTimeout`) the deadline has passed already.
+            FleetError: the request was cancelled before, or (`RequestTimeout`) its deadline has passed.
         """
-        with self._watchdog.watching(self.guard), self._stop.cutting(self.guard.cut):
+        with self._thread.watching(self.guard), self._cancel_token.on_cancel(self.guard.cut):
             if self.started >= self._deadline:
                 raise RequestTimeout("the deadline passed before the MLX server was asked")
             yield
@@ -161,55 +176,52 @@ class RequestTimer:
     @property
     def connect_timeout(self) -> float:
         """Seconds that are left for connecting."""
-        return max(0.001, self.started + self.connecting - time.monotonic())
+        return max(0.001, self.started + self.connect_seconds - time.monotonic())
 
-    def content(self) -> float:
-        """Content arrived: return the moment. Its reader may take its time with it, up to the deadline."""
-        now = self._watchdog.last_content = time.monotonic()
-        self.guard.busy_until = self._deadline
-        if not self._flowing:
-            self._flowing = True
-            self._watchdog.hasten(self.guard, min(self._deadline, now + self._gap))
+    def content_received(self) -> float:
+        """Return the time: content has arrived. The reader may use all the time until the deadline to process it."""
+        now = self._thread.last_content = time.monotonic()
+        self._has_content = True
+        self.guard.limit = self._deadline
         return now
 
-    def waiting(self) -> None:
-        """The server has the word again. Before the first content its time goes on as it began.
+    def restart_gap(self) -> None:
+        """Restart the inter-token timeout, once the reader has consumed a chunk. Before the first content, the
+        `first_content` timeout goes on instead.
 
         Raises:
-            FleetError: it was stopped, or the deadline passed, while the reader was busy; what is still buffered comes
-                too late.
+            FleetError: the request was cancelled or its deadline passed while the reader was busy: what the connection
+                still holds is too late.
         """
         self.check()
-        if self._flowing:
+        if self._has_content:
             self.guard.limit = min(self._deadline, time.monotonic() + self._gap)
-            self.guard.busy_until = 0.0
 
-    def ending(self, seconds: float) -> None:
-        """All that matters has arrived: the rest may take this long."""
-        self._watchdog.hasten(self.guard, min(self._deadline, time.monotonic() + seconds))
-        self.guard.busy_until = 0.0
+    def limit_rest(self, seconds: float) -> None:
+        """Cut the connection after so many seconds: all that matters of the response has arrived."""
+        self.guard.limit = min(self._deadline, time.monotonic() + seconds)
 
     @property
-    def stopped(self) -> FleetError | None:
-        """Why it was stopped from outside, if it was."""
-        return self._stop.error
+    def cancel_error(self) -> FleetError | None:
+        """Why the request was cancelled, or None."""
+        return self._cancel_token.error
 
     @property
-    def over(self) -> FleetError | None:
-        """Why the connection was cut, if it was: a cut may look like a failure, or like the end of a response."""
-        return self.stopped or (self._expired() if self.guard.over.is_set() else None)
+    def error(self) -> FleetError | None:
+        """Why the connection was cut, or None. A cut looks like a failure, or like the end of a response."""
+        return self._cancel_token.error or (self._timeout_error() if self.guard.was_cut.is_set() else None)
 
     def check(self) -> None:
-        """Raise why the connection was cut, if it was."""
-        if reason := self.over:
-            raise reason
+        """Raise `error` if the connection was cut."""
+        if error := self.error:
+            raise error
 
-    def _expired(self) -> RequestTimeout:
-        """Say whose time was over. If it was the server's, another one may do better."""
+    def _timeout_error(self) -> RequestTimeout:
+        """Name the limit that was reached. If it was a timeout of the server, another server may do better."""
         if time.monotonic() >= self._deadline:
             return RequestTimeout("the deadline passed while the MLX server was answering")
-        if self._flowing:
-            return RequestTimeout(
-                f"the MLX server fell silent in mid-answer for {self._gap:g} s (clocks.gap)", retryable=True
-            )
-        return RequestTimeout("the MLX server sent no content in time (clocks.first_content)", retryable=True)
+        if self._has_content:
+            text = f"the MLX server was silent for {self._gap:g} s in the middle of its answer (clocks.gap)"
+        else:
+            text = "the MLX server sent no content in time (clocks.first_content)"
+        return RequestTimeout(text, retryable=True)

@@ -1,4 +1,4 @@
-"""Connections to an MLX server: one for each request, so that its guard can cut it from the first packet on."""
+"""HTTP connections to an MLX server: a new one for each request, which its guard can cut from the first packet on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import select
 import socket
 import ssl
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import httpcore
 import httpx
@@ -16,31 +16,36 @@ from fleet_worker.mlx.timeouts import ConnectionGuard
 
 
 class Transport(httpx.HTTPTransport):
-    """httpx's own without its pool. A request carries its `ConnectionGuard` as `extensions["guard"]`.
+    """httpx's transport without a connection pool. A request has its `ConnectionGuard` in `extensions["guard"]`.
 
-    The socket of a pooled connection is not known before the response is there, and the server may be closing it at
-    the moment of the next request, which then looks like a server that died.
+    The socket of a pooled connection is not known before the response arrives. And the server may close such a
+    connection just when the next request is sent, which then looks as if the server had died.
     """
 
     def __init__(self, *, secure: bool) -> None:
-        # Loading certificates takes longer than all the rest.
-        self._pool = _Connections(httpx.create_ssl_context(trust_env=False) if secure else None)
+        # Loading certificates takes longer than everything else here.
+        self._pool = _NoPool(httpx.create_ssl_context(trust_env=False) if secure else None)
 
 
-class _Connections(httpcore.ConnectionPool):
-    """Keeps none: a connection ends with its response."""
+def body_of(response: httpx.Response) -> httpx.SyncByteStream:
+    """Return the body as it arrives. `iter_raw` would be one more generator for every read."""
+    return cast("httpx.SyncByteStream", response.stream)
+
+
+class _NoPool(httpcore.ConnectionPool):
+    """Opens a connection for each request; it ends with the response."""
 
     def __init__(self, tls: ssl.SSLContext | None) -> None:
         super().__init__()
         self._tls = tls
 
     def handle_request(self, request: httpcore.Request) -> httpcore.Response:
-        backend = _Guarded(request.extensions["guard"])
+        backend = _GuardedBackend(request.extensions["guard"])
         return httpcore.HTTPConnection(request.url.origin, self._tls, network_backend=backend).handle_request(request)
 
 
-class _Guarded(httpcore.NetworkBackend):
-    """Connects where a guard sees it."""
+class _GuardedBackend(httpcore.NetworkBackend):
+    """Attaches each socket to the guard before it is connected."""
 
     def __init__(self, guard: ConnectionGuard) -> None:
         self._guard = guard
@@ -53,7 +58,7 @@ class _Guarded(httpcore.NetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
     ) -> httpcore.NetworkStream:
-        """Connect to the first address of the host that accepts, each within the timeout."""
+        """Connect to the first address of the host that accepts; each address has the whole timeout."""
         failure: OSError | None = None
         try:
             for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
@@ -67,16 +72,16 @@ class _Guarded(httpcore.NetworkBackend):
 
     def _connected(self, connection: socket.socket, address: Any, timeout: float | None) -> socket.socket:
         try:
-            if self._guard.over.is_set():
+            if self._guard.was_cut.is_set():
                 raise ConnectionAbortedError
             connection.setblocking(False)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with contextlib.suppress(BlockingIOError):
                 connection.connect(address)
-            self._guard.watch(connection)  # not before: what does not connect yet cannot be cut
-            waiting = select.poll()
-            waiting.register(connection, select.POLLOUT)
-            if not waiting.poll(None if timeout is None else timeout * 1000):
+            self._guard.attach(connection)  # not earlier: a socket that is not connecting yet cannot be cut
+            poll = select.poll()
+            poll.register(connection, select.POLLOUT)
+            if not poll.poll(None if timeout is None else timeout * 1000):
                 raise TimeoutError
             if failure := connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
                 raise OSError(failure, "not connected")
@@ -88,7 +93,7 @@ class _Guarded(httpcore.NetworkBackend):
 
 
 class _Stream(httpcore.NetworkStream):
-    """A connection as httpcore takes it. Only a TLS handshake has a timeout: for the rest there is the guard."""
+    """A socket as httpcore needs it. Only the TLS handshake has a timeout; the guard limits everything else."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection

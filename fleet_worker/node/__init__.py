@@ -1,7 +1,7 @@
 """An inference node: a Celery worker that serves one MLX server.
 
 May import: `registry`, `host`, `mlx`, `broker`, `protocol`, `settings`, `errors`. Read in this order: `worker`,
-`server_discovery`, `node`, `tasks`, `reply_publisher`, `replay_buffer`, `running_attempts`, `lane_consumer`,
+`server_discovery`, `node`, `tasks`, `reply_publisher`, `running_attempts`, `offered_models`, `lane_consumer`,
 `health_monitor`, `readiness`, `router_presence`, `cancel_listener`, `lifecycle`, `remote_control`, `log_privacy`,
 `task_events`.
 """

@@ -16,7 +16,7 @@ from fleet_worker.broker.connection import hear, open_channel, prove
 from fleet_worker.broker.reconnecting import ReconnectingThread
 from fleet_worker.broker.topology import Transport, cancel_queue
 from fleet_worker.errors import InvalidRequest
-from fleet_worker.protocol.control import Notice
+from fleet_worker.protocol.control import ControlMessage
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class CancelListener:
 
     def _receive(self, message: Any) -> None:
         try:
-            notice = Notice.decode(message.body)
+            notice = ControlMessage.decode(message.body)
         except InvalidRequest as error:
             log.error("what a router said was dropped: %s", error)
             return

@@ -1,4 +1,4 @@
-"""From which lanes a node takes work at the moment."""
+"""Joins and leaves lanes while the worker runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from celery import Celery, bootsteps
-from celery.worker import state as celery_state
 
 from fleet_worker.broker.topology import Transport, lane_queue
 
@@ -20,111 +19,103 @@ TRY_AGAIN_AFTER = 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class _Wish:
-    """The lanes that work is to be taken from. One that another replaced may never be fulfilled."""
+class _Target:
+    """A target set of lanes. `fulfilled` is set once the consumer has applied it; never for one that was replaced
+    before."""
 
     lanes: frozenset[str] = frozenset()
     fulfilled: threading.Event = field(default_factory=threading.Event)
 
 
 class LaneConsumer:
-    """Joins and leaves lanes while the worker runs, from any thread, and tries until it has: when the broker comes
-    back, and when it refuses.
+    """Makes Celery's consumer consume a set of lanes, none at first. Safe for all threads.
 
-    A worker begins with none. Within a second of leaving, nothing more is taken; what was popped in that second goes
-    back to its lane.
+    A lane that cannot be joined is tried again: when the broker is back, and every `TRY_AGAIN_AFTER` seconds if it
+    refuses. Within a second after a lane was left nothing more is taken from it; a message that is taken in that
+    second goes back to it.
     """
 
     def __init__(self, app: Celery, transport: Transport) -> None:
         self._app = app
         self._transport = transport
-        self._wish = _Wish()
-        self._has: frozenset[str] = frozenset()
+        self._target = _Target()
+        self._joined: frozenset[str] = frozenset()
+        self._refused: frozenset[str] = frozenset()
         self._consumer: Any = None
         self._timer: Any = None
-        self._refused: frozenset[str] = frozenset()
         app.steps["consumer"].add(self._step())
 
     @property
     def wanted(self) -> frozenset[str]:
-        """The lanes that it is to take work from."""
-        return self._wish.lanes
+        """The lanes that are to be consumed."""
+        return self._target.lanes
 
     @property
     def lanes(self) -> frozenset[str]:
-        """Those of them that it has joined; none while the broker is away."""
-        return self._has & self.wanted
-
-    @property
-    def held(self) -> int:
-        """Messages that were taken and are not done, whether or not their tasks have begun."""
-        return len(celery_state.reserved_requests)
+        """Those of them that have been joined; none while the broker is away."""
+        return self._joined & self.wanted
 
     def follow(self, lanes: Iterable[str]) -> None:
-        """Take work from these lanes and no others."""
-        self._wish = _Wish(frozenset(lanes))
+        """Consume these lanes and no others."""
+        self._target = _Target(frozenset(lanes))
         if self._consumer:
             self._consumer.call_soon(self._apply_in, 0.0)
 
-    def settled(self, timeout: float) -> bool:
-        """Wait until the last `follow` has been followed, or for so many seconds; the broker may be away."""
-        return self._consumer is None or self._wish.fulfilled.wait(timeout)
+    def wait_until_settled(self, timeout: float) -> bool:
+        """Wait up to `timeout` seconds until the last `follow` is applied; the broker may be away."""
+        return self._consumer is None or self._target.fulfilled.wait(timeout)
 
     def _step(self) -> type[bootsteps.StartStopStep]:
-        """Celery makes a new task consumer for each connection to the broker, and tells its steps."""
-        intake = self
+        """Return a step that Celery starts with each connection to the broker, which has a new task consumer."""
+        lane_consumer = self
 
         class Lanes(bootsteps.StartStopStep):  # type: ignore[misc]
             requires = ("celery.worker.consumer.tasks:Tasks",)
 
             def start(self, consumer: Any) -> None:
-                intake._consumer = consumer
+                lane_consumer._consumer = consumer
                 # Not now: what RabbitMQ delivers before the event loop runs has no callback yet, and is never handled.
-                consumer.call_soon(intake._apply_in, 0.0)
+                consumer.call_soon(lane_consumer._apply_in, 0.0)
 
             def stop(self, consumer: Any) -> None:
-                """Celery would join the old lanes by itself, all or none."""
-                intake._has = frozenset()
-                intake._app.amqp.queues.deselect(list(intake._app.amqp.queues))
+                """Let Celery join no lanes by itself: it would join the old ones, all or none."""
+                lane_consumer._joined = frozenset()
+                lane_consumer._app.amqp.queues.deselect(list(lane_consumer._app.amqp.queues))
 
         return Lanes
 
     def _apply_in(self, seconds: float) -> None:
-        """By the event loop's timer: there the loss of the connection reaches Celery, which opens another, and no other
-        error does harm."""
+        """Use the event loop's timer: there Celery notices a lost connection and opens another, and no other error
+        does harm."""
         if self._timer:
             self._timer.cancel()
         self._timer = self._consumer.timer.call_after(seconds, self._apply)
 
     def _apply(self) -> None:
-        """In the thread of Celery's event loop, where kombu may be used."""
+        """Runs in the thread of Celery's event loop, the only one that may use the consumer."""
         if not self._consumer.task_consumer:  # the worker ends
             return
-        wish = self._wish
+        target = self._target
         try:
-            refused = self._change(wish.lanes)
+            for name in self._consuming() - target.lanes:
+                self._consumer.cancel_task_queue(name)
+            refused = self._join(sorted(target.lanes - self._consuming()))
+            self._joined = self._consuming()
         except self._consumer.channel_errors as error:  # nothing is consumed any more
             raise ConnectionResetError(f"the broker closed the channel ({type(error).__name__})") from error
-        wish.fulfilled.set()
-        self._tell(refused)
+        target.fulfilled.set()
+        self._log_refused(refused)
         if refused:
             self._apply_in(TRY_AGAIN_AFTER)
 
-    def _change(self, wanted: frozenset[str]) -> dict[str, Exception]:
-        for name in self._joined() - wanted:
-            self._consumer.cancel_task_queue(name)
-        refused = self._join(sorted(wanted - self._joined()))
-        self._has = self._joined()
-        return refused
-
-    def _joined(self) -> frozenset[str]:
+    def _consuming(self) -> frozenset[str]:
         return frozenset(filter(self._consumer.task_consumer.consuming_from, self._app.amqp.queues))
 
     def _join(self, lanes: list[str]) -> dict[str, Exception]:
-        """Return those that the broker refuses, and why.
+        """Join these lanes; return those that the broker refuses, and why.
 
-        For a queue that is declared otherwise than it is, RabbitMQ closes the channel, and with it everything that the
-        channel consumes. So each is first declared on a channel that has nothing to lose.
+        RabbitMQ closes the channel for a queue that exists with other arguments, and with the channel everything that
+        it consumes. So each queue is first declared on a channel of its own.
         """
         refused: dict[str, Exception] = {}
         if lanes:
@@ -140,7 +131,7 @@ class LaneConsumer:
                         self._consumer.add_task_queue(name)
         return refused
 
-    def _tell(self, refused: dict[str, Exception]) -> None:
+    def _log_refused(self, refused: dict[str, Exception]) -> None:
         for name in sorted(refused.keys() - self._refused):
             log.warning("lane %s cannot be joined, and is tried again: %s", name, type(refused[name]).__name__)
         for name in sorted(self._refused & self.lanes):

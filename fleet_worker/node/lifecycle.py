@@ -1,4 +1,4 @@
-"""The life of a worker process after its start: alone of its name, reloaded by SIGHUP, ended warmly."""
+"""The life of a node's process: started, the only one of its name, reloaded by SIGHUP, ended by SIGTERM."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NoReturn
 
-import celery.apps.worker as celery_worker
 from celery import bootsteps, signals
 from celery.worker import state as celery_state
 from celery.worker.control import inspect_command
@@ -27,29 +25,63 @@ log = logging.getLogger(__name__)
 
 BROKEN_CONNECTION = (AttributeError, ValueError)
 """What Celery and py-amqp also raise when a connection breaks while it is set up: its socket is None, or closed."""
-WHO_ANSWERS_WITHIN = 2.0
-"""Seconds in which every process of a name has to say which one it is."""
-ASKED_WHO = 5
-"""Times that this is asked, until this process hears itself: its first question may come before Celery listens."""
+NAMESAKES_ANSWER_WITHIN = 2.0
+"""Seconds in which the processes of a node's name have to answer."""
+NAMESAKES_ASKED = 5
+"""How often they are asked, until this process gets its own answer: Celery may not listen yet to the first question."""
 HANDED_OVER_WITHIN = 3.0
-"""Seconds in which what is still running after its grace has to let go."""
+"""Seconds in which the requests that still run after the grace have to end."""
 HAND_OVER_EVERY = 0.1
-"""Seconds between two looks at what that is: what was taken a moment ago is only beginning."""
+"""Seconds until requests that have begun meanwhile are handed over too."""
 LEAVE_AFTER = 8.0
-"""Seconds that Celery gets to say goodbye to the broker once a stopping node has no more work. Together with the
-above, and with the last words of a node that leaves without it, less than the 15 of `Worker.killed_after`."""
+"""Seconds that Celery gets to close its connections when a stopping node has no more work. Together with the seconds
+above, and one to close without Celery, less than the 15 of `WorkerSettings.killed_after`."""
 
 
 class Reconnecting(bootsteps.Step):  # type: ignore[misc]
-    """A connection that breaks while Celery sets it up costs another connection, and not the worker."""
+    """Makes a connection that breaks while Celery sets it up cost another connection, and not the worker."""
 
     def __init__(self, consumer: Any, **options: Any) -> None:
         super().__init__(consumer, **options)
         consumer.connection_errors = (*consumer.connection_errors, *BROKEN_CONNECTION)
 
 
+class Startup:
+    """Handles signals until `Lifecycle` does. Nothing runs yet, so ending is easy.
+
+    `can_follow` returns whether the node can follow new settings once it is ready. Create it in the main thread: its
+    waits end by the exception of a signal handler.
+    """
+
+    def __init__(self, node_name: str, can_follow: Callable[[Settings], bool]) -> None:
+        self._name = node_name
+        self._can_follow = can_follow
+        self.reloads = False
+        """Whether there are newer settings, which the node has to follow when it is ready."""
+        signal.signal(signal.SIGTERM, lambda *_: self._end(0))
+        signal.signal(signal.SIGINT, lambda *_: self._end(exit_codes.INTERRUPTED))
+        signal.signal(signal.SIGHUP, lambda *_: self._reload())
+
+    def _end(self, exit_code: int) -> NoReturn:
+        log.info("%s ends before it was ready", self._name)
+        raise SystemExit(exit_code)
+
+    def _reload(self) -> None:
+        """End if the new settings need a new process: this one may be waiting for a server at a wrong address."""
+        try:
+            can_follow = self._can_follow(_read_settings())
+        except ConfigurationError as error:
+            log.error("%s keeps its old configuration: %s", self._name, error.message)
+            return
+        if not can_follow:
+            log.warning("%s ends: its new configuration needs a new process", self._name)
+            raise SystemExit(exit_codes.AGAIN)
+        log.info("%s follows the new configuration when it is ready", self._name)
+        self.reloads = True
+
+
 class Lifecycle:
-    """Of one Celery worker, told by Celery's signals."""
+    """The life of one Celery worker that is a node. `grace` is the seconds that running requests get at its end."""
 
     def __init__(self, worker: Any, node: Node | RegistryNode, *, grace: float) -> None:
         self._worker = worker
@@ -63,74 +95,74 @@ class Lifecycle:
         self._exit_code: int | None = None
 
     def begin(self, startup: Startup) -> None:
-        """Take over from what handled signals until now."""
-        signals.worker_ready.connect(self._ready, weak=False)
-        signals.worker_shutting_down.connect(self._stopping, weak=False)
-        signals.worker_shutdown.connect(self._stopped, weak=False)
-        celery_worker.install_worker_restart_handler = lambda worker: None  # it would start the process anew
-        celery_worker.install_worker_term_handler = lambda worker: None  # it would stop hearing the broker at once
-        celery_worker.install_worker_int_handler = partial(
-            celery_worker.install_worker_int_handler, exitcode=exit_codes.INTERRUPTED
-        )
-        signal.signal(signal.SIGHUP, lambda *_: self._hang_up())
+        """Handle signals from now on, in place of `startup`."""
+        signals.worker_ready.connect(self._on_ready, weak=False)
+        signals.worker_shutting_down.connect(self._on_interrupt, weak=False)
+        signals.worker_shutdown.connect(self._on_shutdown, weak=False)
+        signal.signal(signal.SIGHUP, lambda *_: self._on_hangup())
         self._reloads |= startup.reloads
         signal.signal(signal.SIGTERM, lambda *_: self._end(0, asked=True))
 
         @inspect_command(visible=False)  # type: ignore[untyped-decorator]
         def process(state: Any, **_: Any) -> list[Any]:
-            """Which one of this name this is, and its age in seconds."""
+            """Return an id of this process, and its age in seconds."""
             return [self._process, self._age()]
 
-    def _ready(self, **_: Any) -> None:
+    def _on_ready(self, **_: Any) -> None:
         self._node.start()
-        _in_thread(self._leave_if_not_alone)
+        _in_thread(self._leave_if_name_is_taken)
         self._is_ready = True
         if self._reloads:
             _in_thread(self._reload)
 
-    def _hang_up(self) -> None:
-        """SIGHUP: read the configuration again, now or as soon as there is somebody to follow it."""
+    def _on_hangup(self) -> None:
+        """SIGHUP: read the configuration again, now or when the node is ready."""
         if self._is_ready:
             _in_thread(self._reload)
         else:
             self._reloads = True
 
-    def _leave_if_not_alone(self) -> None:
-        """Two nodes of one name would be one to everybody else, and Celery only warns. The elder one stays."""
+    def _on_interrupt(self, sender: str, exitcode: int, **_: Any) -> None:
+        """Ctrl-C, which Celery handles."""
+        if sender == self._node.name:
+            self._end(exitcode, asked=True)
+
+    def _on_shutdown(self, sender: Any, **_: Any) -> None:
+        """Celery has ended: no task runs any more."""
+        if sender is self._worker:
+            self._node.close()
+            self._ended.set()
+            log.info("%s ended", self._node.name)
+
+    def _leave_if_name_is_taken(self) -> None:
+        """End if an older process has the same name: to all others the two would be one node. Celery only warns."""
         name = self._node.name
-        for _ in range(ASKED_WHO):
+        for _ in range(NAMESAKES_ASKED):
             age = self._age()
             try:
-                ages = self._ages()
+                answers = self._worker.app.control.broadcast(
+                    "process", destination=[name], reply=True, limit=2, timeout=NAMESAKES_ANSWER_WITHIN
+                )
+                ages: dict[str, float] = dict(answer[name] for answer in answers or ())
             except Exception as error:
                 log.warning("whether there is another %s could not be asked (%s)", name, type(error).__name__)
                 break
-            is_heard = ages.pop(self._process, None) is not None
+            answered = ages.pop(self._process, None) is not None
             if max(ages.values(), default=0.0) > age:
                 log.critical("another node is named %s: give the instance, or the host, a name of its own", name)
                 self._end(exit_codes.CONFIGURATION)
-            if ages or is_heard:
+            if ages or answered:
                 break
-
-    def _ages(self) -> dict[str, float]:
-        """How old the processes of this name are that answer."""
-        name = self._node.name
-        said = self._worker.app.control.broadcast(
-            "process", destination=[name], reply=True, limit=2, timeout=WHO_ANSWERS_WITHIN
-        )
-        return dict(answer[name] for answer in said or ())
 
     def _age(self) -> float:
         return time.monotonic() - self._began
 
     def _reload(self) -> None:
-        """Follow the configuration, without touching what is running."""
+        """Follow the configuration without touching running requests, or end if that needs a new process."""
         name = self._node.name
         try:
-            with self._reloading:  # who reads last follows last
-                settings = Settings()
-                settings.serving()
-                followed = self._node.reload(settings)
+            with self._reloading:  # so that of two reloads the one with the newer settings is the last
+                followed = self._node.reload(_read_settings())
         except ConfigurationError as error:
             log.error("%s keeps its old configuration: %s", name, error.message)
             return
@@ -140,15 +172,10 @@ class Lifecycle:
             log.warning("%s ends: its new configuration needs a new process", name)
             self._end(exit_codes.AGAIN)
 
-    def _stopping(self, sender: str, exitcode: int, **_: Any) -> None:
-        """Celery's own handlers tell: that of Ctrl-C."""
-        if sender == self._node.name:
-            self._end(exitcode, asked=True)
-
     def _end(self, exit_code: int, *, asked: bool = False) -> None:
-        """Leave. Who asks for it says with which exit code; a reason of its own counts only if it is the first.
+        """Leave. If a signal asked for it, the last signal sets the exit code; else the first reason does.
 
-        Called by signal handlers, where no lock may be waited for.
+        Called by signal handlers, which must not wait for a lock.
         """
         leaving = self._exit_code is not None
         if asked or not leaving:
@@ -156,24 +183,18 @@ class Lifecycle:
         if not leaving:
             _in_thread(self._leave)
 
-    def _stopped(self, sender: Any, **_: Any) -> None:
-        """All tasks have ended by now."""
-        if sender is self._worker:
-            self._node.close()
-            self._ended.set()
-            log.info("%s ended", self._node.name)
-
     def _leave(self) -> None:
-        """Let running work end, or hand it over; then exit, even if the broker is frozen: Celery would wait for it
-        without an end.
+        """Let running requests end, or hand them over; then exit, even if the broker is frozen: Celery would wait for
+        it without a limit.
 
-        Celery goes on until there is no more work. It would take nothing more, but forget what it has just taken.
+        Celery's event loop keeps running until all tasks are done: its own warm shutdown would lose messages that were
+        delivered but not started.
         """
         log.info("%s ends, running requests have %g s", self._node.name, self._grace)
         self._node.drain(ending=True)
         if not self._node.wait_until_idle(self._grace):
             self._hand_over()
-        celery_state.should_stop = self._exit_code  # Celery looks at it between two turns of its event loop
+        celery_state.should_stop = self._exit_code  # Celery checks it in each turn of its event loop
         if not self._ended.wait(LEAVE_AFTER):
             log.warning("%s leaves: its work is done, and the broker does not answer", self._node.name)
             self._node.close(timeout=1.0)
@@ -188,40 +209,11 @@ class Lifecycle:
                 return
 
 
+def _read_settings() -> Settings:
+    settings = Settings()
+    settings.serving()
+    return settings
+
+
 def _in_thread(target: Callable[[], None]) -> None:
     threading.Thread(target=target, daemon=True).start()
-
-
-class Startup:
-    """Handles signals until the `Lifecycle` of a node does: to end is easy, for nothing runs.
-
-    `follows` tells whether the node can follow a new configuration once it is ready. For the main thread, whose waits
-    end by an exception of a signal handler.
-    """
-
-    def __init__(self, node_name: str, follows: Callable[[Settings], bool]) -> None:
-        self._name = node_name
-        self._follows = follows
-        self.reloads = False
-        """Whether there is a newer configuration, which the node has to follow when it is ready."""
-        signal.signal(signal.SIGTERM, lambda *_: self._end(0))
-        signal.signal(signal.SIGINT, lambda *_: self._end(exit_codes.INTERRUPTED))
-        signal.signal(signal.SIGHUP, lambda *_: self._hang_up())
-
-    def _end(self, exit_code: int) -> NoReturn:
-        log.info("%s ends before it was ready", self._name)
-        raise SystemExit(exit_code)
-
-    def _hang_up(self) -> None:
-        """It may wait for a server whose address has just been corrected: then only a new process helps."""
-        try:
-            settings = Settings()
-            settings.serving()
-        except ConfigurationError as error:
-            log.error("%s keeps its old configuration: %s", self._name, error.message)
-            return
-        if not self._follows(settings):
-            log.warning("%s ends: its new configuration needs a new process", self._name)
-            raise SystemExit(exit_codes.AGAIN)
-        log.info("%s follows the new configuration when it is ready", self._name)
-        self.reloads = True

@@ -7,53 +7,68 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import celery.worker.consumer.consumer as celery_consumer
 from celery import Celery, signals
+from celery.worker import consumer
 from celery.worker.consumer.consumer import CONNECTION_ERROR, CONNECTION_RETRY
-from celery.worker.control import Panel
-from celery.worker.request import Request
 from kombu import Message
-from kombu.exceptions import DecodeError
 
 from fleet_worker.broker.connection import place_of
 
-_LEAST_LEVELS = {
-    "celery.worker.strategy": logging.WARNING,  # "received": one line a task, when it ends, is enough
+OUTAGE_LOGGED_EVERY = 60.0
+"""Seconds between two lines about a broker that stays away."""
+_CONNECTION = "celery.worker.consumer.connection"
+_CONNECTED = "Connected to %s"
+_LOWEST_LEVELS = {
+    "celery.worker.strategy": logging.WARNING,  # INFO is a line for each received task; the line at its end is enough
     "celery.pool": logging.INFO,  # DEBUG shows the arguments of every task
     "httpcore": logging.INFO,  # DEBUG shows headers, so keys
-    "httpx": logging.WARNING,  # INFO is a line per request
+    "httpx": logging.WARNING,  # INFO is a line for each request
     "kombu": logging.INFO,
     "amqp": logging.INFO,
 }
 
 
-_CONNECTION = "celery.worker.consumer.connection"
+class Consumer(consumer.Consumer):  # type: ignore[misc]
+    """Celery's consumer, which logs a message that it cannot use without quoting it.
+
+    Celery logs up to 1,024 characters of the body, all headers, which may show the arguments, and the error of the
+    decoder, which holds the whole body.
+    """
+
+    def on_unknown_message(self, body: Any, message: Message) -> None:
+        super().on_unknown_message(None, _redacted(message))
+
+    def on_unknown_task(self, body: Any, message: Message, exc: Exception) -> None:
+        message = _redacted(message)
+        # Celery reads both, and an error here would end the worker.
+        message.headers = {"id": None, "task": str(exc), **message.headers}
+        super().on_unknown_task(None, message, exc)
+
+    def on_invalid_task(self, body: Any, message: Message, exc: Exception) -> None:
+        super().on_invalid_task(None, _redacted(message), exc)
+
+    def on_decode_error(self, message: Message, exc: Exception) -> None:
+        super().on_decode_error(_redacted(message), "not JSON")
+
+
+def _redacted(message: Message) -> Message:
+    headers = message.headers if isinstance(message.headers, dict) else {}
+    message.headers = {key: headers[key] for key in ("id", "task", "root_id") if key in headers}
+    message.body = f"{len(message.body)} bytes, not shown"
+    return message
 
 
 def protect_logs() -> None:
-    """Keep bodies and arguments out of this process's logs and events, and of what `celery inspect` and Flower ask; and
-    alarms out of its logs that are none."""
-    _quieten()
-    signals.after_setup_logger.connect(_quieten, weak=False)  # --loglevel DEBUG must not undo it
-    for name, quieter in _FILTERS.items():
-        logging.getLogger(name).addFilter(quieter)
-    # Celery logs up to 1,024 characters of a message that it does not know or cannot decode.
-    celery_consumer.dump_body = lambda message, body: f"({len(message.body)}b, not shown)"
-    for complaint in ("on_unknown_message", "on_unknown_task", "on_decode_error"):
-        original = getattr(celery_consumer.Consumer, complaint)
-        setattr(celery_consumer.Consumer, complaint, _without_quotes(original))
-    # In events and in Flower, arguments look as the sender says, and a sender that is not ours says all of them.
-    Request.argsrepr = property(lambda request: request.delivery_info["routing_key"] or "-")
-    Request.kwargsrepr = ""
-    showing = [Panel.data[command] for command in ("active", "reserved", "scheduled", "query_task")]
-    for name, command in Panel.data.items():  # each has an alias
-        if command in showing:
-            Panel.data[name] = _without_arguments(command)
+    """Keep arguments, keys and false alarms out of what the libraries log in this process."""
+    _set_levels()
+    signals.after_setup_logger.connect(_set_levels, weak=False)  # --loglevel DEBUG must not undo it
+    for name, log_filter in _FILTERS.items():
+        logging.getLogger(name).addFilter(log_filter)
 
 
 def begin_log(app: Celery, node_name: str, options: dict[str, Any]) -> None:
     """Set logging up as Celery does with these options of its command line, but before the node begins: it may have to
-    wait, or end, and say so."""
+    wait, or to end, and log why."""
     name_lines(app, node_name)
     no_color = options.get("no_color")
     colorize = None if no_color is None else not no_color
@@ -61,134 +76,99 @@ def begin_log(app: Celery, node_name: str, options: dict[str, Any]) -> None:
 
 
 def name_lines(app: Celery, node_name: str) -> None:
-    """Say in every line which node logs it, where Celery says MainProcess: all nodes of a host may share a log."""
+    """Log the node's name where Celery logs MainProcess: all nodes of a host may share a log."""
     name = node_name.replace("%", "%%")
     for setting in ("worker_log_format", "worker_task_log_format"):
         app.conf[setting] = app.conf[setting].replace("%(processName)s", name)
 
 
-def _quieten(loglevel: int | str | None = None, **_: Any) -> None:
-    """Our own few lines are shown at WARNING too, which is the level of `celery worker` if nobody says another."""
+def _set_levels(loglevel: int | str | None = None, **_: Any) -> None:
+    """Show our own few lines, and that the broker is back, at WARNING too: the default level of `celery worker`."""
     level = logging.getLevelName(loglevel) if isinstance(loglevel, str) else loglevel or logging.WARNING
-    for name in ("fleet_worker", _CONNECTION):  # which says that the broker is back
+    for name in ("fleet_worker", _CONNECTION):
         logging.getLogger(name).setLevel(level if level > logging.WARNING else min(level, logging.INFO))
-    for name, level in _LEAST_LEVELS.items():
+    for name, level in _LOWEST_LEVELS.items():
         logger = logging.getLogger(name)
         logger.setLevel(max(level, logger.level))
 
 
-def _calm(record: logging.LogRecord) -> bool:
-    """RabbitMQ delivers again what was not acknowledged before its connection was lost. Celery calls that critical."""
-    if str(record.msg).startswith("Couldn't ack "):
-        record.levelno, record.levelname = logging.WARNING, logging.getLevelName(logging.WARNING)
-        record.msg = "the broker was away while a request ran, and delivers it again: harmless, nobody hears it twice"
-        record.args = record.exc_info = None
-    return True
-
-
-def _no_false_alarm(record: logging.LogRecord) -> bool:
-    """Celery warns at every loss of its connection that it might cancel what runs, some day, if nobody says no."""
-    return "worker_cancel_long_running_tasks_on_connection_loss" not in record.getMessage()
-
-
-def _no_beat(record: logging.LogRecord) -> bool:
-    """That a registry node has beaten once more is nothing new; that it failed is."""
-    is_beat = str(getattr(record, "data", {}).get("name")).startswith("registry.publish_")
-    return record.levelno > logging.INFO or not is_beat
-
-
-def _without_quotes(complain: Callable[..., Any]) -> Callable[..., Any]:
-    """The same method of Celery's consumer, which logs a bad message, with less to quote.
-
-    Headers may show the arguments, and the error of a decoder (UnicodeDecodeError) the whole body.
-    """
-
-    def discreet(consumer: Any, *about: Any) -> Any:
-        for message in about:
-            if isinstance(message, Message):
-                headers = message.headers if isinstance(message.headers, dict) else {}
-                message.headers = {key: headers[key] for key in ("id", "task", "root_id") if key in headers}
-        return complain(consumer, *("not JSON" if isinstance(each, DecodeError) else each for each in about))
-
-    return discreet
-
-
-def _without_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The same remote-control command with the arguments of tasks hidden."""
-
-    def redacted(*args: Any, **kwargs: Any) -> Any:
-        return _redact(command(*args, **kwargs))
-
-    return redacted
-
-
-def _redact(answer: Any) -> Any:
-    if isinstance(answer, dict):
-        return {key: "-" if key in ("args", "kwargs") else _redact(value) for key, value in answer.items()}
-    if isinstance(answer, list | tuple):
-        return [_redact(each) for each in answer]
-    return answer
-
-
-TOLD_EVERY = 60.0
-
-
-CONNECTED = "Connected to %s"
-
-
 class OutageFilter:
-    """A filter for what Celery logs of the connection on which it takes work: three lines at each of its tries, with
-    the user of broker_url.
+    """Filters what Celery logs of its connection: at each try three lines, with the user of broker_url.
+
+    An outage becomes one line when the broker goes, one every minute, and one when it is back.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._place = "?"
-        self._since: float | None = None
-        self._told = 0.0
+        self._away_since: float | None = None
+        self._last_logged = 0.0
 
     def filter(self, record: logging.LogRecord) -> bool:
         match record.msg, record.args:
-            case str(said), (str(url),) if said == CONNECTED:
+            case str(message), (str(url),) if message == _CONNECTED:
                 self._connected(record, place_of(url))
-            case str(said), (str(url), BaseException() as error, _) if said == CONNECTION_ERROR:
+            case str(message), (str(url), BaseException() as error, _) if message == CONNECTION_ERROR:
                 self._place = place_of(url)
-                return self._is_away(record, error)
-            case _, (str(said), BaseException() as error) if said == CONNECTION_RETRY:
-                return self._is_away(record, error)
+                return self._away(record, error)
+            case _, (str(message), BaseException() as error) if message == CONNECTION_RETRY:
+                return self._away(record, error)
         return True
 
     def _connected(self, record: logging.LogRecord, place: str) -> None:
-        if self._since is None:
+        if self._away_since is None:
             record.msg, record.args = "connected to the broker at %s", (place,)
         else:
-            _warn(record, "the broker at %s is back after %.0f s", place, self._clock() - self._since)
-        self._place, self._since = place, None
+            seconds = self._clock() - self._away_since
+            _change_to_warning(record, "the broker at %s is back after %.0f s", place, seconds)
+        self._place, self._away_since = place, None
 
-    def _is_away(self, record: logging.LogRecord, error: BaseException) -> bool:
-        """Only its kind is told: the text of an error may quote anything."""
-        now, kind = self._clock(), type(error.__cause__ or error).__name__
-        if self._since is None:
-            self._since = now
-            _warn(record, "the broker at %s is away (%s), and is tried again until it is back", self._place, kind)
-        elif now - self._told >= TOLD_EVERY:
-            _warn(record, "the broker at %s is still away, for %.0f s now (%s)", self._place, now - self._since, kind)
+    def _away(self, record: logging.LogRecord, error: BaseException) -> bool:
+        """Log only the kind of the error: its text may quote anything."""
+        now, kind, place = self._clock(), type(error.__cause__ or error).__name__, self._place
+        if self._away_since is None:
+            self._away_since = now
+            _change_to_warning(
+                record, "the broker at %s is away (%s), and is tried again until it is back", place, kind
+            )
+        elif now - self._last_logged >= OUTAGE_LOGGED_EVERY:
+            seconds = now - self._away_since
+            _change_to_warning(record, "the broker at %s is still away, for %.0f s now (%s)", place, seconds, kind)
         else:
             return False
-        self._told = now
+        self._last_logged = now
         return True
 
 
-def _warn(record: logging.LogRecord, message: str, *args: object) -> None:
+def _explain_lost_ack(record: logging.LogRecord) -> bool:
+    """RabbitMQ delivers again what was not acknowledged before its connection was lost. Celery calls that critical."""
+    if str(record.msg).startswith("Couldn't ack "):
+        message = "the broker was away while a request ran, and delivers it again: harmless, one answer counts"
+        _change_to_warning(record, message)
+        record.exc_info = None
+    return True
+
+
+def _drop_cancel_warning(record: logging.LogRecord) -> bool:
+    """Drop Celery's warning, at every lost connection, that a future version may cancel running tasks."""
+    return "worker_cancel_long_running_tasks_on_connection_loss" not in record.getMessage()
+
+
+def drop_beats(record: logging.LogRecord) -> bool:
+    """Drop the line for each task of a registry node's schedule, unless it failed. For the log "celery.app.trace"."""
+    is_beat = str(getattr(record, "data", {}).get("name")).startswith("registry.publish_")
+    return record.levelno > logging.INFO or not is_beat
+
+
+def _change_to_warning(record: logging.LogRecord, message: str, *args: object) -> None:
     record.levelno, record.levelname = logging.WARNING, logging.getLevelName(logging.WARNING)
     record.msg, record.args = message, args
 
 
 _outage = OutageFilter()
 _FILTERS: dict[str, Callable[[logging.LogRecord], bool] | OutageFilter] = {
-    "celery.worker.request": _calm,
-    "py.warnings": _no_false_alarm,
-    "celery.app.trace": _no_beat,
+    "celery.worker.request": _explain_lost_ack,
+    "py.warnings": _drop_cancel_warning,
     "celery.worker.consumer.consumer": _outage,
     _CONNECTION: _outage,
 }

@@ -1,7 +1,7 @@
-"""The node's end of the reply protocol: what it owes its routers. `inbox.py` is where a router receives it.
+"""The node's end of the reply protocol (`router.reply_consumer` is the router's end).
 
-One message carries the frames of all requests that a node owes a router since its last publish. The frames of one
-attempt are numbered without a gap, the last one is a response or an error, and nothing else ends a reply.
+One broker message carries the frames of all requests that a node has for a router since its last publish. The frames
+of one attempt are numbered without a gap. The last one is a response or an error, and only these end a reply.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,9 +20,7 @@ from fleet_worker.broker.connection import BACK_OFF
 from fleet_worker.broker.publisher import Publisher
 from fleet_worker.broker.topology import reply_queue
 from fleet_worker.errors import FleetError, RequestTimeout
-from fleet_worker.mlx.cancellation import CancelToken
-from fleet_worker.node.replay_buffer import ReplayBuffer
-from fleet_worker.protocol.base import PROTOCOL_VERSION
+from fleet_worker.mlx.timeouts import CancelToken
 from fleet_worker.protocol.reply import (
     Accepted,
     Alive,
@@ -34,73 +32,75 @@ from fleet_worker.protocol.reply import (
     Frame,
     Reply,
 )
+from fleet_worker.protocol.wire import PROTOCOL_VERSION
 
 log = logging.getLogger(__name__)
 
 LONGEST_GAP = 0.010
-GAP_PER_ANSWER = 0.0003
-"""Seconds between two publishes, more the more requests are in progress; a first token and a last frame do not wait.
-At 32 streams of 50 tokens/s a gap of 5 ms makes 3,500 messages of 20,000, for a third of the CPU."""
-ALIVE_EVERY = 1.0
+GAP_PER_REQUEST = 0.0003
+"""Seconds between two publishes: the more requests are in progress, the longer. Not before a first token or a last
+frame. At 32 streams of 50 tokens/s a gap of 5 ms makes 3,500 messages of 20,000, for a third of the CPU."""
+HEARTBEAT_EVERY = 1.0
 TRIES = 5
-"""How often the broker may refuse a message, as too large perhaps, before it is given up; it may be away for ever."""
-REMEMBERED = 10_000
-"""Attempts that a node remembers, so that a redelivered one is not generated twice."""
+"""Tries until a message that the broker refuses is dropped: it may be too large. A broker that is away has no limit."""
+REPLAY_WINDOW = 5.0
+REPLAY_MAX_BYTES = 16 * 1024 * 1024
+"""Messages are kept for so many seconds, and together so many bytes, to be published again."""
+REPLAY_MESSAGE_BYTES = 1024 * 1024
+"""Bytes up to which they are merged into one message."""
 _NEVER = float("inf")
 
 
 class ReplyWriter:
-    """The reply to one attempt, as the task that serves it writes it."""
+    """Writes the reply to one attempt, from the thread of its task."""
 
-    def __init__(self, sender: ReplyPublisher, request_id: str, attempt: int, reply_to: str) -> None:
-        self._sender = sender
+    def __init__(self, publisher: ReplyPublisher, request_id: str, attempt: int, reply_to: str) -> None:
+        self._publisher = publisher
         self.id = request_id
         self.attempt = attempt
         self.reply_to = reply_to
-        self._seq = 0
-        self.appended = 0
-        """Frames that the sender has; those of `_seq` beyond it are still on their way to it."""
         self.deadline = time.monotonic() + 3600.0
-        self._stop = CancelToken()
+        self.appended = 0
+        """Frames that the publisher has. A frame with a higher number is still on its way from the task to it."""
+        self._seq = 0
+        self._cancel_token = CancelToken()
 
     @contextmanager
-    def stopped_by(self, stop: CancelToken) -> Iterator[None]:
-        """Within this block nothing waits any longer once it is stopped; raises what it has been stopped with."""
-        self._stop = stop
-        with stop.cutting(self._sender.wake_up):
+    def cancelled_by(self, cancel_token: CancelToken) -> Iterator[None]:
+        """Within this block a cancel ends every wait, which then raises the token's error."""
+        self._cancel_token = cancel_token
+        with cancel_token.on_cancel(self._publisher.wake_up):
             yield
 
     def accept(self, **fields: Any) -> None:
-        """Tell who took it. Nobody waits for this, so it may travel with what comes next."""
+        """Tell the router which instance accepted the attempt. It may wait for the next frame, to travel with it."""
         self._wait_for_room()
-        self._sender._append(self, Accepted(**self._next(), **fields), delay=LONGEST_GAP)
+        self._publisher.append(self, Accepted(**self._next(), **fields), delay=LONGEST_GAP)
 
     def put(self, deltas: list[Delta], tokens: int) -> None:
-        """Append deltas, with which the answer has about so many tokens; the first leave at once. Waits while too many
-        frames are pending, so that nobody reads on.
+        """Append deltas, with which the answer has about so many tokens; the first ones are published at once.
+
+        Waits while too many frames are pending, so that the MLX server's stream is not read meanwhile.
 
         Raises:
-            RequestTimeout: the broker did not take anything until the deadline.
-            FleetError: it was stopped.
+            RequestTimeout: the broker took nothing until the deadline.
+            FleetError: the attempt was cancelled.
         """
         self._wait_for_room()
         first = self._seq <= 1
         frame = Deltas(**self._next(), deltas=deltas, tokens=tokens)
-        self._sender._append(self, frame, delay=0.0 if first else None)
+        self._publisher.append(self, frame, delay=0.0 if first else None)
 
     def end(self, frame: type[ChatResponse] | type[EmbedResponse], **fields: Any) -> None:
-        self._sender._append(self, frame(**self._next(), node=self._sender.node, **fields), delay=0.0)
+        self._publisher.append(self, frame(**self._next(), node=self._publisher.node, **fields), delay=0.0)
 
     def fail(self, error: FleetError) -> None:
-        self._sender._append(self, Failure.of(error, self.id, self.attempt, self._next()["seq"]), delay=0.0)
-
-    def alive(self) -> Alive:
-        return Alive(id=self.id, attempt=self.attempt, seq=self.appended)
+        self._publisher.append(self, Failure.of(error, self.id, self.attempt, self._next()["seq"]), delay=0.0)
 
     def _wait_for_room(self) -> None:
-        """Before a frame has its number: one that never leaves would be missing before the error."""
-        if not self._sender.wait_for_room(self.deadline, self._stop):
-            raise self._stop.error or RequestTimeout("the broker took no replies until the deadline")
+        """Wait before the frame gets its number: a number that is never sent would be missing before the error."""
+        if not self._publisher.wait_for_room(self.deadline, self._cancel_token):
+            raise self._cancel_token.error or RequestTimeout("the broker took no replies until the deadline")
 
     def _next(self) -> dict[str, Any]:
         seq, self._seq = self._seq, self._seq + 1
@@ -110,10 +110,10 @@ class ReplyWriter:
 class ReplyPublisher:
     """Publishes the frames of a node from one thread with one connection, as fast as the broker takes them.
 
-    It clocks itself: while a publish is on its way, and for a few milliseconds after it, frames gather for the next.
-    So a lone token leaves at once, and the cost of a token falls as the load rises. When the broker is away the frames
-    wait, and beyond `max_pending` the tasks wait too. A broker that comes back may have forgotten: what was published
-    last is published again, and the router drops what it knows.
+    While a publish is in progress, and for a few milliseconds after it, frames gather for the next one. So a single
+    token is published at once, and the cost of a token falls as the load rises. While the broker is away the frames
+    wait, and with `max_pending` of them the tasks wait too. A broker that comes back may have lost messages: the last
+    ones are published again, and the router drops those that it has.
     """
 
     def __init__(self, connect: Callable[[], Connection], node: str, *, max_pending: int) -> None:
@@ -122,47 +122,38 @@ class ReplyPublisher:
         self._changed = threading.Condition()
         self._pending: dict[str, list[Frame]] = {}
         self._count = 0
-        self._oldest = 0.0
-        self._lag = 0.0
+        self._oldest = self._lag = 0.0
         self._due = _NEVER
-        """When what is pending must leave; when the last publish began; when to show life: monotonic seconds."""
-        self._published = self._next_alive = 0.0
-        self._answers: dict[tuple[str, int], ReplyWriter] = {}
-        self._taken: OrderedDict[tuple[str, int], None] = OrderedDict()
-        self._recent = ReplayBuffer()
-        self._missed: set[str] = set()
-        """Reply queues into which what is recent has to go again."""
+        """When the pending frames must be published, as the times below in `time.monotonic()` seconds."""
+        self._last_publish = self._next_heartbeat = 0.0
+        self._writers: set[ReplyWriter] = set()
+        self._replay = ReplayBuffer()
+        self._to_replay: set[str] = set()
+        """Reply queues of routers that may have missed the last messages."""
         self._closed = threading.Event()
         self._publisher = Publisher(connect)
         self._thread = threading.Thread(target=self._run, name="fleet-replies", daemon=True)
         self._thread.start()
 
     @contextmanager
-    def answering(self, request_id: str, attempt: int, reply_to: str) -> Iterator[ReplyWriter | None]:
-        """Open the answer to an attempt; None if this node has it already (a redelivered message)."""
-        key = (request_id, attempt)
+    def reply(self, request_id: str, attempt: int, reply_to: str) -> Iterator[ReplyWriter]:
+        """Within this block the attempt is replied to, and each heartbeat tells its router that it is in progress."""
+        writer = ReplyWriter(self, request_id, attempt, reply_to)
         with self._changed:
-            if key in self._taken:
-                answer = None
-            else:
-                self._taken[key] = None
-                if len(self._taken) > REMEMBERED:
-                    self._taken.popitem(last=False)
-                answer = self._answers[key] = ReplyWriter(self, request_id, attempt, reply_to)
-                self._changed.notify()
+            self._writers.add(writer)
+            self._changed.notify()
         try:
-            yield answer
+            yield writer
         finally:
-            if answer:
-                with self._changed:
-                    self._answers.pop(key, None)
-                    if not self._answers:
-                        self._changed.notify_all()
+            with self._changed:
+                self._writers.discard(writer)
+                if not self._writers:
+                    self._changed.notify_all()
 
     def publish_again(self, reply_to: str) -> None:
-        """That router was cut off for a moment, and may have missed what it was sent last. From any thread."""
+        """Publish the last messages to this router again: it lost its connection. From any thread."""
         with self._changed:
-            self._missed.add(reply_to)
+            self._to_replay.add(reply_to)
             self._changed.notify_all()
 
     def take_lag(self) -> float:
@@ -173,47 +164,46 @@ class ReplyPublisher:
         return round(lag, 4)
 
     def wait_until_idle(self, timeout: float) -> bool:
-        """Wait until no answer is open, or for so many seconds; tell whether none is."""
+        """Wait up to `timeout` seconds until no reply is in progress; return whether none is."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._answers, timeout)
+            return self._changed.wait_for(lambda: not self._writers, timeout)
 
     def close(self, timeout: float = 10.0) -> None:
-        """Publish what is pending and end; what the broker does not take within `timeout` seconds is given up."""
+        """Publish what is pending and end; drop what the broker does not take within `timeout` seconds."""
         self._closed.set()
         self.wake_up()
         self._thread.join(timeout)
 
-    def wait_for_room(self, deadline: float, stop: CancelToken) -> bool:
-        """Wait until a frame more may wait; False once that is not worth waiting for: its time is over, or it was
-        stopped, and somebody called `wake_up`."""
+    def wait_for_room(self, deadline: float, cancel_token: CancelToken) -> bool:
+        """Wait until there is room for one frame; return False if the deadline comes first, or a cancel."""
         if self._count < self._max_pending:
             return True
         with self._changed:
             self._changed.wait_for(
-                lambda: self._count < self._max_pending or stop.error is not None, deadline - time.monotonic()
+                lambda: self._count < self._max_pending or cancel_token.error is not None, deadline - time.monotonic()
             )
             return self._count < self._max_pending
 
     def wake_up(self) -> None:
-        """Whoever waits looks again."""
+        """Let all waiting threads check their condition again."""
         with self._changed:
             self._changed.notify_all()
 
-    def _append(self, answer: ReplyWriter, frame: Frame, *, delay: float | None) -> None:
-        """Let a frame leave within `delay` seconds; with None, once the gap since the last publish is over."""
+    def append(self, writer: ReplyWriter, frame: Frame, *, delay: float | None) -> None:
+        """Publish a frame within `delay` seconds; with None, when the gap after the last publish is over."""
         with self._changed:
-            self._pending.setdefault(answer.reply_to, []).append(frame)
+            self._pending.setdefault(writer.reply_to, []).append(frame)
             if not self._count:
                 self._oldest = time.monotonic()
             self._count += 1
-            answer.appended += 1
-            due = self._published + self._gap() if delay is None else time.monotonic() + delay
+            writer.appended += 1
+            if delay is None:
+                due = self._last_publish + min(LONGEST_GAP, len(self._writers) * GAP_PER_REQUEST)
+            else:
+                due = time.monotonic() + delay
             if due < self._due:
                 self._due = due
                 self._changed.notify_all()
-
-    def _gap(self) -> float:
-        return min(LONGEST_GAP, len(self._answers) * GAP_PER_ANSWER)
 
     def _run(self) -> None:
         while not (self._closed.is_set() and not self._pending):
@@ -222,36 +212,37 @@ class ReplyPublisher:
         self._publisher.close()
 
     def _take(self) -> dict[str, list[Frame]]:
-        """Wait until frames are due, or until it is time to show life, and return all that is pending."""
+        """Wait until frames or heartbeats are due, and return all that is pending."""
         with self._changed:
-            while not (self._closed.is_set() or self._missed):
-                idle = not self._answers and not self._recent
-                wake = self._due if idle else min(self._due, self._next_alive)
+            while not (self._closed.is_set() or self._to_replay):
+                idle = not self._writers and not self._replay
+                wake = self._due if idle else min(self._due, self._next_heartbeat)
                 left = wake - time.monotonic()
                 if left <= 0:
                     break
                 self._changed.wait(None if wake is _NEVER else left)
-            self._published, self._due = time.monotonic(), _NEVER
-            if self._published >= self._next_alive:
-                self._show_life()
-            if self._missed:
-                self._missed &= self._recent.readers()  # for others there is nothing
-                for reply_to in self._missed:
+            self._last_publish, self._due = time.monotonic(), _NEVER
+            if self._last_publish >= self._next_heartbeat:
+                self._add_heartbeats()
+            if self._to_replay:
+                self._to_replay &= self._replay.reply_queues()  # to the others nothing was published
+                for reply_to in self._to_replay:
                     self._pending.setdefault(reply_to, [])
             if self._count:
-                self._lag = max(self._lag, self._published - self._oldest)
+                self._lag = max(self._lag, self._last_publish - self._oldest)
             batch, self._pending, self._count = self._pending, {}, 0
             self._changed.notify_all()
         return batch
 
-    def _show_life(self) -> None:
-        """Tell every router that has work here, or had until a moment ago: so a broker that was lost right after a
-        last frame is noticed, and the frame published again."""
-        self._next_alive = self._published + ALIVE_EVERY
-        for reply_to in self._recent.readers():
+    def _add_heartbeats(self) -> None:
+        """Send something to every router with requests here, also to those whose requests ended a few seconds ago: so
+        a broker that was lost right after a last frame is noticed, and the frame is published again."""
+        self._next_heartbeat = self._last_publish + HEARTBEAT_EVERY
+        for reply_to in self._replay.reply_queues():
             self._pending.setdefault(reply_to, [])
-        for answer in self._answers.values():
-            self._pending.setdefault(answer.reply_to, []).append(answer.alive())
+        for writer in self._writers:
+            alive = Alive(id=writer.id, attempt=writer.attempt, seq=writer.appended)
+            self._pending.setdefault(writer.reply_to, []).append(alive)
 
     def _publish(self, reply_to: str, frames: list[Frame]) -> None:
         """Publish, however long the broker is away, unless the node ends."""
@@ -259,21 +250,30 @@ class ReplyPublisher:
         failures = 0
         while True:
             try:
-                for recent in self._missing(reply_to, failures):
-                    self._send(*recent)
-                self._send(reply_to, body)
+                for old_reply_to, old_body in self._lost(reply_to, failures):
+                    self._publisher.publish(old_body, routing_key=old_reply_to, declare=reply_queue)
+                self._publisher.publish(body, routing_key=reply_to, declare=reply_queue)
                 break
             except Exception as error:
                 failures += 1
-                if not self._again(error, failures):
+                if not self._retry_later(error, failures):
                     return
         if failures:
             log.warning("the broker is back, replies flow again")
         if frames:
-            self._recent.add(reply_to, body)
+            self._replay.add(reply_to, body)
 
-    def _again(self, error: Exception, failures: int) -> bool:
-        """Wait before another try, and tell whether there should be one."""
+    def _lost(self, reply_to: str, failures: int) -> list[tuple[str, bytes]]:
+        """Return the messages that the broker may have lost, or this router, in the order of their publishing."""
+        if failures:
+            return self._replay.take()
+        if reply_to not in self._to_replay:
+            return []
+        self._to_replay.discard(reply_to)
+        return [each for each in self._replay.take() if each[0] == reply_to]
+
+    def _retry_later(self, error: Exception, failures: int) -> bool:
+        """Wait before the next try; return False if there should be none."""
         self._publisher.drop()
         if failures == 1:
             log.warning("replies wait: the broker is away (%s)", type(error).__name__)
@@ -284,14 +284,54 @@ class ReplyPublisher:
         log.error("replies were given up: %s", "the node ends" if closing else f"refused, {type(error).__name__}")
         return False
 
-    def _missing(self, reply_to: str, failures: int) -> list[tuple[str, bytes]]:
-        """What the broker may have lost, or this router."""
-        if failures:
-            return self._recent.again()
-        if reply_to not in self._missed:
-            return []
-        self._missed.discard(reply_to)
-        return [each for each in self._recent.again() if each[0] == reply_to]
 
-    def _send(self, reply_to: str, body: bytes) -> None:
-        self._publisher.publish(body, routing_key=reply_to, declare=reply_queue)
+class ReplayBuffer:
+    """The messages of the last seconds with their reply queues, to be published again. For one thread."""
+
+    def __init__(self) -> None:
+        self._messages: deque[tuple[float, str, bytes]] = deque()
+        self._bytes = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._messages)
+
+    def add(self, reply_to: str, body: bytes) -> None:
+        self._messages.append((time.monotonic(), reply_to, body))
+        self._bytes += len(body)
+        self._drop_old()
+
+    def reply_queues(self) -> set[str]:
+        self._drop_old()
+        return {reply_to for _, reply_to, _ in self._messages}
+
+    def take(self) -> list[tuple[str, bytes]]:
+        """Return the frames in few messages: the broker confirms each, and meanwhile no new frame is published.
+
+        They are kept anew: the broker may be lost once more before a router has read them.
+        """
+        bodies: dict[str, list[bytes]] = {}
+        for _, reply_to, body in self._messages:
+            bodies.setdefault(reply_to, []).append(body)
+        self._messages, self._bytes = deque(), 0
+        for reply_to, parts in bodies.items():
+            for group in _grouped(parts):
+                self.add(reply_to, Reply.merged(group))
+        return [(reply_to, body) for _, reply_to, body in self._messages]
+
+    def _drop_old(self) -> None:
+        oldest = time.monotonic() - REPLAY_WINDOW
+        while self._messages and (self._messages[0][0] < oldest or self._bytes > REPLAY_MAX_BYTES):
+            self._bytes -= len(self._messages.popleft()[2])
+
+
+def _grouped(bodies: Iterable[bytes]) -> Iterator[list[bytes]]:
+    """Yield them in their order, in groups of up to `REPLAY_MESSAGE_BYTES`; a longer one alone."""
+    group: list[bytes] = []
+    size = 0
+    for body in bodies:
+        if group and size + len(body) > REPLAY_MESSAGE_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(body)
+        size += len(body)
+    yield group

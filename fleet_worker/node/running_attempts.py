@@ -1,4 +1,4 @@
-"""The attempts that run at a node, how each of them is stopped, and which ones must not begin."""
+"""The attempts that run at a node: since when, how each is cancelled, and which must not begin."""
 
 from __future__ import annotations
 
@@ -9,70 +9,91 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from fleet_worker.errors import Cancelled, FleetError
-from fleet_worker.mlx.cancellation import CancelToken
+from fleet_worker.mlx.timeouts import CancelToken
 
 REMEMBERED = 10_000
-"""Cancelled requests that a node remembers, and for how many seconds: none waits in a lane for longer."""
+"""The number of delivered attempts, and of cancelled requests, that a node remembers."""
 REMEMBERED_FOR = 3600.0
+"""Seconds for which a cancelled request is remembered: no request waits longer in a lane."""
 
 
 class RunningAttempts:
-    """Any thread may ask and stop. Moments are those of `clock`, in seconds."""
+    """Safe for all threads. Times are those of `clock`, in seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._stops: dict[tuple[str, int], tuple[CancelToken, str]] = {}
+        self._running: dict[tuple[str, int], tuple[CancelToken, str]] = {}
+        self._delivered: OrderedDict[tuple[str, int], None] = OrderedDict()
         self._cancelled: OrderedDict[str, tuple[int, float]] = OrderedDict()
+        self.busy_since: float | None = None
+        """The time since which at least one attempt has been running without a break; None while none runs."""
 
-    @contextmanager
-    def attempt(self, request_id: str, attempt: int, reply_to: str) -> Iterator[CancelToken]:
-        """Within this block the attempt runs for the router that `reply_to` belongs to, and may be stopped.
-
-        Raises:
-            Cancelled: nobody wants it any more; it has not begun.
-        """
-        key, stop = (request_id, attempt), CancelToken()
-        with self._lock:
-            if self._is_cancelled(request_id, attempt):
-                raise Cancelled("the request was cancelled before it began")
-            self._stops[key] = stop, reply_to
-        try:
-            yield stop
-        finally:
-            with self._lock:
-                del self._stops[key]
-
-    def cancel(self, request_id: str, attempt: int) -> None:
-        """Nobody wants the attempts at this request up to that one: stop what runs, and never begin what does not."""
-        with self._lock:
-            self._remember(request_id, attempt)
-            stops = [
-                stop for (its_id, its), (stop, _) in self._stops.items() if its_id == request_id and its <= attempt
-            ]
-        for stop in stops:
-            stop.now(Cancelled())
-
-    def stop(self, error: Callable[[], FleetError], *, reply_to: str | None = None) -> int:
-        """Stop all that runs, or all for one router, each with an `error` of its own; return how many it were."""
-        with self._lock:
-            stops = [stop for stop, its in self._stops.values() if reply_to in (None, its) and stop.error is None]
-        for stop in stops:
-            stop.now(error())
-        return len(stops)
+    def __len__(self) -> int:
+        return len(self._running)
 
     @property
     def routers(self) -> set[str]:
-        """The reply queues of those that something runs for."""
+        """The reply queues of the routers that an attempt runs for."""
         with self._lock:
-            return {reply_to for _, reply_to in self._stops.values()}
+            return {reply_to for _, reply_to in self._running.values()}
+
+    def is_new(self, request_id: str, attempt: int) -> bool:
+        """Return True once for each attempt: a broker may deliver a message twice."""
+        key = (request_id, attempt)
+        with self._lock:
+            if key in self._delivered:
+                return False
+            self._delivered[key] = None
+            if len(self._delivered) > REMEMBERED:
+                self._delivered.popitem(last=False)
+            return True
+
+    @contextmanager
+    def attempt(self, request_id: str, attempt: int, reply_to: str) -> Iterator[CancelToken]:
+        """Within this block the attempt runs for the router of `reply_to`, and can be cancelled.
+
+        Raises:
+            Cancelled: the request was cancelled before this attempt began.
+        """
+        key, cancel_token = (request_id, attempt), CancelToken()
+        with self._lock:
+            if self._is_cancelled(request_id, attempt):
+                raise Cancelled("the request was cancelled before it began")
+            self._running[key] = cancel_token, reply_to
+            self.busy_since = self.busy_since or self._clock()
+        try:
+            yield cancel_token
+        finally:
+            with self._lock:
+                del self._running[key]
+                if not self._running:
+                    self.busy_since = None
+
+    def cancel(self, request_id: str, attempt: int) -> None:
+        """Cancel all attempts at this request up to the given one, those that have not begun as well."""
+        with self._lock:
+            self._remember_cancelled(request_id, attempt)
+            tokens = [
+                token for (its_id, its), (token, _) in self._running.items() if its_id == request_id and its <= attempt
+            ]
+        for token in tokens:
+            token.cancel(Cancelled())
+
+    def stop(self, error: Callable[[], FleetError], *, reply_to: str | None = None) -> int:
+        """End all attempts, or all for one router, each with its own `error()`; return their number."""
+        with self._lock:
+            tokens = [token for token, its in self._running.values() if reply_to in (None, its) and token.error is None]
+        for token in tokens:
+            token.cancel(error())
+        return len(tokens)
 
     def _is_cancelled(self, request_id: str, attempt: int) -> bool:
         last, since = self._cancelled.get(request_id, (0, 0.0))
         return attempt <= last and self._clock() - since < REMEMBERED_FOR
 
-    def _remember(self, request_id: str, attempt: int) -> None:
-        """The oldest are first; one that is cancelled again is new again."""
+    def _remember_cancelled(self, request_id: str, attempt: int) -> None:
+        """The oldest are first in the dictionary; a request that is cancelled again moves to its end."""
         now = self._clock()
         last, _ = self._cancelled.pop(request_id, (0, 0.0))
         self._cancelled[request_id] = max(last, attempt), now

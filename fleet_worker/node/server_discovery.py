@@ -1,9 +1,10 @@
-"""Find the MLX server of an instance, and wait until it is ready."""
+"""Finds the MLX server of an instance, and waits until it is ready."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass
 
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential, wait_random
 
@@ -14,61 +15,53 @@ from fleet_worker.settings import Instance
 log = logging.getLogger(__name__)
 
 
-def _find_server_of(instance: Instance, timeout: float) -> tuple[MLXClient, str, list[str]]:
-    """Wait for the MLX server; return its client, what kind it is, and what it reports as its models.
+@dataclass(frozen=True, slots=True)
+class Server:
+    """An MLX server that was found: its client, its kind (a key of `PROFILES`), and the models that it lists."""
+
+    client: MLXClient
+    kind: str
+    models: list[str]
+
+
+def find_server(instance: Instance, timeout: float) -> Server:
+    """Wait for the MLX server of an instance.
 
     Raises:
-        InstanceUnavailable: it did not become ready within `timeout` seconds.
+        InstanceUnavailable: none became ready within `timeout` seconds.
+        FleetError: it lists no models, and the settings list none either.
     """
-    url, health = _find_server(instance, timeout)
-    server = health.server if instance.server == "auto" else instance.server
-    client = MLXClient(instance, url, server=server)
-    return client, server, _reported(client, instance)
-
-
-def _reported(client: MLXClient, instance: Instance) -> list[str]:
-    """Without it a node whose models are configured can begin all the same."""
-    try:
-        return client.models()
-    except FleetError:
-        if instance.models:
-            return []
-        raise
-
-
-def _find_server(instance: Instance, timeout: float) -> tuple[str, Health]:
     urls = (instance.base_url,) if instance.base_url else DEFAULT_URLS
 
-    def tell(state: RetryCallState) -> None:
+    def log_first(state: RetryCallState) -> None:
         if state.attempt_number == 1:
             log.info("waits up to %g s for an MLX server at %s", timeout, " or ".join(urls))
 
     attempts = Retrying(
-        before_sleep=tell,
+        before_sleep=log_first,
         retry=retry_if_exception_type(InstanceUnavailable),
         stop=stop_after_delay(timeout),
         wait=wait_exponential(multiplier=0.1, max=2.0) + wait_random(max=0.1),
         reraise=True,
     )
-    return attempts(_ready_server, instance, urls, timeout)
+    url, health = attempts(_ready_server, instance, urls, timeout)
+    kind = health.server if instance.server == "auto" else instance.server
+    client = MLXClient(instance, url, server=kind)
+    try:
+        return Server(client, kind, client.models())
+    except FleetError:
+        if instance.models:  # the node can begin without the server's list
+            return Server(client, kind, [])
+        raise
 
 
-def _ready_server(instance: Instance, urls: Sequence[str], timeout: float) -> tuple[str, Health]:
+def _ready_server(instance: Instance, urls: tuple[str, ...], timeout: float) -> tuple[str, Health]:
     for url in urls:
-        if health := _health(instance, url):
-            return url, health
+        with suppress(FleetError), closing(MLXClient(instance, url)) as client:
+            health = client.health()
+            if health.ready:
+                return url, health
     where = " or ".join(urls)
     raise InstanceUnavailable(
         f"no MLX server became ready at {where} within {timeout:g} s: start it, or correct base_url"
     )
-
-
-def _health(instance: Instance, url: str) -> Health | None:
-    client = MLXClient(instance, url)
-    try:
-        health = client.health()
-    except FleetError:
-        return None
-    finally:
-        client.close()
-    return health if health.ready else None

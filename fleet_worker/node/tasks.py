@@ -1,4 +1,4 @@
-"""The three tasks of a node: decode, call the MLX server, reply. The mirror image of `router.py`."""
+"""The three tasks of a node: decode the request, call the MLX server, reply. The mirror image of `router.py`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import celery.worker.request as celery_request
 import celery.worker.strategy as celery_strategy
 from celery import Celery
 from celery.exceptions import InvalidTaskError
@@ -23,9 +24,9 @@ from fleet_worker.errors import (
     ProviderError,
     where,
 )
-from fleet_worker.mlx.cancellation import CancelToken
 from fleet_worker.mlx.chat_stream import ChatAnswer
 from fleet_worker.mlx.offering import Offering, offering_for
+from fleet_worker.mlx.timeouts import CancelToken
 from fleet_worker.node.node import Node
 from fleet_worker.node.reply_publisher import ReplyWriter
 from fleet_worker.node.router_presence import not_listening
@@ -39,8 +40,8 @@ log = logging.getLogger(__name__)
 def register_tasks(app: Celery, node: Node) -> None:
     """Give `app` its tasks.
 
-    They return None and raise only our own errors, whose texts hold nothing of a request: Celery shows both to
-    everybody. They never retry; that is for the router to decide.
+    They return None, and raise only `FleetError`s, whose texts hold nothing of a request: Celery shows both to
+    everybody. They never retry: the router decides about that.
     """
 
     def task(function: Any) -> Any:
@@ -49,32 +50,31 @@ def register_tasks(app: Celery, node: Node) -> None:
 
     @task
     def chat(envelope: dict[str, Any]) -> None:
-        with _working(node, envelope, "chat") as work:
-            if work and isinstance(work.params, ChatParams):
-                answer = node.mlx.chat(work.params, work.offering, deadline=work.deadline, stop=work.stop)
-                node.tally.generated(answer.usage.completion_tokens or 0)
+        with _accepted(node, envelope, "chat") as work:
+            if work and isinstance(work.request.params, ChatParams):
+                answer = node.mlx.chat(work.request.params, work.offering, **work.limits)
+                node.counters.generated(answer.usage.completion_tokens or 0)
                 work.respond(answer)
 
     @task
     def stream_chat(envelope: dict[str, Any]) -> None:
-        with _working(node, envelope, "stream_chat") as work:
-            if work and isinstance(work.params, ChatParams):
-                with node.mlx.stream_chat(
-                    work.params, work.offering, deadline=work.deadline, stop=work.stop, resume=work.request.resume
-                ) as stream:
+        with _accepted(node, envelope, "stream_chat") as work:
+            if work and isinstance(work.request.params, ChatParams):
+                options = {"resume": work.request.resume, **work.limits}
+                with node.mlx.stream_chat(work.request.params, work.offering, **options) as stream:
                     for deltas in stream:
-                        node.tally.generated(len(deltas))
-                        work.answer.put(deltas, stream.tokens)
+                        node.counters.generated(len(deltas))
+                        work.reply.put(deltas, stream.tokens)
                 work.respond(stream.answer())
 
     @task
     def embed(envelope: dict[str, Any]) -> None:
-        with _working(node, envelope, "embed") as work:
-            if work and isinstance(work.params, EmbedParams):
-                vectors = node.mlx.embed(work.params.input, work.offering, deadline=work.deadline, stop=work.stop)
-                work.answer.end(
+        with _accepted(node, envelope, "embed") as work:
+            if work and isinstance(work.request.params, EmbedParams):
+                vectors = node.mlx.embed(work.request.params.input, work.offering, **work.limits)
+                work.reply.end(
                     EmbedResponse,
-                    **work.ending(),
+                    **work.served_by(),
                     data=vectors.data,
                     dimensions=vectors.dimensions,
                     usage=vectors.usage,
@@ -83,39 +83,54 @@ def register_tasks(app: Celery, node: Node) -> None:
 
 
 def careful_strategy(task: Any, app: Any, consumer: Any) -> Any:
-    """Celery's own way to take a message, but one that is no task is dropped; Celery lets it end the worker."""
-    take = celery_strategy.default(task, app, consumer)
+    """Celery's default strategy, except that a message that is no task is dropped: Celery would end the worker."""
+    start = celery_strategy.default(task, app, consumer)
 
-    def take_if_sound(message: Any, *rest: Any, **options: Any) -> Any:
+    def start_if_valid(message: Any, *rest: Any, **options: Any) -> Any:
         match message.payload:
             case [list(), dict(), _] if "id" in message.headers:
-                return take(message, *rest, **options)
+                return start(message, *rest, **options)
         raise InvalidTaskError("a task is [args, kwargs, embed] with an id")
 
-    return take_if_sound
+    return start_if_valid
+
+
+class Request(celery_request.Request):  # type: ignore[misc]
+    """A task as Celery's worker holds it, whose arguments no log, event, `celery inspect` or Flower shows.
+
+    They show the lane instead, whatever the sender put into the headers: any Celery client may send tasks.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._argsrepr, self._kwargsrepr = self.delivery_info["routing_key"] or "-", ""
+
+    def info(self, safe: bool = False) -> dict[str, Any]:
+        """Return what the remote-control commands show: `active`, `reserved`, `scheduled` and `query_task`."""
+        return {**super().info(safe=True), "args": "-", "kwargs": "-"}
 
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """One accepted attempt: `started` and `deadline` are monotonic seconds."""
+    """One accepted attempt. `started` and `deadline` are `time.monotonic()` seconds, `queue_wait` is seconds."""
 
     node: Node
     request: FleetRequest
     offering: Offering
-    answer: ReplyWriter
-    stop: CancelToken
+    reply: ReplyWriter
+    cancel_token: CancelToken
     queue_wait: float
     started: float
     deadline: float
 
     @property
-    def params(self) -> ChatParams | EmbedParams:
-        return self.request.params
+    def limits(self) -> dict[str, Any]:
+        return {"deadline": self.deadline, "cancel_token": self.cancel_token}
 
     def respond(self, answer: ChatAnswer) -> None:
-        self.answer.end(
+        self.reply.end(
             ChatResponse,
-            **self.ending(),
+            **self.served_by(),
             content=answer.content,
             reasoning=answer.reasoning,
             tool_calls=answer.tool_calls,
@@ -124,69 +139,81 @@ class _Work:
             timings=self.timings(ttft=answer.ttft, tokens_per_second=answer.tokens_per_second),
         )
 
-    def ending(self) -> dict[str, Any]:
+    def served_by(self) -> dict[str, Any]:
         return {"instance": self.node.instance, "model": self.offering.model}
 
-    def timings(self, **measured: float | None) -> Timings:
-        named = {"ttft_seconds": measured.get("ttft"), "tokens_per_second": measured.get("tokens_per_second")}
-        self.node.tally.request(self.request.operation, queue_wait_seconds=self.queue_wait, **named)
-        return Timings(queue_wait=self.queue_wait, duration=time.monotonic() - self.started, **measured)
+    def timings(self, *, ttft: float | None = None, tokens_per_second: float | None = None) -> Timings:
+        """Return the timings of the reply, and count them."""
+        self.node.counters.request(
+            self.request.operation,
+            queue_wait_seconds=self.queue_wait,
+            ttft_seconds=ttft,
+            tokens_per_second=tokens_per_second,
+        )
+        duration = time.monotonic() - self.started
+        return Timings(queue_wait=self.queue_wait, duration=duration, ttft=ttft, tokens_per_second=tokens_per_second)
 
 
 @contextmanager
-def _working(node: Node, envelope: Any, operation: str) -> Iterator[_Work | None]:
-    """Accept the attempt, or answer why not; whatever goes wrong inside ends the reply with one error.
+def _accepted(node: Node, envelope: Any, operation: str) -> Iterator[_Work | None]:
+    """Accept the attempt, or refuse it with an error. An exception inside the block ends the reply with one error.
 
-    Yields None for an attempt that this node has already (a message delivered twice).
+    Yields None for an attempt that was delivered to this node before.
     """
-    with node.sender.answering(*_address(envelope)) as answer:
-        if answer is None:
-            log.warning("an attempt was delivered a second time, and is not run again")
-            yield None
-            return
+    request_id, attempt, reply_to = _address(envelope)
+    if not node.running.is_new(request_id, attempt):
+        log.warning("an attempt was delivered a second time, and is not run again")
+        yield None
+        return
+    with node.publisher.reply(request_id, attempt, reply_to) as reply:
         try:
-            with node.running.attempt(answer.id, answer.attempt, answer.reply_to) as stop, answer.stopped_by(stop):
-                work = _accept(node, envelope, operation, answer, stop)
-                with node.working(work.offering.model, stop):
+            with node.running.attempt(request_id, attempt, reply_to) as cancel_token, reply.cancelled_by(cancel_token):
+                work = _accept(node, envelope, operation, reply, cancel_token)
+                with node.counting_failures(work.offering.model, cancel_token):
                     yield work
         except FleetError as error:
             if isinstance(error, ConnectionFailure) and node.mlx.has_died():
                 error.metadata["instance_died"] = True
-            node.tally.error(error.code)
-            answer.fail(error)
+            node.counters.error(error.code)
+            reply.fail(error)
             raise error from None
         except Exception as error:
             log.error("a task failed: %s at %s", type(error).__name__, where(error))
             failure = ProviderError(f"the worker failed ({type(error).__name__}): see its log")
-            node.tally.error(failure.code)
-            answer.fail(failure)
+            node.counters.error(failure.code)
+            reply.fail(failure)
             raise failure from None
 
 
 def _address(envelope: Any) -> tuple[str, int, str]:
-    """Where an answer goes, even if the rest of the envelope is unusable."""
+    """Return request_id, attempt and reply_to: with them an error can be sent even if the rest is invalid."""
     if isinstance(envelope, dict):
         request_id, attempt, reply_to = (envelope.get(key) for key in ("request_id", "attempt", "reply_to"))
         if isinstance(request_id, str) and isinstance(reply_to, str) and reply_to.startswith(REPLY_PREFIX):
             return request_id, attempt if isinstance(attempt, int) else 1, reply_to
-    raise InvalidRequest("an envelope without request_id and reply_to: nobody to answer to")
+    raise InvalidRequest("an envelope without request_id and reply_to: there is no router to answer")
 
 
-def _accept(node: Node, envelope: Any, operation: str, answer: ReplyWriter, stop: CancelToken) -> _Work:
+def _accept(node: Node, envelope: Any, operation: str, reply: ReplyWriter, cancel_token: CancelToken) -> _Work:
+    """Check the request, and tell the router that this node has accepted it.
+
+    Raises:
+        FleetError: the request is invalid or expired, or this node, or no node, should serve it.
+    """
     request = FleetRequest.decode(envelope, max_bytes=node.settings.max_body_bytes)
     if request.operation != operation:
         raise InvalidRequest(f"a request for {request.operation} came as a task for {operation}")
     if request.provider_instance not in ("any", node.instance):
-        raise InstanceUnavailable(f"the request is for another instance than {node.instance}, who took it")
-    offering = offering_for(request, node.offerings)
+        raise InstanceUnavailable(f"the request is for another instance than {node.instance}, which received it")
+    offering = offering_for(request, node.models.by_name)
     started, queue_wait, remaining = time.monotonic(), request.queue_wait, request.remaining
     if remaining <= 0:
         raise Expired(f"the request waited {queue_wait:.1f} s in its lane, longer than its timeout")
-    # A drained node still does what it took in that moment: its server works.
-    if node.state.status == "unavailable":  # taken in the moment before its lanes were left
+    # The message may have been taken just before the lanes were left. A drained node still serves it: its server works.
+    if node.state.status == "unavailable":
         raise InstanceUnavailable(f"the instance is not available: {node.state.reason}")
-    if not node.listeners.listens(request.reply_to):
+    if not node.presence.listens(request.reply_to):
         raise not_listening()
-    answer.deadline = started + remaining
-    answer.accept(instance=node.instance, queue_wait=queue_wait)
-    return _Work(node, request, offering, answer, stop, queue_wait, started, started + remaining)
+    reply.deadline = started + remaining
+    reply.accept(instance=node.instance, queue_wait=queue_wait)
+    return _Work(node, request, offering, reply, cancel_token, queue_wait, started, started + remaining)

@@ -1,4 +1,4 @@
-"""What checks find: gathered from all of them at the same time, shown, and summed up in an exit code."""
+"""Findings of checks: collected from all checks at the same time, printed, and summed up in an exit code."""
 
 from __future__ import annotations
 
@@ -11,20 +11,17 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 import click
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from fleet_worker import exit_codes
 from fleet_worker.errors import BrokerUnavailable, FleetError
-from fleet_worker.ops.terminal import printable
+from fleet_worker.ops.terminal import Listing, cell, output, printable
 
 Severity = Literal["ok", "warning", "error"]
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of a report. No password and no key is in any of its texts."""
+    """One result of a check. None of its texts contains a password or a key."""
 
     severity: Severity
     check: str
@@ -33,7 +30,7 @@ class Finding:
 
 
 def at_once(checks: Mapping[str, Callable[[], Iterable[Finding]]], within: float) -> list[Finding]:
-    """Run checks, named by their titles, and return what they find in this order; never raises.
+    """Run checks, by their titles, in parallel, and return their findings in this order. Never raises.
 
     A check that fails, or takes longer than `within` seconds, is a finding itself.
     """
@@ -50,22 +47,21 @@ def at_once(checks: Mapping[str, Callable[[], Iterable[Finding]]], within: float
 
 def _started(title: str, check: Callable[[], Iterable[Finding]]) -> Future[list[Finding]]:
     outcome: Future[list[Finding]] = Future()
-    # As a daemon, since nothing ends a thread that hangs: in looking up the name of a host, for example.
-    threading.Thread(target=lambda: outcome.set_result(_found(title, check)), name=title, daemon=True).start()
+    # A daemon thread: nothing can end one that hangs, for example in resolving a host name.
+    threading.Thread(target=lambda: outcome.set_result(_findings(title, check)), name=title, daemon=True).start()
     return outcome
 
 
-def _found(title: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]:
+def _findings(title: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]:
     try:
         return list(check())
     except BrokerUnavailable:
-        return [
-            Finding("warning", title, "not checked: the broker could not be asked", "see what is said of the broker")
-        ]
+        advice = "follow the advice about the broker"
+        return [Finding("warning", title, "not checked: the broker does not answer", advice)]
     except FleetError as error:
         return [Finding("error", title, error.message)]
-    except Exception as error:  # its text may repeat a secret
-        return [Finding("error", title, f"the check itself failed ({type(error).__name__})", "look at it by hand")]
+    except Exception as error:  # its text may contain a secret
+        return [Finding("error", title, f"the check itself failed ({type(error).__name__})", "check it by hand")]
 
 
 def exit_code(findings: Iterable[Finding]) -> int:
@@ -78,16 +74,15 @@ def exit_code(findings: Iterable[Finding]) -> int:
 
 
 def show(findings: Sequence[Finding], *, as_json: bool = False) -> None:
-    """Print a table on a terminal; elsewhere, and as JSON, a line for each finding."""
-    console = Console()
+    """Print a listing on a terminal; elsewhere, and as JSON, one line per finding."""
+    console = output()
     if as_json:
-        lines = [json.dumps(asdict(finding)) for finding in findings]
+        click.echo("\n".join(json.dumps(asdict(finding)) for finding in findings))
     elif console.is_terminal:
-        return console.print(_table(findings))
+        console.print(_listing(findings))
     else:
         width = max(len(finding.check) for finding in findings)
-        lines = [_line(finding, width) for finding in findings]
-    return click.echo("\n".join(lines))
+        click.echo("\n".join(_line(finding, width) for finding in findings))
 
 
 def _line(finding: Finding, width: int) -> str:
@@ -95,12 +90,10 @@ def _line(finding: Finding, width: int) -> str:
     return printable(f"{finding.severity:<8} {finding.check:<{width}}  {finding.found}{advice}")
 
 
-def _table(findings: Sequence[Finding]) -> Table:
+def _listing(findings: Sequence[Finding]) -> Listing:
     colours = {"ok": "green", "warning": "yellow", "error": "bold red"}
-    table = Table("", "Check", "Found", "What to do", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    listing = Listing("", "Check", "Found", "What to do", whole=("",))
     for finding in findings:
         texts = (finding.check, finding.found, finding.advice)
-        table.add_row(
-            Text(finding.severity, style=colours[finding.severity]), *(Text(printable(text)) for text in texts)
-        )
-    return table
+        listing.add(cell(finding.severity, colours[finding.severity]), *map(cell, texts))
+    return listing

@@ -1,115 +1,128 @@
-"""The fleet at one moment: what its hosts say of their instances, and what waits in its lanes.
-
-`dataclasses.asdict` of a snapshot is what `fleet-worker status --json` prints. All ages are float seconds.
-"""
+"""The fleet at one moment: what the hosts publish about their instances, and what waits in the lanes."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from fleet_worker.broker.app import create_app
 from fleet_worker.broker.queue_depth import Waiting, waiting
 from fleet_worker.broker.topology import direct_lane, lane, transport_of
-from fleet_worker.registry.view import InstanceState, Offered, Registry
+from fleet_worker.protocol.status import InstanceStatus
+from fleet_worker.registry.view import Offered, Registry
 from fleet_worker.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
-class SeenInstance:
-    """`status` is available, degraded, unavailable, starting or drained."""
-
-    host: str
-    instance: str
-    node: str
-    status: str
-    reason: str
-    """Why it is not available; empty if it is."""
-    ready: bool
-    models: list[str]
-    lanes: list[str]
-    """Those that it takes work from now."""
-    slots: int
-    used: int
-    free: int
-    tokens_per_second: float
-    last_token_age: float | None
-    """Since it delivered a token; None if it has not yet."""
-    server: str
-    version: str
-    heard_age: float
-    """Since its host was heard; the figures are as old as that."""
-
-
-@dataclass(frozen=True, slots=True)
-class SeenModel:
-    """One model of one instance."""
-
-    model: str
-    host: str
-    instance: str
-    node: str
-    ready: bool
-    capabilities: list[str]
-    features: list[str]
-    limits: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class SeenLane:
+class LaneStatus:
     lane: str
     depth: int | None
-    """Requests that wait; None if the broker was not asked about this lane in time."""
+    """Waiting requests; None if the broker did not answer about this lane in time."""
     oldest_age: float | None
-    """Since the oldest of them was submitted; None if there is none, or the broker does not tell (RabbitMQ)."""
+    """Seconds since the oldest was submitted; None if nothing waits, or if the broker does not tell (RabbitMQ)."""
     nodes: int | None
-    """How many take work from it now; None if nobody knows (Redis, without a registry node)."""
+    """How many nodes consume it now; None if that is unknown (Redis, without a registry node)."""
     unserved: bool
     """Requests wait, and no node takes them."""
 
     @property
     def direct(self) -> bool:
-        """It is of one node only."""
+        """It belongs to one node."""
         return self.lane.startswith(direct_lane(""))
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Without any instances, no registry node was heard."""
+    """If there are no instances, no registry node has answered."""
 
-    instances: list[SeenInstance]
-    models: list[SeenModel]
-    lanes: list[SeenLane]
-    """Those first that nobody serves, then by depth."""
+    instances: list[InstanceStatus]
+    models: list[Offered]
+    """Sorted by model and node."""
+    lanes: list[LaneStatus]
+    """Unserved ones first, then by depth."""
+    taken_at: float
+    """time.monotonic()"""
+
+    def models_of(self, instance: InstanceStatus) -> list[Offered]:
+        key = instance.host, instance.name
+        return [each for each in self.models if (each.host, each.instance.name) == key]
+
+    def token_age(self, instance: InstanceStatus) -> float | None:
+        """Seconds since the instance delivered a token; None if it has delivered none yet."""
+        if instance.last_token_age is None:
+            return None
+        return instance.last_token_age + self.taken_at - instance.heard_at
+
+    def as_json(self) -> dict[str, list[dict[str, Any]]]:
+        """Return what `fleet-worker status --json` prints. All ages are seconds."""
+        return {
+            "instances": [self._instance(each) for each in self.instances],
+            "models": [_model(each) for each in self.models],
+            "lanes": [asdict(each) for each in self.lanes],
+        }
+
+    def _instance(self, instance: InstanceStatus) -> dict[str, Any]:
+        token_age = self.token_age(instance)
+        return {
+            "host": instance.host,
+            "instance": instance.name,
+            "node": instance.node,
+            "status": instance.status,
+            "reason": instance.reason,
+            "ready": instance.ready,
+            "models": [each.model for each in self.models_of(instance)],
+            "lanes": list(instance.lanes),
+            "slots": instance.slots,
+            "used": instance.running,
+            "free": instance.free,
+            "tokens_per_second": instance.tokens_per_second,
+            "last_token_age": None if token_age is None else round(token_age, 3),
+            "server": instance.server,
+            "version": instance.version,
+            "heard_age": round(self.taken_at - instance.heard_at, 3),
+        }
+
+
+def _model(offered: Offered) -> dict[str, Any]:
+    return {
+        "model": offered.model,
+        "host": offered.host,
+        "instance": offered.instance.name,
+        "node": offered.node,
+        "ready": offered.ready,
+        "capabilities": list(offered.capabilities),
+        "features": list(offered.features),
+        "limits": offered.limits,
+    }
 
 
 class SnapshotCollector:
-    """Takes snapshots. It remembers the lanes that it has seen: on RabbitMQ those of a host that has just died are
-    known from nowhere else.
+    """Takes snapshots, and remembers the lanes of earlier ones: on RabbitMQ nothing else names the lanes of a host that
+    is gone.
     """
 
     def __init__(self, settings: Settings, registry: Registry) -> None:
         self._app = create_app(settings)
         self._transport = transport_of(settings.broker_url)
         self._registry = registry
-        self._seen: set[str] = set()
+        self._lanes: set[str] = set()
 
     def take(self) -> Snapshot:
         """Raises `BrokerUnavailable`."""
         instances, offerings = self._registry.instances(), self._registry.offerings()
-        self._seen.update(_lanes_of(instances, offerings))
-        held: dict[str, Waiting | None] = dict.fromkeys(self._seen)
-        held.update(waiting(self._app, self._transport, self._seen))
-        return snapshot_of(instances, offerings, held, now=time.monotonic())
+        self._lanes.update(_lanes_of(instances, offerings))
+        depths: dict[str, Waiting | None] = dict.fromkeys(self._lanes)
+        depths.update(waiting(self._app, self._transport, self._lanes))
+        return snapshot_of(instances, offerings, depths, now=time.monotonic())
 
     def close(self) -> None:
         self._app.close()
 
 
-def _lanes_of(instances: Iterable[InstanceState], offerings: Iterable[Offered]) -> Iterator[str]:
-    """Also those that their nodes have left, since their servers do not work."""
+def _lanes_of(instances: Iterable[InstanceStatus], offerings: Iterable[Offered]) -> Iterator[str]:
+    """Include the lanes that nodes have left because their MLX servers do not work."""
     for offered in offerings:
         yield from (lane(capability, offered.model) for capability in offered.capabilities)
     for instance in instances:
@@ -118,72 +131,32 @@ def _lanes_of(instances: Iterable[InstanceState], offerings: Iterable[Offered]) 
 
 
 def snapshot_of(
-    instances: list[InstanceState],
+    instances: list[InstanceStatus],
     offerings: list[Offered],
-    held: Mapping[str, Waiting | None],
+    depths: Mapping[str, Waiting | None],
     *,
     now: float,
 ) -> Snapshot:
-    """Put together what the registry and the broker say; `now` is monotonic seconds."""
-    models = sorted((_model(each) for each in offerings), key=lambda seen: (seen.model, seen.node))
-    lanes = [_lane(name, each, instances) for name, each in held.items()]
+    """Combine what the registry and the broker know. `depths` is by lane; `now` is time.monotonic()."""
+    lanes = [_lane(name, each, instances) for name, each in depths.items()]
     return Snapshot(
-        instances=[_instance(each, models, now) for each in instances],
-        models=models,
-        lanes=sorted(lanes, key=lambda seen: (not seen.unserved, -(seen.depth or 0), seen.lane)),
+        instances=instances,
+        models=sorted(offerings, key=lambda each: (each.model, each.node)),
+        lanes=sorted(lanes, key=lambda each: (not each.unserved, -(each.depth or 0), each.lane)),
+        taken_at=now,
     )
 
 
-def _instance(state: InstanceState, models: list[SeenModel], now: float) -> SeenInstance:
-    heard_age = now - state.heard_at
-    return SeenInstance(
-        host=state.host,
-        instance=state.name,
-        node=state.node,
-        status=state.status,
-        reason=state.reason,
-        ready=state.ready,
-        models=[seen.model for seen in models if (seen.host, seen.instance) == (state.host, state.name)],
-        lanes=list(state.lanes),
-        slots=state.slots,
-        used=state.running,
-        free=max(0, state.slots - state.running),
-        tokens_per_second=state.tokens_per_second,
-        last_token_age=None if state.last_token_age is None else round(state.last_token_age + heard_age, 3),
-        server=state.server,
-        version=state.version,
-        heard_age=round(heard_age, 3),
-    )
-
-
-def _model(offered: Offered) -> SeenModel:
-    return SeenModel(
-        model=offered.model,
-        host=offered.host,
-        instance=offered.instance.name,
-        node=offered.node,
-        ready=offered.ready,
-        capabilities=list(offered.capabilities),
-        features=list(offered.features),
-        limits=offered.limits,
-    )
-
-
-def _lane(name: str, held: Waiting | None, instances: list[InstanceState]) -> SeenLane:
-    depth, age = (held.depth, held.oldest_age) if held else (None, None)
-    nodes = _nodes(name, held, instances)
-    return SeenLane(
+def _lane(name: str, found: Waiting | None, instances: list[InstanceStatus]) -> LaneStatus:
+    depth, age = (found.depth, found.oldest_age) if found else (None, None)
+    counts = [sum(name in instance.lanes for instance in instances)] if instances else []
+    if found and found.consumers is not None:
+        counts.append(found.consumers)  # may be more: hosts without a registry node
+    nodes = max(counts, default=None)
+    return LaneStatus(
         lane=name,
         depth=depth,
         oldest_age=None if age is None else round(age, 3),
         nodes=nodes,
         unserved=bool(depth) and nodes == 0,
     )
-
-
-def _nodes(name: str, held: Waiting | None, instances: list[InstanceState]) -> int | None:
-    """As the registry says, or more if the broker counts more: a host may have no registry node."""
-    counts = [sum(name in instance.lanes for instance in instances)] if instances else []
-    if held and held.consumers is not None:
-        counts.append(held.consumers)
-    return max(counts, default=None)

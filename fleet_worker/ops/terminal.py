@@ -1,8 +1,73 @@
-"""What may be written to a terminal."""
+"""What the commands of an operator print: tables on a terminal of any width, one line per row anywhere else."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+from rich.console import Console, ConsoleOptions, JustifyMethod, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+FITS_A_TABLE = 72
+"""Columns of a terminal; in a narrower one each row of a table becomes a paragraph."""
+UNLIMITED = 10_000
+"""Columns of a file or a pipe: nothing is folded there, so that every row is one line."""
+
+
+def output() -> Console:
+    """Return a console for standard output that prints text as it is: no markup, no emoji."""
+    console = Console(highlight=False, emoji=False, markup=False)
+    if not console.is_terminal:
+        console.width = UNLIMITED
+    return console
+
 
 def printable(text: str) -> str:
-    """Return it on one line: names of nodes and models were written by others, and must not move a cursor here."""
+    """Return the text on one line, without control characters: other hosts wrote it, and it must not move a cursor."""
     return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def cell(text: str, style: str = "") -> Text:
+    return Text(printable(text), style)
+
+
+class Listing:
+    """Rows of cells: a table, or a paragraph for each row where a table does not fit. Nothing is cut off."""
+
+    def __init__(self, *headers: str, numbers: tuple[str, ...] = (), whole: tuple[str, ...] = ()) -> None:
+        """`numbers` names the columns to align to the right, `whole` those that are never folded."""
+        self._headers = headers
+        self._numbers = numbers
+        self._whole = whole
+        self._rows: list[tuple[Text, ...]] = []
+
+    def add(self, *cells: Text) -> None:
+        self._rows.append(cells)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        if options.max_width >= FITS_A_TABLE:
+            yield self._table()
+        else:
+            for row in self._rows:
+                yield from self._paragraph(row)
+
+    def _table(self) -> Table:
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        for header in self._headers:
+            justify: JustifyMethod = "right" if header in self._numbers else "left"
+            name = header.replace(" ", "\n") if header in self._numbers else header
+            table.add_column(name, justify=justify, no_wrap=header in self._whole, overflow="fold")
+        for row in self._rows:
+            table.add_row(*row)
+        return table
+
+    def _paragraph(self, row: tuple[Text, ...]) -> Iterator[RenderableType]:
+        title, *cells = row
+        yield title
+        below = Table.grid(padding=(0, 2, 0, 0))
+        below.add_column(no_wrap=True)
+        below.add_column(overflow="fold")
+        for header, each in zip(self._headers[1:], cells, strict=True):
+            if each.plain:
+                below.add_row(f"  {header}", each)
+        yield below

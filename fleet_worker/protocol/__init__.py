@@ -1,4 +1,5 @@
-"""What two processes say to each other: JSON messages, each a frozen pydantic model.
+"""The messages between two processes: JSON, each a frozen pydantic model.
 
-May import: `errors`. Read in this order: `base`, `openai`, `request`, `reply`, `vectors`, `control`, `registry_event`.
+May import: `errors`. Read in this order: `wire` (what all messages have in common), `request` with `openai` (the bodies
+it carries), `reply`, `control`, `status`, `registry_event`.
 """

@@ -1,18 +1,18 @@
-"""What a router tells the nodes beside its requests: what is cancelled, and what it has missed."""
+"""What a router sends to nodes besides requests."""
 
 from __future__ import annotations
 
 from pydantic import Field
 
-from fleet_worker.protocol.base import Body
+from fleet_worker.protocol.wire import BrokerMessage
 
 
-class Notice(Body):
-    """What a router tells the nodes."""
+class ControlMessage(BrokerMessage):
+    """Cancels requests, or asks for replies to be sent again."""
 
     node: str | None = None
-    """Who is meant; None for all."""
+    """The node that it is for; None for all nodes."""
     cancelled: list[tuple[str, int]] = Field(default=[])
-    """Requests, each with the last attempt that nobody waits for."""
+    """Ids of cancelled requests, each with the number of the last attempt that is cancelled."""
     missed: str | None = None
-    """A reply queue whose router was cut off for a moment: what went into it last should go there again."""
+    """A reply queue whose router was disconnected for a moment: what was sent to it last must be sent again."""

@@ -1,4 +1,4 @@
-"""The bodies of OpenAI requests that travel in an envelope: chat completions and embeddings, checked field by field."""
+"""The bodies of OpenAI requests, chat completions and embeddings, validated field by field."""
 
 from __future__ import annotations
 
@@ -6,34 +6,34 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from fleet_worker.protocol.base import Wire
+from fleet_worker.protocol.wire import WireModel
 
 
-class TextPart(Wire):
+class TextPart(WireModel):
     type: Literal["text"]
     text: str = Field(repr=False)
 
 
-class ImageUrl(Wire):
+class ImageUrl(WireModel):
     url: str = Field(repr=False)
     detail: Literal["auto", "low", "high"] | None = None
 
     @field_validator("url")
     @classmethod
     def _inline(cls, url: str) -> str:
-        # mlx_lm.server fetches http image URLs itself, even for text models: a door into the minis' network.
+        # mlx_lm.server would fetch http image URLs itself, even for text models: from inside the minis' network.
         if not url.startswith("data:image/"):
-            raise ValueError("images travel as data:image/... URLs")
+            raise ValueError("images must be data:image/... URLs")
         return url
 
 
-class ImagePart(Wire):
+class ImagePart(WireModel):
     type: Literal["image_url"]
     image_url: ImageUrl
 
 
-class Message(Wire):
-    """One turn. Fields that OpenAI clients echo back and no MLX server wants are dropped."""
+class Message(WireModel):
+    """One turn. Other fields that OpenAI clients copy from an answer are dropped: no MLX server needs them."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -44,25 +44,25 @@ class Message(Wire):
     tool_call_id: str | None = Field(None, repr=False)
 
     @model_validator(mode="after")
-    def _says_something(self) -> Message:
+    def _not_empty(self) -> Message:
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
             raise ValueError("a message needs content")
         return self
 
 
-class ChatTemplateKwargs(Wire):
-    """The safe ones: others reach into the server's tokenizer (`return_tensors` kills mlx_lm.server 0.32)."""
+class ChatTemplateKwargs(WireModel):
+    """Only the safe arguments: others change how the tokenizer works (`return_tensors` kills mlx_lm.server 0.32)."""
 
     enable_thinking: bool | None = None
     thinking_budget: int | None = Field(None, ge=0)
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = None
 
 
-class ChatParams(Wire):
+class ChatParams(WireModel):
     """The body of an OpenAI chat completion without `model` and `stream`.
 
-    The bounds keep out what is known to kill servers: mlx_lm.server 0.32 loses its generation thread for good to a
-    `stop` that is not text, and to a `top_k` as large as the vocabulary.
+    The bounds exclude what is known to kill servers: the generation thread of mlx_lm.server 0.32 dies of a `stop` that
+    is not text, and of a `top_k` as large as the vocabulary.
     """
 
     messages: list[Message] = Field(min_length=1, repr=False)
@@ -102,8 +102,8 @@ class ChatParams(Wire):
         )
 
 
-class EmbedParams(Wire):
-    """The body of an OpenAI embedding without `model`; texts only, since token ids mean another thing to each model."""
+class EmbedParams(WireModel):
+    """The body of an OpenAI embedding without `model`. Only texts: token ids have another meaning for each model."""
 
     input: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1, max_length=2048, repr=False)
     user: str | None = Field(None, repr=False)

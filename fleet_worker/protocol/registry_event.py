@@ -1,7 +1,7 @@
-"""Registry events (lex-llm's, in JSON): what a host says about its instances and their models.
+"""Registry events: what a host publishes about its instances and their models. The fields are those of lex-llm.
 
-One message carries the events of one type that a host has to tell at a time. Nothing in it may be a secret: sensitive
-keys are left out of `offering`, and refused anywhere else.
+One message has all events of one type that a host publishes at that moment. Sensitive keys are left out of `offering`,
+and refused everywhere else.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from fleet_worker.errors import (
-    PolicyError,
-)
-from fleet_worker.protocol.base import Body, Heard
+from fleet_worker.errors import PolicyError
+from fleet_worker.protocol.status import InstanceStatus, ModelStatus
+from fleet_worker.protocol.wire import BrokerMessage, ExtensibleModel
 
 EventType = Literal["offering_available", "offering_unavailable", "offering_degraded", "offering_heartbeat"]
 
 READINESS = "provider-readiness"
-"""The model of an event about an instance as a whole."""
+"""The model name in events about an instance itself."""
 GONE = "gone"
-"""The status of what is not offered any more: routers forget it."""
+"""The status of an instance or a model that is not offered any more: routers forget it."""
+MODEL_MISSING = "the MLX server does not have this model"
 
 _SENSITIVE = frozenset(
     {
@@ -36,9 +36,9 @@ _SENSITIVE = frozenset(
 _SENSITIVE_ENDS = ("_key", "_secret", "_token", "_password")
 
 
-class RegistryEvent(Heard):
-    """`offering` says what is offered, `health` whether it works: `{ready, status, checked, error?}`; `capacity` has
-    `slots`, `running`, `tokens_per_second`, `last_token_age` (seconds); `lane` names the lanes it takes work from.
+class RegistryEvent(ExtensibleModel):
+    """`offering` is what is offered; `health` is `{ready, status, checked, error?}`; `capacity` has `slots`, `running`,
+    `tokens_per_second` and `last_token_age` (seconds); `lane` lists the lanes that the node consumes.
     """
 
     event_id: str
@@ -56,7 +56,7 @@ class RegistryEvent(Heard):
         """Return a new event that happened now.
 
         Raises:
-            PolicyError: a key outside of `offering` is one that might hold a secret; the text names its path.
+            PolicyError: a key outside of `offering` may hold a secret; the text names its path.
         """
         for name, value in rest.items():
             for path in _sensitive_paths(name, value):
@@ -69,6 +69,34 @@ class RegistryEvent(Heard):
             **rest,
         )
 
+    @classmethod
+    def about(
+        cls, instance: InstanceStatus, model: ModelStatus | None = None, *, known: str | None = None
+    ) -> RegistryEvent:
+        """Return an event about an instance, or about one of its models.
+
+        It is a heartbeat if its status is the `known` one, which was published last.
+        """
+        status = (model or instance).status
+        reason = MODEL_MISSING if model and status != instance.status else instance.reason
+        live = instance.pid is not None
+        runtime: dict[str, Any] = {"node": instance.node, "host": instance.host, "version": instance.version}
+        capacity: dict[str, Any] = {"slots": instance.slots, "running": instance.running}
+        if live:
+            runtime |= {"server": instance.server, "pid": instance.pid}
+            capacity["tokens_per_second"] = instance.tokens_per_second
+            capacity["last_token_age"] = instance.last_token_age
+        return cls.of(
+            "offering_heartbeat" if status == known else _TYPES.get(status, "offering_unavailable"),
+            offering=_offering(instance, model),
+            runtime=runtime,
+            capacity=capacity,
+            health={"ready": status == "available", "status": status, "checked": live}
+            | ({"error": reason} if reason else {}),
+            lane=list(instance.lanes),
+            metadata={"extension": "fleet_worker", "configured": status != GONE, "live": live},
+        )
+
     @property
     def instance(self) -> str:
         return str(self.offering.get("instance"))
@@ -77,14 +105,68 @@ class RegistryEvent(Heard):
     def model(self) -> str:
         return str(self.offering.get("model"))
 
+    @property
+    def status(self) -> str:
+        return str(self.health.get("status", "unavailable"))
 
-class Announcement(Body):
-    """One message: what a host tells. It is to be heard from again within `interval` seconds."""
+    def instance_status(self, host: str, *, heard_at: float, expires_at: float) -> InstanceStatus:
+        """The inverse of `about`. Missing fields get defaults: other versions, and other programs, publish less."""
+        runtime, capacity = self.runtime, self.capacity
+        return InstanceStatus(
+            host=host,
+            name=self.instance,
+            node=str(runtime.get("node", "")),
+            status=self.status,
+            reason=str(self.health.get("error", "")),
+            server=str(runtime.get("server", "")),
+            version=str(runtime.get("version", "")),
+            pid=runtime.get("pid"),
+            slots=int(capacity.get("slots", 0)),
+            running=int(capacity.get("running", 0)),
+            tokens_per_second=float(capacity.get("tokens_per_second", 0.0)),
+            last_token_age=capacity.get("last_token_age"),
+            lanes=tuple(self.lane),
+            heard_at=heard_at,
+            expires_at=expires_at,
+        )
+
+    def model_status(self, *, expires_at: float) -> ModelStatus:
+        return ModelStatus(
+            model=self.model,
+            capabilities=tuple(self.offering.get("capabilities", ())),
+            features=tuple(self.offering.get("features", ())),
+            limits=dict(self.offering.get("limits", {})),
+            status=self.status,
+            expires_at=expires_at,
+        )
+
+
+class Announcement(BrokerMessage):
+    """One message: events of one host. The next one about the same instances or models follows within `interval`
+    seconds.
+    """
 
     v: Literal[1]
     host: str
     interval: float = Field(gt=0)
     events: list[RegistryEvent]
+
+
+_TYPES: dict[str, EventType] = {"available": "offering_available", "degraded": "offering_degraded"}
+
+
+def _offering(instance: InstanceStatus, model: ModelStatus | None) -> dict[str, Any]:
+    offering: dict[str, Any] = {"provider": "mlx", "instance": instance.name}
+    if model is None:
+        return {**offering, "model": READINESS, "usage": "inference"}
+    return {
+        **offering,
+        "model": model.model,
+        "usage": "embedding" if model.capabilities == ("embed",) else "inference",
+        "capabilities": list(model.capabilities),
+        "features": list(model.features),
+        "limits": model.limits,
+    }
 
 
 def _is_sensitive(key: str) -> bool:
@@ -109,6 +191,3 @@ def _without_sensitive(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_sensitive(inner) for inner in value]
     return value
-
-
-Status = Literal["starting", "available", "degraded", "unavailable", "drained"]

@@ -1,7 +1,10 @@
-"""The frames of a reply (protocol version 2, JSON): what a node sends a router, and what a caller gets."""
+"""The frames of a reply (protocol version 2, JSON): what a node sends to a router, and a caller gets."""
 
 from __future__ import annotations
 
+import base64
+import sys
+from array import array
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Annotated, Any, Literal
@@ -9,19 +12,20 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from fleet_worker.errors import FleetError
-from fleet_worker.protocol.base import Body, Heard
-from fleet_worker.protocol.vectors import unpack_vector
+from fleet_worker.protocol.wire import BrokerMessage, ExtensibleModel
 
 
-class Usage(Heard):
+class Usage(ExtensibleModel):
+    """Token counts, as far as the server reports them."""
+
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     total_tokens: int | None = None
     cached_tokens: int | None = None
 
 
-class Timings(Heard):
-    """Seconds. `queue_wait` from submission to acceptance, `ttft` and `duration` from acceptance."""
+class Timings(ExtensibleModel):
+    """Seconds: `queue_wait` from submission to acceptance, `ttft` (first token) and `duration` from acceptance."""
 
     queue_wait: float
     ttft: float | None = None
@@ -29,37 +33,44 @@ class Timings(Heard):
     tokens_per_second: float | None = None
 
 
-class Delta(Heard):
-    """A piece of a streamed answer, as the server sent it; never cut inside a character."""
+class Delta(ExtensibleModel):
+    """A piece of a streamed answer, as the server sent it. Characters are never split."""
 
     content: str | None = Field(None, repr=False)
     reasoning: str | None = Field(None, repr=False)
     tool_calls: list[dict[str, Any]] | None = Field(None, repr=False)
     resumed: Literal[True] | None = None
-    """Here another node goes on with the answer: an empty piece that the router puts in between."""
+    """True for an empty delta that the router inserts where another node continues the answer."""
+
+    @classmethod
+    def of(cls, content: str | None, reasoning: str | None, tool_calls: list[dict[str, Any]] | None) -> Delta | None:
+        """Return a delta of what is not empty, or None if all is."""
+        if reasoning or tool_calls:
+            return cls(content=content or None, reasoning=reasoning or None, tool_calls=tool_calls or None)
+        return cls(content=content) if content else None
 
 
-class Attempt(Heard):
-    """One try of a request, as the router saw it."""
+class Attempt(ExtensibleModel):
+    """One attempt of a request, as the router saw it."""
 
     attempt: int
     node: str | None
-    """None: nobody took it."""
+    """None if no node accepted it."""
     error: str | None
-    """The code of what ended it; None if it answered."""
+    """The code of the error that ended it; None if it ended with a response."""
     delivered: int
-    """Characters of the answer that had been delivered when it ended, those of earlier attempts included."""
+    """Characters of the answer delivered by the end of this attempt, with those of earlier attempts."""
 
 
-class _Frame(Heard):
+class _Frame(ExtensibleModel):
     id: str
     attempt: int
     seq: int
-    """Counts the frames of one attempt from 0 without a gap."""
+    """Number of the frame in its attempt, from 0 and without gaps."""
 
 
 class Accepted(_Frame):
-    """A node took the request. Always seq 0."""
+    """A node accepted the request. Always seq 0."""
 
     kind: Literal["accepted"] = "accepted"
     instance: str
@@ -67,51 +78,44 @@ class Accepted(_Frame):
 
 
 class Deltas(_Frame):
-    """The pieces that arrived together from the server, each as it was."""
+    """The deltas that arrived together from the server."""
 
     kind: Literal["deltas"] = "deltas"
     deltas: list[Delta]
     tokens: int
-    """Of the answer so far, about: what the server sent one by one, those of earlier attempts included."""
+    """Approximate number of tokens of the answer so far, with those of earlier attempts."""
 
 
-class ChatResponse(_Frame):
-    """The end of a chat. In a stream `content`, `reasoning` and `tool_calls` have travelled as deltas before."""
-
-    kind: Literal["response"] = "response"
+class _Response(_Frame):
     node: str
     instance: str
     model: str
+    usage: Usage
+    timings: Timings
+    attempts: list[Attempt] = Field(default=[])
+    """All attempts of the request; filled in by the router."""
+
+    @property
+    def request_id(self) -> str:
+        return self.id
+
+
+class ChatResponse(_Response):
+    """The end of a chat. A stream has sent `content`, `reasoning` and `tool_calls` as deltas before."""
+
+    kind: Literal["response"] = "response"
     content: str | None = Field(None, repr=False)
     reasoning: str | None = Field(None, repr=False)
     tool_calls: list[dict[str, Any]] = Field(default=[], repr=False)
     finish_reason: str
-    usage: Usage
-    timings: Timings
-    attempts: list[Attempt] = Field(default=[])
-    """Filled in by the router, as in an `EmbedResponse`."""
-
-    @property
-    def request_id(self) -> str:
-        return self.id
 
 
-class EmbedResponse(_Frame):
-    """The end of an embedding; on the wire each vector is base64 of little-endian float32."""
+class EmbedResponse(_Response):
+    """The end of an embedding. Each vector in `data` is base64 of little-endian float32."""
 
     kind: Literal["embedding"] = "embedding"
-    node: str
-    instance: str
-    model: str
     data: list[str] = Field(repr=False)
     dimensions: int
-    usage: Usage
-    timings: Timings
-    attempts: list[Attempt] = Field(default=[])
-
-    @property
-    def request_id(self) -> str:
-        return self.id
 
     @cached_property
     def vectors(self) -> list[list[float]]:
@@ -131,7 +135,7 @@ class Failure(_Frame):
 
     @classmethod
     def of(cls, error: FleetError, request_id: str, attempt: int, seq: int) -> Failure:
-        """As this error crosses the wire; `error` is the way back."""
+        """Return the frame of this error; `error` is the inverse."""
         return cls(
             id=request_id,
             attempt=attempt,
@@ -148,7 +152,7 @@ class Failure(_Frame):
 
 
 class Alive(_Frame):
-    """The request is in progress; `seq` is that of the frame to come, and is not used up."""
+    """The request is in progress. `seq` is the number of the next frame, which will have it too."""
 
     kind: Literal["alive"] = "alive"
 
@@ -156,8 +160,8 @@ class Alive(_Frame):
 Frame = Accepted | Deltas | ChatResponse | EmbedResponse | Failure | Alive
 
 
-class Reply(Body):
-    """One broker message: the frames of all requests that a node owes a router since its last publish."""
+class Reply(BrokerMessage):
+    """One message of a node to a router: the frames of all requests since its last message to that router."""
 
     v: Literal[2]
     node: str
@@ -165,14 +169,14 @@ class Reply(Body):
 
     @classmethod
     def merged(cls, bodies: Sequence[bytes]) -> bytes:
-        """One body with the frames of these, all of the same node."""
+        """Return one body with the frames of all these, which are of the same node."""
         first, *others = [cls.decode(body) for body in bodies]
         frames = [frame for reply in (first, *others) for frame in reply.frames]
         return first.model_copy(update={"frames": frames}).encode() if others else bodies[0]
 
 
 def join(deltas: Iterable[Delta]) -> dict[str, Any]:
-    """Return `content`, `reasoning` and `tool_calls` of the whole answer that came as these pieces."""
+    """Return `content`, `reasoning` and `tool_calls` of the whole answer."""
     content: list[str] = []
     reasoning: list[str] = []
     calls: dict[int, dict[str, Any]] = {}
@@ -181,8 +185,8 @@ def join(deltas: Iterable[Delta]) -> dict[str, Any]:
             content.append(delta.content)
         if delta.reasoning:
             reasoning.append(delta.reasoning)
-        for piece in delta.tool_calls or ():
-            _extend_call(calls.setdefault(piece.get("index", len(calls)), {}), piece)
+        for fragment in delta.tool_calls or ():
+            _extend_call(calls.setdefault(fragment.get("index", len(calls)), {}), fragment)
     return {
         "content": "".join(content) or None,
         "reasoning": "".join(reasoning) or None,
@@ -190,12 +194,27 @@ def join(deltas: Iterable[Delta]) -> dict[str, Any]:
     }
 
 
-def _extend_call(call: dict[str, Any], piece: dict[str, Any]) -> None:
-    """OpenAI's rule: id, type and name come once, `function.arguments` comes in fragments."""
+def _extend_call(call: dict[str, Any], fragment: dict[str, Any]) -> None:
+    """Add a fragment. As OpenAI defines it, id, type and name come once, `function.arguments` comes in parts."""
     for key in ("id", "type"):
-        if piece.get(key):
-            call[key] = piece[key]
+        if fragment.get(key):
+            call[key] = fragment[key]
     function = call.setdefault("function", {"name": "", "arguments": ""})
-    given = piece.get("function") or {}
+    given = fragment.get("function") or {}
     function["name"] += given.get("name") or ""
     function["arguments"] += given.get("arguments") or ""
+
+
+def pack_vector(vector: array[float]) -> str:
+    """Return this float32 array as base64 of little-endian float32. The array may be changed."""
+    if sys.byteorder == "big":
+        vector.byteswap()
+    return base64.b64encode(vector).decode("ascii")
+
+
+def unpack_vector(text: str) -> array[float]:
+    """Return the float32 array; raises `ValueError` if the text is not base64 of whole float32 values."""
+    vector = array("f", base64.b64decode(text, validate=True))
+    if sys.byteorder == "big":
+        vector.byteswap()
+    return vector

@@ -1,48 +1,45 @@
-"""The request envelope (protocol version 2, JSON), and the body of an OpenAI request that it carries."""
+"""The request envelope (protocol version 2, JSON) that a router sends to a node."""
 
 from __future__ import annotations
 
 import json
 import time
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fleet_worker.errors import InvalidRequest
-from fleet_worker.protocol.base import Wire, check_form, check_size, explain
 from fleet_worker.protocol.openai import ChatParams, EmbedParams
-
-LEGACY_KEYS = frozenset({"schema_version", "request_type", "fleet_correlation_id"})
-
-OF_AN_ATTEMPT = frozenset({"attempt", "reply_to", "expires_at", "resume"})
-"""Fields of an envelope that are new with each attempt. They do not count as its size: a node that would take the first
-attempt at a request takes them all."""
+from fleet_worker.protocol.wire import WireModel, explain
 
 Operation = Literal["chat", "stream_chat", "embed"]
 Priority = Literal["critical", "high", "normal", "low"]
 
+MOST_LEVELS: Final = 100
+"""How deep the JSON of an envelope may be nested."""
+LEGACY_KEYS = frozenset({"schema_version", "request_type", "fleet_correlation_id"})
+ATTEMPT_FIELDS = frozenset({"attempt", "reply_to", "expires_at", "resume"})
+"""Fields that change with each attempt. They do not count for the size limit: a node that would accept the first
+attempt of a request accepts all of them."""
 
-PARAMS: dict[str, type[ChatParams] | type[EmbedParams]] = {
+_PARAMS: dict[str, type[ChatParams] | type[EmbedParams]] = {
     "chat": ChatParams,
     "stream_chat": ChatParams,
     "embed": EmbedParams,
 }
 
 
-class Resume(Wire):
-    """What of a streamed answer was delivered by earlier attempts: this attempt goes on from there."""
+class Resume(WireModel):
+    """What earlier attempts delivered of a streamed answer: this attempt continues it."""
 
     content: str = Field("", repr=False)
     reasoning: str = Field("", repr=False)
     tokens: int = Field(0, ge=0)
-    """How many it was, about: servers send a token at a time, or a few."""
+    """Approximate number of tokens: servers send one or a few at a time."""
 
 
-class FleetRequest(Wire):
-    """The envelope: one request, or one attempt at it.
-
-    `timeout_seconds` is what the caller allowed in all, `expires_at` (seconds since the epoch) when that is over.
-    """
+class FleetRequest(WireModel):
+    """The envelope of one attempt of a request."""
 
     protocol_version: Literal[2]
     request_id: str = Field(min_length=1, max_length=200)
@@ -60,10 +57,12 @@ class FleetRequest(Wire):
     trace_context: dict[str, Any] = Field(repr=False)
     signed_token: str | None = Field(repr=False)
     timeout_seconds: float = Field(gt=0)
+    """The timeout that the caller set for the whole request."""
     expires_at: float
+    """When that timeout is over: seconds since the epoch."""
     priority: Priority
     resume: Resume | None = None
-    """Of a stream that was cut; without it the answer begins at its beginning."""
+    """None if the answer starts from its beginning."""
 
     @field_validator("message_context", "caller", "trace_context")
     @classmethod
@@ -76,19 +75,21 @@ class FleetRequest(Wire):
 
     @model_validator(mode="before")
     @classmethod
-    def _versioned(cls, values: Any) -> Any:
+    def _with_typed_params(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             raise ValueError("an envelope is a JSON object")
         if legacy := LEGACY_KEYS & values.keys():
             raise ValueError(f"legacy keys are not accepted: {', '.join(sorted(legacy))}")
         if values.get("operation") == "stream":
             values = {**values, "operation": "stream_chat"}
-        # The operation decides what params mean; a union would report the faults of both.
+        # The operation decides the type of params; for a union, pydantic would report the errors of both types.
         operation, params = values.get("operation"), values.get("params")
-        kind = PARAMS.get(operation) if isinstance(operation, str) else None
+        kind = _PARAMS.get(operation) if isinstance(operation, str) else None
         if kind is None or "params" not in values or isinstance(params, kind):
             return values
-        return {**values, "params": kind.model_validate(_without_nulls(params))}
+        if isinstance(params, dict):  # OpenAI clients send nulls, and mlx_lm.server answers 400 to most of them
+            params = {key: value for key, value in params.items() if value is not None}
+        return {**values, "params": kind.model_validate(params)}
 
     @model_validator(mode="after")
     def _only_streams_resume(self) -> FleetRequest:
@@ -97,57 +98,64 @@ class FleetRequest(Wire):
         return self
 
     @classmethod
-    def decode(cls, raw: Any, *, max_bytes: int) -> FleetRequest:
-        """Return the validated envelope.
-
-        Raises:
-            InvalidRequest: it is no valid envelope, or larger than `max_bytes` of JSON.
-        """
-        check_size(_without(OF_AN_ATTEMPT, raw), max_bytes)
-        return cls.build(raw)
-
-    @classmethod
     def build(cls, values: Any) -> FleetRequest:
-        """Return the envelope of these fields; raises `InvalidRequest` for what a caller got wrong."""
-        check_form(values)
+        """Return the envelope with these fields; raises `InvalidRequest` if one is invalid."""
+        _check_structure(values)
         try:
             return cls.model_validate(values)
         except ValidationError as error:
             raise InvalidRequest(explain(error)) from None
 
-    def check_size(self, max_bytes: int) -> None:
-        """Raises `InvalidRequest` for what `decode` would find too large, once it is sent."""
-        check_size(_without(OF_AN_ATTEMPT, self.encode()), max_bytes)
-
-    def submitted_to(self, reply_to: str, left: float | None = None) -> FleetRequest:
-        """The same request, now: so many seconds are left of its time, or all of it."""
-        seconds = self.timeout_seconds if left is None else left
-        return self.model_copy(update={"reply_to": reply_to, "expires_at": time.time() + seconds})
+    @classmethod
+    def decode(cls, envelope: Any, *, max_bytes: int) -> FleetRequest:
+        """Return the envelope that was received; raises `InvalidRequest` if it is invalid, or more than `max_bytes` of
+        JSON."""
+        _check_size(envelope, max_bytes)
+        return cls.build(envelope)
 
     def encode(self) -> dict[str, Any]:
-        body = self.model_dump(exclude={"params"})
-        body["params"] = self.params.model_dump(exclude_none=True)
-        return body
+        envelope = self.model_dump(exclude={"params"})
+        envelope["params"] = self.params.model_dump(exclude_none=True)
+        return envelope
+
+    def check_size(self, max_bytes: int) -> None:
+        """Raise `InvalidRequest` if `decode` would refuse this envelope as too large."""
+        _check_size(self.encode(), max_bytes)
+
+    def addressed_to(self, reply_to: str, seconds: float | None = None) -> FleetRequest:
+        """Return the envelope with this reply queue, expiring in so many seconds (default: after the whole timeout)."""
+        seconds = self.timeout_seconds if seconds is None else seconds
+        return self.model_copy(update={"reply_to": reply_to, "expires_at": time.time() + seconds})
 
     @property
     def queue_wait(self) -> float:
-        """Seconds since it was submitted, as far as two clocks agree."""
+        """Seconds since the request was submitted, as far as the clocks of two hosts agree."""
         return max(0.0, time.time() - (self.expires_at - self.timeout_seconds))
 
     @property
     def remaining(self) -> float:
-        """Seconds until its deadline; never more than it was given, however wrong a clock is."""
+        """Seconds until the deadline; never more than the caller allowed, however wrong a clock is."""
         return min(self.timeout_seconds, self.expires_at - time.time())
 
 
-def _without_nulls(params: Any) -> Any:
-    """Drop fields that say nothing: OpenAI clients send nulls, and mlx_lm.server answers 400 to most of them."""
-    if isinstance(params, dict):
-        return {key: value for key, value in params.items() if value is not None}
-    return params
+def _check_structure(value: Any, levels: int = MOST_LEVELS) -> None:
+    """Refuse keys that are not text (JSON would change them to text), and deeper nesting than JSON libraries accept."""
+    if isinstance(value, dict | list | tuple):
+        if levels == 0:
+            raise InvalidRequest(f"the request is nested more than {MOST_LEVELS} levels deep")
+        if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
+            raise InvalidRequest("the request is not JSON: the keys of an object are text")
+        for part in value.values() if isinstance(value, dict) else value:
+            _check_structure(part, levels - 1)
 
 
-def _without(names: frozenset[str], envelope: Any) -> Any:
+def _check_size(envelope: Any, max_bytes: int) -> None:
+    """Refuse what is not JSON (NaN is not), or is more than `max_bytes` of it without the `ATTEMPT_FIELDS`."""
     if isinstance(envelope, dict):
-        return {name: value for name, value in envelope.items() if name not in names}
-    return envelope
+        envelope = {name: value for name, value in envelope.items() if name not in ATTEMPT_FIELDS}
+    try:
+        size = len(json.dumps(envelope, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode())
+    except (TypeError, ValueError, RecursionError):
+        raise InvalidRequest("the request is not JSON: only finite numbers, text, lists and objects") from None
+    if size > max_bytes:
+        raise InvalidRequest(f"the request is {size:,} bytes, the limit (max_body_bytes) is {max_bytes:,}")

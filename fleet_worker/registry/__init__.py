@@ -1,5 +1,5 @@
-"""What is where, and whether it works: published by each host, known by each router.
+"""The status of all instances: reported by nodes, published by registry nodes, known to routers.
 
-May import: `broker`, `mlx`, `protocol`, `settings`, `errors`. Read in this order: `node`, `status_socket`, `publisher`,
-`view`, `counters`, `prometheus`.
+May import: `broker`, `mlx`, `protocol`, `settings`, `errors`. Read in this order: `status_socket`, `node`, `beat`,
+`publisher`, `view`, `counters`, `prometheus`.
 """

@@ -1,4 +1,4 @@
-"""What a node has measured since it started: histograms and counts, as Prometheus has them, without any content."""
+"""Counters and histograms of a node since it started, in the form of Prometheus, without any content of requests."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ BOUNDS = {
     "queue_wait_seconds": (0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0),
     "tokens_per_second": (1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 50.0, 75.0, 100.0, 200.0, 500.0),
 }
-"""Upper bounds of the buckets of each histogram; above the last one there is one more."""
+"""Upper bounds of the buckets of each histogram; one more bucket holds what is above the last."""
 
 
 class Counters:
-    """Counts, from any thread."""
+    """Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -25,10 +25,10 @@ class Counters:
         self._requests: Counter[str] = Counter()
         self._errors: Counter[str] = Counter()
         self.tokens = 0
-        """Generated in all."""
+        """Generated tokens in total."""
 
     def request(self, operation: str, **measured: float | None) -> None:
-        """A request was answered; `measured` are values of the histograms, None where there is none."""
+        """Count an answered request; `measured` are values for the histograms of these names, None if there is none."""
         with self._lock:
             self._requests[operation] += 1
             for name, value in measured.items():

@@ -1,7 +1,7 @@
-"""Prometheus metrics of one host, made at each scrape from what its nodes reported last.
+"""Prometheus metrics of one host, computed at each scrape from the last reports of its nodes.
 
-Nothing is counted here: the nodes count since they started (`tally.py`), and their counters begin at 0 again when they
-do, as Prometheus expects. Labels name nodes, lanes, operations and kinds of errors, never anything of a request.
+Nodes count from their start (`counters`), so counters return to 0 when a node restarts, as Prometheus expects. Labels
+are nodes, lanes, operations and error codes, never anything of a request.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from itertools import accumulate
 from socketserver import ThreadingMixIn
-from typing import get_args
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
@@ -23,46 +22,52 @@ from prometheus_client.metrics_core import Metric
 from fleet_worker.broker.queue_depth import Waiting
 from fleet_worker.broker.topology import direct_lane, lane
 from fleet_worker.errors import BrokerUnavailable, ConfigurationError, ProviderError
-from fleet_worker.protocol.registry_event import Status
+from fleet_worker.protocol.status import STATUSES
 from fleet_worker.registry.counters import BOUNDS
 from fleet_worker.registry.publisher import RegistryPublisher
-from fleet_worker.registry.status_socket import NodeReport, ReportedModel
+from fleet_worker.registry.status_socket import NodeReport
 from fleet_worker.version import VERSION
 
 log = logging.getLogger(__name__)
 
 ASK_EVERY = 5.0
-"""Seconds for which an answer of the broker is good enough."""
+"""Seconds for which an answer of the broker is reused."""
 ANSWER_WITHIN = 1.0
 """Seconds that a scrape waits for the broker."""
 CLIENT_TIMEOUT = 5.0
-"""Seconds after which a client that says nothing is hung up on."""
+"""Seconds after which a client that sends nothing is disconnected."""
 
 _GAUGES: dict[str, tuple[str, Callable[[NodeReport], float | None]]] = {
-    "fleet_slots": ("Requests that the node runs at the same time.", lambda report: report.slots),
-    "fleet_slots_used": ("Requests that its server is working on.", lambda report: report.running),
-    "fleet_tokens_per_second": ("Generated in the last second.", lambda report: report.tokens_per_second),
-    "fleet_last_token_age_seconds": ("Since its server delivered anything.", lambda report: report.last_token_age),
+    "fleet_slots": ("Requests that the node can run at the same time.", lambda report: report.instance.slots),
+    "fleet_slots_used": ("Requests that the node is running.", lambda report: report.instance.running),
+    "fleet_tokens_per_second": (
+        "Tokens generated in the last second.",
+        lambda report: report.instance.tokens_per_second,
+    ),
+    "fleet_last_token_age_seconds": (
+        "Seconds since the MLX server delivered a token.",
+        lambda report: report.instance.last_token_age,
+    ),
     "fleet_reply_lag_seconds": (
-        "The longest time that a part of a reply waited for the broker in the last second.",
+        "The longest time in the last second that a part of a reply waited for the broker.",
         lambda report: report.reply_lag,
     ),
 }
 _HISTOGRAMS = {
-    "ttft_seconds": ("fleet_ttft_seconds", "From the request to the server until its first token."),
-    "queue_wait_seconds": ("fleet_queue_wait_seconds", "From the router until the node took the request."),
-    "tokens_per_second": ("fleet_generation_tokens_per_second", "Of each answer, from its first token on."),
+    "ttft_seconds": ("fleet_ttft_seconds", "Seconds from the request to the MLX server until its first token."),
+    "queue_wait_seconds": ("fleet_queue_wait_seconds", "Seconds that requests waited until a node took them."),
+    "tokens_per_second": ("fleet_generation_tokens_per_second", "Tokens per second of each answer after its first."),
 }
 _FAULTS: list[type[ProviderError]] = [ProviderError, *ProviderError.__subclasses__()]
 _NO_ERRORS = {error.code: 0 for error in _FAULTS}
-"""The first error of a kind would be no increase otherwise."""
+"""Counters start at 0: Prometheus sees no increase in one that starts at 1."""
 
 
-class Metrics:
-    """Serves what `collector` collects at `url`, from now on, in threads of its own.
+class MetricsServer:
+    """Serves the metrics of `collector` over HTTP at `url`, in its own threads.
 
     Raises:
-        ConfigurationError: the port of 127.0.0.1 cannot be had.
+        ConfigurationError: the port of 127.0.0.1 is not available.
     """
 
     def __init__(self, port: int, collector: HostCollector) -> None:
@@ -71,7 +76,8 @@ class Metrics:
         try:
             self._server = make_server("127.0.0.1", port, make_wsgi_app(registry), _Server, _Handler)
         except OSError as error:
-            raise ConfigurationError(f"registry.metrics_port: {port} cannot be had: {error.strerror}") from None
+            text = f"registry.metrics_port: {port} cannot be used: {error.strerror}; choose another one"
+            raise ConfigurationError(text) from None
         self.url = f"http://127.0.0.1:{self._server.server_port}/metrics"
         threading.Thread(target=self._server.serve_forever, name="fleet-metrics", daemon=True).start()
 
@@ -81,37 +87,42 @@ class Metrics:
 
 
 class HostCollector:
-    """What there is to know about a host: `models` and `reports` are by instance, `waiting` asks the broker what waits.
-
-    A part that fails leaves out its own families, and says so in the log once.
+    """Collects the metrics of a host. `reports` returns one report per instance, `waiting` asks the broker for the
+    depths of lanes. If a part fails, its metrics are missing, and one log line says so.
     """
 
     def __init__(
         self,
-        host: str,
+        reports: Callable[[], list[NodeReport]],
         *,
-        models: Callable[[], Mapping[str, list[ReportedModel]]],
-        reports: Callable[[], Mapping[str, NodeReport]],
-        announcer: RegistryPublisher,
+        publisher: RegistryPublisher,
         waiting: Callable[[list[str]], Mapping[str, Waiting]],
     ) -> None:
-        self._host = host
-        self._models = models
         self._reports = reports
-        self._announcer = announcer
-        self._waiting = _Remembered(waiting)
+        self._publisher = publisher
+        self._waiting = _Cached(waiting)
         self._failing: set[str] = set()
 
     def collect(self) -> Iterator[Metric]:
         """Called by the client library, in a thread for each scrape."""
-        of_nodes = (self._instances, self._gauges, self._counts, self._histograms)
-        for part in (self._registry, *of_nodes, self._lanes, self._queues):
+        reports = self._reports()
+        live = [report for report in reports if report.instance.pid is not None]
+        parts: dict[str, Callable[[], Iterator[Metric]]] = {
+            "registry": self._registry,
+            "instances": lambda: _instances(reports),
+            "gauges": lambda: _gauges(live),
+            "counts": lambda: _counts(live),
+            "histograms": lambda: _histograms(live),
+            "lanes": lambda: _lanes(reports),
+            "queues": lambda: self._queues(reports),
+        }
+        for name, part in parts.items():
             try:
                 families = list(part())
             except Exception as error:
-                self._note(part.__name__, error)
+                self._note(name, error)
             else:
-                self._note(part.__name__)
+                self._note(name)
                 yield from (family for family in families if family.samples)
 
     def _registry(self) -> Iterator[Metric]:
@@ -119,66 +130,14 @@ class HostCollector:
         yield CounterMetricFamily(
             "fleet_registry_publish_failures",
             "Rounds of registry events that the broker did not take.",
-            self._announcer.failures,
+            self._publisher.failures,
         )
-        if moment := self._announcer.published_at:
-            text = "Since the broker last took registry events of this host."
-            yield GaugeMetricFamily("fleet_registry_age_seconds", text, time.monotonic() - moment)
+        if published_at := self._publisher.published_at:
+            text = "Seconds since the broker last took registry events of this host."
+            yield GaugeMetricFamily("fleet_registry_age_seconds", text, time.monotonic() - published_at)
 
-    def _instances(self) -> Iterator[Metric]:
-        ready = GaugeMetricFamily("fleet_instance_ready", "1 if it takes work.", labels=["node"])
-        status = GaugeMetricFamily("fleet_instance_status", "1 for what it is now.", labels=["node", "status"])
-        reports = self._reports()
-        for name in self._models():
-            report, node = reports.get(name), self._node(name)
-            now = report.status if report else "unavailable"
-            ready.add_metric([node], now == "available")
-            for each in get_args(Status):
-                status.add_metric([node, each], each == now)
-        yield from (ready, status)
-
-    def _gauges(self) -> Iterator[Metric]:
-        reports = self._reports().values()
-        for name, (text, value_of) in _GAUGES.items():
-            family = GaugeMetricFamily(name, text, labels=["node"])
-            for report in reports:
-                if (value := value_of(report)) is not None:
-                    family.add_metric([report.node], value)
-            yield family
-
-    def _counts(self) -> Iterator[Metric]:
-        tokens = CounterMetricFamily("fleet_tokens", "Generated.", labels=["node"])
-        requests = CounterMetricFamily("fleet_requests", "Answered without an error.", labels=["node", "operation"])
-        errors = CounterMetricFamily("fleet_errors", "Requests that failed.", labels=["node", "code"])
-        for report in self._reports().values():
-            operations = {each: 0 for model in report.models for each in model.capabilities}
-            tokens.add_metric([report.node], report.tally["tokens"])
-            for operation, count in {**operations, **report.tally["requests"]}.items():
-                requests.add_metric([report.node, operation], count)
-            for code, count in {**_NO_ERRORS, **report.tally["errors"]}.items():
-                errors.add_metric([report.node, code], count)
-        yield from (tokens, requests, errors)
-
-    def _histograms(self) -> Iterator[Metric]:
-        reports = self._reports().values()
-        for name, (metric, text) in _HISTOGRAMS.items():
-            family = HistogramMetricFamily(metric, text, labels=["node"])
-            bounds = [*map(str, BOUNDS[name]), "+Inf"]
-            for report in reports:
-                measured = report.tally["histograms"][name]
-                buckets = list(zip(bounds, accumulate(measured["buckets"]), strict=True))
-                family.add_metric([report.node], buckets, measured["sum"])
-            yield family
-
-    def _lanes(self) -> Iterator[Metric]:
-        served = {each for report in self._reports().values() for each in report.lanes}
-        family = GaugeMetricFamily("fleet_lane_served", "1 if this host takes work from it.", labels=["lane"])
-        for each in self._possible_lanes():
-            family.add_metric([each], each in served)
-        yield family
-
-    def _queues(self) -> Iterator[Metric]:
-        lanes, text = self._possible_lanes(), "1 if the broker answers within a second."
+    def _queues(self, reports: list[NodeReport]) -> Iterator[Metric]:
+        lanes, text = _possible_lanes(reports), "1 if the broker answers within a second."
         try:
             found = self._waiting(lanes)
         except (BrokerUnavailable, TimeoutError) as error:
@@ -187,53 +146,101 @@ class HostCollector:
             return
         self._note("the broker")
         yield GaugeMetricFamily("fleet_broker_up", text, 1)
-        depth = GaugeMetricFamily("fleet_lane_depth", "Requests that wait in it.", labels=["lane"])
-        age = GaugeMetricFamily("fleet_lane_oldest_age_seconds", "Of the first one that waits.", labels=["lane"])
+        depth = GaugeMetricFamily("fleet_lane_depth", "Requests waiting in the lane.", labels=["lane"])
+        text = "Seconds since the oldest waiting request was submitted."
+        age = GaugeMetricFamily("fleet_lane_oldest_age_seconds", text, labels=["lane"])
         for name in found.keys() & lanes:
             depth.add_metric([name], found[name].depth)
             if (seconds := found[name].oldest_age) is not None:
                 age.add_metric([name], seconds)
         yield from (depth, age)
 
-    def _node(self, instance: str) -> str:
-        return f"{instance}@{self._host}"
-
-    def _possible_lanes(self) -> list[str]:
-        """Those of everything that this host has, taken from at the moment or not."""
-        reports = self._reports()
-        found: set[str] = set()
-        for name, models in self._models().items():
-            report = reports.get(name)
-            for model in report.models if report else models:
-                found.update(lane(each, model.model) for each in model.capabilities)
-            found.add(direct_lane(self._node(name)))
-        return sorted(found)
-
     def _note(self, part: str, error: Exception | None = None) -> None:
+        """Log the first failure of a part after it worked."""
         if error is None:
             self._failing.discard(part)
         elif part not in self._failing:
             self._failing.add(part)
-            log.warning("metrics are incomplete: %s (%s)", part.lstrip("_"), type(error).__name__)
+            log.warning("metrics are incomplete: %s (%s)", part, type(error).__name__)
 
 
-class _Remembered:
-    """An answer that takes as long as it likes, in one thread of its own: it is waited for shortly, and good for a
-    while.
-    """
+def _instances(reports: list[NodeReport]) -> Iterator[Metric]:
+    ready = GaugeMetricFamily("fleet_instance_ready", "1 if the instance takes requests.", labels=["node"])
+    text = "1 for the current status of the instance."
+    status = GaugeMetricFamily("fleet_instance_status", text, labels=["node", "status"])
+    for report in reports:
+        instance = report.instance
+        ready.add_metric([instance.node], instance.ready)
+        for each in STATUSES:
+            status.add_metric([instance.node, each], each == instance.status)
+    yield from (ready, status)
+
+
+def _gauges(live: list[NodeReport]) -> Iterator[Metric]:
+    for name, (text, value_of) in _GAUGES.items():
+        family = GaugeMetricFamily(name, text, labels=["node"])
+        for report in live:
+            if (value := value_of(report)) is not None:
+                family.add_metric([report.instance.node], value)
+        yield family
+
+
+def _counts(live: list[NodeReport]) -> Iterator[Metric]:
+    tokens = CounterMetricFamily("fleet_tokens", "Generated tokens.", labels=["node"])
+    requests = CounterMetricFamily("fleet_requests", "Answered requests.", labels=["node", "operation"])
+    errors = CounterMetricFamily("fleet_errors", "Failed requests.", labels=["node", "code"])
+    for report in live:
+        node, counters = report.instance.node, report.counters
+        operations = {each: 0 for model in report.models for each in model.capabilities}
+        tokens.add_metric([node], counters["tokens"])
+        for operation, count in {**operations, **counters["requests"]}.items():
+            requests.add_metric([node, operation], count)
+        for code, count in {**_NO_ERRORS, **counters["errors"]}.items():
+            errors.add_metric([node, code], count)
+    yield from (tokens, requests, errors)
+
+
+def _histograms(live: list[NodeReport]) -> Iterator[Metric]:
+    for name, (metric, text) in _HISTOGRAMS.items():
+        family = HistogramMetricFamily(metric, text, labels=["node"])
+        bounds = [*map(str, BOUNDS[name]), "+Inf"]
+        for report in live:
+            measured = report.counters["histograms"][name]
+            buckets = list(zip(bounds, accumulate(measured["buckets"]), strict=True))
+            family.add_metric([report.instance.node], buckets, measured["sum"])
+        yield family
+
+
+def _lanes(reports: list[NodeReport]) -> Iterator[Metric]:
+    served = {each for report in reports for each in report.instance.lanes}
+    text = "1 if a node of this host takes requests from the lane."
+    family = GaugeMetricFamily("fleet_lane_served", text, labels=["lane"])
+    for each in _possible_lanes(reports):
+        family.add_metric([each], each in served)
+    yield family
+
+
+def _possible_lanes(reports: list[NodeReport]) -> list[str]:
+    """The lanes of all models and nodes of this host, also those that its nodes have left."""
+    lanes = {lane(each, model.model) for report in reports for model in report.models for each in model.capabilities}
+    return sorted(lanes | {direct_lane(report.instance.node) for report in reports})
+
+
+class _Cached:
+    """Calls a slow function in a thread of its own, waits briefly for the result, and reuses it for a while."""
 
     def __init__(self, waiting: Callable[[list[str]], Mapping[str, Waiting]]) -> None:
         self._ask = waiting
         self._lock = threading.Lock()
-        self._asked = 0.0
+        self._asked_at = 0.0
         self._answer: Future[Mapping[str, Waiting]] | None = None
 
     def __call__(self, lanes: list[str]) -> Mapping[str, Waiting]:
-        """Raises `TimeoutError`, or whatever asking raised."""
+        """Raises `TimeoutError` after `ANSWER_WITHIN` seconds, or what the function raised."""
         with self._lock:
             answer = self._answer
-            if answer is None or (answer.done() and time.monotonic() - self._asked >= ASK_EVERY):
-                self._asked, answer = time.monotonic(), Future()
+            if answer is None or (answer.done() and time.monotonic() - self._asked_at >= ASK_EVERY):
+                self._asked_at, answer = time.monotonic(), Future()
                 self._answer = answer
                 threading.Thread(target=self._fulfil, args=(answer, lanes), name="fleet-depths", daemon=True).start()
         return answer.result(ANSWER_WITHIN)
@@ -249,11 +256,11 @@ class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
 
     def handle_error(self, *_: object) -> None:
-        """A client hung up, or said nothing: not worth a traceback."""
+        """A client disconnected or sent nothing: not worth a traceback."""
 
 
 class _Handler(WSGIRequestHandler):
     timeout = CLIENT_TIMEOUT
 
     def log_message(self, *_: object) -> None:
-        """A scrape is nothing to tell."""
+        """Do not log scrapes."""

@@ -1,4 +1,4 @@
-"""Publishes what a host has to tell, best effort: nothing waits for it, and nothing fails with it."""
+"""Publishes registry events, best effort: nothing waits for it, and nothing fails with it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from fleet_worker.protocol.registry_event import Announcement
 log = logging.getLogger(__name__)
 
 PAUSE = 0.05
-"""Seconds between two rounds: what changes in the meantime travels together."""
+"""Seconds between two rounds: changes in the meantime share the next round."""
 
 
 class RegistryPublisher:
-    """One thread and one connection. `announcements` makes the messages for the kinds that were asked for, at the
-    moment at which they leave; of a round that the broker does not take, the kinds are said with the next one.
+    """One thread with one connection, which publishes in rounds. `announcements(kinds)` yields type and message of each
+    event at the time of publishing; its iteration goes on when the broker has taken a message. A round that fails is
+    given up, and its kinds are part of the next one.
     """
 
     def __init__(
@@ -37,17 +38,16 @@ class RegistryPublisher:
         self._changed = threading.Condition()
         self._closed = False
         self.failures = 0
-        """Rounds that were given up, in all."""
+        """Rounds that were given up since the start."""
         self.published_at: float | None = None
-        """Monotonic seconds at which the broker last took a round."""
-        self._failing = False
-        self._owed: frozenset[str] = frozenset()
-        """The kinds of the rounds that were given up since then."""
-        self._thread = threading.Thread(target=self._run, name="fleet-announcer", daemon=True)
+        """time.monotonic() of the last round that the broker took."""
+        self._failed: frozenset[str] = frozenset()
+        """The kinds of rounds that were given up since then."""
+        self._thread = threading.Thread(target=self._run, name="fleet-registry-publisher", daemon=True)
         self._thread.start()
 
-    def announce(self, *kinds: str) -> None:
-        """Publish soon what there is to say of these kinds."""
+    def publish(self, *kinds: str) -> None:
+        """Publish these kinds soon. Returns at once."""
         with self._changed:
             self._wanted |= frozenset(kinds)
             self._changed.notify()
@@ -66,41 +66,37 @@ class RegistryPublisher:
                 kinds, self._wanted = self._wanted, frozenset()
             if not kinds:
                 break
-            self._round(kinds | self._owed)
+            self._publish_round(kinds | self._failed)
             with self._changed:
                 self._changed.wait_for(lambda: self._closed, PAUSE)
         self._publisher.close()
 
-    def _round(self, kinds: frozenset[str]) -> None:
+    def _publish_round(self, kinds: frozenset[str]) -> None:
         try:
             try:
-                self._tell(kinds)
-            except Exception:  # the connection, perhaps, which the broker had closed long ago
+                self._publish_all(kinds)
+            except Exception:  # perhaps the broker closed the connection long ago
                 self._publisher.drop()
-                self._tell(kinds)
-        except Exception as error:  # whatever it is, no request has to suffer from it
+                self._publish_all(kinds)
+        except Exception as error:  # no request may fail with it
+            if not self._failed:
+                log.warning("registry events cannot be published (%s) and are dropped", type(error).__name__)
             self.failures += 1
-            self._owed = kinds
-            if not self._failing:
-                log.warning("registry events cannot be published (%s), and are left out", type(error).__name__)
-            self._failing = True
+            self._failed = kinds
             self._publisher.drop()
         else:
-            if self._failing:
+            if self._failed:
                 log.warning("registry events are published again")
-            self._failing, self._owed = False, frozenset()
+            self._failed = frozenset()
             self.published_at = time.monotonic()
 
-    def _tell(self, kinds: frozenset[str]) -> None:
+    def _publish_all(self, kinds: frozenset[str]) -> None:
         for event_type, announcement in self._announcements(kinds):
-            self._publish(event_type, announcement)
-
-    def _publish(self, event_type: str, announcement: Announcement) -> None:
-        self._publisher.publish(
-            announcement.encode(),
-            exchange=self._exchange.name,
-            routing_key=f"llm.registry.{event_type}",
-            declare=lambda _: self._exchange,
-            type="llm.registry.event",
-            app_id="fleet-worker-mlx",
-        )
+            self._publisher.publish(
+                announcement.encode(),
+                exchange=self._exchange.name,
+                routing_key=f"llm.registry.{event_type}",
+                declare=lambda _: self._exchange,
+                type="llm.registry.event",
+                app_id="fleet-worker-mlx",
+            )

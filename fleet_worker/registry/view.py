@@ -1,7 +1,7 @@
-"""What a router knows about the fleet: which models are where, and whether they are ready.
+"""What a router knows about the fleet: which instances and models there are, and whether they are ready.
 
-Fed by registry events, asked by requests and by you. What a host said is forgotten when it was silent for three of
-its intervals.
+Fed by registry events, and read by requests and by users. What a host published is forgotten after three of its
+intervals without news.
 """
 
 from __future__ import annotations
@@ -11,76 +11,37 @@ import difflib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from fleet_worker.errors import InvalidRequest, ModelUnavailable
 from fleet_worker.protocol.registry_event import GONE, READINESS, Announcement, RegistryEvent
+from fleet_worker.protocol.status import InstanceStatus, ModelStatus
 
 log = logging.getLogger(__name__)
 
 INTERVALS_TO_LIVE = 3
-FIRST_WORD = 0.3
-"""Seconds that a fresh router waits for a first word of any host before it takes it that none has a registry node."""
+FIRST_ANSWER_WITHIN = 0.3
+"""Seconds after which a new router that has heard of no host concludes that there are no registry nodes."""
 QUIET = 0.15
-"""Seconds without another word after which a look at the fleet is worth it; a refusal waits for ALL_WORDS."""
-SWEEP_EVERY = 1.0
-"""Seconds between two looks for what to forget: of a thousand hosts, one look costs more than a message."""
-ALL_WORDS = 1.0
+"""Seconds without another answer after which `settle` returns. A request is refused only after all answers."""
+ALL_ANSWERS_WITHIN = 1.0
 """Seconds after which every host has answered a router that asked."""
-
-
-@dataclass(frozen=True, slots=True)
-class InstanceState:
-    """One MLX server as its host described it last: it is available, degraded, unavailable, starting or drained."""
-
-    host: str
-    name: str
-    node: str
-    status: str
-    reason: str
-    server: str
-    version: str
-    slots: int
-    running: int
-    tokens_per_second: float
-    last_token_age: float | None
-    """Seconds from the last delivered token to `heard_at`."""
-    lanes: tuple[str, ...]
-    heard_at: float
-    """Monotonic seconds."""
-    expires_at: float
-
-    @property
-    def ready(self) -> bool:
-        return self.status == "available"
-
-
-@dataclass(frozen=True, slots=True)
-class ModelState:
-    """One model of one instance as its host described it last."""
-
-    model: str
-    instance: str
-    host: str
-    status: str
-    capabilities: tuple[str, ...]
-    features: tuple[str, ...]
-    limits: dict[str, Any]
-    expires_at: float
+SWEEP_EVERY = 1.0
+"""Seconds between two searches for what has expired: with a thousand hosts, one costs more than a message."""
 
 
 @dataclass(frozen=True, slots=True)
 class Offered:
-    """An offering: one model on one instance, now."""
+    """An offering: one model on one instance, now. It is `ready` if both are available."""
 
     model: str
     capabilities: tuple[str, ...]
     features: tuple[str, ...]
     limits: dict[str, Any]
     ready: bool
-    instance: InstanceState
+    instance: InstanceStatus
 
     @property
     def node(self) -> str:
@@ -92,20 +53,20 @@ class Offered:
 
 
 class Registry:
-    """The live view. Safe to use from any thread; it never waits for the broker."""
+    """A live view of all instances and models. Thread-safe; no method waits for the broker."""
 
     def __init__(self, *, ask: Callable[[], None] = lambda: None, clock: Callable[[], float] = time.monotonic) -> None:
         self._ask = ask
         self._clock = clock
         self._changed = threading.Condition()  # its lock is reentrant
-        self._instances: dict[tuple[str, str], InstanceState] = {}
-        self._models: dict[str, dict[tuple[str, str], ModelState]] = {}
+        self._instances: dict[tuple[str, str], InstanceStatus] = {}
+        self._models: dict[str, dict[tuple[str, str], ModelStatus]] = {}
         self._subscribers: list[Callable[[RegistryEvent], None]] = []
         self._asked_at = clock()
         self._heard_at: float | None = None
         self._next_sweep = 0.0
 
-    # For you
+    # --- For users ---
 
     def offerings(
         self,
@@ -115,7 +76,7 @@ class Registry:
         feature: str | None = None,
         ready: bool | None = None,
     ) -> list[Offered]:
-        """Return what is offered now, as far as these say: a public name, a capability, a feature, ready or not."""
+        """Return what is offered now, filtered by public model name, capability, feature, and whether it is ready."""
         with self._changed:
             return [
                 offered
@@ -126,147 +87,144 @@ class Registry:
             ]
 
     def models(self, *, ready: bool | None = None) -> list[str]:
-        """Return the public names of all models that are offered."""
+        """Return the public names of all offered models, sorted."""
         return sorted({offered.model for offered in self.offerings(ready=ready)})
 
-    def instances(self) -> list[InstanceState]:
-        """Return the instances of all hosts, by host and name."""
+    def instances(self) -> list[InstanceStatus]:
+        """Return the instances of all hosts, sorted by host and name."""
         with self._changed:
             now = self._clock()
-            return [state for _, state in sorted(self._instances.items()) if state.expires_at > now]
+            return [each for _, each in sorted(self._instances.items()) if each.expires_at > now]
 
     def subscribe(self, callback: Callable[[RegistryEvent], None]) -> Callable[[], None]:
-        """Call this with every event that changes something, in the router's own thread, so be quick.
+        """Call `callback` with every event that changes something, and return a function that ends the subscription.
 
-        Returns a function that ends the subscription.
+        It is called in the thread that receives all replies of the router: it must not block.
         """
         self._subscribers.append(callback)
 
         def unsubscribe() -> None:
-            with contextlib.suppress(ValueError):  # it was called before
+            with contextlib.suppress(ValueError):  # called twice
                 self._subscribers.remove(callback)
 
         return unsubscribe
 
     def wait_for(self, model: str, timeout: float, *, capability: str | None = None) -> list[Offered]:
-        """Return the ready offerings of a model as soon as there is one.
+        """Wait until a model has ready offerings, and return them.
 
         Raises:
-            ModelUnavailable: there was none within `timeout` seconds.
+            ModelUnavailable: there are none after `timeout` seconds.
         """
         with self._changed:
             ready = self._changed.wait_for(lambda: self.offerings(model, capability=capability, ready=True), timeout)
             if not ready:
-                raise self._unavailable(model, f"no ready instance offers the model after {timeout:g} s")
+                raise _unavailable(f"no ready instance offers the model after {timeout:g} s", model, self._models)
             return ready
 
     def refresh(self) -> None:
-        """Ask all hosts for their figures of this moment, and do not wait for the answers."""
+        """Ask all hosts for their current status, without waiting for the answers."""
         self._ask()
 
-    # For the router
+    # --- For the router ---
 
     def asked(self) -> None:
-        """The fleet was asked who is there just now."""
+        """The router has just asked all hosts for their status."""
         with self._changed:
             self._asked_at = self._clock()
 
     def settle(self) -> Registry:
-        """Wait while a fresh router is still being told what there is, at most a second."""
+        """Wait until the hosts have answered a new router, at most `ALL_ANSWERS_WITHIN` seconds after it asked."""
         with self._changed:
             while True:
                 now, heard_at = self._clock(), self._heard_at
-                until = self._asked_at + FIRST_WORD if heard_at is None else heard_at + QUIET
-                patience = min(until, self._asked_at + ALL_WORDS) - now
+                until = self._asked_at + FIRST_ANSWER_WITHIN if heard_at is None else heard_at + QUIET
+                patience = min(until, self._asked_at + ALL_ANSWERS_WITHIN) - now
                 if patience <= 0:
                     return self
                 self._changed.wait(patience)
 
     def check(self, model: str, capability: str, instance: str = "any", node: str | None = None) -> None:
-        """Let a request pass if somebody offers this, ready or not: it may become so before the deadline.
+        """Accept a request if the fleet offers what it needs, ready or not: it may become ready before the deadline.
 
-        Waits only while a fresh router has not heard everybody yet, at most a second. While no registry node is heard
-        of, everything passes: nodes may work without one.
+        Waits only while the hosts may still be answering a new router. If no registry node is known, every request is
+        accepted: nodes work without one, too.
 
         Raises:
-            ModelUnavailable: nobody does. The text names the nearest models that exist; or nodes, if one is asked for.
+            ModelUnavailable: nothing offers it. The text names the nearest models that exist, or the nearest nodes.
         """
         with self._changed:
             while not self._is_offered(model, capability, instance, node):
                 heard = self._heard_at is not None
-                patience = self._asked_at + (ALL_WORDS if heard else FIRST_WORD) - self._clock()
+                patience = self._asked_at + (ALL_ANSWERS_WITHIN if heard else FIRST_ANSWER_WITHIN) - self._clock()
                 if patience <= 0:
                     if not self.instances():
                         return
                     if node and self._is_offered(model, capability, instance):
-                        raise self._not_there(node, f"that node does not offer {capability} with that model")
-                    raise self._unavailable(model, f"no instance offers {capability} with that model")
+                        nodes = [each.node for each in self.instances()]
+                        raise _unavailable(f"that node does not offer {capability} with that model", node, nodes)
+                    raise _unavailable(f"no instance offers {capability} with that model", model, self._models)
                 self._changed.wait(patience)
 
     def receive(self, message: Any) -> None:
-        """A message of the registry arrived."""
+        """Apply a broker message. An invalid one is logged and dropped: this thread receives all replies, too."""
         try:
             self.hear(Announcement.decode(message.body))
         except InvalidRequest as error:
             log.error("a registry message was dropped: %s", error)
-        except Exception as error:  # the thread that is in here receives replies, too
+        except Exception as error:
             log.error("a registry message was dropped (%s)", type(error).__name__)
 
     def hear(self, announcement: Announcement) -> None:
         with self._changed:
             self._heard_at = self._clock()
-            self._forget_the_silent()
-            changes = [event for event in announcement.events if self._take(announcement, event)]
+            self._sweep()
+            changes = [event for event in announcement.events if self._apply(announcement, event)]
             self._changed.notify_all()
         for event in changes:
-            self._tell(event)
+            self._notify_subscribers(event)
 
-    # Inside
+    # --- Inside ---
 
-    def _take(self, announcement: Announcement, event: RegistryEvent) -> bool:
-        """Remember what an event says, and tell whether it is news."""
+    def _apply(self, announcement: Announcement, event: RegistryEvent) -> bool:
+        """Keep what an event says; return whether it is a change that subscribers are told about."""
+        key, name = (announcement.host, event.instance), event.model
         now = self._clock()
-        key, expires_at = (announcement.host, event.instance), now + INTERVALS_TO_LIVE * announcement.interval
-        status = str(event.health.get("status", "unavailable"))
-        if status == GONE:
-            return self._forget(key, event.model)
-        if event.model == READINESS:
+        expires_at = now + INTERVALS_TO_LIVE * announcement.interval
+        if event.status == GONE:
+            known = self._instances if name == READINESS else self._models.get(name, {})
+            return known.pop(key, None) is not None
+        if name == READINESS:
             before = self._instances.get(key)
-            self._instances[key] = _instance_state(announcement.host, event, status, now, expires_at)
-            return before is None or (before.status, before.lanes) != (status, tuple(event.lane))
-        known = self._models.setdefault(event.model, {})
-        model_before = known.get(key)
-        model = known[key] = _model_state(announcement.host, event, status, expires_at)
-        return model_before is None or replace(model_before, expires_at=expires_at) != model
+            instance = event.instance_status(announcement.host, heard_at=now, expires_at=expires_at)
+            self._instances[key] = instance
+            return before is None or (before.status, before.lanes) != (instance.status, instance.lanes)
+        models = self._models.setdefault(name, {})
+        model_before, models[key] = models.get(key), event.model_status(expires_at=expires_at)
+        return model_before != models[key]
 
-    def _forget(self, key: tuple[str, str], model: str) -> bool:
-        if model == READINESS:
-            return self._instances.pop(key, None) is not None
-        return self._models.get(model, {}).pop(key, None) is not None
-
-    def _forget_the_silent(self) -> None:
-        """Nobody is shown what has expired: this only makes room."""
+    def _sweep(self) -> None:
+        """Free the memory of what has expired. It is not returned to callers in any case."""
         now = self._clock()
         if now < self._next_sweep:
             return
         self._next_sweep = now + SWEEP_EVERY
-        for key in [key for key, state in self._instances.items() if state.expires_at <= now]:
+        for key in [key for key, instance in self._instances.items() if instance.expires_at <= now]:
             del self._instances[key]
-        for model, states in list(self._models.items()):
-            for key in [key for key, state in states.items() if state.expires_at <= now]:
-                del states[key]
-            if not states:
-                del self._models[model]
+        for name, models in list(self._models.items()):
+            for key in [key for key, model in models.items() if model.expires_at <= now]:
+                del models[key]
+            if not models:
+                del self._models[name]
 
     def _offered(self, model: str | None) -> Iterator[Offered]:
-        """An offering needs two fresh words: one about the model, one about its instance."""
+        """An offering exists while neither the model nor its instance has expired."""
         now = self._clock()
         for name in self._models if model is None else (model,):
-            for key, state in self._models.get(name, {}).items():
+            for key, of_model in self._models.get(name, {}).items():
                 instance = self._instances.get(key)
-                if instance and min(instance.expires_at, state.expires_at) > now:
-                    ready = instance.ready and state.status == "available"
-                    yield Offered(name, state.capabilities, state.features, state.limits, ready, instance)
+                if instance and min(instance.expires_at, of_model.expires_at) > now:
+                    ready = instance.ready and of_model.ready
+                    yield Offered(name, of_model.capabilities, of_model.features, of_model.limits, ready, instance)
 
     def _is_offered(self, model: str, capability: str, instance: str, node: str | None = None) -> bool:
         return any(
@@ -276,13 +234,7 @@ class Registry:
             for offered in self._offered(model)
         )
 
-    def _unavailable(self, model: str, why: str) -> ModelUnavailable:
-        return _missing(why, difflib.get_close_matches(model, list(self._models), n=3, cutoff=0.3))
-
-    def _not_there(self, node: str, why: str) -> ModelUnavailable:
-        return _missing(why, difflib.get_close_matches(node, [each.node for each in self.instances()], n=3, cutoff=0.3))
-
-    def _tell(self, event: RegistryEvent) -> None:
+    def _notify_subscribers(self, event: RegistryEvent) -> None:
         for callback in tuple(self._subscribers):
             try:
                 callback(event)
@@ -290,40 +242,7 @@ class Registry:
                 log.error("a subscriber of the registry failed: %s", type(error).__name__)
 
 
-def _missing(why: str, nearest: list[str]) -> ModelUnavailable:
-    there = f"; the nearest that exist: {', '.join(nearest)}" if nearest else ""
-    return ModelUnavailable(f"{why}{there}", nearest=nearest)
-
-
-def _instance_state(host: str, event: RegistryEvent, status: str, now: float, expires_at: float) -> InstanceState:
-    capacity, runtime = event.capacity, event.runtime
-    return InstanceState(
-        host=host,
-        name=event.instance,
-        node=str(runtime.get("node", "")),
-        status=status,
-        reason=str(event.health.get("error", "")),
-        server=str(runtime.get("server", "")),
-        version=str(runtime.get("version", "")),
-        slots=int(capacity.get("slots", 0)),
-        running=int(capacity.get("running", 0)),
-        tokens_per_second=float(capacity.get("tokens_per_second", 0.0)),
-        last_token_age=capacity.get("last_token_age"),
-        lanes=tuple(event.lane),
-        heard_at=now,
-        expires_at=expires_at,
-    )
-
-
-def _model_state(host: str, event: RegistryEvent, status: str, expires_at: float) -> ModelState:
-    offering = event.offering
-    return ModelState(
-        model=event.model,
-        instance=event.instance,
-        host=host,
-        status=status,
-        capabilities=tuple(offering.get("capabilities", ())),
-        features=tuple(offering.get("features", ())),
-        limits=dict(offering.get("limits", {})),
-        expires_at=expires_at,
-    )
+def _unavailable(why: str, name: str, existing: Iterable[str]) -> ModelUnavailable:
+    nearest = difflib.get_close_matches(name, list(existing), n=3, cutoff=0.3)
+    names = f"; the nearest that exist: {', '.join(nearest)}" if nearest else ""
+    return ModelUnavailable(f"{why}{names}", nearest=nearest)

@@ -1,20 +1,20 @@
-"""The attempts of one request, as a state machine: pure, without a clock, a thread or a connection of its own.
+"""The attempts of one request as a state machine. Pure: it has no clock, thread or connection.
 
                     a node accepts it
          waiting ───────────────────────> running ─────────────────┐
         ^       │                        │       │                 │
-        │       │ nobody took it         │       │ its node is lost, or it failed as
-        │       v                        │       v another node may not
+        │       │ its message is lost    │       │ its node is lost, or it failed in a way
+        │       v                        │       v that another node may not
         └── pausing <────────────────────│───────┤
-       next attempt                      │       │ no attempt, no time, or no instance to risk is left
+       next attempt                      │       │ no attempt or no time is left, or it may kill another instance
                                          v       v
-                       its last frame   ended <──┘ <──── given up, from any state
+                       its last frame   ended <──┘ <──── given up, in any state
 
-What arrives for another attempt than the present one, or from another node than the one that accepted it, is dropped:
-so a node that was lost and comes back, a message that the broker delivered twice and a reply that was published twice
-are all the same, and harmless. But a node that accepts its attempt a second time, and not in the same words, was killed
-and restarted, and the broker has delivered it again: that is another answer. A frame that is missing is asked for; if
-it does not come within `GAP_CLOSES_WITHIN`, the attempt has failed.
+Frames of another attempt than the present one, or of another node than the one that accepted it, are dropped. So a lost
+node that comes back, a message that the broker delivered twice and a reply that was published twice do no harm. If a
+node accepts the same attempt a second time with another `Accepted` frame, it was killed and restarted and the broker
+delivered the request again: the new answer is a different one, so the attempt has failed. If a frame is missing, its
+node is asked to send it again; the attempt fails if it does not come within `GAP_CLOSES_WITHIN`.
 """
 
 from __future__ import annotations
@@ -44,27 +44,58 @@ from fleet_worker.protocol.request import FleetRequest, Resume
 OnInterrupt = Literal["resume", "fail"]
 State = Literal["waiting", "running", "pausing", "ended"]
 
-MOST_DEATHS = 2
-"""So many instances may die of a request, or just while they have it, until it is taken for the reason."""
+MAX_DEATHS = 2
+"""If so many instances died while they had a request, the request is taken for the cause."""
 GAP_CLOSES_WITHIN = 1.5
-"""Seconds that a missing frame is waited for, once one is there that comes after it."""
+"""Seconds to wait for a missing frame after a later one has arrived."""
 _BACK_OFF = wait_exponential(multiplier=0.1, max=5.0) + wait_random(max=0.1)
 
 
 @dataclass(frozen=True, slots=True)
-class OrphanedAttempt:
-    """An attempt that may still run somewhere, and that nobody wants any more."""
+class Deliver:
+    """Hand these deltas to every reader."""
+
+    frame: Deltas
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """Hand this last frame to every reader: the request has ended."""
+
+    frame: ChatResponse | EmbedResponse | Failure
+
+
+@dataclass(frozen=True, slots=True)
+class RetryAfter:
+    """Send the next attempt after so many seconds."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class CancelOrphan:
+    """Cancel this attempt: it may still run on a node, and its answer is not wanted any more."""
 
     node: str | None
-    """None if it is not known who has it."""
+    """None if it is not known which node has it."""
     attempt: int
 
 
-class Attempts:
-    """One request on its way through any number of nodes. Moments are monotonic seconds.
+@dataclass(frozen=True, slots=True)
+class AskAgain:
+    """Ask this node to send its latest frames again: one of them never arrived."""
 
-    `request` is the attempt of the moment, `node` who accepted it, `failed` the nodes on which earlier ones failed.
-    Whoever calls a method looks at `state`, `leftovers` and `misses` afterwards.
+    node: str
+
+
+Effect = Deliver | End | RetryAfter | CancelOrphan | AskAgain
+
+
+class Attempts:
+    """The state of one request. Times are time.monotonic() seconds.
+
+    Every method that changes the state returns the effects that its caller has to carry out, in their order.
+    `request` is the present attempt, `node` the node that accepted it, `failed` the nodes on which earlier ones failed.
     """
 
     def __init__(
@@ -75,79 +106,75 @@ class Attempts:
         self.node: str | None = None
         self.failed: set[str] = set()
         self.history: list[Attempt] = []
-        self.leftovers: list[OrphanedAttempt] = []
-        self.pause = 0.0
-        """Seconds until the next attempt, while pausing."""
+        """The attempts that are over."""
         self.delivered: list[Deltas] = []
-        """What was delivered of a stream, by all attempts."""
+        """What the readers got of a stream, from all attempts."""
         self.last: ChatResponse | EmbedResponse | Failure | None = None
-        """How it ended."""
+        """The frame with which it ended."""
         self._deadline = deadline
         self._max_attempts = max_attempts
         self._on_interrupt = on_interrupt
         self._deaths = 0
         self._next_seq = 0
         self._gap_since: float | None = None
-        self.misses: str | None = None
-        """Which node has sent a frame that never arrived; for whoever asks it for that."""
         self._accepted: Accepted | None = None
         self._resumes = False
 
     def wants(self, node: str, frame: Frame) -> bool:
-        """Is this a frame of the present attempt, from the node that has it?"""
+        """Return whether this frame belongs to the present attempt and comes from the node that has it."""
         active = self.state == "running" or self.state == "waiting"
         return active and frame.attempt == self.request.attempt and self.node in (None, node)
 
-    def take(self, node: str, frame: Frame, now: float) -> Frame | None:
-        """Take what a node sent. Return what the reader gets of it: deltas, or how the request ended."""
+    def take(self, node: str, frame: Frame, now: float) -> list[Effect]:
+        """Take a frame that a node sent; ignore it if it is not wanted."""
         if not self.wants(node, frame):
-            return None
+            return []
         if isinstance(frame, Accepted) and self._accepted not in (None, frame):
             return self.fail(NodeLost(f"{node} was restarted while it worked on the request"), now)
         if frame.seq < self._next_seq:
-            return None
+            return []
         if frame.seq > self._next_seq:
             self.node = node
-            return self._gap(now)
+            return self._gap(node, now)
         self._gap_since = None
         if isinstance(frame, Alive):
-            return None
+            return []
         self.node, self.state = node, "running"
         self._next_seq += 1
         if isinstance(frame, Deltas):
-            return self._deliver(frame)
+            return [self._deliver(frame)]
         if isinstance(frame, Failure):
-            return self.fail(frame.error(), now, left_over=False)
+            return self.fail(frame.error(), now, orphaned=False)
         if isinstance(frame, Accepted):
             self._accepted = frame
-            return None
-        return self._end(frame)
+            return []
+        return [self._end(frame)]
 
-    def lost(self, now: float) -> Frame | None:
-        """Nothing was heard of the node for too long."""
+    def node_lost(self, now: float) -> list[Effect]:
+        """The node sent nothing for too long."""
         return self.fail(NodeLost(f"{self.node} fell silent while it worked on the request"), now)
 
-    def untaken(self, now: float) -> Frame | None:
-        """Nobody took it, and nobody will: its message is lost, died with whoever had just taken it, or is for a node
-        that is not there any more."""
+    def message_lost(self, now: float) -> list[Effect]:
+        """No node accepted the request in time and it is not in the lane any more: the message was lost, its consumer
+        died, or its target node is gone."""
         return self.fail(NodeLost("no node took the request: its message, or the node that it was for, is gone"), now)
 
-    def fail(self, error: FleetError, now: float, *, left_over: bool = True) -> Frame | None:
-        """This attempt is over: pause before the next one, or end. Return the failure if that is the end."""
-        self._close_attempt(error.code, left_over=left_over)
+    def fail(self, error: FleetError, now: float, *, orphaned: bool = True) -> list[Effect]:
+        """End this attempt. `orphaned` says that a node may still work on it."""
+        effects = self._close_attempt(error.code, orphaned=orphaned)
         self._deaths += error.metadata.get("instance_died") is True or (
             isinstance(error, NodeLost) and self.node is not None
         )
         if self.node:
             self.failed.add(self.node)
-        self.pause = _pause_before(self.request.attempt + 1, error)
-        if final := self._final(error, now):
-            return self._end(self._failure(final))
+        pause = _pause_before(self.request.attempt + 1, error)
+        if final := self._final(error, now + pause):
+            return [*effects, self._end(self._failure(final))]
         self.state = "pausing"
-        return None
+        return [*effects, RetryAfter(pause)]
 
-    def again(self) -> FleetRequest:
-        """The pause is over: return the next attempt, which goes on where the last one broke off."""
+    def next_attempt(self) -> FleetRequest:
+        """End the pause and return the next attempt, which continues where the last one broke off."""
         self.request = self.request.model_copy(
             update={"attempt": self.request.attempt + 1, "resume": self._resume() if self.delivered else None}
         )
@@ -155,16 +182,15 @@ class Attempts:
         self._resumes = bool(self.delivered)
         return self.request
 
-    def give_up(self, error: FleetError) -> Frame | None:
-        """Nobody waits for it any more, or its time is over. Return the failure if it had not ended before."""
+    def give_up(self, error: FleetError) -> list[Effect]:
+        """End the request with this error, unless it has ended: nobody waits for it, or its time is over."""
         if self.state == "ended":
-            return None
-        if self.state != "pausing":
-            self._close_attempt(error.code, left_over=True)
-        return self._end(self._failure(error))
+            return []
+        effects = [] if self.state == "pausing" else self._close_attempt(error.code, orphaned=True)
+        return [*effects, self._end(self._failure(error))]
 
     def pack(self) -> int:
-        """Make one piece of what was delivered; return the characters of the whole answer, about."""
+        """Merge what was delivered into one frame; return about how many characters the whole answer has."""
         if len(self.delivered) > 1:
             whole = Delta.model_validate(join(self._deltas()))
             self.delivered = [self.delivered[-1].model_copy(update={"deltas": [whole]})]
@@ -175,54 +201,57 @@ class Attempts:
             pieces.append(self.last)
         return sum(len(f"{each.content}{each.reasoning}{each.tool_calls}") for each in pieces)
 
-    def told(self, code: str | None = None) -> list[dict[str, Any]]:
-        """All attempts, for an error; with a code also the present one, as if that had ended it."""
+    def report(self, code: str | None = None) -> list[dict[str, Any]]:
+        """Return all attempts, for the metadata of an error; with a code also the present one, as ended by that."""
         present = [self._present(code)] if code and self.state in ("waiting", "running") else []
         return [attempt.model_dump() for attempt in [*self.history, *present]]
 
-    def _gap(self, now: float) -> Frame | None:
-        """A frame is missing, and until it comes those after it are of no use. Its node can send all of them again."""
+    def _gap(self, node: str, now: float) -> list[Effect]:
+        """Frames after a missing one are dropped: the node sends all of them again when it is asked to."""
         if self._gap_since is None:
-            self._gap_since, self.misses = now, self.node
+            self._gap_since = now
+            return [AskAgain(node)]
         if now - self._gap_since < GAP_CLOSES_WITHIN:
-            return None
+            return []
         return self.fail(ReplyLost(f"frame {self._next_seq} of the reply never arrived", retryable=True), now)
 
-    def _deliver(self, frame: Deltas) -> Deltas:
+    def _deliver(self, frame: Deltas) -> Deliver:
         if self._resumes:
             self._resumes = False
             frame = frame.model_copy(update={"deltas": [Delta(resumed=True), *frame.deltas]})
         self.delivered.append(frame)
-        return frame
+        return Deliver(frame)
 
-    def _end(self, frame: ChatResponse | EmbedResponse | Failure) -> Frame:
-        if not isinstance(frame, Failure):
-            self._close_attempt(None, left_over=False)
-            frame = frame.model_copy(update={"attempts": self.history})
+    def _end(self, frame: ChatResponse | EmbedResponse | Failure) -> End:
+        if isinstance(frame, Failure):
+            frame = frame.model_copy(update={"metadata": {**frame.metadata, "attempts": self.report()}})
         else:
-            frame = frame.model_copy(update={"metadata": {**frame.metadata, "attempts": self.told()}})
+            self._close_attempt(None, orphaned=False)
+            frame = frame.model_copy(update={"attempts": self.history})
         self.state, self.last = "ended", frame
-        return frame
+        # An answer with an idempotency key is kept for a while. What was asked, perhaps with images, is not.
+        empty = {"params": ChatParams.model_construct(messages=[]), "resume": None}
+        self.request = self.request.model_copy(update=empty)
+        return End(frame)
 
     def _failure(self, error: FleetError) -> Failure:
         return Failure.of(error, self.request.request_id, self.request.attempt, self._next_seq)
 
-    def _close_attempt(self, code: str | None, *, left_over: bool) -> None:
+    def _close_attempt(self, code: str | None, *, orphaned: bool) -> list[Effect]:
         self.history.append(self._present(code))
-        if left_over:
-            self.leftovers.append(OrphanedAttempt(self.node, self.request.attempt))
+        return [CancelOrphan(self.node, self.request.attempt)] if orphaned else []
 
     def _present(self, code: str | None) -> Attempt:
-        said = sum(len(delta.content or "") for delta in self._deltas())
-        return Attempt(attempt=self.request.attempt, node=self.node, error=code, delivered=said)
+        characters = sum(len(delta.content or "") for delta in self._deltas())
+        return Attempt(attempt=self.request.attempt, node=self.node, error=code, delivered=characters)
 
-    def _final(self, error: FleetError, now: float) -> FleetError | None:
-        """What the request ends with if there is to be no further attempt."""
-        if self._deaths >= MOST_DEATHS:
+    def _final(self, error: FleetError, next_at: float) -> FleetError | None:
+        """Return the error that ends the request, or None if there is another attempt, at that time."""
+        if self._deaths >= MAX_DEATHS:
             return PoisonSuspected(
                 f"{self._deaths} instances died, or fell silent, with this request: it is not tried on another one"
             )
-        if not error.retryable or self.request.attempt >= self._max_attempts or now + self.pause >= self._deadline:
+        if not error.retryable or self.request.attempt >= self._max_attempts or next_at >= self._deadline:
             return error
         if self.delivered and self._on_interrupt == "fail":
             return error
@@ -231,7 +260,7 @@ class Attempts:
         return None
 
     def _can_be_continued(self) -> bool:
-        """Half a tool call, or half a JSON document, has no text that a model could go on with."""
+        """A model can continue text, but not half a tool call or half a JSON document."""
         params = self.request.params
         free_text = isinstance(params, ChatParams) and (params.response_format or {}).get("type", "text") == "text"
         return free_text and not any(delta.tool_calls for delta in self._deltas())
@@ -247,7 +276,7 @@ class Attempts:
 
 
 def _pause_before(attempt: int, error: FleetError) -> float:
-    """Back off with jitter, or for as long as a busy server asks for."""
+    """Return the seconds to wait: exponential with jitter, or as long as a busy server asks for."""
     state = RetryCallState(None, None, (), {})  # type: ignore[arg-type]
     state.attempt_number = attempt - 1
     asked = error.metadata.get("retry_after")

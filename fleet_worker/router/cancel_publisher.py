@@ -10,8 +10,8 @@ from kombu import Connection, Exchange
 
 from fleet_worker.broker.publisher import Publisher
 from fleet_worker.broker.topology import cancel_exchange
-from fleet_worker.protocol.control import Notice
-from fleet_worker.router.attempts import OrphanedAttempt
+from fleet_worker.protocol.control import ControlMessage
+from fleet_worker.router.attempts import CancelOrphan
 from fleet_worker.router.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
@@ -33,12 +33,12 @@ class CancelPublisher:
         self._cancelled: dict[str | None, dict[str, int]] = {}
         self._missed: dict[str, str] = {}
 
-    def cancel(self, request_id: str, leftover: OrphanedAttempt) -> None:
+    def cancel(self, request_id: str, orphan: CancelOrphan) -> None:
         """Nobody wants this attempt, nor earlier ones."""
         with self._lock:
             self._soon()
-            requests = self._cancelled.setdefault(leftover.node, {})
-            requests[request_id] = max(leftover.attempt, requests.get(request_id, 0))
+            requests = self._cancelled.setdefault(orphan.node, {})
+            requests[request_id] = max(orphan.attempt, requests.get(request_id, 0))
 
     def missed(self, reply_to: str, node: str) -> None:
         """Something that this node sent into this reply queue never arrived."""
@@ -60,16 +60,16 @@ class CancelPublisher:
             missed, self._missed = self._missed, {}
         try:
             for node, reply_to in missed.items():
-                self._say(Notice(node=node, missed=reply_to))
+                self._say(ControlMessage(node=node, missed=reply_to))
             for whom, requests in cancelled.items():
                 listed = list(requests.items())
                 for first in range(0, len(listed), AT_A_TIME):
-                    self._say(Notice(node=whom, cancelled=listed[first : first + AT_A_TIME]))
+                    self._say(ControlMessage(node=whom, cancelled=listed[first : first + AT_A_TIME]))
         except Exception as error:
             log.debug("a notice was not published: %s", type(error).__name__)
             self._publisher.drop()
 
-    def _say(self, notice: Notice) -> None:
+    def _say(self, notice: ControlMessage) -> None:
         self._publisher.publish(notice.encode(), exchange=cancel_exchange().name, routing_key="", declare=_exchange)
 
 

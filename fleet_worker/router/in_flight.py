@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from fleet_worker.broker.topology import direct_lane, lane
 from fleet_worker.errors import BrokerUnavailable, Cancelled, Expired, FleetError, ReplyOverflow, RequestTimeout
-from fleet_worker.protocol.openai import ChatParams
 from fleet_worker.protocol.reply import Accepted, Failure, Frame
 from fleet_worker.protocol.request import FleetRequest
-from fleet_worker.router.admission import Admission
-from fleet_worker.router.attempts import Attempts, OnInterrupt
-from fleet_worker.router.cancel_publisher import CancelPublisher
-from fleet_worker.router.node_selection import NodeSelection
+from fleet_worker.router.attempts import (
+    AskAgain,
+    Attempts,
+    CancelOrphan,
+    Deliver,
+    Effect,
+    End,
+    OnInterrupt,
+    RetryAfter,
+)
 from fleet_worker.router.reply_buffer import ReplyBuffer
-from fleet_worker.router.reply_consumer import ReplyConsumer
-from fleet_worker.router.scheduler import Scheduler
-from fleet_worker.settings import RouterSettings
+
+if TYPE_CHECKING:
+    from fleet_worker.router.session import Session
 
 LOOKS_AGAIN = 1.0
 """Seconds between two looks for a request that is not in its lane, as an acceptance may be on its way; or between two
@@ -29,22 +34,6 @@ PATIENCE = 0.5
 """Seconds that the thread of the agenda waits for a broker: others have something due too."""
 
 
-@dataclass(frozen=True, slots=True)
-class Services:
-    """What a flight needs of its router."""
-
-    settings: RouterSettings
-    agenda: Scheduler
-    inbox: ReplyConsumer
-    backlog: Admission
-    notices: CancelPublisher
-    routes: NodeSelection
-    publish: Callable[[FleetRequest, str, float], None]
-    """Send an attempt into this lane, and wait so many seconds if the broker is away; raises `BrokerUnavailable`."""
-    ended: Callable[[str], object]
-    """This request needs no more frames."""
-
-
 class InFlightRequest:
     """From the submission of a request to its end. It may have several readers, each of whom gets the whole answer.
 
@@ -52,18 +41,17 @@ class InFlightRequest:
     """
 
     def __init__(
-        self, request: FleetRequest, node: str | None, services: Services, *, on_interrupt: OnInterrupt = "resume"
+        self, request: FleetRequest, node: str | None, session: Session, *, on_interrupt: OnInterrupt = "resume"
     ) -> None:
-        self.request = request
         self._node = node
-        self._services = services
+        self._session = session
         self._deadline = time.monotonic() + request.remaining
         self._attempts = Attempts(
-            request, deadline=self._deadline, max_attempts=services.settings.max_attempts, on_interrupt=on_interrupt
+            request, deadline=self._deadline, max_attempts=session.settings.max_attempts, on_interrupt=on_interrupt
         )
         self._lock = threading.RLock()
         self._readers: list[ReplyBuffer] = []
-        self._chosen = None if node else services.routes.node_for(request)
+        self._chosen = None if node else session.nodes.node_for(request)
         """Whom the attempt of the moment is for by the router's choice, not by its caller's."""
         self._submitted = 0.0
         """When the attempt of the moment was submitted."""
@@ -73,6 +61,11 @@ class InFlightRequest:
         """Since when it is not in its lane any more, on the same clock."""
         self.ended_at: float | None = None
         """Monotonic seconds."""
+
+    @property
+    def request(self) -> FleetRequest:
+        """The present attempt; without its body once it has ended."""
+        return self._attempts.request
 
     @property
     def lane(self) -> str:
@@ -95,7 +88,7 @@ class InFlightRequest:
 
     def join(self, timeout: float) -> ReplyBuffer | None:
         """Return where the whole answer arrives, from its beginning, for `timeout` seconds; None if it has failed."""
-        deadline, room = time.monotonic() + timeout, self._services.settings.max_buffered
+        deadline, room = time.monotonic() + timeout, self._session.settings.max_buffered
         with self._lock:
             past = self._attempts.delivered
             mailbox = ReplyBuffer(deadline=deadline, max_buffered=room + sum(len(frame.deltas) for frame in past))
@@ -123,7 +116,7 @@ class InFlightRequest:
         with self._lock:
             if self._attempts.node or self._attempts.delivered:
                 text = f"the answer was not complete within its timeout of {seconds:g} s"
-                return RequestTimeout(text, attempts=self._attempts.told(RequestTimeout.code))
+                return RequestTimeout(text, attempts=self._attempts.report(RequestTimeout.code))
             if self._node:
                 why = f"{self._node} did not take the request within its timeout of {seconds:g} s: it is busy or away"
             else:
@@ -131,14 +124,14 @@ class InFlightRequest:
                     f"no node took the request within its timeout of {seconds:g} s: none serves "
                     f"{self.request.operation} of that model, or all are busy or cut off"
                 )
-            return Expired(why, attempts=self._attempts.told(Expired.code))
+            return Expired(why, attempts=self._attempts.report(Expired.code))
 
     # --- Its way ---
 
     def submit(self) -> None:
         """Send the first attempt; raises what the broker has against it, unless it was answered all the same."""
         try:
-            self._send(self.request, self._services.settings.connect_timeout)
+            self._send(self.request, self._session.settings.connect_timeout)
         except FleetError as error:
             self.give_up(error)
             if isinstance(self._attempts.last, Failure):
@@ -146,66 +139,63 @@ class InFlightRequest:
         except BaseException:  # a KeyboardInterrupt, too: others may have joined
             self.give_up(Cancelled("the request was not sent"))
             raise
-        self._look_again(self._submitted + self._services.settings.accept_timeout)
+        self._look_again(self._submitted + self._session.settings.accept_timeout)
 
     def receive(self, node: str, frame: Frame) -> bool:
         """Take a frame of this request; False if it is of an attempt that nobody wants any more."""
         with self._lock:
-            attempts, before = self._attempts, self._attempts.state
-            if not attempts.wants(node, frame):
+            if not self._attempts.wants(node, frame):
                 return False
-            self._heard = self._services.inbox.clock
+            self._heard = self._session.replies.clock
             if isinstance(frame, Accepted) and frame.seq == 0:
-                self._services.backlog.accepted(self.lane, frame.queue_wait, self.request.priority, self._submitted)
-            self._deliver(attempts.take(node, frame, time.monotonic()))
-            if attempts.misses:
-                self._services.notices.missed(self._services.inbox.name, attempts.misses)
-                attempts.misses = None
-            if attempts.state != before:
-                self._moved()
+                self._session.admission.accepted(self.lane, frame.queue_wait, self.request.priority, self._submitted)
+            self._carry_out(self._attempts.take(node, frame, time.monotonic()))
             return True
 
     def give_up(self, error: FleetError) -> None:
         """End it for all of its readers, who get this error."""
         with self._lock:
-            if frame := self._attempts.give_up(error):
-                self._deliver(frame)
-                self._moved()
+            self._carry_out(self._attempts.give_up(error))
+
+    def _carry_out(self, effects: Iterable[Effect]) -> None:
+        """With the lock held: do what the state machine has decided."""
+        for effect in effects:
+            match effect:
+                case Deliver(frame):
+                    self._deliver(frame)
+                case End(frame):
+                    self._deliver(frame)
+                    self._close()
+                case RetryAfter(seconds):
+                    self._session.scheduler.at(time.monotonic() + seconds, self._try_again)
+                case CancelOrphan():
+                    self._session.cancels.cancel(self.request.request_id, effect)
+                case AskAgain(node):
+                    self._session.cancels.missed(self._session.replies.name, node)
 
     def _send(self, request: FleetRequest, patience: float) -> None:
         self._missing_since = None
         try:
-            self._services.publish(request, self.lane, patience)
+            self._session.submitter.submit(request, self.lane, patience=patience)
         finally:
             self._submitted = time.monotonic()
 
-    def _deliver(self, frame: Frame | None) -> None:
-        if frame is None:
-            return
+    def _deliver(self, frame: Frame) -> None:
         for mailbox in tuple(self._readers):
             if not mailbox.put(frame):
                 self._overflow(mailbox)
 
     def _overflow(self, mailbox: ReplyBuffer) -> None:
-        waiting = self._services.settings.max_buffered
+        waiting = self._session.settings.max_buffered
         text = f"{waiting} deltas and more wait for a reader: read faster, or raise router.max_buffered"
-        error = ReplyOverflow(text, attempts=self._attempts.told(ReplyOverflow.code))
+        error = ReplyOverflow(text, attempts=self._attempts.report(ReplyOverflow.code))
         mailbox.put(Failure.of(error, self.request.request_id, self.request.attempt, 0))
         self.leave(mailbox)
 
-    def _moved(self) -> None:
-        """Do what follows from a new state."""
-        attempts = self._attempts
-        for leftover in attempts.leftovers:
-            self._services.notices.cancel(self.request.request_id, leftover)
-        attempts.leftovers.clear()
-        if attempts.state == "pausing":
-            self._services.agenda.at(time.monotonic() + attempts.pause, self._try_again)
-        elif attempts.state == "ended":
-            self.ended_at = time.monotonic()
-            self._readers.clear()
-            self.request = attempts.request = _without_body(attempts.request)
-            self._services.ended(self.request.request_id)
+    def _close(self) -> None:
+        self.ended_at = time.monotonic()
+        self._readers.clear()
+        self._session.ended(self.request.request_id)
 
     # --- In the thread of the agenda ---
 
@@ -213,8 +203,8 @@ class InFlightRequest:
         with self._lock:
             if self._attempts.state != "pausing":
                 return
-            request, failed = self._attempts.again(), set(self._attempts.failed)
-        self._chosen = None if self._node else self._services.routes.node_for(request, failed)
+            request, failed = self._attempts.next_attempt(), set(self._attempts.failed)
+        self._chosen = None if self._node else self._session.nodes.node_for(request, failed)
         self._send_in_time(request)
 
     def _send_in_time(self, request: FleetRequest) -> None:
@@ -227,7 +217,7 @@ class InFlightRequest:
             if not isinstance(error, BrokerUnavailable) or not error.retryable:
                 self.give_up(error)
                 return
-            self._services.agenda.at(time.monotonic() + LOOKS_AGAIN, lambda: self._send_in_time(request))
+            self._session.scheduler.at(time.monotonic() + LOOKS_AGAIN, lambda: self._send_in_time(request))
 
     def _look(self) -> None:
         """Look whether something is wrong, and come back."""
@@ -245,15 +235,15 @@ class InFlightRequest:
             self._look_again(again)
 
     def _look_again(self, moment: float) -> None:
-        self._services.agenda.at(min(moment, self._deadline), self._look)
+        self._session.scheduler.at(min(moment, self._deadline), self._look)
 
     def _look_for_it(self, now: float) -> float:
         """Is it still in its lane? Return when to look again."""
-        settings, inbox = self._services.settings, self._services.inbox
+        settings, inbox = self._session.settings, self._session.replies
         request, due = self._attempts.request, self._submitted + settings.accept_timeout
         if now < due:
             return due
-        waits = self._services.backlog.waits(self.lane, request.priority, self._submitted, PATIENCE)
+        waits = self._session.admission.waits(self.lane, request.priority, self._submitted, PATIENCE)
         if waits and self._is_stranded(request):
             self._untaken(request, now)
         elif waits is not False:
@@ -267,26 +257,19 @@ class InFlightRequest:
 
     def _is_stranded(self, request: FleetRequest) -> bool:
         """Does it wait for one node only, which is not there? The last attempt waits until that comes back."""
-        chosen, last = self._chosen, self._services.settings.max_attempts
-        return chosen is not None and request.attempt < last and self._services.routes.waits_in_vain(request, chosen)
+        chosen, last = self._chosen, self._session.settings.max_attempts
+        return chosen is not None and request.attempt < last and self._session.nodes.waits_in_vain(request, chosen)
 
     def _untaken(self, request: FleetRequest, now: float) -> None:
         with self._lock:
             if self._attempts.state == "waiting" and self._attempts.request is request:
-                self._deliver(self._attempts.untaken(now))
-                self._moved()
+                self._carry_out(self._attempts.message_lost(now))
 
     def _listen_for_life(self, now: float) -> float:
         """Is the node that has it still there? Return when to listen again."""
-        lost_after = self._services.settings.lost_after
+        lost_after = self._session.settings.lost_after
         with self._lock:
-            left = lost_after - self._services.inbox.silence(self._heard)
+            left = lost_after - self._session.replies.silence(self._heard)
             if left <= 0 and self._attempts.state == "running":
-                self._deliver(self._attempts.lost(now))
-                self._moved()
+                self._carry_out(self._attempts.node_lost(now))
         return now + max(left, 0.1)
-
-
-def _without_body(request: FleetRequest) -> FleetRequest:
-    """An answer is kept for a while if its request had a key; what was asked, with its images, is not."""
-    return request.model_copy(update={"params": ChatParams.model_construct(messages=[]), "resume": None})

@@ -17,8 +17,8 @@ from fleet_worker.broker.publisher import Publisher
 from fleet_worker.broker.reconnecting import ReconnectingThread
 from fleet_worker.broker.topology import listening_key, reply_queue
 from fleet_worker.errors import Cancelled, InvalidRequest, where
-from fleet_worker.protocol.base import PROTOCOL_VERSION
 from fleet_worker.protocol.reply import Frame, Reply
+from fleet_worker.protocol.wire import PROTOCOL_VERSION
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class ReplyConsumer:
     `receive`, with the name of its node.
 
     `also` is a subscription that the same thread listens to: a maker of its queue, and what takes its messages.
-    `listening` is called with its name and a channel each time it has begun to listen.
+    `listening` is called with a channel each time it has begun to listen, and with whether it had listened before.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class ReplyConsumer:
         receive: Callable[[str, Frame], object],
         *,
         also: tuple[Callable[[], Queue], Callable[[Any], None]] | None = None,
-        listening: Callable[[str, Any], None] = lambda name, channel: None,
+        listening: Callable[[Any, bool], None] = lambda channel, again: None,
     ) -> None:
         self.name = name
         self._also = also
@@ -105,7 +105,7 @@ class ReplyConsumer:
             new_queue, take = self._also
             Consumer(channel, [new_queue()], on_message=take, no_ack=True).consume()
         hear(connection, 0.01)  # only now kombu's Redis transport subscribes
-        self._on_listening(self.name, channel)
+        self._on_listening(channel, self._listening.is_set())
         self._back, self._next_proof = self.clock, 0.0
         self._prove(channel)  # before anything is asked, or a node might take this router for gone
         self._link.works()

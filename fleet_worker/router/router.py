@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import os
 import threading
@@ -12,34 +11,17 @@ import uuid
 from functools import partial
 from typing import Any, Self, cast, get_args
 
-from kombu import Producer
-
-from fleet_worker.broker.app import create_app
 from fleet_worker.broker.connection import unavailable
-from fleet_worker.broker.topology import (
-    ask_exchange,
-    cancel_exchange,
-    is_node_name,
-    registry_queue,
-    reply_name,
-    transport_of,
-)
-from fleet_worker.errors import Cancelled, Expired, InvalidRequest
-from fleet_worker.protocol.control import Notice
-from fleet_worker.protocol.reply import Accepted, Alive, ChatResponse, EmbedResponse, Frame
+from fleet_worker.broker.topology import is_node_name, reply_name
+from fleet_worker.errors import Cancelled, InvalidRequest
+from fleet_worker.protocol.reply import ChatResponse, EmbedResponse
 from fleet_worker.protocol.request import FleetRequest, Operation, Priority
 from fleet_worker.registry.view import Registry
-from fleet_worker.router.admission import Admission
-from fleet_worker.router.attempts import OnInterrupt, OrphanedAttempt
+from fleet_worker.router.attempts import OnInterrupt
 from fleet_worker.router.call import Call, ChatStream
-from fleet_worker.router.cancel_publisher import CancelPublisher
-from fleet_worker.router.idempotency import IdempotencyCache
-from fleet_worker.router.in_flight import InFlightRequest, Services
-from fleet_worker.router.node_selection import NodeSelection
+from fleet_worker.router.in_flight import InFlightRequest
 from fleet_worker.router.reply_buffer import ReplyBuffer
-from fleet_worker.router.reply_consumer import ReplyConsumer
-from fleet_worker.router.scheduler import Scheduler
-from fleet_worker.router.submitter import Submitter
+from fleet_worker.router.session import Session
 from fleet_worker.settings import Settings
 
 
@@ -67,18 +49,11 @@ class Router:
 
     def __init__(self, settings: Settings | None = None) -> None:
         self._settings = settings or Settings()
-        self._transport = transport_of(self._settings.broker_url)
-        self._app = create_app(self._settings)
-        self._submissions = Submitter(self._app, self._transport)
-        self._registry = Registry(ask=self._ask_again)
-        self._services: Services | None = None
+        self._registry = Registry(ask=self._ask)
+        self._session: Session | None = None
+        self._opening: Session | None = None
+        self._connecting = threading.Lock()
         self._closed = False
-        self._process = 0
-        """The one that is connected."""
-        self._starting = threading.Lock()
-        self._connecting: ReplyConsumer | None = None
-        self._flights: dict[str, InFlightRequest] = {}
-        self._keyed = IdempotencyCache(self._settings.router.idempotency_ttl)
 
     def __enter__(self) -> Self:
         return self
@@ -93,23 +68,16 @@ class Router:
         await asyncio.to_thread(self.close)
 
     def close(self) -> None:
-        """Cancel what is under way, and stop listening for replies. A closed router stays closed."""
-        if self._is_of_another_process:  # whose connections these are
+        """Cancel all requests in flight and close all connections. A closed router stays closed."""
+        if self._is_of_another_process:  # the connections are those of that process
             return
         self._closed = True
-        if connecting := self._connecting:
-            connecting.close()
-        with self._starting:
-            services, self._services = self._services, None
-        for flight in tuple(self._flights.values()):
-            flight.give_up(Cancelled("the router was closed"))
-        if services:
-            services.agenda.close()
-            services.notices.close()
-            services.inbox.close()
-            services.backlog.close()
-        self._submissions.close()
-        self._app.close()
+        if opening := self._opening:
+            opening.close()
+        with self._connecting:
+            session, self._session = self._session, None
+        if session:
+            session.close()
 
     @property
     def registry(self) -> Registry:
@@ -145,10 +113,8 @@ class Router:
         on_interrupt: OnInterrupt = options.pop("on_interrupt", "resume")
         if on_interrupt not in get_args(OnInterrupt):
             raise InvalidRequest('on_interrupt is "resume" or "fail"')
-        has_key = options.get("idempotency_key") is not None
         request, node = self._request(operation, model, body, **options)
-        take_off = partial(self._take_off, request, node, on_interrupt, has_key=has_key)
-        return Call(take_off, request.timeout_seconds)
+        return Call(partial(self._start, request, node, on_interrupt), request.timeout_seconds)
 
     def _request(
         self,
@@ -198,107 +164,47 @@ class Router:
         request.check_size(self._settings.max_body_bytes)
         return request, node
 
-    def _take_off(
-        self, request: FleetRequest, node: str | None, on_interrupt: OnInterrupt, deadline: float, *, has_key: bool
+    def _start(
+        self, request: FleetRequest, node: str | None, on_interrupt: OnInterrupt, deadline: float
     ) -> tuple[InFlightRequest, ReplyBuffer]:
-        """Submit a request, or join the one that has its key, as a further reader of that."""
-        services = self._connected(deadline)
-        if has_key and (joined := self._keyed.join(request, node, on_interrupt)):
-            return joined
-        self._registry.check(request.model, request.operation, request.provider_instance, node)
-        left = deadline - time.monotonic()
-        flight = InFlightRequest(
-            request.submitted_to(services.inbox.name, left), node, services, on_interrupt=on_interrupt
-        )
-        services.backlog.admit(flight.lane)
-        mailbox = flight.join(left)
-        if has_key and (joined := self._keyed.add(flight, node, on_interrupt)):
-            return joined
-        self._flights[request.request_id] = flight
-        if self._services is services:
-            flight.submit()
-        else:  # it was given up with the others, or came too late for that
-            flight.give_up(Cancelled("the router was closed"))
-        return flight, cast(ReplyBuffer, mailbox)
+        return self._connected(deadline).start(request, node, on_interrupt, deadline)
 
-    @property
-    def _is_of_another_process(self) -> bool:
-        """Was it connected before a fork? Then its threads are not here, and its sockets not ours."""
-        return self._services is not None and self._process != os.getpid()
-
-    def _connected(self, deadline: float = math.inf) -> Services:
+    def _connected(self, deadline: float = math.inf) -> Session:
+        """Return the session; open it first if this is the first request. Others that come meanwhile wait for that."""
         if self._is_of_another_process:
             raise RuntimeError("this router was connected before the process was forked: make one in each process")
         began = time.monotonic()
         patience = max(0.0, min(self._settings.router.connect_timeout, deadline - began))
-        # One connects, the others wait for that, and none of them for longer than one would.
-        if not self._starting.acquire(timeout=patience):
+        if not self._connecting.acquire(timeout=patience):
             said = f"did not answer within {patience:.3g} s"
             raise unavailable(self._settings.broker_url, said, "no answer", retryable=True)
         try:
             if self._closed:
                 raise RuntimeError("this router is closed")
-            if self._services is None:
-                self._services = self._connect(patience, waited=time.monotonic() - began)
-                self._process = os.getpid()
-            return self._services
+            if self._session is None:
+                self._session = self._open(patience, waited=time.monotonic() - began)
+            return self._session
         finally:
-            self._starting.release()
+            self._connecting.release()
 
-    def _connect(self, patience: float, *, waited: float) -> Services:
-        settings = self._settings.router
-        inbox = self._connecting = ReplyConsumer(
-            self._app.connection_for_read,
-            self._settings.broker_url,
-            reply_name(self._settings.host, settings.reply_expires),
-            self._receive,
-            also=(lambda: registry_queue(self._transport), self._registry.receive),
-            listening=self._listening,
-        )
+    def _open(self, patience: float, *, waited: float) -> Session:
+        session = self._opening = Session(self._settings, self._registry)
         try:
             if self._closed:
                 raise Cancelled("the router was closed")
-            inbox.start(patience, waited=waited)
+            session.open(patience, waited=waited)
+        except BaseException:
+            session.close()
+            raise
         finally:
-            self._connecting = None
-        agenda = Scheduler()
-        agenda.start()
-        return Services(
-            settings=settings,
-            agenda=agenda,
-            inbox=inbox,
-            backlog=Admission(self._app, self._transport, max_waiting=settings.max_waiting),
-            notices=CancelPublisher(agenda, self._app.connection_for_write),
-            routes=NodeSelection(self._registry),
-            publish=self._publish,
-            ended=lambda request_id: self._flights.pop(request_id, None),
-        )
+            self._opening = None
+        return session
 
-    def _receive(self, node: str, frame: Frame) -> None:
-        """In the thread of the inbox. Who works for nobody is told so, with each sign of life until it has heard."""
-        flight = self._flights.get(frame.id)
-        wanted = flight is not None and flight.receive(node, frame)
-        if not wanted and self._services and isinstance(frame, Accepted | Alive):
-            self._services.notices.cancel(frame.id, OrphanedAttempt(node, frame.attempt))
+    @property
+    def _is_of_another_process(self) -> bool:
+        """Return whether it was connected before a fork: its threads do not run here, and its sockets are not ours."""
+        return self._session is not None and self._session.process != os.getpid()
 
-    def _listening(self, name: str, channel: Any) -> None:
-        """Every registry node answers at once, instead of when its next event is due. And if this is not the first
-        time, what was on its way when the connection broke comes again: Redis has forgotten it."""
-        self._registry.asked()
-        Producer(channel, ask_exchange()).publish({}, serializer="json", retry=False)
-        if self._services and self._transport == "redis":
-            notice = Notice(missed=name).model_dump(mode="json", exclude_none=True)
-            Producer(channel, cancel_exchange()).publish(notice, serializer="json", retry=False)
-
-    def _ask_again(self) -> None:
-        # Best effort: a connection that was lost is an error of the broker's client library, not always one of kombu's.
-        with contextlib.suppress(Exception), self._submissions.producer(timeout=2.0) as producer:
-            producer.publish(
-                {}, exchange=ask_exchange(), declare=[ask_exchange()], routing_key="", serializer="json", retry=False
-            )
-
-    def _publish(self, request: FleetRequest, lane: str, patience: float) -> None:
-        """Wait so long for a broker that is away, but not beyond the deadline of the request."""
-        if request.remaining <= 0:
-            raise Expired("the deadline passed before the request was sent")
-        self._submissions.submit(request, lane, patience=min(patience, request.remaining))
+    def _ask(self) -> None:
+        if self._session:
+            self._session.ask()

@@ -16,7 +16,7 @@ from tenacity import Retrying, retry_if_exception, stop_before_delay, wait_expon
 from fleet_worker.broker.connection import BROKER_ERRORS, connect, is_away, unavailable
 from fleet_worker.broker.queue_depth import SUBMITTED_AT
 from fleet_worker.broker.topology import Transport, priority, route_to, task_name
-from fleet_worker.errors import Cancelled
+from fleet_worker.errors import Cancelled, Expired
 from fleet_worker.protocol.request import FleetRequest
 
 
@@ -36,13 +36,18 @@ class Submitter:
     def submit(self, request: FleetRequest, lane: str, *, patience: float) -> None:
         """Put this attempt at a request into a lane; return when the broker has it.
 
-        While the broker is away, or silent, it is tried again for `patience` seconds in all.
+        While the broker is away, or silent, it is tried again for `patience` seconds in all, but not beyond the
+        deadline of the request.
 
         Raises:
             BrokerUnavailable: the broker did not take it in that time; or it refused it, which is not tried again, nor
                 said to be `retryable`.
             Cancelled: this was closed meanwhile.
+            Expired: the deadline is over.
         """
+        if request.remaining <= 0:
+            raise Expired("the deadline passed before the request was sent")
+        patience = min(patience, request.remaining)
         send = partial(self._send, request, lane, deadline=time.monotonic() + patience, silence=patience / 2)
         attempts = Retrying(
             retry=retry_if_exception(is_away),

@@ -24,7 +24,7 @@ import httpx
 
 from fleet_worker import Router, Settings
 from fleet_worker.host.child_process import ChildProcess, child, python
-from fleet_worker.mlx.sse import EventStream
+from fleet_worker.mlx.chunks import EventParser
 from fleet_worker.testing import running_node
 from tests.benchmarks.table import Row, measure
 from tests.benchmarks.usage import cpu_seconds, rss_mb
@@ -221,7 +221,7 @@ async def _many(router: Router, streams: int, tokens: int) -> list[tuple[float, 
 def _direct_stream(it: Fleet, tokens: int) -> tuple[float, int]:
     body = {"model": "sim-chat", "messages": MESSAGES, "max_tokens": tokens, "temperature": 0, "stream": True}
     started, first, count = time.monotonic(), 0.0, 0
-    events = EventStream()
+    events = EventParser()
     with it.direct.stream("POST", "/v1/chat/completions", json=body) as response:
         for received in response.iter_raw():
             for event in events.feed(received):

@@ -16,9 +16,9 @@ from fleet_worker.broker.app import create_app
 from fleet_worker.broker.connection import place_of
 from fleet_worker.broker.topology import cancel_exchange, reply_name
 from fleet_worker.host.child_process import child, python
-from fleet_worker.node import replay_buffer as recent
+from fleet_worker.node import reply_publisher
 from fleet_worker.node.reply_publisher import ReplyPublisher
-from fleet_worker.protocol.control import Notice
+from fleet_worker.protocol.control import ControlMessage
 from fleet_worker.protocol.reply import Delta
 from fleet_worker.router.reply_consumer import ReplyConsumer
 from fleet_worker.simulator import reply_tokens
@@ -98,14 +98,14 @@ def test_a_node_takes_work_again_within_three_seconds_of_the_broker(mlx):
 
 @pytest.mark.rest
 def test_what_nobody_has_read_survives_any_number_of_losses(monkeypatch):
-    monkeypatch.setattr(recent, "WINDOW", 1.5)
+    monkeypatch.setattr(reply_publisher, "REPLAY_WINDOW", 1.5)
     frames = []
     name = reply_name("test", 60)
     with Valkey() as broker:
         app = create_app(Settings(broker_url=broker.url))
         inbox = ReplyConsumer(app.connection_for_read, broker.url, name, lambda node, frame: frames.append(frame))
         sender = ReplyPublisher(app.connection_for_write, "n@h", max_pending=100)
-        with closing(sender), sender.answering("r", 1, name) as answer:
+        with closing(sender), sender.reply("r", 1, name) as answer:
             answer.accept(instance="i", queue_wait=0.0)
             answer.put([Delta(content="x")], 1)
             until(lambda: broker.has(name))
@@ -132,7 +132,7 @@ def test_a_message_that_never_arrived_comes_again_and_nobody_notices(mlx):
         with router.stream_chat(model, asked, max_tokens=300, timeout=30) as stream:
             pieces = [next(stream).content for _ in range(20)]
             for _ in range(3):
-                assert thief.brpop([router._services.inbox.name], timeout=5)
+                assert thief.brpop([router._session.replies.name], timeout=5)
                 pieces += [next(stream).content for _ in range(20)]
             pieces += [delta.content for delta in stream]
         assert pieces == reply_tokens(asked, 300, tokens=100_000)
@@ -142,13 +142,13 @@ def test_a_message_that_never_arrived_comes_again_and_nobody_notices(mlx):
 
 def test_a_router_that_was_cut_off_asks_for_what_it_missed():
     with Valkey() as broker, Router(Settings(broker_url=broker.url)) as router:
-        name = router._connected().inbox.name
+        name = router._connected().replies.name
         with redis.Redis.from_url(broker.url) as client, client.pubsub() as notices:
             notices.psubscribe(f"*{cancel_exchange().name}*")
             notices.get_message(timeout=5)
             broker.drop_connections()
             heard = notices.get_message(timeout=10)
-        assert Notice.decode(base64.b64decode(json.loads(heard["data"])["body"])).missed == name
+        assert ControlMessage.decode(base64.b64decode(json.loads(heard["data"])["body"])).missed == name
 
 
 CLUMSY = """

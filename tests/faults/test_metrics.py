@@ -30,7 +30,7 @@ settings = Settings()
 node = RegistryNode(create_app(settings), settings, "test")
 assert bound == [socket.AF_UNIX], bound
 assert "prometheus_client" not in sys.modules
-node.reports.close()
+node.status_server.close()
 """
 
 

@@ -18,7 +18,7 @@ from fleet_worker.broker.app import create_app
 from fleet_worker.broker.topology import cancel_exchange, reply_name, transport_of
 from fleet_worker.node.cancel_listener import CancelListener
 from fleet_worker.node.reply_publisher import ReplyPublisher
-from fleet_worker.protocol.control import Notice
+from fleet_worker.protocol.control import ControlMessage
 from fleet_worker.protocol.reply import Alive, Delta, Timings, Usage
 from fleet_worker.protocol.reply import ChatResponse as Response
 from fleet_worker.router.reply_consumer import ReplyConsumer
@@ -87,7 +87,7 @@ def a_stream(node_url, router_url):
     sender = ReplyPublisher(app_of(node_url).connection_for_write, "n@h", max_pending=10_000)
 
     def work():
-        with sender.answering("r", 1, inbox.name) as answer:
+        with sender.reply("r", 1, inbox.name) as answer:
             answer.accept(instance="i", queue_wait=0.0)
             while not ends.wait(0.01):
                 answer.put([Delta(content="x")], 1)
@@ -155,7 +155,7 @@ def test_a_node_whose_network_was_cut_hears_cancels_again(broker, relay):
 
     def hears(number):
         with create_app(Settings(broker_url=broker.url)).connection_for_write() as connection:
-            body = Notice(cancelled=[("r", number)]).encode()
+            body = ControlMessage(cancelled=[("r", number)]).encode()
             Producer(connection, cancel_exchange()).publish(body, content_type="application/json")
         with suppress(queue.Empty):
             return cancelled.get(timeout=0.2) == ("r", number)

@@ -12,7 +12,9 @@ from fleet_worker import BrokerUnavailable, Router, Settings
 from fleet_worker.broker.app import create_app
 from fleet_worker.broker.topology import lane, lane_queue, transport_of
 from fleet_worker.errors import Cancelled
+from fleet_worker.registry.view import Registry
 from fleet_worker.router.admission import Admission
+from fleet_worker.router.session import Session
 from fleet_worker.simulator import SimulatedMLX, reply_tokens
 from fleet_worker.testing import running_node
 from tests.brokers import Valkey
@@ -23,18 +25,20 @@ HELLO = [{"role": "user", "content": "Hello"}]
 
 
 class Lane:
-    """The lane of a model that nobody serves, and a router that sends into it."""
+    """The lane of a model that nobody serves, and a session that sends into it."""
 
     def __init__(self, url):
         self.url = url
         self.router = Router(Settings(broker_url=url))
+        self.session = Session(Settings(broker_url=url), Registry())
         self.model = f"m-{uuid.uuid4().hex[:8]}"
         self.name = lane("chat", self.model)
 
     def send(self, *, patience=5.0, timeout=60):
         """Return the id of the request."""
         request, _ = self.router._request("chat", self.model, {"messages": HELLO}, timeout=timeout)
-        self.router._publish(request.submitted_to("llm.fleet.reply.test.1"), lane("chat", self.model), patience)
+        request = request.addressed_to("llm.fleet.reply.test.1")
+        self.session.submitter.submit(request, lane("chat", self.model), patience=patience)
         return request.request_id
 
     def gives_up(self, seconds, **options):
@@ -58,7 +62,7 @@ def lane_at():
 
         def make(url):
             lane = Lane(url)
-            stack.callback(lane.router.close)
+            stack.callback(lane.session.close)
             return lane
 
         yield make
@@ -106,9 +110,9 @@ def test_a_router_that_is_closed_while_it_sends_waits_for_no_broker(broker, wait
     """By more threads than there are connections."""
     with frozen(broker), ThreadPoolExecutor(24) as pool:
         calls = [pool.submit(waiting.send, patience=3) for _ in range(24)]
-        until(lambda: len(waiting.router._submissions._producers._dirty) == 16)
+        until(lambda: len(waiting.session.submitter._producers._dirty) == 16)
         with took_less_than(1):
-            waiting.router.close()
+            waiting.session.close()
         assert {type(call.exception(10)) for call in calls} <= {Cancelled, BrokerUnavailable}
 
 

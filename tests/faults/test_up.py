@@ -91,7 +91,7 @@ def test_when_up_is_killed_its_nodes_finish_their_work_and_end_and_another_up_wa
         next(stream)
         killed.signal(signal.SIGKILL)
         with up() as successor:
-            successor.wait_for("local@mini waits until the one before it has ended", WITHIN)
+            successor.wait_for("local@mini waits until its earlier process has ended", WITHIN)
             assert "local@mini is ready" not in successor.output
             mlx.release()
             assert delivered(stream)

@@ -188,7 +188,8 @@ def test_a_lost_connection_costs_one_answer(unchecked, broker, backlog_of):
 def fill(router, model, number):
     for _ in range(number):
         request, _ = router._request("chat", model, {"messages": HELLO}, timeout=60)
-        router._publish(request.submitted_to("llm.fleet.reply.test.1"), lane("chat", model), 2.0)
+        request = request.addressed_to("llm.fleet.reply.test.1")
+        router._connected().submitter.submit(request, lane("chat", model), patience=2.0)
 
 
 def admits(backlog, name):

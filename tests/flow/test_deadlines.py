@@ -89,8 +89,8 @@ def test_a_malformed_envelope_is_answered_and_never_reaches_the_server(slow, rou
 def _answer_to(router, changes):
     """Send an envelope around the router's own checks, and return the last frame of its reply."""
     request, _ = router._request("chat", CHAT, {"messages": HELLO}, timeout=10)
-    services = router._connected()
-    request = request.submitted_to(services.inbox.name)
+    session = router._connected()
+    request = request.addressed_to(session.replies.name)
     envelope = request.encode() | changes
 
     class Tampered(FleetRequest):
@@ -98,7 +98,7 @@ def _answer_to(router, changes):
             return envelope
 
     tampered = Tampered.model_construct(**dict(request))
-    flight = router._flights[request.request_id] = InFlightRequest(tampered, None, services)
+    flight = session._requests[request.request_id] = InFlightRequest(tampered, None, session)
     mailbox = flight.join(10)
     flight.submit()
     return mailbox.get()

@@ -10,7 +10,7 @@ import pytest
 from fleet_worker import Router, Settings
 from fleet_worker.cli import main
 from fleet_worker.errors import InvalidRequest
-from fleet_worker.ops.drain import Draining
+from fleet_worker.ops.drain import DrainControl
 from fleet_worker.protocol.reply import ChatResponse
 from fleet_worker.testing import SimulatedMLX, running_host
 from tests.clients import took_less_than, until
@@ -42,7 +42,7 @@ def model(nodes, mlx):
 @pytest.fixture
 def draining(broker, nodes):
     """Afterwards every node takes work again."""
-    draining = Draining(Settings(broker_url=broker.url))
+    draining = DrainControl(Settings(broker_url=broker.url))
     yield draining
     until(lambda: len(draining.undrain(["one@mini", "two@mini"])) == 2, WITHIN)
 

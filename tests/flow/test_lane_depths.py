@@ -207,7 +207,7 @@ def test_a_lane_whose_only_node_has_left_it_is_seen_as_served_by_nobody(camera, 
             wait_until(lambda: seen_lane(another_camera, name).depth == 2)
             assert (seen_lane(another_camera, name).nodes, seen_lane(another_camera, name).unserved) == (0, True)
             seen = camera.take()
-            assert (seen.instances[0].status, seen.instances[0].lanes) == ("unavailable", [])
+            assert (seen.instances[0].status, seen.instances[0].lanes) == ("unavailable", ())
             assert seen.models[0].ready is False
             mlx.restart()
             wait_until(lambda: not seen_lane(camera, name).unserved, 20)

@@ -17,11 +17,11 @@ def resume(monkeypatch):
 
     def with_what_was_delivered(**delivered):
         def submitted(request, *where):
-            return submitted_to(request, *where).model_copy(update={"resume": Resume(**delivered)})
+            return addressed_to(request, *where).model_copy(update={"resume": Resume(**delivered)})
 
-        monkeypatch.setattr(FleetRequest, "submitted_to", submitted)
+        monkeypatch.setattr(FleetRequest, "addressed_to", submitted)
 
-    submitted_to = FleetRequest.submitted_to
+    addressed_to = FleetRequest.addressed_to
     return with_what_was_delivered
 
 

@@ -22,12 +22,12 @@ def looks(mlx):
 
 @pytest.fixture
 def resuming(monkeypatch):
-    submitted_to = FleetRequest.submitted_to
+    addressed_to = FleetRequest.addressed_to
 
     def submitted(request, *where):
-        return submitted_to(request, *where).model_copy(update={"resume": RESUME})
+        return addressed_to(request, *where).model_copy(update={"resume": RESUME})
 
-    monkeypatch.setattr(FleetRequest, "submitted_to", submitted)
+    monkeypatch.setattr(FleetRequest, "addressed_to", submitted)
 
 
 def test_a_template_is_looked_up_when_the_list_of_models_is_read(broker, router, tmp_path, resuming):

@@ -15,6 +15,7 @@ import pytest
 
 from fleet_worker.demo.models import platform_problem
 from tests.brokers import Valkey, free_port, missing
+from tests.processes import descendants, processes
 
 DEMO = [str(Path(sys.executable).with_name("fleet-worker")), "demo"]
 SIMULATED = [*DEMO, "--simulated"]
@@ -61,27 +62,21 @@ def read(output, until=None):
     return said.decode()
 
 
-def processes():
-    """Parent and command line of all that are alive, by process id."""
-    listed = subprocess.run(["ps", "-ww", "-eo", "pid=,ppid=,stat=,args="], capture_output=True, text=True, check=True)
-    rows = [line.split(None, 3) for line in listed.stdout.splitlines()]
-    return {int(row[0]): (int(row[1]), row[-1]) for row in rows if row[2][0] != "Z"}
-
-
-def descendants(pid):
-    """The command lines of its children, and of theirs, by process id."""
-    alive, found = processes(), {pid}
-    while more := {each for each, (parent, _) in alive.items() if parent in found} - found:
-        found |= more
-    return {each: alive[each][1] for each in found - {pid}}
+def parts_of(family):
+    """How many there are without the shells that would kill them if the demo were killed."""
+    return sum("/bin/sh" not in command for command in family.values())
 
 
 def assert_nothing_left(family, folder):
+    assert_no_process_left(family)
+    assert [path.name for path in folder.iterdir() if path.name != "mlx"] == []  # where MLX keeps compiled kernels
+
+
+def assert_no_process_left(family):
     """An orphan needs a moment from its signal to its end."""
     deadline = time.monotonic() + 5
     while left := processes().keys() & family.keys():
         assert time.monotonic() < deadline, [family[pid] for pid in left]
-    assert [path.name for path in folder.iterdir() if path.name != "mlx"] == []  # where MLX keeps compiled kernels
 
 
 def assert_conversation(said):
@@ -106,7 +101,7 @@ def test_the_real_demo_answers_and_leaves_nothing(folder):
     assert "The capital of France is Paris." in said
     alike, *others = (float(number) for number in re.findall(r"^  ([+-]\d\.\d\d)  ", said, re.MULTILINE))
     assert alike > 0.6 > 0.3 > max(others)
-    assert len(family) == 6
+    assert parts_of(family) == 5
     assert_nothing_left(family, folder)
 
 
@@ -158,13 +153,23 @@ def test_a_signal_ends_all_of_it_at_any_moment(number, moment, exit_code, folder
     with started(SIMULATED) as (process, output):
         read(output, until=moment)
         family = descendants(process.pid)
-        assert len(family) == 6 or moment == BROKER
+        assert parts_of(family) == 5 or moment == BROKER
         process.send_signal(number)
         said = read(output)
         assert process.wait(WITHIN) == exit_code
     assert "Interrupted; everything was stopped." in said
     assert "Traceback" not in said
     assert_nothing_left(family, folder)
+
+
+def test_even_a_demo_that_is_killed_leaves_no_process(folder):
+    with started(SIMULATED) as (process, output):
+        read(output, until=CHATTING)
+        family = descendants(process.pid)
+        process.kill()
+        process.wait(WITHIN)
+    assert parts_of(family) == 5
+    assert_no_process_left(family)
 
 
 @pytest.mark.parametrize(("part", "name"), PARTS.items())
@@ -180,7 +185,8 @@ def test_a_part_that_dies_ends_all_of_it_with_a_clear_message(part, name, folder
     assert_nothing_left(family, folder)
 
 
-def test_on_a_terminal_progress_is_shown_and_the_answer_stays_readable(folder):
+def test_on_a_terminal_progress_is_shown_and_the_answer_stays_readable(folder, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
     with started(SIMULATED, terminal=True) as (process, output):
         said = read(output)
         assert process.wait(WITHIN) == 0

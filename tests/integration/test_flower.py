@@ -113,7 +113,8 @@ def test_a_node_is_online_with_its_pool_its_slots_and_its_lanes(flower):
 
 def test_the_lengths_of_lanes_are_those_of_lanes_that_a_node_serves(flower, router):
     """The README says so: a lane that nobody serves, the one to worry about, is not there."""
-    router._publish(router._request("chat", "unserved", {"messages": HELLO})[0], lane("chat", "unserved"), 5.0)
+    request, _ = router._request("chat", "unserved", {"messages": HELLO})
+    router._connected().submitter.submit(request, lane("chat", "unserved"), patience=5.0)
     lengths = {queue["name"]: queue["messages"] for queue in flower.api("queues/length")["active_queues"]}
     assert lengths[lane("chat", CHAT)] == 0
     assert lane("chat", "unserved") not in lengths

@@ -352,7 +352,8 @@ def test_a_message_that_is_no_request_of_ours_leaves_no_trace(fleet, node, word)
 
 def test_a_message_that_waits_shows_its_lane_outside_of_its_body(fleet, node, word):
     model = f"unserved-{node}"
-    fleet.router._publish(fleet.router._request("chat", model, {}, **everywhere(word))[0], lane("chat", model), 5.0)
+    request, _ = fleet.router._request("chat", model, {}, **everywhere(word))
+    fleet.router._connected().submitter.submit(request, lane("chat", model), patience=5.0)
     with redis.Redis.from_url(fleet.url) as client:
         (key,) = client.scan_iter(f"{lane('chat', model)}*")
         message = json.loads(client.lindex(key, 0))

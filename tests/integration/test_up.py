@@ -126,7 +126,7 @@ def test_nodes_lead_groups_of_their_own_and_inherit_nothing_but_what_binds_them(
     configure(local=1, embed=1)
     program = """
 inherited = {str(number) for number in range(3, 64) if os.path.exists(f"/dev/fd/{number}")}
-binding = {os.environ["FLEET_LIFELINE"], os.environ["FLEET_NODE_LOCK"]}
+binding = {os.environ["FLEET_PARENT_PIPE"], os.environ["FLEET_NODE_LOCK"]}
 say(f"leads {os.getpgid(0) == os.getpid()}, inherits {inherited ^ binding} more")
 lives()
 """

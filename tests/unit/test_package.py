@@ -40,6 +40,24 @@ def test_the_app_that_celery_looks_for_does_read_the_settings():
     assert "/missing/fleet.toml" in done.stderr
 
 
-def test_the_errors_load_no_celery_kombu_or_redis():
-    done = run("import sys, fleet_worker.errors; print({'celery', 'kombu', 'redis', 'httpx'} & set(sys.modules))")
-    assert (done.stdout, done.stderr) == ("set()\n", "")
+LOADED = "print({'celery', 'kombu', 'redis', 'httpx', 'pydantic', 'rich'} & set(sys.modules), file=sys.stderr)"
+HELP = f"""
+import sys
+from fleet_worker.cli import main
+sys.argv[1:] = ["--help"]
+try:
+    main()
+finally:
+    {LOADED}
+"""
+
+
+def test_the_errors_load_nothing_large():
+    done = run(f"import sys, fleet_worker.errors; {LOADED}")
+    assert (done.returncode, done.stderr) == (0, "set()\n")
+
+
+def test_help_loads_nothing_large():
+    done = run(HELP)
+    assert (done.returncode, done.stderr) == (0, "set()\n")
+    assert "Usage: " in done.stdout

@@ -1,20 +1,21 @@
-"""A parent with two children, and what becomes of them when it is killed."""
+"""What becomes of the children of a process that is killed."""
 
 import os
 import signal
+import subprocess
 import time
 
 import pytest
 
 from fleet_worker.host.child_process import ChildProcess, child, python
-from fleet_worker.host.parent_pipe import bind
+from fleet_worker.host.parent_pipe import attach_to_parent
 
 WITHIN = 10.0
 PARENT = """
 import os, subprocess, sys
-from fleet_worker.host.parent_pipe import LIFELINE, lifeline
-with lifeline() as end:
-    env = os.environ | {LIFELINE: str(end)}
+from fleet_worker.host.parent_pipe import PARENT_PIPE, parent_pipe
+with parent_pipe() as end:
+    env = os.environ | {PARENT_PIPE: str(end)}
     command = [sys.executable, "-c", sys.argv[1]]
     children = [subprocess.Popen([*command, number], pass_fds=[end], env=env) for number in "12"]
     for each in children:
@@ -22,7 +23,7 @@ with lifeline() as end:
 """
 CHILD = """
 import os, select, signal, sys, threading
-from fleet_worker.host.parent_pipe import LIFELINE, bind
+from fleet_worker.host.parent_pipe import PARENT_PIPE, attach_to_parent
 
 def say(what):
     os.write(1, f"child {sys.argv[1]} {what}\\n".encode())  # at once, or it may get between two parts of another's
@@ -34,14 +35,14 @@ def end(*_):
 def live(begin, handler, grace):
     signal.signal(signal.SIGTERM, handler)
     begin()
-    bind("local@mini", grace=grace)
+    attach_to_parent("local@mini", grace=grace)
     say("is bound")
     for _ in range(100):  # as Celery's loop: a signal that comes just before a wait does not end it
         threading.Event().wait(0.2)
 
 def imports():
     say("begins")
-    select.select([int(os.environ[LIFELINE])], [], [], 20)
+    select.select([int(os.environ[PARENT_PIPE])], [], [], 20)
 
 """
 WARM = CHILD + "live(lambda: None, end, 15)"
@@ -49,10 +50,10 @@ DEAF = CHILD + "live(lambda: None, signal.SIG_IGN, 0.2)"
 LATE = CHILD + "live(imports, end, 15)"
 SUCCESSOR = """
 import logging, os, signal, sys
-from fleet_worker.host.parent_pipe import LOCK, bind
+from fleet_worker.host.parent_pipe import NODE_LOCK, attach_to_parent
 logging.basicConfig(level=logging.INFO)
-os.environ[LOCK] = str(os.open(sys.argv[1], os.O_RDWR | os.O_CREAT))
-bind("local@mini", grace=float(sys.argv[2]) - 5)
+os.environ[NODE_LOCK] = str(os.open(sys.argv[1], os.O_RDWR | os.O_CREAT))
+attach_to_parent("local@mini", grace=float(sys.argv[2]) - 5)
 print("begins", flush=True)
 signal.pause()
 """
@@ -98,7 +99,7 @@ def test_a_child_that_still_begins_when_its_parent_is_killed_notices_it_later():
 
 
 def test_a_process_without_such_a_parent_is_not_bound():
-    bind("local@mini", grace=0.0)
+    attach_to_parent("local@mini", grace=0.0)
 
 
 @pytest.fixture
@@ -110,7 +111,7 @@ def test_a_node_begins_when_the_one_before_it_has_ended(lock):
     with child("first", python("-c", SUCCESSOR, lock, "15")) as first:
         first.wait_for("begins", WITHIN)
         with child("second", python("-c", SUCCESSOR, lock, "15")) as second:
-            second.wait_for("local@mini waits until the one before it has ended", WITHIN)
+            second.wait_for("local@mini waits until its earlier process has ended", WITHIN)
             assert "begins" not in second.output
             first.signal(signal.SIGKILL)
             second.wait_for("begins", WITHIN)
@@ -120,6 +121,45 @@ def test_a_node_does_not_wait_for_ever_for_the_one_before_it(lock):
     with child("first", python("-c", SUCCESSOR, lock, "15")) as first:
         first.wait_for("begins", WITHIN)
         with child("second", python("-c", SUCCESSOR, lock, "0.1")) as second:
-            second.wait_for("InstanceUnavailable: the local@mini before this one did not end within 0.1 s", WITHIN)
+            second.wait_for("InstanceUnavailable: the earlier process of local@mini did not end within 0.1 s", WITHIN)
             assert second.wait(WITHIN) == 1
     assert os.path.exists(lock)
+
+
+KILLED = """
+import os, subprocess, sys
+from fleet_worker.host.parent_pipe import OrphanKiller
+killer = OrphanKiller()
+group = subprocess.Popen(["sh", "-c", "sleep 30 & sleep 30"], start_new_session=True, stdout=subprocess.DEVNULL)
+killer.watch(group.pid)
+if sys.argv[1] == "closed":
+    killer.close()
+print(group.pid, flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+def group_of_a_killed_process(killer):
+    done = subprocess.run(python("-c", KILLED, killer), stdout=subprocess.PIPE, text=True, timeout=WITHIN)
+    assert done.returncode == -signal.SIGKILL
+    return int(done.stdout)
+
+
+def exists(group):
+    states = subprocess.run(["ps", "-A", "-o", "pgid=,stat="], check=True, capture_output=True, text=True).stdout
+    return any(row[0] == str(group) and row[1][0] != "Z" for row in map(str.split, states.splitlines()))
+
+
+def test_all_processes_of_a_watched_group_are_killed_with_their_parent():
+    group = group_of_a_killed_process("watches")
+    deadline = time.monotonic() + WITHIN
+    while exists(group):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_group_that_is_watched_no_longer_lives_on():
+    group = group_of_a_killed_process("closed")
+    time.sleep(0.3)
+    assert exists(group)
+    os.killpg(group, signal.SIGKILL)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fleet_worker.mlx.chat_templates import chat_template, left_open
+from fleet_worker.mlx.chat_templates import find_chat_template, with_open_last_turn
 from fleet_worker.settings import Model
 
 jinja = pytest.importorskip("jinja2.sandbox", reason="it comes with mlx-lm")
@@ -44,8 +44,8 @@ def test_the_partial_text_stands_where_the_answer_begins(before, after, partial,
     template = closed(before) + CHATML + closed(after)
     messages = [{"role": "system", "content": "Be brief."}, *HELLO] if system else HELLO
     turn = {"role": "assistant", "content": partial}
-    assert rendered(left_open(template), [*messages, turn]) == rendered(template, messages) + partial
-    opened = left_open(template, before="\n</think>\n\n")
+    assert rendered(with_open_last_turn(template), [*messages, turn]) == rendered(template, messages) + partial
+    opened = with_open_last_turn(template, before_text="\n</think>\n\n")
     assert rendered(opened, [*messages, turn]) == rendered(template, messages) + "\n</think>\n\n" + partial
 
 
@@ -53,7 +53,7 @@ def test_the_partial_text_stands_where_the_answer_begins(before, after, partial,
 
 
 def of(backend, *, reported=(), tools=False, **model):
-    found = chat_template(Model(**model), backend, reported)
+    found = find_chat_template(Model(**model), backend, reported)
     return found and (found.tool_use if tools else found.default)
 
 

@@ -1,22 +1,31 @@
-"""Everything that httpx can raise is one of our errors, and its text stays behind."""
+"""Every failure of a request is one of our errors, and no text of httpx or of a server is in it."""
 
+import json
 import traceback
 from contextlib import closing
+from itertools import product
 
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fleet_worker.errors import (
     ConfigurationError,
     ConnectionFailure,
+    ContextLengthExceeded,
     FleetError,
     InstanceUnavailable,
+    InvalidRequest,
     MalformedOutput,
+    ModelNotServed,
     Overloaded,
     ProviderError,
     RequestTimeout,
+    Unauthorized,
+    UnsupportedCapability,
 )
-from fleet_worker.mlx.error_mapping import foreign_errors_mapped
+from fleet_worker.mlx.error_mapping import HTTPX_EXCEPTIONS, error_of_exception, error_of_status
 from tests.clients import Client
 
 SECRET = "swordfish"
@@ -73,18 +82,23 @@ def made(kind):
 
 @pytest.mark.parametrize("kind", EXPECTED, ids=lambda kind: kind.__name__)
 def test_what_httpx_raises_is_one_error_of_ours(kind):
-    with pytest.raises(FleetError) as raised, foreign_errors_mapped():
-        raise made(kind)
-    assert type(raised.value) is EXPECTED[kind]
-    assert raised.value.message
-    assert SECRET not in "".join(traceback.format_exception(raised.value))
+    assert issubclass(kind, HTTPX_EXCEPTIONS)
+    error = error_of_exception(made(kind))
+    assert type(error) is EXPECTED[kind]
+    assert error.message
+    assert SECRET not in f"{error!r} {error.metadata}"
 
 
 @pytest.mark.parametrize("error", [FleetError("ours"), ZeroDivisionError(), KeyboardInterrupt()], ids=repr)
 def test_what_is_not_of_httpx_passes(error):
-    with pytest.raises(type(error)) as raised, foreign_errors_mapped():
+    def fail(request):
         raise error
-    assert raised.value is error
+
+    with closing(Client("http://a", transport=httpx.MockTransport(fail))) as client:
+        for ask in (client.ask, client.stream, client.health):
+            with pytest.raises(type(error)) as raised:
+                ask()
+            assert raised.value is error
 
 
 class Breaking(httpx.SyncByteStream):
@@ -99,8 +113,8 @@ class Breaking(httpx.SyncByteStream):
 
 
 @pytest.mark.parametrize("kind", EXPECTED, ids=lambda kind: kind.__name__)
-def test_a_client_raises_nothing_of_httpx(kind):
-    """Neither before an answer nor in the middle of it; connecting is tried again for a moment."""
+def test_a_client_raises_nothing_of_httpx_and_none_of_its_text(kind):
+    """Neither before an answer nor in the middle of it."""
 
     def before(request):
         raise made(kind)
@@ -109,11 +123,13 @@ def test_a_client_raises_nothing_of_httpx(kind):
         return httpx.Response(200, stream=Breaking(made(kind)))
 
     for handler in (before, amid):
-        with closing(Client("http://a", transport=httpx.MockTransport(handler), clocks={"connect": 0.01})) as client:
+        with closing(Client("http://a", transport=httpx.MockTransport(handler))) as client:
+            client.unreachable.set()  # connecting is not tried again
             for ask in (client.ask, client.stream, lambda: client.vectors("a"), client.health, client.models):
                 with pytest.raises(FleetError) as raised:
                     ask()
                 assert type(raised.value) is EXPECTED[kind]
+                assert SECRET not in "".join(traceback.format_exception(raised.value))
 
 
 def test_a_failure_after_done_is_none():
@@ -136,3 +152,144 @@ def test_an_error_whose_body_breaks_is_told_by_its_status():
     transport = httpx.MockTransport(handler)
     with closing(Client("http://a", transport=transport)) as client, pytest.raises(InstanceUnavailable):
         client.ask()
+
+
+# --- What the failures of servers mean
+
+SNAPSHOT = (
+    "Cannot find an appropriate cached snapshot folder for the specified revision on the local disk and outgoing "
+    "traffic has been disabled."
+)
+MISSING = {"error": {"message": "Model 'x' not found", "type": "invalid_request_error", "code": "model_not_found"}}
+VALIDATION = [{"type": "list_type", "loc": ["body", "stop"], "msg": "Input should be a valid list", "input": SECRET}]
+FAILURES = [
+    # mlx_lm.server
+    ("mlx_lm: its thread has died", 404, {"error": "generation thread died"}, InstanceUnavailable),
+    ("mlx_lm: not healthy", 503, {"status": "unavailable"}, InstanceUnavailable),
+    ("mlx_lm: a model that is not there", 404, {"error": SNAPSHOT}, ModelNotServed),
+    (
+        "mlx_lm: a model nobody has",
+        404,
+        {"error": "404 Client Error. Repository Not Found for url: https://h"},
+        ModelNotServed,
+    ),
+    ("mlx_lm: a model with a bad name", 404, {"error": "Repo id must use alphanumeric chars"}, ModelNotServed),
+    (
+        "mlx_lm: a template that fails",
+        404,
+        {"error": "Conversation roles must alternate user/assistant"},
+        InvalidRequest,
+    ),
+    ("mlx_lm: no messages", 404, {"error": "list index out of range"}, InvalidRequest),
+    ("mlx_lm: no such route", 404, b"Not Found", UnsupportedCapability),
+    ("mlx_lm: a bad number", 400, {"error": "max_tokens must be a non-negative integer"}, InvalidRequest),
+    ("mlx_lm: no length", 411, {"error": "Content-Length required"}, InvalidRequest),
+    ("mlx_lm: no such method", 501, b"<html>Unsupported method ('PUT')</html>", ProviderError),
+    # vllm-mlx
+    ("vllm: another model", 404, {"detail": "The model `x` does not exist. Available models: y"}, ModelNotServed),
+    ("vllm: busy", 503, {"detail": {"error": {"code": "text_generation_busy", "message": "..."}}}, Overloaded),
+    ("vllm: a bad type", 422, {"detail": VALIDATION}, InvalidRequest),
+    ("vllm: no messages", 500, b"Internal Server Error", ProviderError),
+    ("vllm: too many tokens wanted", 400, {"detail": "max_tokens must be at most 32768"}, InvalidRequest),
+    ("vllm: a wrong key", 401, {"detail": "Invalid API key"}, Unauthorized),
+    ("vllm: rate limit", 429, {"detail": "Rate limit exceeded"}, Overloaded),
+    ("vllm: 300 s are over", 504, {"detail": "Request timed out after 300.0 seconds"}, RequestTimeout),
+    ("vllm: an error in a stream", 500, {"message": "Internal server error", "code": 500}, ProviderError),
+    # mlx-openai-server
+    ("openai: another model", 404, {"detail": MISSING}, ModelNotServed),
+    ("openai: another model, said otherwise", 404, MISSING, ModelNotServed),
+    ("openai: a full queue", 429, {"error": {"message": "queue is full", "code": "429"}}, Overloaded),
+    ("openai: a chat to an embedding model", 400, {"error": {"message": "not a language model"}}, InvalidRequest),
+    ("openai: a broken child", 500, {"error": {"message": "worker process died", "code": 500}}, ProviderError),
+    # mlx-omni-server
+    ("omni: another model", 500, b"Internal Server Error", ProviderError),
+    ("omni: an image", 422, {"detail": VALIDATION}, InvalidRequest),
+    # any of them, and what stands before them
+    ("fastapi: no such route", 404, {"detail": "Not Found"}, UnsupportedCapability),
+    ("fastapi: no such route, without spaces", 404, b'{"detail":"Not Found"}', UnsupportedCapability),
+    ("an empty refusal", 400, b"", InvalidRequest),
+    ("an empty failure", 500, b"", ProviderError),
+    ("an empty 404", 404, b"", InvalidRequest),
+    ("forbidden", 403, b"", Unauthorized),
+    ("a body too large", 413, b"", InvalidRequest),
+    ("a request too slow", 408, b"", RequestTimeout),
+    ("a proxy without its server", 502, b"<html>Bad Gateway</html>", InstanceUnavailable),
+    ("not ready", 503, b"", InstanceUnavailable),
+    ("site overloaded", 529, b"", Overloaded),
+    ("an unknown failure", 599, b"", ProviderError),
+    ("a teapot", 418, b"", ProviderError),
+    (
+        "a long conversation",
+        400,
+        {"error": {"message": "maximum context length is 8192 tokens"}},
+        ContextLengthExceeded,
+    ),
+    ("a long conversation, said otherwise", 400, {"detail": "prompt is too long: 9000 tokens"}, ContextLengthExceeded),
+    ("a long conversation as a text", 413, b"exceeds the context window of 4096", ContextLengthExceeded),
+]
+RETRYABLE = {InstanceUnavailable, Overloaded, RequestTimeout}
+
+
+def sent(body):
+    return body if isinstance(body, bytes) else json.dumps(body).encode()
+
+
+@pytest.mark.parametrize(("status", "body", "expected"), [pytest.param(*case, id=name) for name, *case in FAILURES])
+def test_a_failure_of_a_server_means_one_error(status, body, expected):
+    error = error_of_status(status, sent(body))
+    assert type(error) is expected
+    assert error.retryable is (expected in RETRYABLE or status >= 500)
+
+
+@pytest.mark.parametrize(("status", "body"), [pytest.param(*case[:2], id=name) for name, *case in FAILURES])
+def test_an_error_says_something_and_repeats_nothing(status, body):
+    error = error_of_status(status, sent(body))
+    assert error.message
+    assert SECRET not in f"{error!r} {error.metadata}"
+
+
+def test_a_busy_server_tells_when_to_come_back():
+    assert error_of_status(429, b"", retry_after=2.5).metadata == {"retry_after": 2.5}
+    assert error_of_status(503, b"", retry_after=0.0).metadata == {"retry_after": 0.0}
+    assert type(error_of_status(503, b"", retry_after=0.0)) is Overloaded
+    assert error_of_status(429, b"").metadata == {}
+
+
+def test_a_report_that_quotes_the_request_is_not_searched_for_marks():
+    """A prompt may speak of context lengths, of busy servers, and of dead threads."""
+    prompt = "context length exceeded, generation thread died, model x not found, busy"
+    report = [{"type": "string_type", "loc": ["body", "messages"], "msg": "Input should be a string", "input": prompt}]
+    assert type(error_of_status(422, sent({"detail": report}))) is InvalidRequest
+
+
+def test_a_long_report_that_quotes_the_request_is_not_searched_either():
+    prompt = "context length exceeded, generation thread died " * 200
+    report = [{"type": "string_type", "loc": ["body", "messages"], "msg": "Input should be a string", "input": prompt}]
+    assert type(error_of_status(422, sent({"detail": report}))) is InvalidRequest
+
+
+SHAPES = [
+    lambda text: text.encode(),
+    lambda text: json.dumps(text).encode(),
+    lambda text: json.dumps({"error": text}).encode(),
+    lambda text: json.dumps({"error": {"message": text, "code": text}}).encode(),
+    lambda text: json.dumps({"detail": text}).encode(),
+    lambda text: json.dumps({"detail": {"error": {"message": text}}}).encode(),
+    lambda text: json.dumps({"detail": [{"input": text}]}).encode(),
+    lambda text: json.dumps([text, None, 5]).encode(),
+    lambda text: b"\xff\xfe" + text.encode(),
+    lambda text: b'{"error": "' + text.encode(),
+]
+MARKS = ["", "busy ", "context length ", "model not found ", "generation thread died ", "Not Found"]
+
+
+@pytest.mark.parametrize("mark", MARKS)
+def test_whatever_a_server_writes_none_of_it_is_repeated(mark):
+    for status, shape, retry_after in product(range(400, 600), SHAPES, [None, 2.5]):
+        error = error_of_status(status, shape(mark + SECRET), retry_after=retry_after)
+        assert SECRET not in f"{error!r} {error} {error.metadata}"
+
+
+@given(st.integers(400, 599), st.binary(max_size=40))
+def test_any_bytes_of_any_failure_are_an_error(status, body):
+    assert error_of_status(status, body).message

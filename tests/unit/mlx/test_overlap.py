@@ -22,10 +22,10 @@ def pieces(text, lengths):
     return found
 
 
-def fed(seam, said, lengths=(3,), field="content"):
-    """What a seam lets through of this text, as it comes in pieces."""
-    deltas = [seam.feed(Delta(**{field: piece})) for piece in pieces(said, lengths)]
-    return join(delta for delta in [*deltas, seam.end()] if delta)["content"] or ""
+def fed(overlap, said, lengths=(3,), field="content"):
+    """What a overlap lets through of this text, as it comes in pieces."""
+    deltas = [overlap.feed(Delta(**{field: piece})) for piece in pieces(said, lengths)]
+    return join(delta for delta in [*deltas, overlap.end()] if delta)["content"] or ""
 
 
 # --- What is said again
@@ -40,10 +40,10 @@ def test_a_text_joins_wherever_it_was_cut_however_it_comes_and_with_its_space_or
     if word == len(delivered):  # nothing that could be said again: another test's matter
         return
     said = text[word:].removeprefix(" ") if stripped else text[word:]
-    seam = OverlapFilter(delivered, again=delivered[word:])
-    assert delivered + fed(seam, said, lengths) == text
-    assert not seam.differs
-    assert seam.new <= len(rest)
+    overlap = OverlapFilter(delivered, again=delivered[word:])
+    assert delivered + fed(overlap, said, lengths) == text
+    assert not overlap.differs
+    assert overlap.new <= len(rest)
 
 
 @given(text=texts, cut=st.integers(1), lengths=sizes, first=st.booleans(), then=st.booleans())
@@ -55,9 +55,9 @@ def test_an_answer_from_its_beginning_says_all_again(text, cut, lengths, first, 
     assume(text)
     delivered, rest = text[: cut % len(text)], text[cut % len(text) :]
     assume(delivered)
-    seam = OverlapFilter("", again=" " * first + delivered)
-    assert fed(seam, " " * then + text, lengths) == rest
-    assert not seam.differs
+    overlap = OverlapFilter("", again=" " * first + delivered)
+    assert fed(overlap, " " * then + text, lengths) == rest
+    assert not overlap.differs
 
 
 @given(reasoning=texts, text=texts, cut=st.integers(0), lengths=sizes)
@@ -65,12 +65,12 @@ def test_reasoning_is_said_again_too(reasoning, text, cut, lengths):
     thought = reasoning[: cut % len(reasoning)]
     cases = [(thought, ""), (reasoning, text[: cut % len(text)])]
     for thought, delivered in cases:
-        seam = OverlapFilter("", again=delivered, reasoning=thought)
-        deltas = [seam.feed(Delta(reasoning=piece)) for piece in pieces(reasoning, lengths)]
-        deltas += [seam.feed(Delta(content=piece)) for piece in pieces(text, lengths)]
+        overlap = OverlapFilter("", again=delivered, reasoning=thought)
+        deltas = [overlap.feed(Delta(reasoning=piece)) for piece in pieces(reasoning, lengths)]
+        deltas += [overlap.feed(Delta(content=piece)) for piece in pieces(text, lengths)]
         new = join(delta for delta in deltas if delta)
         assert (thought + (new["reasoning"] or ""), delivered + (new["content"] or "")) == (reasoning, text)
-        assert not seam.differs
+        assert not overlap.differs
 
 
 @given(text=texts, said=texts, lengths=sizes)
@@ -78,39 +78,39 @@ def test_what_differs_lets_nothing_through(text, said, lengths):
     word = before_last_word(text)
     again = text[word:]
     assume(word < len(text) and not said.removeprefix(" ").startswith(again.removeprefix(" ")))
-    seam = OverlapFilter(text, again=again)
-    assert fed(seam, said, lengths) == ""
-    assert seam.differs
+    overlap = OverlapFilter(text, again=again)
+    assert fed(overlap, said, lengths) == ""
+    assert overlap.differs
 
 
 def test_pieces_are_counted_by_whether_they_hold_anything_new():
-    seam = OverlapFilter("The harbour", again=" harbour")
-    assert [seam.feed(Delta(content=text)) for text in ("har", "bour")] == [None, None]
-    assert (seam.repeated, seam.new) == (2, 0)
-    assert seam.feed(Delta(content=" is")) == Delta(content=" is")
-    assert (seam.repeated, seam.new) == (2, 1)
+    overlap = OverlapFilter("The harbour", again=" harbour")
+    assert [overlap.feed(Delta(content=text)) for text in ("har", "bour")] == [None, None]
+    assert (overlap.repeated, overlap.new) == (2, 0)
+    assert overlap.feed(Delta(content=" is")) == Delta(content=" is")
+    assert (overlap.repeated, overlap.new) == (2, 1)
 
 
 def test_an_answer_that_ends_before_it_has_said_all_again_differs():
-    seam = OverlapFilter("set on", again=" on")
-    assert seam.feed(Delta(content=" o")) is None
-    assert not seam.differs
-    assert seam.end() is None
-    assert seam.differs
+    overlap = OverlapFilter("set on", again=" on")
+    assert overlap.feed(Delta(content=" o")) is None
+    assert not overlap.differs
+    assert overlap.end() is None
+    assert overlap.differs
 
 
 def test_reasoning_and_calls_do_not_come_before_all_is_said_again():
     call = {"index": 0, "function": {"name": "weather", "arguments": "{}"}}
     for delta in (Delta(reasoning="Hm"), Delta(tool_calls=[call])):
-        seam = OverlapFilter("set on", again=" on")
-        assert seam.feed(delta) is None
-        assert seam.differs
+        overlap = OverlapFilter("set on", again=" on")
+        assert overlap.feed(delta) is None
+        assert overlap.differs
 
 
 def test_an_answer_that_begins_to_think_is_another_one():
-    seam = OverlapFilter("Hello")
-    assert seam.feed(Delta(reasoning="Hm")) is None
-    assert seam.differs
+    overlap = OverlapFilter("Hello")
+    assert overlap.feed(Delta(reasoning="Hm")) is None
+    assert overlap.differs
 
 
 def test_calls_go_through():
@@ -163,15 +163,15 @@ def test_a_word_begins_before_its_space(text, before):
 )
 def test_white_space_may_be_said_again_or_not(said, joined):
     for lengths in ([1], [100]):
-        seam = OverlapFilter("one:\n\n", again="\n\n", guesses=True)
-        assert "one:\n\n" + fed(seam, said, lengths) == joined
-        assert not seam.differs
+        overlap = OverlapFilter("one:\n\n", again="\n\n", guess_space=True)
+        assert "one:\n\n" + fed(overlap, said, lengths) == joined
+        assert not overlap.differs
 
 
 def test_calls_may_follow_white_space():
     call = {"index": 0, "function": {"name": "weather", "arguments": "{}"}}
-    seam = OverlapFilter("one:\n\n", again="\n\n", guesses=True)
-    assert seam.feed(Delta(tool_calls=[call])) == Delta(tool_calls=[call])
+    overlap = OverlapFilter("one:\n\n", again="\n\n", guess_space=True)
+    assert overlap.feed(Delta(tool_calls=[call])) == Delta(tool_calls=[call])
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_calls_may_follow_white_space():
     ],
 )
 def test_a_space_is_guessed_between_words(delivered, said, joined):
-    assert delivered + fed(OverlapFilter(delivered, guesses=True), said, (1,)) == joined
+    assert delivered + fed(OverlapFilter(delivered, guess_space=True), said, (1,)) == joined
     assert delivered + fed(OverlapFilter(delivered), said, (1,)) == delivered + said
 
 
@@ -213,11 +213,11 @@ def test_a_space_is_guessed_between_words(delivered, said, joined):
     ],
 )
 def test_a_stop_string_across_the_seam_ends_the_answer(delivered, said, stop, let_through):
-    """What begins after the seam is for the server to find."""
+    """What begins after the overlap is for the server to find."""
     for lengths in ([1], [2], [100]):
-        seam = OverlapFilter(delivered, stop=stop)
-        assert fed(seam, said, lengths) == let_through
-        assert seam.stopped == (not let_through)
+        overlap = OverlapFilter(delivered, stop=stop)
+        assert fed(overlap, said, lengths) == let_through
+        assert overlap.stopped == (not let_through)
 
 
 @given(text=texts, cut=st.integers(1), stop=texts, lengths=sizes)
@@ -225,9 +225,9 @@ def test_a_stop_string_is_found_in_any_pieces(text, cut, stop, lengths):
     delivered, rest = text[: cut % len(text)], text[cut % len(text) :]
     across = range(max(0, len(delivered) - len(stop) + 1), len(delivered))
     expected = any(text.startswith(stop, at) for at in across)
-    seam = OverlapFilter(delivered, stop=[stop])
-    assert fed(seam, rest, lengths) == ("" if expected else rest)
-    assert seam.stopped == expected
+    overlap = OverlapFilter(delivered, stop=[stop])
+    assert fed(overlap, rest, lengths) == ("" if expected else rest)
+    assert overlap.stopped == expected
 
 
 @pytest.mark.parametrize(
@@ -245,18 +245,18 @@ def test_a_stop_string_is_found_in_any_pieces(text, cut, stop, lengths):
 def test_a_server_may_cut_a_stop_string_out_of_what_it_should_say_again(said, stop, stopped):
     """It ends its answer before the string, which begins in what was delivered."""
     for delivered, before in (("Hello wor", ""), ("", "Hello")):
-        seam = OverlapFilter(delivered, again=f"{before} wor", stop=stop)
-        assert fed(seam, before + said, (1,)) == ""
-        assert (seam.stopped, seam.differs) == (stopped, not stopped and said != " wor")
+        overlap = OverlapFilter(delivered, again=f"{before} wor", stop=stop)
+        assert fed(overlap, before + said, (1,)) == ""
+        assert (overlap.stopped, overlap.differs) == (stopped, not stopped and said != " wor")
 
 
 def test_what_may_become_a_stop_string_is_held_back_until_it_is_decided():
-    seam = OverlapFilter("Hello wor", stop=["world"])
-    assert seam.feed(Delta(content="l")) is None
-    assert seam.feed(Delta(content="ly")) == Delta(content="lly")
+    overlap = OverlapFilter("Hello wor", stop=["world"])
+    assert overlap.feed(Delta(content="l")) is None
+    assert overlap.feed(Delta(content="ly")) == Delta(content="lly")
 
 
 def test_a_space_that_is_guessed_is_part_of_a_stop_string():
-    seam = OverlapFilter("set on", stop=["on a"], guesses=True)
-    assert seam.feed(Delta(content="a")) is None
-    assert seam.stopped
+    overlap = OverlapFilter("set on", stop=["on a"], guess_space=True)
+    assert overlap.feed(Delta(content="a")) is None
+    assert overlap.stopped

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleet_worker.mlx.reasoning import ThinkingSplitter, split_thinking
+from fleet_worker.mlx.reasoning import ReasoningSplitter, split_reasoning
 
 TAG = re.compile(r"<(/?)think(?:ing)?>")
 
@@ -39,7 +39,7 @@ def pieces(draw):
 
 
 def stream(parts, *, starts_inside=False):
-    splitter = ThinkingSplitter(starts_inside=starts_inside)
+    splitter = ReasoningSplitter(starts_inside=starts_inside)
     sides = [splitter.feed(part) for part in parts] + [splitter.end()]
     return "".join(visible for visible, _ in sides), "".join(reasoning for _, reasoning in sides)
 
@@ -80,7 +80,7 @@ def test_a_text_without_tags_stays_as_it_is(parts):
 
 @given(texts)
 def test_a_piece_is_held_back_only_while_it_may_become_a_tag(text):
-    splitter = ThinkingSplitter()
+    splitter = ReasoningSplitter()
     splitter.feed(text)
     held = "".join(splitter.end())
     assert not held or any(tag.startswith(held) for tag in ("<think>", "</think>", "<thinking>", "</thinking>"))
@@ -88,15 +88,15 @@ def test_a_piece_is_held_back_only_while_it_may_become_a_tag(text):
 
 @pytest.mark.parametrize("name", ["think", "thinking"])
 def test_reasoning_is_separated_and_the_line_breaks_after_a_tag_go(name):
-    assert split_thinking(f"<{name}>\nhm, 4\n</{name}>\n\nIt is 4.") == ("It is 4.", "hm, 4\n")
+    assert split_reasoning(f"<{name}>\nhm, 4\n</{name}>\n\nIt is 4.") == ("It is 4.", "hm, 4\n")
 
 
 def test_text_before_a_thought_stays_before_what_follows_it():
-    assert split_thinking("Well. <think>2+2</think>4.") == ("Well. 4.", "2+2")
+    assert split_reasoning("Well. <think>2+2</think>4.") == ("Well. 4.", "2+2")
 
 
 def test_a_model_may_think_twice():
-    assert split_thinking("<think>a</think>b<think>c</think>d") == ("bd", "ac")
+    assert split_reasoning("<think>a</think>b<think>c</think>d") == ("bd", "ac")
 
 
 def test_a_tag_that_stays_open_makes_the_rest_reasoning():
@@ -104,7 +104,7 @@ def test_a_tag_that_stays_open_makes_the_rest_reasoning():
 
 
 def test_an_orphan_closing_tag_of_a_whole_text_ends_the_reasoning():
-    assert split_thinking("so it is 4\n</think>\n\n4") == ("4", "so it is 4\n")
+    assert split_reasoning("so it is 4\n</think>\n\n4") == ("4", "so it is 4\n")
 
 
 def test_an_orphan_closing_tag_in_a_stream_is_dropped_and_takes_nothing_back():
@@ -113,11 +113,11 @@ def test_an_orphan_closing_tag_in_a_stream_is_dropped_and_takes_nothing_back():
 
 def test_a_template_that_opens_the_tag_itself_makes_the_beginning_reasoning():
     assert stream(["so it is 4</think>", "4"], starts_inside=True) == ("4", "so it is 4")
-    assert split_thinking("never closed", starts_inside=True) == ("", "never closed")
+    assert split_reasoning("never closed", starts_inside=True) == ("", "never closed")
 
 
 def test_a_second_opening_tag_changes_nothing():
-    assert split_thinking("<think>a<think>b</think>c") == ("c", "ab")
+    assert split_reasoning("<think>a<think>b</think>c") == ("c", "ab")
 
 
 def test_what_only_looks_like_a_tag_is_text():
@@ -125,14 +125,14 @@ def test_what_only_looks_like_a_tag_is_text():
 
 
 def test_text_that_cannot_become_a_tag_is_not_held_back():
-    splitter = ThinkingSplitter()
+    splitter = ReasoningSplitter()
     assert splitter.feed("a < b") == ("a < b", "")
     assert splitter.feed("<thi") == ("", "")
     assert splitter.feed("s") == ("<this", "")
 
 
 def test_a_thought_leaves_while_it_is_thought():
-    splitter = ThinkingSplitter()
+    splitter = ReasoningSplitter()
     assert splitter.feed("<think>\n") == ("", "")
     assert splitter.feed("one ") == ("", "one ")
     assert splitter.feed("two") == ("", "two")
@@ -143,7 +143,7 @@ def test_line_breaks_go_even_when_they_come_one_by_one():
 
 
 def test_after_the_end_there_is_no_more():
-    splitter = ThinkingSplitter()
+    splitter = ReasoningSplitter()
     splitter.feed("a<")
     assert splitter.end() == ("<", "")
     assert splitter.end() == ("", "")

@@ -58,7 +58,7 @@ def test_a_stop_over_tls(tls):
         closing(Client(url, clocks={"connect": 0.2})) as client,
         stopped(client.ask),
     ):
-        time.sleep(0.5)
+        time.sleep(0.3)
 
 
 def test_a_server_that_nobody_vouches_for_gets_no_request(tls):
@@ -73,7 +73,7 @@ def test_a_server_that_nobody_vouches_for_gets_no_request(tls):
 def test_a_tls_handshake_has_the_time_of_connecting():
     with (
         answering("") as url,
-        closing(Client(url.replace("http", "https"), clocks={"connect": 0.3})) as client,
+        closing(Client(url.replace("http", "https"), clocks={"connect": 0.1})) as client,
         took_less_than(5),
         pytest.raises(InstanceUnavailable),
     ):

@@ -5,7 +5,7 @@ from kombu import Connection
 
 from fleet_worker.broker.topology import cancel_exchange
 from fleet_worker.node.cancel_listener import CancelListener
-from fleet_worker.protocol.control import Notice
+from fleet_worker.protocol.control import ControlMessage
 from tests.clients import until
 
 
@@ -33,7 +33,7 @@ def say(cancelled, missed):
             producer.publish(body, exchange=cancel_exchange(), routing_key="", declare=[cancel_exchange()])
 
         def listens():
-            say(Notice(node="one@test", cancelled=[("begin", 1)]).model_dump(mode="json"))
+            say(ControlMessage(node="one@test", cancelled=[("begin", 1)]).model_dump(mode="json"))
             return cancelled
 
         until(listens)
@@ -42,9 +42,9 @@ def say(cancelled, missed):
 
 
 def test_what_is_cancelled_here_or_everywhere_is_heard_and_nothing_else(say, cancelled):
-    say(Notice(node=None, cancelled=[("a", 1), ("b", 3)]).model_dump(mode="json"))
-    say(Notice(node="two@test", cancelled=[("c", 1)]).model_dump(mode="json"))
-    say(Notice(node="one@test", cancelled=[("d", 2)]).model_dump(mode="json"))
+    say(ControlMessage(node=None, cancelled=[("a", 1), ("b", 3)]).model_dump(mode="json"))
+    say(ControlMessage(node="two@test", cancelled=[("c", 1)]).model_dump(mode="json"))
+    say(ControlMessage(node="one@test", cancelled=[("d", 2)]).model_dump(mode="json"))
     until(lambda: ("d", 2) in cancelled)
     assert [each for each in cancelled if each[0] != "begin"] == [("a", 1), ("b", 3), ("d", 2)]
 
@@ -59,7 +59,7 @@ def test_what_a_router_has_missed_is_published_again(say, missed):
 
 def test_nonsense_is_dropped_and_the_next_one_is_heard(say, cancelled, caplog):
     say({"node": "one@test", "cancelled": [["secret", "many"]]})
-    say(Notice(node=None, cancelled=[("after", 1)]).model_dump(mode="json"))
+    say(ControlMessage(node=None, cancelled=[("after", 1)]).model_dump(mode="json"))
     until(lambda: ("after", 1) in cancelled)
     assert "what a router said was dropped" in caplog.text
     assert "secret" not in caplog.text

@@ -1,4 +1,4 @@
-"""What is wanted may change at any moment, also while it is being done."""
+"""What is wanted may change at any time, also while it is being applied."""
 
 import itertools
 import sys
@@ -16,7 +16,7 @@ FIRST, SECOND = lane("chat", "first"), lane("chat", "second")
 
 
 class Consumer:
-    """As much of Celery's as an intake needs. Its event loop turns when a test says so."""
+    """As much of Celery's consumer as a `LaneConsumer` needs. Its event loop turns when a test says so."""
 
     def __init__(self, connection):
         self.joined = set()
@@ -28,17 +28,17 @@ class Consumer:
         self.call_soon = lambda *_: None
 
 
-def new_intake(connection):
+def new_lane_consumer(connection):
     app = Celery(broker="memory://")
     app.amqp.queues.select([])
-    intake = LaneConsumer(app, "redis")
-    intake._consumer = Consumer(connection)
-    return intake, intake._consumer.joined
+    lane_consumer = LaneConsumer(app, "redis")
+    lane_consumer._consumer = Consumer(connection)
+    return lane_consumer, lane_consumer._consumer.joined
 
 
 @contextmanager
 def before_line(number, act):
-    """Another thread acts before that many lines of an intake have run within the block; yields whether it has."""
+    """Another thread acts before that many lines of a LaneConsumer have run in the block; yields whether it has."""
     lines, acted = itertools.count(1), []
 
     def trace(frame, event, _):
@@ -60,14 +60,14 @@ def before_line(number, act):
 def test_what_is_wanted_while_something_else_is_being_done_never_counts_as_done():
     with Connection("memory://") as connection:
         for number in itertools.count(1):
-            intake, joined = new_intake(connection)
-            intake.follow([FIRST])
-            with before_line(number, lambda intake=intake: intake.follow([SECOND])) as acted:
-                intake._apply()
+            lane_consumer, joined = new_lane_consumer(connection)
+            lane_consumer.follow([FIRST])
+            with before_line(number, lambda lane_consumer=lane_consumer: lane_consumer.follow([SECOND])) as acted:
+                lane_consumer._apply()
             if not acted:
                 break
-            assert joined == {SECOND} or not intake.settled(0)
-            intake._apply()
+            assert joined == {SECOND} or not lane_consumer.wait_until_settled(0)
+            lane_consumer._apply()
             assert joined == {SECOND}
-            assert intake.settled(0)
+            assert lane_consumer.wait_until_settled(0)
     assert number > 20

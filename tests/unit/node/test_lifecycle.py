@@ -10,7 +10,7 @@ from celery.worker import state as celery_state
 
 from fleet_worker.exit_codes import AGAIN, CONFIGURATION
 from fleet_worker.node import lifecycle as module
-from fleet_worker.node.lifecycle import ASKED_WHO, HANDED_OVER_WITHIN, Lifecycle
+from fleet_worker.node.lifecycle import HANDED_OVER_WITHIN, NAMESAKES_ASKED, Lifecycle
 from tests.clients import took_less_than, until
 
 
@@ -50,7 +50,7 @@ def worker(monkeypatch):
 def exit_code(life, worker):
     """What Celery is told to end with; and it ends."""
     until(lambda: celery_state.should_stop is not None, HANDED_OVER_WITHIN + 2)
-    life._stopped(worker)
+    life._on_shutdown(worker)
     return celery_state.should_stop
 
 
@@ -84,7 +84,7 @@ class Control:
 
     def ask(self, node):
         self.life = Lifecycle(SimpleNamespace(app=SimpleNamespace(control=self)), node, grace=0)
-        self.life._leave_if_not_alone()
+        self.life._leave_if_name_is_taken()
         return self.life
 
     def broadcast(self, command, **options):
@@ -109,7 +109,7 @@ def test_a_node_leaves_when_an_elder_process_has_its_name(worker, rounds):
     assert exit_code(life, life._worker) == CONFIGURATION
 
 
-@pytest.mark.parametrize("rounds", [[[None]], [[], [], [None]], [[]] * ASKED_WHO, [[None, YOUNGER]], [[YOUNGER]]])
+@pytest.mark.parametrize("rounds", [[[None]], [[], [], [None]], [[]] * NAMESAKES_ASKED, [[None, YOUNGER]], [[YOUNGER]]])
 def test_a_node_that_is_alone_or_the_elder_one_goes_on(worker, rounds):
     control = Control(*rounds)
     control.ask(Node())

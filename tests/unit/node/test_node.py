@@ -1,28 +1,13 @@
-"""What a node offers, when its configuration and its server's list of models change at the same moment."""
+"""What a node logs of its lanes."""
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 
-from fleet_worker.mlx.offering import offerings_of
-from fleet_worker.node import node as module
+from fleet_worker.broker.app import create_app
 from fleet_worker.node.node import Node
-from fleet_worker.node.running_attempts import RunningAttempts
+from fleet_worker.node.server_discovery import Server
 from fleet_worker.settings import Settings
-
-
-class LaneConsumer:
-    """It follows at once."""
-
-    lanes = wanted = frozenset()
-
-    def follow(self, lanes):
-        self.lanes = self.wanted = lanes
-
-    def settled(self, timeout):
-        return True
 
 
 def settings(**instance):
@@ -30,52 +15,14 @@ def settings(**instance):
     return Settings(instances={"one": {"base_url": "http://127.0.0.1:1", "fleet": opted_in, **instance}})
 
 
-def new_node(settings, reported):
-    return Node(
-        settings,
-        name="one@test",
-        instance="one",
-        server="openai",
-        mlx=SimpleNamespace(url="http://127.0.0.1:1"),
-        offerings=offerings_of(settings.instances["one"], settings.features, reported),
-        reported=reported,
-        sender=None,
-        intake=LaneConsumer(),
-        running=RunningAttempts(),
-        listeners=None,
-        control=None,
-    )
-
-
-def reloaded(node):
-    assert node.reload(settings(model_blacklist=["b"]))
-
-
-def listed(node):
-    node._models_reported(["a", "b", "c"])
-
-
-@pytest.mark.parametrize(("first", "second"), [(reloaded, listed), (listed, reloaded)])
-def test_what_is_offered_follows_the_newest_configuration_and_the_newest_list(first, second, monkeypatch):
-    """The first one thinks until the second one has ended, or has to wait."""
-    thinks, ended = threading.Event(), threading.Event()
-
-    def slow_at_first(*known):
-        offerings = offerings_of(*known)
-        if not thinks.is_set():
-            thinks.set()
-            ended.wait(0.3)
-        return offerings
-
-    node = new_node(settings(), ["a", "b"])
-    monkeypatch.setattr(module, "offerings_of", slow_at_first)
-    with ThreadPoolExecutor(2) as pool:
-        one = pool.submit(first, node)
-        assert thinks.wait(5)
-        other = pool.submit(second, node)
-        other.add_done_callback(lambda _: ended.set())
-    assert one.exception() is other.exception() is None
-    assert set(node.offerings) == {"a", "c"}
+@pytest.fixture
+def node():
+    """It has one model, a server that nothing is asked of, and no connection to a broker."""
+    app = create_app(Settings(broker_url="redis://127.0.0.1:1"))
+    client = SimpleNamespace(url="http://127.0.0.1:1", close=lambda: None)
+    node = Node(app, settings(), "one@test", Server(client, "openai", ["a"]))
+    yield node
+    node.close()
 
 
 @pytest.mark.parametrize(
@@ -83,15 +30,14 @@ def test_what_is_offered_follows_the_newest_configuration_and_the_newest_list(fi
     [
         (lambda node: node.drain(), "INFO"),
         (lambda node: node.drain(ending=True), "INFO"),
-        (lambda node: (node._readiness.refused(), node._follow()), "WARNING"),
+        (lambda node: (node._readiness.connection_refused(), node._update_lanes()), "WARNING"),
     ],
     ids=["drained", "ending", "its server is gone"],
 )
-def test_a_node_that_is_meant_to_leave_its_lanes_does_not_warn_of_it(leave, level, caplog):
+def test_a_node_that_is_meant_to_leave_its_lanes_does_not_warn_of_it(node, leave, level, caplog):
     caplog.set_level("INFO", "fleet_worker")
-    node = new_node(settings(), ["a"])
     node._readiness.canary_ended(None)
-    node._follow()
+    node._update_lanes()
     leave(node)
     left = [record for record in caplog.records if "leaves lane" in record.getMessage()]
     assert {record.levelname for record in left} == {level}

@@ -40,7 +40,7 @@ class Watched(Readiness):
 
     def token(self):
         """A token arrives, now."""
-        self.content_at(self.now)
+        self.content_received(self.now)
 
     @property
     def status(self):
@@ -69,7 +69,7 @@ def failing(watched, *, times=FAILURES, error=None):
 
 def test_it_begins_unproven_and_health_is_no_proof(watched):
     assert (watched.status, watched.state.ready) == ("starting", False)
-    watched.answered(True)
+    watched.health_answered(True)
     assert watched.status == "starting"
     assert watched.needs_canary
 
@@ -94,22 +94,22 @@ def test_what_a_failed_canary_delivered_is_no_proof(watched):
     """A server may send a first token, or a broken vector, and fail then."""
     watched.token()
     watched.after(1).canary_ended(MalformedOutput("no end"))
-    watched.content_at(watched.now - 0.5)
+    watched.content_received(watched.now - 0.5)
     assert watched.status == "unavailable"
     watched.after(1).token()
     assert watched.status == "available"
 
 
 def test_a_late_answer_degrades_and_the_next_one_restores(available):
-    available.late(available.now - 0.5)
+    available.health_late(available.now - 0.5)
     assert (available.status, available.state.reason) == ("degraded", "the MLX server answers late")
     assert not available.needs_canary
-    available.answered(True)
+    available.health_answered(True)
     assert available.status == "available"
 
 
 def test_a_token_restores_a_late_one_too(available):
-    available.late(available.now - 0.5)
+    available.health_late(available.now - 0.5)
     available.after(1).token()
     assert available.status == "available"
 
@@ -117,18 +117,18 @@ def test_a_token_restores_a_late_one_too(available):
 def test_late_is_no_trouble_while_tokens_arrive(available):
     asked = available.now
     available.after(0.2).token()
-    available.after(0.3).late(asked)
+    available.after(0.3).health_late(asked)
     assert available.status == "available"
 
 
 def test_late_for_too_long_is_dead_and_an_answer_alone_does_not_revive_it(available):
     asked = available.now
-    available.after(GIVE_UP_AFTER - 0.1).late(asked)
+    available.after(GIVE_UP_AFTER - 0.1).health_late(asked)
     assert available.status == "degraded"
-    available.after(0.1).late(available.now)
+    available.after(0.1).health_late(available.now)
     assert (available.status, available.state.reason) == ("unavailable", "the MLX server does not answer")
     assert not available.needs_canary  # it would not answer that either
-    available.answered(True)
+    available.health_answered(True)
     assert available.status == "unavailable"
     assert available.needs_canary
     available.canary_ended(None)
@@ -137,16 +137,16 @@ def test_late_for_too_long_is_dead_and_an_answer_alone_does_not_revive_it(availa
 
 def test_an_answer_in_between_begins_the_count_of_late_ones_anew(available):
     for _ in range(20):
-        available.after(GIVE_UP_AFTER * 0.9).late(available.now - 1)
-        available.answered(True)
+        available.after(GIVE_UP_AFTER * 0.9).health_late(available.now - 1)
+        available.health_answered(True)
     assert available.status == "available"
 
 
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
-        (lambda seen: seen.refused(), "the MLX server does not accept connections"),
-        (lambda seen: seen.answered(False), "the MLX server says that it is not ready"),
+        (lambda seen: seen.connection_refused(), "the MLX server does not accept connections"),
+        (lambda seen: seen.health_answered(False), "the MLX server says that it is not ready"),
         (lambda seen: seen.failed(InstanceUnavailable("it is down")), "it is down"),
         (failing, "3 requests failed in a row, the last: it failed"),
     ],
@@ -154,7 +154,7 @@ def test_an_answer_in_between_begins_the_count_of_late_ones_anew(available):
 def test_each_of_these_makes_it_unavailable_until_it_has_proved_itself(available, fault, reason):
     fault(available)
     assert (available.status, available.state.reason) == ("unavailable", reason)
-    available.after(1).answered(True)
+    available.after(1).health_answered(True)
     assert available.status == "unavailable"
     available.token()
     assert available.status == "available"
@@ -163,13 +163,13 @@ def test_each_of_these_makes_it_unavailable_until_it_has_proved_itself(available
 def test_only_a_server_that_says_it_is_ready_is_sent_a_canary(watched):
     """To one that is known to be away it would only tell what is known, and the next one has to wait a minute."""
     assert not watched.needs_canary
-    watched.refused()
+    watched.connection_refused()
     assert not watched.needs_canary
-    watched.after(1).answered(False)
+    watched.after(1).health_answered(False)
     assert not watched.needs_canary
-    watched.after(1).answered(True)
+    watched.after(1).health_answered(True)
     assert watched.needs_canary
-    watched.after(1).late(watched.now - 0.5)
+    watched.after(1).health_late(watched.now - 0.5)
     assert not watched.needs_canary
 
 
@@ -177,10 +177,10 @@ def test_only_a_server_that_says_it_is_ready_is_sent_a_canary(watched):
 
 
 def test_work_without_a_token_degrades_after_a_while(available):
-    available.after(1).working_since(began := available.now)
-    available.after(STALL_AFTER).working_since(began)
+    available.after(1).busy_since(began := available.now)
+    available.after(STALL_AFTER).busy_since(began)
     assert available.status == "available"
-    available.after(0.1).working_since(began)
+    available.after(0.1).busy_since(began)
     assert (available.status, available.state.reason) == (
         "degraded",
         "no token for more than 20 s while work is in progress",
@@ -190,10 +190,10 @@ def test_work_without_a_token_degrades_after_a_while(available):
 
 def test_a_stalled_one_has_to_prove_itself_when_its_work_is_over(available):
     began = available.now
-    available.answered(True)
-    available.after(STALL_AFTER + 1).working_since(began)
-    available.after(1).working_since(None)
-    available.answered(True)
+    available.health_answered(True)
+    available.after(STALL_AFTER + 1).busy_since(began)
+    available.after(1).busy_since(None)
+    available.health_answered(True)
     assert available.status == "degraded"
     assert available.needs_canary
     available.canary_ended(None)
@@ -202,44 +202,44 @@ def test_a_stalled_one_has_to_prove_itself_when_its_work_is_over(available):
 
 def test_a_token_ends_a_stall(available):
     began = available.now
-    available.after(STALL_AFTER + 1).working_since(began)
+    available.after(STALL_AFTER + 1).busy_since(began)
     available.after(1).token()
-    available.working_since(began)
+    available.busy_since(began)
     assert available.status == "available"
 
 
 def test_silence_is_counted_from_the_last_token_and_idle_time_is_not(available):
     began = available.now
     available.after(STALL_AFTER - 1).token()
-    available.after(STALL_AFTER - 1).working_since(began)
-    available.after(10 * STALL_AFTER).working_since(None)
-    available.working_since(available.now)
+    available.after(STALL_AFTER - 1).busy_since(began)
+    available.after(10 * STALL_AFTER).busy_since(None)
+    available.busy_since(available.now)
     assert available.status == "available"
 
 
 @pytest.mark.parametrize(
     "dead",
     [
-        lambda seen: seen.refused(),
-        lambda seen: seen.answered(False),
-        lambda seen: seen.late(seen.now - GIVE_UP_AFTER),
+        lambda seen: seen.connection_refused(),
+        lambda seen: seen.health_answered(False),
+        lambda seen: seen.health_late(seen.now - GIVE_UP_AFTER),
         lambda seen: seen.canary_ended(ProviderError("500")),
     ],
 )
 def test_dead_says_more_than_slow_and_slow_no_more_than_dead(available, dead):
     began = available.now
-    available.after(STALL_AFTER + 1).working_since(began)
+    available.after(STALL_AFTER + 1).busy_since(began)
     assert available.status == "degraded"
     dead(available)
     assert available.status == "unavailable"
     reason = available.state.reason
-    available.after(1).working_since(began)
+    available.after(1).busy_since(began)
     assert (available.status, available.state.reason) == ("unavailable", reason)
 
 
 def test_a_late_one_that_is_then_refused_is_dead_and_no_longer_late(available):
-    available.late(available.now - 0.5)
-    available.after(1).refused()
+    available.health_late(available.now - 0.5)
+    available.after(1).connection_refused()
     assert available.status == "unavailable"
     available.after(1).token()
     assert available.status == "available"
@@ -247,10 +247,10 @@ def test_a_late_one_that_is_then_refused_is_dead_and_no_longer_late(available):
 
 def test_a_stalled_one_that_is_late_as_well_needs_its_proof_when_it_answers(available):
     began = available.now
-    available.after(STALL_AFTER + 1).working_since(began)
-    available.late(available.now - 0.5)
+    available.after(STALL_AFTER + 1).busy_since(began)
+    available.health_late(available.now - 0.5)
     assert (available.status, available.needs_canary) == ("degraded", False)
-    available.after(1).answered(True)
+    available.after(1).health_answered(True)
     assert (available.status, available.needs_canary) == ("degraded", True)
 
 
@@ -311,11 +311,11 @@ def test_a_success_in_between_begins_the_count_of_failures_anew(available):
 
 
 def test_a_token_from_before_a_failure_does_not_begin_the_count_anew(available):
-    """The watch tells of a token after the task has told of the failure that came later."""
+    """The monitor reports a token after the task has reported a failure that came later."""
     for _ in range(FAILURES):
         token = available.after(1).now
         available.after(0.1).failed(ProviderError("after some of the answer"))
-        available.content_at(token)
+        available.content_received(token)
     assert available.status == "unavailable"
 
 
@@ -325,8 +325,8 @@ def test_a_token_from_before_a_failure_does_not_begin_the_count_anew(available):
 @pytest.mark.parametrize(
     "fault",
     [
-        lambda seen: seen.refused(),
-        lambda seen: seen.answered(False),
+        lambda seen: seen.connection_refused(),
+        lambda seen: seen.health_answered(False),
         lambda seen: seen.failed(InstanceUnavailable("it is down")),
         lambda seen: seen.canary_ended(ProviderError("500")),
         failing,
@@ -335,40 +335,27 @@ def test_a_token_from_before_a_failure_does_not_begin_the_count_anew(available):
 def test_a_token_from_before_a_fault_disproves_nothing(available, fault):
     token = available.now
     fault(available.after(10))
-    available.content_at(token)
+    available.content_received(token)
     assert available.status == "unavailable"
 
 
 def test_a_token_between_two_faults_does_not_disprove_the_second(available):
-    """It worked again for a moment and died, all between two looks."""
+    """It worked again and died, all between two checks of the monitor."""
     failing(available)
     token = available.after(5).now
-    available.after(0.2).refused()
-    available.after(0.1).content_at(token)
+    available.after(0.2).connection_refused()
+    available.after(0.1).content_received(token)
     assert available.status == "unavailable"
 
 
 def test_the_first_reason_stays_as_long_as_nothing_is_proved(available):
-    available.refused()
-    available.after(1).answered(False)
+    available.connection_refused()
+    available.after(1).health_answered(False)
     failing(available)
     assert available.state.reason == "the MLX server does not accept connections"
 
 
-# --- Models, and the end
-
-
-def test_a_model_that_is_missing_leaves_the_others_alone(available):
-    available.lacks("a")
-    available.lacks("b")
-    assert (available.status, available.state.missing) == ("available", {"a", "b"})
-    available.has(["b", "c"])
-    assert available.state.missing == {"a"}
-    available.refused()
-    assert available.state.missing == {"a"}
-    available.late(available.now)
-    available.drain()
-    assert available.state.missing == {"a"}
+# --- Drained, and the end
 
 
 def test_a_node_that_ends_takes_nothing_whatever_the_server_can_do(available):
@@ -376,7 +363,7 @@ def test_a_node_that_ends_takes_nothing_whatever_the_server_can_do(available):
     assert (available.status, available.state.reason) == ("drained", "the node is ending")
     available.after(1).token()
     available.canary_ended(None)
-    available.answered(True)
+    available.health_answered(True)
     available.drain()
     available.undrain()
     assert (available.status, available.state.reason) == ("drained", "the node is ending")
@@ -386,7 +373,7 @@ def test_a_drained_node_takes_nothing_until_it_is_undrained_and_has_proved_itsel
     available.drain()
     available.after(1).token()
     assert (available.status, available.state.ready) == ("drained", False)
-    available.answered(True)
+    available.health_answered(True)
     available.after(1).undrain()
     assert (available.status, available.needs_canary) == ("starting", True)
     available.after(1).token()
@@ -395,7 +382,7 @@ def test_a_drained_node_takes_nothing_until_it_is_undrained_and_has_proved_itsel
 
 def test_what_a_server_does_while_its_node_is_drained_counts_when_it_is_over(available):
     available.drain()
-    available.refused()
+    available.connection_refused()
     assert available.status == "drained"
     available.undrain()
     assert available.status == "unavailable"
@@ -419,7 +406,6 @@ class AnyOrder(RuleBasedStateMachine):
         self.doubted_at = 0.0
         self.late_since = None
         self.drained = self.ending = False
-        self.missing = set()
 
     def later(self, seconds):
         self.watched.after(seconds)
@@ -435,11 +421,11 @@ class AnyOrder(RuleBasedStateMachine):
     def token(self, age):
         """Told `age` seconds after it arrived."""
         self.later(0.01)
-        moment = self.watched.now - age
-        self.watched.content_at(moment)
-        if moment > self.newest:
-            self.newest, self.late_since = moment, None
-            if moment > self.fault:
+        at = self.watched.now - age
+        self.watched.content_received(at)
+        if at > self.newest:
+            self.newest, self.late_since = at, None
+            if at > self.fault:
                 self.proof = self.watched.now
                 assert self.watched.state.ready or self.drained
 
@@ -458,17 +444,17 @@ class AnyOrder(RuleBasedStateMachine):
     def answer(self, ready):
         self.later(0.01)
         before = self.watched.state
-        self.watched.answered(ready)
+        self.watched.health_answered(ready)
         self.late_since = None
         if not ready:
             self.blamed()
-        elif not before.ready:  # it says so: no proof, unless it was only late
+        elif not before.ready:  # an answer is no proof, unless it was only late
             assert not self.watched.state.ready or before.reason == "the MLX server answers late"
 
     @rule()
     def refused(self):
         self.later(0.01)
-        self.watched.refused()
+        self.watched.connection_refused()
         self.blamed()
         self.late_since = None
         assert self.watched.status in ("unavailable", "starting") or self.drained
@@ -478,7 +464,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.later(0.01)
         asked = self.watched.now
         self.later(patience)
-        self.watched.late(asked)
+        self.watched.health_late(asked)
         self.late_since = self.late_since or asked
         if self.watched.now - self.late_since >= GIVE_UP_AFTER:
             self.blamed()
@@ -498,24 +484,13 @@ class AnyOrder(RuleBasedStateMachine):
         self.later(0.01)
         before = self.watched.state
         since = self.watched.now - seconds
-        self.watched.working_since(since if working else None)
+        self.watched.busy_since(since if working else None)
         stalled = working and self.watched.now - max(since, self.newest) > STALL_AFTER
         if stalled:
             self.blamed()
             assert not self.watched.state.ready
         else:
             assert self.watched.state == before
-
-    @rule(model=st.sampled_from("ab"), there=st.booleans())
-    def model(self, model, there):
-        before = self.watched.status
-        if there:
-            self.watched.has([model])
-            self.missing.discard(model)
-        else:
-            self.watched.lacks(model)
-            self.missing.add(model)
-        assert self.watched.status == before
 
     @rule(ending=st.booleans())
     def drain(self, ending):
@@ -533,7 +508,6 @@ class AnyOrder(RuleBasedStateMachine):
     @invariant()
     def holds(self):
         state = self.watched.state
-        assert state.missing == self.missing
         assert state.ready == (state.status == "available") == (not state.reason)
         if state.ready:
             assert self.proof > self.doubted_at

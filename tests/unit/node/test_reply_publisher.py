@@ -3,14 +3,16 @@
 import queue
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from kombu import Connection
 
 from fleet_worker.broker.topology import reply_name
 from fleet_worker.errors import ReplyLost, RequestTimeout
-from fleet_worker.mlx.cancellation import CancelToken
-from fleet_worker.node.reply_publisher import ReplyPublisher
+from fleet_worker.mlx.timeouts import CancelToken
+from fleet_worker.node import reply_publisher as module
+from fleet_worker.node.reply_publisher import ReplayBuffer, ReplyPublisher
 from fleet_worker.protocol.reply import Accepted, Alive, ChatResponse, Delta, Deltas, Reply, Timings, Usage
 from fleet_worker.router.reply_consumer import ReplyConsumer
 from tests.clients import SOON, WHY, took_less_than, until
@@ -68,50 +70,40 @@ def inbox(memory, arrived):
 
 
 @pytest.fixture
-def sender(memory):
-    sender = ReplyPublisher(memory, "n@h", max_pending=50)
-    yield sender
-    sender.close()
+def publisher(memory):
+    publisher = ReplyPublisher(memory, "n@h", max_pending=50)
+    yield publisher
+    publisher.close()
 
 
-def test_a_whole_reply_travels_from_node_to_router(sender, inbox, arrived):
-    with sender.answering("r", 1, inbox.name) as answer:
-        answer.accept(instance="i", queue_wait=0.5)
-        answer.put([Delta(content="a"), Delta(content="b")], 2)
+def test_a_whole_reply_travels_from_node_to_router(publisher, inbox, arrived):
+    with publisher.reply("r", 1, inbox.name) as reply:
+        reply.accept(instance="i", queue_wait=0.5)
+        reply.put([Delta(content="a"), Delta(content="b")], 2)
         timings = Timings(queue_wait=0.5, duration=1.0)
-        answer.end(ChatResponse, instance="i", model="m", finish_reason="stop", usage=Usage(), timings=timings)
+        reply.end(ChatResponse, instance="i", model="m", finish_reason="stop", usage=Usage(), timings=timings)
     kinds = [arrived.get().kind for _ in range(3)]
     assert kinds == ["accepted", "deltas", "response"]
 
 
-def test_a_redelivered_attempt_is_not_answered_twice(sender, inbox):
-    with sender.answering("r", 1, inbox.name) as first, sender.answering("r", 1, inbox.name) as second:
-        assert first
-        assert second is None
-    with sender.answering("r", 1, inbox.name) as third:
-        assert third is None
-    with sender.answering("r", 2, inbox.name) as another_attempt:
-        assert another_attempt
-
-
-def test_a_request_in_progress_shows_life(sender, inbox):
+def test_each_heartbeat_tells_of_a_request_in_progress(publisher, inbox):
     seen = queue.SimpleQueue()
     inbox._take = lambda node, frame: seen.put(frame)
-    with sender.answering("r", 1, inbox.name) as answer:
-        answer.accept(instance="i", queue_wait=0.0)
+    with publisher.reply("r", 1, inbox.name) as reply:
+        reply.accept(instance="i", queue_wait=0.0)
         assert seen.get(timeout=5).kind == "accepted"
         life = seen.get(timeout=5)
         assert (life.kind, life.seq) == ("alive", 1)
 
 
-def test_a_sign_of_life_never_runs_ahead_of_the_frames(sender, inbox, arrived):
-    """Many short waits around the moment when life is shown: a frame on its way must not look lost."""
-    with sender.answering("r", 1, inbox.name) as answer:
-        answer.accept(instance="i", queue_wait=0.0)
+def test_a_heartbeat_never_runs_ahead_of_the_frames(publisher, inbox, arrived):
+    """Many short waits around a heartbeat: a frame on its way must not look lost."""
+    with publisher.reply("r", 1, inbox.name) as reply:
+        reply.accept(instance="i", queue_wait=0.0)
         for _ in range(300):
-            sender._next_alive = 0.0
-            answer.put([Delta(content="x")], 1)
-        answer.fail(ReplyLost("the end"))
+            publisher._next_heartbeat = 0.0
+            reply.put([Delta(content="x")], 1)
+        reply.fail(ReplyLost("the end"))
     frames = [arrived.get() for _ in range(302)]
     assert [frame.seq for frame in frames] == list(range(302))
     assert frames[-1].message == "the end"
@@ -129,9 +121,9 @@ class Broker:
         return Connection("memory://", transport_options={"polling_interval": 0.001})
 
 
-def put_many(answer, count):
+def put_many(reply, count):
     for _ in range(count):
-        answer.put([Delta(content="x")], 1)
+        reply.put([Delta(content="x")], 1)
 
 
 @pytest.fixture
@@ -143,20 +135,20 @@ def broker():
 
 @pytest.fixture
 def narrow(broker):
-    sender = ReplyPublisher(broker.connect, "n@h", max_pending=5)
-    yield sender
+    publisher = ReplyPublisher(broker.connect, "n@h", max_pending=5)
+    yield publisher
     broker.away = False
-    sender.close()
+    publisher.close()
 
 
 def test_when_the_broker_is_away_a_bounded_number_of_frames_wait_and_the_error_is_the_next(
     broker, narrow, inbox, arrived
 ):
-    with narrow.answering("r", 1, inbox.name) as answer:
-        answer.deadline = time.monotonic() + 0.5
+    with narrow.reply("r", 1, inbox.name) as reply:
+        reply.deadline = time.monotonic() + 0.5
         with pytest.raises(RequestTimeout) as raised:
-            put_many(answer, 20)
-        answer.fail(raised.value)
+            put_many(reply, 20)
+        reply.fail(raised.value)
         broker.away = False
         frames = [arrived.get()]
         while frames[-1].kind != "error":
@@ -169,33 +161,33 @@ def test_a_task_that_waits_for_the_broker_can_be_stopped(narrow):
     stop = CancelToken()
 
     def work():
-        with narrow.answering("r", 1, reply_name("test", 60)) as answer, answer.stopped_by(stop):
-            put_many(answer, 20)
+        with narrow.reply("r", 1, reply_name("test", 60)) as reply, reply.cancelled_by(stop):
+            put_many(reply, 20)
 
     with ThreadPoolExecutor(1) as pool:
         working = pool.submit(work)
         until(lambda: narrow._count == 5)
         time.sleep(0.05)  # it waits now
         with took_less_than(SOON):
-            stop.now(WHY)
+            stop.cancel(WHY)
             assert working.exception(timeout=10) is WHY
     assert narrow.wait_until_idle(0)
 
 
-def test_what_a_router_has_missed_is_published_again(sender, inbox, arrived):
-    with sender.answering("r", 1, inbox.name) as answer:
-        answer.accept(instance="i", queue_wait=0.5)
-        answer.put([Delta(content="x")], 1)
+def test_what_a_router_has_missed_is_published_again(publisher, inbox, arrived):
+    with publisher.reply("r", 1, inbox.name) as reply:
+        reply.accept(instance="i", queue_wait=0.5)
+        reply.put([Delta(content="x")], 1)
         assert [arrived.get().seq for _ in range(2)] == [0, 1]
-        sender.publish_again("another queue")
-        sender.publish_again(inbox.name)
+        publisher.publish_again("another queue")
+        publisher.publish_again(inbox.name)
         assert [arrived.get().seq for _ in range(2)] == [0, 1]
-        answer.put([Delta(content="y")], 2)
+        reply.put([Delta(content="y")], 2)
         assert arrived.get().seq == 2
         assert arrived.frames.empty()
 
 
-def test_a_message_of_another_protocol_is_dropped_and_the_next_one_read(sender, inbox, memory, arrived):
+def test_a_message_of_another_protocol_is_dropped_and_the_next_one_read(publisher, inbox, memory, arrived):
     with memory() as connection, connection.Producer() as producer:
         for body in (b"not json", b'{"v": 9}', Reply(v=2, node="n", frames=[accepted()]).encode()):
             producer.publish(
@@ -204,7 +196,7 @@ def test_a_message_of_another_protocol_is_dropped_and_the_next_one_read(sender, 
     assert arrived.get().kind == "accepted"
 
 
-def test_a_frame_that_cannot_be_taken_is_dropped_and_the_next_one_read(sender, memory, arrived, caplog):
+def test_a_frame_that_cannot_be_taken_is_dropped_and_the_next_one_read(publisher, memory, arrived, caplog):
     def clumsy(node, frame):
         if isinstance(frame, Accepted):
             raise OverflowError("quoting a secret")
@@ -212,10 +204,80 @@ def test_a_frame_that_cannot_be_taken_is_dropped_and_the_next_one_read(sender, m
 
     inbox = ReplyConsumer(memory, "memory://", reply_name("test", 60), clumsy)
     inbox.start(5)
-    with sender.answering("r", 1, inbox.name) as answer:
-        answer.accept(instance="i", queue_wait=0.5)
-        answer.put([Delta(content="x")], 1)
+    with publisher.reply("r", 1, inbox.name) as reply:
+        reply.accept(instance="i", queue_wait=0.5)
+        reply.put([Delta(content="x")], 1)
     assert arrived.get().kind == "deltas"
     assert "a frame of n@h (accepted) was dropped: OverflowError at test_reply_publisher.py" in caplog.text
     assert "secret" not in caplog.text
     inbox.close()
+
+
+# --- What is published again
+
+
+def body(*seqs, text="x"):
+    frames = [Deltas(id="r", attempt=1, seq=seq, deltas=[Delta(content=text)], tokens=seq) for seq in seqs]
+    return Reply(v=2, node="n@h", frames=frames).encode()
+
+
+def seqs(bodies):
+    return [[frame.seq for frame in Reply.decode(each).frames] for each in bodies]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+def test_many_messages_to_one_router_are_one_when_they_are_published_again(clock):
+    buffer = ReplayBuffer()
+    for reply_to, seq in [("a", 0), ("b", 0), ("a", 1), ("a", 2), ("b", 1)]:
+        buffer.add(reply_to, body(seq))
+    assert [reply_to for reply_to, _ in buffer.take()] == ["a", "b"]
+    buffer.add("b", body(2))
+    assert seqs(each for _, each in buffer.take()) == [[0, 1, 2], [0, 1, 2]]
+
+
+def test_a_merged_message_says_all_that_its_parts_said(clock):
+    buffer = ReplayBuffer()
+    buffer.add("a", body(0, text="Grüße"))
+    buffer.add("a", body(1, 2))
+    [(_, merged)] = buffer.take()
+    assert Reply.decode(merged) == Reply.decode(body(0, text="Grüße")).model_copy(
+        update={"frames": Reply.decode(body(0, text="Grüße")).frames + Reply.decode(body(1, 2)).frames}
+    )
+
+
+def test_no_message_becomes_too_large_by_that(clock, monkeypatch):
+    monkeypatch.setattr(module, "REPLAY_MESSAGE_BYTES", 1_000)
+    buffer = ReplayBuffer()
+    for seq, length in enumerate([300, 300, 300, 5_000, 10, 10]):
+        buffer.add("a", body(seq, text="x" * length))
+    assert seqs(each for _, each in buffer.take()) == [[0, 1], [2], [3], [4, 5]]
+
+
+def test_what_is_old_is_forgotten_and_what_was_published_again_is_new(clock):
+    buffer = ReplayBuffer()
+    buffer.add("a", body(0))
+    clock.now += 3
+    buffer.add("b", body(0))
+    clock.now += 3
+    assert buffer.reply_queues() == {"b"}
+    assert [reply_to for reply_to, _ in buffer.take()] == ["b"]
+    clock.now += 4
+    assert buffer.reply_queues() == {"b"}
+    clock.now += 2
+    assert buffer.reply_queues() == set()
+    assert not buffer
+    assert buffer.take() == []
+
+
+def test_not_more_bytes_than_allowed_are_kept(clock, monkeypatch):
+    monkeypatch.setattr(module, "REPLAY_MAX_BYTES", 3 * len(body(0)))
+    buffer = ReplayBuffer()
+    for seq in range(5):
+        buffer.add("a", body(seq))
+    assert seqs(each for _, each in buffer.take()) == [[2, 3, 4]]

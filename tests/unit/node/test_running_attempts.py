@@ -77,3 +77,25 @@ def test_all_is_stopped_or_all_of_one_router_and_nothing_twice(running):
         assert isinstance(second.error, Cancelled)
     assert running.routers == set()
     assert running.stop(Cancelled) == 0
+
+
+def test_an_attempt_is_new_once(running):
+    assert [running.is_new("r", 1), running.is_new("r", 1), running.is_new("r", 2)] == [True, False, True]
+
+
+def test_of_very_many_attempts_the_oldest_are_forgotten(running):
+    assert all(running.is_new(str(number), 1) for number in range(REMEMBERED + 1))
+    assert not running.is_new("1", 1)
+    assert running.is_new("0", 1)
+
+
+def test_a_node_is_busy_as_long_as_at_least_one_attempt_runs(running, now):
+    assert (len(running), running.busy_since) == (0, None)
+    with running.attempt("r", 1, "a"):
+        now[0] += 1
+        with running.attempt("s", 1, "a"):
+            assert (len(running), running.busy_since) == (2, 1000.0)
+        assert (len(running), running.busy_since) == (1, 1000.0)
+    assert (len(running), running.busy_since) == (0, None)
+    with running.attempt("t", 1, "a"):
+        assert running.busy_since == 1001.0

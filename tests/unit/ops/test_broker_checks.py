@@ -137,7 +137,7 @@ def test_the_quickest_answer_tells_the_time_best(url):
 @pytest.mark.parametrize(
     ("forbidden", "expected"),
     {
-        "-info": [("ok", "Redis or Valkey"), ("warning", "does not tell this user")],
+        "-info": [("ok", "Redis or Valkey"), ("warning", "cannot be read by this user")],
         "-config": [("ok", "Valkey 9")],
     }.items(),
 )

@@ -81,7 +81,7 @@ def test_a_variable_that_nothing_reads_is_named_without_its_value(configured, mo
     for name in ("FLEET_BROKERURL", "fleet_router_timeout", "FLEET_XYZZY__ZYX"):
         monkeypatch.setenv(name, "hush-hush")
     known = {"FLEET_HOST": "mini", "fleet_router__timeout": "5", "FLEET_INSTANCES__LOCAL__API_KEY": "hush-hush"}
-    for name, value in {**known, "FLEET_LIFELINE": "3", "FLEET_BROKER_PASSWORD": "hush-hush"}.items():
+    for name, value in {**known, "FLEET_PARENT_PIPE": "3", "FLEET_BROKER_PASSWORD": "hush-hush"}.items():
         monkeypatch.setenv(name, value)
     _, *found = configuration(Settings())
     assert {(finding.severity, finding.check, bool(finding.advice)) for finding in found} == {

@@ -6,11 +6,11 @@ import pytest
 
 from fleet_worker import Settings
 from fleet_worker.ops import drain as module
-from fleet_worker.ops.drain import Drained, drain, undrain
+from fleet_worker.ops.drain import DrainState, drain, undrain
 
 
 def said(drained=True, running=0, handed_over=0):
-    return Drained("one@mini", drained, running, handed_over, grace=30.0)
+    return DrainState("one@mini", drained, running, handed_over, grace=30.0)
 
 
 class Fleet:
@@ -40,7 +40,7 @@ def asked(monkeypatch, capsys):
     """The exit code and the lines of a command, in such a fleet."""
 
     def asked(command, fleet, **options):
-        monkeypatch.setattr(module, "Draining", fleet)
+        monkeypatch.setattr(module, "DrainControl", fleet)
         code = command(Settings(), ["one@mini"], **options)
         return code, *capsys.readouterr()
 

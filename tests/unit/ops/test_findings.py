@@ -1,4 +1,5 @@
 import json
+import re
 import threading
 import time
 
@@ -94,15 +95,53 @@ def test_as_json_a_finding_is_an_object(capsys, monkeypatch):
     assert second == {"severity": "warning", "check": "the second", "found": "so so", "advice": "do this"}
 
 
-def test_on_a_terminal_it_is_a_table_as_wide_as_that(capsys, monkeypatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")  # what rich takes for a terminal
-    monkeypatch.setenv("COLUMNS", "60")
-    show([OK, Finding("error", "third", "word " * 30, "broken [bold]")])
+LONG = Finding("error", "third", "word " * 30, "broken [bold]")
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Standard output is a terminal of that kind, with so many columns."""
+
+    def terminal(kind, columns):
+        monkeypatch.setenv("FORCE_COLOR", "1")  # what rich takes for a terminal
+        monkeypatch.setenv("TERM", kind)
+        monkeypatch.setenv("COLUMNS", str(columns))
+        monkeypatch.delenv("NO_COLOR", raising=False)
+
+    return terminal
+
+
+def test_on_a_terminal_it_is_a_table_as_wide_as_that(capsys, terminal):
+    terminal("xterm", 80)
+    show([OK, LONG])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) > 4
     assert "What to do" in lines[0]
     assert "\x1b[" in lines[0]
     assert any("[bold]" in line for line in lines)
+
+
+def test_on_a_dumb_terminal_the_table_has_no_colours(capsys, terminal):
+    terminal("dumb", 80)
+    show([OK, LONG])
+    lines = capsys.readouterr().out.splitlines()
+    assert "What to do" in lines[0]
+    assert not any("\x1b" in line for line in lines)
+    assert max(map(len, lines)) <= 80
+
+
+def test_on_a_narrow_terminal_every_finding_is_a_paragraph(capsys, terminal):
+    terminal("xterm", 40)
+    show([WARNING, LONG])
+    lines = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out).splitlines()
+    assert [line.rstrip() for line in lines[:4]] == [
+        "warning",
+        "  Check       the second",
+        "  Found       so so",
+        "  What to do  do this",
+    ]
+    assert "".join(lines).count("word") == 30
+    assert max(map(len, lines)) <= 40
 
 
 @pytest.mark.parametrize("colour", [False, True])

@@ -134,7 +134,7 @@ def test_a_server_that_does_one_thing_at_a_time_has_one_slot(flavour, slots, fin
     with SimulatedMLX(flavour=flavour) as mlx:
         findings = examined(base_url=mlx.base_url, server=KINDS[flavour], limits={"concurrency": slots})
     assert complaints(findings) == (
-        [] if fine else [("warning", "2 slots for a server that works on one request at a time")]
+        [] if fine else [("warning", "2 slots for a server that runs one request at a time")]
     )
 
 

@@ -1,11 +1,11 @@
 import json
-from dataclasses import asdict
 
 import pytest
 
 from fleet_worker.broker.queue_depth import Waiting
 from fleet_worker.ops.snapshot import snapshot_of
-from fleet_worker.registry.view import InstanceState, Offered
+from fleet_worker.protocol.status import InstanceStatus
+from fleet_worker.registry.view import Offered
 
 NOW = 1000.0
 CHAT, EMBED = "llm.fleet.chat.m", "llm.fleet.embed.m"
@@ -25,7 +25,7 @@ def instance(name="local", host="mini-7", **fields):
         "heard_at": NOW - 2,
         "expires_at": NOW + 43,
     }
-    return InstanceState(host=host, name=name, node=f"{name}@{host}", **{**known, **fields})
+    return InstanceStatus(host=host, name=name, node=f"{name}@{host}", **{**known, **fields})
 
 
 def offered(by, model="m", *, ready=True):
@@ -35,7 +35,7 @@ def offered(by, model="m", *, ready=True):
 def test_its_keys_are_those_that_are_documented():
     mini = instance()
     seen = snapshot_of([mini], [offered(mini)], {CHAT: Waiting(3, 1.23456)}, now=NOW)
-    assert json.loads(json.dumps(asdict(seen))) == {
+    assert json.loads(json.dumps(seen.as_json())) == {
         "instances": [
             {
                 "host": "mini-7",
@@ -74,24 +74,26 @@ def test_its_keys_are_those_that_are_documented():
 
 def test_a_token_grows_older_since_its_host_was_heard():
     seen = snapshot_of([instance(last_token_age=10.0, heard_at=NOW - 15)], [], {}, now=NOW)
-    assert (seen.instances[0].last_token_age, seen.instances[0].heard_age) == (25.0, 15.0)
+    (printed,) = seen.as_json()["instances"]
+    assert (printed["last_token_age"], printed["heard_age"]) == (25.0, 15.0)
+    assert seen.token_age(seen.instances[0]) == 25.0
 
 
 def test_an_instance_that_delivered_nothing_yet_has_no_age_of_a_token():
     seen = snapshot_of([instance(last_token_age=None)], [], {}, now=NOW)
-    assert seen.instances[0].last_token_age is None
+    assert seen.as_json()["instances"][0]["last_token_age"] is None
 
 
 def test_slots_are_never_free_by_less_than_none():
     """What runs may be more for a moment, while a limit was lowered."""
-    assert snapshot_of([instance(slots=1, running=3)], [], {}, now=NOW).instances[0].free == 0
+    assert snapshot_of([instance(slots=1, running=3)], [], {}, now=NOW).as_json()["instances"][0]["free"] == 0
 
 
 def test_models_belong_to_their_own_instance():
     here, there, other = instance(), instance(host="mini-8"), instance("other")
     models = [offered(there, "b"), offered(here, "a", ready=False), offered(here, "b")]
     seen = snapshot_of([here, other, there], models, {}, now=NOW)
-    assert [each.models for each in seen.instances] == [["a", "b"], [], ["b"]]
+    assert [each["models"] for each in seen.as_json()["instances"]] == [["a", "b"], [], ["b"]]
     assert [(each.model, each.node, each.ready) for each in seen.models] == [
         ("a", "local@mini-7", False),
         ("b", "local@mini-7", True),

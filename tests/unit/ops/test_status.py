@@ -3,8 +3,11 @@ import io
 import pytest
 from rich.console import Console
 
-from fleet_worker.ops.snapshot import SeenInstance, SeenLane, SeenModel, Snapshot
-from fleet_worker.ops.status import FITS_A_TABLE, NO_LANES, NO_REGISTRY_NODE, UNLIMITED, UNSERVED, tables
+from fleet_worker.ops.snapshot import LaneStatus, Snapshot
+from fleet_worker.ops.status import NO_LANES, NO_REGISTRY_NODE, UNSERVED, tables
+from fleet_worker.ops.terminal import FITS_A_TABLE, UNLIMITED
+from fleet_worker.protocol.status import InstanceStatus
+from fleet_worker.registry.view import Offered
 
 RED = "\x1b[1;31m"
 CHAT, EMBED = "llm.fleet.chat.mlx-community-qwen3-14b-4bit", "llm.fleet.embed.m"
@@ -12,31 +15,34 @@ DIRECT = "llm.fleet.node.local@mini-7"
 WHY = "the MLX server does not accept connections [Errno 111]"
 
 
+NOW = 1000.0
+
+
 def instance(name="local", host="mini-7", **fields):
     known = {
         "status": "available",
-        "reason": "",
-        "ready": True,
-        "models": ["m"],
-        "lanes": [CHAT],
+        "lanes": (CHAT,),
         "slots": 8,
-        "used": 3,
-        "free": 5,
+        "running": 3,
         "tokens_per_second": 31.25,
         "last_token_age": 0.44,
         "server": "mlx_lm",
         "version": "0.1.0",
-        "heard_age": 2.0,
+        "heard_at": NOW,
     }
-    return SeenInstance(host=host, instance=name, node=f"{name}@{host}", **{**known, **fields})
+    return InstanceStatus(host=host, name=name, node=f"{name}@{host}", **{**known, **fields})
 
 
 def model(name, of, *, ready=True):
-    return SeenModel(name, of.host, of.instance, of.node, ready, ["chat"], [], {})
+    return Offered(name, ("chat",), (), {}, ready, of)
+
+
+def snapshot(instances, models, lanes):
+    return Snapshot(instances, models, lanes, taken_at=NOW)
 
 
 def lane(name=CHAT, depth=0, oldest_age=None, nodes=1):
-    return SeenLane(name, depth, oldest_age, nodes, unserved=bool(depth) and nodes == 0)
+    return LaneStatus(name, depth, oldest_age, nodes, unserved=bool(depth) and nodes == 0)
 
 
 def printed(seen, width=UNLIMITED, *, colours=False):
@@ -52,8 +58,8 @@ def words(text):
     return "".join(text.split())
 
 
-BROKEN = instance("embed", ready=False, status="unavailable", reason=WHY, lanes=[], used=0)
-FLEET = Snapshot(
+BROKEN = instance("embed", status="unavailable", reason=WHY, lanes=(), running=0)
+FLEET = snapshot(
     instances=[instance(), BROKEN],
     models=[model("mlx-community/Qwen3-14B-4bit", instance()), model("m", BROKEN, ready=False)],
     lanes=[lane(EMBED, 3, 75.2, nodes=0), lane(CHAT, 12, 3.21, nodes=2)],
@@ -117,23 +123,23 @@ def test_without_a_terminal_there_are_no_colours():
 
 
 def test_a_lane_that_is_served_or_empty_is_not_marked():
-    assert UNSERVED not in printed(Snapshot([instance()], [], [lane(CHAT, 5, 1.0), lane(EMBED, 0, nodes=0)]))
+    assert UNSERVED not in printed(snapshot([instance()], [], [lane(CHAT, 5, 1.0), lane(EMBED, 0, nodes=0)]))
 
 
 def test_the_lane_of_one_node_is_shown_if_something_waits_in_it():
-    idle, busy = (Snapshot([instance()], [], [lane(DIRECT, depth)]) for depth in (0, 1))
+    idle, busy = (snapshot([instance()], [], [lane(DIRECT, depth)]) for depth in (0, 1))
     assert DIRECT not in printed(idle)
     assert DIRECT in printed(busy)
 
 
 def test_what_is_not_known_is_not_invented():
-    text = printed(Snapshot([instance(last_token_age=None)], [], [lane(CHAT, None, None, nodes=None)]))
+    text = printed(snapshot([instance(last_token_age=None)], [], [lane(CHAT, None, None, nodes=None)]))
     assert [CHAT, "?", "-", "?"] in [line.split() for line in text.splitlines()]
     assert "0.0s" not in text
 
 
 def test_without_a_registry_node_it_is_said_how_to_start_one():
-    text = printed(Snapshot([], [], [lane(CHAT, 5, 1.0, nodes=None)]))
+    text = printed(snapshot([], [], [lane(CHAT, 5, 1.0, nodes=None)]))
     assert NO_REGISTRY_NODE in text
     assert "celery -A fleet_worker worker -n registry@%h" in text
     assert [CHAT, "5", "1.0s", "?"] in [line.split() for line in text.splitlines()]
@@ -141,18 +147,18 @@ def test_without_a_registry_node_it_is_said_how_to_start_one():
 
 
 def test_without_any_lane_it_is_said_why():
-    assert NO_LANES in printed(Snapshot([instance()], [], []))
+    assert NO_LANES in printed(snapshot([instance()], [], []))
 
 
 def test_a_model_that_a_working_server_lacks_is_marked():
     one = instance()
-    text = printed(Snapshot([one], [model("there", one), model("gone", one, ready=False)], []))
+    text = printed(snapshot([one], [model("there", one), model("gone", one, ready=False)], []))
     assert "there, gone (not there)" in text
 
 
 def test_what_other_hosts_say_moves_no_cursor_and_is_no_markup():
     odd = instance(node := "\x1b[2Jlocal", reason="[red]\r\nrm -rf[/red]", status="degraded")
-    text = printed(Snapshot([odd], [model("[bold]m", odd)], [lane("llm.fleet.\x9b2J", 1)]), 120)
+    text = printed(snapshot([odd], [model("[bold]m", odd)], [lane("llm.fleet.\x9b2J", 1)]), 120)
     assert node not in text
     assert "[red]??rm -rf[/red]" in text
     assert "[bold]m" in text
@@ -165,5 +171,5 @@ def test_what_other_hosts_say_moves_no_cursor_and_is_no_markup():
     {0: "0.0s", 9.94: "9.9s", 10: "10s", 119: "119s", 120: "2min", 3600: "60min", 7200: "2h", 1e6: "12d"}.items(),
 )
 def test_ages_are_short(seconds, said):
-    text = printed(Snapshot([], [], [lane(CHAT, 1, seconds)]))
+    text = printed(snapshot([], [], [lane(CHAT, 1, seconds)]))
     assert [CHAT, "1", said, "1"] in [line.split() for line in text.splitlines()]

@@ -3,9 +3,9 @@
 import pickle
 import random
 import tempfile
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -14,14 +14,19 @@ from kombu import Connection
 
 from fleet_worker.broker.app import create_app
 from fleet_worker.protocol.registry_event import READINESS
+from fleet_worker.protocol.status import InstanceStatus, ModelStatus
 from fleet_worker.registry import node as registry_node_module
-from fleet_worker.registry.node import NO_NODE, Jittered, RegistryNode, _QuietScheduler
+from fleet_worker.registry.beat import Jittered, QuietScheduler
+from fleet_worker.registry.node import NO_NODE, RegistryNode
 from fleet_worker.registry.status_socket import NodeReport
 from fleet_worker.settings import Settings
 
 OPTED_IN = {"enabled": True, "respond_to_requests": True}
 KEY = "hunter2"
-TALKER = {"model": "talker", "capabilities": ["chat"], "features": ["tools"], "limits": {"context_window": 4096}}
+SAME = "the status of its instance"
+TALKER = ModelStatus(
+    model="talker", capabilities=("chat",), features=("tools",), limits={"context_window": 4096}, status=SAME
+)
 READINESS_EVERY, MODELS_EVERY = 5.0, 20.0
 
 
@@ -35,35 +40,31 @@ def settings(folder, instances, **changes):
     return Settings(**{**all_of_it, **changes})
 
 
-def report(instance="talk", **facts):
-    said = {
-        "node": f"{instance}@mini",
-        "instance": instance,
+def report(instance="talk", *, models=(TALKER,), **facts):
+    usual = {
         "pid": 7,
         "version": "0.1.0",
         "server": "mlx_lm",
         "status": "available",
-        "reason": "",
         "slots": 4,
         "running": 1,
         "tokens_per_second": 31.5,
         "last_token_age": 0.25,
-        "reply_lag": 0.0,
-        "lanes": ["lane"],
-        "models": [TALKER],
-        "tally": {},
+        "lanes": ("lane",),
     }
-    return NodeReport.model_validate({**said, **facts})
+    status = InstanceStatus(host="mini", name=instance, node=f"{instance}@mini", **{**usual, **facts})
+    models = tuple(replace(each, status=status.status) if each.status is SAME else each for each in models)
+    return NodeReport(status, models, 0.0, {})
 
 
 class Told:
-    """Instead of an announcer: what it was asked to publish."""
+    """Instead of a publisher: what it was asked to publish."""
 
     def __init__(self, connect, transport, announcements):
         self.kinds = []
         self.closed = False
 
-    def announce(self, *kinds):
+    def publish(self, *kinds):
         assert not self.closed
         self.kinds.append(kinds)
 
@@ -90,14 +91,14 @@ class Host:
         self.app = create_app(configured)
         self.node = RegistryNode(self.app, configured, "mini")
         self.nodes = []
-        self.socket, self.node.reports = self.node.reports, self.reports
+        self.socket, self.node.status_server = self.node.status_server, self
 
     def reports(self):
-        return {each.instance: each for each in self.nodes}
+        return {each.instance.name: each for each in self.nodes}
 
     @property
     def announced(self):
-        return self.node._announcer.kinds
+        return self.node._publisher.kinds
 
     def close(self):
         self.socket.close()
@@ -220,7 +221,7 @@ def test_models_are_told_of_as_configured_until_their_node_reports(host):
 
 
 def test_models_are_told_of_as_their_node_reported_them_last(host):
-    host.nodes = [report(models=[TALKER, {**TALKER, "model": "found"}])]
+    host.nodes = [report(models=[TALKER, replace(TALKER, model="found")])]
     models = host.told("models")
     assert models["talk", "talker"][1].offering["capabilities"] == ["chat"]
     assert models["talk", "found"][0] == "available"
@@ -232,7 +233,7 @@ def test_models_are_told_of_as_their_node_reported_them_last(host):
 def test_a_missing_model_is_unavailable_while_its_instance_is_not(host):
     host.nodes = [report()]
     host.told("readiness", "models")
-    host.nodes = [report(models=[TALKER | {"available": False}, TALKER | {"model": "other"}])]
+    host.nodes = [report(models=[replace(TALKER, status="unavailable"), replace(TALKER, model="other")])]
     told = host.told("readiness", "models")
     assert told[TALK][0] == "heartbeat"
     event_type, event = told["talk", "talker"]
@@ -259,7 +260,7 @@ def test_readiness_and_models_are_told_at_intervals_of_their_own_and_readiness_f
 
 
 def test_what_was_not_published_is_told_again_as_news(host):
-    """The announcer gives a round up when the broker does not take one of its messages."""
+    """The publisher gives a round up when the broker does not take one of its messages."""
     host.nodes = [report("talk"), report("vectors", status="degraded")]
     round_ = host.node._announcements(frozenset({"readiness"}))
     first, _ = next(round_)
@@ -291,15 +292,13 @@ def test_no_url_and_no_key_is_ever_told(host):
 def test_a_host_that_ends_says_so_of_everything(host):
     host.nodes = [report("talk"), report("vectors", models=[])]
     host.told("readiness", "models")
-    host.node.reports = SimpleNamespace(close=host.socket.close)
     host.node.close()
-    host.node.reports = host.reports  # the nodes are still there
     told = host.told("readiness", "models")
     assert {event_type for event_type, _ in told.values()} == {"unavailable"}
     assert {event.health["error"] for _, event in told.values()} == {"the registry node of this host ended"}
     assert {event.health["status"] for _, event in told.values()} == {"unavailable"}
     assert host.announced[-1] == ("readiness", "models")
-    assert host.node._announcer.closed
+    assert host.node._publisher.closed
 
 
 def test_a_reload_tells_of_the_instances_that_are_configured_now(host):
@@ -335,7 +334,7 @@ def test_anything_else_takes_a_new_process(host, change):
 
 
 def test_a_router_that_asks_is_answered_with_everything(host):
-    (asked,) = (step for step in host.app.steps["consumer"] if step.__name__ == "Asked")
+    (asked,) = (step for step in host.app.steps["consumer"] if step.__name__ == "AnswerRouters")
     with Connection("memory://") as connection, connection.channel() as channel:
         (consumer,) = asked.get_consumers(asked, channel)
         assert [queue.exchange.name for queue in consumer.queues] == ["llm.registry.ask"]
@@ -405,7 +404,7 @@ def test_a_schedule_that_is_not_due_stays_as_it_is():
 
 
 def test_a_beat_that_does_not_reach_the_broker_is_spoken_of_once(host, monkeypatch, caplog):
-    scheduler = _QuietScheduler(host.app, lazy=True)
+    scheduler = QuietScheduler(host.app, lazy=True)
     away = [True]
 
     def publish(entry, **_):
@@ -416,7 +415,7 @@ def test_a_beat_that_does_not_reach_the_broker_is_spoken_of_once(host, monkeypat
     for _ in range(3):
         scheduler.apply_entry(object())
     assert [record.getMessage() for record in caplog.records] == [
-        "the beat does not reach the broker (ConnectionRefusedError)"
+        "the beat of the registry node cannot reach the broker (ConnectionRefusedError)"
     ]
     away[0] = False
     scheduler.apply_entry(object())

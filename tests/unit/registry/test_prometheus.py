@@ -4,6 +4,7 @@ import socket
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from urllib.parse import urlsplit
 from urllib.request import urlopen
@@ -15,45 +16,42 @@ from prometheus_client.parser import text_string_to_metric_families
 from fleet_worker import __version__
 from fleet_worker.broker.queue_depth import Waiting
 from fleet_worker.errors import BrokerUnavailable, ConfigurationError
+from fleet_worker.protocol.status import InstanceStatus, ModelStatus
 from fleet_worker.registry import prometheus as metrics
 from fleet_worker.registry.counters import BOUNDS, Counters
-from fleet_worker.registry.prometheus import HostCollector, Metrics
-from fleet_worker.registry.status_socket import NodeReport, ReportedModel
+from fleet_worker.registry.prometheus import HostCollector, MetricsServer
+from fleet_worker.registry.status_socket import NodeReport
 from tests.clients import took_less_than
 
-CHAT = ReportedModel(model="Qwen3 14B", capabilities=["chat", "stream_chat"], features=[], limits={})
-EMBED = ReportedModel(model="minilm", capabilities=["embed"], features=[], limits={})
+CHAT = ModelStatus(model="Qwen3 14B", capabilities=("chat", "stream_chat"), status="available")
+EMBED = ModelStatus(model="minilm", capabilities=("embed",), status="available")
 LANES = ["llm.fleet.chat.qwen3-14b", "llm.fleet.node.local@mini", "llm.fleet.stream_chat.qwen3-14b"]
 NODE = {"node": "local@mini"}
 
 
-def report(instance="local", *, tally=None, **values):
+def report(instance="local", *, counters=None, models=(CHAT,), reply_lag=0.004, **values):
     usual = {
         "pid": 1,
-        "version": "1",
-        "server": "mlx_lm",
         "status": "available",
-        "reason": "",
         "slots": 4,
         "running": 3,
         "tokens_per_second": 81.5,
         "last_token_age": 0.25,
-        "reply_lag": 0.004,
         "lanes": LANES,
-        "models": [CHAT],
-        "tally": (tally or Counters()).report(),
     }
-    return NodeReport(node=f"{instance}@mini", instance=instance, **{**usual, **values})
+    status = InstanceStatus(host="mini", name=instance, node=f"{instance}@mini", **{**usual, **values})
+    return NodeReport(status, models, reply_lag, (counters or Counters()).report())
 
 
-def collector(*reports, models=None, failures=0, published_at=None, waiting=lambda lanes: {}):
-    return HostCollector(
-        "mini",
-        models=lambda: {"local": [CHAT]} if models is None else models,
-        reports=lambda: {each.instance: each for each in reports},
-        announcer=SimpleNamespace(failures=failures, published_at=published_at),
-        waiting=waiting,
-    )
+NO_NODE = NodeReport(
+    InstanceStatus(host="mini", name="local", node="local@mini", status="unavailable"), (CHAT,), 0.0, {}
+)
+
+
+def collector(*reports, failures=0, published_at=None, waiting=lambda lanes: {}):
+    """Of one instance without a node, unless there are reports."""
+    publisher = SimpleNamespace(failures=failures, published_at=published_at)
+    return HostCollector(lambda: list(reports) or [NO_NODE], publisher=publisher, waiting=waiting)
 
 
 class Scraped(dict):
@@ -91,7 +89,7 @@ def seen(*reports, **rest):
 
 @contextmanager
 def serving(collector):
-    served = Metrics(0, collector)
+    served = MetricsServer(0, collector)
     try:
         yield served.url
     finally:
@@ -138,7 +136,7 @@ def test_the_age_of_a_token_that_never_came_is_absent():
 
 
 def test_nodes_have_their_own_figures():
-    scraped = seen(report(), report("embed", slots=2, models=[EMBED]), models={"local": [CHAT], "embed": [EMBED]})
+    scraped = seen(report(), report("embed", slots=2, models=[EMBED]))
     assert scraped.of("fleet_slots", **NODE) == 4
     assert scraped.of("fleet_slots", node="embed@mini") == 2
 
@@ -147,13 +145,13 @@ def test_nodes_have_their_own_figures():
 
 
 def test_counters_are_those_of_the_tally():
-    tally = Counters()
-    tally.generated(120)
-    tally.request("chat")
-    tally.request("chat")
-    tally.error("timeout")
-    tally.error("invalid_request")
-    scraped = seen(report(tally=tally))
+    counters = Counters()
+    counters.generated(120)
+    counters.request("chat")
+    counters.request("chat")
+    counters.error("timeout")
+    counters.error("invalid_request")
+    scraped = seen(report(counters=counters))
     assert scraped.of("fleet_tokens_total", **NODE) == 120
     assert scraped.of("fleet_requests_total", operation="chat", **NODE) == 2
     assert scraped.of("fleet_errors_total", code="timeout", **NODE) == 1
@@ -178,10 +176,10 @@ def test_what_may_happen_is_counted_from_0():
     ],
 )
 def test_histograms_are_cumulative(measured, metric):
-    bounds, tally = BOUNDS[measured], Counters()
+    bounds, counters = BOUNDS[measured], Counters()
     for value in (bounds[0], bounds[0], bounds[2], bounds[-1] + 1):
-        tally.request("chat", **{measured: value})
-    scraped = seen(report(tally=tally))
+        counters.request("chat", **{measured: value})
+    scraped = seen(report(counters=counters))
     buckets = [sample for sample in scraped[metric].samples if sample.name.endswith("_bucket")]
     assert [float(sample.labels["le"]) for sample in buckets] == [*bounds, math.inf]
     assert [sample.value for sample in buckets] == [2, 2, *[3] * (len(bounds) - 2), 4]
@@ -226,7 +224,7 @@ def test_lanes_of_an_instance_without_a_node_are_those_that_are_known_of_it():
 
 
 def test_models_that_a_node_found_have_lanes():
-    scraped = seen(report(models=[EMBED]), models={"local": []})
+    scraped = seen(report(models=[EMBED]))
     assert scraped.of("fleet_lane_served", lane="llm.fleet.embed.minilm") == 0
 
 
@@ -316,7 +314,7 @@ def test_a_part_that_fails_leaves_out_its_families_and_says_so_once(caplog):
     def ask(lanes):
         raise KeyError("a secret word")
 
-    of_host = collector(report().model_copy(update={"tally": {"tokens": 1}}), waiting=ask)
+    of_host = collector(replace(report(), counters={"tokens": 1}), waiting=ask)
     for _ in range(2):
         scraped = look(of_host)
     assert scraped.of("fleet_slots", **NODE) == 4
@@ -327,9 +325,9 @@ def test_a_part_that_fails_leaves_out_its_families_and_says_so_once(caplog):
 
 def test_a_histogram_with_other_buckets_is_left_out():
     """One of a node that runs another version."""
-    tally = Counters().report()
-    tally["histograms"]["ttft_seconds"]["buckets"].append(1)
-    scraped = seen(report().model_copy(update={"tally": tally}))
+    counters = Counters().report()
+    counters["histograms"]["ttft_seconds"]["buckets"].append(1)
+    scraped = seen(replace(report(), counters=counters))
     assert "fleet_ttft_seconds" not in scraped
     assert scraped.of("fleet_tokens_total", **NODE) == 0
 
@@ -352,13 +350,13 @@ def test_a_port_that_is_taken_is_a_configuration_error():
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(ConfigurationError, match=rf"registry\.metrics_port: {port} "):
-            Metrics(port, collector())
+            MetricsServer(port, collector())
 
 
 def test_a_port_is_given_back():
     with serving(collector()) as url:
         port = urlsplit(url).port
-    Metrics(port, collector()).close()
+    MetricsServer(port, collector()).close()
 
 
 def test_a_client_that_says_nothing_is_hung_up_on(monkeypatch, capsys):

@@ -10,7 +10,7 @@ from kombu import Connection, Consumer
 
 from fleet_worker.broker.topology import registry_queue
 from fleet_worker.protocol.registry_event import Announcement, RegistryEvent
-from fleet_worker.registry import publisher as announcer_module
+from fleet_worker.registry import publisher as module
 from fleet_worker.registry.publisher import RegistryPublisher
 from tests.clients import took_less_than, until
 
@@ -66,13 +66,13 @@ def host():
 
 
 @pytest.fixture
-def announcer(host, monkeypatch):
-    monkeypatch.setattr(announcer_module, "PAUSE", 0.01)
-    announcer = RegistryPublisher(host.connect, "redis", host.announcements)
-    yield announcer
+def publisher(host, monkeypatch):
+    monkeypatch.setattr(module, "PAUSE", 0.01)
+    publisher = RegistryPublisher(host.connect, "redis", host.announcements)
+    yield publisher
     host.answers.set()
-    announcer.close(WITHIN)
-    assert not announcer._thread.is_alive()
+    publisher.close(WITHIN)
+    assert not publisher._thread.is_alive()
 
 
 @pytest.fixture
@@ -106,9 +106,9 @@ def assert_no_more(host, rounds):
     assert host.rounds == rounds
 
 
-def test_a_message_travels_as_a_registry_event(announcer, host, heard):
+def test_a_message_travels_as_a_registry_event(publisher, host, heard):
     host.events = [RegistryEvent.of("offering_available", offering={}, runtime={}, capacity={}, health={})]
-    announcer.announce("available")
+    publisher.publish("available")
     (message,) = heard(1)
     assert Announcement.decode(message.body).events == host.events
     assert message.delivery_info["exchange"] == "llm.registry"
@@ -116,152 +116,152 @@ def test_a_message_travels_as_a_registry_event(announcer, host, heard):
     assert (message.content_type, message.content_encoding) == ("application/json", "utf-8")
     facts = {key: message.properties.get(key) for key in ("type", "app_id", "delivery_mode")}
     assert facts == {"type": "llm.registry.event", "app_id": "fleet-worker-mlx", "delivery_mode": 1}
-    assert announcer.failures == 0
+    assert publisher.failures == 0
 
 
-def test_what_is_asked_for_is_published_in_one_round_and_no_more(announcer, host, heard):
-    announcer.announce("a", "b")
+def test_what_is_asked_for_is_published_in_one_round_and_no_more(publisher, host, heard):
+    publisher.publish("a", "b")
     assert hosts(heard(2)) == ["a", "b"]
     assert_no_more(host, [{"a", "b"}])
 
 
-def test_it_keeps_its_connection(announcer, host, heard):
+def test_it_keeps_its_connection(publisher, host, heard):
     for number in range(1, 6):
-        announcer.announce("a")
+        publisher.publish("a")
         host.told_of(number)
     assert hosts(heard(5)) == ["a"] * 5
     assert host.connects == 1
 
 
-def test_what_is_asked_for_while_it_is_busy_travels_together(announcer, host, heard):
+def test_what_is_asked_for_while_it_is_busy_travels_together(publisher, host, heard):
     host.answers.clear()
-    announcer.announce("a")
+    publisher.publish("a")
     host.told_of(1)
     for _ in range(100):
-        announcer.announce("a")
-        announcer.announce("b", "c")
+        publisher.publish("a")
+        publisher.publish("b", "c")
     host.answers.set()
     assert sorted(hosts(heard(4))) == ["a", "a", "b", "c"]
     assert host.rounds == [{"a"}, {"a", "b", "c"}]
 
 
-def test_what_changes_soon_after_a_round_travels_together(announcer, host, heard, monkeypatch):
-    monkeypatch.setattr(announcer_module, "PAUSE", 0.5)
-    announcer.announce("a")
+def test_what_changes_soon_after_a_round_travels_together(publisher, host, heard, monkeypatch):
+    monkeypatch.setattr(module, "PAUSE", 0.5)
+    publisher.publish("a")
     heard(1)
     for kind in "bcd":
-        announcer.announce(kind)
+        publisher.publish(kind)
         time.sleep(0.02)
     assert hosts(heard(3)) == ["b", "c", "d"]
     assert len(host.rounds) == 2
 
 
-def test_to_announce_never_takes_time(announcer, host):
+def test_to_publish_never_takes_time(publisher, host):
     host.answers.clear()
-    announcer.announce("a")
+    publisher.publish("a")
     host.told_of(1)
     with took_less_than(0.5):
         for _ in range(1000):
-            announcer.announce("a")
+            publisher.publish("a")
 
 
-def test_rounds_that_fail_are_counted_and_spoken_of_once(announcer, host, heard, caplog):
+def test_rounds_that_fail_are_counted_and_spoken_of_once(publisher, host, heard, caplog):
     host.away = True
     for number in range(1, 6):
-        announcer.announce("a")
+        publisher.publish("a")
         host.told_of(2 * number)  # the second time with a new connection
-    until(lambda: announcer.failures == 5)
+    until(lambda: publisher.failures == 5)
     assert len(caplog.records) == 1
     assert "cannot be published (ConnectionRefusedError)" in caplog.text
     host.away = False
-    announcer.announce("b")
+    publisher.publish("b")
     assert hosts(heard(2)) == ["a", "b"]
     until(lambda: len(caplog.records) == 2)
     assert caplog.records[1].getMessage() == "registry events are published again"
-    assert announcer.failures == 5
+    assert publisher.failures == 5
     assert SECRET not in caplog.text
 
 
-def test_a_second_outage_is_spoken_of_too(announcer, host, heard, caplog):
+def test_a_second_outage_is_spoken_of_too(publisher, host, heard, caplog):
     for number in range(1, 5):
         host.away = number % 2 == 1
-        announcer._publisher.drop()
-        announcer.announce("a")
+        publisher._publisher.drop()
+        publisher.publish("a")
         until(lambda number=number: len(caplog.records) == number)
     assert ["again" in record.getMessage() for record in caplog.records] == [False, True, False, True]
 
 
-def test_a_connection_that_was_lost_costs_no_round(announcer, host, heard):
-    announcer.announce("a")
+def test_a_connection_that_was_lost_costs_no_round(publisher, host, heard):
+    publisher.publish("a")
     heard(1)
     host.broken_once = ConnectionResetError()
-    announcer.announce("b")
+    publisher.publish("b")
     host.told_of(3)
-    assert (host.connects, announcer.failures) == (2, 0)
+    assert (host.connects, publisher.failures) == (2, 0)
 
 
-def test_a_round_that_failed_twice_is_given_up_and_its_connection_too(announcer, host, heard):
+def test_a_round_that_failed_twice_is_given_up_and_its_connection_too(publisher, host, heard):
     """The broker may have been lost in the middle: the next round begins with a new connection."""
     host.broken = ConnectionResetError()
-    announcer.announce("a")
+    publisher.publish("a")
     heard(2)
-    until(lambda: announcer.failures == 1)
+    until(lambda: publisher.failures == 1)
     assert_no_more(host, [{"a"}, {"a"}])
     host.broken = None
-    announcer.announce("b")
+    publisher.publish("b")
     assert hosts(heard(2)) == ["a", "b"]
-    assert (host.connects, announcer.failures) == (3, 1)
+    assert (host.connects, publisher.failures) == (3, 1)
 
 
-def test_a_value_that_cannot_be_published_is_a_failure_and_no_more(announcer, host, heard, caplog):
+def test_a_value_that_cannot_be_published_is_a_failure_and_no_more(publisher, host, heard, caplog):
     unfit = {"metadata": {"a": object()}}
     host.events = [RegistryEvent.of("offering_available", offering={}, runtime={}, capacity={}, health={}, **unfit)]
-    announcer.announce("a")
-    until(lambda: announcer.failures == 1)
+    publisher.publish("a")
+    until(lambda: publisher.failures == 1)
     assert "object" not in caplog.text
     host.events = []
-    announcer.announce("b")
+    publisher.publish("b")
     assert hosts(heard(2)) == ["a", "b"]
 
 
 def test_what_is_wanted_at_the_end_is_published_first(host, heard, monkeypatch):
-    monkeypatch.setattr(announcer_module, "PAUSE", 60)
-    announcer = RegistryPublisher(host.connect, "redis", host.announcements)
-    announcer.announce("a")
+    monkeypatch.setattr(module, "PAUSE", 60)
+    publisher = RegistryPublisher(host.connect, "redis", host.announcements)
+    publisher.publish("a")
     host.told_of(1)
-    announcer.announce("b")
+    publisher.publish("b")
     with took_less_than(2):
-        announcer.close(WITHIN)
+        publisher.close(WITHIN)
     assert hosts(heard(2)) == ["a", "b"]
-    assert not announcer._thread.is_alive()
+    assert not publisher._thread.is_alive()
 
 
-def test_its_end_does_not_wait_for_a_broker_that_does_not_answer(announcer, host):
+def test_its_end_does_not_wait_for_a_broker_that_does_not_answer(publisher, host):
     host.answers.clear()
-    announcer.announce("a")
+    publisher.publish("a")
     host.told_of(1)
     started = time.monotonic()
-    announcer.close(0.1)
+    publisher.close(0.1)
     assert 0.09 < time.monotonic() - started < 1
 
 
 def test_its_end_closes_its_connection(host, heard):
     opened = []
-    announcer = RegistryPublisher(lambda: opened.append(connection()) or opened[0], "redis", host.announcements)
-    with closing(announcer):
-        announcer.announce("a")
+    publisher = RegistryPublisher(lambda: opened.append(connection()) or opened[0], "redis", host.announcements)
+    with closing(publisher):
+        publisher.publish("a")
         heard(1)
         assert opened[0].connected
     assert not opened[0].connected
 
 
-def test_what_the_broker_did_not_take_is_said_with_the_next_round(announcer, host):
+def test_what_the_broker_did_not_take_is_said_with_the_next_round(publisher, host):
     host.away = True
-    announcer.announce("models")
-    until(lambda: announcer.failures == 1)
+    publisher.publish("models")
+    until(lambda: publisher.failures == 1)
     host.away = False
-    announcer.announce("readiness")
-    until(lambda: announcer.published_at is not None)
+    publisher.publish("readiness")
+    until(lambda: publisher.published_at is not None)
     assert host.rounds[-1] == {"models", "readiness"}
-    announcer.announce("readiness")
+    publisher.publish("readiness")
     until(lambda: host.rounds[-1] == {"readiness"})

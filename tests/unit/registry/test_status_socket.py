@@ -7,19 +7,21 @@ import tempfile
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.mlx.offering import offerings_of
-from fleet_worker.registry import status_socket as reports_module
+from fleet_worker.protocol.status import InstanceStatus, ModelStatus
+from fleet_worker.registry import status_socket as module
 from fleet_worker.registry.status_socket import (
+    _JSON,
     NodeReport,
-    ReportedModel,
-    Reporter,
-    Reports,
-    reported_model,
+    StatusClient,
+    StatusServer,
+    model_status,
     socket_path,
 )
 from fleet_worker.settings import Instance
@@ -27,30 +29,17 @@ from tests.clients import took_less_than, until
 
 WITHIN = 5.0
 SECRET = "hunter2"
-FACTS = {
-    "instance": "local",
-    "pid": 1,
-    "version": "0.1.0",
-    "server": "mlx_lm",
-    "status": "available",
-    "reason": "",
-    "slots": 4,
-    "running": 0,
-    "tokens_per_second": 0.0,
-    "last_token_age": None,
-    "reply_lag": 0.0,
-    "lanes": ["a"],
-    "models": [{"model": "m", "capabilities": ["chat"], "features": [], "limits": {}}],
-    "tally": {"tokens": 0},
-}
+MODEL = ModelStatus(model="m", capabilities=("chat",), status="available")
+FACTS = {"pid": 1, "version": "0.1.0", "server": "mlx_lm", "status": "available", "slots": 4, "lanes": ("a",)}
 
 
-def report(instance="local", **facts):
-    return NodeReport.model_validate({**FACTS, "node": f"{instance}@mini", "instance": instance, **facts})
+def report(instance="local", *, models=(MODEL,), reply_lag=0.0, counters=None, **facts):
+    status = InstanceStatus(host="mini", name=instance, node=f"{instance}@mini", **{**FACTS, **facts})
+    return NodeReport(status, models, reply_lag, counters or {"tokens": 0})
 
 
 def line(**facts):
-    return report(**facts).model_dump_json().encode() + b"\n"
+    return _JSON.dump_json(report(**facts)) + b"\n"
 
 
 @pytest.fixture
@@ -60,7 +49,7 @@ def path():
         yield socket_path(Path(folder, "state"), "mini")
 
 
-class Heard(Reports):
+class Heard(StatusServer):
     """The registry node's end, which counts how often something changed."""
 
     def __init__(self, path):
@@ -77,7 +66,7 @@ class Heard(Reports):
         with self.counting:
             assert self.counting.wait_for(lambda: self.changes >= times, WITHIN)
             assert self.changes == times
-        return self()
+        return self.reports()
 
 
 @pytest.fixture
@@ -110,7 +99,7 @@ def listening(registry, path):
 
 @contextmanager
 def reporting(path, make=report):
-    reporter = Reporter(path, make)
+    reporter = StatusClient(path, make)
     reporter.start()
     try:
         yield reporter
@@ -124,7 +113,7 @@ def reporting(path, make=report):
 
 
 def test_a_report_arrives_as_it_was_made(path, reports):
-    said = report(running=2, last_token_age=0.25, tally={"errors": {"timeout": 1}})
+    said = report(running=2, last_token_age=0.25, counters={"errors": {"timeout": 1}})
     with reporting(path, lambda: said):
         assert reports.changed(1) == {"local": said}
 
@@ -134,12 +123,13 @@ def test_each_node_of_the_host_is_known_by_its_instance(path, reports):
         one.sendall(line(instance="one"))
         reports.changed(1)
         two.sendall(line(instance="two"))
-        assert {name: each.node for name, each in reports.changed(2).items()} == {"one": "one@mini", "two": "two@mini"}
+        nodes = {name: each.instance.node for name, each in reports.changed(2).items()}
+    assert nodes == {"one": "one@mini", "two": "two@mini"}
 
 
 def test_what_a_newer_node_adds_is_ignored(path, reports):
     with speaking(path) as connection:
-        connection.sendall(line().replace(b"{", b'{"new": 1, ', 1))
+        connection.sendall(line().replace(b'{"', b'{"new": 1, "', 3))
         assert reports.changed(1) == {"local": report()}
 
 
@@ -148,17 +138,17 @@ def test_what_a_newer_node_adds_is_ignored(path, reports):
     [
         {"status": "degraded"},
         {"reason": "it answers late"},
-        {"lanes": []},
-        {"models": []},
-        {"models": [{**FACTS["models"][0], "available": False}]},
+        {"lanes": ()},
+        {"models": ()},
+        {"models": (replace(MODEL, status="unavailable"),)},
     ],
 )
 def test_only_news_is_passed_on(path, reports, news):
     with speaking(path) as connection:
         connection.sendall(line())
         reports.changed(1)
-        connection.sendall(line(running=3, tokens_per_second=30.0, reply_lag=0.1, tally={"tokens": 9}))
-        until(lambda: reports()["local"].running == 3)
+        connection.sendall(line(running=3, tokens_per_second=30.0, reply_lag=0.1, counters={"tokens": 9}))
+        until(lambda: reports.reports()["local"].instance.running == 3)
         connection.sendall(line(**news))
         assert reports.changed(2) == {"local": report(**news)}
 
@@ -187,14 +177,14 @@ def test_the_end_of_an_old_connection_does_not_hide_a_node_that_is_there_again(p
         reports.changed(1)
         with speaking(path) as new:
             new.sendall(line(running=2))
-            assert reports.changed(2)["local"].running == 2
+            assert reports.changed(2)["local"].instance.running == 2
             old.sendall(line(running=3))
             old.shutdown(socket.SHUT_WR)
-            assert reports.changed(3)["local"].running == 2
+            assert reports.changed(3)["local"].instance.running == 2
 
 
 def test_a_node_that_falls_silent_is_gone(path, reports, monkeypatch, caplog):
-    monkeypatch.setattr(reports_module, "SILENT_AFTER", 0.3)
+    monkeypatch.setattr(module, "SILENT_AFTER", 0.3)
     with speaking(path) as connection:
         for _ in range(20):
             connection.sendall(line())
@@ -202,7 +192,7 @@ def test_a_node_that_falls_silent_is_gone(path, reports, monkeypatch, caplog):
         assert reports.changed(1) == {"local": report()}
         assert reports.changed(2) == {}
         assert is_hung_up(connection)
-    assert "local@mini: its reports ended (TimeoutError)" in caplog.text
+    assert "local@mini: its status is not received any more (TimeoutError)" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -217,7 +207,7 @@ def test_a_node_that_falls_silent_is_gone(path, reports, monkeypatch, caplog):
     ],
 )
 def test_nonsense_ends_the_connection_and_nothing_else(path, reports, nonsense, monkeypatch, caplog):
-    monkeypatch.setattr(reports_module, "LONGEST_LINE", 2000)
+    monkeypatch.setattr(module, "LONGEST_LINE", 2000)
     with speaking(path) as other:
         other.sendall(line(instance="other"))
         reports.changed(1)
@@ -228,8 +218,8 @@ def test_nonsense_ends_the_connection_and_nothing_else(path, reports, nonsense, 
             assert list(reports.changed(3)) == ["other"]
             assert is_hung_up(connection)
         other.sendall(line(instance="other", status="degraded"))
-        assert reports.changed(4)["other"].status == "degraded"
-    assert "local@mini: its reports ended (ValidationError)" in caplog.text
+        assert reports.changed(4)["other"].instance.status == "degraded"
+    assert "local@mini: its status is not received any more (ValidationError)" in caplog.text
     assert SECRET not in caplog.text
 
 
@@ -238,7 +228,7 @@ def test_nonsense_ends_the_connection_and_nothing_else(path, reports, nonsense, 
 
 def test_a_second_registry_node_of_a_host_is_refused_and_the_first_goes_on(path, reports):
     with pytest.raises(ConfigurationError, match="runs already"):
-        Reports(path, lambda: None)
+        StatusServer(path, lambda: None)
     with reporting(path):
         assert list(reports.changed(1)) == ["local"]
 
@@ -278,7 +268,7 @@ def test_a_path_that_is_too_long_is_refused_by_the_name_of_its_setting(host, fit
 
 def test_a_folder_that_cannot_be_is_refused_by_the_name_of_its_setting():
     with pytest.raises(ConfigurationError, match="state_dir"):
-        Reports(Path("/dev/null/state/test.sock"), lambda: None)
+        StatusServer(Path("/dev/null/state/test.sock"), lambda: None)
 
 
 # --- The node's end
@@ -294,11 +284,11 @@ def test_a_node_reports_regularly_and_at_once_when_it_has_something_to_tell(path
     with reporting(path, make) as reporter:
         reports.changed(1)
         with took_less_than(0.9):
-            reporter.tell()
-            until(lambda: reports()["local"].running == 1)
-        monkeypatch.setattr(reports_module, "REPORT_EVERY", 0.01)
-        reporter.tell()
-        until(lambda: reports()["local"].running > 5)
+            reporter.send_now()
+            until(lambda: reports.reports()["local"].instance.running == 1)
+        monkeypatch.setattr(module, "REPORT_EVERY", 0.01)
+        reporter.send_now()
+        until(lambda: reports.reports()["local"].instance.running > 5)
 
 
 def test_a_node_that_ends_hangs_up(path, reports):
@@ -308,7 +298,7 @@ def test_a_node_that_ends_hangs_up(path, reports):
 
 
 def test_a_node_connects_again_when_another_registry_node_takes_over(path, monkeypatch):
-    monkeypatch.setattr(reports_module, "REPORT_EVERY", 0.01)
+    monkeypatch.setattr(module, "REPORT_EVERY", 0.01)
     path.parent.mkdir()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as first:
         accept = listening(first, path)
@@ -322,7 +312,7 @@ def test_a_node_connects_again_when_another_registry_node_takes_over(path, monke
 
 
 def test_a_node_does_not_wait_for_a_registry_node_that_does_not_read(path, monkeypatch):
-    monkeypatch.setattr(reports_module, "REPORT_EVERY", 0.02)
+    monkeypatch.setattr(module, "REPORT_EVERY", 0.02)
     large = report(reason="x" * 1_000_000)
     path.parent.mkdir()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as frozen:
@@ -332,19 +322,21 @@ def test_a_node_does_not_wait_for_a_registry_node_that_does_not_read(path, monke
 
 
 def test_a_node_that_was_taken_for_gone_is_there_again_with_its_next_report(path, reports, monkeypatch):
-    monkeypatch.setattr(reports_module, "SILENT_AFTER", 0.05)
+    monkeypatch.setattr(module, "SILENT_AFTER", 0.05)
     with reporting(path) as reporter:
         assert reports.changed(2) == {}
-        monkeypatch.setattr(reports_module, "SILENT_AFTER", WITHIN)
-        monkeypatch.setattr(reports_module, "REPORT_EVERY", 0.01)
-        reporter.tell()
+        monkeypatch.setattr(module, "SILENT_AFTER", WITHIN)
+        monkeypatch.setattr(module, "REPORT_EVERY", 0.01)
+        reporter.send_now()
         assert list(reports.changed(3)) == ["local"]
 
 
 def test_without_a_registry_node_nothing_grows(path, monkeypatch):
     tries = []
-    monkeypatch.setattr(reports_module, "REPORT_EVERY", 0.0005)
-    monkeypatch.setattr(Reporter, "_hang_up", lambda self, hang_up=Reporter._hang_up: (tries.append(1), hang_up(self)))
+    monkeypatch.setattr(module, "REPORT_EVERY", 0.0005)
+    monkeypatch.setattr(
+        StatusClient, "_disconnect", lambda self, hang_up=StatusClient._disconnect: (tries.append(1), hang_up(self))
+    )
     open_files = len(os.listdir("/dev/fd"))
     with reporting(path):
         until(lambda: len(tries) > 50)
@@ -363,12 +355,16 @@ def test_a_model_is_reported_with_what_it_can_do():
         },
     )
     offerings = offerings_of(instance, {}, ())
-    talker = reported_model(offerings["talker"])
+    talker = model_status(offerings["talker"], "available")
     assert talker.limits == {"context_window": 4096, "max_output_tokens": 100}
     assert "tools" in talker.features
     assert "vision" not in talker.features
-    assert (talker.capabilities, talker.available) == (["chat", "stream_chat"], True)
-    embedder = reported_model(offerings["embedder"], available=False)
-    assert embedder == ReportedModel(
-        model="embedder", capabilities=["embed"], features=["embedding"], limits={"dimensions": 384}, available=False
+    assert (talker.capabilities, talker.ready) == (("chat", "stream_chat"), True)
+    embedder = model_status(offerings["embedder"], "unavailable")
+    assert embedder == ModelStatus(
+        model="embedder",
+        capabilities=("embed",),
+        features=("embedding",),
+        limits={"dimensions": 384},
+        status="unavailable",
     )

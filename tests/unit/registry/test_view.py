@@ -7,7 +7,7 @@ import pytest
 
 from fleet_worker.errors import ModelUnavailable
 from fleet_worker.protocol.registry_event import READINESS, Announcement, RegistryEvent
-from fleet_worker.registry.view import ALL_WORDS, FIRST_WORD, QUIET, Registry
+from fleet_worker.registry.view import ALL_ANSWERS_WITHIN, FIRST_ANSWER_WITHIN, QUIET, Registry
 from tests.clients import took_less_than
 
 WITHIN = 5.0
@@ -453,7 +453,7 @@ OTHER = (about_instance(), about_model("other"))
 def test_in_a_fleet_without_registry_nodes_everything_passes(fresh, script, waited):
     fresh.check("m", "chat")
     fresh.check("another", "embed")
-    assert waited() == pytest.approx(FIRST_WORD)
+    assert waited() == pytest.approx(FIRST_ANSWER_WITHIN)
 
 
 def test_when_all_registry_nodes_have_fallen_silent_everything_passes(known, clock):
@@ -463,16 +463,16 @@ def test_when_all_registry_nodes_have_fallen_silent_everything_passes(known, clo
 
 
 def test_a_fresh_router_waits_for_the_first_word(fresh, script, waited):
-    script(FIRST_WORD - 0.01, "mini", *OFFERED)
+    script(FIRST_ANSWER_WITHIN - 0.01, "mini", *OFFERED)
     fresh.check("m", "chat")
-    assert waited() == pytest.approx(FIRST_WORD - 0.01)
+    assert waited() == pytest.approx(FIRST_ANSWER_WITHIN - 0.01)
 
 
 def test_a_fresh_router_waits_for_the_words_of_all_hosts(fresh, script, waited):
     script(0.1, "quick", *OTHER)
-    script(ALL_WORDS - 0.01, "slow", *OFFERED)
+    script(ALL_ANSWERS_WITHIN - 0.01, "slow", *OFFERED)
     fresh.check("m", "chat")
-    assert waited() == pytest.approx(ALL_WORDS - 0.01)
+    assert waited() == pytest.approx(ALL_ANSWERS_WITHIN - 0.01)
 
 
 def test_a_fresh_router_does_not_wait_for_ever(fresh, script, waited):
@@ -480,7 +480,7 @@ def test_a_fresh_router_does_not_wait_for_ever(fresh, script, waited):
         script(number / 10, f"host-{number}", *OTHER)
     with pytest.raises(ModelUnavailable):
         fresh.check("m", "chat")
-    assert waited() == pytest.approx(ALL_WORDS)
+    assert waited() == pytest.approx(ALL_ANSWERS_WITHIN)
 
 
 def test_a_router_that_asked_again_is_fresh_again(fresh, script, waited, clock):
@@ -510,7 +510,7 @@ def test_all_hosts_can_be_asked_again(clock):
 
 def test_without_a_word_it_settles_soon(fresh, script, waited):
     assert fresh.settle() is fresh
-    assert waited() == pytest.approx(FIRST_WORD)
+    assert waited() == pytest.approx(FIRST_ANSWER_WITHIN)
 
 
 def test_it_settles_when_nobody_has_spoken_for_a_moment(fresh, script, waited):
@@ -526,7 +526,7 @@ def test_it_settles_in_time_even_if_somebody_always_speaks(fresh, script, waited
     for number in range(30):
         script(number / 10, f"host-{number}", *OTHER)
     fresh.settle()
-    assert waited() == pytest.approx(ALL_WORDS)
+    assert waited() == pytest.approx(ALL_ANSWERS_WITHIN)
 
 
 def test_what_has_settled_is_not_waited_for(fresh, script, waited, clock):

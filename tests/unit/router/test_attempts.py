@@ -30,7 +30,15 @@ from fleet_worker.protocol.reply import (
     Usage,
 )
 from fleet_worker.protocol.request import FleetRequest, Resume
-from fleet_worker.router.attempts import GAP_CLOSES_WITHIN, Attempts, OrphanedAttempt
+from fleet_worker.router.attempts import (
+    GAP_CLOSES_WITHIN,
+    AskAgain,
+    Attempts,
+    CancelOrphan,
+    Deliver,
+    End,
+    RetryAfter,
+)
 
 WORDS = [f" word{number}" for number in range(6)]
 FACTS = {
@@ -94,9 +102,23 @@ def failure(seq, error, attempt=1):
     return Failure(**head(attempt, seq), **told, retryable=error.retryable, metadata=error.metadata)
 
 
+def effects_of(attempts, *frames, node="a", now=0.0):
+    """Take these frames; return all effects."""
+    return [effect for frame in frames for effect in attempts.take(node, frame, now)]
+
+
+def read(effects):
+    """The frames that a reader gets by these effects."""
+    return [effect.frame for effect in effects if isinstance(effect, Deliver | End)]
+
+
 def fed(attempts, *frames, node="a"):
-    """Take these frames, and return what the reader gets of them."""
-    return [given for frame in frames if (given := attempts.take(node, frame, 0.0))]
+    """Take these frames; return what a reader gets of them."""
+    return read(effects_of(attempts, *frames, node=node))
+
+
+def cancelled(effects):
+    return [effect for effect in effects if isinstance(effect, CancelOrphan)]
 
 
 DOWN = InstanceUnavailable("down")
@@ -108,11 +130,9 @@ DOWN = InstanceUnavailable("down")
 def test_an_answer_that_comes_at_once_is_the_whole_story():
     attempts = attempts_of(request("embed"))
     answer = EmbedResponse(**head(1, 1), **FACTS, data=["AACAPw=="], dimensions=1)
-    (given,) = fed(attempts, accepted(), answer)
+    assert effects_of(attempts, accepted(), answer) == [End(attempts.last)]
     assert attempts.state == "ended"
-    assert given is attempts.last
-    assert [(each.attempt, each.node, each.error) for each in given.attempts] == [(1, "a", None)]
-    assert attempts.leftovers == []
+    assert [(each.attempt, each.node, each.error) for each in attempts.last.attempts] == [(1, "a", None)]
 
 
 def test_frames_are_taken_once_each_and_in_order():
@@ -123,32 +143,28 @@ def test_frames_are_taken_once_each_and_in_order():
 
 def test_a_frame_that_is_missing_is_asked_for_and_all_that_came_after_it_taken_when_it_comes_again():
     attempts, frames = attempts_of(), [accepted(), deltas(1, "a"), deltas(2, "b"), deltas(3, "c")]
-    assert fed(attempts, frames[0], *frames[2:]) == []
-    assert attempts.misses == "a"
-    attempts.misses = None
-    assert fed(attempts, frames[3], *frames) == frames[1:]
-    assert attempts.misses is None
-    fed(attempts, deltas(5, "e"))
-    assert attempts.misses == "a", "that is another one"
+    assert effects_of(attempts, frames[0], *frames[2:]) == [AskAgain("a")]
+    assert effects_of(attempts, frames[3], *frames) == [Deliver(frame) for frame in frames[1:]]
+    assert effects_of(attempts, deltas(5, "e")) == [AskAgain("a")], "that is another one"
 
 
 def test_a_frame_that_does_not_come_again_is_a_loss_and_whoever_left_it_out_is_to_stop():
     attempts = attempts_of()
     assert fed(attempts, accepted(), deltas(2, "b")) == []
-    assert attempts.take("a", deltas(3, "c"), GAP_CLOSES_WITHIN - 0.1) is None
+    assert attempts.take("a", deltas(3, "c"), GAP_CLOSES_WITHIN - 0.1) == []
     assert attempts.state == "running"
-    assert attempts.take("a", deltas(4, "d"), GAP_CLOSES_WITHIN) is None
+    orphan, retry = attempts.take("a", deltas(4, "d"), GAP_CLOSES_WITHIN)
+    assert orphan == CancelOrphan("a", 1)
+    assert isinstance(retry, RetryAfter)
     assert attempts.state == "pausing"
     assert attempts.history[0].error == ReplyLost.code
-    assert attempts.leftovers == [OrphanedAttempt("a", 1)]
 
 
 def test_a_sign_of_life_shows_that_the_frames_before_it_are_lost():
     attempts = attempts_of()
     fed(attempts, accepted(), Alive(**head(1, 1)))
     assert attempts.state == "running"
-    fed(attempts, Alive(**head(1, 2)))
-    assert attempts.misses == "a"
+    assert effects_of(attempts, Alive(**head(1, 2))) == [AskAgain("a")]
     attempts.take("a", Alive(**head(1, 2)), GAP_CLOSES_WITHIN)
     assert attempts.state == "pausing"
 
@@ -167,11 +183,12 @@ def test_a_node_that_was_restarted_says_something_else():
     attempts = attempts_of()
     fed(attempts, accepted(), deltas(1, "a"), deltas(2, " b"))
     later = accepted().model_copy(update={"queue_wait": 3.0})
-    assert fed(attempts, later, deltas(1, "a b"), deltas(2, " c"), deltas(3, " d")) == []
+    effects = effects_of(attempts, later, deltas(1, "a b"), deltas(2, " c"), deltas(3, " d"))
+    assert read(effects) == []
     assert attempts.state == "pausing"
     assert attempts.history[0].error == NodeLost.code
-    assert attempts.leftovers == [OrphanedAttempt("a", 1)]
-    assert attempts.again().resume == Resume(content="a b", tokens=1)
+    assert cancelled(effects) == [CancelOrphan("a", 1)]
+    assert attempts.next_attempt().resume == Resume(content="a b", tokens=1)
     assert fed(attempts, accepted(2).model_copy(update={"queue_wait": 4.0}), deltas(1, " c", attempt=2))
 
 
@@ -181,11 +198,11 @@ def test_a_node_that_was_restarted_says_something_else():
 @pytest.mark.parametrize("error", [DOWN, Overloaded("busy"), ConnectionFailure("broke"), ReplyLost(retryable=True)])
 def test_what_another_node_may_not_have_is_followed_by_another_attempt(error):
     attempts = attempts_of()
-    assert fed(attempts, accepted(), failure(1, error)) == []
+    (retry,) = effects_of(attempts, accepted(), failure(1, error))  # no cancel: the node itself has ended it
+    assert isinstance(retry, RetryAfter)
     assert attempts.state == "pausing"
     assert attempts.failed == {"a"}
-    assert attempts.leftovers == []  # it said itself that it has ended
-    again = attempts.again()
+    again = attempts.next_attempt()
     assert (again.attempt, again.resume) == (2, None)
     assert attempts.state == "waiting"
 
@@ -201,26 +218,28 @@ def test_what_no_node_can_do_ends_it():
 def test_a_lost_node_is_told_to_stop_should_it_come_back():
     attempts = attempts_of()
     fed(attempts, accepted())
-    assert attempts.lost(0.0) is None
-    assert attempts.leftovers == [OrphanedAttempt("a", 1)]
+    orphan, retry = attempts.node_lost(0.0)
+    assert orphan == CancelOrphan("a", 1)
+    assert isinstance(retry, RetryAfter)
     assert attempts.failed == {"a"}
 
 
 def test_a_message_that_is_nowhere_is_sent_again_and_nobody_is_to_blame():
     attempts = attempts_of()
-    assert attempts.untaken(0.0) is None
-    assert attempts.leftovers == [OrphanedAttempt(None, 1)]
+    orphan, retry = attempts.message_lost(0.0)
+    assert orphan == CancelOrphan(None, 1)
+    assert isinstance(retry, RetryAfter)
     assert attempts.failed == set()
     for _ in range(2):
-        attempts.again()
-        given = attempts.untaken(0.0)
-    assert given.code == NodeLost.code  # and no poison: no instance died
+        attempts.next_attempt()
+        effects = attempts.message_lost(0.0)
+    assert read(effects)[0].code == NodeLost.code  # and no poison: no instance died
 
 
 def test_the_attempts_are_counted():
     attempts = attempts_of(max_attempts=2)
     fed(attempts, accepted(), failure(1, DOWN))
-    attempts.again()
+    attempts.next_attempt()
     (given,) = fed(attempts, failure(0, DOWN, attempt=2))
     assert given.code == DOWN.code
     assert [each["attempt"] for each in given.metadata["attempts"]] == [1, 2]
@@ -238,8 +257,8 @@ def test_pauses_grow_and_differ():
         pauses = []
         for _ in range(20):
             attempts = attempts_of(request().model_copy(update={"attempt": attempt}), max_attempts=9)
-            fed(attempts, failure(0, DOWN, attempt=attempt))
-            pauses.append(attempts.pause)
+            (retry,) = effects_of(attempts, failure(0, DOWN, attempt=attempt))
+            pauses.append(retry.seconds)
         assert len(set(pauses)) > 10
         longest.append(min(pauses))
     assert longest == sorted(longest)
@@ -248,8 +267,7 @@ def test_pauses_grow_and_differ():
 
 def test_a_busy_server_is_left_alone_for_as_long_as_it_asks():
     attempts = attempts_of()
-    fed(attempts, failure(0, Overloaded("busy", retry_after=7.0)))
-    assert attempts.pause == 7.0
+    assert effects_of(attempts, failure(0, Overloaded("busy", retry_after=7.0))) == [RetryAfter(7.0)]
 
 
 # --- In the middle of a stream
@@ -263,27 +281,27 @@ def interrupted(error=DOWN, **options):
 
 def test_a_stream_goes_on_where_it_broke_off():
     attempts = interrupted()
-    assert attempts.again().resume == Resume(content="a b c", tokens=3)
+    assert attempts.next_attempt().resume == Resume(content="a b c", tokens=3)
     marker, *rest = fed(
         attempts, accepted(2), deltas(1, " d", attempt=2, tokens=4), deltas(2, " e", attempt=2, tokens=5)
     )
     assert [delta.resumed for delta in marker.deltas] == [True, None]
     assert [delta.resumed for frame in rest for delta in frame.deltas] == [None]
     fed(attempts, failure(3, DOWN, attempt=2))
-    assert attempts.again().resume == Resume(content="a b c d e", tokens=5)
+    assert attempts.next_attempt().resume == Resume(content="a b c d e", tokens=5)
 
 
 def test_a_whole_answer_that_was_not_seen_begins_anew():
     attempts = attempts_of(request("chat"))
     fed(attempts, accepted(), failure(1, DOWN))
-    assert attempts.again().resume is None
+    assert attempts.next_attempt().resume is None
 
 
 def test_reasoning_is_told_too():
     attempts = attempts_of()
     thought = Deltas(**head(1, 1), deltas=[Delta(reasoning="hm")], tokens=1)
     fed(attempts, accepted(), thought, failure(2, DOWN))
-    assert attempts.again().resume == Resume(reasoning="hm", tokens=1)
+    assert attempts.next_attempt().resume == Resume(reasoning="hm", tokens=1)
 
 
 @pytest.mark.parametrize("kind", ["json_object", "json_schema"])
@@ -318,7 +336,7 @@ def test_two_deaths_are_enough():
     attempts = attempts_of(max_attempts=10)
     fed(attempts, accepted(), failure(1, DIED))
     assert attempts.state == "pausing"
-    attempts.again()
+    attempts.next_attempt()
     (given,) = fed(attempts, accepted(2), failure(1, DIED, attempt=2), node="b")
     assert given.code == PoisonSuspected.code
     assert not given.retryable
@@ -327,17 +345,19 @@ def test_two_deaths_are_enough():
 def test_a_node_that_fell_silent_may_have_died_of_it():
     attempts = attempts_of(max_attempts=10)
     fed(attempts, accepted())
-    attempts.lost(0.0)
-    attempts.again()
+    attempts.node_lost(0.0)
+    attempts.next_attempt()
     fed(attempts, accepted(2), node="b")
-    assert attempts.lost(0.0).code == PoisonSuspected.code
+    orphan, end = attempts.node_lost(0.0)
+    assert orphan == CancelOrphan("b", 2)
+    assert end.frame.code == PoisonSuspected.code
 
 
 def test_other_failures_are_no_deaths():
     attempts = attempts_of(max_attempts=4)
     for attempt, error in enumerate([DOWN, Overloaded("busy"), ConnectionFailure("broke")], start=1):
         fed(attempts, failure(0, error, attempt=attempt))
-        attempts.again()
+        attempts.next_attempt()
     assert attempts.state == "waiting"
 
 
@@ -346,22 +366,21 @@ def test_other_failures_are_no_deaths():
 
 def test_what_is_given_up_is_to_stop_wherever_it_is():
     attempts = attempts_of()
-    assert attempts.give_up(Cancelled("enough")).code == "cancelled"
-    assert attempts.leftovers == [OrphanedAttempt(None, 1)]
+    effects = attempts.give_up(Cancelled("enough"))
+    assert effects == [CancelOrphan(None, 1), End(attempts.last)]
+    assert attempts.last.code == "cancelled"
     running = attempts_of()
     fed(running, accepted())
-    running.give_up(Cancelled("enough"))
-    assert running.leftovers == [OrphanedAttempt("a", 1)]
+    assert running.give_up(Cancelled("enough")) == [CancelOrphan("a", 1), End(running.last)]
     pausing = attempts_of()
     fed(pausing, failure(0, DOWN))
-    pausing.give_up(Cancelled("enough"))
-    assert pausing.leftovers == []
+    assert pausing.give_up(Cancelled("enough")) == [End(pausing.last)]
 
 
 def test_it_ends_once():
     attempts = attempts_of()
     fed(attempts, accepted(), response(1))
-    assert attempts.give_up(Cancelled("too late")) is None
+    assert attempts.give_up(Cancelled("too late")) == []
     assert fed(attempts, deltas(2, "more"), response(3)) == []
     assert attempts.last.kind == "response"
 
@@ -379,16 +398,28 @@ class AnyOrder(RuleBasedStateMachine):
         self.sent = []
         self.text = ""
         self.ends = 0
+        self.retries = self.gave_up_in_a_pause = 0
+        self.cancelled = set()
         self.now = 0.0
 
-    def give(self, frame):
-        if frame is None:
-            return
-        if isinstance(frame, Deltas):
-            assert not self.ends
-            self.text += "".join(delta.content or "" for delta in frame.deltas)
-        else:
-            self.ends += 1
+    def carry_out(self, effects):
+        assert not (effects and self.ends), "nothing follows the end"
+        for effect in effects:
+            match effect:
+                case Deliver(frame):
+                    self.text += "".join(delta.content or "" for delta in frame.deltas)
+                case End(frame):
+                    assert frame is self.attempts.last
+                    self.ends += 1
+                case RetryAfter(seconds):
+                    assert seconds > 0
+                    self.retries += 1
+                case CancelOrphan(node, attempt):
+                    assert attempt not in self.cancelled, "once is enough"
+                    assert node == self.attempts.history[-1].node
+                    self.cancelled.add(attempt)
+                case AskAgain(node):
+                    assert node == self.attempts.node
 
     @rule(node=st.sampled_from("abc"), which=st.integers(0, 3))
     def somebody_takes_an_attempt(self, node, which):
@@ -429,19 +460,19 @@ class AnyOrder(RuleBasedStateMachine):
         key = (node, self.asked[-1].attempt)
         for _ in range(min(frames, len(self.workers[key]))):
             self.sent.append((node, self.workers[key].pop(0)))
-            self.give(self.attempts.take(*self.sent[-1], self.now))
+            self.carry_out(self.attempts.take(*self.sent[-1], self.now))
 
     @precondition(lambda self: self.sent)
     @rule(which=st.integers(0, 999))
     def a_frame_arrives(self, which):
         node, frame = self.sent[which % len(self.sent)]
-        self.give(self.attempts.take(node, frame, self.now))
+        self.carry_out(self.attempts.take(node, frame, self.now))
 
     @precondition(lambda self: self.sent)
     @rule()
     def all_frames_arrive(self):
         for node, frame in tuple(self.sent):
-            self.give(self.attempts.take(node, frame, self.now))
+            self.carry_out(self.attempts.take(node, frame, self.now))
 
     @rule(seconds=st.sampled_from([0.1, GAP_CLOSES_WITHIN]))
     def time_passes(self, seconds):
@@ -450,22 +481,23 @@ class AnyOrder(RuleBasedStateMachine):
     @precondition(lambda self: self.attempts.state == "running")
     @rule()
     def the_node_is_lost(self):
-        self.give(self.attempts.lost(0.0))
+        self.carry_out(self.attempts.node_lost(0.0))
 
     @precondition(lambda self: self.attempts.state == "waiting")
     @rule()
     def nobody_took_it(self):
-        self.give(self.attempts.untaken(0.0))
+        self.carry_out(self.attempts.message_lost(0.0))
 
     @precondition(lambda self: self.attempts.state == "pausing")
     @rule()
     def the_pause_is_over(self):
-        self.asked.append(self.attempts.again())
+        self.asked.append(self.attempts.next_attempt())
 
     @precondition(lambda self: len(self.attempts.history) > 2)
     @rule()
     def the_reader_leaves(self):
-        self.give(self.attempts.give_up(Cancelled("enough")))
+        self.gave_up_in_a_pause += self.attempts.state == "pausing"
+        self.carry_out(self.attempts.give_up(Cancelled("enough")))
 
     @invariant()
     def the_text_is_right_so_far(self):
@@ -480,6 +512,10 @@ class AnyOrder(RuleBasedStateMachine):
             assert isinstance(self.attempts.last.error(), FleetError)
 
     @invariant()
+    def there_is_one_pause_before_each_further_attempt(self):
+        assert self.retries == len(self.asked) - 1 + (self.attempts.state == "pausing") + self.gave_up_in_a_pause
+
+    @invariant()
     def attempts_and_deaths_are_bounded(self):
         assert len(self.asked) <= 4
         assert [asked.attempt for asked in self.asked] == list(range(1, len(self.asked) + 1))
@@ -488,11 +524,8 @@ class AnyOrder(RuleBasedStateMachine):
 
     @invariant()
     def whoever_may_still_work_on_an_attempt_that_is_over_is_told(self):
-        told = {leftover.attempt for leftover in self.attempts.leftovers}
-        silent = {NodeLost.code, ReplyLost.code, Cancelled.code, PoisonSuspected.code}
-        assert {each.attempt for each in self.attempts.history if each.error in silent} <= told | {
-            each.attempt for each in self.attempts.history if each.error == PoisonSuspected.code
-        }
+        silent = {NodeLost.code, ReplyLost.code, Cancelled.code}
+        assert {each.attempt for each in self.attempts.history if each.error in silent} == self.cancelled
 
 
 TestAnyOrder = AnyOrder.TestCase

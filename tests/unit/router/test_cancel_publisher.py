@@ -5,7 +5,7 @@ import threading
 import weakref
 from types import SimpleNamespace
 
-from fleet_worker.router.attempts import OrphanedAttempt
+from fleet_worker.router.attempts import CancelOrphan
 from fleet_worker.router.cancel_publisher import CancelPublisher
 
 
@@ -17,8 +17,8 @@ def test_a_stream_that_is_forgotten_while_another_one_is_cancelled_is_cancelled_
         def __init__(self):
             self.itself = self
 
-    weakref.finalize(Stream(), notices.cancel, "forgotten", OrphanedAttempt("n", 1))
-    thread = threading.Thread(target=notices.cancel, args=("cancelled", OrphanedAttempt("n", 2)), daemon=True)
+    weakref.finalize(Stream(), notices.cancel, "forgotten", CancelOrphan("n", 1))
+    thread = threading.Thread(target=notices.cancel, args=("cancelled", CancelOrphan("n", 2)), daemon=True)
     thread.start()
     thread.join(5)
     assert notices._cancelled == {"n": {"forgotten": 1, "cancelled": 2}}

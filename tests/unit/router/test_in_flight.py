@@ -3,16 +3,15 @@
 import contextlib
 import queue
 import time
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from fleet_worker.errors import BrokerUnavailable, Cancelled, InvalidRequest, ReplyOverflow
 from fleet_worker.protocol.reply import Alive, Deltas
-from fleet_worker.router.attempts import OrphanedAttempt
+from fleet_worker.router.attempts import CancelOrphan
 from fleet_worker.router.idempotency import IdempotencyCache
-from fleet_worker.router.in_flight import InFlightRequest, Services
+from fleet_worker.router.in_flight import InFlightRequest
 from fleet_worker.settings import RouterSettings
 from tests.unit.router.test_attempts import DOWN, accepted, deltas, failure, head, request, response
 
@@ -58,24 +57,24 @@ class Fleet:
         self.first = self.target = None
         self.ready = True
         self.refusal = None
-        self.services = Services(
+        self.session = SimpleNamespace(
             settings=RouterSettings.model_construct(**patient),
-            agenda=self.later,
-            inbox=self.clock,
-            backlog=SimpleNamespace(waits=lambda *_: self.waits, accepted=lambda *what: self.accepted.append(what)),
-            notices=SimpleNamespace(
+            scheduler=self.later,
+            replies=self.clock,
+            admission=SimpleNamespace(waits=lambda *_: self.waits, accepted=lambda *what: self.accepted.append(what)),
+            cancels=SimpleNamespace(
                 missed=lambda *what: self.missed.append(what),
-                cancel=lambda _, leftover: self.cancelled.append(leftover),
+                cancel=lambda _, orphan: self.cancelled.append(orphan),
             ),
-            publish=self._publish,
-            routes=SimpleNamespace(
+            submitter=SimpleNamespace(submit=self._submit),
+            nodes=SimpleNamespace(
                 node_for=lambda request, *failed: self.target if failed else self.first,
                 waits_in_vain=lambda *_: not self.ready,
             ),
             ended=self.ended.append,
         )
 
-    def _publish(self, request, lane, patience):
+    def _submit(self, request, lane, patience):
         if self.refusal:
             raise self.refusal
         _, _, node = lane.partition(".node.")
@@ -83,7 +82,7 @@ class Fleet:
 
     def flight(self, node=None, **options):
         asked = options.pop("asked", None) or request()
-        flight = InFlightRequest(asked.submitted_to(asked.reply_to), node, self.services, **options)
+        flight = InFlightRequest(asked.addressed_to(asked.reply_to), node, self.session, **options)
         self.reader = flight.join(0.0)
         flight.submit()
         return flight
@@ -117,7 +116,7 @@ def test_a_node_that_is_silent_for_too_long_is_lost(fleet):
     assert fleet.sent == [(1, None)]
     fleet.clock.clock = 5.1
     fleet.later.now()
-    assert fleet.cancelled == [OrphanedAttempt("a", 1)]
+    assert fleet.cancelled == [CancelOrphan("a", 1)]
     fleet.later.now()
     assert fleet.sent == [(1, None), (2, None)]
 
@@ -174,7 +173,7 @@ def test_a_lane_is_looked_at_twice_before_a_request_that_is_not_in_it_is_sent_ag
     fleet.later.now()
     fleet.later.now()
     assert fleet.sent == [(1, None), (2, None)]
-    assert fleet.cancelled == [OrphanedAttempt(None, 1)]
+    assert fleet.cancelled == [CancelOrphan(None, 1)]
 
 
 @pytest.mark.parametrize("waits", [True, None])
@@ -203,7 +202,7 @@ def test_a_look_that_fails_is_not_the_last_one(fleet):
         fleet.later.now()
     fleet.clock.silence = lambda since: 6.0
     fleet.later.now()
-    assert fleet.cancelled == [OrphanedAttempt("a", 1)]
+    assert fleet.cancelled == [CancelOrphan("a", 1)]
 
 
 # --- Another attempt
@@ -244,7 +243,7 @@ def test_what_waits_for_a_node_that_is_gone_goes_elsewhere_unless_its_caller_wan
     for _ in range(3):
         fleet.later.now()
     assert fleet.sent[2:] == [(3, None)][: sent - 2]
-    assert fleet.cancelled == [OrphanedAttempt(None, 2)][: sent - 2]
+    assert fleet.cancelled == [CancelOrphan(None, 2)][: sent - 2]
 
 
 def test_a_broker_that_is_away_is_waited_for(fleet):
@@ -268,12 +267,14 @@ def test_a_further_attempt_that_the_broker_refuses_ends_it(fleet):
 
 
 def test_what_was_answered_although_the_broker_never_said_that_it_has_it_is_answered(fleet):
-    def publish(*_):
+    def submit(*_, **__):
         flight.receive("a", accepted())
         flight.receive("a", response(1))
         raise BrokerUnavailable("it fell silent", retryable=True)
 
-    flight = InFlightRequest(request().submitted_to("r"), None, replace(fleet.services, publish=publish))
+    fleet.session.submitter.submit = submit
+
+    flight = InFlightRequest(request().addressed_to("r"), None, fleet.session)
     mailbox = flight.join(5.0)
     flight.submit()
     assert [frame.kind for frame in fleet.read(mailbox)] == ["response"]
@@ -294,7 +295,7 @@ def test_a_caller_that_is_interrupted_while_it_sends_leaves_nothing_behind(fleet
         fleet.flight()
     assert fleet.ended == ["r"]
     assert fleet.read()[0].code == "cancelled"
-    assert fleet.cancelled == [OrphanedAttempt(None, 1)]
+    assert fleet.cancelled == [CancelOrphan(None, 1)]
 
 
 # --- Readers
@@ -307,7 +308,7 @@ def test_when_the_last_reader_leaves_nobody_wants_it(fleet):
     flight.leave(fleet.reader)
     assert fleet.cancelled == []
     flight.leave(second)
-    assert fleet.cancelled == [OrphanedAttempt("a", 1)]
+    assert fleet.cancelled == [CancelOrphan("a", 1)]
     assert fleet.ended == ["r"]
     assert not flight.receive("a", deltas(1, "x"))
 
@@ -378,7 +379,7 @@ def test_a_stream_whose_only_reader_is_too_slow_is_stopped(fleet):
     flight.receive("a", accepted())
     for seq in range(1, 20):
         flight.receive("a", deltas(seq, "x"))
-    assert fleet.cancelled == [OrphanedAttempt("a", 1)]
+    assert fleet.cancelled == [CancelOrphan("a", 1)]
 
 
 def test_at_its_deadline_it_is_over_whoever_reads(fleet):
@@ -386,7 +387,7 @@ def test_at_its_deadline_it_is_over_whoever_reads(fleet):
     flight.receive("a", accepted())
     time.sleep(0.02)
     fleet.later.now()
-    assert fleet.cancelled == [OrphanedAttempt("a", 1)]
+    assert fleet.cancelled == [CancelOrphan("a", 1)]
     assert fleet.read()[0].code == "timeout"
 
 

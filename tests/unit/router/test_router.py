@@ -13,7 +13,6 @@ import redis
 from kombu.exceptions import OperationalError
 
 from fleet_worker import Router, Settings
-from fleet_worker.broker.topology import reply_name
 from fleet_worker.errors import (
     BrokerUnavailable,
     Cancelled,
@@ -30,11 +29,8 @@ from fleet_worker.errors import (
 from fleet_worker.protocol.reply import Accepted, ChatResponse, Delta, Deltas, EmbedResponse, Failure
 from fleet_worker.protocol.request import FleetRequest, Resume
 from fleet_worker.router import attempts as attempts_module
-from fleet_worker.router import in_flight as flight_module
-from fleet_worker.router.in_flight import Services
-from fleet_worker.router.node_selection import NodeSelection
-from fleet_worker.router.reply_consumer import ReplyConsumer
-from fleet_worker.router.scheduler import Scheduler
+from fleet_worker.router import in_flight as in_flight_module
+from fleet_worker.router.session import Session
 from tests.brokers import free_port
 from tests.clients import HELLO, took_less_than, until
 from tests.unit.router.test_attempts import FACTS
@@ -71,25 +67,19 @@ class Fleet:
         settings = Settings(max_body_bytes=max_body_bytes, router=router)
         self.router = Router(settings)
         self.router._registry._asked_at -= 60  # nobody has answered
-        self.router._publish = self._publish
-        agenda = Scheduler()
-        agenda.start()
         self.cancelled = []
-        self.router._services = Services(
-            settings=settings.router,
-            agenda=agenda,
-            inbox=ReplyConsumer(None, settings.broker_url, reply_name("test", 60), self.router._receive),
-            backlog=SimpleNamespace(
-                admit=lambda lane: None, accepted=lambda *_: None, waits=lambda *_: True, close=lambda: None
-            ),
-            notices=SimpleNamespace(
-                missed=lambda *_: None, cancel=lambda *what: self.cancelled.append(what), close=lambda: None
-            ),
-            routes=NodeSelection(self.router._registry),
-            publish=lambda request, lane, patience: self.router._publish(request, lane),
-            ended=self.router._flights.pop,
+        self.publish = self._publish
+        self.session = self.router._session = Session(settings, self.router._registry)
+        self.session.scheduler.start()
+        self.session.submitter = SimpleNamespace(
+            submit=lambda request, lane, patience: self.publish(request, lane), close=lambda: None
         )
-        self.router._process = os.getpid()
+        self.session.admission = SimpleNamespace(
+            admit=lambda lane: None, accepted=lambda *_: None, waits=lambda *_: True, close=lambda: None
+        )
+        self.session.cancels = SimpleNamespace(
+            missed=lambda *_: None, cancel=lambda *what: self.cancelled.append(what), close=lambda: None
+        )
         self.answers = []
         self.requests = []
         self.nodes = []
@@ -113,7 +103,7 @@ class Fleet:
         request = self.requests[-1]
         for seq, (kind, fields) in enumerate(frames, start=first):
             frame = kind(id=request.request_id, attempt=attempt or request.attempt, seq=seq, **fields)
-            self.router._receive("n", frame)
+            self.session.receive("n", frame)
 
     @property
     def attempts(self):
@@ -303,7 +293,7 @@ def test_another_request_with_the_same_key_is_refused(fleet, other, answered):
 def test_a_reply_with_a_gap_that_stays_is_tried_again(fleet, read, monkeypatch):
     monkeypatch.setattr(attempts_module, "GAP_CLOSES_WITHIN", 0.01)
     fleet.answers = [[accepted()], [accepted(), deltas("b"), response()]]
-    publish = fleet.router._publish
+    publish = fleet.publish
 
     def lossy(request, lane):
         publish(request, lane)
@@ -312,7 +302,7 @@ def test_a_reply_with_a_gap_that_stays_is_tried_again(fleet, read, monkeypatch):
             time.sleep(0.02)
             fleet.say(deltas("lost, too"), first=3)
 
-    fleet.router._publish = lossy
+    fleet.publish = lossy
     assert read(fleet).content == "b"
     assert fleet.attempts == [1, 2]
 
@@ -355,7 +345,7 @@ def test_an_attempt_that_nobody_took_expires_even_if_an_earlier_one_was_taken(fl
 
 def test_what_an_older_attempt_still_says_is_not_listened_to(fleet, read):
     fleet.answers = [[accepted(), DOWN], []]
-    publish = fleet.router._publish
+    publish = fleet.publish
 
     def mixed(request, lane):
         publish(request, lane)
@@ -365,7 +355,7 @@ def test_what_an_older_attempt_still_says_is_not_listened_to(fleet, read):
             fleet.say(deltas("old"), DOWN, attempt=1, first=2)
             fleet.say(deltas("er"), response(), first=2)
 
-    fleet.router._publish = mixed
+    fleet.publish = mixed
     assert read(fleet).content == "newer"
     assert fleet.attempts == [1, 2]
 
@@ -397,7 +387,7 @@ def test_a_broker_that_does_not_take_the_first_attempt_ends_the_request_every_ti
 
 
 def test_a_broker_that_does_not_take_a_further_attempt_is_tried_until_it_does(fleet, monkeypatch):
-    monkeypatch.setattr(flight_module, "LOOKS_AGAIN", 0.01)
+    monkeypatch.setattr(in_flight_module, "LOOKS_AGAIN", 0.01)
     fleet.answers = [[DOWN], *[BrokerUnavailable("away", retryable=True)] * 2, [accepted(), response("late")]]
     assert chat(fleet).content == "late"
     assert fleet.attempts == [1, 2, 2, 2]
@@ -445,14 +435,14 @@ def test_a_stream_that_is_left_ends_for_whoever_still_reads_it(fleet):
 @pytest.mark.parametrize("in_a_task", [False, True])
 def test_what_is_cancelled_while_it_is_sent_is_cancelled_when_it_was_sent(fleet, in_a_task):
     fleet.answers = [[accepted()]]
-    publish, sending, cancelled = fleet.router._publish, threading.Event(), threading.Event()
+    publish, sending, cancelled = fleet.publish, threading.Event(), threading.Event()
 
     def slowly(request, lane):
         sending.set()
         cancelled.wait(5)
         publish(request, lane)
 
-    fleet.router._publish = slowly
+    fleet.publish = slowly
     stream = fleet.router.stream_chat("m", HELLO)
 
     async def give_up():
@@ -473,16 +463,16 @@ def test_what_is_cancelled_while_it_is_sent_is_cancelled_when_it_was_sent(fleet,
             cancelled.set()
             with pytest.raises(Cancelled):
                 reader.result()
-    assert fleet.router._flights == {}
+    assert fleet.session._requests == {}
     assert len(fleet.cancelled) == 1
 
 
 def test_what_is_about_to_be_sent_when_the_router_is_closed_is_cancelled(fleet, monkeypatch):
-    monkeypatch.setattr(fleet.router._services.backlog, "admit", lambda lane: fleet.router.close())
+    monkeypatch.setattr(fleet.session.admission, "admit", lambda lane: fleet.router.close())
     with took_less_than(2), pytest.raises(Cancelled, match="closed"):
         chat(fleet)
     assert fleet.requests == []
-    assert fleet.router._flights == {}
+    assert fleet.session._requests == {}
 
 
 def test_a_router_that_is_closed_stays_closed(fleet, ask):
@@ -497,9 +487,8 @@ def test_a_router_that_was_connected_before_a_fork_says_so(fleet, ask, monkeypat
     with pytest.raises(RuntimeError, match="in each process"):
         ask(fleet)
     assert fleet.requests == []
-    services = fleet.router._services
     fleet.router.close()
-    assert fleet.router._services is services, "it is of the other process, which still uses it"
+    assert fleet.router._session is fleet.session, "it is of the other process, which still uses it"
     monkeypatch.undo()
 
 
@@ -551,17 +540,17 @@ def test_no_task_waits_for_a_broker_or_for_a_thread_beyond_its_timeout():
 def test_a_router_that_is_connecting_can_be_closed():
     with away() as router, ThreadPoolExecutor() as pool, took_less_than(2):
         asked = pool.submit(router.chat, "m", HELLO)
-        until(lambda: router._connecting)
+        until(lambda: router._opening)
         router.close()
         with pytest.raises(Cancelled, match="closed"):
             asked.result()
 
 
 @pytest.mark.parametrize("error", [OperationalError("away"), redis.exceptions.ConnectionError("cut off"), OSError()])
-def test_a_broker_that_is_away_is_no_trouble_to_who_asks_for_figures(fleet, error, monkeypatch):
+def test_a_broker_that_is_away_is_no_trouble_to_who_asks_for_figures(fleet, error):
     def publish(*_, **__):
         raise error
 
     producer = SimpleNamespace(publish=publish)
-    monkeypatch.setattr(fleet.router._submissions, "producer", lambda timeout: nullcontext(producer))
+    fleet.session.submitter.producer = lambda timeout: nullcontext(producer)
     fleet.router._registry.refresh()

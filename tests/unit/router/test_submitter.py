@@ -19,14 +19,17 @@ LANE = "llm.fleet.chat.m"
 
 def request_of(**options):
     return (
-        Router(Settings())._request("chat", "m", {"messages": HELLO}, **options)[0].submitted_to("llm.fleet.reply.a.1")
+        Router(Settings())._request("chat", "m", {"messages": HELLO}, **options)[0].addressed_to("llm.fleet.reply.a.1")
     )
 
 
+def submitter_of(url):
+    return Submitter(create_app(Settings(broker_url=url)), transport_of(url))
+
+
 def unavailable(url, patience):
-    submissions = Submitter(create_app(Settings(broker_url=url)), transport_of(url))
-    with closing(submissions), pytest.raises(BrokerUnavailable) as caught:
-        submissions.submit(request_of(), LANE, patience=patience)
+    with closing(submitter_of(url)) as submitter, pytest.raises(BrokerUnavailable) as caught:
+        submitter.submit(request_of(), LANE, patience=patience)
     assert "hush" not in str(caught.value)
     assert caught.value.__cause__ is None
     return caught.value
@@ -77,10 +80,9 @@ def test_nothing_is_sent_after_the_deadline(monkeypatch):
     request = request_of()
     monkeypatch.setattr(time, "time", lambda: request.expires_at)
     with pytest.raises(Expired):
-        Router(Settings(broker_url=f"redis://127.0.0.1:{free_port()}/0"))._publish(request, None, 1.0)
+        submitter_of(f"redis://127.0.0.1:{free_port()}/0").submit(request, LANE, patience=1.0)
 
 
 def test_no_request_waits_for_the_broker_beyond_its_deadline():
-    router = Router(Settings(broker_url=f"redis://127.0.0.1:{free_port()}/0", router={"connect_timeout": 20}))
     with took_less_than(1.5), pytest.raises(BrokerUnavailable):
-        router._publish(request_of(timeout=0.5), None, 1.0)
+        submitter_of(f"redis://127.0.0.1:{free_port()}/0").submit(request_of(timeout=0.5), LANE, patience=20.0)

@@ -1,7 +1,6 @@
-"""A request that is stopped from outside, at every moment of it: against the simulated server, over real sockets."""
+"""A request that is cancelled, at every moment of it: against the simulated server, over real sockets."""
 
 import socket
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
@@ -10,53 +9,13 @@ import pytest
 
 from fleet_worker.errors import Cancelled, FleetError, InvalidRequest
 from fleet_worker.mlx import client as mlx
-from fleet_worker.mlx.cancellation import CancelToken
+from fleet_worker.mlx.timeouts import CancelToken
 from fleet_worker.simulator import FLAVOURS, Fault, reply_tokens
 from tests.brokers import free_port
-from tests.clients import HELLO, SOON, WHY, Client, answering, client_of, said, served, stopped, took_less_than
+from tests.clients import HELLO, SOON, WHY, Client, answering, client_of, said, served, stopped, took_less_than, until
 
 ASKING = {"chat": Client.ask, "stream_chat": Client.stream}
 UVICORN = sorted(set(FLAVOURS) - {"mlx_lm"})
-
-
-# --- The word itself
-
-
-def test_a_wait_is_cut_once_and_for_the_first_reason():
-    stop, cuts = CancelToken(), []
-    with stop.cutting(lambda: cuts.append(threading.current_thread())):
-        assert (stop.error, cuts) == (None, [])
-        stop.now(WHY)
-        stop.now(Cancelled("again"))
-    assert stop.error is WHY
-    assert cuts == [threading.current_thread()]
-
-
-def test_waits_within_a_wait_are_cut_together_and_the_outer_one_also_after_the_inner_one():
-    cuts = []
-    for at_once in (True, False):
-        stop = CancelToken()
-        with stop.cutting(lambda: cuts.append("outer")):
-            with stop.cutting(lambda: cuts.append("inner")):
-                if at_once:
-                    stop.now(WHY)
-            stop.now(WHY)
-    assert cuts == ["outer", "inner", "outer"]
-
-
-def test_what_was_stopped_before_does_not_begin():
-    stop = CancelToken()
-    stop.now(WHY)
-    with pytest.raises(Cancelled) as raised, stop.cutting(lambda: pytest.fail("nothing waits")):
-        pytest.fail("it has begun")
-    assert raised.value is WHY
-
-
-def test_what_has_ended_is_not_cut():
-    stop = CancelToken()
-    with pytest.raises(ZeroDivisionError), stop.cutting(lambda: pytest.fail("it has ended")):
-        raise ZeroDivisionError
-    stop.now(WHY)
 
 
 # --- Before it is sent
@@ -65,7 +24,7 @@ def test_what_has_ended_is_not_cut():
 @pytest.mark.parametrize("ask", [*ASKING.values(), lambda client, stopper: client.vectors("a", stopper=stopper)])
 def test_a_request_that_was_stopped_before_is_not_sent(ask):
     stop = CancelToken()
-    stop.now(WHY)
+    stop.cancel(WHY)
     with served("vllm_batched") as (server, client), pytest.raises(Cancelled) as raised:
         ask(client, stopper=stop)
     assert raised.value is WHY
@@ -75,7 +34,7 @@ def test_a_request_that_was_stopped_before_is_not_sent(ask):
 def test_a_canary_can_be_stopped_too():
     with served("vllm_batched", ttft=30) as (server, client):
         deadline = time.monotonic() + 30
-        with stopped(lambda stopper: client.canary(client.offering, deadline=deadline, stop=stopper)):
+        with stopped(lambda stopper: client.canary(client.offering, deadline=deadline, cancel_token=stopper)):
             server.wait_for(lambda it: it.counters["running"] == 1)
         server.wait_for(lambda it: it.counters["disconnected"] == 1)
 
@@ -92,15 +51,18 @@ def test_a_server_whose_backlog_is_full():
             knocking.connect_ex(listener.getsockname())
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         with closing(Client(url, clocks={"connect": 20})) as client, stopped(client.ask):
-            time.sleep(0.2)
+            time.sleep(0.1)
 
 
 def test_a_server_that_is_not_there_is_not_tried_again():
     """Not even if it comes back at that moment."""
     port = free_port()
+    tries = []
     with closing(Client(f"http://127.0.0.1:{port}", clocks={"connect": 20})) as client, ExitStack() as opened:
+        client._http.event_hooks = {"request": [tries.append]}
         with stopped(client.ask, within=0.25):
-            time.sleep(1.2)  # the fifth try was 0.3 s ago, the sixth comes in 0.3 s
+            until(lambda: len(tries) == 4)  # the next try comes 0.4 s later
+            time.sleep(0.05)
             listener = opened.enter_context(socket.create_server(("127.0.0.1", port)))
         listener.settimeout(0.5)
         with pytest.raises(TimeoutError):
@@ -113,7 +75,7 @@ def test_a_server_that_never_answers_a_tls_handshake():
         closing(Client(url.replace("http", "https"), clocks={"connect": 20})) as client,
         stopped(client.ask),
     ):
-        time.sleep(0.2)
+        time.sleep(0.1)
 
 
 # --- While it waits for the answer
@@ -124,7 +86,7 @@ def test_a_server_that_never_accepts(ask):
     """Its kernel does. When it comes to it, there is nobody any more."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         with closing(Client(f"http://127.0.0.1:{listener.getsockname()[1]}")) as client, stopped(ask, client):
-            time.sleep(0.2)
+            time.sleep(0.1)
         listener.settimeout(10)
         accepted, _ = listener.accept()
         accepted.settimeout(10)
@@ -136,9 +98,9 @@ def test_a_server_that_never_accepts(ask):
 @pytest.mark.parametrize("ask", ASKING.values(), ids=ASKING)
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_a_server_in_its_prefill(flavour, ask):
-    """Twenty seconds of it. mlx_lm.server notices when it writes its next comment, every 2,048 tokens."""
-    prompt = [{"role": "user", "content": "word " * 100_000}]
-    with served(flavour, prefill_rate=5_000) as (server, client):
+    """Two seconds of it. mlx_lm.server notices when it writes its next comment, every 2,048 tokens."""
+    prompt = [{"role": "user", "content": "word " * 20_000}]
+    with served(flavour, prefill_rate=10_000) as (server, client):
         with stopped(ask, client, prompt):
             server.wait_for(lambda it: it.counters["running"] == 1)
         server.wait_for(lambda it: it.counters["disconnected"] == 1 and it.counters["running"] == 0)
@@ -149,7 +111,7 @@ def test_a_server_in_its_prefill(flavour, ask):
 @pytest.mark.parametrize("flavour", ["mlx_lm", "vllm_batched"])
 def test_a_server_in_which_it_is_queueing(flavour, ask):
     """mlx_lm.server sends no head before it is a request's turn. Who was there first goes on undisturbed."""
-    with served(flavour, slots=1, token_interval=0.02, tokens=30) as (server, client), client.open() as first:
+    with served(flavour, slots=1, token_interval=0.01, tokens=30) as (server, client), client.open() as first:
         arrived = iter(first)
         next(arrived)
         with stopped(ask, client):
@@ -171,7 +133,7 @@ def test_a_server_that_has_half_an_answer_or_half_an_error():
         half = f"HTTP/1.1 {head}\r\ncontent-length: 999\r\n\r\n{{"
         for ask in (Client.ask, lambda client, stopper: client.vectors("a", stopper=stopper)):
             with answering(half) as url, closing(Client(url)) as client, stopped(ask, client):
-                time.sleep(0.1)
+                time.sleep(0.05)
 
 
 # --- In the middle of the answer
@@ -206,7 +168,7 @@ def test_a_stream_whose_reader_is_busy_elsewhere():
             arrived = iter(stream)
             got = next(arrived)
             server.wait_for(lambda it: it.counters["generated"] > 20)
-            stop.now(WHY)
+            stop.cancel(WHY)
             server.wait_for(lambda it: it.counters["disconnected"] == 1)
             with pytest.raises(Cancelled) as raised:
                 next(arrived)
@@ -216,7 +178,7 @@ def test_a_stream_whose_reader_is_busy_elsewhere():
 
 def test_one_request_of_many_is_stopped_and_no_other():
     with (
-        served("vllm_batched", token_interval=0.02, tokens=40) as (server, client),
+        served("vllm_batched", token_interval=0.01, tokens=40) as (server, client),
         ThreadPoolExecutor(4) as pool,
     ):
         others = [pool.submit(client.ask) for _ in range(4)]
@@ -229,13 +191,13 @@ def test_one_request_of_many_is_stopped_and_no_other():
 
 
 def test_the_next_batch_is_not_sent(monkeypatch):
-    stop, read = CancelToken(), mlx.vectors_of
+    stop, read = CancelToken(), mlx.parse_vectors
 
     def read_and_stop(*arguments):
-        stop.now(WHY)
+        stop.cancel(WHY)
         return read(*arguments)
 
-    monkeypatch.setattr(mlx, "vectors_of", read_and_stop)
+    monkeypatch.setattr(mlx, "parse_vectors", read_and_stop)
     with served("vllm_batched", client={"limits": {"embed_batch": 1}}) as (server, client):
         with pytest.raises(Cancelled) as raised:
             client.vectors("a", "b", "c", stopper=stop)
@@ -259,7 +221,7 @@ def test_a_stop_changes_nothing_when_the_answer_is_whole(flavour):
         stop = CancelToken()
         with client.open(stopper=stop) as stream:
             whole = [delta.content for deltas in stream for delta in deltas]
-            stop.now(WHY)
+            stop.cancel(WHY)
             assert stream.answer().finish_reason == "stop"
         assert whole == reply_tokens(HELLO, 5)
         server.wait_for(lambda it: it.counters["finished"] == 1)
@@ -273,7 +235,7 @@ def test_an_answer_that_is_whole_is_not_waited_for():
         with client.open(stopper=stop) as stream:
             arrived = iter(stream)
             assert [delta.content for delta in next(arrived)] == ["Hi"]
-            stop.now(WHY)
+            stop.cancel(WHY)
             assert list(arrived) == []
             assert stream.answer().finish_reason == "stop"
 
@@ -284,7 +246,7 @@ def test_an_error_that_came_before_the_stop_stays():
         stop = CancelToken()
         with pytest.raises(InvalidRequest):
             client.ask(stopper=stop)
-        stop.now(WHY)
+        stop.cancel(WHY)
 
 
 def test_a_client_goes_on_after_a_stop():

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleet_worker.errors import MalformedOutput
-from fleet_worker.mlx.embeddings import vectors_of
+from fleet_worker.mlx.embeddings import parse_vectors
 
 
 def answer(*embeddings):
@@ -21,46 +21,46 @@ def packed(*numbers):
 
 def test_numbers_and_base64_come_out_alike():
     """As base64 of little-endian float32, which is how they travel."""
-    assert vectors_of(answer([1, 0.5], [-2.0, 0]), 2, None) == ([packed(1, 0.5), packed(-2, 0)], 2)
-    assert vectors_of(answer(packed(1, 0.5), packed(-2, 0)), 2, 2) == ([packed(1, 0.5), packed(-2, 0)], 2)
-    assert vectors_of(answer([1, 0.5], packed(-2, 0)), 2, None) == ([packed(1, 0.5), packed(-2, 0)], 2)
+    assert parse_vectors(answer([1, 0.5], [-2.0, 0]), 2, None) == ([packed(1, 0.5), packed(-2, 0)], 2)
+    assert parse_vectors(answer(packed(1, 0.5), packed(-2, 0)), 2, 2) == ([packed(1, 0.5), packed(-2, 0)], 2)
+    assert parse_vectors(answer([1, 0.5], packed(-2, 0)), 2, None) == ([packed(1, 0.5), packed(-2, 0)], 2)
 
 
 def test_the_index_gives_the_order():
     shuffled = {
         "data": [{"index": 2, "embedding": [3]}, {"index": 0, "embedding": [1]}, {"index": 1, "embedding": [2]}]
     }
-    assert vectors_of(shuffled, 3, None) == ([packed(1), packed(2), packed(3)], 1)
+    assert parse_vectors(shuffled, 3, None) == ([packed(1), packed(2), packed(3)], 1)
 
 
 def test_without_any_index_they_are_in_order():
-    assert vectors_of({"data": [{"embedding": [1]}, {"embedding": [2]}]}, 2, None) == ([packed(1), packed(2)], 1)
+    assert parse_vectors({"data": [{"embedding": [1]}, {"embedding": [2]}]}, 2, None) == ([packed(1), packed(2)], 1)
     nulls = {"data": [{"index": None, "embedding": [1]}, {"index": None, "embedding": [2]}]}
-    assert vectors_of(nulls, 2, None) == ([packed(1), packed(2)], 1)
+    assert parse_vectors(nulls, 2, None) == ([packed(1), packed(2)], 1)
 
 
 @pytest.mark.parametrize("indexes", [(0, 0), (1, 2), (0, None), (0, 5), (-1, 0), ("0", "1"), (0, [1]), (0, 0.5)])
 def test_an_order_that_is_none_is_refused(indexes):
     """A vector under the wrong text would never be noticed."""
     with pytest.raises(MalformedOutput):
-        vectors_of({"data": [{"index": index, "embedding": [1]} for index in indexes]}, 2, None)
+        parse_vectors({"data": [{"index": index, "embedding": [1]} for index in indexes]}, 2, None)
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_another_number_of_vectors_is_refused(count):
     with pytest.raises(MalformedOutput, match=f"2 vectors for {count} inputs"):
-        vectors_of(answer([1], [2]), count, None)
+        parse_vectors(answer([1], [2]), count, None)
 
 
 def test_another_length_is_refused():
     with pytest.raises(MalformedOutput, match="1 instead of 2 dimensions"):
-        vectors_of(answer([1, 2], [1]), 2, None)
+        parse_vectors(answer([1, 2], [1]), 2, None)
     with pytest.raises(MalformedOutput, match="2 instead of 3 dimensions"):
-        vectors_of(answer([1, 2]), 1, 3)
+        parse_vectors(answer([1, 2]), 1, 3)
     with pytest.raises(MalformedOutput, match="0 instead"):
-        vectors_of(answer([]), 1, None)
+        parse_vectors(answer([]), 1, None)
     with pytest.raises(MalformedOutput, match="0 instead"):
-        vectors_of(answer(""), 1, None)
+        parse_vectors(answer(""), 1, None)
 
 
 NAN, INF = float("nan"), float("inf")
@@ -80,7 +80,7 @@ NAN, INF = float("nan"), float("inf")
 )
 def test_a_vector_that_is_not_finite_is_refused(embedding):
     with pytest.raises(MalformedOutput, match="not finite"):
-        vectors_of(answer([1, 2], embedding), 2, None)
+        parse_vectors(answer([1, 2], embedding), 2, None)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_a_vector_that_is_not_finite_is_refused(embedding):
 )
 def test_what_is_no_vector_is_refused(embedding):
     with pytest.raises(MalformedOutput):
-        vectors_of(answer([1, 2], embedding), 2, None)
+        parse_vectors(answer([1, 2], embedding), 2, None)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_what_is_no_vector_is_refused(embedding):
 )
 def test_an_answer_that_is_none_is_refused(reply):
     with pytest.raises(MalformedOutput):
-        vectors_of(reply, 1, None)
+        parse_vectors(reply, 1, None)
 
 
 floats = st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=3, max_size=3)
@@ -122,4 +122,4 @@ floats = st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), mi
 def test_every_vector_arrives_bit_for_bit_under_its_text(vectors, random):
     reply = answer(*(random.choice([vector, packed(*vector)]) for vector in vectors))
     random.shuffle(reply["data"])
-    assert vectors_of(reply, len(vectors), 3) == ([packed(*vector) for vector in vectors], 3)
+    assert parse_vectors(reply, len(vectors), 3) == ([packed(*vector) for vector in vectors], 3)

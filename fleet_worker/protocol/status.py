@@ -1,0 +1,66 @@
+"""The status of an instance and of its models: one shape from the node that measures it to whoever prints it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+Status = Literal["starting", "available", "degraded", "unavailable", "drained"]
+STATUSES: tuple[Status, ...] = get_args(Status)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceStatus:
+    """One MLX server and its node. Ages are seconds; `heard_at` and `expires_at` are time.monotonic() seconds of the
+    router that received the status, and 0 elsewhere.
+    """
+
+    host: str
+    name: str
+    """The name of the instance, as in `local`."""
+    node: str
+    """The name of its node, as in `local@mini-7`."""
+    status: str
+    """One of `Status`, or what a newer host may send."""
+    reason: str = ""
+    """Why it is not available; empty if it is."""
+    server: str = ""
+    """The kind of MLX server, as in `mlx_lm`."""
+    version: str = ""
+    """Of fleet-worker on that host."""
+    pid: int | None = None
+    """The process id of the node; None if no node reports."""
+    slots: int = 0
+    running: int = 0
+    tokens_per_second: float = 0.0
+    last_token_age: float | None = None
+    """Since it delivered a token, when it was reported; None if it has delivered none yet."""
+    lanes: tuple[str, ...] = ()
+    """The lanes that its node consumes now."""
+    heard_at: float = field(default=0.0, compare=False)
+    expires_at: float = field(default=0.0, compare=False)
+
+    @property
+    def ready(self) -> bool:
+        return self.status == "available"
+
+    @property
+    def free(self) -> int:
+        """Free slots: never negative, though more may run for a while after the limit was lowered."""
+        return max(0, self.slots - self.running)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelStatus:
+    """One model of one instance. Its `status` is that of the instance, or unavailable if the server lacks the model."""
+
+    model: str
+    capabilities: tuple[str, ...] = ()
+    features: tuple[str, ...] = ()
+    limits: dict[str, Any] = field(default_factory=dict)
+    status: str
+    expires_at: float = field(default=0.0, compare=False)
+
+    @property
+    def ready(self) -> bool:
+        return self.status == "available"

@@ -1,0 +1,139 @@
+"""Everything that a connected router holds: its connections, its threads and the requests in flight."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from typing import Any, cast
+
+from kombu import Producer
+
+from fleet_worker.broker.app import create_app
+from fleet_worker.broker.topology import ask_exchange, cancel_exchange, registry_queue, reply_name, transport_of
+from fleet_worker.errors import Cancelled
+from fleet_worker.protocol.control import ControlMessage
+from fleet_worker.protocol.reply import Accepted, Alive, Frame
+from fleet_worker.protocol.request import FleetRequest
+from fleet_worker.registry.view import Registry
+from fleet_worker.router.admission import Admission
+from fleet_worker.router.attempts import CancelOrphan, OnInterrupt
+from fleet_worker.router.cancel_publisher import CancelPublisher
+from fleet_worker.router.idempotency import IdempotencyCache
+from fleet_worker.router.in_flight import InFlightRequest
+from fleet_worker.router.node_selection import NodeSelection
+from fleet_worker.router.reply_buffer import ReplyBuffer
+from fleet_worker.router.reply_consumer import ReplyConsumer
+from fleet_worker.router.scheduler import Scheduler
+from fleet_worker.router.submitter import Submitter
+from fleet_worker.settings import Settings
+
+
+class Session:
+    """Belongs to the process that opened it. It is opened once and closed once; then it stays closed."""
+
+    def __init__(self, settings: Settings, registry: Registry) -> None:
+        self.settings = settings.router
+        self.process = os.getpid()
+        self._app = create_app(settings)
+        self._transport = transport_of(settings.broker_url)
+        self._registry = registry
+        self.nodes = NodeSelection(registry)
+        self.scheduler = Scheduler()
+        self.submitter = Submitter(self._app, self._transport)
+        self.admission = Admission(self._app, self._transport, max_waiting=self.settings.max_waiting)
+        self.cancels = CancelPublisher(self.scheduler, self._app.connection_for_write)
+        self.replies = ReplyConsumer(
+            self._app.connection_for_read,
+            settings.broker_url,
+            reply_name(settings.host, self.settings.reply_expires),
+            self.receive,
+            also=(lambda: registry_queue(self._transport), registry.receive),
+            listening=self._announce,
+        )
+        self._requests: dict[str, InFlightRequest] = {}
+        self._cache = IdempotencyCache(self.settings.idempotency_ttl)
+        self._closed = False
+
+    def open(self, timeout: float, *, waited: float = 0.0) -> None:
+        """Consume the reply queue.
+
+        Raises:
+            BrokerUnavailable: the broker did not answer within `timeout` seconds, of which `waited` are over already;
+                or it refuses, which is raised at once.
+            Cancelled: the session was closed meanwhile.
+        """
+        self.replies.start(timeout, waited=waited)
+        self.scheduler.start()
+
+    def close(self) -> None:
+        """Cancel all requests in flight, delete the reply queue, and close all connections."""
+        self._closed = True
+        for request in tuple(self._requests.values()):
+            request.give_up(Cancelled("the router was closed"))
+        self.scheduler.close()  # after the cancels were published
+        self.cancels.close()
+        self.replies.close()
+        self.admission.close()
+        self.submitter.close()
+        self._app.close()
+
+    def start(
+        self, request: FleetRequest, node: str | None, on_interrupt: OnInterrupt, deadline: float
+    ) -> tuple[InFlightRequest, ReplyBuffer]:
+        """Submit a request, or join the one in flight, or answered, that has its idempotency key. Return it with a
+        buffer of its reader's own.
+
+        Raises:
+            FleetError: it is refused (`ModelUnavailable`, `FleetSaturated`, `InvalidRequest` for a key of a different
+                request), or the broker did not take it.
+        """
+        has_key = request.idempotency_key != request.request_id
+        if has_key and (joined := self._cache.join(request, node, on_interrupt)):
+            return joined
+        self._registry.check(request.model, request.operation, request.provider_instance, node)
+        left = deadline - time.monotonic()
+        request = request.addressed_to(self.replies.name, left)
+        started = InFlightRequest(request, node, self, on_interrupt=on_interrupt)
+        self.admission.admit(started.lane)
+        buffer = cast(ReplyBuffer, started.join(left))  # it cannot have failed yet
+        if has_key and (joined := self._cache.add(started, node, on_interrupt)):
+            return joined
+        self._requests[request.request_id] = started
+        if self._closed:  # it came too late to be cancelled with the others
+            started.give_up(Cancelled("the router was closed"))
+        else:
+            started.submit()
+        return started, buffer
+
+    def ended(self, request_id: str) -> None:
+        """This request needs no more frames."""
+        self._requests.pop(request_id, None)
+
+    def receive(self, node: str, frame: Frame) -> None:
+        """Hand a frame to its request.
+
+        If a node reports progress on a request that no caller waits for, send a cancel. Repeat on every heartbeat: an
+        earlier cancel may have been lost.
+        """
+        request = self._requests.get(frame.id)
+        wanted = request is not None and request.receive(node, frame)
+        if not wanted and isinstance(frame, Accepted | Alive):
+            self.cancels.cancel(frame.id, CancelOrphan(node, frame.attempt))
+
+    def ask(self) -> None:
+        """Ask all registry nodes for their state. Best effort."""
+        # A connection that was lost is an error of the broker's client library, not always one of kombu's.
+        with contextlib.suppress(Exception), self.submitter.producer(timeout=2.0) as producer:
+            exchange = ask_exchange()
+            producer.publish({}, exchange=exchange, declare=[exchange], routing_key="", serializer="json", retry=False)
+
+    def _announce(self, channel: Any, again: bool) -> None:
+        """The reply queue is consumed, from now on or again. Ask all registry nodes, so that none is unknown until its
+        next event. After a lost connection ask the nodes for their latest frames: Redis has dropped what was on its
+        way."""
+        self._registry.asked()
+        Producer(channel, ask_exchange()).publish({}, serializer="json", retry=False)
+        if again and self._transport == "redis":
+            message = ControlMessage(missed=self.replies.name).model_dump(mode="json", exclude_none=True)
+            Producer(channel, cancel_exchange()).publish(message, serializer="json", retry=False)
