@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -23,14 +23,14 @@ from fleet_worker.protocol.reply import Delta, Usage
 class ChatAnswer:
     """How a chat ended, and its text unless it was streamed."""
 
-    content: str | None
-    reasoning: str | None
-    tool_calls: list[dict[str, Any]]
     finish_reason: str
     usage: Usage
-    ttft: float | None
+    ttft: float | None = None
     """Seconds from the request to its first content."""
-    tokens_per_second: float | None
+    tokens_per_second: float | None = None
+    content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[dict[str, Any]] = field(default_factory=list)
 
 
 class ServerStream:
@@ -107,16 +107,11 @@ class ServerStream:
             finish_reason, self._profile, tokens=self._chunks.usage.completion_tokens, max_tokens=self._max_tokens
         )
 
-    def answer(
-        self, content: str | None = None, reasoning: str | None = None, tool_calls: list[dict[str, Any]] | None = None
-    ) -> ChatAnswer:
-        """Return how the stream ended, with the given text. If it was not read to its end, finish_reason is "stop"."""
+    def answer(self) -> ChatAnswer:
+        """Return how the stream ended, without its text. If it was not read to its end, finish_reason is "stop"."""
         tokens = self._chunks.usage.completion_tokens
         elapsed = self._last - (self._first or self._last)
         return ChatAnswer(
-            content=content,
-            reasoning=reasoning,
-            tool_calls=tool_calls or [],
             finish_reason=self._finish_reason,
             usage=self._chunks.usage,
             ttft=self._first and self._first - self._timer.started,

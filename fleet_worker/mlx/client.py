@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -101,7 +101,7 @@ class MLXClient:
             inside = offering.settings.starts_in_reasoning
             visible, reasoning = split_reasoning(whole["content"], starts_inside=inside)
             whole |= {"content": visible or None, "reasoning": reasoning or None}
-        return stream.answer(**whole)
+        return replace(stream.answer(), **whole)
 
     @contextmanager
     def stream_chat(
@@ -146,26 +146,22 @@ class MLXClient:
     ) -> Embeddings:
         """Return one vector for each text. The server is asked in batches of `limits.embed_batch` texts."""
         size = self._instance.limits.embed_batch
+        encoding = {"encoding_format": "base64"} if self._profile.base64_vectors else {}
         vectors: list[str] = []
         tokens: list[int | None] = []
         dimensions = offering.settings.dimensions
         for start in range(0, len(texts), size):
-            batch = texts[start : start + size]
-            answer = self._embed_batch(batch, offering, self._timer(deadline, cancel_token))
+            batch = list(texts[start : start + size])
+            body = {"model": offering.backend, "input": batch, **encoding}
+            timer = self._timer(deadline, cancel_token)
+            with self._response("POST", "/v1/embeddings", timer, body) as response:
+                answer = _json_object(_read(response, timer))
+            timer.content_received()
             of_batch, dimensions = parse_vectors(answer, len(batch), dimensions)
             vectors += of_batch
             tokens.append(parse_usage(answer.get("usage")).prompt_tokens)
         total = None if None in tokens else sum(count or 0 for count in tokens)
         return Embeddings(vectors, dimensions or 0, Usage(prompt_tokens=total, total_tokens=total))
-
-    def _embed_batch(self, texts: Sequence[str], offering: Offering, timer: RequestTimer) -> dict[str, Any]:
-        body = {"model": offering.backend, "input": list(texts)}
-        if self._profile.base64_vectors:
-            body["encoding_format"] = "base64"
-        with self._response("POST", "/v1/embeddings", timer, body) as response:
-            answer = _json_object(_read(response, timer))
-        timer.content_received()
-        return answer
 
     def canary(self, offering: Offering, *, deadline: float, cancel_token: CancelToken | None = None) -> None:
         """Ask for one token, or one vector, to find out whether the server works; raise a `FleetError` if not."""

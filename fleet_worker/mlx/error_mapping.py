@@ -33,8 +33,6 @@ from fleet_worker.errors import (
 from fleet_worker.mlx.timeouts import RequestTimer
 from fleet_worker.mlx.transport import body_of
 
-# --- Exceptions of httpx
-
 _KINDS: dict[type[Exception], type[FleetError]] = {
     httpx.ConnectError: InstanceUnavailable,
     httpx.ConnectTimeout: InstanceUnavailable,
@@ -70,8 +68,6 @@ def error_of_exception(exception: Exception, timer: RequestTimer | None = None) 
     return reason or kind(_TEXTS[kind])
 
 
-# --- Responses with an error status
-
 _BODY_BYTES = 64 * 1024
 _BODY_SECONDS = 1.0
 
@@ -99,8 +95,6 @@ def _seconds(text: str | None) -> float | None:
     return seconds if math.isfinite(seconds) and seconds >= 0 else None
 
 
-# --- Errors inside a stream, whose status is 200
-
 _STATUS_OF_CODE = {"context_length": 400, "invalid_request": 400, "rate_limit": 429, "overloaded": 429}
 
 
@@ -114,8 +108,6 @@ def error_of_event(error: Any) -> FleetError:
     status = next((status for word, status in _STATUS_OF_CODE.items() if word in words), 500)
     return error_of_status(status, to_json(error))
 
-
-# --- What a status means, with the body that came with it
 
 _CONTEXT = re.compile(
     r"context.{0,20}(length|window)|maximum context|too many tokens|prompt is too long", re.IGNORECASE

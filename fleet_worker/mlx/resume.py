@@ -182,8 +182,7 @@ class ResumedStream:
     def answer(self) -> ChatAnswer:
         """Return how the stream ended. Its usage is that of the whole answer."""
         if self._current is None:
-            usage = Usage(completion_tokens=self.tokens)
-            return ChatAnswer(None, None, [], "length", usage, ttft=None, tokens_per_second=None)
+            return ChatAnswer("length", Usage(completion_tokens=self.tokens))
         strategy, stream = self._current
         answer = stream.answer()
         if strategy.tokens_left is None:

@@ -209,7 +209,7 @@ class RequestTimer:
     @property
     def error(self) -> FleetError | None:
         """Why the connection was cut, or None. A cut looks like a failure, or like the end of a response."""
-        return self.cancel_error or (self._timeout_error() if self.guard.was_cut.is_set() else None)
+        return self._cancel_token.error or (self._timeout_error() if self.guard.was_cut.is_set() else None)
 
     def check(self) -> None:
         """Raise `error` if the connection was cut."""

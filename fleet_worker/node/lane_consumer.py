@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from celery import Celery, bootsteps
-from celery.worker import state as celery_state
 
 from fleet_worker.broker.topology import Transport, lane_queue
 
@@ -55,11 +54,6 @@ class LaneConsumer:
     def lanes(self) -> frozenset[str]:
         """Those of them that have been joined; none while the broker is away."""
         return self._joined & self.wanted
-
-    @property
-    def held(self) -> int:
-        """The number of messages that were taken and are not done, whether or not their tasks have begun."""
-        return len(celery_state.reserved_requests)
 
     def follow(self, lanes: Iterable[str]) -> None:
         """Consume these lanes and no others."""

@@ -140,7 +140,10 @@ class Lifecycle:
         for _ in range(NAMESAKES_ASKED):
             age = self._age()
             try:
-                ages = self._ages()
+                answers = self._worker.app.control.broadcast(
+                    "process", destination=[name], reply=True, limit=2, timeout=NAMESAKES_ANSWER_WITHIN
+                )
+                ages: dict[str, float] = dict(answer[name] for answer in answers or ())
             except Exception as error:
                 log.warning("whether there is another %s could not be asked (%s)", name, type(error).__name__)
                 break
@@ -150,14 +153,6 @@ class Lifecycle:
                 self._end(exit_codes.CONFIGURATION)
             if ages or answered:
                 break
-
-    def _ages(self) -> dict[str, float]:
-        """Return the ages of the processes of this name that answer, this one included, by their ids."""
-        name = self._node.name
-        answers = self._worker.app.control.broadcast(
-            "process", destination=[name], reply=True, limit=2, timeout=NAMESAKES_ANSWER_WITHIN
-        )
-        return dict(answer[name] for answer in answers or ())
 
     def _age(self) -> float:
         return time.monotonic() - self._began

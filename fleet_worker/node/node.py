@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from celery import Celery
+from celery.worker import state as celery_state
 
 from fleet_worker.broker.topology import direct_lane, lane, transport_of
 from fleet_worker.errors import FleetError, InstanceUnavailable, ModelNotServed
@@ -70,8 +71,8 @@ class Node:
         )
         self._lane_consumer = LaneConsumer(app, transport)
         self._reported_lanes: frozenset[str] = frozenset()
-        self._updating = threading.RLock()
-        """Held while the settings change or the lanes follow, so that the last update sees the newest facts."""
+        self._updating = threading.Lock()
+        """Held while the lanes follow, so that the last of two updates sees the newest facts."""
         self._readiness = Readiness(stall_after=settings.worker.stall_after)
         self._monitor = HealthMonitor(
             self.mlx, self._readiness, self.models, self.running, settings.worker, self._update_lanes
@@ -94,8 +95,8 @@ class Node:
 
     @property
     def held(self) -> int:
-        """The number of requests that it has taken and not finished."""
-        return self._lane_consumer.held
+        """The number of messages that were taken and are not done, whether or not their tasks have begun."""
+        return len(celery_state.reserved_requests)
 
     def start(self) -> None:
         log.info("%s found a %s server at %s", self.name, self.server, self.mlx.url)
@@ -112,10 +113,9 @@ class Node:
         """
         if not can_follow(settings, self.settings, self.instance):
             return False
-        with self._updating:
-            self.models.follow_settings(settings)
-            self.settings = settings
-            self._update_lanes()
+        self.models.follow_settings(settings)
+        self.settings = settings
+        self._update_lanes()
         return True
 
     def drain(self, *, ending: bool = False) -> None:

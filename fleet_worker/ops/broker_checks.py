@@ -1,4 +1,4 @@
-"""Checks of the broker: that it can be used, is set up not to lose work, is protected, and has the same time."""
+"""Checks of the broker: it answers, is configured not to lose work, is protected, and its clock agrees with ours."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fleet_worker.ops.findings import Finding, Severity
 from fleet_worker.settings import Settings
 
 SLOW = 0.05
-"""Seconds of a round trip."""
+"""Seconds; a longer round trip is a warning."""
 
 
 def broker(settings: Settings) -> list[Finding]:
@@ -35,10 +35,10 @@ def broker(settings: Settings) -> list[Finding]:
 
 @contextmanager
 def connected(settings: Settings) -> Iterator[Any]:
-    """A connection as routers and nodes have it, but one that gives up soon.
+    """Connect as routers and nodes do, but with a short timeout.
 
     Raises:
-        BrokerUnavailable: there is none, or it broke in the block; `metadata["advice"]` says what to do.
+        BrokerUnavailable: the broker cannot be reached, or was lost in the block; `metadata["advice"]` says what to do.
     """
     with create_app(settings).connection_for_write() as connection:
         try:
@@ -50,20 +50,20 @@ def connected(settings: Settings) -> Iterator[Any]:
 def _ask_redis(connection: Any, place: str) -> Iterator[Finding]:
     client = connection.default_channel.client
     seconds = _round_trip(client.ping)
-    info = _told(client.info)
+    info = _unless_refused(client.info)
     if not info:
         yield reached("Redis or Valkey", place, seconds)
-        advice = "allow it INFO, or see for yourself that maxmemory-policy is noeviction, and appendonly yes"
-        yield Finding("warning", "broker", "it does not tell this user how it is set up", advice)
+        advice = "allow this user INFO, or check by hand that maxmemory-policy is noeviction and appendonly is yes"
+        yield Finding("warning", "broker", "its settings cannot be read by this user", advice)
         return
     valkey = info.get("valkey_version")
     yield reached(f"Valkey {valkey}" if valkey else f"Redis {info.get('redis_version')}", place, seconds)
-    save = _told(partial(client.config_get, "save")) or {}
+    save = _unless_refused(partial(client.config_get, "save")) or {}
     yield from redis_settings(info, save.get("save"))
 
 
-def _told(ask: Callable[[], Any]) -> Any:
-    """None if this user may not ask, or a hosting company has taken the command away."""
+def _unless_refused(ask: Callable[[], Any]) -> Any:
+    """Return None if this user may not use the command, or a hosting provider has disabled it."""
     try:
         return ask()
     except ResponseError:
@@ -77,7 +77,7 @@ def _ask_rabbitmq(connection: Any, place: str) -> Iterator[Finding]:
 
 
 def _round_trip(ask: Callable[[], object]) -> float:
-    """The median of 5, in seconds."""
+    """Return the median of 5, in seconds."""
 
     def once() -> float:
         started = time.monotonic()
@@ -88,46 +88,45 @@ def _round_trip(ask: Callable[[], object]) -> float:
 
 
 def reached(name: str, place: str, seconds: float) -> Finding:
-    """The broker answers, in so many seconds."""
     found = f"{name} at {place}, round trip {seconds * 1000:.1f} ms"
     if seconds <= SLOW:
         return Finding("ok", "broker", found)
-    advice = "every request waits for several of them: bring the broker nearer, and use cables rather than Wi-Fi"
+    advice = "every request waits for several round trips: move the broker closer, and use cables instead of Wi-Fi"
     return Finding("warning", "broker", found, advice)
 
 
 def redis_settings(info: Mapping[str, Any], save: str | None) -> Iterator[Finding]:
-    """What is wrong with how Redis or Valkey is set up: by its INFO, and its setting `save` as far as it is known."""
+    """Check the settings of Redis or Valkey: `info` is its INFO; `save` is that setting, None if it is unknown."""
     policy = info.get("maxmemory_policy")
     if policy != "noeviction":
         found = f"maxmemory-policy is {policy}: when memory is short, the broker drops waiting work"
-        yield Finding("error", "broker", found, "CONFIG SET maxmemory-policy noeviction, and the same in its file")
+        yield Finding("error", "broker", found, "CONFIG SET maxmemory-policy noeviction, and set it in its file")
     limit, used = info.get("maxmemory", 0), info.get("used_memory", 0)
     if limit and used > 0.9 * limit:
-        found = f"{used / limit:.0%} of its memory is in use; when it is full, nothing can be sent"
-        yield Finding("warning", "broker", found, "raise maxmemory, and look for lanes that no node serves")
+        found = f"{used / limit:.0%} of its memory is used; when it is full, no request can be sent"
+        yield Finding("warning", "broker", found, "raise maxmemory, and see fleet-worker status for unserved lanes")
     if not info.get("aof_enabled") and save == "":
-        found = "persistence is off: a restart of the broker loses all work that waits"
-        yield Finding("warning", "broker", found, "CONFIG SET appendonly yes, and the same in its file")
+        found = "persistence is off: a restart of the broker loses all waiting requests"
+        yield Finding("warning", "broker", found, "CONFIG SET appendonly yes, and set it in its file")
     if "err" in (info.get("rdb_last_bgsave_status"), info.get("aof_last_write_status")):
-        found = "it failed to write to its disk, and may refuse all work because of that"
-        yield Finding("error", "broker", found, "make room on its disk, and look at its log")
+        found = "it could not write to its disk, and may refuse all requests because of that"
+        yield Finding("error", "broker", found, "free space on its disk, and read its log")
 
 
 def exposure(broker_url: str) -> Iterator[Finding]:
-    """What strangers could do to a broker that is not on this host."""
+    """Check the protection of a broker that is not on this host."""
     url = urlsplit(broker_url)
     if _is_loopback(url.hostname or "localhost"):
         return
     if not url.password:
-        found = "broker_url has no password: whoever reaches the broker can read and send requests"
+        found = "broker_url has no password: everyone on the network can read and send requests"
         yield Finding(
-            "warning", "broker", found, "give the broker a password, and broker_url: scheme://USER:PASSWORD@..."
+            "warning", "broker", found, "set a password at the broker, and in broker_url: scheme://USER:PASSWORD@..."
         )
     if url.scheme not in ("rediss", "amqps"):
-        found = "no TLS: whoever listens on the network can read requests and answers"
+        found = "no TLS: everyone on the network can read requests and replies"
         secure = "amqps" if "amqp" in url.scheme else "rediss"
-        yield Finding("warning", "broker", found, f"set TLS up at the broker, and begin broker_url with {secure}://")
+        yield Finding("warning", "broker", found, f"set up TLS at the broker, and start broker_url with {secure}://")
 
 
 def _is_loopback(host: str) -> bool:
@@ -138,18 +137,18 @@ def _is_loopback(host: str) -> bool:
 
 
 def clock(settings: Settings, *, now: Callable[[], float] = time.time) -> list[Finding]:
-    """Deadlines are moments that hosts compare."""
+    """Compare the clock of this host with that of the broker: hosts compare deadlines."""
     if transport_of(settings.broker_url) == "amqp":
-        advice = "see that every host keeps its time by NTP"
+        advice = "turn on NTP on every host"
         return [Finding("ok", "clock", "not compared: RabbitMQ does not tell the time", advice)]
     with connected(settings) as connection:
         client = connection.default_channel.client
-        _, ahead = min(_compared(client, now) for _ in range(5))
+        _, ahead = min(_compare(client, now) for _ in range(5))
     return [agreement(ahead)]
 
 
-def _compared(client: Any, now: Callable[[], float]) -> tuple[float, float]:
-    """Return the seconds that asking took, and the seconds that this host was ahead in the middle of them."""
+def _compare(client: Any, now: Callable[[], float]) -> tuple[float, float]:
+    """Return the seconds of a round trip, and by how many seconds this host was ahead in its middle."""
     before = now()
     seconds, microseconds = client.time()
     after = now()
@@ -157,10 +156,10 @@ def _compared(client: Any, now: Callable[[], float]) -> tuple[float, float]:
 
 
 def agreement(ahead: float) -> Finding:
-    """This host's clock is ahead of the broker's by so many seconds."""
+    """Judge a clock that is ahead of the broker's by so many seconds."""
     severity: Severity = "error" if abs(ahead) > 2 else "warning" if abs(ahead) > 0.5 else "ok"
     found = f"{abs(ahead):.2f} s {'ahead of' if ahead > 0 else 'behind'} the broker"
     if severity == "ok":
         return Finding(severity, "clock", found)
-    advice = "turn on NTP here and at the broker: where clocks differ, requests expire too early or too late"
+    advice = "turn on NTP here and at the broker: if clocks differ, requests expire too early or too late"
     return Finding(severity, "clock", found, advice)

@@ -1,4 +1,4 @@
-"""`fleet-worker doctor`: what may be wrong with this host, its broker, its MLX servers and its fleet, and a remedy."""
+"""`fleet-worker doctor`: checks the configuration, this host, the broker, the MLX servers and the fleet."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ WITHIN = INSTANCES_WITHIN + 1
 """Seconds for everything."""
 OPEN_FILES = 1024
 READ_ELSEWHERE = {"FLEET_CONFIG", PARENT_PIPE, NODE_LOCK, "FLEET_BROKER_PASSWORD", "FLEET_BROKER_ADDRESS"}
-"""Variables that are no settings; the last two are those of docker/compose.yaml."""
+"""FLEET_* variables that are no settings; docker/compose.yaml reads the last two."""
 SHOWN_NODES = 20
 
 
 def examine() -> list[Finding]:
-    """Return all findings, in the order of `CHECKS`. If the configuration cannot be used, that is the first of them."""
+    """Return all findings in the order of `CHECKS`. If the configuration cannot be used, that is the first one."""
     try:
         settings = Settings()
     except ConfigurationError as error:
-        unusable = Finding("error", "configuration", error.message, "correct it: nothing starts with it")
+        unusable = Finding("error", "configuration", error.message, "correct it: nothing starts before")
         return [unusable, *_examined(ALWAYS, None)]
     return _examined(CHECKS, settings)
 
@@ -53,25 +53,25 @@ def configuration(settings: Settings) -> list[Finding]:
     findings = [Finding("ok", "configuration", f"{source}; instances: {', '.join(serving) or 'none'}")]
     if not serving:
         advice = (
-            "fine for a router; on a mini set fleet = { enabled = true, respond_to_requests = true } for an instance"
+            "fine for a router; on a mini, set fleet = { enabled = true, respond_to_requests = true } for an instance"
         )
         findings.append(Finding("warning", "configuration", "no instance has opted in: no node can start", advice))
     findings.extend(_unread(name) for name in sorted(os.environ) if _is_unread(name))
     if path and path.stat().st_mode & 0o004 and any(secret in path.read_text("utf-8") for secret in _secrets(settings)):
-        found = f"{path} holds a key or a password, and everybody on this host may read it"
+        found = f"{path} contains a key or a password, and every user of this host can read it"
         findings.append(Finding("warning", "configuration", found, f"chmod o-r {path}"))
     return findings
 
 
 def _is_unread(name: str) -> bool:
-    """Is it a FLEET_* variable that nothing reads? (What is wrong behind a __ has been refused as any unknown key.)"""
+    """Return whether nothing reads a FLEET_* variable. Settings has refused wrong names after a __ already."""
     group = name.upper().partition("__")[0]
     return group.startswith("FLEET_") and group not in {*_variables(), *READ_ELSEWHERE}
 
 
 def _unread(name: str) -> Finding:
     found = f"the variable {name} is not read{nearest(name.upper(), _variables())}"
-    return Finding("warning", "configuration", found, "correct its name, or leave it out")
+    return Finding("warning", "configuration", found, "correct its name, or remove it")
 
 
 def _variables() -> list[str]:
@@ -91,18 +91,16 @@ def versions(_: object) -> list[Finding]:
 def open_files(_: object) -> list[Finding]:
     limit, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:
-        return [Finding("ok", "open files", "without a limit")]
-    found = f"a process that is started here may have {limit} of them"
+        return [Finding("ok", "open files", "no limit")]
+    found = f"limit {limit} for processes started here"
     if limit >= OPEN_FILES:
         return [Finding("ok", "open files", found)]
-    advice = (
-        "ulimit -n 4096 where a node is started; launchd: NumberOfFiles of SoftResourceLimits; systemd: LimitNOFILE"
-    )
+    advice = "ulimit -n 4096 before starting a node; launchd: NumberOfFiles in SoftResourceLimits; systemd: LimitNOFILE"
     return [Finding("warning", "open files", found, advice)]
 
 
 def sleep(_: object) -> list[Finding]:
-    """Macs only: it is they who fall asleep, and have `pmset`."""
+    """Check that this machine does not go to sleep. Only on Macs, which have `pmset`."""
     pmset = shutil.which("pmset")
     if not pmset:
         return []
@@ -110,14 +108,14 @@ def sleep(_: object) -> list[Finding]:
     minutes = sleep_minutes(said.stdout.decode(errors="replace"))
     if minutes == 0:
         return [Finding("ok", "sleep", "this machine does not go to sleep")]
-    found = "cannot be told from pmset -g" if minutes is None else f"this machine goes to sleep after {minutes} min"
-    return [Finding("warning", "sleep", found, "sudo pmset -a sleep 0: a mini that sleeps loses its requests")]
+    found = "unknown: pmset -g does not tell" if minutes is None else f"this machine goes to sleep after {minutes} min"
+    return [Finding("warning", "sleep", found, "sudo pmset -a sleep 0: a sleeping mini loses its requests")]
 
 
 def sleep_minutes(pmset: str) -> int | None:
-    """Return after how many idle minutes a Mac sleeps by the output of `pmset -g`: 0 for never, None if it is not said.
+    """Return the idle minutes after which a Mac sleeps, from the output of `pmset -g`: 0 for never, None if unknown.
 
-    What prevents it now, `1 (sleep prevented by caffeinate)`, does not count: it may end.
+    `1 (sleep prevented by caffeinate)` counts as 1: caffeinate may end.
     """
     if re.search(r"^\s*SleepDisabled\s+1\s*$", pmset, re.MULTILINE):
         return 0
@@ -133,19 +131,19 @@ def fleet(settings: Settings) -> list[Finding]:
 
 
 def census(answers: Sequence[str], expected: Sequence[str] = ()) -> list[Finding]:
-    """Judge by the names of all nodes that have answered, and of those that this host is to have."""
+    """Compare the names of all nodes that answered with those that this host should have."""
     if not answers:
-        advice = "start one: fleet-worker worker; if some run, compare their broker_url with the one of this host"
+        advice = "start one: fleet-worker worker; if nodes run, compare their broker_url with that of this host"
         return [Finding("warning", "fleet", "no node answers", advice)]
     names = sorted(set(answers))
     shown = ", ".join(names[:SHOWN_NODES]) + (", ..." if len(names) > SHOWN_NODES else "")
     missing = [name for name in expected if name not in names]
-    see = "see the log of fleet-worker up: it may wait for its MLX server, have ended, be frozen, or have another name"
-    advice = "stop all but one, or give each host a name of its own (host, or -n NAME@HOST)"
+    see = "read the log of fleet-worker up: it may wait for its MLX server, have ended, be frozen, or have another name"
+    advice = "stop all but one, or give each host its own name (host, or -n NAME@HOST)"
     return [
         Finding("ok", "fleet", f"nodes that answer: {len(names)} ({shown})"),
         *([Finding("warning", "fleet", f"no answer from this host's {', '.join(missing)}", see)] if missing else ()),
-        # Only on Redis: RabbitMQ lets no second one start.
+        # Only on Redis: on RabbitMQ a second one cannot start.
         *(
             Finding("error", "fleet", f"{count} nodes are called {name}", advice)
             for name, count in Counter(answers).items()
@@ -164,6 +162,6 @@ CHECKS: tuple[Callable[[Settings], Sequence[Finding]], ...] = (
     sleep,
     fleet,
 )
-"""In reading order; all of them run at the same time."""
+"""In the order of the report. They run in parallel."""
 ALWAYS = (versions, open_files, sleep)
-"""Those that need no configuration."""
+"""The checks that need no configuration."""

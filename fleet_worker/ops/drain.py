@@ -1,6 +1,6 @@
-"""Takes nodes out of service and back while their processes live: the operator's end and the node's.
+"""`fleet-worker drain` and `undrain`: take nodes out of service and back while their processes go on running.
 
-Over Celery's remote control, since an operator waits for the answer.
+Nodes are asked by Celery's remote control, since an operator waits for the answer.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from fleet_worker.broker import connection as connections
 from fleet_worker.broker.app import create_app
 from fleet_worker.broker.connection import BROKER_ERRORS, connect, unavailable
 from fleet_worker.errors import InvalidRequest
+from fleet_worker.ops.terminal import count
 from fleet_worker.registry.view import ALL_ANSWERS_WITHIN
 from fleet_worker.router.router import Router
 from fleet_worker.settings import REGISTRY, Settings
@@ -26,15 +27,41 @@ from fleet_worker.settings import REGISTRY, Settings
 ANSWER_WITHIN = 2.0
 """Seconds that a node has to answer."""
 HOST_ANSWERS_WITHIN = 1.5
-"""Seconds in which all nodes of the hosts have to say who they are: nobody knows how many there are."""
-LOOK_EVERY = 0.25
-LETS_GO_WITHIN = 10.0
-"""Seconds after its grace in which a node has to have let go of its work."""
+"""Seconds that all nodes of a host have to answer: their number is unknown, so this is always waited for."""
+ASK_EVERY = 0.25
+"""Seconds between two questions while nodes finish their work."""
+RELEASE_WITHIN = 10.0
+"""Seconds after its grace in which a node must have handed over its work."""
+DRAIN_AGAIN = "if it is starting, frozen or cut off, it takes work when it comes back: drain it again then."
+UNDRAIN_AGAIN = "if it is drained, and frozen or cut off, it stays drained when it comes back: undrain it again then."
+
+
+def drain(settings: Settings, names: Iterable[str], *, wait: float | None = None) -> int:
+    """Drain nodes, print their answers, and return the exit code.
+
+    With `wait`, return when nothing runs there any more. After so many seconds, or with `math.inf` after the grace of
+    the node, what still runs is handed over to other nodes.
+    """
+    control = DrainControl(settings)
+    answers = control.ask("drain", control.find(names))
+    if wait is None:
+        return _print(control, answers, lambda node: node.drained, DRAIN_AGAIN)
+    ended = control.wait(answers, None if math.isinf(wait) else wait)
+    return _print(control, ended, lambda node: node.drained and not node.running, DRAIN_AGAIN)
+
+
+def undrain(settings: Settings, names: Iterable[str]) -> int:
+    """Undrain nodes, print their answers, and return the exit code."""
+    control = DrainControl(settings)
+    return _print(control, control.ask("undrain", control.find(names)), lambda node: not node.drained, UNDRAIN_AGAIN)
+
+
+# --- Asking the nodes ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class Drained:
-    """What a node says. `running` are the requests that it has, `grace` the seconds that they get when it ends."""
+class DrainState:
+    """The answer of a node: its running requests, and the seconds that they get when it ends."""
 
     node: str
     drained: bool
@@ -42,144 +69,119 @@ class Drained:
     handed_over: int
     grace: float
 
+    @property
+    def is_working(self) -> bool:
+        """It is drained, and its requests have not ended yet."""
+        return self.drained and self.running > 0
 
-# --- The node's end --------------------------------------------------------------------------------------------------
 
+class DrainControl:
+    """Drains nodes. Their names are as in `local@mini-7`, hosts as in `mini-7`.
 
-# --- The operator's end ----------------------------------------------------------------------------------------------
-
-
-class Draining:
-    """Nodes are named as in `local@mini-7`; a host, as in `mini-7`, means all its inference nodes: those that answer,
-    and those that its registry node knows.
-
-    `silent` are those that did not answer. Every method raises `BrokerUnavailable` if the broker is not there.
+    Every method raises `BrokerUnavailable` if the broker does not answer.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._app = create_app(settings)
         self.silent: list[str] = []
+        """Nodes, and hosts, that did not answer."""
 
     def find(self, names: Iterable[str]) -> list[str]:
-        """Return the nodes that are meant. A host of which no node answers or is known is a silent one."""
+        """Return the nodes of these names. A host means all its inference nodes: those that answer, and those that its
+        registry node knows.
+
+        Raises:
+            InvalidRequest: a registry node is named.
+        """
         names = list(dict.fromkeys(names))
         for name in names:
             if name.startswith(f"{REGISTRY}@"):
-                raise InvalidRequest(f"{name} is a registry node, which works for nobody: name an inference node")
+                raise InvalidRequest(f"{name} is a registry node, which runs no requests: name an inference node")
         nodes = self._nodes_of([name for name in names if "@" not in name])
-        meant = {name: [name] if "@" in name else nodes[name] for name in names}
-        self.silent += [name for name in names if not meant[name]]
-        return list(dict.fromkeys(node for name in names for node in meant[name]))
+        found = {name: [name] if "@" in name else nodes[name] for name in names}
+        self.silent += [name for name in names if not found[name]]
+        return list(dict.fromkeys(node for name in names for node in found[name]))
 
-    def drain(self, nodes: Sequence[str]) -> list[Drained]:
-        return self._ask("drain", nodes)
+    def ask(self, command: str, nodes: Sequence[str]) -> list[DrainState]:
+        """Send `drain`, `undrain`, `hand_over` or `drained` (a question), and return the states of the nodes that
+        answer, in their order. A node that is ending stays drained.
+        """
+        if not nodes:
+            return []
+        replies = self._broadcast(command, destination=list(nodes), limit=len(nodes), timeout=ANSWER_WITHIN)
+        states = {name: reply for name, reply in replies.items() if "drained" in reply}
+        self.silent += [name for name in nodes if name not in {*states, *self.silent}]
+        return [DrainState(name, **states[name]) for name in nodes if name in states]
 
-    def undrain(self, nodes: Sequence[str]) -> list[Drained]:
-        """One that is ending stays drained."""
-        return self._ask("undrain", nodes)
+    def wait(self, states: Sequence[DrainState], seconds: float | None = None) -> Iterator[DrainState]:
+        """Yield the state of each node when it has no more work.
 
-    def wait(self, said: Sequence[Drained], seconds: float | None = None) -> Iterator[Drained]:
-        """Yield what each node says when it has no more work. After so many seconds, or after the grace of the node,
-        other nodes go on with what is left; what a node has not let go of soon after that is waited for no longer.
+        After `seconds`, or else the grace of the node, it is told to hand its work over to other nodes. If it still
+        has work `RELEASE_WITHIN` seconds later, its state is yielded as it is.
         """
         begun = time.monotonic()
-        while said:
-            late = time.monotonic() - begun
-            working = [each for each in said if each.running and each.drained]
-            yield from (each for each in said if each not in working)
-            kept = [each for each in working if late >= _grace(each, seconds) + LETS_GO_WITHIN]
-            yield from kept
-            self._ask("hand_over", [each.node for each in working if late >= _grace(each, seconds)])
-            time.sleep(LOOK_EVERY if working else 0)
-            said = self._ask("drained", [each.node for each in working if each not in kept])
+        while states:
+            elapsed = time.monotonic() - begun
+            working = {
+                each: elapsed - (each.grace if seconds is None else seconds) for each in states if each.is_working
+            }
+            stuck = [each for each, late in working.items() if late >= RELEASE_WITHIN]
+            yield from (each for each in states if each not in working or each in stuck)
+            self.ask("hand_over", [each.node for each, late in working.items() if late >= 0])
+            time.sleep(ASK_EVERY if working else 0)
+            states = self.ask("drained", [each.node for each in working if each not in stuck])
 
     def _nodes_of(self, hosts: Sequence[str]) -> dict[str, list[str]]:
-        """The inference nodes of each. One that is starting or frozen does not answer, but takes work later."""
+        """The inference nodes by host. Those that are starting or frozen do not answer, but may take work later."""
         if not hosts:
             return {}
         pattern = f".*@({'|'.join(map(re.escape, hosts))})$"
-        there = set(self._broadcast("ping", pattern=pattern, matcher="pcre", timeout=HOST_ANSWERS_WITHIN))
-        if any(name.startswith(f"{REGISTRY}@") for name in there):
-            there |= self._known()
-        nodes = sorted(name for name in there if not name.startswith(f"{REGISTRY}@"))
+        found = set(self._broadcast("ping", pattern=pattern, matcher="pcre", timeout=HOST_ANSWERS_WITHIN))
+        if any(name.startswith(f"{REGISTRY}@") for name in found):
+            found |= self._published()
+        nodes = sorted(name for name in found if not name.startswith(f"{REGISTRY}@"))
         return {host: [name for name in nodes if name.partition("@")[2] == host] for host in hosts}
 
-    def _known(self) -> set[str]:
-        """The nodes that registry nodes tell of."""
+    def _published(self) -> set[str]:
+        """The nodes that registry nodes publish."""
         with Router(self._settings) as router:
             registry = router.registry
-            time.sleep(ALL_ANSWERS_WITHIN)  # the host that answers last may be the one that is meant
+            time.sleep(ALL_ANSWERS_WITHIN)  # the host in question may answer last
             return {instance.node for instance in registry.instances()}
 
-    def _ask(self, command: str, nodes: Sequence[str]) -> list[Drained]:
-        """What those say that answer, in their order."""
-        if not nodes:
-            return []
-        said = self._broadcast(command, destination=list(nodes), limit=len(nodes), timeout=ANSWER_WITHIN)
-        answers = {name: answer for name, answer in said.items() if "drained" in answer}
-        self.silent += [name for name in nodes if name not in {*answers, *self.silent}]
-        return [Drained(name, **answers[name]) for name in nodes if name in answers]
-
     def _broadcast(self, command: str, **options: Any) -> dict[str, Any]:
-        """The answers, by node."""
+        """The replies by node."""
         with self._app.connection_for_write() as connection:
             try:
                 connect(connection, connections.ANSWER_WITHIN)
-                said = self._app.control.broadcast(command, connection=connection, reply=True, **options)
+                replies = self._app.control.broadcast(command, connection=connection, reply=True, **options)
             except BROKER_ERRORS as error:
-                raise unavailable(self._app.conf.broker_url, "does not let the nodes be asked", error) from None
-        return {name: answer for each in said for name, answer in each.items()}
+                raise unavailable(self._app.conf.broker_url, "cannot be used to ask the nodes", error) from None
+        return {name: reply for each in replies for name, reply in each.items()}
 
 
-def _grace(node: Drained, seconds: float | None) -> float:
-    return node.grace if seconds is None else seconds
+# --- Printing the answers --------------------------------------------------------------------------------------------
 
 
-TAKES_WORK = "if it is starting, frozen or cut off, it takes work when it comes back: drain it again then."
-
-
-STAYS_DRAINED = "if it is drained, and frozen or cut off, it still is when it comes back: undrain it again then."
-
-
-def drain(settings: Settings, names: Iterable[str], *, wait: float | None = None) -> int:
-    """Drain these, and return the exit code. With `wait`, only when nothing runs there any more: what runs has so many
-    seconds, or with `math.inf` as many as its node gives it.
-    """
-    draining = Draining(settings)
-    said = draining.drain(draining.find(names))
-    if wait is None:
-        return _tell(draining, said, lambda node: node.drained, TAKES_WORK)
-    ended = draining.wait(said, None if math.isinf(wait) else wait)
-    return _tell(draining, ended, lambda node: node.drained and not node.running, TAKES_WORK)
-
-
-def undrain(settings: Settings, names: Iterable[str]) -> int:
-    """Undrain these, and return the exit code."""
-    draining = Draining(settings)
-    return _tell(draining, draining.undrain(draining.find(names)), lambda node: not node.drained, STAYS_DRAINED)
-
-
-def _tell(draining: Draining, said: Iterable[Drained], is_done: Callable[[Drained], bool], of_a_node: str) -> int:
-    """`of_a_node` is the advice about one that does not answer."""
+def _print(
+    control: DrainControl, states: Iterable[DrainState], is_done: Callable[[DrainState], bool], advice: str
+) -> int:
+    """Print a line per node; `advice` is about a node that does not answer. Return the exit code."""
     all_done = True
-    for node in said:
-        click.echo(_words(node))
+    for node in states:
+        click.echo(_describe(node))
         all_done = all_done and is_done(node)
-    for name in draining.silent:
-        advice = of_a_node if "@" in name else "is it running, with its broker in reach?"
-        click.echo(f"fleet-worker: {name} does not answer: {advice} fleet-worker status shows what there is", err=True)
-    return exit_codes.UNAVAILABLE if draining.silent else 0 if all_done else exit_codes.FAILED
+    for name in control.silent:
+        what = advice if "@" in name else "is it running, and does it use this broker?"
+        click.echo(f"fleet-worker: {name} does not answer: {what} fleet-worker status shows all nodes", err=True)
+    return exit_codes.UNAVAILABLE if control.silent else 0 if all_done else exit_codes.FAILED
 
 
-def _words(node: Drained) -> str:
+def _describe(node: DrainState) -> str:
     if not node.drained:
         return f"{node.node} is not drained: it takes work as soon as its MLX server has proved that it works"
     if node.running:
-        return f"{node.node} is drained: it takes no more work, {_requests(node.running)} not finished yet"
-    handed_over = f", {_requests(node.handed_over)} handed over to other nodes" if node.handed_over else ""
+        return f"{node.node} is drained: it takes no more work, {count(node.running, 'request')} not finished yet"
+    handed_over = f", {count(node.handed_over, 'request')} handed over to other nodes" if node.handed_over else ""
     return f"{node.node} is drained: nothing runs there any more{handed_over}"
-
-
-def _requests(count: int) -> str:
-    return f"{count} request{'' if count == 1 else 's'}"

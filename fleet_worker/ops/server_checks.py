@@ -1,4 +1,4 @@
-"""Checks of the MLX servers of this host: that they answer, and are what the configuration says."""
+"""Checks of the MLX servers of this host: they answer, and match the configuration."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from fleet_worker.settings import Instance, Settings
 
 ANSWER_WITHIN = 5.0
 WITHIN = 3 * ANSWER_WITHIN + 2
-"""Seconds for one instance: two places to look at, and a list of models."""
+"""Seconds for one instance: two default URLs, and a list of models."""
 _MARKED = ("mlx_lm", "vllm_mlx", "mlx_openai")
-"""The kinds that show what they are."""
+"""The kinds of servers that can be detected."""
 
 
 def instances(settings: Settings) -> list[Finding]:
-    """All that have opted in, at the same time: a silent server hides nothing of the others."""
+    """Check all instances that have opted in, in parallel, so that a silent server does not delay the others."""
     serving = {f"instances.{name}": each for name, each in settings.instances.items() if each.opted_in}
     return at_once(
         {title: partial(_instance, title, each, settings.features) for title, each in serving.items()}, WITHIN
@@ -31,11 +31,11 @@ def instances(settings: Settings) -> list[Finding]:
 def _instance(title: str, instance: Instance, provider: Mapping[str, bool]) -> Iterator[Finding]:
     silent = []
     for url in (instance.base_url,) if instance.base_url else DEFAULT_URLS:
-        with closing(MLXClient(_impatient(instance), url)) as client:
+        with closing(MLXClient(_with_short_timeout(instance), url)) as client:
             try:
                 health = client.health()
             except FleetError as error:
-                silent.append(f"{url}: {_said(error)}")
+                silent.append(f"{url}: {_describe(error)}")
                 continue
             yield from _server(title, instance, url, health)
             yield from _models(title, instance, provider, client, health)
@@ -44,12 +44,12 @@ def _instance(title: str, instance: Instance, provider: Mapping[str, bool]) -> I
     yield Finding("error", title, "; ".join(silent), advice)
 
 
-def _impatient(instance: Instance) -> Instance:
+def _with_short_timeout(instance: Instance) -> Instance:
     connect = min(instance.clocks.connect, ANSWER_WITHIN)
     return instance.model_copy(update={"clocks": instance.clocks.model_copy(update={"connect": connect})})
 
 
-def _said(error: FleetError) -> str:
+def _describe(error: FleetError) -> str:
     return "the MLX server does not answer in time" if isinstance(error, RequestTimeout) else error.message
 
 
@@ -58,30 +58,28 @@ def _server(title: str, instance: Instance, url: str, health: Health) -> Iterato
     if health.ready:
         yield Finding("ok", title, f"{name} server at {url} answers")
     else:
-        advice = (
-            "restart it, if it is not just loading a model: mlx_lm.server says so for ever when its thread has died"
-        )
+        advice = "restart it, unless it is loading a model: mlx_lm.server stays so when its generation thread has died"
         yield Finding("error", title, f"{name} server at {url} says that it is not ready", advice)
     yield from identity(title, instance.server, health.server)
     yield from slots(title, instance, health)
 
 
 def identity(title: str, configured: str, detected: str) -> Iterator[Finding]:
-    """Whether a server is what the configuration says. `openai` as detected: it shows no mark of any kind."""
+    """Compare the configured kind of server with the detected one, which is `openai` if the kind is not recognised."""
     if configured in ("auto", detected) or (configured == "omni" and detected == "openai"):
         return
-    found = f'server = "{configured}" is configured, and it'
-    advice = 'correct it, or leave it out: "auto" recognises it'
+    found = f'server = "{configured}" is configured, but it'
+    advice = 'correct it, or leave it out: "auto" detects it'
     if detected in _MARKED:
         yield Finding("error", title, f"{found} is {detected}", advice)
     else:
-        yield Finding("warning", title, f"{found} shows no mark of that", "correct it, unless a proxy stands before it")
+        yield Finding("warning", title, f"{found} cannot be recognised", "correct it, unless a proxy is in front of it")
 
 
 def slots(title: str, instance: Instance, health: Health) -> Iterator[Finding]:
     if instance.limits.concurrency > 1 and (health.engine == "simple" or instance.server == "omni"):
-        found = f"{instance.limits.concurrency} slots for a server that works on one request at a time"
-        advice = "limits.concurrency = 1, or start vllm-mlx with --continuous-batching"
+        found = f"{instance.limits.concurrency} slots for a server that runs one request at a time"
+        advice = "set limits.concurrency = 1, or start vllm-mlx with --continuous-batching"
         yield Finding("warning", title, found, advice)
 
 
@@ -92,8 +90,8 @@ def _models(
         reported = client.models()
     except FleetError as error:
         serious = isinstance(error, Unauthorized) or not instance.models
-        found = f"its list of models cannot be read: {_said(error)}"
-        yield Finding("error" if serious else "warning", title, found, "look at its log")
+        found = f"its list of models cannot be read: {_describe(error)}"
+        yield Finding("error" if serious else "warning", title, found, "read its log")
         return
     kind = health.server if instance.server == "auto" else instance.server
     yield from models(title, instance, kind, provider, reported)
@@ -102,15 +100,15 @@ def _models(
 def models(
     title: str, instance: Instance, kind: str, provider: Mapping[str, bool], reported: Sequence[str]
 ) -> Iterator[Finding]:
-    """Compare what is configured with what the server reports, as far as a server of this kind tells the truth."""
+    """Compare the configured models with those that the server reports, if this kind of server reports the truth."""
     table = f"[{title}.models]"
     offered = offerings_of(instance, provider, reported)
     if not offered:
-        found = "there is nothing to offer: its node would not start"
+        found = "there is nothing to offer, so its node cannot start"
         yield Finding("error", title, found, no_offerings_advice(title, instance))
     elif not instance.models:
         found = f"no models are listed: {len(offered)} of the {len(reported)} that the server reports would be served"
-        advice = f"list your models under {table}: a report may name what is on the disk, to be loaded or downloaded"
+        advice = f"list your models under {table}: a server may report models that it would have to load or download"
         yield Finding("warning", title, found, advice)
     if kind == "mlx_lm" and any("embed" in offering.capabilities for offering in offered.values()):
         found = "mlx_lm.server has no embeddings: requests for them would fail"
@@ -126,8 +124,8 @@ def models(
 
 def _backends(title: str, kind: str, backends: Mapping[str, str], reported: Sequence[str]) -> Iterator[Finding]:
     if kind in ("mlx_lm", "omni") and len(set(backends.values())) > 1:
-        found = "several backends on a server that holds one model: each change of model loads it anew"
-        yield Finding("warning", title, found, "keep one of them, and start another server for each other")
+        found = "several backends on a server that holds one model: it reloads at every change of model"
+        yield Finding("warning", title, found, "keep one, and start a server of its own for each of the others")
     for model, backend in backends.items():
         if backend in reported:
             continue
@@ -142,9 +140,9 @@ def _backends(title: str, kind: str, backends: Mapping[str, str], reported: Sequ
 def _no_template(title: str, offering: Offering) -> Finding:
     model, named = offering.model, offering.settings.chat_template
     fault = f"is not found by chat_template = {named!r}" if named else "is not found"
-    found = f"the chat template of model {model!r} {fault}: streams that broke off go on here only at temperature 0"
+    found = f"the chat template of model {model!r} {fault}: interrupted streams are resumed here only at temperature 0"
     advice = (
-        f"under [{title}.models.{model!r}] say as chat_template what the server was started with: the folder of the "
-        "model, or its name in the Hugging Face cache of this user; or name a file with the Jinja text"
+        f"under [{title}.models.{model!r}] set chat_template to what the server was started with: the folder of the "
+        "model, or its name in the Hugging Face cache of this user; or to a file with the Jinja template"
     )
     return Finding("warning", title, found, advice)

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from fleet_worker.errors import BrokerUnavailable
 from fleet_worker.ops.snapshot import LaneStatus, Snapshot, SnapshotCollector
-from fleet_worker.ops.terminal import Listing, cell, output
+from fleet_worker.ops.terminal import Listing, cell, count, output
 from fleet_worker.registry.view import ALL_ANSWERS_WITHIN
 from fleet_worker.router.router import Router
 from fleet_worker.settings import Settings
@@ -113,17 +113,13 @@ def _summary(seen: Snapshot) -> Iterator[Text]:
         hosts = len({each.host for each in seen.instances})
         used, slots = sum(each.running for each in seen.instances), sum(each.slots for each in seen.instances)
         yield Text(
-            f"{ready} of {_count(len(seen.instances), 'instance')} on {_count(hosts, 'host')} ready, "
-            f"{used} of {_count(slots, 'slot')} used"
+            f"{ready} of {count(len(seen.instances), 'instance')} on {count(hosts, 'host')} ready, "
+            f"{used} of {count(slots, 'slot')} used"
         )
     depths = [each.depth for each in seen.lanes if each.depth]
-    yield Text(f"{_count(sum(depths), 'request')} waiting in {_count(len(depths), 'lane')}")
+    yield Text(f"{count(sum(depths), 'request')} waiting in {count(len(depths), 'lane')}")
     if unserved := sum(each.unserved for each in seen.lanes):
-        yield Text(f"{UNSERVED}: {_count(unserved, 'lane')} with waiting requests", "bold red")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+        yield Text(f"{UNSERVED}: {count(unserved, 'lane')} with waiting requests", "bold red")
 
 
 def _instances(seen: Snapshot) -> Iterator[RenderableType]:

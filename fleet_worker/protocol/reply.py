@@ -16,6 +16,8 @@ from fleet_worker.protocol.wire import BrokerMessage, ExtensibleModel
 
 
 class Usage(ExtensibleModel):
+    """Token counts, as far as the server reports them."""
+
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     total_tokens: int | None = None

@@ -37,22 +37,13 @@ ANSWER_WITHIN = 1.0
 CLIENT_TIMEOUT = 5.0
 """Seconds after which a client that sends nothing is disconnected."""
 
-_GAUGES: dict[str, tuple[str, Callable[[NodeReport], float | None]]] = {
-    "fleet_slots": ("Requests that the node can run at the same time.", lambda report: report.instance.slots),
-    "fleet_slots_used": ("Requests that the node is running.", lambda report: report.instance.running),
-    "fleet_tokens_per_second": (
-        "Tokens generated in the last second.",
-        lambda report: report.instance.tokens_per_second,
-    ),
-    "fleet_last_token_age_seconds": (
-        "Seconds since the MLX server delivered a token.",
-        lambda report: report.instance.last_token_age,
-    ),
-    "fleet_reply_lag_seconds": (
-        "The longest time in the last second that a part of a reply waited for the broker.",
-        lambda report: report.reply_lag,
-    ),
+_GAUGES = {
+    "fleet_slots": ("slots", "Requests that the node can run at the same time."),
+    "fleet_slots_used": ("running", "Requests that the node is running."),
+    "fleet_tokens_per_second": ("tokens_per_second", "Tokens generated in the last second."),
+    "fleet_last_token_age_seconds": ("last_token_age", "Seconds since the MLX server delivered a token."),
 }
+"""The fields of an instance that are shown as they are."""
 _HISTOGRAMS = {
     "ttft_seconds": ("fleet_ttft_seconds", "Seconds from the request to the MLX server until its first token."),
     "queue_wait_seconds": ("fleet_queue_wait_seconds", "Seconds that requests waited until a node took them."),
@@ -177,17 +168,24 @@ def _instances(reports: list[NodeReport]) -> Iterator[Metric]:
 
 
 def _gauges(live: list[NodeReport]) -> Iterator[Metric]:
-    for name, (text, value_of) in _GAUGES.items():
+    for name, (field, text) in _GAUGES.items():
         family = GaugeMetricFamily(name, text, labels=["node"])
         for report in live:
-            if (value := value_of(report)) is not None:
+            if (value := getattr(report.instance, field)) is not None:
                 family.add_metric([report.instance.node], value)
         yield family
+    text = "The longest time in the last second that a part of a reply waited for the broker."
+    lag = GaugeMetricFamily("fleet_reply_lag_seconds", text, labels=["node"])
+    for report in live:
+        lag.add_metric([report.instance.node], report.reply_lag)
+    yield lag
 
 
 def _counts(live: list[NodeReport]) -> Iterator[Metric]:
     tokens = CounterMetricFamily("fleet_tokens", "Generated tokens.", labels=["node"])
-    requests = CounterMetricFamily("fleet_requests", "Answered requests.", labels=["node", "operation"])
+    requests = CounterMetricFamily(
+        "fleet_requests", "Requests answered without an error.", labels=["node", "operation"]
+    )
     errors = CounterMetricFamily("fleet_errors", "Failed requests.", labels=["node", "code"])
     for report in live:
         node, counters = report.instance.node, report.counters

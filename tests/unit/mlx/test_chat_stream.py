@@ -16,6 +16,7 @@ from fleet_worker.errors import (
     RequestTimeout,
     UnsupportedCapability,
 )
+from fleet_worker.mlx import error_mapping
 from fleet_worker.simulator import FLAVOURS, Fault, reply_tokens
 from fleet_worker.simulator.replies import TABLES
 from tests.clients import HELLO, Client, answering, said, served, took_less_than
@@ -161,8 +162,9 @@ def test_a_busy_server_may_say_when_to_come_back(status, headers, expected):
         assert raised.value.metadata == expected
 
 
-@pytest.mark.parametrize(("body", "seconds"), [("x" * 70_000, 30), ('{"error": ', 30), ('{"error": ', 0.3)])
-def test_an_error_whose_body_never_ends_is_told_by_its_status(body, seconds):
+@pytest.mark.parametrize(("body", "seconds"), [("x" * 70_000, 30), ('{"error": ', 30), ('{"error": ', 0.1)])
+def test_an_error_whose_body_never_ends_is_told_by_its_status(body, seconds, monkeypatch):
+    monkeypatch.setattr(error_mapping, "_BODY_SECONDS", 0.2)
     with (
         answering("HTTP/1.1 404 Not Found\r\ncontent-length: 999999\r\n\r\n" + body) as url,
         closing(Client(url)) as client,
@@ -198,7 +200,7 @@ def test_a_missing_route_has_several_names(body):
 @pytest.mark.parametrize("flavour", ["mlx_lm", "vllm_batched"])
 def test_silence_before_the_first_content_may_be_tried_elsewhere(flavour, kind):
     """Heartbeats are no content; neither is a role."""
-    clocks = {"first_content": 0.3, "gap": 0.3}
+    clocks = {"first_content": 0.1, "gap": 0.1}
     with served(flavour, old_health=True, heartbeat=0.02, client={"clocks": clocks}) as (server, client):
         server.fail(Fault(kind, seconds=0.02 if kind == "heartbeat_only" else 30))
         with took_less_than(5), pytest.raises(RequestTimeout, match=FIRST) as raised:
@@ -208,7 +210,7 @@ def test_silence_before_the_first_content_may_be_tried_elsewhere(flavour, kind):
 
 def test_a_server_that_answers_nobody_is_a_silent_one():
     """A stopped process: the kernel still shakes hands."""
-    with answering("") as url, closing(Client(url, clocks={"first_content": 0.3, "gap": 0.3})) as client:
+    with answering("") as url, closing(Client(url, clocks={"first_content": 0.1, "gap": 0.1})) as client:
         with took_less_than(5), pytest.raises(RequestTimeout, match=FIRST) as raised:
             client.ask()
         assert raised.value.retryable
@@ -217,7 +219,7 @@ def test_a_server_that_answers_nobody_is_a_silent_one():
 @pytest.mark.parametrize("kind", ["freeze", "heartbeat_only"])
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_silence_in_mid_answer_is_the_end_of_it(flavour, kind):
-    with served(flavour, client={"clocks": {"gap": 0.2}}) as (server, client):
+    with served(flavour, client={"clocks": {"gap": 0.05}}) as (server, client):
         server.fail(Fault(kind, at_token=5, seconds=0.02))
         with took_less_than(5), pytest.raises(RequestTimeout, match=GAP) as raised:
             client.stream()
@@ -227,35 +229,35 @@ def test_silence_in_mid_answer_is_the_end_of_it(flavour, kind):
 
 @pytest.mark.parametrize("flavour", ["mlx_lm", "vllm_batched"])
 def test_bytes_that_never_become_an_event_are_no_progress(flavour):
-    with served(flavour, client={"clocks": {"first_content": 0.3, "gap": 0.3}}) as (server, client):
+    with served(flavour, client={"clocks": {"first_content": 0.1, "gap": 0.1}}) as (server, client):
         server.fail(Fault("drip", seconds=0.05))
         with took_less_than(5), pytest.raises(RequestTimeout):
             client.stream()
 
 
 def test_a_slow_stream_is_no_silent_one():
-    with served(token_interval=0.1, tokens=8, client={"clocks": {"first_content": 0.4, "gap": 0.4}}) as (_, client):
+    with served(token_interval=0.06, tokens=8, client={"clocks": {"first_content": 0.4, "gap": 0.3}}) as (_, client):
         assert client.ask().content == "".join(reply_tokens(HELLO, 8))
 
 
 def test_a_reader_that_takes_its_time_is_not_the_server_s_silence():
     """While it is busy with what it has, the server cannot be blamed. The other server is the clock."""
     with (
-        served("vllm_batched", token_interval=0.01, tokens=60, client={"clocks": {"gap": 0.2}}) as (_, client),
-        served(ttft=0.4, tokens=1) as (_, elsewhere),
+        served("vllm_batched", token_interval=0.01, tokens=40, client={"clocks": {"gap": 0.15}}) as (_, client),
+        served(ttft=0.3, tokens=1) as (_, elsewhere),
         client.open() as stream,
     ):
         arrived = iter(stream)
         pieces = next(arrived) + next(arrived)
         elsewhere.ask()
         pieces += [delta for deltas in arrived for delta in deltas]
-        assert [delta.content for delta in pieces] == reply_tokens(HELLO, 60, tokens=60)
+        assert [delta.content for delta in pieces] == reply_tokens(HELLO, 40, tokens=40)
 
 
 def test_the_gap_is_watched_again_after_a_slow_reader():
     with (
-        served("vllm_batched", client={"clocks": {"gap": 0.2}}) as (server, client),
-        served(ttft=0.5, tokens=1) as (_, elsewhere),
+        served("vllm_batched", client={"clocks": {"gap": 0.1}}) as (server, client),
+        served(ttft=0.25, tokens=1) as (_, elsewhere),
     ):
         server.fail(Fault("freeze", at_token=1))
         with took_less_than(5), client.open() as stream:
@@ -270,7 +272,7 @@ def test_the_gap_is_watched_again_after_a_slow_reader():
 def test_a_stream_ends_at_its_deadline(flavour):
     with served(flavour, token_interval=0.02, tokens=1000) as (server, client):
         with took_less_than(5), pytest.raises(RequestTimeout, match=DEADLINE) as raised:
-            client.stream(seconds=0.3, max_tokens=1000)
+            client.stream(seconds=0.15, max_tokens=1000)
         assert not raised.value.retryable
         server.wait_for(lambda it: it.counters["disconnected"] == 1)
         assert server.generated_after_leave < 10
@@ -282,15 +284,15 @@ def test_a_silent_stream_ends_at_its_deadline():
         server.fail(*faults)
         for _ in faults:
             with took_less_than(5), pytest.raises(RequestTimeout, match=DEADLINE):
-                client.stream(seconds=0.3)
+                client.stream(seconds=0.1)
 
 
 def test_a_reader_that_takes_too_much_time_meets_the_deadline():
     """At once, whatever has arrived meanwhile."""
     with (
         served("vllm_batched", token_interval=0.01, tokens=1000) as (_, client),
-        served(ttft=0.5, tokens=1) as (_, elsewhere),
-        client.open(seconds=0.3, max_tokens=1000) as stream,
+        served(ttft=0.3, tokens=1) as (_, elsewhere),
+        client.open(seconds=0.2, max_tokens=1000) as stream,
     ):
         arrived = iter(stream)
         next(arrived)

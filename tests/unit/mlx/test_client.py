@@ -338,13 +338,13 @@ def test_an_embedding_ends_at_its_deadline():
     with served("vllm_batched") as (server, client):
         server.fail(Fault("slow_headers", seconds=30))
         with took_less_than(5), pytest.raises(RequestTimeout, match="deadline"):
-            client.vectors("a", seconds=0.3)
+            client.vectors("a", seconds=0.1)
 
 
 @pytest.mark.parametrize("framing", ["content-length: 999", "x-framed-by: its end"])
 def test_half_a_response_is_waited_for_until_the_deadline(framing):
-    with answering(half(framing)) as url, closing(Client(url, clocks={"connect": 0.3})) as client:
-        for ask in (lambda: client.vectors("a", seconds=0.3), client.health, client.models):
+    with answering(half(framing)) as url, closing(Client(url, clocks={"connect": 0.1})) as client:
+        for ask in (lambda: client.vectors("a", seconds=0.1), client.health, client.models):
             with took_less_than(5), pytest.raises(RequestTimeout, match="deadline"):
                 ask()
 
@@ -522,7 +522,7 @@ def test_a_server_that_starts_late_is_reached():
     with SimulatedMLX(port=port) as server:
         server.kill()
         with client_of(server) as client:
-            late = threading.Timer(0.3, server.restart)
+            late = threading.Timer(0.15, server.restart)
             late.start()
             assert client.ask().content == WHOLE
             late.join()
@@ -530,7 +530,7 @@ def test_a_server_that_starts_late_is_reached():
 
 
 def test_nobody_listens():
-    with closing(Client(f"http://127.0.0.1:{free_port()}", clocks={"connect": 0.3})) as client:
+    with closing(Client(f"http://127.0.0.1:{free_port()}", clocks={"connect": 0.1})) as client:
         for ask in (client.ask, client.stream, lambda: client.vectors("a"), client.health, client.models):
             with took_less_than(5), pytest.raises(InstanceUnavailable) as raised:
                 ask()
@@ -539,7 +539,7 @@ def test_nobody_listens():
 
 def test_connecting_ends_when_the_server_is_known_to_be_away():
     with closing(Client(f"http://127.0.0.1:{free_port()}", clocks={"connect": 30})) as client:
-        known = threading.Timer(0.2, client.unreachable.set)
+        known = threading.Timer(0.1, client.unreachable.set)
         known.start()
         with took_less_than(5), pytest.raises(InstanceUnavailable):
             client.ask()
@@ -552,7 +552,7 @@ def test_connecting_ends_at_the_deadline():
         took_less_than(5),
         pytest.raises(InstanceUnavailable),
     ):
-        client.ask(seconds=0.3)
+        client.ask(seconds=0.1)
 
 
 def test_a_probe_says_at_once_that_nobody_listens():

@@ -1,3 +1,5 @@
+"""How a request ends before its answer is complete: limits, the timer that moves them, cancellation."""
+
 import socket
 import threading
 import time
@@ -5,7 +7,10 @@ from contextlib import ExitStack, contextmanager, nullcontext
 
 import pytest
 
-from fleet_worker.mlx.timeouts import ConnectionGuard, TimeoutThread
+from fleet_worker.errors import Cancelled, RequestTimeout
+from fleet_worker.mlx.timeouts import CancelToken, ConnectionGuard, RequestTimer, TimeoutThread
+from fleet_worker.settings import ServerTimeouts
+from tests.clients import WHY
 
 NEVER = float("inf")
 LATE = 5.0
@@ -80,8 +85,8 @@ def test_progress_keeps_a_connection_open(timeouts):
     with (
         connection() as (ours, theirs),
         connection() as (clock, _),
-        watched(timeouts, ours, soon(0.2)) as guard,
-        watched(timeouts, clock, soon(0.3)),
+        watched(timeouts, ours, soon(0.1)) as guard,
+        watched(timeouts, clock, soon(0.15)),
     ):
         guard.limit = NEVER
         assert clock.recv(1) == b""
@@ -90,8 +95,8 @@ def test_progress_keeps_a_connection_open(timeouts):
 
 
 def test_a_limit_that_moved_on_is_kept_in_the_end(timeouts):
-    with connection() as (ours, _), watched(timeouts, ours, soon(0.2)) as guard:
-        moved = guard.limit = soon(0.3)
+    with connection() as (ours, _), watched(timeouts, ours, soon(0.1)) as guard:
+        moved = guard.limit = soon(0.15)
         assert ours.recv(1) == b""
         assert time.monotonic() >= moved
 
@@ -117,9 +122,9 @@ def test_a_near_limit_among_far_ones_is_kept(timeouts):
 
 def test_who_is_no_longer_watched_is_not_cut(timeouts):
     with connection() as (ours, theirs), connection() as (clock, _):
-        with watched(timeouts, ours, soon(0.2)) as guard:
+        with watched(timeouts, ours, soon(0.1)) as guard:
             pass
-        with watched(timeouts, clock, soon(0.3)):
+        with watched(timeouts, clock, soon(0.15)):
             assert clock.recv(1) == b""
         assert is_open(ours, theirs)
         assert not guard.was_cut.is_set()
@@ -127,9 +132,9 @@ def test_who_is_no_longer_watched_is_not_cut(timeouts):
 
 def test_a_failure_of_the_reader_ends_the_watch(timeouts):
     with connection() as (ours, theirs), connection() as (clock, _):
-        with pytest.raises(ZeroDivisionError), watched(timeouts, ours, soon(0.2)):
+        with pytest.raises(ZeroDivisionError), watched(timeouts, ours, soon(0.1)):
             raise ZeroDivisionError
-        with watched(timeouts, clock, soon(0.3)):
+        with watched(timeouts, clock, soon(0.15)):
             assert clock.recv(1) == b""
         assert is_open(ours, theirs)
 
@@ -138,8 +143,8 @@ def test_a_connection_that_was_closed_meanwhile_harms_nobody(timeouts):
     with (
         connection() as (gone, _),
         connection() as (ours, _),
-        watched(timeouts, gone, soon(0.1)),
-        watched(timeouts, ours, soon(0.2)),
+        watched(timeouts, gone, soon(0.05)),
+        watched(timeouts, ours, soon(0.1)),
     ):
         gone.close()
         assert ours.recv(1) == b""
@@ -228,3 +233,116 @@ def test_closing_ends_the_thread_and_leaves_connections_alone():
 def test_a_timeout_thread_is_closed_twice_without_harm(timeouts):
     timeouts.close()
     timeouts.close()
+
+
+# --- The timer of a request
+
+
+@pytest.fixture
+def timer_of(timeouts):
+    def timer(seconds=60.0, token=None, **clocks):
+        return RequestTimer(timeouts, ServerTimeouts(**clocks), time.monotonic() + seconds, token)
+
+    return timer
+
+
+def running(timer, ours):
+    timer.guard.attach(ours)
+    return timer.running()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "clocks", "text", "retryable"),
+    [
+        (60.0, {"first_content": 0.05, "gap": 0.05}, "first_content", True),
+        (0.05, {"first_content": 60, "gap": 60}, "deadline", False),
+    ],
+)
+def test_a_timer_says_which_limit_a_request_reached(timer_of, seconds, clocks, text, retryable):
+    timer = timer_of(seconds, **clocks)
+    with connection() as (ours, _), running(timer, ours):
+        assert ours.recv(1) == b""
+        with pytest.raises(RequestTimeout, match=text) as raised:
+            timer.check()
+        assert raised.value.retryable is retryable
+
+
+def test_the_gap_counts_from_the_chunk_that_was_consumed_last(timer_of, timeouts):
+    timer = timer_of(first_content=60, gap=0.05)
+    with connection() as (ours, _), running(timer, ours):
+        assert timer.content_received() == timeouts.last_content
+        time.sleep(0.15)  # the reader is busy: this is not the silence of the server
+        timer.restart_gap()
+        assert ours.recv(1) == b""
+        with pytest.raises(RequestTimeout, match="gap"):
+            timer.restart_gap()
+
+
+def test_before_the_first_content_no_chunk_gives_more_time(timer_of):
+    timer = timer_of(first_content=0.1, gap=0.1)
+    with connection() as (ours, _), running(timer, ours):
+        limit = timer.guard.limit
+        timer.restart_gap()
+        assert timer.guard.limit == limit
+
+
+def test_the_rest_of_a_response_may_have_less_time(timer_of):
+    timer = timer_of()
+    with connection() as (ours, _), running(timer, ours):
+        timer.limit_rest(0.05)
+        assert ours.recv(1) == b""
+
+
+def test_a_cancelled_request_is_cut_and_says_why(timer_of):
+    timer = timer_of(token=(token := CancelToken()))
+    with connection() as (ours, _), running(timer, ours):
+        token.cancel(WHY)
+        assert ours.recv(1) == b""
+        assert timer.error is WHY
+    with pytest.raises(Cancelled), timer_of(token=token).running():
+        pytest.fail("it has begun")
+
+
+def test_a_deadline_that_has_passed_begins_nothing(timer_of):
+    with pytest.raises(RequestTimeout), timer_of(-1).running():
+        pytest.fail("it has begun")
+
+
+# --- Cancellation
+
+
+def test_a_callback_is_called_once_and_the_first_reason_counts():
+    token, calls = CancelToken(), []
+    with token.on_cancel(lambda: calls.append(threading.current_thread())):
+        assert (token.error, calls) == (None, [])
+        token.cancel(WHY)
+        token.cancel(Cancelled("again"))
+    assert token.error is WHY
+    assert calls == [threading.current_thread()]
+
+
+def test_nested_callbacks_are_called_together_and_the_outer_one_also_after_the_inner_one():
+    calls = []
+    for at_once in (True, False):
+        token = CancelToken()
+        with token.on_cancel(lambda: calls.append("outer")):
+            with token.on_cancel(lambda: calls.append("inner")):
+                if at_once:
+                    token.cancel(WHY)
+            token.cancel(WHY)
+    assert calls == ["outer", "inner", "outer"]
+
+
+def test_what_was_cancelled_before_does_not_begin():
+    token = CancelToken()
+    token.cancel(WHY)
+    with pytest.raises(Cancelled) as raised, token.on_cancel(lambda: pytest.fail("nothing waits")):
+        pytest.fail("it has begun")
+    assert raised.value is WHY
+
+
+def test_no_callback_is_called_after_its_block():
+    token = CancelToken()
+    with pytest.raises(ZeroDivisionError), token.on_cancel(lambda: pytest.fail("it has ended")):
+        raise ZeroDivisionError
+    token.cancel(WHY)

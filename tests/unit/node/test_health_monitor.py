@@ -23,7 +23,7 @@ class Server:
 
     def __init__(self):
         self.asked = threading.Condition()
-        self.looks = self.lists = 0
+        self.checks = self.lists = 0
         self.ready = True
         self.failing = self.failing_once = self.canary_fails = self.list_fails = None
         self.canaries = []
@@ -34,7 +34,7 @@ class Server:
 
     def health(self, timeout):
         with self.asked:
-            self.looks += 1
+            self.checks += 1
             self.asked.notify_all()
         once, self.failing_once = self.failing_once, None
         if error := once or self.failing:
@@ -110,12 +110,12 @@ class Watched:
     def canaries(self):
         return len(self.server.canaries)
 
-    def looked(self, seconds=0.0):
-        """Let time pass, and at least one whole look."""
+    def checked(self, seconds=0.0):
+        """Let time pass, and at least one whole check."""
         self.now += seconds
         with self.server.asked:
-            seen = self.server.looks
-            assert self.server.asked.wait_for(lambda: self.server.looks >= seen + 4, WITHIN)
+            seen = self.server.checks
+            assert self.server.asked.wait_for(lambda: self.server.checks >= seen + 4, WITHIN)
         return self
 
 
@@ -131,7 +131,7 @@ def watched(monkeypatch):
 @pytest.fixture
 def available(watched):
     with watched:
-        watched.looked()
+        watched.checked()
         assert (watched.status, watched.canaries) == ("available", 1)
         yield watched
 
@@ -141,82 +141,82 @@ def available(watched):
 
 def test_a_server_is_proved_by_one_canary_and_left_alone_then(watched):
     with watched:
-        watched.looked()
+        watched.checked()
         assert watched.status == watched.changes[-1] == "available"
         for _ in range(5):
-            watched.looked(100)
+            watched.checked(100)
     assert watched.server.canaries == [(OFFERING, 1000.0 + CANARY_DEADLINE)]
 
 
 def test_there_is_one_canary_for_free_and_then_one_an_interval(watched):
     watched.server.canary_fails = ProviderError("500")
     with watched:
-        assert watched.looked().canaries == 2
-        assert watched.looked(59.9).canaries == 2
-        assert watched.looked(0.1).canaries == 3
-        assert watched.looked(59.9).canaries == 3
+        assert watched.checked().canaries == 2
+        assert watched.checked(59.9).canaries == 2
+        assert watched.checked(0.1).canaries == 3
+        assert watched.checked(59.9).canaries == 3
         watched.server.canary_fails = None
-        assert watched.looked(0.1).canaries == 4
+        assert watched.checked(0.1).canaries == 4
         assert watched.status == "available"
 
 
 def test_a_fault_after_a_good_start_is_followed_by_a_canary_at_once_and_the_next_one_has_to_wait(available):
     available.readiness.failed(DOWN)
-    assert available.looked().canaries == 2
+    assert available.checked().canaries == 2
     assert available.status == "available"
     available.readiness.failed(DOWN)
-    assert available.looked(59).canaries == 2
+    assert available.checked(59).canaries == 2
     assert available.status == "unavailable"
-    assert available.looked(1).canaries == 3
+    assert available.checked(1).canaries == 3
 
 
 def test_a_server_that_is_away_is_sent_none_and_one_at_once_when_it_is_back(available):
     available.server.failing = DOWN
     for _ in range(5):
-        available.looked(100)
+        available.checked(100)
         assert (available.canaries, available.status) == (1, "unavailable")
     available.server.failing = None
-    assert available.looked().canaries == 2
+    assert available.checked().canaries == 2
     assert available.status == "available"
 
 
 def test_a_server_that_is_not_ready_is_sent_none(available):
     available.server.ready = False
-    assert available.looked(100).canaries == 1
+    assert available.checked(100).canaries == 1
     assert available.status == "unavailable"
     available.server.ready = True
-    assert available.looked().canaries == 2
+    assert available.checked().canaries == 2
 
 
 def test_a_server_that_works_for_somebody_is_sent_none(watched):
     watched.running.busy_since = watched.now
     with watched:
-        assert watched.looked().canaries == 0
+        assert watched.checked().canaries == 0
         watched.running.busy_since = None
-        assert watched.looked().canaries == 1
+        assert watched.checked().canaries == 1
 
 
 def test_without_anything_to_ask_for_no_canary_is_spent(watched):
     watched.server.canary_fails = ProviderError("500")
     watched.models.offering = None
     with watched:
-        assert watched.looked().canaries == 0
+        assert watched.checked().canaries == 0
         watched.models.offering = OFFERING
-        assert watched.looked().canaries == 2
+        assert watched.checked().canaries == 2
 
 
 def test_without_canaries_health_is_the_proof(watched):
     watched.settings = WorkerSettings(canary=False, probe_interval=0.002)
     with watched:
-        assert watched.looked().status == "available"
+        assert watched.checked().status == "available"
         watched.server.failing = DOWN
-        assert watched.looked().status == "unavailable"
+        assert watched.checked().status == "unavailable"
         watched.server.failing, watched.server.ready = None, False
-        assert watched.looked().status == "unavailable"
+        assert watched.checked().status == "unavailable"
         watched.server.ready = True
-        assert watched.looked().status == "available"
-        watched.on_change = lambda: watched.readiness.failed(DOWN)  # between a look and a canary
-        watched.looked()
+        assert watched.checked().status == "available"
+        watched.on_change = lambda: watched.readiness.failed(DOWN)  # between a check and a canary
+        watched.checked()
     assert watched.canaries == 0
 
 
@@ -224,76 +224,76 @@ def test_without_canaries_health_is_the_proof(watched):
 
 
 def test_one_refused_connection_is_no_verdict(available):
-    """A full backlog refuses for a moment."""
+    """A full backlog refuses for a short time."""
     del available.changes[:]
     available.server.failing_once = DOWN
-    available.looked()
+    available.checked()
     assert set(available.changes) == {"available"}
 
 
 @pytest.mark.parametrize("error", [DOWN, ConnectionFailure("it hung up")])
 def test_two_are(available, error):
     available.server.failing = error
-    assert available.looked().readiness.state.reason == "the MLX server does not accept connections"
+    assert available.checked().readiness.state.reason == "the MLX server does not accept connections"
 
 
 def test_a_late_answer_is_not_asked_for_twice_and_degrades(available):
     available.server.failing = RequestTimeout("late")
-    available.looked()
-    looks, changes = available.server.looks, len(available.changes)
-    available.looked(1)
-    assert abs((available.server.looks - looks) - (len(available.changes) - changes)) <= 1
+    available.checked()
+    checks, changes = available.server.checks, len(available.changes)
+    available.checked(1)
+    assert abs((available.server.checks - checks) - (len(available.changes) - changes)) <= 1
     assert available.status == "degraded"
     available.server.failing = None
-    assert available.looked().status == "available"
+    assert available.checked().status == "available"
     assert available.canaries == 1
 
 
 def test_what_the_server_delivers_counts_as_proof(watched):
     watched.server.canary_fails = ProviderError("500")
     with watched:
-        assert watched.looked(1).status == "unavailable"
+        assert watched.checked(1).status == "unavailable"
         watched.server.last_content = watched.now + 0.5
-        assert watched.looked(1).status == "available"
+        assert watched.checked(1).status == "available"
 
 
 def test_silence_in_the_middle_of_work_degrades(available):
     available.running.busy_since = available.now
-    assert available.looked(20).status == "available"
-    assert available.looked(0.1).status == "degraded"
+    assert available.checked(20).status == "available"
+    assert available.checked(0.1).status == "degraded"
     available.server.last_content = available.now + 0.5
-    assert available.looked(1).status == "available"
+    assert available.checked(1).status == "available"
 
 
 # --- The list of models
 
 
 def test_models_are_asked_for_rarely_and_only_of_a_server_that_works(available):
-    assert available.looked(299).server.lists == 0
-    assert available.looked(1).server.lists == 1
+    assert available.checked(299).server.lists == 0
+    assert available.checked(1).server.lists == 1
     assert available.models.lists == [["m"]]
-    assert available.looked(299).server.lists == 1
+    assert available.checked(299).server.lists == 1
     available.server.ready = False
-    assert available.looked(100).server.lists == 1
+    assert available.checked(100).server.lists == 1
     available.server.ready = True
-    assert available.looked().server.lists == 2
+    assert available.checked().server.lists == 2
 
 
 def test_a_server_that_came_back_may_have_other_models(available):
-    available.looked()
+    available.checked()
     available.server.failing = DOWN
-    available.looked()
+    available.checked()
     assert available.models.forgotten == 0
     available.server.failing = None
-    available.looked()
+    available.checked()
     assert available.models.forgotten == 1
     assert available.server.lists == 1
-    assert available.looked(10).server.lists == 1
+    assert available.checked(10).server.lists == 1
 
 
 def test_a_list_that_cannot_be_read_changes_nothing(available, caplog):
     available.server.list_fails = ProviderError("500 for the list")
-    assert available.looked(300).server.lists == 1
+    assert available.checked(300).server.lists == 1
     assert (available.models.lists, available.status) == ([], "available")
     assert "500 for the list" in caplog.text
 
@@ -305,15 +305,15 @@ def test_a_list_that_cannot_be_read_changes_nothing(available, caplog):
 def test_what_goes_wrong_in_it_does_not_end_the_monitor(available, caplog, broken):
     if broken == "changed":
         available.on_change = lambda: int("a secret")
-        available.looked()
+        available.checked()
         available.on_change = lambda: None
     else:
         available.server.failing = ValueError("a secret")
-        available.looked()
+        available.checked()
         available.server.failing = DOWN
-        assert available.looked().status == "unavailable"
+        assert available.checked().status == "unavailable"
         available.server.failing = None
-    assert available.looked(100).status == "available"
+    assert available.checked(100).status == "available"
     assert "failed (ValueError), the next one follows" in caplog.text
     assert "a secret" not in caplog.text
 
@@ -322,12 +322,12 @@ def test_it_can_be_told_to_check_now(watched):
     watched.settings = WorkerSettings(probe_interval=60)
     with watched:
         with watched.server.asked:
-            assert watched.server.asked.wait_for(lambda: watched.server.looks == 1, WITHIN)
+            assert watched.server.asked.wait_for(lambda: watched.server.checks == 1, WITHIN)
         started = time.monotonic()
-        for looks in range(2, 5):
+        for checks in range(2, 5):
             watched.monitor.check_now()
             with watched.server.asked:
-                assert watched.server.asked.wait_for(lambda looks=looks: watched.server.looks >= looks, WITHIN)
+                assert watched.server.asked.wait_for(lambda checks=checks: watched.server.checks >= checks, WITHIN)
         assert time.monotonic() - started < 1
 
 
@@ -338,4 +338,4 @@ def test_its_end_does_not_wait_for_a_canary(watched):
         started = time.monotonic()
         watched.monitor.close()
         assert time.monotonic() - started < 1
-    assert watched.server.looks == 1
+    assert watched.server.checks == 1

@@ -1,4 +1,4 @@
-"""What is wanted may change at any moment, also while it is being done."""
+"""What is wanted may change at any time, also while it is being applied."""
 
 import itertools
 import sys
@@ -16,7 +16,7 @@ FIRST, SECOND = lane("chat", "first"), lane("chat", "second")
 
 
 class Consumer:
-    """As much of Celery's as an lane_consumer needs. Its event loop turns when a test says so."""
+    """As much of Celery's consumer as a `LaneConsumer` needs. Its event loop turns when a test says so."""
 
     def __init__(self, connection):
         self.joined = set()

@@ -311,7 +311,7 @@ def test_a_success_in_between_begins_the_count_of_failures_anew(available):
 
 
 def test_a_token_from_before_a_failure_does_not_begin_the_count_anew(available):
-    """The watch tells of a token after the task has told of the failure that came later."""
+    """The monitor reports a token after the task has reported a failure that came later."""
     for _ in range(FAILURES):
         token = available.after(1).now
         available.after(0.1).failed(ProviderError("after some of the answer"))
@@ -340,7 +340,7 @@ def test_a_token_from_before_a_fault_disproves_nothing(available, fault):
 
 
 def test_a_token_between_two_faults_does_not_disprove_the_second(available):
-    """It worked again for a moment and died, all between two looks."""
+    """It worked again and died, all between two checks of the monitor."""
     failing(available)
     token = available.after(5).now
     available.after(0.2).connection_refused()
@@ -421,11 +421,11 @@ class AnyOrder(RuleBasedStateMachine):
     def token(self, age):
         """Told `age` seconds after it arrived."""
         self.later(0.01)
-        moment = self.watched.now - age
-        self.watched.content_received(moment)
-        if moment > self.newest:
-            self.newest, self.late_since = moment, None
-            if moment > self.fault:
+        at = self.watched.now - age
+        self.watched.content_received(at)
+        if at > self.newest:
+            self.newest, self.late_since = at, None
+            if at > self.fault:
                 self.proof = self.watched.now
                 assert self.watched.state.ready or self.drained
 
@@ -448,7 +448,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.late_since = None
         if not ready:
             self.blamed()
-        elif not before.ready:  # it says so: no proof, unless it was only late
+        elif not before.ready:  # an answer is no proof, unless it was only late
             assert not self.watched.state.ready or before.reason == "the MLX server answers late"
 
     @rule()
