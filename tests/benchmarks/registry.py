@@ -438,9 +438,9 @@ def _listening_router(pipe: Pipe, broker_url: str) -> None:
 class _CountingRegistry(Registry):
     heard = 0
 
-    def hear(self, announcement: Announcement) -> None:
+    def apply(self, announcement: Announcement) -> None:
         self.heard += 1
-        super().hear(announcement)
+        super().apply(announcement)
 
 
 def _asked(pipe: Pipe) -> Any:

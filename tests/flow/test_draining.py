@@ -44,7 +44,7 @@ def draining(broker, nodes):
     """Afterwards every node takes work again."""
     draining = DrainControl(Settings(broker_url=broker.url))
     yield draining
-    until(lambda: len(draining.undrain(["one@mini", "two@mini"])) == 2, WITHIN)
+    until(lambda: len(draining.ask("undrain", ["one@mini", "two@mini"])) == 2, WITHIN)
 
 
 @pytest.fixture
@@ -67,9 +67,9 @@ def test_two_hundred_requests_while_a_node_is_drained_again_and_again(draining, 
     requests = []
     for _ in range(5):
         requests += [caller.submit(model, max_tokens=2) for _ in range(20)]
-        draining.drain(["one@mini"])
+        draining.ask("drain", ["one@mini"])
         requests += [caller.submit(model, max_tokens=2) for _ in range(20)]
-        draining.undrain(["one@mini"])
+        draining.ask("undrain", ["one@mini"])
     assert {type(caller.last(each)) for each in requests} == {ChatResponse}
     assert {caller.node(each) for each in requests} == {"one@mini", "two@mini"}
 
@@ -97,7 +97,7 @@ def test_nodes_answer_at_once_and_leave_their_lanes_after_it(draining, caller, m
     """The thread that answers is the one that leaves them."""
     assert isinstance(caller.last(caller.submit(model, max_tokens=2)), ChatResponse)
     with took_less_than(0.4):
-        assert [each.drained for each in draining.drain(["one@mini", "two@mini"])] == [True, True]
+        assert [each.drained for each in draining.ask("drain", ["one@mini", "two@mini"])] == [True, True]
 
 
 def test_what_has_not_ended_when_a_drain_has_waited_long_enough_is_handed_over(run, caller, model, mlx):
