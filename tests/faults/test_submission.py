@@ -87,6 +87,7 @@ def frozen(broker):
         broker.signal(signal.SIGCONT)
 
 
+@pytest.mark.both_brokers
 def test_a_broker_that_is_frozen_for_a_moment_has_one_copy_then(broker, waiting):
     with ThreadPoolExecutor(4) as pool:
         with frozen(broker):
@@ -115,6 +116,7 @@ def test_a_router_that_is_closed_while_it_sends_waits_for_no_broker(broker, wait
         assert {type(call.exception(10)) for call in calls} <= {Cancelled, BrokerUnavailable}
 
 
+@pytest.mark.both_brokers
 def test_a_connection_that_was_lost_costs_no_submission_and_makes_no_second_copy(broker, waiting):
     broker.drop_connections()
     with ThreadPoolExecutor(4) as pool:

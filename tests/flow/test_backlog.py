@@ -50,13 +50,14 @@ def unchecked(broker):
 
 
 @contextmanager
-def busy(router, mlx, max_tokens=50):
-    """The only slot is taken, for a second."""
-    with router.stream_chat(MODEL, HELLO, max_tokens=max_tokens, timeout=30) as stream:
+def busy(router, mlx):
+    """The only slot is taken until the server releases this stream."""
+    with mlx.held(at_token=10), router.stream_chat(MODEL, HELLO, max_tokens=50, timeout=30) as stream:
         mlx.wait_for(lambda mlx: mlx.counters["running"] == 1, 20)
         yield stream
 
 
+@pytest.mark.both_brokers
 def test_what_is_more_urgent_is_taken_first(node, mlx, router):
     levels = ["low", "normal", "critical", "high", "normal", "low", "high", "critical"]
     before = len(work(mlx))
@@ -67,6 +68,7 @@ def test_what_is_more_urgent_is_taken_first(node, mlx, router):
             )
             for level in levels
         ]
+        mlx.release()
         for stream in streams:
             assert list(stream)
     taken = [request.body["messages"][0]["content"] for request in work(mlx)[before + 1 :]]
@@ -85,6 +87,7 @@ def test_a_full_lane_takes_no_more_until_there_is_room(node, mlx, router, backlo
             backlog.admit(LANE)
         assert caught.value.metadata["retry_after"] > 0
         assert backlog.depth(LANE) == 3
+        mlx.release()
         for stream in streams:
             assert len([delta.content for delta in stream if delta.content]) == 10
             backlog.accepted(LANE, stream.response.timings.queue_wait, "normal", 0.0)
@@ -103,6 +106,7 @@ def test_a_router_refuses_what_is_too_much_before_it_is_sent(node, mlx, broker):
         with took_less_than(1), pytest.raises(FleetSaturated) as caught:
             router.stream_chat(MODEL, HELLO, **options).__enter__()
         assert caught.value.metadata["retry_after"] > 0
+        mlx.release()
         for stream in [running, *waiting]:
             assert list(stream)
         assert list(router.stream_chat(MODEL, HELLO, **options))
@@ -119,6 +123,7 @@ def test_a_message_that_vanished_is_missed_in_a_lane_that_is_never_empty(node, m
         with create_app(Settings(broker_url=broker.url)) as app, app.connection_for_read() as connection:
             waiting = lane_queue(lane("chat", MODEL), transport_of(broker.url))(connection.default_channel)
             until(lambda: waiting.get(no_ack=True))
+        mlx.release()
         over = threading.Event()
 
         def crowd():
@@ -133,6 +138,7 @@ def test_a_message_that_vanished_is_missed_in_a_lane_that_is_never_empty(node, m
         assert [each.result(20) for each in crowds] == [None] * 3
 
 
+@pytest.mark.both_brokers
 def test_what_other_routers_send_counts_too(unchecked, backlog_of):
     model = f"m-{uuid.uuid4().hex[:8]}"
     backlog, name = backlog_of(4), lane("chat", model)
@@ -143,6 +149,7 @@ def test_what_other_routers_send_counts_too(unchecked, backlog_of):
         backlog.admit(name)
 
 
+@pytest.mark.both_brokers
 def test_a_lane_that_nobody_has_ever_used_is_empty(backlog_of):
     backlog, name = backlog_of(1), lane("chat", f"m-{uuid.uuid4().hex[:8]}")
     assert backlog.depth(name) == 0
@@ -150,6 +157,7 @@ def test_a_lane_that_nobody_has_ever_used_is_empty(backlog_of):
     assert backlog.depth(name) == 0
 
 
+@pytest.mark.both_brokers
 def test_room_is_expected_by_how_fast_the_lane_is_served(unchecked, broker, backlog_of):
     """Messages are taken out at a pace of our own, as nodes would take them."""
     model = f"m-{uuid.uuid4().hex[:8]}"
@@ -166,6 +174,7 @@ def test_room_is_expected_by_how_fast_the_lane_is_served(unchecked, broker, back
     until(lambda: admits(backlog, name))
 
 
+@pytest.mark.both_brokers
 def test_a_lost_connection_costs_one_answer(unchecked, broker, backlog_of):
     model = f"m-{uuid.uuid4().hex[:8]}"
     backlog, name = backlog_of(2), lane("chat", model)
