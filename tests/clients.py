@@ -29,7 +29,7 @@ KINDS = {
 
 
 SOON = 1.0
-"""Seconds; a stop takes milliseconds, and these machines are busy."""
+"""Seconds; a cancel takes milliseconds, and these machines are busy."""
 WHY = Cancelled("nobody wants it")
 
 
@@ -41,22 +41,22 @@ class Client(MLXClient):
         super().__init__(settings, base_url, server=server, transport=transport)
         self.offering = offerings_of(settings, {}, ())["m"]
 
-    def ask(self, messages=HELLO, *, seconds=30.0, stopper=None, **params):
+    def ask(self, messages=HELLO, *, seconds=30.0, token=None, **params):
         deadline = time.monotonic() + seconds
-        return self.chat(chat_params(messages, **params), self.offering, deadline=deadline, cancel_token=stopper)
+        return self.chat(chat_params(messages, **params), self.offering, deadline=deadline, cancel_token=token)
 
-    def open(self, messages=HELLO, *, seconds=30.0, stopper=None, resume=None, **params):
-        options = {"deadline": time.monotonic() + seconds, "cancel_token": stopper, "resume": resume}
+    def open(self, messages=HELLO, *, seconds=30.0, token=None, resume=None, **params):
+        options = {"deadline": time.monotonic() + seconds, "cancel_token": token, "resume": resume}
         return self.stream_chat(chat_params(messages, **params), self.offering, **options)
 
-    def stream(self, messages=HELLO, *, seconds=30.0, stopper=None, resume=None, **params):
+    def stream(self, messages=HELLO, *, seconds=30.0, token=None, resume=None, **params):
         """The deltas of a whole stream, what they say together, and how it ended."""
-        with self.open(messages, seconds=seconds, stopper=stopper, resume=resume, **params) as stream:
+        with self.open(messages, seconds=seconds, token=token, resume=resume, **params) as stream:
             deltas = [delta for arrived in stream for delta in arrived]
         return deltas, join(deltas), stream.answer()
 
-    def vectors(self, *texts, seconds=30.0, stopper=None):
-        return self.embed(texts, self.offering, deadline=time.monotonic() + seconds, cancel_token=stopper)
+    def vectors(self, *texts, seconds=30.0, token=None):
+        return self.embed(texts, self.offering, deadline=time.monotonic() + seconds, cancel_token=token)
 
 
 def chat_params(messages=HELLO, **params):
@@ -111,16 +111,16 @@ def answering(answer, tls=None):
 
 
 @contextmanager
-def stopped(ask, *arguments, within=SOON, **options):
-    """Run a request in a thread, and stop it at the end of the block: it raises just that error, and soon."""
-    stop = CancelToken()
+def cancelled(ask, *arguments, within=SOON, **options):
+    """Run a request in a thread, and cancel it at the end of the block: it raises just that error, and soon."""
+    token = CancelToken()
     with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(ask, *arguments, stopper=stop, **options)
+        answer = pool.submit(ask, *arguments, token=token, **options)
         try:
             yield
-            assert not answer.done(), "it ended before it was stopped"
+            assert not answer.done(), "it ended before it was cancelled"
         finally:
-            stop.cancel(WHY)
+            token.cancel(WHY)
         with took_less_than(within):
             assert answer.exception(timeout=10) is WHY
 

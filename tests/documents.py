@@ -51,12 +51,14 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def table(text: str, heading: str) -> list[list[str]]:
-    """The cells of the first table below a heading, without its head."""
+def tables(text: str, heading: str) -> list[list[list[str]]]:
+    """The tables below a heading: the cells of each row, without the head."""
     below = re.split(rf"^#+ {re.escape(heading)}$", text, maxsplit=1, flags=re.MULTILINE)[1]
-    rows = re.search(r"(?:^\|.*\n)+", below, re.MULTILINE)
-    assert rows, f"no table below {heading}"
-    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[0].splitlines()[2:]]
+    section = re.split(r"^#", below, maxsplit=1, flags=re.MULTILINE)[0]
+    return [
+        [[cell.strip() for cell in row.strip("|").split("|")] for row in rows.splitlines()[2:]]
+        for rows in re.findall(r"(?:^\|.*\n)+", section, re.MULTILINE)
+    ]
 
 
 def commands(text: str) -> Iterator[tuple[list[str], bool]]:
@@ -144,7 +146,7 @@ def _allowed(field: FieldInfo) -> str:
         return "`true`, `false`"
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
     bounds = [
-        f"{sign} {getattr(each, name)}"
+        f"{sign}\N{NO-BREAK SPACE}{getattr(each, name)}"
         for each in field.metadata
         for name, sign in signs.items()
         if hasattr(each, name)

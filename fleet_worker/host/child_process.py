@@ -1,4 +1,4 @@
-"""Child processes that are watched by their output and always ended."""
+"""Child processes whose output can be waited for, and that always end: with their block, and with their parent."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ T = TypeVar("T")
 
 
 class ChildFailed(Exception):
-    """A child process ended, or did not say what it was waited for."""
+    """A child process ended, or did not print what was waited for."""
 
 
 class ChildLost(BaseException):
-    """A child ended by itself while others rely on it. No `Exception`: it can come between any two instructions."""
+    """A child ended while others rely on it. Not an `Exception`: it can be raised between any two instructions."""
 
     def __init__(self, child: ChildProcess) -> None:
         self._child = child
 
     def __str__(self) -> str:
-        return self._child.obituary()
+        return self._child.report_end()
 
 
 class Interrupted(BaseException):
-    """SIGINT, SIGTERM or SIGHUP came; `exit_code` is what a shell makes of it."""
+    """SIGINT, SIGTERM or SIGHUP arrived; `exit_code` is the one of a program that a signal has ended."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -46,31 +46,34 @@ class Interrupted(BaseException):
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listened on a moment ago."""
+    """Return a port of 127.0.0.1 that was free at the time of the call."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def python(*arguments: str) -> list[str]:
-    """The command line of this interpreter with these arguments."""
+    """Return the command line of this interpreter with these arguments."""
     return [sys.executable, *arguments]
 
 
 def how_ended(code: int | None) -> str:
-    """Words for an exit code as `subprocess` knows it."""
+    """Return a description of an exit code of `subprocess`."""
     return f"ended with exit code {code}" if code is None or code >= 0 else f"was killed by signal {-code}"
 
 
 class ChildProcess:
-    """A running child, in a process group of its own, so that a Ctrl-C is for its parent to handle."""
+    """A running child in a process group of its own, so that Ctrl-C interrupts the parent only.
+
+    Its whole group is killed when this process ends without `stop`.
+    """
 
     def __init__(self, name: str, command: Sequence[str], env: dict[str, str] | None = None) -> None:
         self.name = name
         self.lines: collections.deque[str] = collections.deque(maxlen=KEPT_LINES)
-        """What it printed, on either stream; the last lines if it is much."""
+        """The last KEPT_LINES lines that it printed, on both streams."""
         self._printed = threading.Condition()
-        self._silent = False
+        self._output_ended = False
         self._orphan_killer = OrphanKiller()
         try:
             self._process = subprocess.Popen(  # noqa: S603 - our own command lines
@@ -98,22 +101,22 @@ class ChildProcess:
     def output(self) -> str:
         return "".join(self.lines)
 
-    def wait_for(self, says: Callable[[str], bool] | str, timeout: float) -> str:
-        """Return the first line that contains `says`, or for which it is true.
+    def wait_for(self, wanted: Callable[[str], bool] | str, timeout: float) -> str:
+        """Return the first line that contains the text `wanted`, or for which the function returns true.
 
         Raises:
             ChildFailed: the child ended first, or `timeout` seconds passed.
         """
-        matches = says if callable(says) else lambda line: says in line
+        matches = wanted if callable(wanted) else lambda line: wanted in line
         deadline = time.monotonic() + timeout
         with self._printed:
             while True:
                 for line in self.lines:
                     if matches(line):
                         return line
-                if self._silent:
+                if self._output_ended:
                     self.wait(5)
-                    raise ChildFailed(self.obituary())
+                    raise ChildFailed(self.report_end())
                 if not self._printed.wait(deadline - time.monotonic()):
                     raise ChildFailed(f"{self.name} was not ready within {timeout:g} s:\n{self._tail()}")
 
@@ -121,8 +124,8 @@ class ChildProcess:
     def ended(self) -> bool:
         return self._process.poll() is not None
 
-    def obituary(self) -> str:
-        """How it ended, and its last words."""
+    def report_end(self) -> str:
+        """Return how it ended, and its last lines."""
         code = self._process.poll()
         return f"{self.name} {how_ended(code)}:\n{self._tail().rstrip()}"
 
@@ -135,10 +138,10 @@ class ChildProcess:
         return self._process.wait(timeout)
 
     def stop(self, grace: float = 15.0) -> int:
-        """End it with SIGTERM, and with SIGKILL if it takes longer than `grace` seconds; return its exit code."""
+        """End it by SIGTERM, after `grace` seconds by SIGKILL, then kill its group; return its exit code."""
         if self._process.poll() is None:
             self.signal(signal.SIGTERM)
-            self.signal(signal.SIGCONT)  # a frozen process does not hear the other
+            self.signal(signal.SIGCONT)  # a stopped process handles no SIGTERM
             try:
                 self._process.wait(grace)
             except subprocess.TimeoutExpired:
@@ -158,7 +161,7 @@ class ChildProcess:
                 self.lines.append(line)
                 self._printed.notify_all()
         with self._printed:
-            self._silent = True
+            self._output_ended = True
             self._printed.notify_all()
 
     def _tail(self) -> str:
@@ -167,7 +170,7 @@ class ChildProcess:
 
 @contextmanager
 def child(name: str, command: Sequence[str], env: dict[str, str] | None = None) -> Iterator[ChildProcess]:
-    """Run a child for the time of a block."""
+    """Run a child until the end of a block."""
     process = ChildProcess(name, command, env)
     try:
         yield process
@@ -176,64 +179,64 @@ def child(name: str, command: Sequence[str], env: dict[str, str] | None = None) 
 
 
 class Children:
-    """Child processes that rely on each other and end together, with the block: `with Children() as children`.
+    """Child processes that need each other and end together, with the block: `with Children() as children`.
 
-    In the block SIGINT, SIGTERM and SIGHUP raise `Interrupted`, and a child that ends raises `ChildLost`, wherever the
-    block is at that moment. On leaving it all that was started and entered is stopped, the last one first, and nothing
-    interrupts that. For the main thread only, as all signal handling in Python.
+    In the block SIGINT, SIGTERM and SIGHUP raise `Interrupted`, and a child that ends raises `ChildLost`, at whatever
+    line the block is. At its end everything that was started and entered is stopped, the last one first, without
+    interruption. For the main thread only, as all signal handling in Python.
     """
 
     def __init__(self) -> None:
         self._stack = ExitStack()
         self._processes: list[ChildProcess] = []
         self._handlers: dict[int, Any] = {}
-        self._held = False
-        self._waiting: ChildLost | Interrupted | None = None
+        self._deferring = False
+        self._deferred: ChildLost | Interrupted | None = None
 
     def __enter__(self) -> Self:
         for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup, and in the background of a script
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup, or in the background of a shell
                 self._handlers[number] = signal.signal(number, self._interrupt)
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        self._held = True
-        self._waiting = None
-        self._processes.clear()  # from now on they may end
+        self._deferring = True
+        self._deferred = None
+        self._processes.clear()  # from here on they may end
         try:
             self._stack.close()
         finally:
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
-        if self._waiting and kind is None:
-            raise self._waiting
+        if self._deferred and kind is None:
+            raise self._deferred
 
     def start(self, name: str, command: Sequence[str], env: dict[str, str] | None = None) -> ChildProcess:
-        with self._uninterrupted():  # or a process might be running that nobody knows of
+        with self._uninterrupted():  # or a process could run that is in no list yet
             process = self._stack.enter_context(child(name, command, env))
             self._processes.append(process)
         return process
 
     def enter(self, context: AbstractContextManager[T]) -> T:
-        """Enter something that has to be left before what was started earlier is stopped."""
+        """Enter a context that is left before everything that was started or entered earlier."""
         with self._uninterrupted():
             return self._stack.enter_context(context)
 
     @contextmanager
     def _uninterrupted(self) -> Iterator[None]:
-        self._held = True
+        self._deferring = True
         try:
             yield
         finally:
-            self._held = False
-            if reason := self._waiting or self._reason(signal.SIGCHLD):  # a child may have ended before it was known
+            self._deferring = False
+            if reason := self._deferred or self._reason(signal.SIGCHLD):  # a child may have ended before it was listed
                 raise reason
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         reason = self._reason(number)
-        if reason and not self._held:
+        if reason and not self._deferring:
             raise reason
-        self._waiting = self._waiting or reason
+        self._deferred = self._deferred or reason
 
     def _reason(self, number: int) -> ChildLost | Interrupted | None:
         if number != signal.SIGCHLD:

@@ -1,4 +1,4 @@
-"""One holder of a name on this host: a locked file, which the system unlocks however its holder ends."""
+"""A name that only one process of this host can hold: a locked file, which the system unlocks when its holder ends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fleet_worker.errors import ConfigurationError
 
 
 class Held(Exception):
-    """Somebody else holds the name: the process `pid`, or None if it does not say."""
+    """Another process holds the name: `pid`, or None if that is unknown."""
 
     def __init__(self, path: Path, pid: int | None) -> None:
         super().__init__(f"{path.name} is held by process {pid or '(unknown)'}")
@@ -19,11 +19,11 @@ class Held(Exception):
 
 
 def hold(path: Path) -> IO[str]:
-    """Hold a name until the returned file is closed. No child inherits it.
+    """Hold a name until the returned file is closed. Child processes do not inherit it.
 
     Raises:
         Held: another process holds it.
-        ConfigurationError: there can be no such file.
+        ConfigurationError: the file cannot be created.
     """
     file = open_lock(path)
     try:
@@ -38,10 +38,10 @@ def hold(path: Path) -> IO[str]:
 
 
 def open_lock(path: Path) -> IO[str]:
-    """Open a lock file, and make it and its folder if need be. It is not held yet, and never removed.
+    """Open a lock file, and create it and its folder if needed. It is not locked yet, and is never removed.
 
     Raises:
-        ConfigurationError: there can be no such file.
+        ConfigurationError: the file cannot be created.
     """
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def open_lock(path: Path) -> IO[str]:
 
 
 def holder(path: Path) -> int | None:
-    """Return the process that holds a name; None if nobody does."""
+    """Return the id of the process that holds a name; None if it is free."""
     try:
         file = path.open(encoding="ascii")
     except FileNotFoundError:
@@ -67,4 +67,4 @@ def holder(path: Path) -> int | None:
 def _pid(file: IO[str]) -> int | None:
     file.seek(0)
     text = file.read()
-    return int(text) if text.isdigit() else None  # it holds the lock for a moment before it says who it is
+    return int(text) if text.isdigit() else None  # the holder writes it after it has locked the file

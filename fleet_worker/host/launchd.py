@@ -6,24 +6,14 @@ import os
 import plistlib
 import re
 import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 from fleet_worker.errors import FleetError
-from fleet_worker.host.service_files import (
-    ANSWER_WITHIN,
-    ENDS_WITHIN,
-    OPEN_FILES,
-    UP,
-    _checked,
-    _failed,
-    _plain,
-    _repeat,
-    _run,
-    _stop_within,
-    _succeed,
-    _write,
-)
+from fleet_worker.host import service_files
+from fleet_worker.host.service_files import ANSWER_WITHIN, ENDS_WITHIN, check, checked_path, run, run_checked
 
 LABEL = "org.fleet-worker.up"
 
@@ -31,17 +21,17 @@ LABEL = "org.fleet-worker.up"
 def launchd_plist(
     config: Path, *, log: Path, interpreter: str = sys.executable, ends_within: float = ENDS_WITHIN
 ) -> bytes:
-    """The property list of the agent; raises `ConfigurationError` for a path that it cannot hold."""
-    limits = {"NumberOfFiles": OPEN_FILES}
+    """Return the property list of the agent; raises `ConfigurationError` for a path that it cannot hold."""
+    limits = {"NumberOfFiles": service_files.OPEN_FILES}
     agent = {
         "Label": LABEL,
-        "ProgramArguments": [_plain(interpreter), *UP],
-        "EnvironmentVariables": {"FLEET_CONFIG": _plain(str(config))},
+        "ProgramArguments": [checked_path(interpreter), *service_files.UP],
+        "EnvironmentVariables": {"FLEET_CONFIG": checked_path(str(config))},
         "RunAtLoad": True,
         "KeepAlive": True,
         "ThrottleInterval": 10,
-        "ExitTimeOut": _stop_within(ends_within),
-        # Without it launchd takes the job for one that may wait, and throttles its CPU and disk.
+        "ExitTimeOut": service_files.stop_timeout(ends_within),
+        # By default launchd throttles the CPU and disk of an agent.
         "ProcessType": "Interactive",
         "SoftResourceLimits": limits,
         "HardResourceLimits": limits,
@@ -52,7 +42,7 @@ def launchd_plist(
 
 
 class Launchd:
-    """An agent of this user. Every method but `text` and `problem` raises `FleetError` with what went wrong."""
+    """An agent of this user. All methods but `text` and `problem` raise `FleetError` with the reason."""
 
     def __init__(self, ends_within: float) -> None:
         self._ends_within = ends_within
@@ -68,53 +58,64 @@ class Launchd:
         ]
 
     def text(self, config: Path) -> str:
+        """Return the content of the file."""
         return launchd_plist(config, log=self._log, ends_within=self._ends_within).decode()
 
     def problem(self) -> str | None:
-        """Why it cannot be used here and now."""
+        """Return why launchd cannot be used here, or None."""
         if not shutil.which("launchctl"):
             return "there is no launchctl on the PATH"
-        if _run("launchctl", "print", self._domain).returncode:
+        if run("launchctl", "print", self._domain).returncode:
             return "you are not logged in at the screen of this Mac, and only then does it run your agents"
         return None
 
     def install(self, text: str) -> None:
-        """Write the file and start the agent. One that runs already ends first, as by SIGTERM."""
-        _write(self.file, text, self._log.parent)  # launchd makes the log, but not its folder
-        again = self._unload()
-        _succeed("launchctl", "enable", self._agent)
+        """Write the file and start the agent. An agent that runs already ends first, as by SIGTERM."""
+        service_files.write(self.file, text, self._log.parent)  # launchd creates the log, but not its folder
+        was_loaded = self._unload()
+        run_checked("launchctl", "enable", self._agent)
         bootstrap = ("launchctl", "bootstrap", self._domain, str(self.file))
-        # For a moment after an agent is gone, launchd says "5: Input/output error" to its successor.
-        _checked(_repeat(bootstrap, until_it_fails=False, within=5.0 if again else 0.0))
+        # Shortly after the end of an agent, launchd refuses the next one with "5: Input/output error".
+        check(_repeat(bootstrap, until_failure=False, within=5.0 if was_loaded else 0.0))
 
     def uninstall(self) -> bool:
-        """End the agent and remove the file; False if there was neither."""
+        """End the agent and remove the file; return False if there was neither."""
         installed = self._unload() or self.file.exists()
         self.file.unlink(missing_ok=True)
         return installed
 
     def _unload(self) -> bool:
-        """Return whether it was loaded. `bootout` may return before the agent has ended, with an error."""
-        question = ("launchctl", "print", self._agent)
-        if _failed(_run(*question)):
+        """Return whether it was loaded. `bootout` may fail, or return before the agent has ended."""
+        is_loaded = ("launchctl", "print", self._agent)
+        if run(*is_loaded).returncode:
             return False
-        within = _stop_within(self._ends_within) + ANSWER_WITHIN
-        _run("launchctl", "bootout", self._agent, within=within)
-        if not _failed(_repeat(question, until_it_fails=True, within=within)):
+        within = service_files.stop_timeout(self._ends_within) + ANSWER_WITHIN
+        run("launchctl", "bootout", self._agent, within=within)
+        if not _repeat(is_loaded, until_failure=True, within=within).returncode:
             raise FleetError(f"{LABEL} did not end within {within:g} s")
         return True
 
     def status(self) -> tuple[bool, str]:
-        """Whether it runs, and words about it: not all that launchd prints, which has the environment in it."""
-        done = _run("launchctl", "print", self._agent)
-        if _failed(done):
+        """Return whether it runs, and a description: what launchd prints includes the environment."""
+        done = run("launchctl", "print", self._agent)
+        if done.returncode:
             return False, f"{LABEL} is {'not loaded' if self.file.exists() else 'not installed'}"
-        state = _fact("state", done.stdout)
-        others = [f", {name} {fact}" for name in ("pid", "last exit code") if (fact := _fact(name, done.stdout))]
-        return state == "running", f"{LABEL} is {state}{''.join(others)}"
+        state = _printed_value("state", done.stdout)
+        more = [(name, _printed_value(name, done.stdout)) for name in ("pid", "last exit code")]
+        return state == "running", f"{LABEL} is {state}{''.join(f', {name} {value}' for name, value in more if value)}"
 
 
-def _fact(name: str, printed: str) -> str | None:
-    """What `launchctl print` says first; the sections that follow repeat some names."""
+def _repeat(command: tuple[str, ...], *, until_failure: bool, within: float) -> subprocess.CompletedProcess[str]:
+    """Run a command again and again, since launchd has no event to wait for; return the last result."""
+    deadline = time.monotonic() + within
+    while True:
+        done = run(*command)
+        if bool(done.returncode) == until_failure or time.monotonic() >= deadline:
+            return done
+        time.sleep(0.2)
+
+
+def _printed_value(name: str, printed: str) -> str | None:
+    """Return the first value of this name: later sections of `launchctl print` repeat some names."""
     found = re.search(rf"^\s*{name} = (.+)$", printed, re.MULTILINE)
     return found[1] if found else None

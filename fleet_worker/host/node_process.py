@@ -1,4 +1,4 @@
-"""The process of a node as `fleet-worker up` sees it: it starts, ends, and starts again when its time has come."""
+"""The process of one node of `fleet-worker up`: when it starts, how it ends, when it starts again."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ NEVER = float("inf")
 
 @dataclass(frozen=True, slots=True)
 class Backoff:
-    """How long a node that failed has to wait for its next start. All in seconds."""
+    """Delay before a node that failed is started again, in seconds."""
 
     first: float = 1.0
     longest: float = 30.0
     forgotten_after: float = 60.0
-    """A node that has lived for so long had no failure before."""
+    """A node that has run this long starts with no failures again."""
 
     def delay(self, failures: int) -> float:
-        """None after one failure in a row, then `first`, doubled by each more; less by up to a fifth, at random."""
+        """Return 0 after one failure in a row, then `first`, doubled by each more; up to a fifth less at random."""
         if failures <= 1:
             return 0.0
         return min(self.longest, self.first * 2.0 ** min(failures - 2, 60)) * random.uniform(0.8, 1.0)  # noqa: S311
 
 
 class NodeProcess:
-    """One node of this host, whether its process runs or not. Nothing here waits: `due` says when to call `act`."""
+    """One node of this host, whether its process runs or not. No method waits: call `act` at the time `due`."""
 
     def __init__(self, instance: str, start: Callable[[str], subprocess.Popen[bytes]], backoff: Backoff) -> None:
         self.instance = instance
         self.name = instance
-        """The node's name, once it has been started."""
+        """The name of the node, once it has been started."""
         self.wanted = True
-        """Whether it runs again after it has ended."""
+        """True if it is started again after its end."""
         self.given_up = False
-        """Its configuration is wrong: it waits for `reload`."""
+        """True if its configuration is wrong: it waits for `reload`."""
         self._start = start
         self._backoff = backoff
         self._process: subprocess.Popen[bytes] | None = None
@@ -59,17 +59,18 @@ class NodeProcess:
 
     @property
     def due(self) -> float:
-        """Monotonic seconds at which there is something to do, if its process does not end before."""
+        """The time.monotonic() at which `act` has something to do, unless its process ends before."""
         if self._process:
             return self._killed_at
         return self._starts_at if self.wanted else NEVER
 
     @property
     def gone(self) -> bool:
+        """True if it has ended and is not wanted any more."""
         return not self._process and not self.wanted
 
     def act(self, name: str) -> None:
-        """Do what is due: kill what did not end in time, or start it under this name."""
+        """Kill its process if that has not ended in time, or start it under this name."""
         if self._process:
             log.warning("%s did not end in time and is killed", self.name)
             self.kill()
@@ -84,16 +85,16 @@ class NodeProcess:
             log.info("%s starts, pid %d", name, self._process.pid)
 
     def reap(self) -> None:
-        """Notice that its process has ended, and decide when it starts again."""
+        """If its process has ended, decide when it starts again."""
         if not self._process or (code := self._process.poll()) is None:
             return
-        self._kill_group()  # whatever it has left behind
+        self._kill_group()  # child processes that it has left running
         stopped = self._stopping
         self._process, self._stopping, self._killed_at = None, False, NEVER
         how = how_ended(code)
         if not self.wanted:
             log.info("%s %s", self.name, how)
-        elif stopped or code in (exit_codes.AGAIN, -signal.SIGHUP):  # which was told to reload before it could listen
+        elif stopped or code in (exit_codes.AGAIN, -signal.SIGHUP):  # it got SIGHUP before its handler was set
             self._starts_at = 0.0
             log.info("%s %s, starts again at once", self.name, how)
         elif code == exit_codes.CONFIGURATION:
@@ -112,14 +113,14 @@ class NodeProcess:
         log.warning("%s %s, starts again %s", self.name, how, f"in {delay:.1f} s" if delay else "at once")
 
     def reload(self) -> None:
-        """Have it read the configuration again: a running one is told, another starts now."""
+        """Make it read the configuration again: by SIGHUP if it runs, by a start if not."""
         self._start_at_once()
         if self._process and not self._stopping:
             log.info("%s is told to reload", self.name)
             self._process.send_signal(signal.SIGHUP)
 
     def replace(self, grace: float) -> None:
-        """Start it anew, when it has ended."""
+        """Stop it, and start it again after its end."""
         self._start_at_once()
         self.stop(grace)
 
@@ -127,12 +128,12 @@ class NodeProcess:
         self.given_up, self._failures, self._starts_at = False, 0, 0.0
 
     def stop(self, grace: float) -> None:
-        """Ask it to end, and have it killed after so many seconds."""
+        """Send SIGTERM; `act` kills it if it has not ended after `grace` seconds."""
         if self._process and not self._stopping:
             log.info("%s is told to end within %g s", self.name, grace)
             self._stopping, self._killed_at = True, time.monotonic() + grace
             self._process.send_signal(signal.SIGTERM)
-            self._process.send_signal(signal.SIGCONT)  # a frozen process does not hear the other
+            self._process.send_signal(signal.SIGCONT)  # a stopped process handles no SIGTERM
 
     def kill(self) -> None:
         if self._process:
@@ -141,5 +142,5 @@ class NodeProcess:
 
     def _kill_group(self) -> None:
         if self._process:
-            with suppress(ProcessLookupError, PermissionError):  # it is empty, or macOS has not cleared it away yet
+            with suppress(ProcessLookupError, PermissionError):  # it is empty; macOS says EPERM for zombies
                 os.killpg(self._process.pid, signal.SIGKILL)

@@ -8,41 +8,40 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fleet_worker.config_file import config_path
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.host.launchd import Launchd
-from fleet_worker.host.service_files import (
-    ENDS_WITHIN,
-)
+from fleet_worker.host.service_files import ENDS_WITHIN
 from fleet_worker.host.systemd import Systemd
 from fleet_worker.settings import Settings
 
 
 def configuration() -> tuple[Path, list[str], float]:
-    """Return the absolute path that FLEET_CONFIG names, the FLEET_* variables that the service will not have, and the
-    seconds that its nodes may take to end.
+    """Return the absolute path that FLEET_CONFIG names, the names of the FLEET_* variables that the service will not
+    get, and the seconds that its nodes may take to end.
 
     Raises:
-        ConfigurationError: it is not set, or that file alone is no valid configuration.
+        ConfigurationError: FLEET_CONFIG is not set, or its file alone is not a valid configuration.
     """
-    name = os.environ.get("FLEET_CONFIG")
-    if not name:
+    path = config_path()
+    if not path:
         raise ConfigurationError("FLEET_CONFIG is not set: a service needs a file, as FLEET_CONFIG=worker.toml")
-    settings = _AsTheService()
-    left_out = [each for each in os.environ if each.upper().startswith("FLEET_") and each != "FLEET_CONFIG"]
-    return Path(name).expanduser().absolute(), sorted(left_out), settings.worker.killed_after
+    settings = _SettingsOfFile()
+    left_out = [name for name in os.environ if name.upper().startswith("FLEET_") and name != "FLEET_CONFIG"]
+    return path.absolute(), sorted(left_out), settings.worker.killed_after
 
 
-class _AsTheService(Settings):
-    """Without the variables of this shell: the service has none of them, since its file is no place for a secret."""
+class _SettingsOfFile(Settings):
+    """Settings without the variables of this shell. The service has none of them: its file must not hold a secret."""
 
     @classmethod
-    def settings_customise_sources(cls, *args: Any, **kwargs: Any) -> Any:
-        arguments, _variables, file = super().settings_customise_sources(*args, **kwargs)
+    def settings_customise_sources(cls, *args: Any, **sources: Any) -> Any:
+        arguments, _variables, file = super().settings_customise_sources(*args, **sources)
         return arguments, file
 
 
 def service_manager(ends_within: float = ENDS_WITHIN) -> Launchd | Systemd:
-    """The one whose command is there; without any, the one of this platform, which can still say what it would do."""
+    """Return the manager whose command exists. Without any, return that of the platform, to show its file."""
     if shutil.which("launchctl") or (sys.platform == "darwin" and not shutil.which("systemctl")):
         return Launchd(ends_within)
     return Systemd(ends_within)

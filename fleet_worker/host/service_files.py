@@ -1,4 +1,4 @@
-"""What the service managers of macOS and Linux have in common: the command, its limits, and how their tools are run."""
+"""What launchd and systemd have in common: the command that they run, its limits, and how their own tools are run."""
 
 from __future__ import annotations
 
@@ -7,71 +7,43 @@ import re
 import subprocess
 from pathlib import Path
 
-from tenacity import Retrying, retry_if_result, stop_after_delay, wait_fixed
-
 from fleet_worker.errors import ConfigurationError, FleetError
 from fleet_worker.settings import WorkerSettings
 
 ENDS_WITHIN = WorkerSettings().killed_after
-
-
-"""Seconds in which `fleet-worker up` has ended after SIGTERM, if the configuration says nothing else."""
-
-
-LEAVE_WITHIN = 15.0
-
-
-"""Seconds that the processes may take beyond that, before the manager kills what is left."""
-
-
+"""Seconds in which `fleet-worker up` ends after SIGTERM, with the default settings."""
 ANSWER_WITHIN = 30.0
-
-
-"""Seconds for a manager to answer."""
-
-
+"""Seconds for an answer of a service manager."""
 OPEN_FILES = 8192
-
-
-"""Sockets of the busiest node many times over; launchd gives 256."""
-
-
-Ran = subprocess.CompletedProcess[str]
-
-
+"""Limit of open files: many times the sockets of the busiest node. The default of launchd is 256."""
 UP = ["-m", "fleet_worker", "up"]
 
 
-def _plain(path: str) -> str:
+def stop_timeout(ends_within: float) -> int:
+    """Return the seconds after which the manager kills what is left: 15 more than `up` itself takes."""
+    return math.ceil(ends_within + 15.0)
+
+
+def checked_path(path: str) -> str:
+    """Return the path; raises `ConfigurationError` if a service's file cannot hold it."""
     if re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", path):
         raise ConfigurationError(f"a service's file can only name paths without control characters, in UTF-8: {path!r}")
     return path
 
 
-def _stop_within(ends_within: float) -> int:
-    return math.ceil(ends_within + LEAVE_WITHIN)
-
-
-def _write(file: Path, text: str, *folders: Path) -> None:
+def write(file: Path, text: str, *folders: Path) -> None:
+    """Write a service's file and create these folders; raises `FleetError`."""
     try:
         for folder in (file.parent, *folders):
             folder.mkdir(parents=True, exist_ok=True)
         file.write_text(text, "utf-8")
-        file.chmod(0o644)  # launchd takes no file that others may write, as they may after `umask 002`
+        file.chmod(0o644)  # launchd loads no file that others may write, as they may after `umask 002`
     except OSError as error:
         raise FleetError(f"{error.filename} cannot be written: {error.strerror}") from None
 
 
-def _succeed(*command: str, within: float = ANSWER_WITHIN) -> None:
-    _checked(_run(*command, within=within))
-
-
-def _checked(done: Ran) -> None:
-    if _failed(done):
-        raise FleetError(_complaint(done))
-
-
-def _run(*command: str, within: float = ANSWER_WITHIN) -> Ran:
+def run(*command: str, within: float = ANSWER_WITHIN) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, also if it fails; raises `FleetError` if it takes longer than `within` seconds."""
     try:
         return subprocess.run(  # noqa: S603 - our own command lines
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=within
@@ -80,22 +52,17 @@ def _run(*command: str, within: float = ANSWER_WITHIN) -> Ran:
         raise FleetError(f"`{' '.join(command)}` did not end within {within:g} s") from None
 
 
-def _repeat(command: tuple[str, ...], *, until_it_fails: bool, within: float) -> Ran:
-    """Run it again and again, since launchd has no event to wait for; return the last result."""
-    attempts = Retrying(
-        retry=retry_if_result(lambda done: _failed(done) != until_it_fails),
-        stop=stop_after_delay(within),
-        wait=wait_fixed(0.2),
-        retry_error_callback=lambda state: state.outcome and state.outcome.result(),
-    )
-    done: Ran = attempts(_run, *command)
-    return done
+def run_checked(*command: str, within: float = ANSWER_WITHIN) -> None:
+    """As `run`; raises `FleetError` also if the command fails."""
+    check(run(*command, within=within))
 
 
-def _failed(done: Ran) -> bool:
-    return done.returncode != 0
+def check(done: subprocess.CompletedProcess[str]) -> None:
+    if done.returncode:
+        raise FleetError(failure(done))
 
 
-def _complaint(done: Ran) -> str:
-    said = " ".join(done.stderr.split())
-    return f"`{' '.join(done.args)}` failed: {said or f'exit code {done.returncode}'}"
+def failure(done: subprocess.CompletedProcess[str]) -> str:
+    """Return an error text with what a failed command printed."""
+    printed = " ".join(done.stderr.split())
+    return f"`{' '.join(done.args)}` failed: {printed or f'exit code {done.returncode}'}"

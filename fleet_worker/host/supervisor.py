@@ -1,7 +1,7 @@
-"""`fleet-worker up`: all nodes that the configuration of this host asks for, kept running.
+"""`fleet-worker up`: runs all nodes that the configuration of this host asks for, and restarts those that end.
 
-One thread waits for signals and deadlines, and for nothing else. The nodes write to up's own output themselves: a
-supervisor that is slow, frozen or killed holds up no node and loses no line of theirs.
+One thread waits for signals and deadlines only. The nodes write to the output of `up` themselves, so that a supervisor
+that is slow, stopped or killed neither blocks a node nor loses a line of its log.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 def nodes_of(settings: Settings) -> list[str]:
-    """What runs on this host: a node for each instance that has opted in, and the registry node.
+    """Return the nodes of this host: one for each instance that has opted in, and the registry node.
 
     Raises:
         ConfigurationError: no instance has opted in.
@@ -40,22 +40,20 @@ def nodes_of(settings: Settings) -> list[str]:
 
 
 def node_command(node_name: str) -> list[str]:
-    # -P: a celery.py where the user stands is not the one that is meant
+    # -P: do not import a celery.py from the current folder
     return python("-P", "-m", "celery", "-A", "fleet_worker", "worker", "-n", node_name, "--loglevel", "INFO")
 
 
 def reload_running(settings: Settings) -> int | None:
-    """Tell the up of this host to read its configuration again; return its process id, or None if none runs."""
-    pid = holder(_lock_path(settings)) or _only_holder(settings.state_dir)
+    """Tell the `up` of this host to read its configuration again; return its process id, or None if none runs.
+
+    It may run under another name, if `host` is what has changed.
+    """
+    others = [pid for path in settings.state_dir.glob("up-*.lock") if (pid := holder(path))]
+    pid = holder(_lock_path(settings)) or (others[0] if len(others) == 1 else None)
     if pid:
         os.kill(pid, signal.SIGHUP)
     return pid
-
-
-def _only_holder(state_dir: Path) -> int | None:
-    """The one up that runs here under whatever name: `host` may be just what has changed."""
-    pids = [pid for path in state_dir.glob("up-*.lock") if (pid := holder(path))]
-    return pids[0] if len(pids) == 1 else None
 
 
 def _lock_path(settings: Settings) -> Path:
@@ -65,8 +63,8 @@ def _lock_path(settings: Settings) -> Path:
 class Supervisor:
     """The supervisor of one host.
 
-    A node that ends is started again, after a while if it keeps failing. One that ends with exit code 78 waits for
-    another configuration, and one that ends with 75 has asked for a new start.
+    It restarts a node that ends, after a growing delay if the node keeps failing. A node that ends with exit code 78
+    waits for another configuration; exit code 75 asks for a restart at once.
     """
 
     def __init__(
@@ -81,40 +79,37 @@ class Supervisor:
         self._backoff = backoff
         self._nodes: dict[str, NodeProcess] = {}
         self._exit_code: int | None = None
-        """Set once everything is being stopped."""
-        self._signalled = False
+        """Set as soon as all nodes are being stopped."""
+        self._stop_requested = False
 
     def run(self) -> int:
-        """Run until a signal stops it, or no instance can be served; return the exit code. For the main thread.
+        """Run until a signal stops it, or no instance can be served; return the exit code. For the main thread only.
 
         SIGTERM (0) and SIGINT (130) stop all nodes, a second one kills them; SIGHUP reads the configuration again.
-        78 means that no instance has opted in any more, or that the nodes of all have ended with 78.
+        78 means that no instance has opted in any more, or that all their nodes have ended with 78.
 
         Raises:
             ConfigurationError: no instance has opted in.
-            Held: an up for this host runs already.
+            Held: an `up` of this host runs already.
         """
         nodes_of(self._settings)
         with _signals() as received, parent_pipe() as self._pipe:
             self._lock = hold(_lock_path(self._settings))
             try:
                 log.info("fleet-worker up, pid %d, runs the nodes of %s", os.getpid(), self._settings.host)
-                self._adopt(self._settings)
-                self._watch(received)
+                self._apply(self._settings)
+                while self._nodes:
+                    due = min(node.due for node in self._nodes.values())
+                    for number in received(due - time.monotonic()):
+                        self._handle_signal(number)
+                    self._tend_nodes()
                 log.info("fleet-worker up ends: all of its nodes have ended")
             finally:
                 self._lock.close()
         return self._exit_code or 0
 
-    def _watch(self, received: Callable[[float], bytes]) -> None:
-        while self._nodes:
-            due = min(node.due for node in self._nodes.values())
-            for number in received(due - time.monotonic()):
-                self._obey(number)
-            self._tend()
-
-    def _adopt(self, settings: Settings) -> None:
-        """Have what these settings ask for, with as little disturbance as possible."""
+    def _apply(self, settings: Settings) -> None:
+        """Run the nodes that these settings ask for, and disturb none whose settings have not changed."""
         instances = nodes_of(settings)
         old, self._settings = self._settings, settings
         moved = (old.broker_url, old.host) != (settings.broker_url, settings.host)
@@ -122,10 +117,10 @@ class Supervisor:
             self._retire(self._nodes[instance])
         for instance in instances:
             node = self._nodes.setdefault(instance, NodeProcess(instance, self._start, self._backoff))
-            node.wanted = True  # it may be one that is leaving
+            node.wanted = True  # it may be one that is being removed
             if moved:
                 node.replace(settings.worker.killed_after)
-            elif node.given_up or _read_by(instance, old) != _read_by(instance, settings):
+            elif node.given_up or _settings_of(instance, old) != _settings_of(instance, settings):
                 node.reload()
 
     def _retire(self, node: NodeProcess) -> None:
@@ -133,7 +128,7 @@ class Supervisor:
         node.stop(self._settings.worker.killed_after)
 
     def _start(self, node_name: str) -> subprocess.Popen[bytes]:
-        """Start a process that leads a group of its own, and holds the node's name on this host until it ends."""
+        """Start a process that leads its own group, and holds the lock on the node's name until it ends."""
         with open_lock(self._settings.state_dir / f"node-{node_name}.lock") as lock:
             return subprocess.Popen(  # noqa: S603 - our own command line
                 self._command(node_name),
@@ -144,19 +139,19 @@ class Supervisor:
                 start_new_session=True,
             )
 
-    def _obey(self, number: int) -> None:
+    def _handle_signal(self, number: int) -> None:
         if number == signal.SIGHUP and self._exit_code is None:
             self._reload()
         elif number in (signal.SIGTERM, signal.SIGINT):
-            if self._signalled:
-                log.warning("%s again: what still runs is killed", signal.Signals(number).name)
+            if self._stop_requested:
+                log.warning("%s again: all nodes that still run are killed", signal.Signals(number).name)
                 for node in self._nodes.values():
                     node.kill()
-            self._signalled = True
+            self._stop_requested = True
             self._stop(0 if number == signal.SIGTERM else 128 + number)
 
     def _reload(self) -> None:
-        """A wrong configuration changes nothing; one that no instance has opted in to ends everything."""
+        """A wrong configuration changes nothing; one in which no instance has opted in stops all nodes."""
         try:
             settings = Settings()
             lock = self._lock if _lock_path(settings) == _lock_path(self._settings) else hold(_lock_path(settings))
@@ -168,19 +163,19 @@ class Supervisor:
             self._lock = lock
         log.info("the configuration has been read again")
         try:
-            self._adopt(settings)
+            self._apply(settings)
         except ConfigurationError as error:
             log.error("%s", error)
             self._stop(exit_codes.CONFIGURATION)
 
     def _stop(self, exit_code: int) -> None:
-        """Everything ends at the same time."""
+        """Stop all nodes at the same time."""
         if self._exit_code is None:
             self._exit_code = exit_code
             for node in self._nodes.values():
                 self._retire(node)
 
-    def _tend(self) -> None:
+    def _tend_nodes(self) -> None:
         for node in list(self._nodes.values()):
             node.reap()
             if node.due <= time.monotonic():
@@ -192,10 +187,10 @@ class Supervisor:
         self._nodes = {instance: node for instance, node in self._nodes.items() if not node.gone}
 
 
-def _read_by(instance: str, settings: Settings) -> Any:
-    """What a node reads of the settings: the registry node reads of all instances."""
-    of_all = settings.model_dump(exclude={"router", "instances"})
-    return of_all, settings.instances if instance == REGISTRY else settings.instances.get(instance)
+def _settings_of(instance: str, settings: Settings) -> Any:
+    """Return the part of the settings that a node reads; the registry node reads all instances."""
+    common = settings.model_dump(exclude={"router", "instances"})
+    return common, settings.instances if instance == REGISTRY else settings.instances.get(instance)
 
 
 _SIGNALS = (signal.SIGCHLD, signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
@@ -203,15 +198,15 @@ _SIGNALS = (signal.SIGCHLD, signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
 
 @contextmanager
 def _signals() -> Iterator[Callable[[float], bytes]]:
-    """Yield a function that waits at most so many seconds, and returns the numbers of the signals that came.
+    """Yield a function that waits at most that many seconds, and returns the numbers of the signals that arrived.
 
-    They come through a file descriptor, because the system may hand a signal to any thread, and because one that
-    comes just before the wait must end it. SIGCHLD ends it too: a child has ended, or several.
+    They arrive through a file descriptor: the system may deliver a signal to any thread, and a signal just before the
+    wait must end it. SIGCHLD ends it too: one or several children have ended.
     """
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    handlers = {number: signal.signal(number, _heard) for number in _SIGNALS if not _ignored(number)}
+    handlers = {number: signal.signal(number, _do_nothing) for number in _SIGNALS if not _ignored(number)}
 
     def received(timeout: float) -> bytes:
         ready, _, _ = select.select([reader], [], [], None if timeout == NEVER else max(0.0, timeout))
@@ -227,9 +222,9 @@ def _signals() -> Iterator[Callable[[float], bytes]]:
 
 
 def _ignored(number: signal.Signals) -> bool:
-    """A shell has what it starts in the background ignore Ctrl-C. SIGHUP is meant for us, even under nohup."""
+    """A shell starts background processes with SIGINT ignored. SIGHUP is always handled, even under nohup."""
     return number == signal.SIGINT and signal.getsignal(number) is signal.SIG_IGN
 
 
-def _heard(number: int, frame: FrameType | None) -> None:
-    """Without a handler in Python there is nothing in the file descriptor."""
+def _do_nothing(number: int, frame: FrameType | None) -> None:
+    """Python writes a signal to the file descriptor only if the signal has a handler in Python."""

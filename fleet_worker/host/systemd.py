@@ -9,24 +9,11 @@ import sys
 from pathlib import Path
 
 from fleet_worker.errors import ConfigurationError
-from fleet_worker.host.service_files import (
-    ANSWER_WITHIN,
-    ENDS_WITHIN,
-    OPEN_FILES,
-    UP,
-    _complaint,
-    _failed,
-    _plain,
-    _run,
-    _stop_within,
-    _succeed,
-    _write,
-)
+from fleet_worker.host import service_files
+from fleet_worker.host.service_files import ANSWER_WITHIN, ENDS_WITHIN, checked_path, run, run_checked
 
 UNIT = "fleet-worker.service"
-
-
-_UNIT = """\
+_TEXT = """\
 [Unit]
 Description=fleet-worker: the MLX servers of this host as nodes of the fleet
 
@@ -37,11 +24,11 @@ Environment={variable}
 ExecStart=:{command}
 Restart=always
 RestartSec=5
-# A wrong configuration does not become right by itself.
+# A wrong configuration stays wrong until somebody changes it.
 RestartPreventExitStatus=78
 # SIGTERM for `fleet-worker up` alone, which ends its nodes; SIGKILL for all that is left.
 KillMode=mixed
-TimeoutStopSec={stop_within}
+TimeoutStopSec={stop_timeout}
 LimitNOFILE={open_files}
 
 [Install]
@@ -50,68 +37,69 @@ WantedBy=default.target
 
 
 def systemd_unit(config: Path, *, interpreter: str = sys.executable, ends_within: float = ENDS_WITHIN) -> str:
-    """The text of the unit; raises `ConfigurationError` for a path that it cannot hold."""
+    """Return the text of the unit; raises `ConfigurationError` for a path that it cannot hold."""
     if re.search(r"""["'\\]""", interpreter):
         raise ConfigurationError(f"systemd starts no program that has quotes or backslashes in its path: {interpreter}")
-    return _UNIT.format(
-        variable=_quoted(f"FLEET_CONFIG={_plain(str(config))}"),
-        command=" ".join([_quoted(_plain(interpreter)), *UP]),
-        stop_within=_stop_within(ends_within),
-        open_files=OPEN_FILES,
+    return _TEXT.format(
+        variable=_quoted(f"FLEET_CONFIG={checked_path(str(config))}"),
+        command=" ".join([_quoted(checked_path(interpreter)), *service_files.UP]),
+        stop_timeout=service_files.stop_timeout(ends_within),
+        open_files=service_files.OPEN_FILES,
     )
 
 
 def _quoted(word: str) -> str:
-    """One word for systemd, where % begins a specifier also in quotes."""
+    """Return one word for systemd, which expands a % also in quotes."""
     escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
     return f'"{escaped}"'
 
 
 class Systemd:
-    """A user unit. Every method but `text` and `problem` raises `FleetError` with what went wrong."""
+    """A user unit. All methods but `text` and `problem` raise `FleetError` with the reason."""
 
     hints = (
-        "It ends when you log out and does not start at boot, unless you once say: loginctl enable-linger",
+        "It ends when you log out and does not start at boot, unless you run once: loginctl enable-linger",
         f"Log: journalctl --user -u {UNIT} -f",
     )
 
     def __init__(self, ends_within: float) -> None:
         self._ends_within = ends_within
+        self._stopped_within = service_files.stop_timeout(ends_within) + ANSWER_WITHIN
         given = os.environ.get("XDG_CONFIG_HOME", "")
         folder = Path(given) if given.startswith("/") else Path.home() / ".config"  # as systemd reads it
         self.file = folder / "systemd" / "user" / UNIT
 
     def text(self, config: Path) -> str:
+        """Return the content of the file."""
         return systemd_unit(config, ends_within=self._ends_within)
 
     def problem(self) -> str | None:
-        """Why it cannot be used here and now."""
+        """Return why systemd cannot be used here, or None."""
         if not shutil.which("systemctl"):
             return "there is no systemctl on the PATH"
-        done = _run("systemctl", "--user", "show-environment")
-        if _failed(done):
-            return f"{_complaint(done)}; log in as this user itself, not by su or sudo"
+        done = run("systemctl", "--user", "show-environment")
+        if done.returncode:
+            return f"{service_files.failure(done)}; log in as this user itself, not by su or sudo"
         return None
 
     def install(self, text: str) -> None:
-        """Write the file and start the unit. One that runs already ends first, as by SIGTERM."""
-        _write(self.file, text)
-        _succeed("systemctl", "--user", "daemon-reload")
-        _succeed("systemctl", "--user", "enable", UNIT)
-        # Where --now of `enable` would leave a running one as it is.
-        _succeed("systemctl", "--user", "restart", UNIT, within=_stop_within(self._ends_within) + ANSWER_WITHIN)
+        """Write the file and start the unit. A unit that runs already ends first, as by SIGTERM."""
+        service_files.write(self.file, text)
+        run_checked("systemctl", "--user", "daemon-reload")
+        run_checked("systemctl", "--user", "enable", UNIT)
+        # `enable --now` would not restart a unit that runs.
+        run_checked("systemctl", "--user", "restart", UNIT, within=self._stopped_within)
 
     def uninstall(self) -> bool:
-        """End the unit and remove the file; False if there was none."""
+        """End the unit and remove the file; return False if there was none."""
         if not self.file.exists():
             return False
-        within = _stop_within(self._ends_within) + ANSWER_WITHIN
-        _succeed("systemctl", "--user", "disable", "--now", UNIT, within=within)
+        run_checked("systemctl", "--user", "disable", "--now", UNIT, within=self._stopped_within)
         self.file.unlink(missing_ok=True)
-        _succeed("systemctl", "--user", "daemon-reload")
+        run_checked("systemctl", "--user", "daemon-reload")
         return True
 
     def status(self) -> tuple[bool, str]:
-        """Whether it runs, and what systemd says about it."""
-        done = _run("systemctl", "--user", "--no-pager", "status", UNIT)
-        return not _failed(done), (done.stdout or done.stderr).rstrip()
+        """Return whether it runs, and what systemd prints about it."""
+        done = run("systemctl", "--user", "--no-pager", "status", UNIT)
+        return not done.returncode, (done.stdout or done.stderr).rstrip()

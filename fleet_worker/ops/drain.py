@@ -19,6 +19,7 @@ from fleet_worker.broker import connection as connections
 from fleet_worker.broker.app import create_app
 from fleet_worker.broker.connection import BROKER_ERRORS, connect, unavailable
 from fleet_worker.errors import InvalidRequest
+from fleet_worker.ops.terminal import count
 from fleet_worker.registry.view import ALL_ANSWERS_WITHIN
 from fleet_worker.router.router import Router
 from fleet_worker.settings import REGISTRY, Settings
@@ -42,7 +43,7 @@ def drain(settings: Settings, names: Iterable[str], *, wait: float | None = None
     the node, what still runs is handed over to other nodes.
     """
     control = DrainControl(settings)
-    answers = control.drain(control.find(names))
+    answers = control.ask("drain", control.find(names))
     if wait is None:
         return _print(control, answers, lambda node: node.drained, DRAIN_AGAIN)
     ended = control.wait(answers, None if math.isinf(wait) else wait)
@@ -52,7 +53,7 @@ def drain(settings: Settings, names: Iterable[str], *, wait: float | None = None
 def undrain(settings: Settings, names: Iterable[str]) -> int:
     """Undrain nodes, print their answers, and return the exit code."""
     control = DrainControl(settings)
-    return _print(control, control.undrain(control.find(names)), lambda node: not node.drained, UNDRAIN_AGAIN)
+    return _print(control, control.ask("undrain", control.find(names)), lambda node: not node.drained, UNDRAIN_AGAIN)
 
 
 # --- Asking the nodes ------------------------------------------------------------------------------------------------
@@ -67,6 +68,11 @@ class DrainState:
     running: int
     handed_over: int
     grace: float
+
+    @property
+    def is_working(self) -> bool:
+        """It is drained, and its requests have not ended yet."""
+        return self.drained and self.running > 0
 
 
 class DrainControl:
@@ -83,7 +89,7 @@ class DrainControl:
 
     def find(self, names: Iterable[str]) -> list[str]:
         """Return the nodes of these names. A host means all its inference nodes: those that answer, and those that its
-        registry node knows.
+        registry node knows, since one that is starting or frozen does not answer, but may take work later.
 
         Raises:
             InvalidRequest: a registry node is named.
@@ -92,17 +98,25 @@ class DrainControl:
         for name in names:
             if name.startswith(f"{REGISTRY}@"):
                 raise InvalidRequest(f"{name} is a registry node, which runs no requests: name an inference node")
-        nodes = self._nodes_of([name for name in names if "@" not in name])
-        found = {name: [name] if "@" in name else nodes[name] for name in names}
-        self.silent += [name for name in names if not found[name]]
-        return list(dict.fromkeys(node for name in names for node in found[name]))
+        of_hosts = self._nodes_of([name for name in names if "@" not in name])
+        found: list[str] = []
+        for name in names:
+            nodes = [name] if "@" in name else [node for node in of_hosts if node.partition("@")[2] == name]
+            found += nodes
+            if not nodes:
+                self.silent.append(name)
+        return list(dict.fromkeys(found))
 
-    def drain(self, nodes: Sequence[str]) -> list[DrainState]:
-        return self._ask("drain", nodes)
-
-    def undrain(self, nodes: Sequence[str]) -> list[DrainState]:
-        """A node that is ending stays drained."""
-        return self._ask("undrain", nodes)
+    def ask(self, command: str, nodes: Sequence[str]) -> list[DrainState]:
+        """Send `drain`, `undrain`, `hand_over` or `drained` (a question), and return the states of the nodes that
+        answer, in their order. A node that is ending stays drained.
+        """
+        if not nodes:
+            return []
+        replies = self._broadcast(command, destination=list(nodes), limit=len(nodes), timeout=ANSWER_WITHIN)
+        states = {name: reply for name, reply in replies.items() if "drained" in reply}
+        self.silent += [name for name in nodes if name not in {*states, *self.silent}]
+        return [DrainState(name, **states[name]) for name in nodes if name in states]
 
     def wait(self, states: Sequence[DrainState], seconds: float | None = None) -> Iterator[DrainState]:
         """Yield the state of each node when it has no more work.
@@ -112,41 +126,25 @@ class DrainControl:
         """
         begun = time.monotonic()
         while states:
-            late = time.monotonic() - begun
-            working = [each for each in states if each.running and each.drained]
+            elapsed = time.monotonic() - begun
+            late = {each: elapsed - (each.grace if seconds is None else seconds) for each in states}
+            working = [each for each in states if each.is_working and late[each] < RELEASE_WITHIN]
             yield from (each for each in states if each not in working)
-            stuck = [each for each in working if late >= _grace(each, seconds) + RELEASE_WITHIN]
-            yield from stuck
-            self._ask("hand_over", [each.node for each in working if late >= _grace(each, seconds)])
+            self.ask("hand_over", [each.node for each in states if each.is_working and late[each] >= 0])
             time.sleep(ASK_EVERY if working else 0)
-            states = self._ask("drained", [each.node for each in working if each not in stuck])
+            states = self.ask("drained", [each.node for each in working])
 
-    def _nodes_of(self, hosts: Sequence[str]) -> dict[str, list[str]]:
-        """The inference nodes by host. Those that are starting or frozen do not answer, but may take work later."""
+    def _nodes_of(self, hosts: Sequence[str]) -> list[str]:
         if not hosts:
-            return {}
+            return []
         pattern = f".*@({'|'.join(map(re.escape, hosts))})$"
         found = set(self._broadcast("ping", pattern=pattern, matcher="pcre", timeout=HOST_ANSWERS_WITHIN))
         if any(name.startswith(f"{REGISTRY}@") for name in found):
-            found |= self._published()
-        nodes = sorted(name for name in found if not name.startswith(f"{REGISTRY}@"))
-        return {host: [name for name in nodes if name.partition("@")[2] == host] for host in hosts}
-
-    def _published(self) -> set[str]:
-        """The nodes that registry nodes publish."""
-        with Router(self._settings) as router:
-            registry = router.registry
-            time.sleep(ALL_ANSWERS_WITHIN)  # the host in question may answer last
-            return {instance.node for instance in registry.instances()}
-
-    def _ask(self, command: str, nodes: Sequence[str]) -> list[DrainState]:
-        """The states of the nodes that answer, in their order."""
-        if not nodes:
-            return []
-        replies = self._broadcast(command, destination=list(nodes), limit=len(nodes), timeout=ANSWER_WITHIN)
-        states = {name: reply for name, reply in replies.items() if "drained" in reply}
-        self.silent += [name for name in nodes if name not in {*states, *self.silent}]
-        return [DrainState(name, **states[name]) for name in nodes if name in states]
+            with Router(self._settings) as router:
+                registry = router.registry
+                time.sleep(ALL_ANSWERS_WITHIN)  # the host in question may answer last
+                found |= {instance.node for instance in registry.instances()}
+        return sorted(name for name in found if not name.startswith(f"{REGISTRY}@"))
 
     def _broadcast(self, command: str, **options: Any) -> dict[str, Any]:
         """The replies by node."""
@@ -157,10 +155,6 @@ class DrainControl:
             except BROKER_ERRORS as error:
                 raise unavailable(self._app.conf.broker_url, "cannot be used to ask the nodes", error) from None
         return {name: reply for each in replies for name, reply in each.items()}
-
-
-def _grace(node: DrainState, seconds: float | None) -> float:
-    return node.grace if seconds is None else seconds
 
 
 # --- Printing the answers --------------------------------------------------------------------------------------------
@@ -184,10 +178,6 @@ def _describe(node: DrainState) -> str:
     if not node.drained:
         return f"{node.node} is not drained: it takes work as soon as its MLX server has proved that it works"
     if node.running:
-        return f"{node.node} is drained: it takes no more work, {_requests(node.running)} not finished yet"
-    handed_over = f", {_requests(node.handed_over)} handed over to other nodes" if node.handed_over else ""
+        return f"{node.node} is drained: it takes no more work, {count(node.running, 'request')} not finished yet"
+    handed_over = f", {count(node.handed_over, 'request')} handed over to other nodes" if node.handed_over else ""
     return f"{node.node} is drained: nothing runs there any more{handed_over}"
-
-
-def _requests(count: int) -> str:
-    return f"{count} request{'' if count == 1 else 's'}"

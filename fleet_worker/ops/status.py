@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from datetime import datetime
-from typing import NoReturn
 
 import click
 from rich.console import Console, Group, RenderableType
@@ -18,7 +16,7 @@ from rich.text import Text
 
 from fleet_worker.errors import BrokerUnavailable
 from fleet_worker.ops.snapshot import LaneStatus, Snapshot, SnapshotCollector
-from fleet_worker.ops.terminal import Listing, cell, output
+from fleet_worker.ops.terminal import Listing, cell, count, output
 from fleet_worker.registry.view import ALL_ANSWERS_WITHIN
 from fleet_worker.router.router import Router
 from fleet_worker.settings import Settings
@@ -39,33 +37,22 @@ def show(settings: Settings, *, as_json: bool = False, every: float | None = Non
     """Print the fleet; with `every`, again after so many seconds, until KeyboardInterrupt.
 
     Raises:
-        BrokerUnavailable: the broker does not answer. Once the first snapshot is printed, this is printed instead of
-            the next ones.
+        BrokerUnavailable: the broker does not answer. If a watch loses it, this is printed, and the watch goes on.
     """
     console = output()
     with Router(settings) as router, closing(SnapshotCollector(settings, router.registry)) as collector:
         time.sleep(ALL_ANSWERS_WITHIN)  # the host that answers last may be the only one that serves a lane
-        if every is not None:
-            with _watched(console, as_json=as_json) as put:
-                _watch(router, collector, put, every)
-        elif as_json:
-            _put_json(collector.take())
-        else:
-            console.print(tables(collector.take()))
-
-
-def _watch(
-    router: Router, collector: SnapshotCollector, put: Callable[[Snapshot | BrokerUnavailable], None], every: float
-) -> NoReturn:
-    pause = threading.Event()
-    while True:
-        try:
-            put(collector.take())
-        except BrokerUnavailable as error:
-            put(error)
-        else:
-            router.registry.refresh()
-        pause.wait(every)
+        if every is None:
+            seen = collector.take()
+            return _put_json(seen) if as_json else console.print(tables(seen))
+        with _watched(console, as_json=as_json) as put:
+            while True:
+                try:
+                    put(collector.take())
+                    router.registry.refresh()
+                except BrokerUnavailable as error:
+                    put(error)
+                time.sleep(every)
 
 
 @contextmanager
@@ -113,17 +100,13 @@ def _summary(seen: Snapshot) -> Iterator[Text]:
         hosts = len({each.host for each in seen.instances})
         used, slots = sum(each.running for each in seen.instances), sum(each.slots for each in seen.instances)
         yield Text(
-            f"{ready} of {_count(len(seen.instances), 'instance')} on {_count(hosts, 'host')} ready, "
-            f"{used} of {_count(slots, 'slot')} used"
+            f"{ready} of {count(len(seen.instances), 'instance')} on {count(hosts, 'host')} ready, "
+            f"{used} of {count(slots, 'slot')} used"
         )
     depths = [each.depth for each in seen.lanes if each.depth]
-    yield Text(f"{_count(sum(depths), 'request')} waiting in {_count(len(depths), 'lane')}")
+    yield Text(f"{count(sum(depths), 'request')} waiting in {count(len(depths), 'lane')}")
     if unserved := sum(each.unserved for each in seen.lanes):
-        yield Text(f"{UNSERVED}: {_count(unserved, 'lane')} with waiting requests", "bold red")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+        yield Text(f"{UNSERVED}: {count(unserved, 'lane')} with waiting requests", "bold red")
 
 
 def _instances(seen: Snapshot) -> Iterator[RenderableType]:

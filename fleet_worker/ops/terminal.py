@@ -31,6 +31,10 @@ def cell(text: str, style: str = "") -> Text:
     return Text(printable(text), style)
 
 
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 class Listing:
     """Rows of cells: a table, or a paragraph for each row where a table does not fit. Nothing is cut off."""
 

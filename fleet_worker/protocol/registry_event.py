@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter
 
 from fleet_worker.errors import PolicyError
 from fleet_worker.protocol.status import InstanceStatus, ModelStatus
@@ -111,34 +111,12 @@ class RegistryEvent(ExtensibleModel):
 
     def instance_status(self, host: str, *, heard_at: float, expires_at: float) -> InstanceStatus:
         """The inverse of `about`. Missing fields get defaults: other versions, and other programs, publish less."""
-        runtime, capacity = self.runtime, self.capacity
-        return InstanceStatus(
-            host=host,
-            name=self.instance,
-            node=str(runtime.get("node", "")),
-            status=self.status,
-            reason=str(self.health.get("error", "")),
-            server=str(runtime.get("server", "")),
-            version=str(runtime.get("version", "")),
-            pid=runtime.get("pid"),
-            slots=int(capacity.get("slots", 0)),
-            running=int(capacity.get("running", 0)),
-            tokens_per_second=float(capacity.get("tokens_per_second", 0.0)),
-            last_token_age=capacity.get("last_token_age"),
-            lanes=tuple(self.lane),
-            heard_at=heard_at,
-            expires_at=expires_at,
-        )
+        known = {"host": host, "name": self.instance, "status": self.status, "reason": self.health.get("error", "")}
+        times = {"heard_at": heard_at, "expires_at": expires_at}
+        return _INSTANCE.validate_python({**self.runtime, **self.capacity, **known, "lanes": self.lane, **times})
 
     def model_status(self, *, expires_at: float) -> ModelStatus:
-        return ModelStatus(
-            model=self.model,
-            capabilities=tuple(self.offering.get("capabilities", ())),
-            features=tuple(self.offering.get("features", ())),
-            limits=dict(self.offering.get("limits", {})),
-            status=self.status,
-            expires_at=expires_at,
-        )
+        return _MODEL.validate_python({**self.offering, "status": self.status, "expires_at": expires_at})
 
 
 class Announcement(BrokerMessage):
@@ -152,6 +130,7 @@ class Announcement(BrokerMessage):
     events: list[RegistryEvent]
 
 
+_INSTANCE, _MODEL = TypeAdapter(InstanceStatus), TypeAdapter(ModelStatus)
 _TYPES: dict[str, EventType] = {"available": "offering_available", "degraded": "offering_degraded"}
 
 

@@ -18,7 +18,7 @@ class InstanceStatus:
     host: str
     name: str
     """The name of the instance, as in `local`."""
-    node: str
+    node: str = ""
     """The name of its node, as in `local@mini-7`."""
     status: str
     """One of `Status`, or what a newer host may send."""
@@ -60,7 +60,3 @@ class ModelStatus:
     limits: dict[str, Any] = field(default_factory=dict)
     status: str
     expires_at: float = field(default=0.0, compare=False)
-
-    @property
-    def ready(self) -> bool:
-        return self.status == "available"

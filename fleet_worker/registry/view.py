@@ -168,24 +168,25 @@ class Registry:
     def receive(self, message: Any) -> None:
         """Apply a broker message. An invalid one is logged and dropped: this thread receives all replies, too."""
         try:
-            self.hear(Announcement.decode(message.body))
+            self.apply(Announcement.decode(message.body))
         except InvalidRequest as error:
             log.error("a registry message was dropped: %s", error)
         except Exception as error:
             log.error("a registry message was dropped (%s)", type(error).__name__)
 
-    def hear(self, announcement: Announcement) -> None:
+    def apply(self, announcement: Announcement) -> None:
+        """Learn what a host publishes, and tell subscribers what has changed."""
         with self._changed:
             self._heard_at = self._clock()
             self._sweep()
-            changes = [event for event in announcement.events if self._apply(announcement, event)]
+            changes = [event for event in announcement.events if self._apply_event(announcement, event)]
             self._changed.notify_all()
         for event in changes:
             self._notify_subscribers(event)
 
     # --- Inside ---
 
-    def _apply(self, announcement: Announcement, event: RegistryEvent) -> bool:
+    def _apply_event(self, announcement: Announcement, event: RegistryEvent) -> bool:
         """Keep what an event says; return whether it is a change that subscribers are told about."""
         key, name = (announcement.host, event.instance), event.model
         now = self._clock()
@@ -223,7 +224,7 @@ class Registry:
             for key, of_model in self._models.get(name, {}).items():
                 instance = self._instances.get(key)
                 if instance and min(instance.expires_at, of_model.expires_at) > now:
-                    ready = instance.ready and of_model.ready
+                    ready = instance.status == of_model.status == "available"
                     yield Offered(name, of_model.capabilities, of_model.features, of_model.limits, ready, instance)
 
     def _is_offered(self, model: str, capability: str, instance: str, node: str | None = None) -> bool:

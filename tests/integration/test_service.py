@@ -163,7 +163,7 @@ def test_on_a_mac_an_agent_is_installed_once_more_and_removed(mac):
 def test_on_a_mac_an_agent_without_its_file_is_ended_too(mac):
     mac.run("install")
     mac.agent.unlink()
-    assert "Ended" in mac.run("uninstall").stdout
+    assert "Stopped" in mac.run("uninstall").stdout
     assert mac.run("status").stdout == f"{LABEL} is not installed\n"
 
 

@@ -20,10 +20,10 @@ UP = """
 import logging, sys
 from fleet_worker.host.node_process import Backoff
 from fleet_worker.settings import Settings
-from fleet_worker.host.supervisor import Up
+from fleet_worker.host.supervisor import Supervisor
 logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
 command = lambda name: [sys.executable, "-S", "-c", sys.argv[1], name]
-sys.exit(Up(Settings(), command=command, backoff=Backoff(first=0.05, longest=0.2)).run())
+sys.exit(Supervisor(Settings(), command=command, backoff=Backoff(first=0.05, longest=0.2)).run())
 """
 LIVES = """
 import os, signal, sys

@@ -14,8 +14,10 @@ from flower.options import options as flower_options
 from fleet_worker import Router, Settings, errors, exit_codes
 from fleet_worker.cli import cli
 from fleet_worker.ops.doctor import READ_ELSEWHERE
+from fleet_worker.ops.snapshot import LaneStatus, Snapshot
 from fleet_worker.protocol.openai import ChatParams
-from fleet_worker.registry.view import Registry
+from fleet_worker.protocol.status import STATUSES, InstanceStatus
+from fleet_worker.registry.view import Offered, Registry
 from fleet_worker.settings import Instance
 from fleet_worker.version import VERSION
 from tests import documents
@@ -160,26 +162,45 @@ def test_a_setting_that_is_named_exists_and_its_default_is_right(path):
 
 def test_the_manual_of_the_operator_knows_every_exit_code():
     text = text_of("config/operating.md")
-    codes = {row[0] for row in documents.table(text, "Exit codes")} | {"3"}
+    codes = {row[0] for row in documents.tables(text, "Exit codes")[0]} | {"3"}
     assert codes == {str(code) for name, code in vars(exit_codes).items() if name.isupper()} | {"0", "2"}
     assert "exits with 0 if it runs, 3 if not" in text
 
 
+def test_the_manual_of_the_operator_knows_every_key_and_status_of_the_status():
+    instance = InstanceStatus(host="mini-7", name="local", node="local@mini-7", status="available")
+    offered = Offered(model="m", capabilities=(), features=(), limits={}, ready=True, instance=instance)
+    lane = LaneStatus("llm.fleet.chat.m", depth=0, oldest_age=None, nodes=1, unserved=False)
+    printed = Snapshot([instance], [offered], [lane], taken_at=0.0).as_json()
+    keys, statuses = documents.tables(text_of("config/operating.md"), "status")
+    assert {codes(row[0])[0]: codes(row[1]) for row in keys} == {name: list(rows[0]) for name, rows in printed.items()}
+    assert [codes(row[0])[0] for row in statuses] == list(STATUSES)
+
+
+def test_the_manual_of_the_operator_quotes_the_advice_of_doctor_as_it_is():
+    code = "".join(path.read_text("utf-8") for path in (ROOT / "fleet_worker" / "ops").glob("*.py"))
+    advice = re.findall(r"^ {4}(?:error|warning) .* -> (.*)$", text_of("config/operating.md"), re.MULTILINE)
+    assert len(advice) == 2
+    assert all(each in code for each in advice)
+
+
 def test_the_manual_of_the_router_s_author_knows_every_error():
     named = {
-        name for row in documents.table(text_of("fleet_worker/router/README.md"), "Errors") for name in codes(row[0])
+        name
+        for row in documents.tables(text_of("fleet_worker/router/README.md"), "Errors")[0]
+        for name in codes(row[0])
     }
     assert named == set(errors.__all__) - {"FleetError"}
 
 
 def test_the_manual_of_the_router_s_author_names_every_field_of_a_body():
-    listed = re.search(r"Body fields of a chat: (.*?)\.\n", text_of("fleet_worker/router/README.md"), re.DOTALL)
+    listed = re.search(r"Body fields of a chat: (.*?)\.\s", text_of("fleet_worker/router/README.md"), re.DOTALL)
     assert set(codes(listed[1])) == ChatParams.model_fields.keys() - {"messages"}
 
 
 def test_the_manual_of_prometheus_knows_every_metric():
     declared = set(re.findall(r"\"(fleet_\w+)\"", text_of("fleet_worker/registry/prometheus.py")))
-    rows = documents.table(text_of("docker/README.md"), "Prometheus")
+    rows = documents.tables(text_of("docker/README.md"), "Prometheus")[0]
     named = {name.removesuffix("_total") for row in rows for name in codes(row[0])}
     assert named - {"fleet_info"} == declared
 
@@ -188,6 +209,12 @@ def test_the_architecture_shows_the_streets_of_the_import_contract():
     contract = PROJECT_FILE["tool"]["importlinter"]["contracts"][0]["layers"]
     (streets,) = documents.snippets(text_of("fleet_worker/README.md"), "text")
     assert streets.splitlines() == contract
+
+
+def test_the_architecture_shows_every_room():
+    rooms = {path.parent.name + "/" for path in (ROOT / "fleet_worker").glob("*/__init__.py")}
+    rows = documents.tables(text_of("fleet_worker/README.md"), "Rooms and streets")[0]
+    assert {re.match(r"\[(.*)\]\(", row[0])[1] for row in rows} == rooms
 
 
 def codes(cell):

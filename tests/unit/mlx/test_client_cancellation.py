@@ -12,7 +12,7 @@ from fleet_worker.mlx import client as mlx
 from fleet_worker.mlx.timeouts import CancelToken
 from fleet_worker.simulator import FLAVOURS, Fault, reply_tokens
 from tests.brokers import free_port
-from tests.clients import HELLO, SOON, WHY, Client, answering, client_of, said, served, stopped, took_less_than, until
+from tests.clients import HELLO, SOON, WHY, Client, answering, cancelled, client_of, said, served, took_less_than, until
 
 ASKING = {"chat": Client.ask, "stream_chat": Client.stream}
 UVICORN = sorted(set(FLAVOURS) - {"mlx_lm"})
@@ -21,20 +21,20 @@ UVICORN = sorted(set(FLAVOURS) - {"mlx_lm"})
 # --- Before it is sent
 
 
-@pytest.mark.parametrize("ask", [*ASKING.values(), lambda client, stopper: client.vectors("a", stopper=stopper)])
-def test_a_request_that_was_stopped_before_is_not_sent(ask):
-    stop = CancelToken()
-    stop.cancel(WHY)
+@pytest.mark.parametrize("ask", [*ASKING.values(), lambda client, token: client.vectors("a", token=token)])
+def test_a_request_that_was_cancelled_before_is_not_sent(ask):
+    token = CancelToken()
+    token.cancel(WHY)
     with served("vllm_batched") as (server, client), pytest.raises(Cancelled) as raised:
-        ask(client, stopper=stop)
+        ask(client, token=token)
     assert raised.value is WHY
     assert server.counters["connections"] == 0
 
 
-def test_a_canary_can_be_stopped_too():
+def test_a_canary_can_be_cancelled_too():
     with served("vllm_batched", ttft=30) as (server, client):
         deadline = time.monotonic() + 30
-        with stopped(lambda stopper: client.canary(client.offering, deadline=deadline, cancel_token=stopper)):
+        with cancelled(lambda token: client.canary(client.offering, deadline=deadline, cancel_token=token)):
             server.wait_for(lambda it: it.counters["running"] == 1)
         server.wait_for(lambda it: it.counters["disconnected"] == 1)
 
@@ -50,7 +50,7 @@ def test_a_server_whose_backlog_is_full():
             knocking.setblocking(False)
             knocking.connect_ex(listener.getsockname())
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        with closing(Client(url, clocks={"connect": 20})) as client, stopped(client.ask):
+        with closing(Client(url, clocks={"connect": 20})) as client, cancelled(client.ask):
             time.sleep(0.1)
 
 
@@ -60,7 +60,7 @@ def test_a_server_that_is_not_there_is_not_tried_again():
     tries = []
     with closing(Client(f"http://127.0.0.1:{port}", clocks={"connect": 20})) as client, ExitStack() as opened:
         client._http.event_hooks = {"request": [tries.append]}
-        with stopped(client.ask, within=0.25):
+        with cancelled(client.ask, within=0.25):
             until(lambda: len(tries) == 4)  # the next try comes 0.4 s later
             time.sleep(0.05)
             listener = opened.enter_context(socket.create_server(("127.0.0.1", port)))
@@ -73,7 +73,7 @@ def test_a_server_that_never_answers_a_tls_handshake():
     with (
         answering("") as url,
         closing(Client(url.replace("http", "https"), clocks={"connect": 20})) as client,
-        stopped(client.ask),
+        cancelled(client.ask),
     ):
         time.sleep(0.1)
 
@@ -85,7 +85,7 @@ def test_a_server_that_never_answers_a_tls_handshake():
 def test_a_server_that_never_accepts(ask):
     """Its kernel does. When it comes to it, there is nobody any more."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        with closing(Client(f"http://127.0.0.1:{listener.getsockname()[1]}")) as client, stopped(ask, client):
+        with closing(Client(f"http://127.0.0.1:{listener.getsockname()[1]}")) as client, cancelled(ask, client):
             time.sleep(0.1)
         listener.settimeout(10)
         accepted, _ = listener.accept()
@@ -101,7 +101,7 @@ def test_a_server_in_its_prefill(flavour, ask):
     """Two seconds of it. mlx_lm.server notices when it writes its next comment, every 2,048 tokens."""
     prompt = [{"role": "user", "content": "word " * 20_000}]
     with served(flavour, prefill_rate=10_000) as (server, client):
-        with stopped(ask, client, prompt):
+        with cancelled(ask, client, prompt):
             server.wait_for(lambda it: it.counters["running"] == 1)
         server.wait_for(lambda it: it.counters["disconnected"] == 1 and it.counters["running"] == 0)
         assert (server.counters["generated"], server.counters["finished"]) == (0, 0)
@@ -114,7 +114,7 @@ def test_a_server_in_which_it_is_queueing(flavour, ask):
     with served(flavour, slots=1, token_interval=0.01, tokens=30) as (server, client), client.open() as first:
         arrived = iter(first)
         next(arrived)
-        with stopped(ask, client):
+        with cancelled(ask, client):
             server.wait_for(lambda it: it.counters["requests"] == 2)
         rest = [delta for deltas in arrived for delta in deltas]
         assert len(rest) == 29
@@ -124,15 +124,15 @@ def test_a_server_in_which_it_is_queueing(flavour, ask):
 
 @pytest.mark.parametrize("flavour", UVICORN)
 def test_a_server_that_embeds(flavour):
-    with served(flavour, ttft=2) as (server, client), stopped(client.vectors, "a"):
+    with served(flavour, ttft=2) as (server, client), cancelled(client.vectors, "a"):
         server.wait_for(lambda it: it.counters["requests"] == 1)
 
 
 def test_a_server_that_has_half_an_answer_or_half_an_error():
     for head in ("200 OK", "404 Not Found"):
         half = f"HTTP/1.1 {head}\r\ncontent-length: 999\r\n\r\n{{"
-        for ask in (Client.ask, lambda client, stopper: client.vectors("a", stopper=stopper)):
-            with answering(half) as url, closing(Client(url)) as client, stopped(ask, client):
+        for ask in (Client.ask, lambda client, token: client.vectors("a", token=token)):
+            with answering(half) as url, closing(Client(url)) as client, cancelled(ask, client):
                 time.sleep(0.05)
 
 
@@ -143,7 +143,7 @@ def test_a_server_that_has_half_an_answer_or_half_an_error():
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_a_stream_that_flows(flavour, ask):
     with served(flavour, token_interval=0.01, tokens=5000) as (server, client):
-        with stopped(ask, client, max_tokens=5000):
+        with cancelled(ask, client, max_tokens=5000):
             server.wait_for(lambda it: it.counters["generated"] > 5)
         server.wait_for(lambda it: it.counters["disconnected"] == 1 and it.counters["running"] == 0)
         assert server.generated_after_leave < 10
@@ -155,7 +155,7 @@ def test_a_stream_that_flows(flavour, ask):
 def test_a_stream_that_has_fallen_silent(flavour, fault):
     with served(flavour) as (server, client):
         server.fail(Fault(fault, at_token=5, seconds=0.02))
-        with stopped(client.stream):
+        with cancelled(client.stream):
             server.wait_for(lambda it: it.counters["generated"] == 5)
         server.wait_for(lambda it: it.counters["disconnected"] == 1)
 
@@ -163,12 +163,12 @@ def test_a_stream_that_has_fallen_silent(flavour, fault):
 def test_a_stream_whose_reader_is_busy_elsewhere():
     """It is told as soon as it comes back, whatever has arrived meanwhile; what it has is good."""
     with served("vllm_batched", token_interval=0.005, tokens=500) as (server, client):
-        stop = CancelToken()
-        with client.open(max_tokens=500, stopper=stop) as stream:
+        token = CancelToken()
+        with client.open(max_tokens=500, token=token) as stream:
             arrived = iter(stream)
             got = next(arrived)
             server.wait_for(lambda it: it.counters["generated"] > 20)
-            stop.cancel(WHY)
+            token.cancel(WHY)
             server.wait_for(lambda it: it.counters["disconnected"] == 1)
             with pytest.raises(Cancelled) as raised:
                 next(arrived)
@@ -176,13 +176,13 @@ def test_a_stream_whose_reader_is_busy_elsewhere():
         assert [delta.content for delta in got] == reply_tokens(HELLO, 500, tokens=500)[: len(got)]
 
 
-def test_one_request_of_many_is_stopped_and_no_other():
+def test_one_request_of_many_is_cancelled_and_no_other():
     with (
         served("vllm_batched", token_interval=0.01, tokens=40) as (server, client),
         ThreadPoolExecutor(4) as pool,
     ):
         others = [pool.submit(client.ask) for _ in range(4)]
-        with stopped(client.ask):
+        with cancelled(client.ask):
             server.wait_for(lambda it: it.counters["running"] == 5 and it.counters["generated"] > 10)
         assert {other.result(10).content for other in others} == {"".join(reply_tokens(HELLO, 40, tokens=40))}
 
@@ -191,23 +191,23 @@ def test_one_request_of_many_is_stopped_and_no_other():
 
 
 def test_the_next_batch_is_not_sent(monkeypatch):
-    stop, read = CancelToken(), mlx.parse_vectors
+    token, read = CancelToken(), mlx.parse_vectors
 
-    def read_and_stop(*arguments):
-        stop.cancel(WHY)
+    def read_and_cancel(*arguments):
+        token.cancel(WHY)
         return read(*arguments)
 
-    monkeypatch.setattr(mlx, "parse_vectors", read_and_stop)
+    monkeypatch.setattr(mlx, "parse_vectors", read_and_cancel)
     with served("vllm_batched", client={"limits": {"embed_batch": 1}}) as (server, client):
         with pytest.raises(Cancelled) as raised:
-            client.vectors("a", "b", "c", stopper=stop)
+            client.vectors("a", "b", "c", token=token)
         assert raised.value is WHY
         assert len(server.requests) == 1
 
 
 def test_an_embedding_of_many_batches_ends_in_the_middle():
     with served("vllm_batched", ttft=0.02, client={"limits": {"embed_batch": 1}}) as (server, client):
-        with stopped(client.vectors, *map(str, range(500))):
+        with cancelled(client.vectors, *map(str, range(500))):
             server.wait_for(lambda it: it.counters["requests"] == 4)
         assert server.counters["requests"] < 50
 
@@ -216,43 +216,43 @@ def test_an_embedding_of_many_batches_ends_in_the_middle():
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
-def test_a_stop_changes_nothing_when_the_answer_is_whole(flavour):
+def test_a_cancel_changes_nothing_when_the_answer_is_whole(flavour):
     with served(flavour, tokens=5) as (server, client):
-        stop = CancelToken()
-        with client.open(stopper=stop) as stream:
+        token = CancelToken()
+        with client.open(token=token) as stream:
             whole = [delta.content for deltas in stream for delta in deltas]
-            stop.cancel(WHY)
+            token.cancel(WHY)
             assert stream.answer().finish_reason == "stop"
         assert whole == reply_tokens(HELLO, 5)
         server.wait_for(lambda it: it.counters["finished"] == 1)
 
 
 def test_an_answer_that_is_whole_is_not_waited_for():
-    """The server says [DONE] and does not close: the last deltas are there, and the stop comes too late."""
+    """The server says [DONE] and does not close: the last deltas are there, and the cancel comes too late."""
     head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n"
     with answering(head + said("Hi")) as url, closing(Client(url)) as client, took_less_than(SOON):
-        stop = CancelToken()
-        with client.open(stopper=stop) as stream:
+        token = CancelToken()
+        with client.open(token=token) as stream:
             arrived = iter(stream)
             assert [delta.content for delta in next(arrived)] == ["Hi"]
-            stop.cancel(WHY)
+            token.cancel(WHY)
             assert list(arrived) == []
             assert stream.answer().finish_reason == "stop"
 
 
-def test_an_error_that_came_before_the_stop_stays():
+def test_an_error_that_came_before_the_cancel_stays():
     with served("vllm_batched") as (server, client):
         server.fail(Fault("status", status=400))
-        stop = CancelToken()
+        token = CancelToken()
         with pytest.raises(InvalidRequest):
-            client.ask(stopper=stop)
-        stop.cancel(WHY)
+            client.ask(token=token)
+        token.cancel(WHY)
 
 
-def test_a_client_goes_on_after_a_stop():
+def test_a_client_goes_on_after_a_cancel():
     with served("vllm_batched", token_interval=0.002) as (server, client), client_of(server) as other:
         for _ in range(5):
-            with stopped(client.ask, max_tokens=100):
+            with cancelled(client.ask, max_tokens=100):
                 server.wait_for(lambda it: it.counters["running"] == 1)
         assert client.ask().content == other.ask().content
         assert issubclass(Cancelled, FleetError)

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from fleet_worker.errors import InstanceUnavailable
-from tests.clients import Client, answering, said, served, stopped, took_less_than
+from tests.clients import Client, answering, cancelled, said, served, took_less_than
 
 HEAD = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n"
 CERTIFICATE = "-newkey rsa:2048 -nodes -days 1 -subj /CN=test -addext subjectAltName=IP:127.0.0.1"
@@ -51,12 +51,12 @@ def test_a_chat_over_tls(tls):
 
 
 @pytest.mark.usefixtures("trusted")
-def test_a_stop_over_tls(tls):
+def test_a_cancel_over_tls(tls):
     """The time of connecting, which the handshake had, is over by then."""
     with (
         answering(HEAD, tls[0]) as url,
         closing(Client(url, clocks={"connect": 0.2})) as client,
-        stopped(client.ask),
+        cancelled(client.ask),
     ):
         time.sleep(0.3)
 

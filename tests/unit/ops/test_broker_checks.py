@@ -1,4 +1,4 @@
-"""Checks of the broker: judgements on what it says, and connections to brokers that are not well."""
+"""Checks of the broker: judgements of its settings, and connections to brokers that fail."""
 
 import time
 from urllib.parse import urlsplit
@@ -119,7 +119,7 @@ def test_the_clock_of_the_broker_is_asked(url, ahead):
 
 
 def test_half_of_a_round_trip_is_on_the_way_back(url):
-    """This clock stands still while a question travels, and then runs on: as if the way back took all the time."""
+    """A clock that only runs while the answer travels back."""
     begun = time.time()
     moments = iter([begun, begun + 2.0] * 5)
     (finding,) = clock(Settings(broker_url=url), now=lambda: next(moments))
@@ -148,7 +148,7 @@ def test_a_user_may_not_be_allowed_to_ask(forbidden, expected, url, client):
     assert_found(broker(Settings(broker_url=url.replace("//", "//limited:hush@"))), expected)
 
 
-def test_a_broker_that_forgets_and_drops_is_said_to(url, client):
+def test_a_broker_that_loses_work_is_reported(url, client):
     assert_found(broker(Settings(broker_url=url)), [("ok", "Valkey"), ("warning", "persistence")])
     client.config_set("maxmemory-policy", "allkeys-lru")
     client.config_set("save", "60 1")
@@ -159,7 +159,7 @@ def test_a_broker_that_forgets_and_drops_is_said_to(url, client):
         client.config_set("save", "")
 
 
-def test_a_connection_that_breaks_is_as_one_that_is_not_there(url, client):
+def test_a_connection_that_breaks_counts_as_none(url, client):
     with pytest.raises(BrokerUnavailable), connected(Settings(broker_url=url)) as connection:
         connection.default_channel.client.execute_command("NONSENSE")
 

@@ -1,12 +1,13 @@
-"""What is said about nodes, and with which exit code, as they answer."""
+"""What drain and undrain print about the answers of nodes, and their exit codes."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 
 from fleet_worker import Settings
 from fleet_worker.ops import drain as module
-from fleet_worker.ops.drain import DrainState, drain, undrain
+from fleet_worker.ops.drain import ASK_EVERY, RELEASE_WITHIN, DrainControl, DrainState, drain, undrain
 
 
 def said(drained=True, running=0, handed_over=0):
@@ -14,7 +15,7 @@ def said(drained=True, running=0, handed_over=0):
 
 
 class Fleet:
-    """In which one node answers so, at once and when it was waited for; and others do not answer."""
+    """One node that answers at once, and after the wait; and others that do not answer."""
 
     def __init__(self, at_once, later=None, silent=()):
         self.at_once, self.later, self.silent = at_once, later, silent
@@ -25,10 +26,9 @@ class Fleet:
     def find(self, names):
         return names
 
-    def drain(self, nodes):
+    def ask(self, command, nodes):
+        self.command = command
         return [self.at_once]
-
-    undrain = drain
 
     def wait(self, said, seconds):
         self.seconds = seconds
@@ -37,7 +37,7 @@ class Fleet:
 
 @pytest.fixture
 def asked(monkeypatch, capsys):
-    """The exit code and the lines of a command, in such a fleet."""
+    """The exit code and the lines of a command in such a fleet."""
 
     def asked(command, fleet, **options):
         monkeypatch.setattr(module, "DrainControl", fleet)
@@ -56,9 +56,7 @@ TAKES = "one@mini is not drained: it takes work as soon as its MLX server has pr
     ("node", "code", "line", "code_of_undrain"),
     [(said(), 0, IDLE, 1), (said(running=2), 0, GONE_ON, 1), (said(drained=False), 1, TAKES, 0)],
 )
-def test_a_node_that_is_not_waited_for_has_done_its_part_when_it_is_drained_or_not_any_more(
-    asked, node, code, line, code_of_undrain
-):
+def test_without_wait_the_answer_decides_the_exit_code(asked, node, code, line, code_of_undrain):
     assert asked(drain, Fleet(node)) == (code, line, "")
     assert asked(undrain, Fleet(node)) == (code_of_undrain, line, "")
 
@@ -71,18 +69,49 @@ def test_a_node_that_is_not_waited_for_has_done_its_part_when_it_is_drained_or_n
         (said(drained=False), 1, TAKES),
     ],
 )
-def test_a_node_that_is_waited_for_has_done_its_part_when_it_has_no_more_work(asked, node, code, line):
+def test_with_wait_the_end_of_the_work_decides_the_exit_code(asked, node, code, line):
     assert asked(drain, Fleet(said(running=3), later=node), wait=5.0) == (code, line, "")
 
 
 @pytest.mark.parametrize(("wait", "seconds"), [(0.0, 0.0), (5.0, 5.0), (math.inf, None)])
-def test_it_is_waited_as_long_as_is_said_or_as_the_node_says(asked, wait, seconds):
+def test_the_wait_is_as_long_as_given_or_the_grace_of_the_node(asked, wait, seconds):
     asked(drain, fleet := Fleet(said(), later=said()), wait=wait)
     assert fleet.seconds == seconds
 
 
 @pytest.mark.parametrize("command", [drain, undrain])
-def test_who_does_not_answer_is_named_whatever_the_others_say(asked, command):
+def test_nodes_that_do_not_answer_are_named_whatever_the_others_answer(asked, command):
     code, out, error = asked(command, Fleet(said(), silent=["two@mini", "attic"]))
     assert (code, out) == (69, IDLE)
     assert [line.partition(":")[2].split()[0] for line in error.splitlines()] == ["two@mini", "attic"]
+
+
+@pytest.fixture
+def control(monkeypatch):
+    """One that asks a node whose work never ends, by a clock that only moves while it sleeps."""
+    now, asked = [0.0], []
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds))
+    monkeypatch.setattr(module, "time", clock)
+    control = DrainControl(Settings())
+
+    def ask(command, nodes):
+        asked.append((now[0], command, tuple(nodes)))
+        return [said(running=1) for _ in nodes]
+
+    monkeypatch.setattr(control, "ask", ask)
+    control.now, control.asked = clock.monotonic, asked
+    return control
+
+
+@pytest.mark.parametrize(("seconds", "grace"), [(5.0, 5.0), (None, 30.0)])
+def test_work_is_handed_over_after_its_grace_and_waited_for_a_little_longer(control, seconds, grace):
+    (state,) = control.wait([said(running=1)], seconds)
+    assert state.running == 1
+    assert control.now() == pytest.approx(grace + RELEASE_WITHIN, abs=2 * ASK_EVERY)
+    first = next(when for when, command, nodes in control.asked if command == "hand_over" and nodes)
+    assert first == pytest.approx(grace, abs=ASK_EVERY)
+
+
+def test_a_node_without_work_is_not_waited_for(control):
+    assert list(control.wait([said(), said(drained=False, running=3)], 5.0)) == [said(), said(drained=False, running=3)]
+    assert control.now() == 0.0

@@ -22,7 +22,7 @@ def raising(error):
     return check
 
 
-def test_findings_are_in_the_order_of_their_checks_whoever_is_first():
+def test_findings_are_in_the_order_of_their_checks_whichever_ends_first():
     last_is_done = threading.Event()
 
     def slow():
@@ -53,7 +53,7 @@ def test_without_a_broker_what_needs_it_is_only_a_warning():
     assert finding.severity == "warning"
 
 
-def test_a_check_that_hangs_holds_up_nobody():
+def test_a_check_that_hangs_does_not_delay_the_others():
     end = threading.Event()
     started = time.monotonic()
     late, fine = at_once({"hanging": end.wait, "fine": lambda: [OK]}, 0.2)
@@ -69,7 +69,7 @@ def test_a_check_that_hangs_does_not_keep_the_process_alive():
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_the_exit_code_says_the_worst(order):
+def test_the_exit_code_is_that_of_the_worst_finding(order):
     expected = {(): 0, (OK,): 0, (OK, WARNING): 1, (OK, WARNING, ERROR): 2, (UNUSABLE, ERROR, WARNING): 78}
     assert {found: exit_code(found[::order]) for found in expected} == expected
 
@@ -78,7 +78,7 @@ def test_a_warning_about_the_configuration_is_a_warning():
     assert exit_code([Finding("warning", "configuration", "readable by all")]) == 1
 
 
-def test_where_nobody_looks_a_finding_is_a_line(capsys):
+def test_without_a_terminal_a_finding_is_a_line(capsys):
     show([OK, WARNING, ERROR])
     assert capsys.readouterr().out.splitlines() == [
         "ok       first       fine",
@@ -146,7 +146,7 @@ def test_on_a_narrow_terminal_every_finding_is_a_paragraph(capsys, terminal):
 
 @pytest.mark.parametrize("colour", [False, True])
 @pytest.mark.parametrize("written", ["two\nlines", "\x1b]0;title\x07"])
-def test_what_others_wrote_cannot_steer_the_terminal(colour, written, capsys, monkeypatch):
+def test_text_of_other_hosts_cannot_control_the_terminal(colour, written, capsys, monkeypatch):
     if colour:
         monkeypatch.setenv("FORCE_COLOR", "1")
     show([Finding("error", "third", written)])

@@ -60,7 +60,7 @@ def test_a_server_of_another_kind_is_an_error(configured, flavour):
     assert_complaint(findings, "error", f'"{configured}"', f"is {KINDS[flavour]}")
 
 
-def test_a_server_behind_a_proxy_shows_no_mark():
+def test_a_server_behind_a_proxy_is_not_recognised():
     assert [finding.severity for finding in identity("local", "mlx_lm", "openai")] == ["warning"]
 
 
@@ -71,7 +71,7 @@ def test_only_instances_that_have_opted_in_are_asked():
         assert not mlx.requests
 
 
-def test_a_server_that_is_down_is_an_error_and_hides_nothing_of_the_others():
+def test_a_server_that_is_down_is_an_error_and_does_not_affect_the_others():
     with SimulatedMLX() as mlx:
         down, fine = instances(
             Settings(
@@ -86,7 +86,7 @@ def test_a_server_that_is_down_is_an_error_and_hides_nothing_of_the_others():
 
 
 def test_a_frozen_server_is_an_error_in_time():
-    """Its system accepts the connection, and nothing more."""
+    """Its host accepts the connection, and nothing answers."""
     with closing(socket.create_server(("127.0.0.1", 0))) as frozen:
         started = time.monotonic()
         findings = examined(base_url=f"http://127.0.0.1:{frozen.getsockname()[1]}", clocks={"connect": 0.3})
@@ -218,7 +218,7 @@ def test_nobody_else_needs_a_template():
     assert complaints(listed("mlx_lm", without, fleet={**OPTED_IN, "capabilities": ["chat"]})) == []
 
 
-def test_what_the_configuration_cannot_mean_is_told():
+def test_a_key_that_cannot_be_sent_is_an_error():
     (finding,) = examined(base_url="http://127.0.0.1:1", api_key="hüsh")
     assert isinstance(finding, Finding)
     assert (finding.severity, "api_key" in finding.found, "hüsh" in finding.found) == ("error", True, False)

@@ -84,8 +84,8 @@ def test_an_instance_that_delivered_nothing_yet_has_no_age_of_a_token():
     assert seen.as_json()["instances"][0]["last_token_age"] is None
 
 
-def test_slots_are_never_free_by_less_than_none():
-    """What runs may be more for a moment, while a limit was lowered."""
+def test_free_slots_are_never_negative():
+    """More requests may run for a while after the limit was lowered."""
     assert snapshot_of([instance(slots=1, running=3)], [], {}, now=NOW).as_json()["instances"][0]["free"] == 0
 
 

@@ -5,7 +5,7 @@ from rich.console import Console
 
 from fleet_worker.ops.snapshot import LaneStatus, Snapshot
 from fleet_worker.ops.status import NO_LANES, NO_REGISTRY_NODE, UNSERVED, tables
-from fleet_worker.ops.terminal import FITS_A_TABLE, UNLIMITED
+from fleet_worker.ops.terminal import FITS_A_TABLE, UNLIMITED, output
 from fleet_worker.protocol.status import InstanceStatus
 from fleet_worker.registry.view import Offered
 
@@ -54,7 +54,7 @@ def printed(seen, width=UNLIMITED, *, colours=False):
 
 
 def words(text):
-    """All of it, wherever lines were folded."""
+    """The text without whitespace, so that folded lines do not matter."""
     return "".join(text.split())
 
 
@@ -66,7 +66,7 @@ FLEET = snapshot(
 )
 
 
-def test_every_row_is_one_line_where_nothing_limits_it():
+def test_every_row_is_one_line_without_a_width():
     lines = [line.split() for line in printed(FLEET).splitlines()]
     assert [
         "local@mini-7",
@@ -84,7 +84,16 @@ def test_every_row_is_one_line_where_nothing_limits_it():
     assert f"embed@mini-7 is unavailable: {WHY}".split() in lines
 
 
-def test_the_top_sums_it_up():
+def test_a_file_has_no_width(capsys, monkeypatch):
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    monkeypatch.setenv("COLUMNS", "40")
+    output().print(tables(FLEET))
+    assert [EMBED, "3", "75s", "0", *UNSERVED.split()] in [
+        line.split() for line in capsys.readouterr().out.splitlines()
+    ]
+
+
+def test_the_top_lines_are_a_summary():
     first, second, third, *_ = printed(FLEET).splitlines()
     assert first == "1 of 2 instances on 1 host ready, 3 of 16 slots used"
     assert second == "15 requests waiting in 2 lanes"
@@ -112,7 +121,7 @@ def column(text, header, following):
     return words("".join(line[top.index(header) : top.index(following)] for line in lines))
 
 
-def test_what_nobody_serves_is_red_and_nothing_else_of_the_lanes():
+def test_only_unserved_lanes_are_red():
     red = [line for line in printed(FLEET, 120, colours=True).splitlines() if RED in line]
     assert len(red) == 2
     assert all(UNSERVED in line for line in red)
@@ -132,7 +141,7 @@ def test_the_lane_of_one_node_is_shown_if_something_waits_in_it():
     assert DIRECT in printed(busy)
 
 
-def test_what_is_not_known_is_not_invented():
+def test_unknown_figures_are_shown_as_unknown():
     text = printed(snapshot([instance(last_token_age=None)], [], [lane(CHAT, None, None, nodes=None)]))
     assert [CHAT, "?", "-", "?"] in [line.split() for line in text.splitlines()]
     assert "0.0s" not in text
@@ -156,7 +165,7 @@ def test_a_model_that_a_working_server_lacks_is_marked():
     assert "there, gone (not there)" in text
 
 
-def test_what_other_hosts_say_moves_no_cursor_and_is_no_markup():
+def test_text_of_other_hosts_moves_no_cursor_and_is_no_markup():
     odd = instance(node := "\x1b[2Jlocal", reason="[red]\r\nrm -rf[/red]", status="degraded")
     text = printed(snapshot([odd], [model("[bold]m", odd)], [lane("llm.fleet.\x9b2J", 1)]), 120)
     assert node not in text

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from fleet_worker.errors import InvalidRequest, PolicyError
-from fleet_worker.protocol.registry_event import READINESS, Announcement, RegistryEvent
+from fleet_worker.protocol.registry_event import MODEL_MISSING, READINESS, Announcement, RegistryEvent
+from fleet_worker.protocol.status import STATUSES, InstanceStatus, ModelStatus
 
 SENSITIVE = [
     *("access_key", "api_key", "authorization", "bearer", "client_secret", "credential", "credentials", "endpoint"),
@@ -197,3 +198,86 @@ def test_anything_else_is_refused(body):
     with pytest.raises(InvalidRequest) as caught:
         Announcement.decode(body)
     assert SECRET not in str(caught.value)
+
+
+# --- A status on the wire
+
+statuses = st.sampled_from(STATUSES)
+texts = st.text(max_size=8)
+instances = st.builds(
+    InstanceStatus,
+    host=texts,
+    name=texts,
+    node=texts,
+    status=statuses,
+    reason=texts,
+    server=texts,
+    version=texts,
+    pid=st.integers(1, 2**22),
+    slots=st.integers(0, 99),
+    running=st.integers(0, 99),
+    tokens_per_second=st.floats(0, 1e6),
+    last_token_age=st.none() | st.floats(0, 1e6),
+    lanes=st.lists(texts, max_size=3).map(tuple),
+)
+models = st.builds(
+    ModelStatus,
+    model=texts.filter(lambda name: name != READINESS),
+    capabilities=st.lists(st.sampled_from(["chat", "stream_chat", "embed"]), max_size=3).map(tuple),
+    features=st.lists(texts, max_size=3).map(tuple),
+    limits=st.dictionaries(st.sampled_from(["context_window", "dimensions"]), st.integers(1, 9)),
+    status=statuses,
+)
+
+
+def over_the_wire(event):
+    (heard,) = Announcement.decode(Announcement(v=1, host="mini", interval=15.0, events=[event]).encode()).events
+    return heard
+
+
+@given(instances)
+def test_an_instance_arrives_as_it_was_published(instance):
+    heard = over_the_wire(RegistryEvent.about(instance))
+    arrived = heard.instance_status(instance.host, heard_at=1.0, expires_at=46.0)
+    assert arrived == instance
+    assert (arrived.heard_at, arrived.expires_at) == (1.0, 46.0)
+    assert (heard.model, heard.status, heard.health["ready"]) == (READINESS, instance.status, instance.ready)
+
+
+@given(instances, models)
+def test_a_model_arrives_as_it_was_published(instance, model):
+    heard = over_the_wire(RegistryEvent.about(instance, model))
+    assert heard.model_status(expires_at=46.0) == model
+    assert (heard.instance, heard.runtime["node"]) == (instance.name, instance.node)
+    reason = instance.reason if model.status == instance.status else MODEL_MISSING
+    assert heard.health.get("error", "") == reason
+
+
+def test_fields_are_those_of_lex_llm():
+    """Routers of other versions read them."""
+    instance = InstanceStatus(
+        host="mini",
+        name="local",
+        node="local@mini",
+        status="degraded",
+        reason="late",
+        server="mlx_lm",
+        version="0.1.0",
+        pid=7,
+        slots=4,
+        running=1,
+        tokens_per_second=31.5,
+        last_token_age=0.25,
+        lanes=("lane",),
+    )
+    said = RegistryEvent.about(instance).model_dump(exclude={"event_id", "occurred_at"})
+    assert said == {
+        "event_type": "offering_degraded",
+        "offering": {"provider": "mlx", "instance": "local", "model": READINESS, "usage": "inference"},
+        "runtime": {"node": "local@mini", "host": "mini", "version": "0.1.0", "server": "mlx_lm", "pid": 7},
+        "capacity": {"slots": 4, "running": 1, "tokens_per_second": 31.5, "last_token_age": 0.25},
+        "health": {"ready": False, "status": "degraded", "checked": True, "error": "late"},
+        "lane": ["lane"],
+        "metadata": {"extension": "fleet_worker", "configured": True, "live": True},
+    }
+    assert RegistryEvent.about(instance, known="degraded").event_type == "offering_heartbeat"

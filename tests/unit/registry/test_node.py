@@ -1,4 +1,4 @@
-"""What a host tells of its instances and their models, and how often."""
+"""What a host publishes about its instances and their models, and how often."""
 
 import pickle
 import random
@@ -73,7 +73,7 @@ class Told:
 
 
 class Host:
-    """A registry node with one instance that talks and one that embeds, and what their nodes report."""
+    """A registry node of one instance for chats and one for embeddings, and the reports of their nodes."""
 
     def __init__(self, state_dir):
         self.state_dir = state_dir
@@ -162,7 +162,7 @@ def test_an_instance_is_what_its_node_reports(host):
     assert event.metadata["live"] is True
 
 
-def test_only_what_has_changed_is_told_as_more_than_a_heartbeat(host):
+def test_what_has_not_changed_is_a_heartbeat(host):
     def told(status, reason=""):
         host.nodes = [report(status=status, reason=reason)]
         event_type, event = host.told("readiness")[TALK]
@@ -193,7 +193,7 @@ def test_there_is_one_message_for_each_type_of_event(host):
     }
 
 
-def test_an_instance_that_has_not_opted_in_is_not_told_of(host):
+def test_an_instance_that_has_not_opted_in_is_not_published(host):
     host.nodes = [report("aside")]
     assert {instance for instance, _ in host.told("readiness", "models")} == {"talk", "vectors"}
 
@@ -201,7 +201,7 @@ def test_an_instance_that_has_not_opted_in_is_not_told_of(host):
 # --- Models
 
 
-def test_models_are_told_of_as_configured_until_their_node_reports(host):
+def test_models_are_those_of_the_configuration_until_their_node_reports(host):
     models = host.told("models")
     event_type, event = models["talk", "talker"]
     assert event_type == "unavailable"
@@ -220,7 +220,7 @@ def test_models_are_told_of_as_configured_until_their_node_reports(host):
     assert models.keys() == {("talk", "talker"), ("vectors", "minilm")}
 
 
-def test_models_are_told_of_as_their_node_reported_them_last(host):
+def test_models_are_those_that_their_node_reported_last(host):
     host.nodes = [report(models=[TALKER, replace(TALKER, model="found")])]
     models = host.told("models")
     assert models["talk", "talker"][1].offering["capabilities"] == ["chat"]
@@ -244,22 +244,22 @@ def test_a_missing_model_is_unavailable_while_its_instance_is_not(host):
     assert host.types("models")["talk", "talker"] == "available"
 
 
-def test_a_model_is_what_its_instance_is(host):
+def test_a_model_has_the_status_of_its_instance(host):
     host.nodes = [report(status="degraded", reason="late")]
     event_type, event = host.told("models")["talk", "talker"]
     assert (event_type, event.health["status"], event.health["error"]) == ("degraded", "degraded", "late")
 
 
-def test_readiness_and_models_are_told_at_intervals_of_their_own_and_readiness_first(host):
+def test_readiness_and_models_have_their_own_intervals_and_readiness_is_first(host):
     assert [said.interval for _, said in host.messages("models", "readiness")] == [READINESS_EVERY, MODELS_EVERY]
     assert {model for _, model in host.told("readiness")} == {READINESS}
     assert READINESS not in {model for _, model in host.told("models")}
 
 
-# --- What counts as told
+# --- What counts as published
 
 
-def test_what_was_not_published_is_told_again_as_news(host):
+def test_a_change_that_was_not_published_stays_a_change(host):
     """The publisher gives a round up when the broker does not take one of its messages."""
     host.nodes = [report("talk"), report("vectors", status="degraded")]
     round_ = host.node._announcements(frozenset({"readiness"}))
@@ -271,7 +271,7 @@ def test_what_was_not_published_is_told_again_as_news(host):
     assert sorted([told[TALK], told[VECTORS]]) == sorted(["heartbeat", second.removeprefix("offering_")])
 
 
-def test_nothing_counts_as_told_if_nothing_was_published(host):
+def test_nothing_counts_as_known_if_nothing_was_published(host):
     for _ in range(3):
         round_ = host.node._announcements(frozenset({"readiness", "models"}))
         event_type, _ = next(round_)
@@ -279,7 +279,7 @@ def test_nothing_counts_as_told_if_nothing_was_published(host):
         assert event_type == "offering_unavailable"
 
 
-def test_no_url_and_no_key_is_ever_told(host):
+def test_no_url_and_no_key_is_ever_published(host):
     host.nodes = [report()]
     for _, announcement in host.messages("readiness", "models"):
         assert KEY.encode() not in announcement.encode()
@@ -289,7 +289,7 @@ def test_no_url_and_no_key_is_ever_told(host):
 # --- Beginning, reload and end
 
 
-def test_a_host_that_ends_says_so_of_everything(host):
+def test_a_host_that_ends_publishes_that_everything_is_unavailable(host):
     host.nodes = [report("talk"), report("vectors", models=[])]
     host.told("readiness", "models")
     host.node.close()
@@ -301,7 +301,7 @@ def test_a_host_that_ends_says_so_of_everything(host):
     assert host.node._publisher.closed
 
 
-def test_a_reload_tells_of_the_instances_that_are_configured_now(host):
+def test_a_reload_publishes_the_instances_that_are_configured_now(host):
     host.nodes = [report("talk"), report("vectors")]
     host.told("readiness", "models")
     del host.instances["vectors"]
@@ -364,7 +364,7 @@ def test_the_beat_is_in_the_configuration_of_celery_and_works_by_its_tasks(host)
 
 
 def beats(seconds, count):
-    """The intervals between the first so many beats; the first one is from the start of the process."""
+    """The intervals of the first beats; the first one is from the start of the process."""
     now = [datetime(2026, 1, 1, tzinfo=UTC)]
     schedule = Jittered(seconds, nowfun=lambda: now[0], app=create_app(Settings()))
     last, intervals = now[0], []
@@ -377,14 +377,14 @@ def beats(seconds, count):
 
 
 @given(st.integers(0, 10**6), st.sampled_from([0.05, 15.0, 3600.0]))
-def test_beats_are_a_fifth_apart_from_being_regular(seed, seconds):
+def test_beats_vary_by_a_fifth(seed, seconds):
     random.seed(seed)
     first, *others = beats(seconds, 4)
     assert 0.1 <= first <= 1.02
     assert all(0.8 <= interval <= 1.22 for interval in others)
 
 
-def test_hosts_that_were_switched_on_together_do_not_beat_together():
+def test_hosts_that_were_started_together_do_not_beat_together():
     random.seed(1)
     hosts = [beats(15.0, 3) for _ in range(60)]
     for beat in range(3):
@@ -403,7 +403,7 @@ def test_a_schedule_that_is_not_due_stays_as_it_is():
     assert isinstance(pickle.loads(pickle.dumps(schedule)), Jittered)
 
 
-def test_a_beat_that_does_not_reach_the_broker_is_spoken_of_once(host, monkeypatch, caplog):
+def test_a_beat_that_does_not_reach_the_broker_is_logged_once(host, monkeypatch, caplog):
     scheduler = QuietScheduler(host.app, lazy=True)
     away = [True]
 

@@ -144,7 +144,7 @@ def test_nodes_have_their_own_figures():
 # --- what a node counts -----------------------------------------------------------------------------------------------
 
 
-def test_counters_are_those_of_the_tally():
+def test_counters_are_those_of_the_node():
     counters = Counters()
     counters.generated(120)
     counters.request("chat")
@@ -160,7 +160,7 @@ def test_counters_are_those_of_the_tally():
 
 
 def test_what_may_happen_is_counted_from_0():
-    """Or the first request, and the first error, would be no increase to Prometheus."""
+    """Prometheus would not count the first request and the first error as an increase."""
     scraped = seen(report())
     assert scraped.of("fleet_requests_total", operation="stream_chat", **NODE) == 0
     assert scraped.of("fleet_errors_total", code="instance_unavailable", **NODE) == 0
@@ -187,7 +187,7 @@ def test_histograms_are_cumulative(measured, metric):
     assert scraped.of(f"{metric}_sum", **NODE) == pytest.approx(2 * bounds[0] + bounds[2] + bounds[-1] + 1)
 
 
-def test_every_histogram_of_the_tally_is_shown():
+def test_every_histogram_of_the_node_is_shown():
     histograms = [family for family in seen(report()).values() if family.type == "histogram"]
     assert len(histograms) == len(BOUNDS)
 
@@ -195,7 +195,7 @@ def test_every_histogram_of_the_tally_is_shown():
 # --- the registry node ------------------------------------------------------------------------------------------------
 
 
-def test_the_registry_node_tells_of_itself():
+def test_the_registry_node_has_metrics_of_its_own():
     scraped = seen(failures=7, published_at=time.monotonic() - 20)
     assert scraped.of("fleet_info", version=__version__) == 1
     assert scraped.of("fleet_registry_publish_failures_total") == 7
@@ -206,7 +206,7 @@ def test_the_age_of_what_was_never_published_is_absent():
     assert "fleet_registry_age_seconds" not in seen(published_at=None)
 
 
-def test_all_names_are_of_the_fleet():
+def test_all_names_begin_with_fleet():
     assert all(name.startswith("fleet_") for name in seen(report(), waiting=lambda lanes: {}))
 
 
@@ -228,7 +228,7 @@ def test_models_that_a_node_found_have_lanes():
     assert scraped.of("fleet_lane_served", lane="llm.fleet.embed.minilm") == 0
 
 
-def test_the_broker_says_what_waits():
+def test_the_depth_of_lanes_is_that_of_the_broker():
     asked = []
 
     def ask(lanes):
@@ -273,7 +273,7 @@ def test_a_broker_that_is_away_is_down_and_nothing_else_is_missing(caplog):
     assert complaints(caplog) == ["metrics are incomplete: the broker (BrokerUnavailable)"]
 
 
-def test_a_silent_broker_is_waited_for_shortly_and_asked_by_one_thread(monkeypatch):
+def test_a_silent_broker_is_waited_for_briefly_and_asked_by_one_thread(monkeypatch):
     monkeypatch.setattr(metrics, "ANSWER_WITHIN", 0.05)
     monkeypatch.setattr(metrics, "ASK_EVERY", 0.0)
     answer, asked = threading.Event(), []
@@ -310,7 +310,7 @@ def test_a_broker_that_comes_back_is_up(monkeypatch, caplog):
 # --- what goes wrong --------------------------------------------------------------------------------------------------
 
 
-def test_a_part_that_fails_leaves_out_its_families_and_says_so_once(caplog):
+def test_a_part_that_fails_leaves_out_its_families_and_is_logged_once(caplog):
     def ask(lanes):
         raise KeyError("a secret word")
 
@@ -359,7 +359,7 @@ def test_a_port_is_given_back():
     MetricsServer(port, collector()).close()
 
 
-def test_a_client_that_says_nothing_is_hung_up_on(monkeypatch, capsys):
+def test_a_silent_client_is_disconnected(monkeypatch, capsys):
     monkeypatch.setattr(metrics._Handler, "timeout", metrics._Handler.timeout / 50)
     with serving(collector()) as url:
         with socket.create_connection(("127.0.0.1", urlsplit(url).port), timeout=5) as client:

@@ -1,4 +1,4 @@
-"""What a host has to tell, published: together, at once, and without ever being waited for."""
+"""Registry events are published together, at once, and without anybody waiting for it."""
 
 import threading
 import time
@@ -24,7 +24,7 @@ def connection():
 
 
 class Host:
-    """What there is to tell, and a broker that may be away, or not answer."""
+    """What there is to publish, and a broker that may be away, or not answer."""
 
     def __init__(self):
         self.rounds = []
@@ -119,7 +119,7 @@ def test_a_message_travels_as_a_registry_event(publisher, host, heard):
     assert publisher.failures == 0
 
 
-def test_what_is_asked_for_is_published_in_one_round_and_no_more(publisher, host, heard):
+def test_wanted_kinds_are_published_in_one_round_and_no_more(publisher, host, heard):
     publisher.publish("a", "b")
     assert hosts(heard(2)) == ["a", "b"]
     assert_no_more(host, [{"a", "b"}])
@@ -133,7 +133,7 @@ def test_it_keeps_its_connection(publisher, host, heard):
     assert host.connects == 1
 
 
-def test_what_is_asked_for_while_it_is_busy_travels_together(publisher, host, heard):
+def test_kinds_that_are_wanted_during_a_round_share_the_next_one(publisher, host, heard):
     host.answers.clear()
     publisher.publish("a")
     host.told_of(1)
@@ -145,7 +145,7 @@ def test_what_is_asked_for_while_it_is_busy_travels_together(publisher, host, he
     assert host.rounds == [{"a"}, {"a", "b", "c"}]
 
 
-def test_what_changes_soon_after_a_round_travels_together(publisher, host, heard, monkeypatch):
+def test_kinds_that_are_wanted_soon_after_a_round_share_the_next_one(publisher, host, heard, monkeypatch):
     monkeypatch.setattr(module, "PAUSE", 0.5)
     publisher.publish("a")
     heard(1)
@@ -165,7 +165,7 @@ def test_to_publish_never_takes_time(publisher, host):
             publisher.publish("a")
 
 
-def test_rounds_that_fail_are_counted_and_spoken_of_once(publisher, host, heard, caplog):
+def test_rounds_that_fail_are_counted_and_logged_once(publisher, host, heard, caplog):
     host.away = True
     for number in range(1, 6):
         publisher.publish("a")
@@ -182,7 +182,7 @@ def test_rounds_that_fail_are_counted_and_spoken_of_once(publisher, host, heard,
     assert SECRET not in caplog.text
 
 
-def test_a_second_outage_is_spoken_of_too(publisher, host, heard, caplog):
+def test_a_second_outage_is_logged_too(publisher, host, heard, caplog):
     for number in range(1, 5):
         host.away = number % 2 == 1
         publisher._publisher.drop()
@@ -255,7 +255,7 @@ def test_its_end_closes_its_connection(host, heard):
     assert not opened[0].connected
 
 
-def test_what_the_broker_did_not_take_is_said_with_the_next_round(publisher, host):
+def test_what_the_broker_did_not_take_is_part_of_the_next_round(publisher, host):
     host.away = True
     publisher.publish("models")
     until(lambda: publisher.failures == 1)

@@ -1,4 +1,4 @@
-"""What the nodes of a host tell its registry node, over a real socket."""
+"""The reports of nodes to the registry node of their host, over a real socket."""
 
 import os
 import socket
@@ -143,7 +143,7 @@ def test_what_a_newer_node_adds_is_ignored(path, reports):
         {"models": (replace(MODEL, status="unavailable"),)},
     ],
 )
-def test_only_news_is_passed_on(path, reports, news):
+def test_only_changes_are_passed_on(path, reports, news):
     with speaking(path) as connection:
         connection.sendall(line())
         reports.changed(1)
@@ -163,7 +163,7 @@ def test_a_node_is_gone_when_its_connection_ends(path, reports):
         assert list(reports.changed(3)) == ["other"]
 
 
-def test_a_connection_that_said_nothing_changes_nothing(path, reports):
+def test_a_connection_without_a_report_changes_nothing(path, reports):
     with speaking(path):
         pass
     with speaking(path) as connection:
@@ -171,7 +171,7 @@ def test_a_connection_that_said_nothing_changes_nothing(path, reports):
         reports.changed(1)
 
 
-def test_the_end_of_an_old_connection_does_not_hide_a_node_that_is_there_again(path, reports):
+def test_the_end_of_an_old_connection_does_not_hide_a_node_that_has_connected_again(path, reports):
     with speaking(path) as old:
         old.sendall(line(running=1))
         reports.changed(1)
@@ -206,7 +206,7 @@ def test_a_node_that_falls_silent_is_gone(path, reports, monkeypatch, caplog):
         b"x" * 3000,
     ],
 )
-def test_nonsense_ends_the_connection_and_nothing_else(path, reports, nonsense, monkeypatch, caplog):
+def test_an_invalid_report_ends_the_connection_and_nothing_else(path, reports, nonsense, monkeypatch, caplog):
     monkeypatch.setattr(module, "LONGEST_LINE", 2000)
     with speaking(path) as other:
         other.sendall(line(instance="other"))
@@ -233,7 +233,7 @@ def test_a_second_registry_node_of_a_host_is_refused_and_the_first_goes_on(path,
         assert list(reports.changed(1)) == ["local"]
 
 
-def test_a_socket_that_a_killed_one_left_behind_is_replaced(path):
+def test_the_socket_of_a_killed_registry_node_is_replaced(path):
     path.parent.mkdir()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as left:
         left.bind(str(path))
@@ -243,7 +243,7 @@ def test_a_socket_that_a_killed_one_left_behind_is_replaced(path):
     reports.close()
 
 
-def test_only_this_user_may_speak(path, reports):
+def test_only_this_user_may_connect(path, reports):
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
 
@@ -266,7 +266,7 @@ def test_a_path_that_is_too_long_is_refused_by_the_name_of_its_setting(host, fit
             socket_path(folder, host)
 
 
-def test_a_folder_that_cannot_be_is_refused_by_the_name_of_its_setting():
+def test_a_folder_that_cannot_be_created_is_refused_by_the_name_of_its_setting():
     with pytest.raises(ConfigurationError, match="state_dir"):
         StatusServer(Path("/dev/null/state/test.sock"), lambda: None)
 
@@ -274,7 +274,7 @@ def test_a_folder_that_cannot_be_is_refused_by_the_name_of_its_setting():
 # --- The node's end
 
 
-def test_a_node_reports_regularly_and_at_once_when_it_has_something_to_tell(path, reports, monkeypatch):
+def test_a_node_reports_regularly_and_at_once_when_its_status_changes(path, reports, monkeypatch):
     made = []
 
     def make():
@@ -291,7 +291,7 @@ def test_a_node_reports_regularly_and_at_once_when_it_has_something_to_tell(path
         until(lambda: reports.reports()["local"].instance.running > 5)
 
 
-def test_a_node_that_ends_hangs_up(path, reports):
+def test_a_node_that_ends_disconnects(path, reports):
     with reporting(path):
         reports.changed(1)
     assert reports.changed(2) == {}
@@ -321,7 +321,7 @@ def test_a_node_does_not_wait_for_a_registry_node_that_does_not_read(path, monke
             pass
 
 
-def test_a_node_that_was_taken_for_gone_is_there_again_with_its_next_report(path, reports, monkeypatch):
+def test_a_node_that_counted_as_gone_is_known_again_with_its_next_report(path, reports, monkeypatch):
     monkeypatch.setattr(module, "SILENT_AFTER", 0.05)
     with reporting(path) as reporter:
         assert reports.changed(2) == {}
@@ -343,7 +343,7 @@ def test_without_a_registry_node_nothing_grows(path, monkeypatch):
         assert len(os.listdir("/dev/fd")) <= open_files + 1
 
 
-# --- What is reported of a model
+# --- The status of a model
 
 
 def test_a_model_is_reported_with_what_it_can_do():
@@ -359,7 +359,7 @@ def test_a_model_is_reported_with_what_it_can_do():
     assert talker.limits == {"context_window": 4096, "max_output_tokens": 100}
     assert "tools" in talker.features
     assert "vision" not in talker.features
-    assert (talker.capabilities, talker.ready) == (("chat", "stream_chat"), True)
+    assert (talker.capabilities, talker.status) == (("chat", "stream_chat"), "available")
     embedder = model_status(offerings["embedder"], "unavailable")
     assert embedder == ModelStatus(
         model="embedder",

@@ -1,4 +1,4 @@
-"""The live view of a router: what is offered, by whom, for how long, and what it lets pass."""
+"""The live view of a router: what is offered, for how long, and which requests it accepts."""
 
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -14,8 +14,8 @@ WITHIN = 5.0
 SECRET = "hunter2"
 
 
-class RequestTimer:
-    """It stands still unless it is turned."""
+class Clock:
+    """A clock that only moves when a test turns it."""
 
     now = 1000.0
 
@@ -28,12 +28,12 @@ class RequestTimer:
 
 @pytest.fixture
 def clock():
-    return RequestTimer()
+    return Clock()
 
 
 @pytest.fixture
 def fresh(clock):
-    """The view of a router that has just asked who is there."""
+    """The view of a router that has just asked all hosts."""
     return Registry(clock=clock)
 
 
@@ -68,7 +68,7 @@ def about_model(model="m", *, instance="local", status="available", capabilities
 
 
 def say(registry, *events, host="mini", interval=15.0):
-    registry.hear(Announcement(v=1, host=host, interval=interval, events=list(events)))
+    registry.apply(Announcement(v=1, host=host, interval=interval, events=list(events)))
 
 
 def offered(registry, *args, **filters):
@@ -78,11 +78,11 @@ def offered(registry, *args, **filters):
 # --- What is offered
 
 
-def test_nothing_is_known_before_anything_was_said(registry):
+def test_nothing_is_known_before_the_first_event(registry):
     assert registry.offerings() == registry.models() == registry.instances() == []
 
 
-def test_an_offering_needs_a_word_about_the_model_and_one_about_its_instance(registry):
+def test_an_offering_needs_an_event_about_the_model_and_one_about_its_instance(registry):
     say(registry, about_model("m"))
     assert registry.offerings() == registry.models() == []
     say(registry, about_instance("another"))
@@ -92,7 +92,7 @@ def test_an_offering_needs_a_word_about_the_model_and_one_about_its_instance(reg
     assert registry.models() == ["m"]
 
 
-def test_an_offering_says_what_its_host_said(registry, clock):
+def test_an_offering_has_what_its_host_published(registry, clock):
     capacity = {"slots": 4, "running": 2, "tokens_per_second": 31.5, "last_token_age": 0.25}
     runtime = {"node": "local@mini", "server": "mlx_lm", "version": "0.1.0"}
     limits = {"context_window": 4096}
@@ -120,7 +120,7 @@ def test_an_offering_says_what_its_host_said(registry, clock):
     assert state.heard_at == clock()
 
 
-def test_a_host_that_says_little_is_understood_all_the_same(registry):
+def test_fields_that_a_host_does_not_publish_have_defaults(registry):
     bare = {"runtime": {}, "capacity": {}, "health": {}}
     say(
         registry,
@@ -132,7 +132,7 @@ def test_a_host_that_says_little_is_understood_all_the_same(registry):
     assert (one.instance.slots, one.instance.last_token_age, one.instance.status) == (0, None, "unavailable")
 
 
-def test_offerings_are_found_by_all_that_is_asked_for(registry):
+def test_offerings_are_filtered_by_all_arguments(registry):
     say(
         registry,
         about_instance("one"),
@@ -170,7 +170,7 @@ def test_two_hosts_may_have_instances_of_the_same_name(registry):
     assert [(state.host, state.ready) for state in registry.instances()] == [("a", False), ("b", True)]
 
 
-def test_what_was_returned_does_not_change_when_more_is_said(registry):
+def test_returned_offerings_do_not_change_with_later_events(registry):
     say(registry, about_instance(), about_model())
     (before,) = registry.offerings()
     say(registry, about_instance(status="unavailable"))
@@ -178,10 +178,10 @@ def test_what_was_returned_does_not_change_when_more_is_said(registry):
     assert before.instance.ready
 
 
-# --- Silence
+# --- Expiry
 
 
-def test_an_instance_is_forgotten_after_three_of_its_intervals(registry, clock):
+def test_an_instance_expires_after_three_of_its_intervals(registry, clock):
     say(registry, about_instance(), interval=15)
     say(registry, about_model(), interval=60)
     clock.turn(44.5)
@@ -190,7 +190,7 @@ def test_an_instance_is_forgotten_after_three_of_its_intervals(registry, clock):
     assert registry.offerings() == registry.instances() == registry.models() == []
 
 
-def test_a_model_is_forgotten_after_three_of_its_own(registry, clock):
+def test_a_model_expires_after_three_of_its_own_intervals(registry, clock):
     say(registry, about_model(), interval=60)
     for _ in range(6):
         say(registry, about_instance(), interval=15)
@@ -202,7 +202,7 @@ def test_a_model_is_forgotten_after_three_of_its_own(registry, clock):
     assert [state.name for state in registry.instances()] == ["local"]
 
 
-def test_every_word_renews(registry, clock):
+def test_every_event_renews_it(registry, clock):
     for _ in range(10):
         say(registry, about_instance(), about_model(), interval=0.05)
         clock.turn(0.1)
@@ -211,7 +211,7 @@ def test_every_word_renews(registry, clock):
     assert registry.offerings() == []
 
 
-def test_what_is_forgotten_takes_no_room(registry, clock):
+def test_what_has_expired_takes_no_memory(registry, clock):
     for number in range(50):
         say(registry, about_instance(), about_model(f"m{number}"), host=f"host-{number}")
     clock.turn(46)
@@ -231,13 +231,13 @@ def news(registry):
 
 
 def told(news):
-    """What was told since the last time."""
+    """What subscribers were told since the last call."""
     told = [(event.model, event.health["status"]) for event in news]
     news.clear()
     return told
 
 
-def test_a_subscriber_is_told_what_is_new_and_nothing_else(registry, news):
+def test_a_subscriber_is_told_about_changes_and_nothing_else(registry, news):
     say(registry, about_instance(), about_model())
     assert told(news) == [(READINESS, "available"), ("m", "available")]
     say(registry, about_instance(capacity={"running": 3}), about_model())
@@ -251,14 +251,14 @@ def test_a_subscriber_is_told_what_is_new_and_nothing_else(registry, news):
 
 
 @pytest.mark.parametrize("other", [{"capabilities": ["embed"]}, {"features": ["tools"]}, {"limits": {"dimensions": 8}}])
-def test_a_model_that_can_do_something_else_is_news(registry, news, other):
+def test_other_abilities_of_a_model_are_a_change(registry, news, other):
     say(registry, about_model())
     told(news)
     say(registry, about_model(**other))
     assert told(news) == [("m", "available")]
 
 
-def test_who_comes_back_after_having_been_forgotten_is_news(registry, news, clock):
+def test_an_instance_that_returns_after_it_expired_is_a_change(registry, news, clock):
     say(registry, about_instance(), about_model())
     told(news)
     clock.turn(46)
@@ -266,7 +266,7 @@ def test_who_comes_back_after_having_been_forgotten_is_news(registry, news, cloc
     assert told(news) == [(READINESS, "available"), ("m", "available")]
 
 
-def test_a_subscriber_that_fails_harms_nobody(registry, caplog):
+def test_a_subscriber_that_fails_does_not_affect_the_others(registry, caplog):
     def fail(event):
         raise ValueError(SECRET)
 
@@ -296,7 +296,7 @@ def test_a_subscriber_may_ask_and_may_end_its_own_subscription(registry):
     assert len(others) == 2
 
 
-def test_who_has_ended_its_subscription_is_told_nothing_more(registry, news):
+def test_a_subscriber_is_told_nothing_after_it_unsubscribed(registry, news):
     others = []
     end = registry.subscribe(others.append)
     say(registry, about_instance())
@@ -340,7 +340,7 @@ def test_a_model_is_waited_for_with_a_capability(registry):
     assert registry.wait_for("m", 0.02, capability="chat")
 
 
-def test_what_was_waited_for_is_returned_even_if_it_is_gone_a_moment_later(registry, monkeypatch):
+def test_offerings_that_were_waited_for_are_returned_even_if_they_are_gone_again(registry, monkeypatch):
     answers = iter([[], ["ready"], []])
     monkeypatch.setattr(registry, "offerings", lambda *args, **filters: next(answers))
     with ThreadPoolExecutor(1) as pool:
@@ -350,7 +350,7 @@ def test_what_was_waited_for_is_returned_even_if_it_is_gone_a_moment_later(regis
         assert waiting.result() == ["ready"]
 
 
-# --- What a request may pass
+# --- Which requests are accepted
 
 
 @pytest.fixture
@@ -378,7 +378,7 @@ def known(registry):
         ("qwen3-8b", "chat", "any", "two@mini"),
     ],
 )
-def test_a_request_that_somebody_can_serve_passes_at_once(known, wanted):
+def test_a_request_that_is_offered_is_accepted_at_once(known, wanted):
     with took_less_than(0.2):
         known.check(*wanted)
 
@@ -394,7 +394,7 @@ def test_a_request_that_somebody_can_serve_passes_at_once(known, wanted):
         ("qwen3-14b", "chat", "any", "three@mini"),
     ],
 )
-def test_one_that_nobody_can_serve_is_refused_at_once(known, wanted):
+def test_a_request_that_is_not_offered_is_refused_at_once(known, wanted):
     with took_less_than(0.2), pytest.raises(ModelUnavailable):
         known.check(*wanted)
 
@@ -423,7 +423,7 @@ def test_a_refusal_names_the_nearest_nodes_if_one_is_asked_for(known):
 
 @pytest.fixture
 def script(fresh, clock, monkeypatch):
-    """Whoever waits in a fresh view hears these words then, seconds after it asked, and no real time passes."""
+    """Deliver events so many seconds after a fresh router asked, while it waits; no real time passes."""
     words = []
 
     def wait(patience):
@@ -442,7 +442,7 @@ def script(fresh, clock, monkeypatch):
 
 @pytest.fixture
 def waited(fresh, clock):
-    """How long it was waited since the fresh router asked."""
+    """Seconds since the fresh router asked."""
     return lambda: clock() - fresh._asked_at
 
 
@@ -450,32 +450,32 @@ OFFERED = (about_instance(), about_model("m"))
 OTHER = (about_instance(), about_model("other"))
 
 
-def test_in_a_fleet_without_registry_nodes_everything_passes(fresh, script, waited):
+def test_in_a_fleet_without_registry_nodes_every_request_is_accepted(fresh, script, waited):
     fresh.check("m", "chat")
     fresh.check("another", "embed")
     assert waited() == pytest.approx(FIRST_ANSWER_WITHIN)
 
 
-def test_when_all_registry_nodes_have_fallen_silent_everything_passes(known, clock):
+def test_when_all_registry_nodes_have_expired_every_request_is_accepted(known, clock):
     clock.turn(46)
     with took_less_than(0.2):
         known.check("qwen3-32b", "chat")
 
 
-def test_a_fresh_router_waits_for_the_first_word(fresh, script, waited):
+def test_a_fresh_router_waits_for_the_first_answer(fresh, script, waited):
     script(FIRST_ANSWER_WITHIN - 0.01, "mini", *OFFERED)
     fresh.check("m", "chat")
     assert waited() == pytest.approx(FIRST_ANSWER_WITHIN - 0.01)
 
 
-def test_a_fresh_router_waits_for_the_words_of_all_hosts(fresh, script, waited):
+def test_a_fresh_router_waits_for_the_answers_of_all_hosts(fresh, script, waited):
     script(0.1, "quick", *OTHER)
     script(ALL_ANSWERS_WITHIN - 0.01, "slow", *OFFERED)
     fresh.check("m", "chat")
     assert waited() == pytest.approx(ALL_ANSWERS_WITHIN - 0.01)
 
 
-def test_a_fresh_router_does_not_wait_for_ever(fresh, script, waited):
+def test_a_fresh_router_does_not_wait_longer_than_for_all_answers(fresh, script, waited):
     for number in range(1, 30):
         script(number / 10, f"host-{number}", *OTHER)
     with pytest.raises(ModelUnavailable):
@@ -492,7 +492,7 @@ def test_a_router_that_asked_again_is_fresh_again(fresh, script, waited, clock):
     assert waited() == pytest.approx(0.5)
 
 
-def test_a_request_that_waits_for_the_first_words_is_woken_by_them(fresh):
+def test_a_request_that_waits_for_the_first_answer_is_woken_by_it(fresh):
     with ThreadPoolExecutor(1) as pool:
         checking = pool.submit(fresh.check, "m", "chat")
         say(fresh, *OFFERED)
@@ -508,12 +508,12 @@ def test_all_hosts_can_be_asked_again(clock):
 # --- Settling
 
 
-def test_without_a_word_it_settles_soon(fresh, script, waited):
+def test_without_an_answer_it_settles_soon(fresh, script, waited):
     assert fresh.settle() is fresh
     assert waited() == pytest.approx(FIRST_ANSWER_WITHIN)
 
 
-def test_it_settles_when_nobody_has_spoken_for_a_moment(fresh, script, waited):
+def test_it_settles_after_a_pause_without_answers(fresh, script, waited):
     for number in range(3):
         script(0.1 * number, f"host-{number}", *OTHER)
     script(0.2 + QUIET + 0.1, "late", *OFFERED)
@@ -522,14 +522,14 @@ def test_it_settles_when_nobody_has_spoken_for_a_moment(fresh, script, waited):
     assert fresh.models() == ["other"]
 
 
-def test_it_settles_in_time_even_if_somebody_always_speaks(fresh, script, waited):
+def test_it_settles_in_time_even_if_answers_do_not_end(fresh, script, waited):
     for number in range(30):
         script(number / 10, f"host-{number}", *OTHER)
     fresh.settle()
     assert waited() == pytest.approx(ALL_ANSWERS_WITHIN)
 
 
-def test_what_has_settled_is_not_waited_for(fresh, script, waited, clock):
+def test_a_view_that_has_settled_does_not_wait(fresh, script, waited, clock):
     say(fresh, *OFFERED)
     clock.turn(100)
     for _ in range(10):
@@ -537,7 +537,7 @@ def test_what_has_settled_is_not_waited_for(fresh, script, waited, clock):
     assert waited() == 100
 
 
-# --- From the wire, and from many threads
+# --- Messages, and threads
 
 
 def message(body):
@@ -554,8 +554,8 @@ def message(body):
         {"offering": {"instance": "local", "model": "m", "capabilities": None}},
     ],
 )
-def test_a_message_that_cannot_be_understood_is_dropped_and_the_next_one_heard(registry, wrong, caplog):
-    """An exception would cut off the reply queue: the same thread serves both."""
+def test_an_invalid_message_is_dropped_and_the_next_one_applied(registry, wrong, caplog):
+    """An exception would end the thread, which also receives all replies."""
     event = about_instance().model_copy(update=wrong)
     registry.receive(message(Announcement(v=1, host="strange", interval=15.0, events=[event]).encode()))
     registry.receive(message(SECRET.encode()))
@@ -565,7 +565,7 @@ def test_a_message_that_cannot_be_understood_is_dropped_and_the_next_one_heard(r
     assert SECRET not in caplog.text
 
 
-def test_many_threads_may_speak_and_ask_at_once(registry, news):
+def test_many_threads_may_apply_and_ask_at_once(registry, news):
     hosts = range(8)
 
     def speak(host):
