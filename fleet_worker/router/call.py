@@ -255,7 +255,7 @@ class ReplyBuffer:
         return self._read(self._frames.get_nowait())
 
     def close(self) -> None:
-        """End it: whoever waits in `get` gets `queue.Empty`."""
+        """End it: a reader that waits in `get` or `aget` gets `queue.Empty`."""
         self._append(None)
         if self._timer:
             self._timer.cancel()
