@@ -1,4 +1,4 @@
-"""The exit codes of our processes, with the numbers of sysexits.h where it has one; config/operating.md has them all."""
+"""The exit codes of our processes, by the numbers of sysexits.h where it has one. config/operating.md has them all."""
 
 from __future__ import annotations
 
