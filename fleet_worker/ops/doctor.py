@@ -53,7 +53,7 @@ def configuration(settings: Settings) -> list[Finding]:
     findings = [Finding("ok", "configuration", f"{source}; instances: {', '.join(serving) or 'none'}")]
     if not serving:
         advice = (
-            "fine for a router; on a mini, set fleet = { enabled = true, respond_to_requests = true } for an instance"
+            "fine for a router; on a mini, set an instance's fleet = { enabled = true, respond_to_requests = true }"
         )
         findings.append(Finding("warning", "configuration", "no instance has opted in: no node can start", advice))
     findings.extend(_unread(name) for name in sorted(os.environ) if _is_unread(name))
@@ -127,15 +127,16 @@ def fleet(settings: Settings) -> list[Finding]:
     with connected(settings) as connection:
         replies = create_app(settings).control.ping(timeout=2.0, connection=connection)
     expected = [f"{name}@{settings.host}" for name, instance in settings.instances.items() if instance.opted_in]
-    return census([name for reply in replies for name in reply], expected)
+    return compare_nodes([name for reply in replies for name in reply], expected)
 
 
-def census(answers: Sequence[str], expected: Sequence[str] = ()) -> list[Finding]:
+def compare_nodes(answers: Sequence[str], expected: Sequence[str] = ()) -> list[Finding]:
     """Compare the names of all nodes that answered with those that this host should have."""
     if not answers:
         advice = "start one: fleet-worker worker; if nodes run, compare their broker_url with that of this host"
         return [Finding("warning", "fleet", "no node answers", advice)]
-    names = sorted(set(answers))
+    counts = Counter(answers)
+    names = sorted(counts)
     shown = ", ".join(names[:SHOWN_NODES]) + (", ..." if len(names) > SHOWN_NODES else "")
     missing = [name for name in expected if name not in names]
     see = "read the log of fleet-worker up: it may wait for its MLX server, have ended, be frozen, or have another name"
@@ -144,24 +145,12 @@ def census(answers: Sequence[str], expected: Sequence[str] = ()) -> list[Finding
         Finding("ok", "fleet", f"nodes that answer: {len(names)} ({shown})"),
         *([Finding("warning", "fleet", f"no answer from this host's {', '.join(missing)}", see)] if missing else ()),
         # Only on Redis: on RabbitMQ a second one cannot start.
-        *(
-            Finding("error", "fleet", f"{count} nodes are called {name}", advice)
-            for name, count in Counter(answers).items()
-            if count > 1
-        ),
+        *(Finding("error", "fleet", f"{n} nodes are called {name}", advice) for name, n in counts.items() if n > 1),
     ]
 
 
-CHECKS: tuple[Callable[[Settings], Sequence[Finding]], ...] = (
-    configuration,
-    broker,
-    clock,
-    instances,
-    versions,
-    open_files,
-    sleep,
-    fleet,
-)
+Check = Callable[[Settings], Sequence[Finding]]
+CHECKS: tuple[Check, ...] = (configuration, broker, clock, instances, versions, open_files, sleep, fleet)
 """In the order of the report. They run in parallel."""
 ALWAYS = (versions, open_files, sleep)
 """The checks that need no configuration."""

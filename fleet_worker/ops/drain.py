@@ -89,7 +89,7 @@ class DrainControl:
 
     def find(self, names: Iterable[str]) -> list[str]:
         """Return the nodes of these names. A host means all its inference nodes: those that answer, and those that its
-        registry node knows.
+        registry node knows, since one that is starting or frozen does not answer, but may take work later.
 
         Raises:
             InvalidRequest: a registry node is named.
@@ -98,10 +98,14 @@ class DrainControl:
         for name in names:
             if name.startswith(f"{REGISTRY}@"):
                 raise InvalidRequest(f"{name} is a registry node, which runs no requests: name an inference node")
-        nodes = self._nodes_of([name for name in names if "@" not in name])
-        found = {name: [name] if "@" in name else nodes[name] for name in names}
-        self.silent += [name for name in names if not found[name]]
-        return list(dict.fromkeys(node for name in names for node in found[name]))
+        of_hosts = self._nodes_of([name for name in names if "@" not in name])
+        found: list[str] = []
+        for name in names:
+            nodes = [name] if "@" in name else [node for node in of_hosts if node.partition("@")[2] == name]
+            found += nodes
+            if not nodes:
+                self.silent.append(name)
+        return list(dict.fromkeys(found))
 
     def ask(self, command: str, nodes: Sequence[str]) -> list[DrainState]:
         """Send `drain`, `undrain`, `hand_over` or `drained` (a question), and return the states of the nodes that
@@ -123,32 +127,24 @@ class DrainControl:
         begun = time.monotonic()
         while states:
             elapsed = time.monotonic() - begun
-            working = {
-                each: elapsed - (each.grace if seconds is None else seconds) for each in states if each.is_working
-            }
-            stuck = [each for each, late in working.items() if late >= RELEASE_WITHIN]
-            yield from (each for each in states if each not in working or each in stuck)
-            self.ask("hand_over", [each.node for each, late in working.items() if late >= 0])
+            late = {each: elapsed - (each.grace if seconds is None else seconds) for each in states}
+            working = [each for each in states if each.is_working and late[each] < RELEASE_WITHIN]
+            yield from (each for each in states if each not in working)
+            self.ask("hand_over", [each.node for each in states if each.is_working and late[each] >= 0])
             time.sleep(ASK_EVERY if working else 0)
-            states = self.ask("drained", [each.node for each in working if each not in stuck])
+            states = self.ask("drained", [each.node for each in working])
 
-    def _nodes_of(self, hosts: Sequence[str]) -> dict[str, list[str]]:
-        """The inference nodes by host. Those that are starting or frozen do not answer, but may take work later."""
+    def _nodes_of(self, hosts: Sequence[str]) -> list[str]:
         if not hosts:
-            return {}
+            return []
         pattern = f".*@({'|'.join(map(re.escape, hosts))})$"
         found = set(self._broadcast("ping", pattern=pattern, matcher="pcre", timeout=HOST_ANSWERS_WITHIN))
         if any(name.startswith(f"{REGISTRY}@") for name in found):
-            found |= self._published()
-        nodes = sorted(name for name in found if not name.startswith(f"{REGISTRY}@"))
-        return {host: [name for name in nodes if name.partition("@")[2] == host] for host in hosts}
-
-    def _published(self) -> set[str]:
-        """The nodes that registry nodes publish."""
-        with Router(self._settings) as router:
-            registry = router.registry
-            time.sleep(ALL_ANSWERS_WITHIN)  # the host in question may answer last
-            return {instance.node for instance in registry.instances()}
+            with Router(self._settings) as router:
+                registry = router.registry
+                time.sleep(ALL_ANSWERS_WITHIN)  # the host in question may answer last
+                found |= {instance.node for instance in registry.instances()}
+        return sorted(name for name in found if not name.startswith(f"{REGISTRY}@"))
 
     def _broadcast(self, command: str, **options: Any) -> dict[str, Any]:
         """The replies by node."""

@@ -61,7 +61,10 @@ def _server(title: str, instance: Instance, url: str, health: Health) -> Iterato
         advice = "restart it, unless it is loading a model: mlx_lm.server stays so when its generation thread has died"
         yield Finding("error", title, f"{name} server at {url} says that it is not ready", advice)
     yield from identity(title, instance.server, health.server)
-    yield from slots(title, instance, health)
+    if instance.limits.concurrency > 1 and (health.engine == "simple" or instance.server == "omni"):
+        found = f"{instance.limits.concurrency} slots for a server that runs one request at a time"
+        advice = "set limits.concurrency = 1, or start vllm-mlx with --continuous-batching"
+        yield Finding("warning", title, found, advice)
 
 
 def identity(title: str, configured: str, detected: str) -> Iterator[Finding]:
@@ -76,16 +79,10 @@ def identity(title: str, configured: str, detected: str) -> Iterator[Finding]:
         yield Finding("warning", title, f"{found} cannot be recognised", "correct it, unless a proxy is in front of it")
 
 
-def slots(title: str, instance: Instance, health: Health) -> Iterator[Finding]:
-    if instance.limits.concurrency > 1 and (health.engine == "simple" or instance.server == "omni"):
-        found = f"{instance.limits.concurrency} slots for a server that runs one request at a time"
-        advice = "set limits.concurrency = 1, or start vllm-mlx with --continuous-batching"
-        yield Finding("warning", title, found, advice)
-
-
 def _models(
     title: str, instance: Instance, provider: Mapping[str, bool], client: MLXClient, health: Health
 ) -> Iterator[Finding]:
+    """Compare the configured models with those that the server reports, if this kind of server reports the truth."""
     try:
         reported = client.models()
     except FleetError as error:
@@ -94,30 +91,20 @@ def _models(
         yield Finding("error" if serious else "warning", title, found, "read its log")
         return
     kind = health.server if instance.server == "auto" else instance.server
-    yield from models(title, instance, kind, provider, reported)
-
-
-def models(
-    title: str, instance: Instance, kind: str, provider: Mapping[str, bool], reported: Sequence[str]
-) -> Iterator[Finding]:
-    """Compare the configured models with those that the server reports, if this kind of server reports the truth."""
-    table = f"[{title}.models]"
     offered = offerings_of(instance, provider, reported)
     if not offered:
         found = "there is nothing to offer, so its node cannot start"
         yield Finding("error", title, found, no_offerings_advice(title, instance))
     elif not instance.models:
         found = f"no models are listed: {len(offered)} of the {len(reported)} that the server reports would be served"
-        advice = f"list your models under {table}: a server may report models that it would have to load or download"
+        advice = f"list them under [{title}.models]: a server may report models that it would have to load or download"
         yield Finding("warning", title, found, advice)
     if kind == "mlx_lm" and any("embed" in offering.capabilities for offering in offered.values()):
         found = "mlx_lm.server has no embeddings: requests for them would fail"
-        yield Finding(
-            "warning", title, found, 'leave "embed" out of fleet.capabilities, or set usage.embedding = false'
-        )
-    yield from _backends(
-        title, kind, {name: model.backend or name for name, model in instance.models.items()}, reported
-    )
+        advice = 'leave "embed" out of fleet.capabilities, or set usage.embedding = false'
+        yield Finding("warning", title, found, advice)
+    backends = {name: model.backend or name for name, model in instance.models.items()}
+    yield from _backends(title, kind, backends, reported)
     if instance.models:
         yield from (_no_template(title, each) for each in offered.values() if lacks_template(each, PROFILES[kind]))
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from datetime import datetime
-from typing import NoReturn
 
 import click
 from rich.console import Console, Group, RenderableType
@@ -39,33 +37,22 @@ def show(settings: Settings, *, as_json: bool = False, every: float | None = Non
     """Print the fleet; with `every`, again after so many seconds, until KeyboardInterrupt.
 
     Raises:
-        BrokerUnavailable: the broker does not answer. Once the first snapshot is printed, this is printed instead of
-            the next ones.
+        BrokerUnavailable: the broker does not answer. If a watch loses it, this is printed, and the watch goes on.
     """
     console = output()
     with Router(settings) as router, closing(SnapshotCollector(settings, router.registry)) as collector:
         time.sleep(ALL_ANSWERS_WITHIN)  # the host that answers last may be the only one that serves a lane
-        if every is not None:
-            with _watched(console, as_json=as_json) as put:
-                _watch(router, collector, put, every)
-        elif as_json:
-            _put_json(collector.take())
-        else:
-            console.print(tables(collector.take()))
-
-
-def _watch(
-    router: Router, collector: SnapshotCollector, put: Callable[[Snapshot | BrokerUnavailable], None], every: float
-) -> NoReturn:
-    pause = threading.Event()
-    while True:
-        try:
-            put(collector.take())
-        except BrokerUnavailable as error:
-            put(error)
-        else:
-            router.registry.refresh()
-        pause.wait(every)
+        if every is None:
+            seen = collector.take()
+            return _put_json(seen) if as_json else console.print(tables(seen))
+        with _watched(console, as_json=as_json) as put:
+            while True:
+                try:
+                    put(collector.take())
+                    router.registry.refresh()
+                except BrokerUnavailable as error:
+                    put(error)
+                time.sleep(every)
 
 
 @contextmanager

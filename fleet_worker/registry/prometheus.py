@@ -130,21 +130,19 @@ class HostCollector:
     def _queues(self, reports: list[NodeReport]) -> Iterator[Metric]:
         lanes, text = _possible_lanes(reports), "1 if the broker answers within a second."
         try:
-            found = self._waiting(lanes)
+            waiting = self._waiting(lanes)
         except (BrokerUnavailable, TimeoutError) as error:
             self._note("the broker", error)
             yield GaugeMetricFamily("fleet_broker_up", text, 0)
             return
         self._note("the broker")
         yield GaugeMetricFamily("fleet_broker_up", text, 1)
-        depth = GaugeMetricFamily("fleet_lane_depth", "Requests waiting in the lane.", labels=["lane"])
+        found = {name: waiting[name] for name in lanes if name in waiting}
+        depths = {name: each.depth for name, each in found.items()}
+        yield _gauge("fleet_lane_depth", "Requests waiting in the lane.", "lane", depths)
         text = "Seconds since the oldest waiting request was submitted."
-        age = GaugeMetricFamily("fleet_lane_oldest_age_seconds", text, labels=["lane"])
-        for name in found.keys() & lanes:
-            depth.add_metric([name], found[name].depth)
-            if (seconds := found[name].oldest_age) is not None:
-                age.add_metric([name], seconds)
-        yield from (depth, age)
+        ages = {name: each.oldest_age for name, each in found.items()}
+        yield _gauge("fleet_lane_oldest_age_seconds", text, "lane", ages)
 
     def _note(self, part: str, error: Exception | None = None) -> None:
         """Log the first failure of a part after it worked."""
@@ -155,30 +153,32 @@ class HostCollector:
             log.warning("metrics are incomplete: %s (%s)", part, type(error).__name__)
 
 
+def _gauge(name: str, text: str, label: str, values: Mapping[str, float | None]) -> Metric:
+    """A gauge with one label; values of None are left out."""
+    family = GaugeMetricFamily(name, text, labels=[label])
+    for key, value in values.items():
+        if value is not None:
+            family.add_metric([key], value)
+    return family
+
+
 def _instances(reports: list[NodeReport]) -> Iterator[Metric]:
-    ready = GaugeMetricFamily("fleet_instance_ready", "1 if the instance takes requests.", labels=["node"])
+    instances = [report.instance for report in reports]
+    text = "1 if the instance takes requests."
+    yield _gauge("fleet_instance_ready", text, "node", {each.node: each.ready for each in instances})
     text = "1 for the current status of the instance."
-    status = GaugeMetricFamily("fleet_instance_status", text, labels=["node", "status"])
-    for report in reports:
-        instance = report.instance
-        ready.add_metric([instance.node], instance.ready)
-        for each in STATUSES:
-            status.add_metric([instance.node, each], each == instance.status)
-    yield from (ready, status)
+    family = GaugeMetricFamily("fleet_instance_status", text, labels=["node", "status"])
+    for instance in instances:
+        for status in STATUSES:
+            family.add_metric([instance.node, status], status == instance.status)
+    yield family
 
 
 def _gauges(live: list[NodeReport]) -> Iterator[Metric]:
     for name, (field, text) in _GAUGES.items():
-        family = GaugeMetricFamily(name, text, labels=["node"])
-        for report in live:
-            if (value := getattr(report.instance, field)) is not None:
-                family.add_metric([report.instance.node], value)
-        yield family
+        yield _gauge(name, text, "node", {report.instance.node: getattr(report.instance, field) for report in live})
     text = "The longest time in the last second that a part of a reply waited for the broker."
-    lag = GaugeMetricFamily("fleet_reply_lag_seconds", text, labels=["node"])
-    for report in live:
-        lag.add_metric([report.instance.node], report.reply_lag)
-    yield lag
+    yield _gauge("fleet_reply_lag_seconds", text, "node", {report.instance.node: report.reply_lag for report in live})
 
 
 def _counts(live: list[NodeReport]) -> Iterator[Metric]:
@@ -212,10 +212,7 @@ def _histograms(live: list[NodeReport]) -> Iterator[Metric]:
 def _lanes(reports: list[NodeReport]) -> Iterator[Metric]:
     served = {each for report in reports for each in report.instance.lanes}
     text = "1 if a node of this host takes requests from the lane."
-    family = GaugeMetricFamily("fleet_lane_served", text, labels=["lane"])
-    for each in _possible_lanes(reports):
-        family.add_metric([each], each in served)
-    yield family
+    yield _gauge("fleet_lane_served", text, "lane", {each: each in served for each in _possible_lanes(reports)})
 
 
 def _possible_lanes(reports: list[NodeReport]) -> list[str]:

@@ -18,14 +18,14 @@ from fleet_worker.protocol.request import FleetRequest
 from fleet_worker.registry.view import Registry
 from fleet_worker.router.admission import Admission
 from fleet_worker.router.attempts import CancelOrphan, OnInterrupt
+from fleet_worker.router.call import ReplyBuffer
 from fleet_worker.router.cancel_publisher import CancelPublisher
 from fleet_worker.router.idempotency import IdempotencyCache
 from fleet_worker.router.in_flight import InFlightRequest
 from fleet_worker.router.node_selection import NodeSelection
-from fleet_worker.router.reply_buffer import ReplyBuffer
 from fleet_worker.router.reply_consumer import ReplyConsumer
 from fleet_worker.router.scheduler import Scheduler
-from fleet_worker.router.submitter import Submitter
+from fleet_worker.router.submitter import IDLE_AFTER, Submitter, publish
 from fleet_worker.settings import Settings
 
 
@@ -41,8 +41,8 @@ class Session:
         self.nodes = NodeSelection(registry)
         self.scheduler = Scheduler()
         self.submitter = Submitter(self._app, self._transport)
-        self.admission = Admission(self._app, self._transport, max_waiting=self.settings.max_waiting)
-        self.cancels = CancelPublisher(self.scheduler, self._app.connection_for_write)
+        self.admission = Admission(self.submitter.producer, self._transport, max_waiting=self.settings.max_waiting)
+        self.cancels = CancelPublisher(self.scheduler, self.submitter.broadcast)
         self.replies = ReplyConsumer(
             self._app.connection_for_read,
             settings.broker_url,
@@ -56,15 +56,14 @@ class Session:
         self._closed = False
 
     def open(self, timeout: float, *, waited: float = 0.0) -> None:
-        """Consume the reply queue.
-
-        Raises:
-            BrokerUnavailable: the broker did not answer within `timeout` seconds, of which `waited` are over already;
-                or it refuses, which is raised at once.
-            Cancelled: the session was closed meanwhile.
-        """
-        self.replies.start(timeout, waited=waited)
+        """Consume the reply queue, from now on; raises what `ReplyConsumer.start` raises."""
+        try:
+            self.replies.start(timeout, waited=waited)
+        except BaseException:
+            self.close()
+            raise
         self.scheduler.start()
+        self._close_idle()
 
     def close(self) -> None:
         """Cancel all requests in flight, delete the reply queue, and close all connections."""
@@ -72,9 +71,7 @@ class Session:
         for request in tuple(self._requests.values()):
             request.give_up(Cancelled("the router was closed"))
         self.scheduler.close()  # after the cancels were published
-        self.cancels.close()
         self.replies.close()
-        self.admission.close()
         self.submitter.close()
         self._app.close()
 
@@ -102,8 +99,7 @@ class Session:
         self._requests[request.request_id] = started
         if self._closed:  # it came too late to be cancelled with the others
             started.give_up(Cancelled("the router was closed"))
-        else:
-            started.submit()
+        started.submit()
         return started, buffer
 
     def ended(self, request_id: str) -> None:
@@ -124,16 +120,18 @@ class Session:
     def ask(self) -> None:
         """Ask all registry nodes for their state. Best effort."""
         # A connection that was lost is an error of the broker's client library, not always one of kombu's.
-        with contextlib.suppress(Exception), self.submitter.producer(timeout=2.0) as producer:
-            exchange = ask_exchange()
-            producer.publish({}, exchange=exchange, declare=[exchange], routing_key="", serializer="json", retry=False)
+        with contextlib.suppress(Exception):
+            self.submitter.broadcast(ask_exchange(), b"{}", timeout=2.0)
 
     def _announce(self, channel: Any, again: bool) -> None:
         """The reply queue is consumed, from now on or again. Ask all registry nodes, so that none is unknown until its
         next event. After a lost connection ask the nodes for their latest frames: Redis has dropped what was on its
         way."""
         self._registry.asked()
-        Producer(channel, ask_exchange()).publish({}, serializer="json", retry=False)
+        publish(Producer(channel), ask_exchange(), b"{}")
         if again and self._transport == "redis":
-            message = ControlMessage(missed=self.replies.name).model_dump(mode="json", exclude_none=True)
-            Producer(channel, cancel_exchange()).publish(message, serializer="json", retry=False)
+            publish(Producer(channel), cancel_exchange(), ControlMessage(missed=self.replies.name).encode())
+
+    def _close_idle(self) -> None:
+        self.scheduler.at(time.monotonic() + IDLE_AFTER, self._close_idle)
+        self.submitter.close_idle()

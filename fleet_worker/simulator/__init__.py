@@ -1,4 +1,5 @@
-"""A simulated MLX server: real sockets, a token clock, text that a test can compute, scripted faults, exact accounts.
+"""A simulated MLX server for tests: real sockets, paced tokens, text that a test can compute, scripted faults,
+and exact counts of what it received and sent. It imports nothing of the package.
 
 In this process, on a thread of its own:
 
@@ -8,6 +9,10 @@ In this process, on a thread of its own:
 or as a process, which prints its address as one line of JSON and ends on SIGTERM:
 
     python -m fleet_worker.simulator --flavour mlx_lm --model sim-chat --ttft 0.02
+
+It validates `stop` of a request and then ignores it: no reply ends at a stop word.
+
+In reading order: server, machine, chats, texts, flavours, refusals, replies, chunks, answers.
 """
 
 from fleet_worker.simulator.flavours import FLAVOURS, Flavour

@@ -17,7 +17,7 @@ from fleet_worker.simulator.server import SimulatedMLX
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve until SIGTERM or SIGINT (0), or until a fault kills the server (137, as a shell says for SIGKILL)."""
+    """Serve until SIGTERM or SIGINT (0), or until a fault kills the server (137, as a shell reports SIGKILL)."""
     options = _options(arguments)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))

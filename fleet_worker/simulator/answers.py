@@ -1,4 +1,4 @@
-"""What the simulated servers say in one piece, errors above all."""
+"""Complete responses of the simulated servers, mostly errors."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def answer(status: int, value: object) -> Answer:
 
 
 def crashed(_: object = None) -> Answer:
-    """What uvicorn says when a handler raised."""
+    """The response of uvicorn when a handler raised."""
     return Answer(500, b"Internal Server Error", "text/plain; charset=utf-8")
 
 
 def unprocessable(field: str, message: str) -> Answer:
-    """FastAPI's answer to a body that does not fit."""
+    """FastAPI's response to a body that is not valid."""
     return answer(422, {"detail": [{"type": "value_error", "loc": ["body", field], "msg": message}]})
 
 

@@ -1,4 +1,4 @@
-"""One chat request on a simulated machine: its turn, its token clock, and what it says when."""
+"""One chat request on a simulated machine: waiting for its turn, the tokens of the reply, and when each is sent."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from fleet_worker.simulator.replies import ENDINGS, INTERRUPTIONS, Fault, Reply
 from fleet_worker.simulator.texts import reply_tokens
 
 PREFILL_STEP = 2048  # tokens between two keepalive comments of mlx_lm.server 0.32
-PATIENCE = 0.2  # seconds between two looks whether the client is still there
+CLIENT_CHECK = 0.2  # seconds between two checks whether the client is still there
+RELEASE_CHECK = 0.01  # seconds between two checks whether a held reply may go on
 
 
 class Died(Exception):
@@ -29,7 +30,7 @@ class Died(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """What a reply will say: its tokens, the first `thinking` of them reasoning, and then tool calls."""
+    """The content of a reply: its tokens, of which the first `thinking` are reasoning, and then tool calls."""
 
     tokens: Sequence[str]
     thinking: int
@@ -87,14 +88,14 @@ class Chat:
         return self.model if self.body.get("seed") is None else object()
 
     async def _generate(self) -> None:
-        await self._look()
+        await self._check()
         if self.engine.dead:
-            return await self._nobody_generates()
+            return await self._without_engine()
         if self.flavour.swaps and not await self.engine.load(self.model):
             return await self.reply.whole(self.flavour.unknown_model(self.model))
         if self.flavour.batches_by_model and (is_poison(self.body) or self._is_cached()):
             self.engine.die()
-            return await self._nobody_generates()
+            return await self._without_engine()
         return await (self._stream() if self.streamed else self._whole())
 
     def _is_cached(self) -> bool:
@@ -107,7 +108,7 @@ class Chat:
             return json.dumps(self.body["messages"][:-1]) + mlx_lm_opening(self.body)
         return json.dumps(self.body["messages"])
 
-    async def _nobody_generates(self) -> None:
+    async def _without_engine(self) -> None:
         """mlx_lm.server 0.32.2 fails fast; older ones, and other servers, are silent."""
         if not self.machine.dies_loudly:
             return await self.reply.silence()
@@ -167,7 +168,7 @@ class Chat:
         whole = completion(self.flavour, self.model, message, script.finish, self._usage(script))
         await self.reply.whole(whole, sized=True)
 
-    # --- what it says
+    # --- the content
 
     @cached_property
     def _chunks(self) -> Chunks:
@@ -204,7 +205,7 @@ class Chat:
         )
 
     def _thoughts(self) -> list[str]:
-        """None before the rest of a reply: it has been thought of at its beginning."""
+        """The tokens of reasoning. A continued reply has none: they came with its beginning."""
         reasoning = () if self.flavour.continues(self.body) else self.machine.reasoning
         return ["<think>", *reasoning, "</think>"] if reasoning and self.machine.think_tags else list(reasoning)
 
@@ -217,7 +218,7 @@ class Chat:
         rest, said = self._reply(before, self.machine.tokens), str(partial.get("content"))
         said = said.rstrip() if self.flavour.trims_partial else said
         if not "".join(rest).startswith(said):
-            return whole, self.machine.tokens  # nothing that this model would have said: it goes on somehow
+            return whole, self.machine.tokens  # this model would not have begun so: continue with any text
         left = len(said)
         while rest and left >= len(rest[0]):
             left -= len(rest.pop(0))
@@ -228,10 +229,11 @@ class Chat:
     def _reply(self, messages: Sequence[Body], limit: int) -> list[str]:
         return reply_tokens(messages, limit, tokens=self.machine.tokens, separators=self.machine.separators)
 
-    # --- when
+    # --- the timing
 
     async def _prefill(self) -> None:
-        """Read the prompt: mlx_lm.server 0.32 sends a comment every step, and moves no stream meanwhile."""
+        """Wait as long as reading the prompt takes. Meanwhile mlx_lm.server 0.32 sends a comment at every step, and no
+        token of any stream."""
         begin, rate, new = _now(), self.machine.prefill_rate or float("inf"), len(self._prompt) - self._cached
         if self.machine.prefill_rate:
             begin = max(begin, self.engine.busy_until)
@@ -243,12 +245,21 @@ class Chat:
                 await self.reply.send([b": keepalive %d/%d\n\n" % (done, new)])
 
     async def _ticks(self, tokens: int) -> AsyncIterator[tuple[int, int]]:
-        """The tokens that are due together, as ranges."""
+        """Yield the ranges of tokens that are sent together, each when it is due."""
         interval, step = self.machine.token_interval, self._step()
         for start in range(0, tokens, step):
             end = min(start + step, tokens)
+            await self._while_held(end)
             await self._until(max(self._first_token + (end - 1) * interval, self.engine.busy_until))
             yield start, end
+
+    async def _while_held(self, end: int) -> None:
+        """Wait until the machine generates as many tokens as `end`; later tokens are as much later."""
+        since = _now()
+        while self.machine.held_at is not None and end > self.machine.held_at:
+            await asyncio.sleep(RELEASE_CHECK)
+            await self._check()
+        self._first_token += _now() - since
 
     def _step(self) -> int:
         if self.fault and self.fault.kind in INTERRUPTIONS:
@@ -258,21 +269,21 @@ class Chat:
         return 1 if self.machine.token_interval else self.machine.tokens_per_write
 
     async def _until(self, due: float) -> None:
-        """Sleep, and wake now and then to see whether the client has left or the engine has died."""
+        """Sleep until `due`; check meanwhile whether the client has left or the engine has died."""
         if self.flavour.freezes and not self.streamed:
             time.sleep(max(0.0, due - _now()))  # mlx-omni-server 0.5 generates in its event loop
-        patience, silent_since = min(PATIENCE, self.machine.heartbeat), _now()
-        while (wait := due - _now()) > patience:
-            await asyncio.sleep(patience)
-            await self._look()
+        interval, silent_since = min(CLIENT_CHECK, self.machine.heartbeat), _now()
+        while (wait := due - _now()) > interval:
+            await asyncio.sleep(interval)
+            await self._check()
             if self.streamed and self.flavour.heartbeats and _now() - silent_since >= self.machine.heartbeat:
                 silent_since = _now()
                 await self.reply.send([b": heartbeat\n\n"])
         await asyncio.sleep(max(0.0, wait))
-        await self._look()
+        await self._check()
 
-    async def _look(self) -> None:
-        """Stop when nobody listens, as far as this server notices, or when the engine has died."""
+    async def _check(self) -> None:
+        """Stop if the client has left and this kind of server notices that, or if the engine has died."""
         notices = self.flavour.notices_leaving if self.streamed else self.flavour.stops_whole
         if notices and self.reply.left:
             raise ConnectionResetError("the client left")
@@ -282,7 +293,7 @@ class Chat:
             raise Died
 
     async def _strikes(self, token: int) -> bool:
-        """Does the fault strike before this token, and is the reply over with it?"""
+        """Return True if the fault strikes before this token and ends the reply."""
         if self.fault is None or self.fault.kind not in INTERRUPTIONS or self._struck or token < self.fault.at_token:
             return False
         self._struck = True

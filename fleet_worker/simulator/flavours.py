@@ -94,12 +94,12 @@ class Flavour:
     no_messages: Callable[[], Answer] = crashed
     no_input: Callable[[], Answer] = crashed
     refuses: Callable[[Body], Answer | None]
-    continues: Callable[[Body], bool] = lambda body: False  # is the last message a partial reply to go on with?
+    continues: Callable[[Body], bool] = lambda body: False  # whether the last message is a partial reply to continue
     keeps_space: bool = False  # a continued reply keeps its leading space
-    trims_partial: bool = True  # the chat template, which trims what was said, renders the partial reply too
+    trims_partial: bool = True  # the chat template, which trims messages, renders the partial reply too
 
     def route(self, method: str, path: str) -> str | Answer:
-        """What this request is for: chat, embed, models or health; or the answer to one that is for nothing."""
+        """Return chat, embed, models or health; or the response to a request that has no route."""
         if self.http10:
             path = "/v1/models" if method == "GET" and path.startswith("/v1/models") else path
         else:
@@ -139,7 +139,7 @@ class Flavour:
         return {**usage, "prompt_tokens_details": {"cached_tokens": cached}} if self.cached_tokens else usage
 
 
-# --- going on with a partial reply ----------------------------------------------------------------------------------
+# --- continuing a partial reply -------------------------------------------------------------------------------------
 
 
 def ends_with_assistant(body: Body) -> bool:
@@ -147,14 +147,14 @@ def ends_with_assistant(body: Body) -> bool:
 
 
 def mlx_lm_continues(body: Body) -> bool:
-    """Only a chat template of the request's own can leave the last turn open, and it must be the model's otherwise."""
+    """Whether the request brings the chat template of the model, changed so that it leaves the last turn open."""
     template = (body.get("chat_template_kwargs") or {}).get("chat_template", "")
     before, own, after = template.partition(CHAT_TEMPLATE)
     return bool(ends_with_assistant(body) and own and "[:-1]" in before and '[-1]["content"]' in after)
 
 
 def mlx_lm_opening(body: Body) -> str:
-    """What the request's own chat template puts before the partial reply, and the reply."""
+    """Return the partial reply, after the text that the chat template of the request puts before it."""
     template = (body.get("chat_template_kwargs") or {}).get("chat_template", "")
     before = re.search(r'\{\{ ("(?:[^"\\]|\\.)*") \+ ', template)
     return (json.loads(before[1]) if before else "") + str(body["messages"][-1]["content"])

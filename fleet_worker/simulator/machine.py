@@ -1,12 +1,12 @@
-"""One simulated machine: its options, its fault plan, its accounts, and its one generation thread."""
+"""One simulated machine: its options, its planned faults, its counts, and its one generation thread."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -17,7 +17,7 @@ from fleet_worker.simulator.replies import Fault
 
 @dataclass(frozen=True)
 class Request:
-    """What is known of one request, at one moment."""
+    """A snapshot of one request."""
 
     method: str
     path: str
@@ -36,7 +36,7 @@ class Request:
 
 @dataclass
 class Record:
-    """The account of one request while it runs."""
+    """What is recorded of one request while it runs."""
 
     method: str
     path: str
@@ -51,7 +51,7 @@ class Record:
 
 @dataclass(kw_only=True, eq=False)
 class Machine:
-    """What a simulated server is and does, without its sockets."""
+    """A simulated server without its sockets."""
 
     flavour: str | Flavour = "mlx_lm"
     models: Sequence[str] = ("sim-chat",)
@@ -81,6 +81,7 @@ class Machine:
     def __post_init__(self) -> None:
         self.behaviour = FLAVOURS[self.flavour] if isinstance(self.flavour, str) else self.flavour
         self.engine = Engine(self)
+        self.held_at: int | None = None
         self._plan = list(self.faults)
         self._records: deque[Record] = deque(maxlen=self.history)
         self._counts: Counter[str] = Counter()
@@ -90,20 +91,39 @@ class Machine:
     # --- for tests, from any thread
 
     def fail(self, *faults: Fault) -> None:
-        """Add faults to the plan."""
+        """Plan faults. Each strikes the first request that it fits."""
         with self._changed:
             self._plan.extend(faults)
 
+    def hold(self, at_token: int) -> None:
+        """Generate no more than this many tokens of any reply until `release`; the token clock stands still meanwhile.
+
+        With at least 1, the canary of a node, which asks for one token, is not held.
+        """
+        self.held_at = at_token
+
+    def release(self) -> None:
+        self.held_at = None
+
+    @contextmanager
+    def held(self, at_token: int) -> Iterator[None]:
+        """Hold all replies at this token until the end of the block, or until `release`."""
+        self.hold(at_token)
+        try:
+            yield
+        finally:
+            self.release()
+
     @property
     def requests(self) -> list[Request]:
-        """The last requests, oldest first, as they stand now."""
+        """Snapshots of the last requests, oldest first."""
         with self._changed:
             return [Request(**vars(record)) for record in self._records]
 
     @property
     def counters(self) -> Mapping[str, int]:
         """Totals since the start: connections, requests, finished, disconnected, generated, generated_after_leave,
-        loads, evictions; and what is now: open_connections, running."""
+        loads, evictions; and current values: open_connections, running."""
         return Counter({**self._counts, "running": self.engine.running})
 
     @property
@@ -112,7 +132,7 @@ class Machine:
         return self._counts["generated_after_leave"]
 
     def wait_for(self, predicate: Callable[[Self], bool], timeout: float = 5.0) -> None:
-        """Return when the predicate holds; it is asked again whenever an account changes.
+        """Return when the predicate holds. It is evaluated whenever a count changes.
 
         Raises:
             TimeoutError: it does not hold in time.
@@ -129,11 +149,11 @@ class Machine:
 
     @property
     def dies_loudly(self) -> bool:
-        """mlx_lm.server 0.32.2 says that its thread is dead; older ones, and the other servers, do not."""
+        """Whether the server reports a dead generation thread, as of these servers only mlx_lm.server 0.32.2 does."""
         return self.behaviour.batches_by_model and not self.old_health
 
     def next_fault(self, path: str, raw: bytes) -> Fault | None:
-        """The first fault that fits this request, used up by it."""
+        """Return the first planned fault that fits this request, and count it as used."""
         with self._changed:
             for at, fault in enumerate(self._plan):
                 if fault.fits(path, raw):
@@ -142,13 +162,13 @@ class Machine:
         return None
 
     def begin(self, record: Record) -> None:
-        """Remember a request."""
+        """Record a request."""
         with self._changed:
             self._records.append(record)
         self.count(requests=1)
 
     def count(self, **changes: int) -> None:
-        """Change some accounts, and wake who waits for it."""
+        """Add to some counts, and wake the threads in `wait_for`."""
         for name, change in changes.items():
             self._counts[name] += change
         if self._watchers:
@@ -163,7 +183,7 @@ class Engine:
         self.slots = machine.slots or machine.behaviour.slots
         self.dead = False
         self.resident: str | None = machine.models[0]
-        self.busy_until = 0.0  # somebody's prefill: no stream moves before
+        self.busy_until = 0.0  # end of the current prefill: no stream sends tokens before
         self.running = 0
         self._machine = machine
         self._key: object = None
@@ -211,7 +231,7 @@ class Engine:
         self._admit()
 
     async def load(self, model: str) -> bool:
-        """Make this model the resident one. If there is no such model, the resident one is dropped all the same."""
+        """Make this model the resident one; return whether it exists. If not, no model is resident."""
         wanted = self._machine.models[0] if model == "default_model" else model
         async with self._loading:
             if wanted not in self._machine.models:
@@ -225,16 +245,16 @@ class Engine:
             return True
 
     def keep(self, text: str) -> None:
-        """Cache a prompt with its reply, in place of what it begins with."""
+        """Cache a prompt with its reply; shorter cached texts that it begins with are dropped."""
         others = [each for each in self._finished if not text.startswith(each)]
         self._finished = deque([*others, text], maxlen=10)
 
     def has_cached(self, text: str) -> bool:
-        """Is there nothing in this prompt that is new? mlx_lm.server 0.32 dies of that, in a batch."""
+        """Whether the whole prompt is cached. In a batch this kills the generation thread of mlx_lm.server 0.32."""
         return text in self._finished
 
     def recall(self, prompt: Sequence[str]) -> int:
-        """How many tokens this prompt has in common with the start of an earlier one; remembers it."""
+        """Return how many tokens of this prompt are cached, as the start of an earlier one; cache it."""
         known = max((_common(prompt, old) for old in self._prompts), default=0)
         self._prompts.append(list(prompt))
         return max(0, min(known, len(prompt) - 1))

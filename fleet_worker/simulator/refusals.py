@@ -1,4 +1,4 @@
-"""What the MLX servers refuse, and what kills them: the checks of a chat request."""
+"""The checks of a chat request: what each MLX server refuses, and what kills it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ MLX_LM_FIELDS: tuple[tuple[str, Any, Any, float | None, float | None], ...] = (
 
 
 def mlx_lm_refuses(body: Body) -> Answer | None:
-    """mlx_lm.server 0.32: fields first, and what the chat template does not take as a 404."""
+    """mlx_lm.server 0.32 checks the fields first, and answers 404 if the chat template fails."""
     if body.get("max_completion_tokens") is not None:
         body = {**body, "max_tokens": body["max_completion_tokens"]}
     if problem := mlx_lm_field(body):
@@ -54,7 +54,7 @@ def mlx_lm_refuses(body: Body) -> Answer | None:
 
 
 def mlx_lm_template(kwargs: Body) -> str | None:
-    """It always asks for a generation prompt, and so the flags that continue elsewhere are in conflict with it."""
+    """It always asks for a generation prompt, which conflicts with the flags that continue a reply elsewhere."""
     if "add_generation_prompt" in kwargs:
         return "apply_chat_template() got multiple values for keyword argument 'add_generation_prompt'"
     if kwargs.get("continue_final_message"):
@@ -81,7 +81,7 @@ def mlx_lm_field(body: Body) -> str | None:
 
 
 def is_poison(body: Body) -> bool:
-    """mlx_lm.server 0.32: these requests end its generation thread for good."""
+    """Whether the request ends the generation thread of mlx_lm.server 0.32 for good."""
     stop = body.get("stop") or []
     words = [] if isinstance(stop, str) else stop
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):

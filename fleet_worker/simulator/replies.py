@@ -22,7 +22,7 @@ from fleet_worker.simulator.flavours import Flavour
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Something that goes wrong with the next request it fits, or the next `times` ones (None: all).
+    """A failure of the next request that it fits, or of the next `times` such requests (None: all).
 
     It fits a request whose path is `path` (without one: every chat request, every embedding request for a fault in
     vectors, both for a fault before the reply) and whose body contains `contains`. Faults strike in the order given.
@@ -45,13 +45,13 @@ class Fault:
             raise ValueError(f"no such fault: {self.kind}")
 
     def fits(self, path: str, raw: bytes) -> bool:
-        """Does this request get it?"""
+        """Whether it can strike this request."""
         chat, embed = path.endswith("/chat/completions"), path.endswith("/embeddings")
         here = embed if self.kind in VECTORS else chat or (embed and self.kind in ANSWERS)
         return (here if self.path is None else path == self.path) and self.contains.encode() in raw
 
     def used(self) -> list[Fault]:
-        """What is left of it after one request."""
+        """The faults to plan in its place after one request: itself with one time less, or none."""
         times = None if self.times is None else self.times - 1
         return [] if times == 0 else [replace(self, times=times)]
 
@@ -62,7 +62,7 @@ class Reply:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, flavour: Flavour) -> None:
         self.flavour = flavour
         self.started = False
-        self.on_end: Callable[[], None] = lambda: None  # called just before the last bytes of a reply that is whole
+        self.on_end: Callable[[], None] = lambda: None  # called just before the last bytes of a complete reply
         self.closes = flavour.http10  # the connection ends with this reply
         self.writes: Callable[[Reply, Sequence[bytes]], list[bytes]] | None = None
         self.pause = 0.0  # between two writes of one event
@@ -71,7 +71,7 @@ class Reply:
 
     @property
     def left(self) -> bool:
-        """Has the client closed its side?"""
+        """Whether the client has closed its side."""
         return self._reader.at_eof() or self._writer.transport.is_closing()
 
     async def whole(self, answer: Answer, *, sized: bool = False) -> None:
@@ -119,7 +119,7 @@ class Reply:
         await self.end()
 
     async def end(self) -> None:
-        """End the stream as if all were well."""
+        """End the stream as a complete one ends."""
         if not self.started:
             self.closes = True
         elif not self.flavour.http10:
@@ -142,7 +142,7 @@ class Reply:
         self._writer.transport.abort()
 
     async def silence(self) -> None:
-        """Say nothing more, until the client leaves.
+        """Send nothing more, until the client leaves.
 
         Raises:
             ConnectionResetError: the client left.
@@ -183,7 +183,7 @@ async def status(reply: Reply, fault: Fault) -> bool:
 
 
 async def thread_death(reply: Reply, fault: Fault) -> bool:
-    """The server ends its generation thread before it looks at the request; nothing is special about the reply."""
+    """The generation thread ends before the request is read; the reply is that of a server without one."""
     return False
 
 
@@ -221,7 +221,7 @@ async def freeze(reply: Reply, fault: Fault, chunks: Chunks) -> bool:
 
 
 async def heartbeat_only(reply: Reply, fault: Fault, chunks: Chunks) -> bool:
-    """Comments for ever."""
+    """Comments without end."""
     while reply.started and not reply.left:
         await reply.send([b": heartbeat\n\n"])
         await asyncio.sleep(fault.seconds)

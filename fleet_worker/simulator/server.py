@@ -47,13 +47,13 @@ class SimulatedMLX(Machine):
         listening.wait()
 
     def kill(self) -> None:
-        """Drop everything at once, the listening socket too, as kill -9 does. Killed already: nothing happens."""
+        """Close all sockets at once, the listening one too, as SIGKILL would. Do nothing if it is killed already."""
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._killed.set)
             self._thread.join()
 
     def wait_until_killed(self) -> None:
-        """Return when it is: only a fault, or another thread, can do that."""
+        """Return when the server is killed, by a fault or by another thread."""
         self._thread.join()
 
     async def _serve(self, listener: socket.socket, listening: threading.Event) -> None:
@@ -117,7 +117,7 @@ class Exchange:
         self.fault: Fault | None = None
 
     async def run(self) -> bool:
-        """Answer; is the connection good for another request?"""
+        """Answer the request; return whether the connection can carry another request."""
         if self.record.path.startswith("/simulated/"):
             await self.reply.whole(self._simulated(), sized=True)
             return not self.reply.closes
@@ -132,21 +132,24 @@ class Exchange:
         return not self.reply.closes and self.record.headers.get("connection", "").lower() != "close"
 
     def _end(self) -> None:
-        """Close the account, before the client can see that it got everything."""
+        """Record the end of the request, before the client can see the end of the reply."""
         left = self.record.disconnected = self.reply.left
         self.record.finished = not left
         self.machine.count(finished=not left, disconnected=left)
 
     def _simulated(self) -> Answer:
-        """The simulator's own routes, for those that run it as a process."""
+        """The simulator's own routes, for tests that run it as a process."""
         if self.record.path == "/simulated/requests":
             return answer(200, [{**vars(request), "model": request.model} for request in self.machine.requests])
         if self.record.path == "/simulated/counters":
             return answer(200, self.machine.counters)
         try:
-            faults = from_json(self.raw)
-            self.machine.fail(*(Fault(**fault) for fault in (faults if isinstance(faults, list) else [faults])))
-        except (TypeError, ValueError) as error:
+            if self.record.path == "/simulated/held":
+                self.machine.held_at = from_json(self.raw)["at_token"]
+            else:
+                faults = from_json(self.raw)
+                self.machine.fail(*(Fault(**fault) for fault in (faults if isinstance(faults, list) else [faults])))
+        except (KeyError, TypeError, ValueError) as error:
             return answer(400, {"error": str(error)})
         return answer(200, {})
 
@@ -162,7 +165,7 @@ class Exchange:
         return await answers[route]()
 
     async def _struck_at_once(self) -> bool:
-        """Take the next fault of the plan; is it the whole answer?"""
+        """Take the next planned fault that fits; return whether it has answered the request."""
         fault = self.fault = self.machine.next_fault(self.record.path, self.raw)
         if fault is None:
             return False
@@ -180,7 +183,7 @@ class Exchange:
         return self.flavour.error(401, "Invalid API key" if given else "API key required")
 
     def _unreadable(self) -> Answer | None:
-        """Parse the body; what is wrong with it?"""
+        """Parse the body; return an error response if it is not valid."""
         length = self.record.headers.get("content-length")
         if self.flavour.http10 and length is None:
             return self.flavour.error(411, "Content-Length header is required")

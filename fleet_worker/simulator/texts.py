@@ -1,4 +1,4 @@
-"""What the simulated models say: pure functions of what they are asked, so that a test can compute it too."""
+"""The replies and vectors of the simulated models: pure functions of the request, so that a test can compute them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content | trim }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""That of every simulated model. Nobody renders it: a template of another text is that of another model."""
+"""The chat template of every simulated model. It is only compared, never rendered."""
 
 # fmt: off
 WORDS = (
@@ -34,7 +34,7 @@ VOCABULARY = (*(f" {word}" for word in WORDS), ",", ".", "!")
 def reply_tokens(
     messages: Sequence[Mapping[str, Any]], max_tokens: int, *, tokens: int = 32, separators: bool = False
 ) -> list[str]:
-    """The tokens that answer these messages: the same messages always get the same ones.
+    """Return the tokens of the reply to these messages, always the same for the same messages.
 
     The reply ends by itself after `tokens` tokens. With `separators` it contains U+2028, U+2029 and U+0085, which
     JSON allows raw and which are not line ends of an event stream.

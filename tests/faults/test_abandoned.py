@@ -107,6 +107,7 @@ def test_a_request_that_is_cancelled_before_its_first_token_frees_its_slot(fleet
     assert time.monotonic() - started <= CANCEL_WITHIN + 0.2
 
 
+@pytest.mark.rest
 def test_a_deadline_frees_the_slot(fleet, router):
     before = begun(fleet)
     with pytest.raises(RequestTimeout):
@@ -115,6 +116,7 @@ def test_a_deadline_frees_the_slot(fleet, router):
     assert begun(fleet) == before + 1
 
 
+@pytest.mark.rest
 def test_what_a_killed_router_had_asked_for_stops_and_what_it_had_queued_never_starts(fleet, router, broker):
     took = []
     for turn in range(KILLED):

@@ -80,6 +80,7 @@ def test_streams_of_a_broker_that_is_lost_again_and_again_lose_and_repeat_no_tok
         assert len(work(mlx)) == STREAMS
 
 
+@pytest.mark.rest
 def test_a_node_takes_work_again_within_three_seconds_of_the_broker(mlx):
     """However long the broker was away."""
     (model,) = mlx.models
@@ -95,6 +96,7 @@ def test_a_node_takes_work_again_within_three_seconds_of_the_broker(mlx):
             assert router.chat(model, asked, max_tokens=1, timeout=3).node == "steady@test"
 
 
+@pytest.mark.rest
 def test_what_nobody_has_read_survives_any_number_of_losses(monkeypatch):
     monkeypatch.setattr(reply_publisher, "REPLAY_WINDOW", 1.5)
     frames = []
@@ -167,6 +169,7 @@ main()
 """
 
 
+@pytest.mark.rest
 @pytest.mark.parametrize("name", ["clumsy@test", "registry@test"])
 def test_a_connection_that_breaks_while_it_is_set_up_does_not_end_a_node(name, mlx, tmp_path):
     """Celery and py-amqp then raise what they meet: the socket is None by now."""
@@ -184,6 +187,7 @@ def test_a_connection_that_breaks_while_it_is_set_up_does_not_end_a_node(name, m
             assert not node.ended
 
 
+@pytest.mark.rest
 def test_the_log_of_a_host_tells_once_that_its_broker_is_away_and_once_that_it_is_back(mlx):
     with Valkey() as broker:
         instances = {"local": {"base_url": mlx.base_url, "models": {mlx.models[0]: {}}}}

@@ -46,6 +46,7 @@ def test_after_a_restart_of_the_broker_work_goes_on_and_cancels_are_heard(broker
         heard_again(caller, running)
 
 
+@pytest.mark.rest
 def test_a_broker_that_was_frozen_has_not_lost_its_routers(mlx):
     model = mlx.models[0]
     with (

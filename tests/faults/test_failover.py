@@ -3,7 +3,7 @@ a pause.
 
     FAULTS=full pytest -s tests/faults/test_failover.py
 
-is the size that the figures of the README are from. FAULTS_SEED chooses what is drawn.
+is the size of the figures in tests/README.md. FAULTS_SEED chooses what is drawn.
 """
 
 import os
@@ -23,12 +23,16 @@ from tests.flow.test_readiness import HELLO
 
 FULL = os.environ.get("FAULTS") == "full"
 SEED = int(os.environ.get("FAULTS_SEED", "7"))
-AT_ONCE, ROUNDS = (40, 5) if FULL else (12, 2)
+AT_ONCE, ROUNDS = (40, 5) if FULL else (12, 1)
 RESTARTS, DROPS, STREAMS = (10, 50, 32) if FULL else (2, 8, 12)
 FROZEN = 30.0 if FULL else 3.5
 RATE = 100 if FULL else 30
 LOST_AFTER = 2.0
 FLAVOURS = {"one": "mlx_lm", "two": "vllm_batched", "three": "mlx_openai"}
+
+DRAWN_TWICE = pytest.mark.parametrize(
+    "draw", [1] if FULL else [1, pytest.param(2, marks=pytest.mark.rest)], indirect=True
+)
 
 pytestmark = pytest.mark.timeout(1800 if FULL else 150)
 
@@ -71,6 +75,7 @@ def rounds(fleet, router, draw, strike):
     return told
 
 
+@DRAWN_TWICE
 def test_a_node_killed_at_a_random_token_costs_no_stream_anything_but_a_pause(fleet, router, broker, draw):
     told = rounds(fleet, router, draw, lambda name: fleet.nodes[name].kill())
     figures = report(f"node killed {ROUNDS} times, {broker.name}", told)
@@ -78,6 +83,7 @@ def test_a_node_killed_at_a_random_token_costs_no_stream_anything_but_a_pause(fl
     assert 0 < median_gap(told) <= LOST_AFTER + 1.0, figures
 
 
+@DRAWN_TWICE
 def test_a_server_killed_at_a_random_token_costs_no_stream_anything_but_a_pause(fleet, router, broker, draw):
     told = rounds(fleet, router, draw, lambda name: fleet.servers[name].kill())
     figures = report(f"MLX server killed {ROUNDS} times, {broker.name}", told)
@@ -145,6 +151,7 @@ def test_a_frozen_node_is_replaced_and_says_nothing_more_after_it_thaws(broker, 
         until(lambda: fleet.busy() == [], 5)
 
 
+@pytest.mark.rest
 def test_a_broker_that_is_restarted_again_and_again_costs_no_token_and_no_node(fleet, router, broker, draw):
     with Crowd(router, fleet, at_once=STREAMS) as crowd:
         for _ in range(RESTARTS):
@@ -159,6 +166,7 @@ def test_a_broker_that_is_restarted_again_and_again_costs_no_token_and_no_node(f
     assert last_words(fleet) == []
 
 
+@pytest.mark.rest
 def test_connections_that_are_dropped_cost_no_token_and_no_node(fleet, router, broker, draw):
     with Crowd(router, fleet, at_once=STREAMS) as crowd:
         for _ in range(DROPS):
@@ -172,6 +180,7 @@ def test_connections_that_are_dropped_cost_no_token_and_no_node(fleet, router, b
     assert last_words(fleet) == []
 
 
+@pytest.mark.rest
 def test_a_rolling_restart_of_all_nodes_under_load_loses_nothing(fleet, router, broker):
     """Streams that take longer than a node waits for them go on elsewhere."""
     with Load(router, fleet, RATE) as load, Crowd(router, fleet, at_once=3) as crowd:
@@ -188,7 +197,7 @@ def test_a_rolling_restart_of_all_nodes_under_load_loses_nothing(fleet, router, 
     assert all(one.identical for one in crowd.told), figures
 
 
-@pytest.mark.parametrize("kind", ["death", "thread_death"])
+@pytest.mark.parametrize("kind", ["death", pytest.param("thread_death", marks=pytest.mark.rest)])
 def test_of_five_instances_a_poison_request_kills_at_most_two(broker, router, kind):
     """Whatever `max_attempts` says; and a request that is like it in all but the poison is answered afterwards."""
     names = ("one", "two", "three", "four", "five")
@@ -214,6 +223,7 @@ def fallen(fleet):
     return {name for name, server in fleet.servers.items() if not server.healthy}
 
 
+@pytest.mark.rest
 def test_a_real_server_killed_in_mid_answer_leaves_an_answer_that_looks_uninterrupted():
     if problem := platform_problem():
         missing(problem)

@@ -55,6 +55,7 @@ def test_a_host_that_ends_says_so_and_one_that_is_killed_is_forgotten(settled, r
         assert fresh.chat("m", HELLO, max_tokens=1, timeout=20).content
 
 
+@pytest.mark.rest
 def test_a_killed_registry_node_leaves_no_beat_and_its_successor_takes_over(settled, router):
     registry = settled["registry"]
     registry.signal(signal.SIGKILL)
@@ -80,6 +81,7 @@ def test_events_go_on_after_the_broker_was_restarted(settled, router, broker):
     assert all(process.ended is False for process in settled.values())
 
 
+@pytest.mark.rest
 def test_killed_routers_leave_nothing_behind(settled, broker, router):
     """But what expires: twelve routers die while they wait for a reply, and while they listen to the registry."""
     asking = (

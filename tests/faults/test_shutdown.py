@@ -83,6 +83,7 @@ def test_a_node_without_a_broker_obeys(mlx):
         assert node.wait(20) == 0
 
 
+@pytest.mark.rest
 def test_a_node_whose_broker_is_frozen_obeys_when_its_work_is_done(mlx):
     with (
         Valkey() as broker,

@@ -18,6 +18,7 @@ def test_one_seed_draws_the_same_every_time_and_its_log_can_be_replayed():
     assert {strike.kind for strike in drawn_strikes(Plan(3, 10_000, 1_000, "valkey"))} == KINDS.keys()
 
 
+@pytest.mark.rest
 @pytest.mark.timeout(180)
 def test_whatever_breaks_every_request_ends_in_one_right_answer_or_one_typed_error(broker):
     summary = soak(broker, drawn_asks(PLAN), drawn_strikes(PLAN))

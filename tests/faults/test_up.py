@@ -14,7 +14,7 @@ from tests.ups import is_gone, running_up
 
 CHAT = "sim-chat"
 HELLO = [{"role": "user", "content": "Hello"}]
-TOKENS, LONGER = 40, 400
+TOKENS = 40
 WITHIN = 20.0
 
 
@@ -78,22 +78,23 @@ def test_a_killed_node_serves_again_and_a_stop_delivers_what_is_running(up, rout
         assert "/local@mini] Task fleet.stream_chat" in process.output  # every line says whose it is
 
 
-def delivered(stream, tokens=TOKENS):
+def delivered(stream):
     for _ in stream:
         pass
-    return stream.response.content == "".join(reply_tokens(HELLO, tokens, tokens=1000))
+    return stream.response.content == "".join(reply_tokens(HELLO, TOKENS, tokens=1000))
 
 
-def test_when_up_is_killed_its_nodes_finish_their_work_and_end_and_another_up_waits_for_that(up, router):
-    with up() as killed:
+def test_when_up_is_killed_its_nodes_finish_their_work_and_end_and_another_up_waits_for_that(up, router, mlx):
+    with up() as killed, mlx.held(at_token=5):
         killed.wait_for("local@mini is ready", WITHIN)
-        stream = router.stream_chat(CHAT, HELLO, max_tokens=LONGER, timeout=WITHIN)
+        stream = router.stream_chat(CHAT, HELLO, max_tokens=TOKENS, timeout=WITHIN)
         next(stream)
         killed.signal(signal.SIGKILL)
         with up() as successor:
             successor.wait_for("local@mini waits until its earlier process has ended", WITHIN)
             assert "local@mini is ready" not in successor.output
-            assert delivered(stream, LONGER)
+            mlx.release()
+            assert delivered(stream)
             assert is_gone(killed)
             assert "local@mini ended\n" in killed.output
             successor.wait_for("local@mini is ready", WITHIN)

@@ -1,10 +1,8 @@
-"""A fleet for a whole module: a real broker, a simulated MLX server, a real node. Every flow runs on both brokers."""
+"""A fleet for a whole module: a simulated MLX server and a real node."""
 
 import pytest
 
-from fleet_worker import Router, Settings
 from fleet_worker.testing import SimulatedMLX, running_node
-from tests.brokers import BROKERS
 from tests.callers import Caller
 
 CHAT, EMBED = "sim-chat", "sim-embed"
@@ -18,12 +16,6 @@ def work(mlx):
 def is_canary(request):
     said = request.body or {}  # its head may have arrived, and not its body
     return said.get("input") == ["canary"] or said.get("messages") == [{"role": "user", "content": "Hi"}]
-
-
-@pytest.fixture(scope="session", params=BROKERS)
-def broker(request):
-    with BROKERS[request.param]() as broker:
-        yield broker
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +35,3 @@ def node(broker, mlx):
 def caller(broker):
     with Caller(broker) as caller:
         yield caller
-
-
-@pytest.fixture
-def router(broker):
-    with Router(Settings(broker_url=broker.url)) as router:
-        yield router

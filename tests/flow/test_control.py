@@ -51,6 +51,7 @@ def asked(mlx, text):
     return any(request.body["messages"][0]["content"] == text for request in work(mlx))
 
 
+@pytest.mark.both_brokers
 def test_a_cancelled_stream_frees_its_slot_within_a_second_and_its_server_stops(caller, model, mlx):
     before = mlx.generated_after_leave
     first = caller.begin(model)
@@ -88,12 +89,13 @@ def test_to_cancel_an_attempt_or_at_another_node_leaves_the_later_attempt_alone(
     assert not asked(mlx, "an attempt too late")
 
 
+@pytest.mark.both_brokers
 def test_what_runs_for_a_router_that_is_gone_is_stopped_and_what_waits_never_starts(
     broker, caller, model, mlx, servers
 ):
     """And what runs for one that listens goes on all the while."""
-    listened = caller.begin(servers[1].models[0], max_tokens=int((ABANDONED_AFTER + 2) / 0.02))
-    with Caller(broker) as gone:
+    listened = caller.begin(servers[1].models[0], max_tokens=20)
+    with servers[1].held(at_token=5), Caller(broker) as gone:
         gone.begin(model)
         gone.submit(model, "asked by a dead router")
         mine = caller.submit(model, max_tokens=2)

@@ -25,11 +25,12 @@ def slow(broker):
 
 
 def test_work_that_expired_in_its_lane_never_reaches_the_server(slow, router, broker):
-    with router.stream_chat(CHAT, HELLO, max_tokens=40, timeout=20) as running:
+    with slow.held(at_token=3), router.stream_chat(CHAT, HELLO, max_tokens=10, timeout=20) as running:
         next(running)
         # A second router, which is gone when the only slot becomes free: nobody waits for this answer.
         with Router(Settings(broker_url=broker.url)) as other, pytest.raises(Expired):
             other.chat(CHAT, HELLO, timeout=0.5)
+        slow.release()
         for _ in running:
             pass
     router.chat(CHAT, HELLO, max_tokens=1, timeout=20)
@@ -97,7 +98,7 @@ def _answer_to(router, changes):
             return envelope
 
     tampered = Tampered.model_construct(**dict(request))
-    flight = session._requests[request.request_id] = InFlightRequest(tampered, None, session)
-    mailbox = flight.join(10)
-    flight.submit()
-    return mailbox.get()
+    in_flight = session._requests[request.request_id] = InFlightRequest(tampered, None, session)
+    buffer = in_flight.join(10)
+    in_flight.submit()
+    return buffer.get()

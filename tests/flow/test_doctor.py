@@ -1,5 +1,7 @@
 """What the doctor sees of a fleet, on both brokers."""
 
+import pytest
+
 from fleet_worker.broker.connection import place_of
 from fleet_worker.ops.broker_checks import broker as check_broker
 from fleet_worker.ops.broker_checks import clock
@@ -8,6 +10,7 @@ from fleet_worker.ops.findings import Finding
 from fleet_worker.settings import Settings
 
 
+@pytest.mark.both_brokers
 def test_the_broker_says_what_it_is(broker):
     settings = Settings(broker_url=broker.url)
     first, *_ = check_broker(settings)
@@ -18,6 +21,7 @@ def test_the_broker_says_what_it_is(broker):
     assert (time.severity, "not compared" in time.found) == ("ok", broker.name == "rabbitmq")
 
 
+@pytest.mark.both_brokers
 def test_a_wrong_password_is_told_from_a_broker_that_is_down(broker):
     settings = Settings(broker_url=broker.url.replace("guest:guest@", "").replace("//", "//operator:hush-hush@", 1))
     (finding,) = check_broker(settings)
@@ -25,6 +29,7 @@ def test_a_wrong_password_is_told_from_a_broker_that_is_down(broker):
     assert "hush" not in str(finding)
 
 
+@pytest.mark.both_brokers
 def test_a_wrong_virtual_host_or_database_is_told(broker):
     url = {"valkey": broker.url.replace("/0", "/99"), "rabbitmq": f"{broker.url}nowhere"}[broker.name]
     (finding,) = check_broker(Settings(broker_url=url))

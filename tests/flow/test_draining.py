@@ -1,23 +1,20 @@
 """Nodes are taken out of service and back while their processes live, and no request notices."""
 
-import os
 import signal
-import subprocess
 import sys
 import time
 import uuid
-from pathlib import Path
 
 import pytest
 
 from fleet_worker import Router, Settings
+from fleet_worker.cli import main
 from fleet_worker.errors import InvalidRequest
 from fleet_worker.ops.drain import DrainControl
 from fleet_worker.protocol.reply import ChatResponse
 from fleet_worker.testing import SimulatedMLX, running_host
 from tests.clients import took_less_than, until
 
-CLI = Path(sys.executable).with_name("fleet-worker")
 WITHIN = 20.0
 
 
@@ -51,17 +48,20 @@ def draining(broker, nodes):
 
 
 @pytest.fixture
-def run(broker, draining):
-    """`fleet-worker ...`: its exit code, and what it prints."""
+def run(broker, draining, monkeypatch, capsys):
+    """`fleet-worker ...`, in this process: its exit code, and what it prints."""
+    monkeypatch.setenv("FLEET_BROKER_URL", broker.url)
 
     def run(*arguments):
-        environ = {**os.environ, "FLEET_BROKER_URL": broker.url}
-        done = subprocess.run([CLI, *arguments], env=environ, capture_output=True, text=True, timeout=30)
-        return done.returncode, done.stdout, done.stderr
+        monkeypatch.setattr(sys, "argv", ["fleet-worker", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code or 0, *capsys.readouterr()
 
     return run
 
 
+@pytest.mark.both_brokers
 def test_two_hundred_requests_while_a_node_is_drained_again_and_again(draining, caller, model):
     """Each is tried once, so that one that a node took and forgot would be missing."""
     requests = []
@@ -74,13 +74,15 @@ def test_two_hundred_requests_while_a_node_is_drained_again_and_again(draining, 
     assert {caller.node(each) for each in requests} == {"one@mini", "two@mini"}
 
 
-def test_a_drained_node_finishes_what_it_has_and_takes_no_more_until_it_is_undrained(run, caller, model, nodes):
-    running = caller.begin(model, max_tokens=400)
-    name = caller.node(running)
-    code, said, _ = run("drain", name)
-    assert (code, said) == (0, f"{name} is drained: it takes no more work, 1 request not finished yet\n")
-    after = [caller.submit(model, max_tokens=2) for _ in range(10)]
-    assert {type(caller.last(each)) for each in [running, *after]} == {ChatResponse}
+def test_a_drained_node_finishes_what_it_has_and_takes_no_more_until_it_is_undrained(run, caller, model, mlx):
+    with mlx.held(at_token=5):
+        running = caller.begin(model, max_tokens=20)
+        name = caller.node(running)
+        code, said, _ = run("drain", name)
+        assert (code, said) == (0, f"{name} is drained: it takes no more work, 1 request not finished yet\n")
+        after = [caller.submit(model, max_tokens=2) for _ in range(10)]
+        assert {type(caller.last(each)) for each in after} == {ChatResponse}
+    assert isinstance(caller.last(running), ChatResponse)
     assert name not in {caller.node(each) for each in after}
     assert run("drain", name, "--wait")[:2] == (0, f"{name} is drained: nothing runs there any more\n")
     code, said, _ = run("undrain", name)
@@ -98,10 +100,11 @@ def test_nodes_answer_at_once_and_leave_their_lanes_after_it(draining, caller, m
         assert [each.drained for each in draining.ask("drain", ["one@mini", "two@mini"])] == [True, True]
 
 
-def test_what_has_not_ended_when_a_drain_has_waited_long_enough_is_handed_over(run, caller, model):
-    running = caller.begin(model)
-    name = caller.node(running)
-    code, said, _ = run("drain", name, "--wait", "0.5")
+def test_what_has_not_ended_when_a_drain_has_waited_long_enough_is_handed_over(run, caller, model, mlx):
+    with mlx.held(at_token=5):
+        running = caller.begin(model)
+        name = caller.node(running)
+        code, said, _ = run("drain", name, "--wait", "0.5")
     assert code == 0
     assert said == f"{name} is drained: nothing runs there any more, 1 request handed over to other nodes\n"
     failure = caller.last(running)
@@ -136,6 +139,7 @@ def test_who_does_not_answer_is_named(run):
     assert [line.split()[1] for line in error.splitlines()] == ["nowhere", "attic"]
 
 
+@pytest.mark.rest
 def test_a_frozen_node_of_a_host_is_named_since_it_takes_work_later(run, nodes):
     nodes["one"].signal(signal.SIGSTOP)
     try:
@@ -150,6 +154,7 @@ def test_a_frozen_node_of_a_host_is_named_since_it_takes_work_later(run, nodes):
         nodes["one"].signal(signal.SIGCONT)
 
 
+@pytest.mark.rest
 def test_a_node_that_has_not_begun_yet_is_named_too(run, broker):
     opted_in = {"FLEET_INSTANCES__LATE__FLEET": '{"enabled": true, "respond_to_requests": true}'}
     with running_host(broker.url, {}, host="attic", env=opted_in):  # only its registry node

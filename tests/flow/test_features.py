@@ -13,7 +13,10 @@ CALL = {"name": "weather", "arguments": {"city": "Paris", "unit": "°C"}}
 SCHEMA = {"type": "json_schema", "json_schema": {"name": "weather", "schema": {"type": "object"}}}
 
 
-@pytest.fixture(scope="module", params=["mlx_lm", "vllm_batched", "mlx_openai"])
+@pytest.fixture(
+    scope="module",
+    params=["mlx_lm", *(pytest.param(name, marks=pytest.mark.rest) for name in ("vllm_batched", "mlx_openai"))],
+)
 def able(request, broker):
     """A server of each kind that thinks, and calls a tool if it is given one."""
     model = f"able-{request.param}"

@@ -14,7 +14,7 @@ from tests.clients import until
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
-pytestmark = pytest.mark.parametrize("broker", ["rabbitmq"], indirect=True)
+pytestmark = [pytest.mark.parametrize("broker", ["rabbitmq"], indirect=True), pytest.mark.both_brokers]
 
 
 @pytest.fixture

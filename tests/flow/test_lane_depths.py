@@ -20,6 +20,8 @@ from fleet_worker.settings import REGISTRY
 from fleet_worker.testing import SimulatedMLX, running_host
 from tests.flow.test_readiness import wait_until
 
+pytestmark = pytest.mark.both_brokers
+
 LEVELS = ("critical", "high", "normal", "low")
 
 

@@ -52,15 +52,22 @@ def reloadable(broker, server, tmp_path):
         yield node, configure
 
 
-def test_a_reload_changes_what_is_offered_and_not_what_is_running(reloadable, router):
-    node, configure = reloadable
-    with router.stream_chat("m", HELLO, max_tokens=100, timeout=30) as stream:
+@pytest.fixture
+def held(router, server):
+    """A stream that is held after some of its 20 tokens until the server releases it."""
+    with server.held(at_token=5), router.stream_chat("m", HELLO, max_tokens=20, timeout=30) as stream:
         next(stream)
-        configure(models={"n": {"backend": "m"}})
-        node.signal(signal.SIGHUP)
-        node.wait_for("serves lane llm.fleet.chat.n", WITHIN)
-        node.wait_for("leaves lane llm.fleet.chat.m", WITHIN)
-        assert len([*stream]) == 99
+        yield stream
+
+
+def test_a_reload_changes_what_is_offered_and_not_what_is_running(reloadable, held, server, router):
+    node, configure = reloadable
+    configure(models={"n": {"backend": "m"}})
+    node.signal(signal.SIGHUP)
+    node.wait_for("serves lane llm.fleet.chat.n", WITHIN)
+    node.wait_for("leaves lane llm.fleet.chat.m", WITHIN)
+    server.release()
+    assert len([*held]) == 19
     assert router.chat("n", HELLO, max_tokens=1, timeout=20).model == "n"
 
 
@@ -76,25 +83,25 @@ def test_a_wrong_configuration_changes_nothing(reloadable, router):
     assert "follows the new configuration" not in node.output
 
 
-def test_what_a_running_node_cannot_change_ends_it_warmly(reloadable, router):
+def test_what_a_running_node_cannot_change_ends_it_warmly(reloadable, held, server):
     node, configure = reloadable
-    with router.stream_chat("m", HELLO, max_tokens=50, timeout=30) as stream:
-        next(stream)
-        configure(models={"m": {}}, limits={"concurrency": 2})
-        node.signal(signal.SIGHUP)
-        assert len([*stream]) == 49
+    configure(models={"m": {}}, limits={"concurrency": 2})
+    node.signal(signal.SIGHUP)
+    node.wait_for("needs a new process", WITHIN)
+    server.release()
+    assert len([*held]) == 19
     assert node.wait(WITHIN) == 75
 
 
-def test_a_node_that_was_asked_to_end_is_not_to_be_started_again_whatever_it_learns_meanwhile(reloadable, router):
+def test_a_node_that_was_asked_to_end_is_not_to_be_started_again_whatever_it_learns_meanwhile(reloadable, held, server):
     node, configure = reloadable
-    with router.stream_chat("m", HELLO, max_tokens=150, timeout=30) as stream:
-        next(stream)
-        node.signal(signal.SIGTERM)
-        configure(models={"m": {}}, limits={"concurrency": 2})
-        node.signal(signal.SIGHUP)
-        node.wait_for("needs a new process", WITHIN)
-        assert len([*stream]) == 149
+    node.signal(signal.SIGTERM)
+    node.wait_for("leaves lane", WITHIN)
+    configure(models={"m": {}}, limits={"concurrency": 2})
+    node.signal(signal.SIGHUP)
+    node.wait_for("needs a new process", WITHIN)
+    server.release()
+    assert len([*held]) == 19
     assert node.wait(WITHIN) == 0
 
 
@@ -102,12 +109,12 @@ ENDED_BY = [(signal.SIGTERM, 0), (signal.SIGINT, 130)]
 
 
 @pytest.mark.parametrize(("number", "exit_code"), ENDED_BY)
-def test_a_signal_ends_a_node_when_its_work_is_done(reloadable, router, number, exit_code):
+def test_a_signal_ends_a_node_when_its_work_is_done(reloadable, held, server, number, exit_code):
     node, _ = reloadable
-    with router.stream_chat("m", HELLO, max_tokens=50, timeout=30) as stream:
-        next(stream)
-        node.signal(number)
-        assert len([*stream]) == 49
+    node.signal(number)
+    node.wait_for("leaves lane", WITHIN)
+    server.release()
+    assert len([*held]) == 19
     assert node.wait(WITHIN) == exit_code
 
 

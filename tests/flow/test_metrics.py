@@ -41,7 +41,7 @@ def in_lane(broker, name):
 
 def test_a_host_shows_its_slots_and_what_waits_and_then_what_it_did(host, broker, router, mlx):
     url, chats = metrics_url(host), lane("chat", CHAT)
-    with ThreadPoolExecutor() as pool:
+    with mlx.held(at_token=50), ThreadPoolExecutor() as pool:
         stream = router.stream_chat(CHAT, PROMPT, max_tokens=150, timeout=60)
         next(stream)
         chatting = [pool.submit(router.chat, CHAT, PROMPT, max_tokens=7, timeout=60) for _ in range(2)]
@@ -51,6 +51,7 @@ def test_a_host_shows_its_slots_and_what_waits_and_then_what_it_did(host, broker
         assert busy[("fleet_lane_depth", ("lane", chats))] == 2
         assert busy[("fleet_lane_served", ("lane", chats))] == busy[("fleet_broker_up",)] == 1
         assert busy[("fleet_instance_ready", NODE)] == busy[("fleet_slots", NODE)] == 1
+        mlx.release()
         list(stream)
         replies = [each.result() for each in chatting]
     router.embed(EMBED, [SECRET], timeout=20)

@@ -28,6 +28,7 @@ def expected(messages, max_tokens):
     return "".join(reply_tokens(messages, max_tokens))
 
 
+@pytest.mark.both_brokers
 def test_a_chat_returns_the_whole_answer_with_its_facts(router, node):
     reply = router.chat(CHAT, HELLO, max_tokens=12, timeout=20)
     assert reply.content == expected(HELLO, 12)
@@ -37,6 +38,7 @@ def test_a_chat_returns_the_whole_answer_with_its_facts(router, node):
     assert 0 < reply.timings.ttft <= reply.timings.duration
 
 
+@pytest.mark.both_brokers
 def test_a_stream_arrives_in_pieces_that_make_the_same_answer(router):
     with router.stream_chat(CHAT, HELLO, max_tokens=20, timeout=20) as stream:
         pieces = [delta.content for delta in stream]
@@ -45,6 +47,7 @@ def test_a_stream_arrives_in_pieces_that_make_the_same_answer(router):
     assert stream.response.finish_reason == "length"
 
 
+@pytest.mark.both_brokers
 def test_an_embedding_keeps_the_order_of_its_texts(router):
     texts = [f"text {number}" for number in range(100)]
     reply = router.embed(EMBED, texts, timeout=20)
@@ -59,6 +62,7 @@ def test_many_short_requests_follow_each_other(router):
         assert router.chat(CHAT, HELLO, max_tokens=1, timeout=10).finish_reason == "length"
 
 
+@pytest.mark.both_brokers
 def test_many_threads_share_one_router(router):
     def ask(number):
         messages = [{"role": "user", "content": f"question {number}"}]
@@ -86,6 +90,7 @@ def test_many_asyncio_tasks_share_one_router(router):
     asyncio.run(everything())
 
 
+@pytest.mark.both_brokers
 def test_a_request_for_one_node_goes_to_it_and_to_no_other(router):
     assert router.chat(CHAT, HELLO, max_tokens=1, node="sim@test", timeout=20).node == "sim@test"
     with pytest.raises(Expired, match="sim@elsewhere did not take the request"):
@@ -157,6 +162,7 @@ def test_a_broker_that_is_not_there_is_said_within_the_connect_timeout():
         router.chat(CHAT, HELLO)
 
 
+@pytest.mark.both_brokers
 def test_a_broker_that_refuses_the_user_is_not_waited_for(broker):
     scheme, _, place = broker.url.partition("://")
     url = f"{scheme}://nobody:hush-hush@{place.rpartition('@')[2]}"

@@ -23,6 +23,7 @@ def mlx_server(port):
     return child("mlx_lm.server", command, {"HF_HUB_OFFLINE": "1"})
 
 
+@pytest.mark.rest
 def test_a_real_server_that_is_killed_and_started_again_is_used_again(tmp_path):
     if problem := platform_problem():
         missing(problem)

@@ -8,7 +8,7 @@ from fleet_worker.protocol.request import Resume
 from tests.brokers import free_port, missing
 from tests.clients import Client
 
-pytestmark = pytest.mark.timeout(300)  # the first run downloads the model
+pytestmark = [pytest.mark.timeout(300), pytest.mark.rest]  # the first run downloads the model
 
 QUESTION = [{"role": "user", "content": "Write a poem about the sea and a storm."}]
 LENGTH = 16

@@ -27,7 +27,7 @@ CHUNK = {"id", "system_fingerprint", "object", "model", "created", "choices"}
 USAGE = {"prompt_tokens", "completion_tokens", "total_tokens", "prompt_tokens_details"}
 
 
-@pytest.fixture(scope="module", params=["simulated", "real"])
+@pytest.fixture(scope="module", params=["simulated", pytest.param("real", marks=pytest.mark.rest)])
 def url(request, tmp_path_factory):
     if request.param == "simulated":
         with SimulatedMLX(flavour="mlx_lm", models=["default"], tokens=9, token_interval=0.01) as server:

@@ -194,7 +194,7 @@ def test_the_manual_of_the_router_s_author_knows_every_error():
 
 
 def test_the_manual_of_the_router_s_author_names_every_field_of_a_body():
-    listed = re.search(r"Body fields of a chat: (.*?)\.\n", text_of("fleet_worker/router/README.md"), re.DOTALL)
+    listed = re.search(r"Body fields of a chat: (.*?)\.\s", text_of("fleet_worker/router/README.md"), re.DOTALL)
     assert set(codes(listed[1])) == ChatParams.model_fields.keys() - {"messages"}
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from array import array
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -898,6 +899,28 @@ def test_a_long_silence_is_cut_short_when_the_client_leaves():
         assert server.counters["generated"] == 0
 
 
+def test_a_held_reply_goes_on_at_its_pace_when_it_is_released():
+    paced = SimulatedMLX(flavour="vllm_batched", token_interval=0.01, tokens=40)
+    with paced as server, server.held(at_token=3), ThreadPoolExecutor(1) as pool:
+        held = pool.submit(chunks, server, max_tokens=20)
+        server.wait_for(lambda s: s.counters["generated"] == 3)
+        assert text_of(chunks(server, max_tokens=3)) == "".join(reply_tokens(HELLO, 3, tokens=40))
+        time.sleep(0.05)
+        assert not held.done()
+        released = time.monotonic()
+        server.release()
+        assert text_of(held.result(5)) == "".join(reply_tokens(HELLO, 20, tokens=40))
+        assert time.monotonic() - released > 0.15
+
+
+def test_a_held_reply_ends_when_its_client_leaves():
+    with SimulatedMLX(flavour="vllm_batched") as server, server.held(at_token=1):
+        connection = connect(server)
+        server.wait_for(lambda s: s.counters["running"] == 1)
+        connection.close()
+        server.wait_for(lambda s: s.counters["running"] == 0)
+
+
 def test_old_requests_are_forgotten():
     """The history is bounded; the totals go on."""
     with SimulatedMLX(history=2) as server:
@@ -942,6 +965,11 @@ def test_the_simulator_runs_as_a_process():
             assert requests[0]["model"] is None
             assert requests[1]["model"] == "two"
             assert client.get("/simulated/counters").json()["requests"] == 3
+            client.post("/simulated/held", json={"at_token": 1}).raise_for_status()
+            with client.stream("POST", "/v1/chat/completions", json={**chat, "stream": True}) as held:
+                client.post("/simulated/held", json={"at_token": None}).raise_for_status()
+                items = payloads("".join(held.iter_text()))
+                assert text_of([item for item in items if item != "[DONE]"]) == "".join(reply_tokens(HELLO, 5))
         process.send_signal(signal.SIGTERM)
         assert process.wait(5) == 0
 

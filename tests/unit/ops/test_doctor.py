@@ -3,7 +3,7 @@ import stat
 
 import pytest
 
-from fleet_worker.ops.doctor import ALWAYS, CHECKS, census, configuration, examine, open_files, sleep_minutes
+from fleet_worker.ops.doctor import ALWAYS, CHECKS, compare_nodes, configuration, examine, open_files, sleep_minutes
 from fleet_worker.ops.findings import exit_code
 from fleet_worker.settings import Settings
 from fleet_worker.testing import worker_toml
@@ -139,25 +139,25 @@ def test_a_configuration_that_cannot_be_used_is_the_first_finding_and_no_broker_
 
 
 def test_nodes_are_counted_by_their_names():
-    (nobody,) = census([])
+    (nobody,) = compare_nodes([])
     assert (nobody.severity, nobody.check, nobody.found) == ("warning", "fleet", "no node answers")
-    (both,) = census(["local@mini-2", "local@mini-1"])
+    (both,) = compare_nodes(["local@mini-2", "local@mini-1"])
     assert (both.severity, both.found) == ("ok", "nodes that answer: 2 (local@mini-1, local@mini-2)")
-    (many,) = census([f"local@mini-{number}" for number in range(10, 100)])
+    (many,) = compare_nodes([f"local@mini-{number}" for number in range(10, 100)])
     assert many.found.startswith("nodes that answer: 90 (local@mini-10, ")
     assert many.found.endswith("local@mini-29, ...)")
 
 
 def test_a_node_of_this_host_that_does_not_answer_is_named():
-    counted, silent = census(["local@mini-1", "registry@mini-2"], ["local@mini-2", "embed@mini-2"])
+    counted, silent = compare_nodes(["local@mini-1", "registry@mini-2"], ["local@mini-2", "embed@mini-2"])
     assert (counted.severity, silent.severity, silent.check) == ("ok", "warning", "fleet")
     assert silent.found == "no answer from this host's local@mini-2, embed@mini-2"
-    (counted,) = census(["local@mini-1", "local@mini-2"], ["local@mini-2"])
+    (counted,) = compare_nodes(["local@mini-1", "local@mini-2"], ["local@mini-2"])
     assert counted.severity == "ok"
 
 
 def test_two_nodes_of_one_name_are_an_error():
-    counted, error = census(["local@mini-1", "local@mini", "local@mini"])
+    counted, error = compare_nodes(["local@mini-1", "local@mini", "local@mini"])
     assert "2 (local@mini, local@mini-1)" in counted.found
     assert (error.severity, error.found) == ("error", "2 nodes are called local@mini")
 

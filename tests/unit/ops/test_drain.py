@@ -1,12 +1,13 @@
 """What drain and undrain print about the answers of nodes, and their exit codes."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 
 from fleet_worker import Settings
 from fleet_worker.ops import drain as module
-from fleet_worker.ops.drain import DrainState, drain, undrain
+from fleet_worker.ops.drain import ASK_EVERY, RELEASE_WITHIN, DrainControl, DrainState, drain, undrain
 
 
 def said(drained=True, running=0, handed_over=0):
@@ -83,3 +84,34 @@ def test_nodes_that_do_not_answer_are_named_whatever_the_others_answer(asked, co
     code, out, error = asked(command, Fleet(said(), silent=["two@mini", "attic"]))
     assert (code, out) == (69, IDLE)
     assert [line.partition(":")[2].split()[0] for line in error.splitlines()] == ["two@mini", "attic"]
+
+
+@pytest.fixture
+def control(monkeypatch):
+    """One that asks a node whose work never ends, by a clock that only moves while it sleeps."""
+    now, asked = [0.0], []
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds))
+    monkeypatch.setattr(module, "time", clock)
+    control = DrainControl(Settings())
+
+    def ask(command, nodes):
+        asked.append((now[0], command, tuple(nodes)))
+        return [said(running=1) for _ in nodes]
+
+    monkeypatch.setattr(control, "ask", ask)
+    control.now, control.asked = clock.monotonic, asked
+    return control
+
+
+@pytest.mark.parametrize(("seconds", "grace"), [(5.0, 5.0), (None, 30.0)])
+def test_work_is_handed_over_after_its_grace_and_waited_for_a_little_longer(control, seconds, grace):
+    (state,) = control.wait([said(running=1)], seconds)
+    assert state.running == 1
+    assert control.now() == pytest.approx(grace + RELEASE_WITHIN, abs=2 * ASK_EVERY)
+    first = next(when for when, command, nodes in control.asked if command == "hand_over" and nodes)
+    assert first == pytest.approx(grace, abs=ASK_EVERY)
+
+
+def test_a_node_without_work_is_not_waited_for(control):
+    assert list(control.wait([said(), said(drained=False, running=3)], 5.0)) == [said(), said(drained=False, running=3)]
+    assert control.now() == 0.0

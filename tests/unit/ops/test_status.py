@@ -5,7 +5,7 @@ from rich.console import Console
 
 from fleet_worker.ops.snapshot import LaneStatus, Snapshot
 from fleet_worker.ops.status import NO_LANES, NO_REGISTRY_NODE, UNSERVED, tables
-from fleet_worker.ops.terminal import FITS_A_TABLE, UNLIMITED
+from fleet_worker.ops.terminal import FITS_A_TABLE, UNLIMITED, output
 from fleet_worker.protocol.status import InstanceStatus
 from fleet_worker.registry.view import Offered
 
@@ -82,6 +82,15 @@ def test_every_row_is_one_line_without_a_width():
     assert [EMBED, "3", "75s", "0", *UNSERVED.split()] in lines
     assert [CHAT, "12", "3.2s", "2"] in lines
     assert f"embed@mini-7 is unavailable: {WHY}".split() in lines
+
+
+def test_a_file_has_no_width(capsys, monkeypatch):
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    monkeypatch.setenv("COLUMNS", "40")
+    output().print(tables(FLEET))
+    assert [EMBED, "3", "75s", "0", *UNSERVED.split()] in [
+        line.split() for line in capsys.readouterr().out.splitlines()
+    ]
 
 
 def test_the_top_lines_are_a_summary():

@@ -1,1 +1,0 @@
-from tests.flow.conftest import broker, router  # noqa: F401 - fixtures
