@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 LISTENS_WITHIN = 2.0
 """Seconds that a starting worker waits until it receives commands; the broker may be away again."""
+CLOSED_WITHIN = 2.0
+"""Seconds that an ending worker waits until the connection is closed."""
 
 Subscription = tuple[Callable[[Transport], Queue], Callable[[Any], object]]
 """A function that returns a new queue of a fanout, and one that is called with each message."""
@@ -81,7 +83,7 @@ class ControlListener:
                     listener._thread.worked.wait(LISTENS_WITHIN)
 
             def shutdown(self, consumer: Any) -> None:
-                listener.close()
+                listener.close(CLOSED_WITHIN)  # or Redis would keep the name of its control queue
 
         return RemoteControl
 
@@ -95,7 +97,7 @@ class ControlListener:
         hear(connection, 0.01)  # only now kombu's Redis transport subscribes
         self._thread.works()
         while not self._thread.closed.is_set():
-            hear(connection, 1.0)
+            hear(connection, 0.5)
             prove(connection, channel)
             has_commands = has_commands or self._consume_commands(connection)
 
