@@ -6,6 +6,7 @@ import contextlib
 import re
 import socket
 import ssl
+import time
 from typing import Any
 
 from amqp.exceptions import AccessRefused, AMQPError, MessageNacked, NotAllowed, RecoverableConnectionError
@@ -164,12 +165,10 @@ def prove(connection: Connection, channel: Any) -> None:
     """
     if not isinstance(channel, RedisChannel):
         connection.heartbeat_check()
-        return
-    subscriber = channel.subclient  # redis-py counts the PINGs on it that are not answered
-    if subscriber.health_check_response_counter > ANSWER_WITHIN:
+    elif time.monotonic() - channel.subclient.connection.next_health_check > ANSWER_WITHIN:
         raise ConnectionResetError("the broker does not answer")
-    subscriber.connection.health_check_interval = 1
-    subscriber.check_health()
+    else:
+        channel.subclient.check_health()  # send PING if nothing was read for `health_check_interval` seconds
 
 
 def hang_up(connection: Connection) -> None:

@@ -88,6 +88,7 @@ class ControlListener:
         return RemoteControl
 
     def _listen(self, connection: Connection) -> None:
+        connection.transport_options = {**connection.transport_options, "health_check_interval": 1}
         channel = open_channel(connection)
         for queue, receive in self._subscriptions:
             Consumer(channel, [queue(self._transport)], on_message=receive, no_ack=True).consume()

@@ -46,8 +46,8 @@ USED = [
     (VIRTUAL, "Channel", "_restore_at_beginning", ["QoS"], GIVEN_BACK),
     (VIRTUAL, "Channel", "do_restore", ["QoS"], "a lost connection starts all running tasks a second time"),
     ("redis.client", "PubSub", "check_health", ["PubSub"], SILENT),
-    ("redis.client", "PubSub", "health_check_response_counter", ["PubSub"], SILENT),
-    ("redis.client", None, "health_check_interval", ["PubSub"], SILENT),
+    ("redis.client", None, "next_health_check", ["PubSub"], SILENT),
+    ("redis.connection", "AbstractConnection", "next_health_check", ["AbstractConnection"], SILENT),
     ("redis.connection", "BlockingConnectionPool", "pool", ["BlockingConnectionPool"], SHARED),
     (
         "redis.connection",
