@@ -70,11 +70,6 @@ class Valkey:
         with redis.Redis.from_url(self.url) as client:
             client.client_kill_filter(_type="normal", skipme=True)
 
-    def connections(self) -> int:
-        """The number of connections that clients hold."""
-        with redis.Redis.from_url(self.url) as client:
-            return len(client.client_list()) - 1
-
     def endless_reply_queues(self) -> list[str]:
         """Reply queues that no time to live will remove."""
         with redis.Redis.from_url(self.url) as client:
@@ -149,9 +144,6 @@ class RabbitMQ:
 
     def drop_connections(self) -> None:
         self._control("close_all_connections", "dropped by a test")
-
-    def connections(self) -> int:
-        return len(json.loads(self._control("list_connections", "pid", "--formatter", "json", "--silent")))
 
     def endless_reply_queues(self) -> list[str]:
         queues = json.loads(self._control("list_queues", "name", "arguments", "--formatter", "json", "--silent"))
