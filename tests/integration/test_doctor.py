@@ -152,6 +152,7 @@ def test_a_broker_that_is_down_is_an_error_at_once(configured, mlx, monkeypatch)
     assert ("ok", "instances.local") in {finding[:2] for finding in found}
 
 
+@pytest.mark.rest
 def test_a_frozen_broker_and_a_frozen_server_are_told_in_time(configured, valkey):
     with closing(socket.create_server(("127.0.0.1", 0))) as frozen:
         configured(base_url=f"http://127.0.0.1:{frozen.getsockname()[1]}")
