@@ -61,6 +61,11 @@ class Valkey:
     def stop(self) -> None:
         self._server.stop()
 
+    def connections(self) -> set[str]:
+        """The ids of all open connections."""
+        with redis.Redis.from_url(self.url, single_connection_client=True) as client:
+            return {each["id"] for each in client.client_list()} - {str(client.client_id())}
+
     def drop_connections(self) -> None:
         with redis.Redis.from_url(self.url) as client:
             client.client_kill_filter(_type="normal", skipme=True)
@@ -132,6 +137,10 @@ class RabbitMQ:
 
     def stop(self) -> None:
         self._server.stop(grace=30)
+
+    def connections(self) -> set[str]:
+        """The ids of all open connections."""
+        return set(self._control("list_connections", "pid", "--no-table-headers", "--silent").split())
 
     def drop_connections(self) -> None:
         self._control("close_all_connections", "dropped by a test")

@@ -81,7 +81,8 @@ class Worker(celery_worker.Worker):  # type: ignore[misc]
         return {**super().prepare_args(**options), "without_gossip": True, "without_mingle": True}
 
     def install_platform_tweaks(self, worker: Any) -> None:
-        """Handle signals as Celery does, but leave SIGTERM and SIGHUP to `Lifecycle`.
+        """Handle signals as Celery does, except that `Lifecycle` handles SIGTERM and SIGHUP, and that no signal starts
+        a debugger.
 
         Celery's handler of SIGTERM would stop listening to the broker at once, that of SIGHUP replace the process.
         """

@@ -103,7 +103,8 @@ class DrainControl:
         for name in names:
             nodes = [name] if "@" in name else [node for node in of_hosts if node.partition("@")[2] == name]
             found += nodes
-            self.silent += [] if nodes else [name]
+            if not nodes:
+                self.silent.append(name)
         return list(dict.fromkeys(found))
 
     def ask(self, command: str, nodes: Sequence[str]) -> list[DrainState]:
@@ -126,14 +127,12 @@ class DrainControl:
         begun = time.monotonic()
         while states:
             elapsed = time.monotonic() - begun
-            working = {
-                each: elapsed - (each.grace if seconds is None else seconds) for each in states if each.is_working
-            }
-            stuck = [each for each, late in working.items() if late >= RELEASE_WITHIN]
-            yield from (each for each in states if each not in working or each in stuck)
-            self.ask("hand_over", [each.node for each, late in working.items() if late >= 0])
+            late = {each: elapsed - (each.grace if seconds is None else seconds) for each in states}
+            working = [each for each in states if each.is_working and late[each] < RELEASE_WITHIN]
+            yield from (each for each in states if each not in working)
+            self.ask("hand_over", [each.node for each in states if each.is_working and late[each] >= 0])
             time.sleep(ASK_EVERY if working else 0)
-            states = self.ask("drained", [each.node for each in working if each not in stuck])
+            states = self.ask("drained", [each.node for each in working])
 
     def _nodes_of(self, hosts: Sequence[str]) -> list[str]:
         if not hosts:

@@ -131,13 +131,11 @@ class RegistryNode:
             for kind in KINDS
         }
 
-        @self._app.task(name="registry.publish_readiness", ignore_result=True, shared=False)  # type: ignore[untyped-decorator]
-        def publish_readiness() -> None:
-            self._publisher.publish("readiness")
+        for kind in KINDS:
 
-        @self._app.task(name="registry.publish_models", ignore_result=True, shared=False)  # type: ignore[untyped-decorator]
-        def publish_models() -> None:
-            self._publisher.publish("models")
+            @self._app.task(name=f"registry.publish_{kind}", ignore_result=True, shared=False)  # type: ignore[untyped-decorator]
+            def publish(kind: str = kind) -> None:
+                self._publisher.publish(kind)
 
     def _answering_step(self) -> type[bootsteps.ConsumerStep]:
         """A new router asks all hosts for their status."""

@@ -1,121 +1,127 @@
-"""How much may wait in a lane: what is too much for it is refused before it is sent."""
+"""How many requests may wait in a lane: a request beyond that is refused before it is sent."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
-from celery import Celery
+from kombu import Producer
 
-from fleet_worker.broker import queue_depth as lane_depths
-from fleet_worker.broker.connection import BROKER_ERRORS, connect
+from fleet_worker.broker import queue_depth
+from fleet_worker.broker.connection import BROKER_ERRORS
 from fleet_worker.broker.topology import EXCHANGE, Transport
-from fleet_worker.errors import FleetSaturated
+from fleet_worker.errors import Cancelled, FleetSaturated
 from fleet_worker.protocol.request import Priority
 
 ANSWER_WITHIN = 1.0
-"""Seconds that the broker has for each answer, and for which it is left alone if it did not give one."""
-NEAR_EVERY = 0.25
-FAR_EVERY = 1.0
-"""Seconds between two looks at one lane: while half of what may wait does, perhaps; and while it is less."""
-LANE_KNOWN = 0.25
-"""Seconds for which one look at a lane is enough for all that wait in it: there may be a thousand of them."""
-IN_ANY_ORDER = 1.0
-"""Seconds in which requests may come into a lane, and out of it, in another order than they were sent in."""
+"""Seconds that the broker has for an answer; if it gave none, it is not asked again for as long."""
+ASK_EVERY_NEAR = 0.25
+ASK_EVERY_FAR = 1.0
+"""Seconds between two questions about one lane: when it may be half full or fuller, and when it is less."""
+DEPTH_IS_FRESH = 0.25
+"""Seconds for which one answer serves all requests that wait in a lane: there may be a thousand of them."""
+REORDERED_WITHIN = 1.0
+"""Seconds within which requests may enter and leave a lane in another order than they were sent in."""
 SMOOTHING = 0.2
-"""The weight of the newest queue wait among all of them."""
-SOONEST, LATEST, UNKNOWN = 0.1, 60.0, 1.0
-"""Bounds of `retry_after`, and what it is when no request of this router was taken from that lane yet: seconds."""
+"""The weight of the newest queue wait in the average."""
+RETRY_AFTER_MIN, RETRY_AFTER_MAX, RETRY_AFTER_UNKNOWN = 0.1, 60.0, 1.0
+"""Bounds of `retry_after` in seconds, and its value while no request of this router was accepted from that lane."""
 
 
 @dataclass(slots=True)
 class _Lane:
     depth: int | None = None
-    """As the broker said when it was asked last; None if it did not say."""
+    """The broker's last answer; None if it gave none."""
     sent: int = 0
-    """By this router since then; nodes may have taken it at once, so that it never waited."""
+    """Requests that this router has sent since then. A free node may have accepted some at once."""
     asked_at: float = float("-inf")
     queue_wait: float | None = None
+    """Smoothed seconds."""
     full_since: float | None = None
-    """When the broker first said so, if it has said nothing else since."""
-    taken_at: float = float("-inf")
-    """When a node last took a request of this router."""
-    served: dict[Priority, float] = field(default_factory=dict)
-    """When the latest of those that were taken was sent."""
+    """Time of the first answer that said so, if all since have said the same."""
+    accepted_at: float = float("-inf")
+    """When a node last accepted a request of this router."""
+    latest_accepted: dict[Priority, float] = field(default_factory=dict)
+    """Of those that were accepted: when the one that was sent last was sent."""
 
     @property
-    def most(self) -> int:
-        """So many wait, or fewer."""
+    def max_depth(self) -> int:
         return (self.depth or 0) + self.sent
 
 
 class Admission:
-    """What waits in the lanes that a router sends to. Safe for any number of threads.
+    """Knows how many requests wait in the lanes that this router sends to. Safe for any number of threads.
 
-    The broker is asked now and then, on a connection of its own, which is opened at the first need; what this router
-    sends makes it be asked earlier, but only the broker's word refuses anything. A broker that does not answer holds
-    nobody up: the submission itself finds out what is wrong. The bound is not exact: what several threads or routers
-    send at the same moment may go beyond it.
+    It asks the broker now and then, on a connection that it borrows from `producer`. What this router sends only makes
+    it ask earlier; a request is refused only on the broker's answer. A broker that does not answer delays nothing: the
+    submission finds out what is wrong. The bound is not exact: several threads or routers that send at the same time
+    may exceed it.
     """
 
-    def __init__(self, app: Celery, transport: Transport, *, max_waiting: int) -> None:
+    def __init__(
+        self,
+        producer: Callable[[float], AbstractContextManager[Producer]],
+        transport: Transport,
+        *,
+        max_waiting: int,
+    ) -> None:
+        self._producer = producer
         self._transport = transport
         self._max_waiting = max_waiting
-        self._connection = app.connection_for_read()
         self._asking = threading.Lock()
-        """Of whoever uses the connection."""
-        self._closed = False
+        """One thread asks at a time."""
         self._silent_until = float("-inf")
         self._lanes: OrderedDict[str, _Lane] = OrderedDict()
-        self._changing = threading.Lock()
+        self._lock = threading.Lock()
 
     def admit(self, lane: str) -> None:
         """Count a request that is about to be sent.
 
         Raises:
-            FleetSaturated: `max_waiting` requests wait in that lane; `metadata["retry_after"]` is the seconds until
-                there is room for one more, estimated by how fast the lane was served until now.
+            FleetSaturated: `max_waiting` requests wait in that lane. `metadata["retry_after"]` is the estimated number
+                of seconds until there is room for one more.
         """
-        if self._due(lane) and self._asking.acquire(blocking=False):
+        if self._is_due(lane) and self._asking.acquire(blocking=False):
             try:
                 self._ask(lane, ANSWER_WITHIN)
             finally:
                 self._asking.release()
-        with self._changing:
+        with self._lock:
             known = self._known(lane)
             if known.depth is not None and known.depth >= self._max_waiting:
                 raise self._saturated(lane, known)
             known.sent += 1
 
     def accepted(self, lane: str, queue_wait: float, priority: Priority, sent_at: float) -> None:
-        """Note that a node has taken a request that this router sent at that monotonic time, and that it had waited in
-        that lane for so many seconds."""
-        with self._changing:
+        """A node accepted a request that this router had sent at `sent_at`, after it waited `queue_wait` seconds."""
+        with self._lock:
             known = self._known(lane)
             before = queue_wait if known.queue_wait is None else known.queue_wait
             known.queue_wait = before + SMOOTHING * (queue_wait - before)
-            known.taken_at = time.monotonic()
-            known.served[priority] = max(sent_at, known.served.get(priority, sent_at))
+            known.accepted_at = time.monotonic()
+            known.latest_accepted[priority] = max(sent_at, known.latest_accepted.get(priority, sent_at))
 
-    def waits(self, lane: str, priority: Priority, sent_at: float, timeout: float) -> bool | None:
-        """Tell whether a request that was sent at that monotonic time may still be in its lane; None if the broker does
-        not say within `timeout` seconds.
+    def is_queued(self, lane: str, priority: Priority, sent_at: float, timeout: float) -> bool | None:
+        """Return whether a request that was sent at `sent_at` may still be in its lane; None if the broker does not
+        answer within `timeout` seconds.
 
-        It is not if the lane is empty, or if one that was sent later was taken: lanes are first in, first out.
+        It is not if the lane is empty, or if a node accepted one that was sent later: lanes are first in, first out.
         """
-        depth = self.depth(lane, timeout, max_age=LANE_KNOWN)
+        depth = self.depth(lane, timeout, max_age=DEPTH_IS_FRESH)
         if depth is None:
             return None
-        with self._changing:
-            overtaken = self._known(lane).served.get(priority, sent_at) > sent_at + IN_ANY_ORDER
+        with self._lock:
+            overtaken = self._known(lane).latest_accepted.get(priority, sent_at) > sent_at + REORDERED_WITHIN
         return depth > 0 and not overtaken
 
     def depth(self, lane: str, timeout: float = ANSWER_WITHIN, *, max_age: float = 0.0) -> int | None:
-        """Ask how many requests wait in a lane, unless somebody has in the last `max_age` seconds; None if the broker
-        does not tell within `timeout` seconds, which may become twice that while another thread asks."""
-        with self._changing:
+        """Return how many requests wait in a lane, by an answer that is at most `max_age` seconds old; None if the
+        broker does not answer within `timeout` seconds, or twice that while another thread asks."""
+        with self._lock:
             known = self._known(lane)
             if time.monotonic() < known.asked_at + max_age:
                 return known.depth
@@ -126,68 +132,60 @@ class Admission:
         finally:
             self._asking.release()
 
-    def close(self) -> None:
-        """Nothing is asked any more, and everything admitted."""
-        with self._asking:
-            self._closed = True
-            self._connection.release()
-
-    def _due(self, lane: str) -> bool:
-        with self._changing:
+    def _is_due(self, lane: str) -> bool:
+        with self._lock:
             known, now = self._known(lane), time.monotonic()
-            every = NEAR_EVERY if 2 * known.most >= self._max_waiting else FAR_EVERY
-            if (known.depth or 0) < self._max_waiting <= known.most:
-                every = 0.0  # before anybody is refused
+            every = ASK_EVERY_NEAR if 2 * known.max_depth >= self._max_waiting else ASK_EVERY_FAR
+            if (known.depth or 0) < self._max_waiting <= known.max_depth:
+                every = 0.0  # it may have become full
             return now >= max(known.asked_at + every, self._silent_until)
 
     def _ask(self, lane: str, timeout: float) -> int | None:
-        """What is sent in the meantime is counted on top of the answer."""
-        with self._changing:
+        with self._lock:
             before = self._known(lane).sent
-        depth = None if self._closed else self._told(lane, timeout)
-        with self._changing:
+        depth = self._ask_broker(lane, timeout)
+        with self._lock:
             known = self._known(lane)
             known.asked_at = time.monotonic()
-            known.depth, known.sent = depth, known.sent - before
+            known.depth, known.sent = depth, known.sent - before  # requests sent meanwhile are not in the answer
             if depth is not None:
                 known.full_since = (known.full_since or known.asked_at) if depth >= self._max_waiting else None
         return depth
 
-    def _told(self, lane: str, timeout: float) -> int | None:
+    def _ask_broker(self, lane: str, timeout: float) -> int | None:
         try:
-            channel = connect(self._connection, timeout).default_channel
-            return lane_depths.depth(channel, self._transport, lane)
-        except BROKER_ERRORS:
-            self._connection.collect()
+            with self._producer(timeout) as producer:
+                return queue_depth.depth(producer.channel, self._transport, lane)
+        except (*BROKER_ERRORS, Cancelled):
             self._silent_until = time.monotonic() + ANSWER_WITHIN
             return None
 
     def _known(self, lane: str) -> _Lane:
         known = self._lanes.setdefault(lane, _Lane())
         self._lanes.move_to_end(lane)
-        if len(self._lanes) > lane_depths.MOST_LANES:
+        if len(self._lanes) > queue_depth.MOST_LANES:
             self._lanes.popitem(last=False)
         return known
 
     def _saturated(self, lane: str, known: _Lane) -> FleetSaturated:
         retry_after = self._room_after(known)
         text = (
-            f"{known.depth} requests wait for {_what(lane)}, and no more than {self._max_waiting} may "
+            f"{known.depth} requests wait for {_subject(lane)}, and no more than {self._max_waiting} may "
             f"(router.max_waiting): try again in {retry_after:g} s, or let more nodes serve it"
         )
         return FleetSaturated(text, retry_after=retry_after)
 
     def _room_after(self, known: _Lane) -> float:
-        """By Little's law: where `depth` requests wait for `queue_wait` seconds each, depth / queue_wait leave in each
-        second. But it will not be sooner than it has lasted already."""
+        """Estimate by Little's law: if `depth` requests wait `queue_wait` seconds each, depth / queue_wait leave per
+        second. But a lane that is full for longer than that will stay full for as long again."""
         depth, now = known.depth or 1, time.monotonic()
-        by_speed = UNKNOWN
+        estimate = RETRY_AFTER_UNKNOWN
         if known.queue_wait is not None:
-            by_speed = (depth - self._max_waiting + 1) * known.queue_wait / depth
-        lasted = now - max(known.full_since or now, known.taken_at)
-        return round(min(max(by_speed, lasted, SOONEST), LATEST), 3)
+            estimate = (depth - self._max_waiting + 1) * known.queue_wait / depth
+        full_for = now - max(known.full_since or now, known.accepted_at)
+        return round(min(max(estimate, full_for, RETRY_AFTER_MIN), RETRY_AFTER_MAX), 3)
 
 
-def _what(lane: str) -> str:
+def _subject(lane: str) -> str:
     capability, _, model = lane.removeprefix(f"{EXCHANGE.name}.").partition(".")
     return "that node" if capability == "node" else f"{capability} of {model}"

@@ -19,11 +19,10 @@ node is asked to send it again; the attempt fails if it does not come within `GA
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
-
-from tenacity import RetryCallState, wait_exponential, wait_random
 
 from fleet_worker.errors import FleetError, NodeLost, PoisonSuspected, ReplyLost, StreamInterrupted
 from fleet_worker.protocol.openai import ChatParams
@@ -48,7 +47,6 @@ MAX_DEATHS = 2
 """If so many instances died while they had a request, the request is taken for the cause."""
 GAP_CLOSES_WITHIN = 1.5
 """Seconds to wait for a missing frame after a later one has arrived."""
-_BACK_OFF = wait_exponential(multiplier=0.1, max=5.0) + wait_random(max=0.1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +158,7 @@ class Attempts:
         return self.fail(NodeLost("no node took the request: its message, or the node that it was for, is gone"), now)
 
     def fail(self, error: FleetError, now: float, *, orphaned: bool = True) -> list[Effect]:
-        """End this attempt. `orphaned` says that a node may still work on it."""
+        """End this attempt. If `orphaned`, a node may still work on it."""
         effects = self._close_attempt(error.code, orphaned=orphaned)
         self._deaths += error.metadata.get("instance_died") is True or (
             isinstance(error, NodeLost) and self.node is not None
@@ -183,23 +181,18 @@ class Attempts:
         return self.request
 
     def give_up(self, error: FleetError) -> list[Effect]:
-        """End the request with this error, unless it has ended: nobody waits for it, or its time is over."""
+        """End the request with this error, unless it has ended already."""
         if self.state == "ended":
             return []
         effects = [] if self.state == "pausing" else self._close_attempt(error.code, orphaned=True)
         return [*effects, self._end(self._failure(error))]
 
     def pack(self) -> int:
-        """Merge what was delivered into one frame; return about how many characters the whole answer has."""
+        """Merge what was delivered into one frame; return how many characters of JSON the whole answer has."""
         if len(self.delivered) > 1:
             whole = Delta.model_validate(join(self._deltas()))
             self.delivered = [self.delivered[-1].model_copy(update={"deltas": [whole]})]
-        if isinstance(self.last, EmbedResponse):
-            return sum(map(len, self.last.data))
-        pieces: list[Delta | ChatResponse] = list(self._deltas())
-        if isinstance(self.last, ChatResponse):
-            pieces.append(self.last)
-        return sum(len(f"{each.content}{each.reasoning}{each.tool_calls}") for each in pieces)
+        return sum(len(frame.model_dump_json()) for frame in (*self.delivered, self.last) if frame)
 
     def report(self, code: str | None = None) -> list[dict[str, Any]]:
         """Return all attempts, for the metadata of an error; with a code also the present one, as ended by that."""
@@ -277,7 +270,9 @@ class Attempts:
 
 def _pause_before(attempt: int, error: FleetError) -> float:
     """Return the seconds to wait: exponential with jitter, or as long as a busy server asks for."""
-    state = RetryCallState(None, None, (), {})  # type: ignore[arg-type]
-    state.attempt_number = attempt - 1
     asked = error.metadata.get("retry_after")
-    return max(float(_BACK_OFF(state)), float(asked) if isinstance(asked, int | float) else 0.0)
+    return max(_back_off(attempt), float(asked) if isinstance(asked, int | float) else 0.0)
+
+
+def _back_off(attempt: int) -> float:
+    return min(0.1 * 2.0 ** (attempt - 2), 5.0) + random.uniform(0.0, 0.1)  # noqa: S311 - not a secret

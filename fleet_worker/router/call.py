@@ -1,47 +1,51 @@
-"""A request and its answer, as a thread or an asyncio task holds them: submitted on entering, read, left behind on
-leaving."""
+"""A request and its answer as one reader uses them: a thread or an asyncio task."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import queue
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Self, cast
+from typing import TYPE_CHECKING, Self, cast
 
 from fleet_worker.errors import Cancelled, Expired, FleetError
-from fleet_worker.protocol.reply import ChatResponse, Delta, Deltas, EmbedResponse, Failure, Frame, join
-from fleet_worker.router.in_flight import InFlightRequest
-from fleet_worker.router.reply_buffer import ReplyBuffer
+from fleet_worker.protocol.reply import ChatResponse, Delta, Deltas, Failure, Frame, join
+
+if TYPE_CHECKING:
+    from fleet_worker.router.in_flight import InFlightRequest
 
 THREAD_ENDS_WITHIN = 0.2
-"""Seconds after the deadline in which a thread that sends a request says itself why that was too late."""
+"""Seconds after the deadline within which the thread that sends a request reports itself why it is too late."""
 
 
 class Call:
-    """One reader of one flight. Who leaves it, or forgets it, before its end does not want the rest.
+    """One reader of one request. Entering it submits the request; leaving or forgetting it before its end cancels it.
 
-    `take_off` is given the monotonic time at which `timeout` seconds are over, counted from the entering; it returns
-    the flight, which may be under way already, and the mailbox that this reader has in it.
+    `start` is called once, with the deadline (time.monotonic() seconds): `timeout` seconds after the first entering. It
+    returns the request, which may be in flight already, and this reader's buffer.
     """
 
-    def __init__(self, take_off: Callable[[float], tuple[InFlightRequest, ReplyBuffer]], timeout: float) -> None:
-        self._take_off = take_off
+    def __init__(self, start: Callable[[float], tuple[InFlightRequest, ReplyBuffer]], timeout: float) -> None:
+        self._start = start
         self._timeout = timeout
         self._deadline: float | None = None
         self._entering = threading.Lock()
-        self._flight: InFlightRequest | None = None
-        self._mailbox: ReplyBuffer | None = None
+        self._request: InFlightRequest | None = None
+        self._buffer: ReplyBuffer | None = None
         self._error: FleetError | None = None
+        """What ended it; reading it raises this on every call."""
+        self._cancelled = False
 
     def __enter__(self) -> Self:
         deadline = self._begin()
-        if self._mailbox is None:
+        if self._buffer is None:
             with self._entering:
-                if self._mailbox is None:
+                if self._buffer is None:
                     self._submit(deadline)
         return self
 
@@ -50,11 +54,11 @@ class Call:
 
     async def __aenter__(self) -> Self:
         left = self._begin() - time.monotonic()
-        if self._mailbox is None:
+        if self._buffer is None:
             try:
                 async with asyncio.timeout(left + THREAD_ENDS_WITHIN):
                     await asyncio.to_thread(self.__enter__)
-            except asyncio.CancelledError:  # but that thread goes on
+            except asyncio.CancelledError:  # the thread goes on until the request is sent
                 self.cancel()
                 raise
             except TimeoutError:
@@ -70,28 +74,29 @@ class Call:
         self.cancel()
 
     def cancel(self) -> None:
-        """Want nothing more, from any thread: reading it raises `Cancelled` from now on."""
-        self._error = self._error or Cancelled("the request was cancelled by its caller")
-        if self._flight and self._mailbox:
-            self._flight.leave(self._mailbox)
+        """Cancel, from any thread: from now on reading it raises `Cancelled`."""
+        self._cancelled = True
+        if self._request and self._buffer:
+            self._request.leave(self._buffer)
 
     def frame(self) -> Frame:
-        """Return the next frame of the answer; raises the error that ended it, every time."""
+        """Return the next frame of the answer; raises the error that ended it, on every call."""
         self._raise_again()
         try:
-            return self._content(self._box.get())
+            return self._checked(self._entered.get())
         except queue.Empty:
-            raise self._late() from None
+            raise self._timed_out() from None
         except KeyboardInterrupt:
             self.cancel()
             raise
 
     async def aframe(self) -> Frame:
+        """As `frame`, awaitable."""
         self._raise_again()
         try:
-            return self._content(await self._box.aget())
+            return self._checked(await self._entered.aget())
         except queue.Empty:
-            raise self._late() from None
+            raise self._timed_out() from None
         except asyncio.CancelledError:
             self.cancel()
             raise
@@ -104,49 +109,49 @@ class Call:
     def _submit(self, deadline: float) -> None:
         self._raise_again()
         try:
-            self._flight, self._mailbox = self._take_off(deadline)
+            self._request, self._buffer = self._start(deadline)
         except FleetError as error:
             self._error = self._error or error
             raise
-        forgotten = weakref.finalize(self, self._flight.leave, self._mailbox)
-        forgotten.atexit = False
-        if self._error:  # cancelled meanwhile
+        when_forgotten = weakref.finalize(self, self._request.leave, self._buffer)
+        when_forgotten.atexit = False
+        if self._cancelled:  # meanwhile
             self.cancel()
 
-    def result(self) -> ChatResponse | EmbedResponse:
-        return cast(ChatResponse | EmbedResponse, self.frame())
-
-    async def aresult(self) -> ChatResponse | EmbedResponse:
-        return cast(ChatResponse | EmbedResponse, await self.aframe())
-
     @property
-    def _box(self) -> ReplyBuffer:
-        if self._mailbox is None:
+    def _entered(self) -> ReplyBuffer:
+        if self._buffer is None:
             raise RuntimeError("the request was not submitted: use it in a with block, or iterate it")
-        return self._mailbox
+        return self._buffer
 
     def _raise_again(self) -> None:
-        if self._error:
-            raise self._error
+        if error := self._ended_by():
+            raise error
 
-    def _content(self, frame: Frame) -> Frame:
-        if self._error is None and isinstance(frame, Failure):
-            self._error = frame.error()
+    def _ended_by(self) -> FleetError | None:
+        if self._cancelled and self._error is None:
+            self._error = Cancelled("the request was cancelled by its caller")
+        return self._error
+
+    def _checked(self, frame: Frame) -> Frame:
+        if isinstance(frame, Failure) and not self._cancelled:
+            self._error = self._error or frame.error()
         self._raise_again()
         return frame
 
-    def _late(self) -> FleetError:
-        if self._error is None and self._flight:
-            self._error = self._flight.late(self._timeout)
+    def _timed_out(self) -> FleetError:
+        if self._request and not self._cancelled:
+            self._error = self._error or self._request.timed_out(self._timeout)
         self.cancel()
-        return cast(FleetError, self._error)
+        return cast(FleetError, self._ended_by())
 
 
 class ChatStream:
-    """A streamed answer: iterate it for its deltas; then `response` is the whole, as `Router.chat` returns it.
+    """A streamed answer. Iterate it for its deltas; then `response` is the whole answer, as `Router.chat` returns it.
 
-    Works with `with` and `for`, and with `async with` and `async for`, for one reader. Nothing is sent before it is
-    entered or iterated. An error ends it; what arrived before was yielded.
+    For one reader: `with` and `for`, or `async with` and `async for`. The request is sent when the stream is entered or
+    first iterated. Leaving it before its end cancels the request. An error is raised after all deltas that arrived
+    before it.
     """
 
     def __init__(self, call: Call) -> None:
@@ -193,13 +198,13 @@ class ChatStream:
 
     @property
     def response(self) -> ChatResponse:
-        """The whole answer, once the stream has ended."""
+        """The whole answer; raises `RuntimeError` before the stream has ended."""
         if self._response is None:
             raise RuntimeError("the stream has not ended: iterate it to its end first")
         return self._response
 
     def cancel(self) -> None:
-        """Want nothing more, from any thread: the node stops, and reading this raises `Cancelled`."""
+        """Cancel, from any thread: the node stops, and reading the stream raises `Cancelled`."""
         self._call.cancel()
 
     def _take(self, frame: Frame) -> None:
@@ -208,3 +213,62 @@ class ChatStream:
             self._ready.extend(frame.deltas)
         else:
             self._response = cast(ChatResponse, frame).model_copy(update=join(self._deltas))
+
+
+class ReplyBuffer:
+    """A bounded queue. Any thread puts; its reader, a thread or an asyncio task, gets."""
+
+    def __init__(self, *, deadline: float, max_buffered: int) -> None:
+        self.deadline = deadline
+        self._max_buffered = max_buffered
+        self._buffered = 0
+        self._frames: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
+        """None: it was closed."""
+        self._wake: Callable[[], object] | None = None
+        self._arrived: asyncio.Event | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def put(self, frame: Frame) -> bool:
+        """Append a frame. Return False instead if it has deltas and too many wait already."""
+        if isinstance(frame, Deltas):
+            if self._buffered >= self._max_buffered:
+                return False
+            self._buffered += len(frame.deltas)
+        self._append(frame)
+        return True
+
+    def get(self) -> Frame:
+        """Return the next frame; raises `queue.Empty` at the deadline, or when it is closed."""
+        return self._read(self._frames.get(timeout=max(0.0, self.deadline - time.monotonic())))
+
+    async def aget(self) -> Frame:
+        """As `get`, for an asyncio task. One timer serves all waits: one for each costs more than the frame."""
+        if self._arrived is None:
+            self._arrived, loop = asyncio.Event(), asyncio.get_running_loop()
+            self._wake = functools.partial(loop.call_soon_threadsafe, self._arrived.set)
+            self._timer = loop.call_at(self.deadline, self._arrived.set)
+        while self._frames.empty():
+            if time.monotonic() >= self.deadline:
+                raise queue.Empty
+            await self._arrived.wait()
+            self._arrived.clear()
+        return self._read(self._frames.get_nowait())
+
+    def close(self) -> None:
+        """End it: a reader that waits in `get` or `aget` gets `queue.Empty`."""
+        self._append(None)
+        if self._timer:
+            self._timer.cancel()
+
+    def _append(self, frame: Frame | None) -> None:
+        self._frames.put(frame)
+        if wake := self._wake:
+            with contextlib.suppress(RuntimeError):  # the event loop of its reader is closed
+                wake()
+
+    def _read(self, frame: Frame | None) -> Frame:
+        if frame is None:
+            raise queue.Empty
+        if isinstance(frame, Deltas):
+            self._buffered -= len(frame.deltas)
+        return frame

@@ -1,4 +1,4 @@
-"""What a router lets nodes know: what nobody waits for any more, and what it has missed."""
+"""Cancels, and requests to send frames again, from a router to the nodes."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import logging
 import threading
 from collections.abc import Callable
 
-from kombu import Connection, Exchange
+from kombu import Exchange
 
-from fleet_worker.broker.publisher import Publisher
 from fleet_worker.broker.topology import cancel_exchange
 from fleet_worker.protocol.control import ControlMessage
 from fleet_worker.router.attempts import CancelOrphan
@@ -16,62 +15,55 @@ from fleet_worker.router.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 
-AT_A_TIME = 1_000
-"""Requests in one message."""
+MAX_IN_ONE_MESSAGE = 1_000
+"""Requests that one message cancels."""
 
 
 class CancelPublisher:
-    """Published soon, by the thread of the agenda, and best effort: what a node goes on with all the same is cancelled
-    again with each sign of life that it gives of it, and what was missed for too long is a failed attempt.
+    """Collects what the nodes are to know; the scheduler thread publishes it at once, all together.
+
+    Best effort: if a node goes on with a cancelled request, the session cancels it again on each of its heartbeats, and
+    an attempt whose missing frame does not come again fails.
     """
 
-    def __init__(self, agenda: Scheduler, connect: Callable[[], Connection]) -> None:
-        self._agenda = agenda
-        self._publisher = Publisher(connect)
+    def __init__(self, scheduler: Scheduler, broadcast: Callable[[Exchange, bytes], None]) -> None:
+        self._scheduler = scheduler
+        self._broadcast = broadcast
         self._lock = threading.RLock()
-        """Reentrant: a forgotten stream is cancelled by the garbage collector, in the middle of whatever runs."""
+        """Reentrant: the garbage collector cancels a forgotten stream in the middle of whatever runs."""
         self._cancelled: dict[str | None, dict[str, int]] = {}
+        """By node: requests, each with the last attempt that is cancelled."""
         self._missed: dict[str, str] = {}
+        """By node: the reply queue that lacks a frame."""
 
     def cancel(self, request_id: str, orphan: CancelOrphan) -> None:
-        """Nobody wants this attempt, nor earlier ones."""
+        """Cancel this attempt and all earlier ones of that request."""
         with self._lock:
-            self._soon()
+            self._schedule()
             requests = self._cancelled.setdefault(orphan.node, {})
             requests[request_id] = max(orphan.attempt, requests.get(request_id, 0))
 
-    def missed(self, reply_to: str, node: str) -> None:
-        """Something that this node sent into this reply queue never arrived."""
+    def ask_again(self, reply_to: str, node: str) -> None:
+        """Ask a node to send again what it sent last into this reply queue: a frame of it never arrived."""
         with self._lock:
-            self._soon()
+            self._schedule()
             self._missed[node] = reply_to
 
-    def close(self) -> None:
-        """To be called when the agenda is closed."""
-        self._publisher.close()
-
-    def _soon(self) -> None:
+    def _schedule(self) -> None:
         if not (self._cancelled or self._missed):
-            self._agenda.soon(self._publish)
+            self._scheduler.soon(self._publish)
 
     def _publish(self) -> None:
         with self._lock:
             cancelled, self._cancelled = self._cancelled, {}
             missed, self._missed = self._missed, {}
+        messages = [ControlMessage(node=node, missed=reply_to) for node, reply_to in missed.items()]
+        for node, requests in cancelled.items():
+            listed = list(requests.items())
+            for first in range(0, len(listed), MAX_IN_ONE_MESSAGE):
+                messages.append(ControlMessage(node=node, cancelled=listed[first : first + MAX_IN_ONE_MESSAGE]))
         try:
-            for node, reply_to in missed.items():
-                self._say(ControlMessage(node=node, missed=reply_to))
-            for whom, requests in cancelled.items():
-                listed = list(requests.items())
-                for first in range(0, len(listed), AT_A_TIME):
-                    self._say(ControlMessage(node=whom, cancelled=listed[first : first + AT_A_TIME]))
+            for message in messages:
+                self._broadcast(cancel_exchange(), message.encode())
         except Exception as error:
-            log.debug("a notice was not published: %s", type(error).__name__)
-            self._publisher.drop()
-
-    def _say(self, notice: ControlMessage) -> None:
-        self._publisher.publish(notice.encode(), exchange=cancel_exchange().name, routing_key="", declare=_exchange)
-
-
-def _exchange(_: str) -> Exchange:
-    return cancel_exchange()
+            log.debug("a cancel was not published: %s", type(error).__name__)

@@ -1,4 +1,4 @@
-"""The router's end of the reply protocol: one reply queue, and the thread that listens to it."""
+"""The router's end of the reply protocol: one reply queue and the thread that consumes it."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from fleet_worker.protocol.wire import PROTOCOL_VERSION
 
 log = logging.getLogger(__name__)
 
-LONGEST_LOOK = 1.5
-"""Seconds of the inbox's clock that one look for messages may count, however long the process was frozen in it."""
-PROVE_EVERY = 1.0
-"""Seconds after which an inbox asks the broker whether it is still there."""
+MAX_TICK = 1.5
+"""Seconds that one wait for messages may add to the clock, however long the process was frozen in it."""
+PROBE_EVERY = 1.0
+"""Seconds after which the broker is asked something, to find out whether it is still there."""
 PRESENCE = 6
-"""Seconds for which Redis remembers that a router listens."""
+"""Seconds after which the key expires that tells nodes on Redis that a router consumes its reply queue."""
 
 
 class ReplyConsumer:
-    """One reply queue, one thread and one connection for all requests of a router: each frame that comes is handed to
-    `receive`, with the name of its node.
+    """One reply queue and one thread for all requests of a router. `receive` is called with each frame and its node.
 
-    `also` is a subscription that the same thread listens to: a maker of its queue, and what takes its messages.
-    `listening` is called with a channel each time it has begun to listen, and with whether it had listened before.
+    `also` is a subscription that the same thread consumes: a function that makes its queue, and one that takes its
+    messages.
+    `listening` is called each time it begins to consume: with a channel, and with whether it did so before.
     """
 
     def __init__(
@@ -55,19 +55,24 @@ class ReplyConsumer:
         self._broker_url = broker_url
         self._link = ReconnectingThread("the reply queue", connect, self._listen, self._failed)
         self._queue = reply_queue(name)
-        self._take = receive
+        self._on_frame = receive
         self.clock = 0.0
-        """Seconds of listening so far. It stands still while the broker, or this process, does nothing."""
-        self._back = 0.0
-        """When it last began to listen, on this clock."""
+        """Seconds of consuming so far. It stands still while the broker or this process is frozen or cut off."""
+        self._began_at = 0.0
+        """When it last began to consume, on this clock."""
         self._listening, self._decided = threading.Event(), threading.Event()
         self._failure: Exception | None = None
-        """The last one before it listened."""
-        self._next_proof = 0.0
+        """The last one before it consumed."""
+        self._next_probe = 0.0
 
     def start(self, timeout: float, *, waited: float = 0.0) -> None:
-        """Listen; raises `BrokerUnavailable` if the broker is not there within `timeout` seconds, some of which may
-        have been waited already, or at once if it refuses, and `Cancelled` if it is closed meanwhile."""
+        """Consume, from now on.
+
+        Raises:
+            BrokerUnavailable: the broker did not answer within `timeout` seconds, of which `waited` are over already;
+                or it refuses, which is raised at once.
+            Cancelled: this was closed meanwhile.
+        """
         if waited < timeout:
             self._link.start()
         self._decided.wait(timeout - waited)
@@ -80,7 +85,7 @@ class ReplyConsumer:
             raise unavailable(self._broker_url, said, cause or "no answer", retryable=retryable)
 
     def close(self) -> None:
-        """Stop listening and delete the reply queue."""
+        """Stop consuming and delete the reply queue."""
         self._link.close()
         self._decided.set()
         if self._listening.is_set():
@@ -88,8 +93,8 @@ class ReplyConsumer:
             self._link.close(timeout=5.0)
 
     def silence(self, since: float) -> float:
-        """Seconds for which it has listened without a break since this moment of its clock."""
-        return self.clock - max(since, self._back)
+        """Return for how many seconds it has consumed without a break since that time of its clock."""
+        return self.clock - max(since, self._began_at)
 
     def _failed(self, error: Exception) -> None:
         if not self._listening.is_set():
@@ -106,17 +111,17 @@ class ReplyConsumer:
             Consumer(channel, [new_queue()], on_message=take, no_ack=True).consume()
         hear(connection, 0.01)  # only now kombu's Redis transport subscribes
         self._on_listening(channel, self._listening.is_set())
-        self._back, self._next_proof = self.clock, 0.0
-        self._prove(channel)  # before anything is asked, or a node might take this router for gone
+        self._began_at, self._next_probe = self.clock, 0.0
+        self._probe(channel)  # before the first request: without the key a node takes this router for gone
         self._link.works()
         self._listening.set()
         self._decided.set()
         while not self._link.closed.is_set():
-            self._prove(channel)
+            self._probe(channel)
             before = time.monotonic()
             hear(connection, 1.0)
-            self.clock += min(time.monotonic() - before, LONGEST_LOOK)
-        with contextlib.suppress(Exception):  # it all expires anyway
+            self.clock += min(time.monotonic() - before, MAX_TICK)
+        with contextlib.suppress(Exception):  # all of it expires
             self._leave(consumer, channel)
 
     def _leave(self, consumer: Consumer, channel: Any) -> None:
@@ -126,17 +131,19 @@ class ReplyConsumer:
             with channel.conn_or_acquire() as client:
                 client.delete(listening_key(self.name))
 
-    def _prove(self, channel: Any) -> None:
-        """Ask the broker something: a line that was cut brings no messages, and no errors either. Meanwhile the clock
-        stands still. On Redis this says that the router listens, so that nodes work for it; RabbitMQ knows that."""
-        if time.monotonic() < self._next_proof:
+    def _probe(self, channel: Any) -> None:
+        """Raise an error if the broker does not answer: a network that was cut brings neither messages nor errors.
+
+        On Redis this sets the key that tells nodes that a router consumes the queue; RabbitMQ knows its consumers.
+        """
+        if time.monotonic() < self._next_probe:
             return
         if isinstance(channel, RedisChannel):
             with channel.conn_or_acquire() as client:
                 client.set(listening_key(self.name), 1, ex=PRESENCE)
         else:
             self._queue.bind(channel).queue_declare(passive=True)
-        self._next_proof = time.monotonic() + PROVE_EVERY
+        self._next_probe = time.monotonic() + PROBE_EVERY
 
     def _receive(self, message: Any) -> None:
         try:
@@ -145,17 +152,17 @@ class ReplyConsumer:
             log.error("a message in the reply queue was dropped: %s", error)
         else:
             for frame in reply.frames:
-                self._hand_on(reply.node, frame)
+                self._dispatch(reply.node, frame)
         message.ack()
 
-    def _hand_on(self, node: str, frame: Frame) -> None:
+    def _dispatch(self, node: str, frame: Frame) -> None:
         try:
-            self._take(node, frame)
-        except Exception as error:  # the broker would deliver it again, for ever
+            self._on_frame(node, frame)
+        except Exception as error:  # or the broker would deliver it again and again
             log.error("a frame of %s (%s) was dropped: %s at %s", node, frame.kind, type(error).__name__, where(error))
 
     def _wake_up(self) -> None:
-        """An empty reply to ourselves ends the wait in `drain_events` at once."""
+        """Send an empty reply to this queue: it ends the wait in `drain_events` at once."""
         with contextlib.suppress(Exception), self._connect() as connection:
             empty = Reply(v=PROTOCOL_VERSION, node="", frames=[]).encode()
             Publisher(lambda: connection).publish(empty, routing_key=self.name, declare=reply_queue)

@@ -1,4 +1,4 @@
-"""The router: submit a request to its lane, read its reply. The mirror image of `tasks.py`."""
+"""The router: build a request, submit it to its lane, read its reply. The mirror image of `node/tasks.py`."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ import os
 import threading
 import time
 import uuid
-from functools import partial
-from typing import Any, Self, cast, get_args
+from typing import Any, Self, Unpack, cast, get_args
 
 from fleet_worker.broker.connection import unavailable
 from fleet_worker.broker.topology import is_node_name, reply_name
-from fleet_worker.errors import Cancelled, InvalidRequest
+from fleet_worker.errors import InvalidRequest
 from fleet_worker.protocol.reply import ChatResponse, EmbedResponse
 from fleet_worker.protocol.request import FleetRequest, Operation, Priority
 from fleet_worker.registry.view import Registry
 from fleet_worker.router.attempts import OnInterrupt
-from fleet_worker.router.call import Call, ChatStream
+from fleet_worker.router.call import Call, ChatStream, ReplyBuffer
 from fleet_worker.router.in_flight import InFlightRequest
-from fleet_worker.router.reply_buffer import ReplyBuffer
+from fleet_worker.router.options import ChatOptions, EmbedOptions
 from fleet_worker.router.session import Session
 from fleet_worker.settings import Settings
 
@@ -28,23 +27,25 @@ from fleet_worker.settings import Settings
 class Router:
     """Sends requests into the fleet and receives their replies.
 
-    One router serves any number of threads and asyncio tasks with one reply queue, one inbox thread and no thread per
-    request. It connects at the first request, in the process that makes it: after a fork, make another. `close` it, or
-    use it as a context manager.
+    One router serves any number of threads and asyncio tasks, with one reply queue and no thread per request. It
+    connects at the first request. A process that was forked after that needs a router of its own. `close` it, or use it
+    as a context manager.
 
-    Every request takes `model` (the public name), `timeout` (seconds in all; `router.timeout` if not given),
-    `priority`, `instance` (only on instances of that name), `node` (only on that node), `caller`, `message_context`
-    and `trace_context` (JSON objects that travel along), `idempotency_key`, `on_interrupt`; the rest is the body of the
-    OpenAI request. All raise `InvalidRequest` before anything is sent, and any other `FleetError` when the reply says
-    so; its `metadata["attempts"]` tells where it was tried, as `attempts` of a reply does.
+    Options of every request, beside the fields of the OpenAI body (see `options`):
 
-    A request that fails on one node in a way that another may not have is tried there, and a stream goes on where it
-    broke off, unless `on_interrupt` is "fail".
+    - `timeout`: seconds until the deadline of the whole request; default `router.timeout`.
+    - `priority`: "critical", "high", "normal" (the default) or "low".
+    - `instance`: only instances of that name; default "any". `node`: only that node, as in "local@mini-7".
+    - `caller`, `message_context`, `trace_context`: JSON objects that travel with the request.
+    - `on_interrupt`: if a node fails, another one is tried, and a stream continues where it broke off ("resume", the
+      default); with "fail" a stream that has begun ends with the error.
+    - `idempotency_key`: while a request with that key is in flight, and for `router.idempotency_ttl` seconds after its
+      answer, the same request gets the same answer, and nothing is generated twice. It ends at the deadline of the
+      first. A different request (operation, model, `instance`, `node`, body or `on_interrupt`) with that key is an
+      `InvalidRequest`.
 
-    A request with the `idempotency_key` of one that is under way, or was answered in the last `router.idempotency_ttl`
-    seconds, gets the same answer, and nothing is generated twice. It has to be the same request: one for another
-    operation, model, `instance` or `node`, or with another body or `on_interrupt`, is an `InvalidRequest`. `timeout`
-    may differ: it is how long this caller waits, and what it waits for ends at the deadline of the first.
+    All methods raise `InvalidRequest` before anything is sent, and any other `FleetError` as the end of the request.
+    `metadata["attempts"]` of an error, and `attempts` of an answer, list the nodes that it was tried on.
     """
 
     def __init__(self, settings: Settings | None = None) -> None:
@@ -69,7 +70,7 @@ class Router:
 
     def close(self) -> None:
         """Cancel all requests in flight and close all connections. A closed router stays closed."""
-        if self._is_of_another_process:  # the connections are those of that process
+        if self._is_of_another_process:  # these are its connections, and its threads
             return
         self._closed = True
         if opening := self._opening:
@@ -81,40 +82,47 @@ class Router:
 
     @property
     def registry(self) -> Registry:
-        """The live view of the fleet. Connects, and takes up to a second if it has not done so yet."""
+        """The live view of the fleet. The first access connects, and waits up to a second for the registry nodes."""
         self._connected()
         return self._registry.settle()
 
-    def chat(self, model: str, messages: list[dict[str, Any]], **options: Any) -> ChatResponse:
+    def chat(self, model: str, messages: list[dict[str, Any]], **options: Unpack[ChatOptions]) -> ChatResponse:
         """Return the whole answer."""
         with self._call("chat", model, {"messages": messages}, options) as call:
-            return cast(ChatResponse, call.result())
+            return cast(ChatResponse, call.frame())
 
-    async def achat(self, model: str, messages: list[dict[str, Any]], **options: Any) -> ChatResponse:
+    async def achat(self, model: str, messages: list[dict[str, Any]], **options: Unpack[ChatOptions]) -> ChatResponse:
         """As `chat`, awaitable."""
         async with self._call("chat", model, {"messages": messages}, options) as call:
-            return cast(ChatResponse, await call.aresult())
+            return cast(ChatResponse, await call.aframe())
 
-    def stream_chat(self, model: str, messages: list[dict[str, Any]], **options: Any) -> ChatStream:
-        """Return the answer as it is generated: iterate it with `for` or `async for`."""
+    def stream_chat(self, model: str, messages: list[dict[str, Any]], **options: Unpack[ChatOptions]) -> ChatStream:
+        """Return a stream to iterate with `for` or `async for`; the request is sent when that begins."""
         return ChatStream(self._call("stream_chat", model, {"messages": messages}, options))
 
-    def embed(self, model: str, input: str | list[str], **options: Any) -> EmbedResponse:  # noqa: A002 - OpenAI's name
+    def embed(self, model: str, input: str | list[str], **options: Unpack[EmbedOptions]) -> EmbedResponse:
         """Return one vector per text, in the order of the texts."""
         with self._call("embed", model, {"input": input}, options) as call:
-            return cast(EmbedResponse, call.result())
+            return cast(EmbedResponse, call.frame())
 
-    async def aembed(self, model: str, input: str | list[str], **options: Any) -> EmbedResponse:  # noqa: A002
+    async def aembed(self, model: str, input: str | list[str], **options: Unpack[EmbedOptions]) -> EmbedResponse:
         """As `embed`, awaitable."""
         async with self._call("embed", model, {"input": input}, options) as call:
-            return cast(EmbedResponse, await call.aresult())
+            return cast(EmbedResponse, await call.aframe())
 
-    def _call(self, operation: Operation, model: str, body: dict[str, Any], options: dict[str, Any]) -> Call:
-        on_interrupt: OnInterrupt = options.pop("on_interrupt", "resume")
+    def _call(
+        self, operation: Operation, model: str, body: dict[str, Any], options: ChatOptions | EmbedOptions
+    ) -> Call:
+        others: dict[str, Any] = {**options}
+        on_interrupt: OnInterrupt = others.pop("on_interrupt", "resume")
         if on_interrupt not in get_args(OnInterrupt):
             raise InvalidRequest('on_interrupt is "resume" or "fail"')
-        request, node = self._request(operation, model, body, **options)
-        return Call(partial(self._start, request, node, on_interrupt), request.timeout_seconds)
+        request, node = self._request(operation, model, body, **others)
+
+        def start(deadline: float) -> tuple[InFlightRequest, ReplyBuffer]:
+            return self._connected(deadline).start(request, node, on_interrupt, deadline)
+
+        return Call(start, request.timeout_seconds)
 
     def _request(
         self,
@@ -132,7 +140,7 @@ class Router:
         trace_context: dict[str, Any] | None = None,
         **params: Any,
     ) -> tuple[FleetRequest, str | None]:
-        """Build the envelope; it has no reply queue and no deadline until it takes off."""
+        """Return the envelope, without its reply queue and deadline, and the only node that may have it."""
         limit = self._settings.router.max_timeout
         seconds = self._settings.router.timeout if timeout is None else timeout
         if not isinstance(seconds, int | float) or not 0 < seconds <= limit:
@@ -164,11 +172,6 @@ class Router:
         request.check_size(self._settings.max_body_bytes)
         return request, node
 
-    def _start(
-        self, request: FleetRequest, node: str | None, on_interrupt: OnInterrupt, deadline: float
-    ) -> tuple[InFlightRequest, ReplyBuffer]:
-        return self._connected(deadline).start(request, node, on_interrupt, deadline)
-
     def _connected(self, deadline: float = math.inf) -> Session:
         """Return the session; open it first if this is the first request. Others that come meanwhile wait for that."""
         if self._is_of_another_process:
@@ -189,20 +192,16 @@ class Router:
 
     def _open(self, patience: float, *, waited: float) -> Session:
         session = self._opening = Session(self._settings, self._registry)
-        try:
-            if self._closed:
-                raise Cancelled("the router was closed")
-            session.open(patience, waited=waited)
-        except BaseException:
+        if self._closed:  # `close` may not have seen it
             session.close()
-            raise
+        try:
+            session.open(patience, waited=waited)
         finally:
             self._opening = None
         return session
 
     @property
     def _is_of_another_process(self) -> bool:
-        """Return whether it was connected before a fork: its threads do not run here, and its sockets are not ours."""
         return self._session is not None and self._session.process != os.getpid()
 
     def _ask(self) -> None:

@@ -1,4 +1,4 @@
-"""What a router has to do soon, or later, without anybody waiting for it: one thread does all of it."""
+"""One thread for all that a router has to do later, or without its caller waiting for it."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ NEVER = float("inf")
 
 
 class Scheduler:
-    """Calls functions at their moment (monotonic seconds), one after the other. They should not take long."""
+    """Calls functions at given times (time.monotonic() seconds), one after the other. They should not take long."""
 
     def __init__(self) -> None:
         self._schedule = sched.scheduler(time.monotonic)
         self._changed: queue.SimpleQueue[None] = queue.SimpleQueue()
-        """Not an Event, which is not reentrant: the garbage collector may put something on the agenda at any moment."""
+        """Not an Event, which is not reentrant: the garbage collector may schedule something at any time."""
         self._sleeps_until = NEVER
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name="fleet-agenda", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="fleet-scheduler", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
-    def at(self, moment: float, do: Callable[[], object]) -> None:
-        self._schedule.enterabs(moment, 0, do)
-        if moment < self._sleeps_until:
+    def at(self, when: float, call: Callable[[], object]) -> None:
+        self._schedule.enterabs(when, 0, call)
+        if when < self._sleeps_until:
             self._changed.put(None)
 
-    def soon(self, do: Callable[[], object]) -> None:
-        self.at(time.monotonic(), do)
+    def soon(self, call: Callable[[], object]) -> None:
+        self.at(time.monotonic(), call)
 
     def close(self, timeout: float = 5.0) -> None:
-        """Do what is due, and no more."""
+        """Call what is due now and forget the rest."""
         self._closed = True
         self._changed.put(None)
         if self._thread.is_alive():
@@ -48,9 +48,9 @@ class Scheduler:
 
     def _run(self) -> None:
         while True:
-            self._sleeps_until = NEVER  # what comes from now on wakes the thread, until it knows better
+            self._sleeps_until = NEVER  # until the next time is known, whatever is added wakes the thread
             closed = self._closed
-            left = self._do_what_is_due()
+            left = self._run_due()
             if closed:
                 return
             self._sleeps_until = NEVER if left is None else time.monotonic() + left
@@ -62,10 +62,10 @@ class Scheduler:
             while True:
                 self._changed.get_nowait()
 
-    def _do_what_is_due(self) -> float | None:
-        """Return the seconds until the next is due."""
+    def _run_due(self) -> float | None:
+        """Return the seconds until the next call is due, None if there is none."""
         while True:
             try:
                 return self._schedule.run(blocking=False)
-            except Exception as error:  # the schedule has forgotten it already
-                log.error("a router could not do what was due: %s at %s", type(error).__name__, where(error))
+            except Exception as error:  # the schedule has removed that call already
+                log.error("a scheduled call of the router failed: %s at %s", type(error).__name__, where(error))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import time
+from collections.abc import Collection
 from typing import Any, cast
 
 from kombu import Producer
@@ -18,14 +20,13 @@ from fleet_worker.protocol.request import FleetRequest
 from fleet_worker.registry.view import Registry
 from fleet_worker.router.admission import Admission
 from fleet_worker.router.attempts import CancelOrphan, OnInterrupt
+from fleet_worker.router.call import ReplyBuffer
 from fleet_worker.router.cancel_publisher import CancelPublisher
 from fleet_worker.router.idempotency import IdempotencyCache
 from fleet_worker.router.in_flight import InFlightRequest
-from fleet_worker.router.node_selection import NodeSelection
-from fleet_worker.router.reply_buffer import ReplyBuffer
 from fleet_worker.router.reply_consumer import ReplyConsumer
 from fleet_worker.router.scheduler import Scheduler
-from fleet_worker.router.submitter import Submitter
+from fleet_worker.router.submitter import IDLE_AFTER, Submitter, publish
 from fleet_worker.settings import Settings
 
 
@@ -41,8 +42,8 @@ class Session:
         self.nodes = NodeSelection(registry)
         self.scheduler = Scheduler()
         self.submitter = Submitter(self._app, self._transport)
-        self.admission = Admission(self._app, self._transport, max_waiting=self.settings.max_waiting)
-        self.cancels = CancelPublisher(self.scheduler, self._app.connection_for_write)
+        self.admission = Admission(self.submitter.producer, self._transport, max_waiting=self.settings.max_waiting)
+        self.cancels = CancelPublisher(self.scheduler, self.submitter.broadcast)
         self.replies = ReplyConsumer(
             self._app.connection_for_read,
             settings.broker_url,
@@ -56,15 +57,14 @@ class Session:
         self._closed = False
 
     def open(self, timeout: float, *, waited: float = 0.0) -> None:
-        """Consume the reply queue.
-
-        Raises:
-            BrokerUnavailable: the broker did not answer within `timeout` seconds, of which `waited` are over already;
-                or it refuses, which is raised at once.
-            Cancelled: the session was closed meanwhile.
-        """
-        self.replies.start(timeout, waited=waited)
+        """Consume the reply queue, from now on; raises what `ReplyConsumer.start` raises."""
+        try:
+            self.replies.start(timeout, waited=waited)
+        except BaseException:
+            self.close()
+            raise
         self.scheduler.start()
+        self._close_idle()
 
     def close(self) -> None:
         """Cancel all requests in flight, delete the reply queue, and close all connections."""
@@ -72,9 +72,7 @@ class Session:
         for request in tuple(self._requests.values()):
             request.give_up(Cancelled("the router was closed"))
         self.scheduler.close()  # after the cancels were published
-        self.cancels.close()
         self.replies.close()
-        self.admission.close()
         self.submitter.close()
         self._app.close()
 
@@ -102,8 +100,7 @@ class Session:
         self._requests[request.request_id] = started
         if self._closed:  # it came too late to be cancelled with the others
             started.give_up(Cancelled("the router was closed"))
-        else:
-            started.submit()
+        started.submit()
         return started, buffer
 
     def ended(self, request_id: str) -> None:
@@ -124,16 +121,58 @@ class Session:
     def ask(self) -> None:
         """Ask all registry nodes for their state. Best effort."""
         # A connection that was lost is an error of the broker's client library, not always one of kombu's.
-        with contextlib.suppress(Exception), self.submitter.producer(timeout=2.0) as producer:
-            exchange = ask_exchange()
-            producer.publish({}, exchange=exchange, declare=[exchange], routing_key="", serializer="json", retry=False)
+        with contextlib.suppress(Exception):
+            self.submitter.broadcast(ask_exchange(), b"{}", timeout=2.0)
 
     def _announce(self, channel: Any, again: bool) -> None:
         """The reply queue is consumed, from now on or again. Ask all registry nodes, so that none is unknown until its
         next event. After a lost connection ask the nodes for their latest frames: Redis has dropped what was on its
         way."""
         self._registry.asked()
-        Producer(channel, ask_exchange()).publish({}, serializer="json", retry=False)
+        publish(Producer(channel), ask_exchange(), b"{}")
         if again and self._transport == "redis":
-            message = ControlMessage(missed=self.replies.name).model_dump(mode="json", exclude_none=True)
-            Producer(channel, cancel_exchange()).publish(message, serializer="json", retry=False)
+            publish(Producer(channel), cancel_exchange(), ControlMessage(missed=self.replies.name).encode())
+
+    def _close_idle(self) -> None:
+        self.scheduler.at(time.monotonic() + IDLE_AFTER, self._close_idle)
+        self.submitter.close_idle()
+
+
+class NodeSelection:
+    """Chooses where an attempt goes, by the present view of the registry."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    def node_for(self, request: FleetRequest, failed: Collection[str] = ()) -> str | None:
+        """Return None to use the shared lane (the default).
+
+        Return a node if the caller asked for an instance, or if a node that failed this request (`failed`) also
+        consumes the lane. Choose at random, weighted by slots. If no other node is ready, use the lane all the same;
+        but a request for an instance waits for a node of that instance.
+        """
+        wanted = request.provider_instance
+        if wanted == "any":
+            ready = self._nodes(request, ready=True) if failed else {}
+            return _choose(ready.keys() - failed, ready)
+        nodes = self._nodes(request)
+        candidates = {node for node, (instance, _) in nodes.items() if instance == wanted}
+        ready_ones = candidates & self._nodes(request, ready=True).keys()
+        return _choose((ready_ones - set(failed)) or ready_ones or candidates, nodes)
+
+    def waits_in_vain(self, request: FleetRequest, node: str) -> bool:
+        """Return whether this node is not ready, while another node could take the request."""
+        ready, wanted = self._nodes(request, ready=True), request.provider_instance
+        return node not in ready and (wanted == "any" or any(wanted == instance for instance, _ in ready.values()))
+
+    def _nodes(self, request: FleetRequest, ready: bool | None = None) -> dict[str, tuple[str, int]]:
+        """Return instance and slots of each node that consumes the lane of this request, now or when it is ready."""
+        offered = self._registry.offerings(model=request.model, capability=request.operation, ready=ready)
+        return {each.node: (each.instance.name, each.instance.slots or 1) for each in offered}
+
+
+def _choose(candidates: Collection[str], nodes: dict[str, tuple[str, int]]) -> str | None:
+    """Return one of the candidates; None if there is none, or if every node is one."""
+    if not candidates or len(candidates) == len(nodes):
+        return None
+    return random.choices(list(candidates), [nodes[node][1] for node in candidates])[0]  # noqa: S311 - not a secret

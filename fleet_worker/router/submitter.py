@@ -1,49 +1,58 @@
-"""Requests into their lanes, also when the broker is away for a moment."""
+"""Sends to the broker, on connections that the threads of a router share."""
 
 from __future__ import annotations
 
+import contextlib
+import math
+import threading
 import time
+from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from functools import partial
 
 from celery import Celery
-from kombu import Producer
+from celery.utils.threads import bound_open_broker_sockets
+from kombu import Connection, Exchange, Producer
 from kombu.exceptions import LimitExceeded
-from kombu.pools import ProducerPool
 from tenacity import Retrying, retry_if_exception, stop_before_delay, wait_exponential, wait_random
 
-from fleet_worker.broker.connection import BROKER_ERRORS, connect, is_away, unavailable
+from fleet_worker.broker.connection import ANSWER_WITHIN, BROKER_ERRORS, FAREWELL, connect, is_away, unavailable
 from fleet_worker.broker.queue_depth import SUBMITTED_AT
 from fleet_worker.broker.topology import Transport, priority, route_to, task_name
 from fleet_worker.errors import Cancelled, Expired
 from fleet_worker.protocol.request import FleetRequest
 
+MAX_CONNECTIONS = 16
+IDLE_AFTER = 5.0
+"""Seconds after which a connection that no thread uses is closed. To open one takes some milliseconds."""
+
 
 class Submitter:
-    """Sends requests, each on one of a few connections of its own, which are opened when they are needed.
+    """Safe for any number of threads: each has a connection of its own while it sends. Connections are opened when they
+    are needed.
 
-    For any number of threads. kombu's own pools are those of the whole process, and stay open when a router is closed.
+    kombu's pools belong to the whole process, stay open when a router is closed, and never shrink.
     """
 
     def __init__(self, app: Celery, transport: Transport) -> None:
         self._app = app
         self._transport = transport
         self._closed = False
-        limit = app.conf.broker_pool_limit
-        self._producers = ProducerPool(app.connection_for_write().Pool(limit), limit)
+        self._slots = threading.Semaphore(MAX_CONNECTIONS)
+        self._idle: deque[tuple[float, Connection]] = deque()
+        """Since when each is idle; the last one is used first."""
+        self._lock = threading.Lock()
 
     def submit(self, request: FleetRequest, lane: str, *, patience: float) -> None:
-        """Put this attempt at a request into a lane; return when the broker has it.
+        """Send this attempt of a request into a lane. When this returns, the broker has it.
 
-        While the broker is away, or silent, it is tried again for `patience` seconds in all, but not beyond the
-        deadline of the request.
+        While the broker is away or silent it is tried again, for `patience` seconds in all and not beyond the deadline
+        of the request.
 
         Raises:
-            BrokerUnavailable: the broker did not take it in that time; or it refused it, which is not tried again, nor
-                said to be `retryable`.
-            Cancelled: this was closed meanwhile.
-            Expired: the deadline is over.
+            BrokerUnavailable: the broker did not take it in that time (`retryable`), or refused it.
+            Cancelled: the router was closed meanwhile.
+            Expired: the deadline has passed.
         """
         if request.remaining <= 0:
             raise Expired("the deadline passed before the request was sent")
@@ -64,62 +73,95 @@ class Submitter:
                 raise unavailable(broker, said, error, retryable=True) from None
             raise unavailable(broker, "refused the request", error) from None
 
-    @contextmanager
-    def producer(self, timeout: float) -> Iterator[Producer]:
-        """A connection to publish with, once one is free; raises one of kombu's errors if none is within `timeout`
-        seconds, and `Cancelled` if this was closed."""
-        producer = self._producers.acquire(block=True, timeout=timeout)
-        connection = producer.connection
+    def broadcast(self, exchange: Exchange, body: bytes, timeout: float = ANSWER_WITHIN) -> None:
+        """Publish JSON to all that subscribe to a fanout exchange; raises one of BROKER_ERRORS or `Cancelled`."""
+        with self.producer(timeout) as producer:
+            publish(producer, exchange, body)
+
+    @contextlib.contextmanager
+    def producer(self, timeout: float, *, silence: float = math.inf) -> Iterator[Producer]:
+        """Lend a connected producer. Within `timeout` seconds one must become free and be connected; and the broker has
+        that long, or `silence` seconds if that is less, for each of its answers.
+
+        After an error the connection is closed: an answer that comes late must not be taken for that to the next
+        message. Raises one of BROKER_ERRORS, and `Cancelled` if this was closed.
+        """
+        deadline = time.monotonic() + timeout
+        if not self._slots.acquire(timeout=timeout):
+            raise LimitExceeded(MAX_CONNECTIONS)
         try:
-            if self._closed:
-                raise Cancelled("the router was closed")
-            yield producer
+            connection = self._take()
+            try:
+                yield Producer(connect(connection, min(silence, _left(deadline))))
+            except BaseException:
+                connection.collect()  # without an orderly close, which waits for the broker
+                raise
+            self._put_back(connection)
         finally:
-            producer.release()
-            if self._closed:
-                connection.collect()
+            self._slots.release()
+
+    def close_idle(self) -> None:
+        """Close the connections that were not used for `IDLE_AFTER` seconds."""
+        while connection := self._idle_since(time.monotonic() - IDLE_AFTER):
+            with contextlib.suppress(Exception):
+                bound_open_broker_sockets(connection, FAREWELL)
+                connection.close()
 
     def close(self) -> None:
         """Close all connections; those on which something is being sent, when that has ended."""
         self._closed = True
-        idle = []
-        with suppress(LimitExceeded):
-            while True:
-                idle.append(self._producers.acquire(block=False))
-        for producer in idle:
-            producer.connection.collect()
-            producer.release()
+        while connection := self._idle_since(math.inf):
+            connection.collect()
+
+    def _take(self) -> Connection:
+        with self._lock:
+            if self._closed:
+                raise Cancelled("the router was closed")
+            if self._idle:
+                return self._idle.pop()[1]
+        return self._app.connection_for_write()
+
+    def _put_back(self, connection: Connection) -> None:
+        with self._lock:
+            if not self._closed:
+                self._idle.append((time.monotonic(), connection))
+                return
+        connection.collect()
+
+    def _idle_since(self, before: float) -> Connection | None:
+        """Take out the connection that has been idle for longest; None if that is not since `before`."""
+        with self._lock:
+            return self._idle.popleft()[1] if self._idle and self._idle[0][0] <= before else None
 
     def _send(self, request: FleetRequest, lane: str, *, deadline: float, silence: float) -> None:
-        """Send it once; what the broker has not answered after `silence` seconds is given up.
+        """Send it once; give up if the broker does not answer within `silence` seconds.
 
-        A connection that died while nobody used it is noticed before anything is sent. But of a message that was sent,
-        and for which the broker was lost or silent before it said that it has it, nobody knows: sent again, it may be
-        in the lane twice. That costs work and no more, since the router listens to one node for each attempt and stops
-        any other.
+        A connection that died while it was idle is noticed before anything is sent. If the broker was lost or silent
+        before it confirmed a message, it may have the message all the same, and have it twice when it is sent again.
+        That only costs work: the router listens to one node for each attempt and cancels any other.
         """
-        with self.producer(_left(deadline)) as producer:
-            try:
-                connect(producer.connection, min(silence, _left(deadline)))
-                self._app.send_task(
-                    task_name(request.operation),
-                    args=[request.encode()],
-                    task_id=request.request_id,
-                    **route_to(lane, self._transport),
-                    priority=priority(request.priority, self._transport),
-                    # How long a lane's oldest request waits is told by this, so that nobody has to open it.
-                    headers={SUBMITTED_AT: time.time()},
-                    # Everybody sees these in events and in Flower: the lane, never the arguments.
-                    argsrepr=lane,
-                    kwargsrepr="",
-                    ignore_result=True,
-                    producer=producer,
-                    retry=False,
-                )
-            except BaseException:
-                # To close it in good manners is to wait for an answer, and the next message must not get this one's.
-                producer.connection.collect()
-                raise
+        with self.producer(_left(deadline), silence=silence) as producer:
+            self._app.send_task(
+                task_name(request.operation),
+                args=[request.encode()],
+                task_id=request.request_id,
+                **route_to(lane, self._transport),
+                priority=priority(request.priority, self._transport),
+                # From this the age of a lane's oldest request is known without its body being read.
+                headers={SUBMITTED_AT: time.time()},
+                # These are shown in events and in Flower: the lane, never the arguments.
+                argsrepr=lane,
+                kwargsrepr="",
+                ignore_result=True,
+                producer=producer,
+                retry=False,
+            )
+
+
+def publish(producer: Producer, exchange: Exchange, body: bytes) -> None:
+    """Publish JSON to a fanout exchange, which is declared if this connection has not done so yet."""
+    json = {"content_type": "application/json", "content_encoding": "utf-8"}
+    producer.publish(body, exchange=exchange, routing_key="", declare=[exchange], retry=False, **json)
 
 
 def _left(deadline: float) -> float:

@@ -4,7 +4,7 @@ import signal
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
 
@@ -13,7 +13,6 @@ from fleet_worker.broker.app import create_app
 from fleet_worker.broker.topology import lane, lane_queue, transport_of
 from fleet_worker.errors import Cancelled
 from fleet_worker.registry.view import Registry
-from fleet_worker.router.admission import Admission
 from fleet_worker.router.session import Session
 from fleet_worker.simulator import SimulatedMLX, reply_tokens
 from fleet_worker.testing import running_node
@@ -110,7 +109,7 @@ def test_a_router_that_is_closed_while_it_sends_waits_for_no_broker(broker, wait
     """By more threads than there are connections."""
     with frozen(broker), ThreadPoolExecutor(24) as pool:
         calls = [pool.submit(waiting.send, patience=3) for _ in range(24)]
-        until(lambda: len(waiting.session.submitter._producers._dirty) == 16)
+        until(lambda: waiting.session.submitter._slots._value == 0)
         with took_less_than(1):
             waiting.session.close()
         assert {type(call.exception(10)) for call in calls} <= {Cancelled, BrokerUnavailable}
@@ -134,13 +133,12 @@ def test_what_a_broker_refuses_fails_at_once(broker, lane_at):
 
 
 def test_an_answer_that_comes_too_late_is_not_that_of_another_lane(broker, waiting, lane_at):
-    settings, empty = Settings(broker_url=broker.url), lane_at(broker.url)
+    admission, empty = waiting.session.admission, lane_at(broker.url)
     waiting.send()
-    with create_app(settings) as app, closing(Admission(app, transport_of(broker.url), max_waiting=1)) as backlog:
-        assert backlog.depth(waiting.name) == 1
-        with frozen(broker), took_less_than(1.5):
-            assert backlog.depth(waiting.name, timeout=0.4) is None
-        assert backlog.depth(empty.name, timeout=5) == 0
+    assert admission.depth(waiting.name) == 1
+    with frozen(broker), took_less_than(1.5):
+        assert admission.depth(waiting.name, timeout=0.4) is None
+    assert admission.depth(empty.name, timeout=5) == 0
 
 
 @pytest.fixture

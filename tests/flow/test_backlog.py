@@ -11,7 +11,8 @@ import pytest
 from fleet_worker import FleetSaturated, Router, Settings
 from fleet_worker.broker.app import create_app
 from fleet_worker.broker.topology import lane, lane_queue, transport_of
-from fleet_worker.router.admission import FAR_EVERY, Admission
+from fleet_worker.router.admission import ASK_EVERY_FAR, Admission
+from fleet_worker.router.submitter import Submitter
 from fleet_worker.testing import SimulatedMLX, running_node
 from tests.clients import took_less_than, until
 from tests.flow.conftest import work
@@ -34,11 +35,12 @@ def node(broker, mlx):
 
 
 @pytest.fixture
-def backlog_of(broker):
+def admission_of(broker):
     """What a router of its own would know of the lanes."""
     with ExitStack() as stack:
-        app = stack.enter_context(create_app(Settings(broker_url=broker.url)))
-        yield lambda most: stack.enter_context(closing(Admission(app, transport_of(broker.url), max_waiting=most)))
+        app, transport = stack.enter_context(create_app(Settings(broker_url=broker.url))), transport_of(broker.url)
+        submitter = stack.enter_context(closing(Submitter(app, transport)))
+        yield lambda most: Admission(submitter.producer, transport, max_waiting=most)
 
 
 @pytest.fixture(scope="module")
@@ -75,24 +77,24 @@ def test_what_is_more_urgent_is_taken_first(node, mlx, router):
     assert taken == ["critical", "critical", "high", "high", "normal", "normal", "low", "low"]
 
 
-def test_a_full_lane_takes_no_more_until_there_is_room(node, mlx, router, backlog_of):
+def test_a_full_lane_takes_no_more_until_there_is_room(node, mlx, router, admission_of):
     """Nothing of what waits in it already is touched."""
-    backlog = backlog_of(3)
+    admission = admission_of(3)
     with busy(router, mlx), ExitStack() as stack:
         streams = []
         for _ in range(3):
-            backlog.admit(LANE)
+            admission.admit(LANE)
             streams.append(stack.enter_context(router.stream_chat(MODEL, HELLO, max_tokens=10, timeout=30)))
         with took_less_than(1), pytest.raises(FleetSaturated) as caught:
-            backlog.admit(LANE)
+            admission.admit(LANE)
         assert caught.value.metadata["retry_after"] > 0
-        assert backlog.depth(LANE) == 3
+        assert admission.depth(LANE) == 3
         mlx.release()
         for stream in streams:
             assert len([delta.content for delta in stream if delta.content]) == 10
-            backlog.accepted(LANE, stream.response.timings.queue_wait, "normal", 0.0)
-    backlog.admit(LANE)
-    assert backlog.depth(LANE) == 0
+            admission.accepted(LANE, stream.response.timings.queue_wait, "normal", 0.0)
+    admission.admit(LANE)
+    assert admission.depth(LANE) == 0
 
 
 def test_a_router_refuses_what_is_too_much_before_it_is_sent(node, mlx, broker):
@@ -139,50 +141,50 @@ def test_a_message_that_vanished_is_missed_in_a_lane_that_is_never_empty(node, m
 
 
 @pytest.mark.both_brokers
-def test_what_other_routers_send_counts_too(unchecked, backlog_of):
+def test_what_other_routers_send_counts_too(unchecked, admission_of):
     model = f"m-{uuid.uuid4().hex[:8]}"
-    backlog, name = backlog_of(4), lane("chat", model)
-    backlog.admit(name)
+    admission, name = admission_of(4), lane("chat", model)
+    admission.admit(name)
     fill(unchecked, model, 4)
-    time.sleep(FAR_EVERY)  # until it asks again
+    time.sleep(ASK_EVERY_FAR)  # until it asks again
     with pytest.raises(FleetSaturated):
-        backlog.admit(name)
+        admission.admit(name)
 
 
 @pytest.mark.both_brokers
-def test_a_lane_that_nobody_has_ever_used_is_empty(backlog_of):
-    backlog, name = backlog_of(1), lane("chat", f"m-{uuid.uuid4().hex[:8]}")
-    assert backlog.depth(name) == 0
-    backlog.admit(name)
-    assert backlog.depth(name) == 0
+def test_a_lane_that_nobody_has_ever_used_is_empty(admission_of):
+    admission, name = admission_of(1), lane("chat", f"m-{uuid.uuid4().hex[:8]}")
+    assert admission.depth(name) == 0
+    admission.admit(name)
+    assert admission.depth(name) == 0
 
 
 @pytest.mark.both_brokers
-def test_room_is_expected_by_how_fast_the_lane_is_served(unchecked, broker, backlog_of):
+def test_room_is_expected_by_how_fast_the_lane_is_served(unchecked, broker, admission_of):
     """Messages are taken out at a pace of our own, as nodes would take them."""
     model = f"m-{uuid.uuid4().hex[:8]}"
-    backlog, name = backlog_of(5), lane("chat", model)
+    admission, name = admission_of(5), lane("chat", model)
     fill(unchecked, model, 6)
-    backlog.accepted(name, 12.0, "normal", 0.0)
+    admission.accepted(name, 12.0, "normal", 0.0)
     with pytest.raises(FleetSaturated) as caught:
-        backlog.admit(name)
+        admission.admit(name)
     assert caught.value.metadata["retry_after"] == 4.0
     with create_app(Settings(broker_url=broker.url)) as app, app.connection_for_read() as connection:
         queue = lane_queue(name, transport_of(broker.url))(connection.default_channel)
         for _ in range(3):
             queue.get(no_ack=True)
-    until(lambda: admits(backlog, name))
+    until(lambda: admits(admission, name))
 
 
 @pytest.mark.both_brokers
-def test_a_lost_connection_costs_one_answer(unchecked, broker, backlog_of):
+def test_a_lost_connection_costs_one_answer(unchecked, broker, admission_of):
     model = f"m-{uuid.uuid4().hex[:8]}"
-    backlog, name = backlog_of(2), lane("chat", model)
+    admission, name = admission_of(2), lane("chat", model)
     fill(unchecked, model, 2)
-    assert not admits(backlog, name)
+    assert not admits(admission, name)
     broker.drop_connections()
-    assert backlog.depth(name) in (None, 2)
-    assert backlog.depth(name) == 2
+    assert admission.depth(name) in (None, 2)
+    assert admission.depth(name) == 2
 
 
 def fill(router, model, number):
@@ -192,9 +194,9 @@ def fill(router, model, number):
         router._connected().submitter.submit(request, lane("chat", model), patience=2.0)
 
 
-def admits(backlog, name):
+def admits(admission, name):
     try:
-        backlog.admit(name)
+        admission.admit(name)
     except FleetSaturated:
         return False
     return True

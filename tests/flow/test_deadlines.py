@@ -98,7 +98,7 @@ def _answer_to(router, changes):
             return envelope
 
     tampered = Tampered.model_construct(**dict(request))
-    flight = session._requests[request.request_id] = InFlightRequest(tampered, None, session)
-    mailbox = flight.join(10)
-    flight.submit()
-    return mailbox.get()
+    in_flight = session._requests[request.request_id] = InFlightRequest(tampered, None, session)
+    buffer = in_flight.join(10)
+    in_flight.submit()
+    return buffer.get()

@@ -39,3 +39,47 @@ def errors(error: FleetError) -> None:
     assert_type(error.retryable, bool)
     assert_type(error.code, str)
     assert_type(error.message, str)
+
+
+def options(router: Router, messages: list[dict[str, Any]]) -> None:
+    """mypy accepts what is right and refuses what is wrong: an ignore that is not needed is an error."""
+    router.chat(
+        "m",
+        messages,
+        timeout=60,
+        priority="high",
+        instance="local",
+        node="local@mini-7",
+        caller={"team": "search"},
+        message_context={},
+        trace_context={},
+        idempotency_key="k",
+        on_interrupt="fail",
+        max_tokens=64,
+        temperature=0.5,
+        stop="END",
+        tools=[{"type": "function"}],
+        tool_choice="auto",
+        response_format={"type": "json_object"},
+        logit_bias={"5": 1},
+        chat_template_kwargs={"enable_thinking": False},
+    )
+    router.stream_chat("m", messages, stop=["a", "b"], timeout=None)
+    router.embed("e", "a", user="u", timeout=5, priority="low")
+
+    router.chat("m", messages, max_token=64)  # type: ignore[call-arg]
+    router.chat("m", messages, max_tokens="64")  # type: ignore[arg-type]
+    router.chat("m", messages, priority="urgent")  # type: ignore[arg-type]
+    router.chat("m", messages, on_interrupt="retry")  # type: ignore[arg-type]
+    router.chat("m", messages, tool_choice="any")  # type: ignore[arg-type]
+    router.chat("m", messages, chat_template_kwargs={"return_tensors": True})  # type: ignore[arg-type]
+    router.stream_chat("m", messages, node=7)  # type: ignore[arg-type]
+    router.embed("e", "a", temperature=0.5)  # type: ignore[call-arg]
+    router.embed("e", "a", timeout="5")  # type: ignore[arg-type]
+
+
+async def async_options(router: Router, messages: list[dict[str, Any]]) -> None:
+    await router.achat("m", messages, seed=5, idempotency_key=None)
+    await router.aembed("e", ["a"], instance="embed")
+    await router.achat("m", messages, seeds=5)  # type: ignore[call-arg]
+    await router.aembed("e", ["a"], max_tokens=5)  # type: ignore[call-arg]

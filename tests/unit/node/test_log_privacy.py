@@ -256,7 +256,8 @@ def test_celery_does_not_alarm_about_what_it_might_do_some_day_and_other_warning
 
 def test_events_name_the_lane_of_a_task_and_never_its_arguments(request_of_a_worker):
     """Whatever the sender, which may be any Celery client, put into the headers."""
-    assert SECRET not in f"{request_of_a_worker.argsrepr} {request_of_a_worker.kwargsrepr}"
+    request = request_of_a_worker
+    assert SECRET not in f"{request.argsrepr} {request.kwargsrepr} {request!r} {request.humaninfo()}"
     assert request_of_a_worker.argsrepr == request_of_a_worker.delivery_info["routing_key"] == "celery"
 
 

@@ -88,7 +88,7 @@ def test_a_whole_reply_travels_from_node_to_router(publisher, inbox, arrived):
 
 def test_each_heartbeat_tells_of_a_request_in_progress(publisher, inbox):
     seen = queue.SimpleQueue()
-    inbox._take = lambda node, frame: seen.put(frame)
+    inbox._on_frame = lambda node, frame: seen.put(frame)
     with publisher.reply("r", 1, inbox.name) as reply:
         reply.accept(instance="i", queue_wait=0.0)
         assert seen.get(timeout=5).kind == "accepted"

@@ -1,5 +1,6 @@
 import socket
 import threading
+from contextlib import closing, contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -8,27 +9,30 @@ from fleet_worker import FleetSaturated, Settings
 from fleet_worker.broker.app import create_app
 from fleet_worker.broker.queue_depth import MOST_LANES
 from fleet_worker.broker.topology import direct_lane, lane, transport_of
-from fleet_worker.router import admission as backlog
+from fleet_worker.router import admission as admission_module
 from fleet_worker.router.admission import Admission
+from fleet_worker.router.submitter import Submitter
 from tests.brokers import free_port
 from tests.clients import took_less_than
 
 LANE = lane("stream_chat", "Qwen3-14B")
 
 
-def backlog_of(url, most):
-    return Admission(create_app(Settings(broker_url=url)), transport_of(url), max_waiting=most)
+@contextmanager
+def admission_at(url, max_waiting):
+    with closing(Submitter(create_app(Settings(broker_url=url)), transport_of(url))) as submitter:
+        yield Admission(submitter.producer, transport_of(url), max_waiting=max_waiting)
 
 
 class Told(Admission):
     """What the broker says is what a test has written; the time passes when a test says so."""
 
     def __init__(self, monkeypatch, *, most):
-        super().__init__(create_app(Settings()), "redis", max_waiting=most)
+        super().__init__(None, "redis", max_waiting=most)
         self.depths, self.asked, self.now = {}, [], 1000.0
-        monkeypatch.setattr(backlog, "time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(admission_module, "time", SimpleNamespace(monotonic=lambda: self.now))
 
-    def _told(self, lane, timeout):
+    def _ask_broker(self, lane, timeout):
         self.asked.append(lane)
         return self.depths.get(lane, 0)
 
@@ -190,19 +194,19 @@ def test_a_depth_that_was_asked_a_moment_ago_is_good_enough_for_who_says_so(told
 @pytest.mark.parametrize(("depth", "waits"), [(0, False), (1, True), (None, None)])
 def test_what_was_sent_into_a_lane_waits_unless_it_is_empty(told, depth, waits):
     told.depths[LANE] = depth
-    assert told.waits(LANE, "normal", told.now, 1.0) is waits
+    assert told.is_queued(LANE, "normal", told.now, 1.0) is waits
 
 
 def test_what_was_overtaken_does_not_wait_in_its_lane(told):
     told.depths[LANE] = 5
     told.accepted(LANE, 3.0, "normal", 1010.0)
     told.accepted(LANE, 3.0, "normal", 1005.0)
-    assert [told.waits(LANE, "normal", sent_at, 1.0) for sent_at in (1008.0, 1009.5, 1011.0)] == [False, True, True]
-    assert told.waits(LANE, "low", 1008.0, 1.0), "it may be overtaken by all others"
-    assert told.waits(lane("chat", "another"), "normal", 1008.0, 1.0) is False, "that one is empty"
+    assert [told.is_queued(LANE, "normal", sent_at, 1.0) for sent_at in (1008.0, 1009.5, 1011.0)] == [False, True, True]
+    assert told.is_queued(LANE, "low", 1008.0, 1.0), "it may be overtaken by all others"
+    assert told.is_queued(lane("chat", "another"), "normal", 1008.0, 1.0) is False, "that one is empty"
     told.depths[LANE] = None
     told.now += 1
-    assert told.waits(LANE, "normal", 1008.0, 1.0) is None
+    assert told.is_queued(LANE, "normal", 1008.0, 1.0) is None
 
 
 def test_not_more_lanes_are_remembered_than_are_good(told):
@@ -227,7 +231,7 @@ def test_one_thread_asks_and_nobody_waits_for_it(told, monkeypatch):
         answers.wait(10)
         return 10
 
-    monkeypatch.setattr(told, "_told", slowly)
+    monkeypatch.setattr(told, "_ask_broker", slowly)
     first = threading.Thread(target=told.refused)
     first.start()
     assert asking.wait(10)
@@ -245,29 +249,26 @@ SCHEMES = ["redis", "amqp"]
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_broker_that_is_not_there_admits(scheme):
-    refusing = backlog_of(f"{scheme}://127.0.0.1:{free_port()}//", 1)
-    with took_less_than(1.5):
+    with took_less_than(1.5), admission_at(f"{scheme}://127.0.0.1:{free_port()}//", 1) as refusing:
         for _ in range(3):
             refusing.admit(LANE)
         assert refusing.depth(LANE) is None
-        refusing.close()
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_broker_that_says_nothing_is_waited_for_once_in_a_while(scheme, monkeypatch):
-    monkeypatch.setattr(backlog, "ANSWER_WITHIN", 0.4)
+    monkeypatch.setattr(admission_module, "ANSWER_WITHIN", 0.4)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        held_up = backlog_of(f"{scheme}://127.0.0.1:{silent.getsockname()[1]}//", 1_000)
-        with took_less_than(0.4 + 1.2):
+        url = f"{scheme}://127.0.0.1:{silent.getsockname()[1]}//"
+        with took_less_than(0.4 + 1.2), admission_at(url, 1_000) as held_up:
             for number in range(20):
                 held_up.admit(f"llm.fleet.chat.{number}")
-        held_up.close()
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_what_is_closed_asks_nobody_and_admits(scheme):
     with socket.create_server(("127.0.0.1", 0)) as silent, took_less_than(1):
-        closed = backlog_of(f"{scheme}://127.0.0.1:{silent.getsockname()[1]}//", 10)
-        closed.close()
+        with admission_at(f"{scheme}://127.0.0.1:{silent.getsockname()[1]}//", 10) as closed:
+            pass
         closed.admit(LANE)
         assert closed.depth(LANE) is None

@@ -10,15 +10,15 @@ from fleet_worker.router.cancel_publisher import CancelPublisher
 
 
 def test_a_stream_that_is_forgotten_while_another_one_is_cancelled_is_cancelled_too():
-    later = SimpleNamespace(soon=lambda do: gc.collect())
-    notices = CancelPublisher(later, lambda: None)
+    later = SimpleNamespace(soon=lambda call: gc.collect())
+    cancels = CancelPublisher(later, lambda *_: None)
 
     class Stream:
         def __init__(self):
             self.itself = self
 
-    weakref.finalize(Stream(), notices.cancel, "forgotten", CancelOrphan("n", 1))
-    thread = threading.Thread(target=notices.cancel, args=("cancelled", CancelOrphan("n", 2)), daemon=True)
+    weakref.finalize(Stream(), cancels.cancel, "forgotten", CancelOrphan("n", 1))
+    thread = threading.Thread(target=cancels.cancel, args=("cancelled", CancelOrphan("n", 2)), daemon=True)
     thread.start()
     thread.join(5)
-    assert notices._cancelled == {"n": {"forgotten": 1, "cancelled": 2}}
+    assert cancels._cancelled == {"n": {"forgotten": 1, "cancelled": 2}}

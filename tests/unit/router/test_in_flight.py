@@ -17,7 +17,7 @@ from tests.unit.router.test_attempts import DOWN, accepted, deltas, failure, hea
 
 
 class Later:
-    """An agenda whose time is up when a test says so."""
+    """A scheduler whose time is up when a test says so."""
 
     def __init__(self):
         self.due = []
@@ -34,7 +34,7 @@ class Later:
 
 
 class Fleet:
-    """What a flight has around it, as a test wants it to be."""
+    """What a request in flight has around it, as a test wants it to be."""
 
     def __init__(self, **settings):
         patient = {
@@ -61,9 +61,11 @@ class Fleet:
             settings=RouterSettings.model_construct(**patient),
             scheduler=self.later,
             replies=self.clock,
-            admission=SimpleNamespace(waits=lambda *_: self.waits, accepted=lambda *what: self.accepted.append(what)),
+            admission=SimpleNamespace(
+                is_queued=lambda *_: self.waits, accepted=lambda *what: self.accepted.append(what)
+            ),
             cancels=SimpleNamespace(
-                missed=lambda *what: self.missed.append(what),
+                ask_again=lambda *what: self.missed.append(what),
                 cancel=lambda _, orphan: self.cancelled.append(orphan),
             ),
             submitter=SimpleNamespace(submit=self._submit),
@@ -80,19 +82,19 @@ class Fleet:
         _, _, node = lane.partition(".node.")
         self.sent.append((request.attempt, node or None))
 
-    def flight(self, node=None, **options):
+    def submit(self, node=None, **options):
         asked = options.pop("asked", None) or request()
-        flight = InFlightRequest(asked.addressed_to(asked.reply_to), node, self.session, **options)
-        self.reader = flight.join(0.0)
-        flight.submit()
-        return flight
+        in_flight = InFlightRequest(asked.addressed_to(asked.reply_to), node, self.session, **options)
+        self.reader = in_flight.join(0.0)
+        in_flight.submit()
+        return in_flight
 
-    def read(self, mailbox=None):
-        mailbox = mailbox or self.reader
+    def read(self, buffer=None):
+        buffer = buffer or self.reader
         frames = []
         with contextlib.suppress(queue.Empty):
-            while not mailbox._frames.empty():
-                frames.append(mailbox.get())
+            while not buffer._frames.empty():
+                frames.append(buffer.get())
         return frames
 
 
@@ -109,8 +111,8 @@ def said(frames):
 
 
 def test_a_node_that_is_silent_for_too_long_is_lost(fleet):
-    flight = fleet.flight()
-    flight.receive("a", accepted())
+    in_flight = fleet.submit()
+    in_flight.receive("a", accepted())
     fleet.clock.clock = 4.9
     fleet.later.now()
     assert fleet.sent == [(1, None)]
@@ -122,19 +124,19 @@ def test_a_node_that_is_silent_for_too_long_is_lost(fleet):
 
 
 def test_a_word_now_and_then_is_enough(fleet):
-    flight = fleet.flight()
-    flight.receive("a", accepted())
+    in_flight = fleet.submit()
+    in_flight.receive("a", accepted())
     for second in range(1, 20):
         fleet.clock.clock = float(second)
-        assert flight.receive("a", Alive(**head(1, 1)))
+        assert in_flight.receive("a", Alive(**head(1, 1)))
         fleet.later.now()
     assert fleet.sent == [(1, None)]
 
 
 def test_what_is_not_listened_to_is_not_silent(fleet):
     """While the broker is away the clock stands still, and afterwards the nodes get the whole time again."""
-    flight = fleet.flight()
-    flight.receive("a", accepted())
+    in_flight = fleet.submit()
+    in_flight.receive("a", accepted())
     fleet.clock.clock = fleet.clock.back = 4.9
     fleet.clock.clock = 9.0
     fleet.later.now()
@@ -146,16 +148,16 @@ def test_what_is_not_listened_to_is_not_silent(fleet):
 
 
 def test_a_lost_node_that_comes_back_is_not_wanted(fleet):
-    flight = fleet.flight()
-    flight.receive("a", accepted())
-    flight.receive("a", deltas(1, "x"))
+    in_flight = fleet.submit()
+    in_flight.receive("a", accepted())
+    in_flight.receive("a", deltas(1, "x"))
     fleet.clock.clock = 6.0
     fleet.later.now()
-    assert not flight.receive("a", deltas(2, "y"))
+    assert not in_flight.receive("a", deltas(2, "y"))
     fleet.later.now()
-    assert not flight.receive("a", Alive(**head(1, 3)))
-    assert flight.receive("b", accepted(2))
-    flight.receive("b", deltas(1, "y", attempt=2))
+    assert not in_flight.receive("a", Alive(**head(1, 3)))
+    assert in_flight.receive("b", accepted(2))
+    in_flight.receive("b", deltas(1, "y", attempt=2))
     assert said(fleet.read()) == "xy"
 
 
@@ -164,7 +166,7 @@ def test_a_lost_node_that_comes_back_is_not_wanted(fleet):
 
 def test_a_lane_is_looked_at_twice_before_a_request_that_is_not_in_it_is_sent_again(fleet):
     fleet.waits = False
-    fleet.flight()
+    fleet.submit()
     fleet.later.now()
     fleet.clock.clock = 0.5
     fleet.later.now()
@@ -179,7 +181,7 @@ def test_a_lane_is_looked_at_twice_before_a_request_that_is_not_in_it_is_sent_ag
 @pytest.mark.parametrize("waits", [True, None])
 def test_a_request_that_waits_is_let_wait_and_so_is_one_that_cannot_be_seen(fleet, waits):
     fleet.waits = waits
-    fleet.flight()
+    fleet.submit()
     for second in range(10):
         fleet.clock.clock = float(second)
         fleet.later.now()
@@ -187,7 +189,7 @@ def test_a_request_that_waits_is_let_wait_and_so_is_one_that_cannot_be_seen(flee
 
 
 def test_a_request_that_was_not_missing_all_the_time_is_let_wait(fleet):
-    fleet.flight()
+    fleet.submit()
     for second, fleet.waits in enumerate([False, True, False, None, False, True]):
         fleet.clock.clock = 2.0 * second
         fleet.later.now()
@@ -195,8 +197,8 @@ def test_a_request_that_was_not_missing_all_the_time_is_let_wait(fleet):
 
 
 def test_a_look_that_fails_is_not_the_last_one(fleet):
-    flight = fleet.flight()
-    flight.receive("a", accepted())
+    in_flight = fleet.submit()
+    in_flight.receive("a", accepted())
     fleet.clock.silence = lambda since: 1 / 0
     with pytest.raises(ZeroDivisionError):
         fleet.later.now()
@@ -210,22 +212,22 @@ def test_a_look_that_fails_is_not_the_last_one(fleet):
 
 def test_it_goes_where_the_router_says(fleet):
     fleet.target = "b@mini"
-    flight = fleet.flight()
-    flight.receive("a", failure(0, DOWN))
+    in_flight = fleet.submit()
+    in_flight.receive("a", failure(0, DOWN))
     fleet.later.now()
     assert fleet.sent == [(1, None), (2, "b@mini")]
 
 
 def test_the_first_attempt_goes_where_the_router_says(fleet):
     fleet.first = "a@mini"
-    assert fleet.flight().lane == "llm.fleet.node.a@mini"
+    assert fleet.submit().lane == "llm.fleet.node.a@mini"
     assert fleet.sent == [(1, "a@mini")]
 
 
 def test_what_is_for_one_node_only_stays_there(fleet):
     fleet.target = "b@mini"
-    flight = fleet.flight(node="a@mini")
-    flight.receive("a@mini", failure(0, DOWN))
+    in_flight = fleet.submit(node="a@mini")
+    in_flight.receive("a@mini", failure(0, DOWN))
     fleet.later.now()
     assert fleet.sent == [(1, "a@mini"), (2, "a@mini")]
 
@@ -234,8 +236,8 @@ def test_what_is_for_one_node_only_stays_there(fleet):
 def test_what_waits_for_a_node_that_is_gone_goes_elsewhere_unless_its_caller_wants_that_node(node, most, sent):
     fleet = Fleet(max_attempts=most)
     fleet.target = "b@mini"
-    flight = fleet.flight(node)
-    flight.receive(node or "a@mini", failure(0, DOWN))
+    in_flight = fleet.submit(node)
+    in_flight.receive(node or "a@mini", failure(0, DOWN))
     for _ in range(3):
         fleet.later.now()
     assert len(fleet.sent) == 2
@@ -247,43 +249,43 @@ def test_what_waits_for_a_node_that_is_gone_goes_elsewhere_unless_its_caller_wan
 
 
 def test_a_broker_that_is_away_is_waited_for(fleet):
-    flight = fleet.flight()
+    in_flight = fleet.submit()
     fleet.refusal = BrokerUnavailable("away", retryable=True)
-    flight.receive("a", failure(0, DOWN))
+    in_flight.receive("a", failure(0, DOWN))
     for _ in range(3):
         fleet.later.now()
     fleet.refusal = None
     fleet.later.now()
     assert fleet.sent == [(1, None), (2, None)]
-    assert flight.receive("b", accepted(2))
+    assert in_flight.receive("b", accepted(2))
 
 
 def test_a_further_attempt_that_the_broker_refuses_ends_it(fleet):
-    flight = fleet.flight()
+    in_flight = fleet.submit()
     fleet.refusal = BrokerUnavailable("too large for it")
-    flight.receive("a", failure(0, DOWN))
+    in_flight.receive("a", failure(0, DOWN))
     fleet.later.now()
     assert fleet.read()[0].code == "broker_unavailable"
 
 
 def test_what_was_answered_although_the_broker_never_said_that_it_has_it_is_answered(fleet):
     def submit(*_, **__):
-        flight.receive("a", accepted())
-        flight.receive("a", response(1))
+        in_flight.receive("a", accepted())
+        in_flight.receive("a", response(1))
         raise BrokerUnavailable("it fell silent", retryable=True)
 
     fleet.session.submitter.submit = submit
 
-    flight = InFlightRequest(request().addressed_to("r"), None, fleet.session)
-    mailbox = flight.join(5.0)
-    flight.submit()
-    assert [frame.kind for frame in fleet.read(mailbox)] == ["response"]
+    in_flight = InFlightRequest(request().addressed_to("r"), None, fleet.session)
+    buffer = in_flight.join(5.0)
+    in_flight.submit()
+    assert [frame.kind for frame in fleet.read(buffer)] == ["response"]
 
 
 def test_a_first_attempt_that_the_broker_refuses_ends_it(fleet):
     fleet.refusal = BrokerUnavailable("away")
     with pytest.raises(BrokerUnavailable) as caught:
-        fleet.flight()
+        fleet.submit()
     assert [each["error"] for each in caught.value.metadata["attempts"]] == ["broker_unavailable"]
     assert fleet.ended == ["r"]
     assert fleet.read()[0].code == "broker_unavailable"
@@ -292,7 +294,7 @@ def test_a_first_attempt_that_the_broker_refuses_ends_it(fleet):
 def test_a_caller_that_is_interrupted_while_it_sends_leaves_nothing_behind(fleet):
     fleet.refusal = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
-        fleet.flight()
+        fleet.submit()
     assert fleet.ended == ["r"]
     assert fleet.read()[0].code == "cancelled"
     assert fleet.cancelled == [CancelOrphan(None, 1)]
@@ -302,70 +304,70 @@ def test_a_caller_that_is_interrupted_while_it_sends_leaves_nothing_behind(fleet
 
 
 def test_when_the_last_reader_leaves_nobody_wants_it(fleet):
-    flight = fleet.flight()
-    second = flight.join(0.0)
-    flight.receive("a", accepted())
-    flight.leave(fleet.reader)
+    in_flight = fleet.submit()
+    second = in_flight.join(0.0)
+    in_flight.receive("a", accepted())
+    in_flight.leave(fleet.reader)
     assert fleet.cancelled == []
-    flight.leave(second)
+    in_flight.leave(second)
     assert fleet.cancelled == [CancelOrphan("a", 1)]
     assert fleet.ended == ["r"]
-    assert not flight.receive("a", deltas(1, "x"))
+    assert not in_flight.receive("a", deltas(1, "x"))
 
 
 def test_leaving_after_the_end_cancels_nothing(fleet):
-    flight = fleet.flight()
-    flight.receive("a", accepted())
-    flight.receive("a", response(1))
-    flight.leave(fleet.reader)
+    in_flight = fleet.submit()
+    in_flight.receive("a", accepted())
+    in_flight.receive("a", response(1))
+    in_flight.leave(fleet.reader)
     assert fleet.cancelled == []
 
 
 def test_who_comes_later_gets_the_whole_answer(fleet):
-    flight = fleet.flight()
-    flight.receive("a", accepted())
-    flight.receive("a", deltas(1, "a"))
-    second = flight.join(0.0)
-    flight.receive("a", deltas(2, "b"))
-    flight.receive("a", response(3))
-    third = flight.join(0.0)
-    for mailbox in (fleet.reader, second, third):
-        frames = fleet.read(mailbox)
+    in_flight = fleet.submit()
+    in_flight.receive("a", accepted())
+    in_flight.receive("a", deltas(1, "a"))
+    second = in_flight.join(0.0)
+    in_flight.receive("a", deltas(2, "b"))
+    in_flight.receive("a", response(3))
+    third = in_flight.join(0.0)
+    for buffer in (fleet.reader, second, third):
+        frames = fleet.read(buffer)
         assert said(frames) == "ab"
         assert frames[-1].kind == "response"
 
 
 def test_who_comes_late_to_a_long_answer_gets_all_of_it_and_may_be_slow_from_then_on(fleet):
-    flight = fleet.flight()
-    flight.receive("a", accepted())
+    in_flight = fleet.submit()
+    in_flight.receive("a", accepted())
     for seq in range(1, 20):
-        flight.receive("a", deltas(seq, "x"))
+        in_flight.receive("a", deltas(seq, "x"))
         fleet.read()
-    second = flight.join(0.0)
+    second = in_flight.join(0.0)
     for seq in range(20, 30):
-        flight.receive("a", deltas(seq, "x"))
+        in_flight.receive("a", deltas(seq, "x"))
     fleet.read()
-    flight.receive("a", response(30))
-    for mailbox in (second, flight.join(0.0)):
-        frames = fleet.read(mailbox)
+    in_flight.receive("a", response(30))
+    for buffer in (second, in_flight.join(0.0)):
+        frames = fleet.read(buffer)
         assert said(frames) == "x" * 29
         assert frames[-1].kind == "response"
 
 
-def test_a_flight_that_failed_cannot_be_joined(fleet):
-    flight = fleet.flight()
-    flight.give_up(Cancelled("closed"))
-    assert flight.join(0.0) is None
+def test_a_request_that_failed_cannot_be_joined(fleet):
+    in_flight = fleet.submit()
+    in_flight.give_up(Cancelled("closed"))
+    assert in_flight.join(0.0) is None
     assert fleet.read()[0].code == "cancelled"
 
 
 def test_a_reader_that_is_too_slow_is_told_so_and_the_other_ones_go_on(fleet):
-    flight = fleet.flight()
-    quick = flight.join(0.0)
-    flight.receive("a", accepted())
+    in_flight = fleet.submit()
+    quick = in_flight.join(0.0)
+    in_flight.receive("a", accepted())
     text = ""
     for seq in range(1, 20):
-        flight.receive("a", deltas(seq, "x"))
+        in_flight.receive("a", deltas(seq, "x"))
         text += said(fleet.read(quick))
     slow = fleet.read()
     assert isinstance(slow[-1].error(), ReplyOverflow)
@@ -375,16 +377,16 @@ def test_a_reader_that_is_too_slow_is_told_so_and_the_other_ones_go_on(fleet):
 
 
 def test_a_stream_whose_only_reader_is_too_slow_is_stopped(fleet):
-    flight = fleet.flight()
-    flight.receive("a", accepted())
+    in_flight = fleet.submit()
+    in_flight.receive("a", accepted())
     for seq in range(1, 20):
-        flight.receive("a", deltas(seq, "x"))
+        in_flight.receive("a", deltas(seq, "x"))
     assert fleet.cancelled == [CancelOrphan("a", 1)]
 
 
 def test_at_its_deadline_it_is_over_whoever_reads(fleet):
-    flight = fleet.flight(asked=request().model_copy(update={"timeout_seconds": 0.01}))
-    flight.receive("a", accepted())
+    in_flight = fleet.submit(asked=request().model_copy(update={"timeout_seconds": 0.01}))
+    in_flight.receive("a", accepted())
     time.sleep(0.02)
     fleet.later.now()
     assert fleet.cancelled == [CancelOrphan("a", 1)]
@@ -393,138 +395,140 @@ def test_at_its_deadline_it_is_over_whoever_reads(fleet):
 
 def test_its_deadline_is_noticed_also_if_it_comes_before_the_first_look_is_due():
     fleet = Fleet(accept_timeout=5.0)
-    flight = fleet.flight(asked=request().model_copy(update={"timeout_seconds": 0.5}))
-    assert fleet.later.moments == [flight._deadline]
+    in_flight = fleet.submit(asked=request().model_copy(update={"timeout_seconds": 0.5}))
+    assert fleet.later.moments == [in_flight._deadline]
 
 
 def test_who_is_told_that_it_is_too_late_is_told_the_attempts_too(fleet):
-    flight = fleet.flight()
-    assert flight.late(60.0).metadata["attempts"] == [{"attempt": 1, "node": None, "error": "expired", "delivered": 0}]
-    flight.receive("a", failure(0, DOWN))
+    in_flight = fleet.submit()
+    assert in_flight.timed_out(60.0).metadata["attempts"] == [
+        {"attempt": 1, "node": None, "error": "expired", "delivered": 0}
+    ]
+    in_flight.receive("a", failure(0, DOWN))
     fleet.later.now()
-    flight.receive("b", accepted(2))
-    flight.receive("b", deltas(1, "xyz", attempt=2))
-    assert [tuple(each.values()) for each in flight.late(60.0).metadata["attempts"]] == [
+    in_flight.receive("b", accepted(2))
+    in_flight.receive("b", deltas(1, "xyz", attempt=2))
+    assert [tuple(each.values()) for each in in_flight.timed_out(60.0).metadata["attempts"]] == [
         (1, "a", "instance_unavailable", 0),
         (2, "b", "timeout", 3),
     ]
 
 
 def test_the_wait_in_the_lane_is_told(fleet):
-    flight = fleet.flight()
-    flight.receive("a", accepted())
+    in_flight = fleet.submit()
+    in_flight.receive("a", accepted())
     assert [what[:3] for what in fleet.accepted] == [("llm.fleet.stream_chat.m", 0.0, "normal")]
 
 
 def test_a_node_is_asked_once_for_what_it_sent_and_never_arrived(fleet):
-    flight = fleet.flight()
-    flight.receive("a", accepted())
-    flight.receive("a", deltas(2, "b"))
-    flight.receive("a", deltas(3, "c"))
+    in_flight = fleet.submit()
+    in_flight.receive("a", accepted())
+    in_flight.receive("a", deltas(2, "b"))
+    in_flight.receive("a", deltas(3, "c"))
     assert fleet.missed == [("replies", "a")]
     for seq, letter in enumerate("abc", start=1):
-        flight.receive("a", deltas(seq, letter))
+        in_flight.receive("a", deltas(seq, letter))
     assert said(fleet.read()) == "abc"
 
 
 # --- Requests with a key
 
 
-def keyed_request(key="k", **params):
+def request_with_key(key="k", **params):
     return request(**params).model_copy(update={"idempotency_key": key})
 
 
 def test_what_is_under_way_is_joined_and_what_was_answered_is_there(fleet):
-    keyed = IdempotencyCache(ttl=60)
-    assert keyed.join(keyed_request()) is None
-    flight = fleet.flight(asked=keyed_request())
-    assert keyed.add(flight) is None
-    assert keyed.join(keyed_request())[0] is flight
-    assert keyed.join(keyed_request("other")) is None
-    flight.receive("a", accepted())
-    flight.receive("a", response(1))
-    same, mailbox = keyed.join(keyed_request())
-    assert same is flight
-    assert [frame.kind for frame in fleet.read(mailbox)] == ["response"]
+    cache = IdempotencyCache(ttl=60)
+    assert cache.join(request_with_key()) is None
+    in_flight = fleet.submit(asked=request_with_key())
+    assert cache.add(in_flight) is None
+    assert cache.join(request_with_key())[0] is in_flight
+    assert cache.join(request_with_key("other")) is None
+    in_flight.receive("a", accepted())
+    in_flight.receive("a", response(1))
+    same, buffer = cache.join(request_with_key())
+    assert same is in_flight
+    assert [frame.kind for frame in fleet.read(buffer)] == ["response"]
 
 
 def test_of_two_that_come_at_once_the_second_joins(fleet):
-    keyed = IdempotencyCache(ttl=60)
-    first, second = fleet.flight(asked=keyed_request()), fleet.flight(asked=keyed_request())
-    assert keyed.add(first) is None
-    assert keyed.add(second)[0] is first
+    cache = IdempotencyCache(ttl=60)
+    first, second = fleet.submit(asked=request_with_key()), fleet.submit(asked=request_with_key())
+    assert cache.add(first) is None
+    assert cache.add(second)[0] is first
 
 
 def test_a_key_of_something_else_is_refused(fleet):
-    keyed = IdempotencyCache(ttl=60)
-    keyed.add(fleet.flight(asked=keyed_request()))
-    for other in (keyed_request(max_tokens=5), keyed_request().model_copy(update={"model": "other"})):
+    cache = IdempotencyCache(ttl=60)
+    cache.add(fleet.submit(asked=request_with_key()))
+    for other in (request_with_key(max_tokens=5), request_with_key().model_copy(update={"model": "other"})):
         with pytest.raises(InvalidRequest, match="idempotency_key"):
-            keyed.join(other)
+            cache.join(other)
 
 
 def test_with_an_answer_only_a_hash_of_its_request_is_kept(fleet):
-    keyed = IdempotencyCache(ttl=60)
-    flight = fleet.flight(asked=keyed_request(user="swordfish"))
-    keyed.add(flight)
-    assert "swordfish" in flight.request.model_dump_json()
-    flight.receive("a", response(0))
-    assert keyed.join(keyed_request(user="swordfish"))
-    for each in (flight.request, flight._attempts.request):
+    cache = IdempotencyCache(ttl=60)
+    in_flight = fleet.submit(asked=request_with_key(user="swordfish"))
+    cache.add(in_flight)
+    assert "swordfish" in in_flight.request.model_dump_json()
+    in_flight.receive("a", response(0))
+    assert cache.join(request_with_key(user="swordfish"))
+    for each in (in_flight.request, in_flight._attempts.request):
         assert "swordfish" not in each.model_dump_json()
     with pytest.raises(InvalidRequest):
-        keyed.join(keyed_request(user="another"))
+        cache.join(request_with_key(user="another"))
 
 
 def test_a_failure_is_not_kept(fleet):
-    keyed = IdempotencyCache(ttl=60)
-    flight = fleet.flight(asked=keyed_request())
-    keyed.add(flight)
-    flight.give_up(Cancelled("closed"))
-    assert keyed.join(keyed_request()) is None
-    assert keyed.add(fleet.flight(asked=keyed_request())) is None
+    cache = IdempotencyCache(ttl=60)
+    in_flight = fleet.submit(asked=request_with_key())
+    cache.add(in_flight)
+    in_flight.give_up(Cancelled("closed"))
+    assert cache.join(request_with_key()) is None
+    assert cache.add(fleet.submit(asked=request_with_key())) is None
 
 
 def test_an_answer_is_kept_for_its_time(fleet, monkeypatch):
-    keyed = IdempotencyCache(ttl=0.05)
-    flight = fleet.flight(asked=keyed_request())
-    keyed.add(flight)
-    flight.receive("a", response(0))
-    assert keyed.join(keyed_request())
+    cache = IdempotencyCache(ttl=0.05)
+    in_flight = fleet.submit(asked=request_with_key())
+    cache.add(in_flight)
+    in_flight.receive("a", response(0))
+    assert cache.join(request_with_key())
     time.sleep(0.06)
-    assert keyed.join(keyed_request()) is None
+    assert cache.join(request_with_key()) is None
 
 
-@pytest.mark.parametrize(("bound", "most"), [("MOST_ANSWERS", 2), ("MOST_CHARACTERS", 5_000)])
+@pytest.mark.parametrize(("bound", "most"), [("MAX_ANSWERS", 2), ("MAX_CHARACTERS", 6_000)])
 def test_not_more_answers_than_allowed_are_kept_nor_more_characters_of_them(fleet, monkeypatch, bound, most):
     monkeypatch.setattr(f"fleet_worker.router.idempotency.{bound}", most)
-    keyed = IdempotencyCache(ttl=60)
+    cache = IdempotencyCache(ttl=60)
     for number in range(4):
-        flight = fleet.flight(asked=keyed_request(str(number)))
-        keyed.add(flight)
-        flight.receive("a", accepted())
-        flight.receive("a", deltas(1, "x" * 2_000))
-        flight.receive("a", response(2))
-    assert [number for number in range(4) if keyed.join(keyed_request(str(number)))] == [2, 3]
+        in_flight = fleet.submit(asked=request_with_key(str(number)))
+        cache.add(in_flight)
+        in_flight.receive("a", accepted())
+        in_flight.receive("a", deltas(1, "x" * 2_000))
+        in_flight.receive("a", response(2))
+    assert [number for number in range(4) if cache.join(request_with_key(str(number)))] == [2, 3]
 
 
 def test_an_answer_that_is_kept_is_one_piece(fleet):
-    keyed = IdempotencyCache(ttl=60)
-    flight = fleet.flight(asked=keyed_request())
-    keyed.add(flight)
-    flight.receive("a", accepted())
+    cache = IdempotencyCache(ttl=60)
+    in_flight = fleet.submit(asked=request_with_key())
+    cache.add(in_flight)
+    in_flight.receive("a", accepted())
     for seq, letter in enumerate("abc", start=1):
-        flight.receive("a", deltas(seq, letter))
-    flight.receive("a", response(4))
+        in_flight.receive("a", deltas(seq, letter))
+    in_flight.receive("a", response(4))
     for _ in range(2):
-        _, mailbox = keyed.join(keyed_request())
-        frames = fleet.read(mailbox)
+        _, buffer = cache.join(request_with_key())
+        frames = fleet.read(buffer)
         assert said(frames) == "abc"
         assert len(frames) == 2
 
 
 def test_a_look_at_what_has_ended_is_the_last_one(fleet):
-    flight = fleet.flight()
-    flight.receive("a", response(0))
+    in_flight = fleet.submit()
+    in_flight.receive("a", response(0))
     fleet.later.now()
     assert fleet.later.due == []

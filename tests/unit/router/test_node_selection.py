@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fleet_worker.router.node_selection import NodeSelection
+from fleet_worker.router.session import NodeSelection
 
 
 class Told:
@@ -55,8 +55,8 @@ def test_an_attempt_goes_into_its_lane_unless_the_wrong_one_may_take_it_there(no
 
 
 def test_who_has_more_slots_is_chosen_more_often():
-    routes = NodeSelection(Told(a=("one", 1), b=("one", 9), c=("one", None), failed=("one", 50)))
-    chosen = Counter(routes.node_for(request(), ["failed"]) for _ in range(2_000))
+    selection = NodeSelection(Told(a=("one", 1), b=("one", 9), c=("one", None), failed=("one", 50)))
+    chosen = Counter(selection.node_for(request(), ["failed"]) for _ in range(2_000))
     assert chosen.keys() == {"a", "b", "c"}
     assert chosen["b"] > 3 * (chosen["a"] + chosen["c"])
 

@@ -75,10 +75,10 @@ class Fleet:
             submit=lambda request, lane, patience: self.publish(request, lane), close=lambda: None
         )
         self.session.admission = SimpleNamespace(
-            admit=lambda lane: None, accepted=lambda *_: None, waits=lambda *_: True, close=lambda: None
+            admit=lambda lane: None, accepted=lambda *_: None, is_queued=lambda *_: True
         )
         self.session.cancels = SimpleNamespace(
-            missed=lambda *_: None, cancel=lambda *what: self.cancelled.append(what), close=lambda: None
+            ask_again=lambda *_: None, cancel=lambda *what: self.cancelled.append(what)
         )
         self.answers = []
         self.requests = []
@@ -112,7 +112,7 @@ class Fleet:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(attempts_module, "_BACK_OFF", lambda state: 0.01)
+    monkeypatch.setattr(attempts_module, "_back_off", lambda attempt: 0.01)
 
 
 @pytest.fixture
@@ -320,7 +320,7 @@ def test_there_are_no_more_attempts_than_configured(ask, most):
 
 
 def test_there_is_no_attempt_for_which_no_time_is_left(fleet, ask, monkeypatch):
-    monkeypatch.setattr(attempts_module, "_BACK_OFF", lambda state: 30.0)
+    monkeypatch.setattr(attempts_module, "_back_off", lambda attempt: 30.0)
     fleet.answers = [[DOWN]]
     with took_less_than(2), pytest.raises(InstanceUnavailable):
         ask(fleet, timeout=10)
@@ -387,7 +387,7 @@ def test_a_broker_that_does_not_take_the_first_attempt_ends_the_request_every_ti
 
 
 def test_a_broker_that_does_not_take_a_further_attempt_is_tried_until_it_does(fleet, monkeypatch):
-    monkeypatch.setattr(in_flight_module, "LOOKS_AGAIN", 0.01)
+    monkeypatch.setattr(in_flight_module, "CHECK_EVERY", 0.01)
     fleet.answers = [[DOWN], *[BrokerUnavailable("away", retryable=True)] * 2, [accepted(), response("late")]]
     assert chat(fleet).content == "late"
     assert fleet.attempts == [1, 2, 2, 2]

@@ -1,17 +1,20 @@
 import socket
 import threading
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 import pytest
+import redis
+from kombu.exceptions import LimitExceeded
 
-from fleet_worker import BrokerUnavailable, Expired, Router, Settings
+from fleet_worker import BrokerUnavailable, Cancelled, Expired, Router, Settings
 from fleet_worker.broker.app import create_app
 from fleet_worker.broker.topology import transport_of
-from fleet_worker.router.submitter import Submitter
+from fleet_worker.router import submitter as submitter_module
+from fleet_worker.router.submitter import MAX_CONNECTIONS, Submitter
 from fleet_worker.testing import embedded_broker
 from tests.brokers import free_port
-from tests.clients import HELLO, took_less_than
+from tests.clients import HELLO, took_less_than, until
 
 SCHEMES = ["redis", "amqp"]
 LANE = "llm.fleet.chat.m"
@@ -86,3 +89,46 @@ def test_nothing_is_sent_after_the_deadline(monkeypatch):
 def test_no_request_waits_for_the_broker_beyond_its_deadline():
     with took_less_than(1.5), pytest.raises(BrokerUnavailable):
         submitter_of(f"redis://127.0.0.1:{free_port()}/0").submit(request_of(timeout=0.5), LANE, patience=20.0)
+
+
+def test_a_connection_is_used_again_until_it_was_idle_for_a_while(monkeypatch):
+    with embedded_broker() as url, closing(submitter_of(url)) as submitter, redis.Redis.from_url(url) as client:
+        before = len(client.client_list())
+        opened = client.info("stats")["total_connections_received"]
+        for _ in range(5):
+            submitter.submit(request_of(), LANE, patience=5.0)
+            submitter.close_idle()
+        assert len(client.client_list()) == before + 1
+        assert client.info("stats")["total_connections_received"] <= opened + 2  # kombu asks PING on one of its own
+        monkeypatch.setattr(submitter_module, "IDLE_AFTER", 0.0)
+        submitter.close_idle()
+        until(lambda: len(client.client_list()) == before)
+        submitter.submit(request_of(), LANE, patience=5.0)
+
+
+def test_a_connection_on_which_something_failed_is_not_used_again():
+    with embedded_broker() as url, closing(submitter_of(url)) as submitter:
+        with pytest.raises(ZeroDivisionError), submitter.producer(5.0) as first:
+            _ = 1 / 0
+        with submitter.producer(5.0) as second:
+            assert second.connection is not first.connection
+        with submitter.producer(5.0) as third:
+            assert third.connection is second.connection
+
+
+def test_no_more_connections_are_lent_than_there_are():
+    with embedded_broker() as url, closing(submitter_of(url)) as submitter, ExitStack() as stack:
+        for _ in range(MAX_CONNECTIONS):
+            stack.enter_context(submitter.producer(5.0))
+        with took_less_than(1), pytest.raises(LimitExceeded), submitter.producer(0.1):
+            pass
+
+
+def test_what_is_closed_lends_nothing_and_keeps_nothing():
+    with embedded_broker() as url, redis.Redis.from_url(url) as client:
+        submitter, before = submitter_of(url), len(client.client_list())
+        with submitter.producer(5.0):
+            submitter.close()
+        with pytest.raises(Cancelled), submitter.producer(5.0):
+            pass
+        until(lambda: len(client.client_list()) == max(1, before))

@@ -7,78 +7,78 @@ import time
 
 import pytest
 
-from fleet_worker.router.reply_buffer import ReplyBuffer
+from fleet_worker.router.call import ReplyBuffer
 from tests.clients import took_less_than
 from tests.unit.router.test_attempts import accepted, deltas, response
 
 
-def mailbox_of(max_buffered=100, seconds=0.0):
+def buffer_of(max_buffered=100, seconds=0.0):
     return ReplyBuffer(deadline=time.monotonic() + seconds, max_buffered=max_buffered)
 
 
 def test_frames_arrive_in_order_until_the_deadline():
-    mailbox = mailbox_of()
+    buffer = buffer_of()
     frames = [deltas(1, "a"), deltas(2, "b"), response(3)]
     for frame in frames:
-        assert mailbox.put(frame)
-    assert [mailbox.get() for _ in frames] == frames
+        assert buffer.put(frame)
+    assert [buffer.get() for _ in frames] == frames
     with pytest.raises(queue.Empty):
-        mailbox.get()
+        buffer.get()
 
 
 def test_more_than_its_reader_may_leave_waiting_is_not_taken_but_an_end_is():
-    mailbox = mailbox_of(max_buffered=3)
-    assert mailbox.put(deltas(1, "a", "b"))
-    assert mailbox.put(deltas(2, "c", "d"))
-    assert not mailbox.put(deltas(3, "e"))
-    assert mailbox.put(response(4))
-    mailbox.get()
-    assert mailbox.put(deltas(5, "f"))
+    buffer = buffer_of(max_buffered=3)
+    assert buffer.put(deltas(1, "a", "b"))
+    assert buffer.put(deltas(2, "c", "d"))
+    assert not buffer.put(deltas(3, "e"))
+    assert buffer.put(response(4))
+    buffer.get()
+    assert buffer.put(deltas(5, "f"))
 
 
 def test_a_reader_that_keeps_up_may_read_any_amount():
-    mailbox = mailbox_of(max_buffered=10)
+    buffer = buffer_of(max_buffered=10)
     for seq in range(1, 100):
-        assert mailbox.put(deltas(seq, *"12345"))
-        mailbox.get()
+        assert buffer.put(deltas(seq, *"12345"))
+        buffer.get()
 
 
 def test_an_asyncio_reader_is_woken_by_another_thread_and_by_its_deadline():
-    mailbox = mailbox_of(seconds=0.5)
+    buffer = buffer_of(seconds=0.5)
 
     async def read():
-        reader = asyncio.create_task(mailbox.aget())
+        reader = asyncio.create_task(buffer.aget())
         await asyncio.sleep(0)
-        threading.Thread(target=mailbox.put, args=(accepted(),)).start()
+        threading.Thread(target=buffer.put, args=(accepted(),)).start()
         assert (await reader).kind == "accepted"
         with pytest.raises(queue.Empty):
-            await mailbox.aget()
+            await buffer.aget()
 
     asyncio.run(read())
 
 
 def test_a_frame_for_an_event_loop_that_is_closed_harms_nobody():
-    mailbox = mailbox_of()
+    buffer = buffer_of()
 
     async def give_up():
-        reader = asyncio.create_task(mailbox.aget())
+        reader = asyncio.create_task(buffer.aget())
         await asyncio.sleep(0)
         reader.cancel()
 
     asyncio.run(give_up())
-    mailbox.put(accepted())
-    assert mailbox.get().kind == "accepted"
+    buffer.put(accepted())
+    assert buffer.get().kind == "accepted"
 
 
 def test_who_waits_is_not_left_waiting_when_it_is_closed():
-    mailbox = mailbox_of(seconds=60)
-    threading.Timer(0.1, mailbox.close).start()
+    buffer = buffer_of(seconds=60)
+    threading.Timer(0.1, buffer.close).start()
     with took_less_than(5), pytest.raises(queue.Empty):
-        mailbox.get()
+        buffer.get()
 
     async def read():
-        threading.Timer(0.1, mailbox.close).start()
-        await mailbox.aget()
+        threading.Timer(0.1, buffer.close).start()
+        await buffer.aget()
 
     with took_less_than(5), pytest.raises(queue.Empty):
         asyncio.run(read())
