@@ -107,6 +107,7 @@ def test_where_all_is_well_every_check_has_one_good_word(configured, broker_url,
     assert "nodes that answer: 1 (local@mini)" in lines[-1]
 
 
+@pytest.mark.rest
 def test_an_instance_of_this_host_whose_node_does_not_answer_is_named(configured, broker_url, mlx):
     instance = {"base_url": mlx.base_url, "api_key": API_KEY, "models": {MODEL: {}}}
     configured('host = "mini"', **instance)
