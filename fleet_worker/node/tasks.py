@@ -156,18 +156,18 @@ def _accepted(node: Node, envelope: Any, operation: str) -> Iterator[_Work | Non
                 work = _accept(node, envelope, operation, reply, cancel_token)
                 with node.counting_failures(work.offering.model, cancel_token):
                     yield work
-        except FleetError as error:
-            if isinstance(error, ConnectionFailure) and node.mlx.has_died():
-                error.metadata["instance_died"] = True
-            node.counters.error(error.code)
-            reply.fail(error)
-            raise error from None
         except Exception as error:
-            log.error("a task failed: %s at %s", type(error).__name__, where(error))
-            failure = ProviderError(f"the worker failed ({type(error).__name__}): see its log")
+            failure = error if isinstance(error, FleetError) else _unexpected(error)
+            if isinstance(failure, ConnectionFailure) and node.mlx.has_died():
+                failure.metadata["instance_died"] = True
             node.counters.error(failure.code)
             reply.fail(failure)
             raise failure from None
+
+
+def _unexpected(error: Exception) -> FleetError:
+    log.error("a task failed: %s at %s", type(error).__name__, where(error))
+    return ProviderError(f"the worker failed ({type(error).__name__}): see its log")
 
 
 def _address(envelope: Any) -> tuple[str, int, str]:
