@@ -1,7 +1,7 @@
 """Any number of Mac minis running MLX servers, one inference service: the public names.
 
-The errors are here at once. Everything else is loaded when it is first asked for (PEP 562), so a program that only
-catches our errors loads neither Celery nor kombu nor redis.
+The errors are imported at once, all other names on first use (PEP 562): a program that only catches our errors loads
+neither Celery nor kombu nor redis.
 """
 
 from __future__ import annotations

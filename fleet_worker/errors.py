@@ -1,21 +1,21 @@
-"""Everything that can go wrong, as one tree.
+"""All errors, as one tree.
 
 FleetError
 ├── ConfigurationError          this process is set up wrongly; nothing was sent
 ├── BrokerUnavailable           the broker cannot be reached
-├── InvalidRequest              the request can never work as it is
+├── InvalidRequest              the request cannot work on any node
 │   ├── ContextLengthExceeded
 │   └── UnsupportedCapability
 ├── ModelNotServed              this instance does not serve that model
 ├── ModelUnavailable            no instance of the fleet offers that model
 ├── PolicyError                 not allowed here
 ├── Unauthorized                the MLX server refused the worker's key
-├── Cancelled                   the caller gave up
+├── Cancelled                   the caller cancelled the request
 ├── Expired                     the deadline passed before the work began
 ├── FleetSaturated              too many requests wait for that model already
-├── NodeLost                    the node that worked on the request fell silent
-├── PoisonSuspected             two MLX servers died of the request, or while they had it
-├── StreamInterrupted           a stream broke off where it cannot be continued
+├── NodeLost                    the node that ran the request sends no more heartbeats
+├── PoisonSuspected             two MLX servers died while they ran the request
+├── StreamInterrupted           a stream ended where it cannot be continued
 ├── ReplyLost                   a part of the reply never arrived
 ├── ReplyOverflow               the caller reads slower than its buffer allows
 └── ProviderError               the MLX server failed
@@ -25,8 +25,8 @@ FleetError
     ├── ConnectionFailure
     └── MalformedOutput
 
-An error crosses the wire as data (`code`, `message`, `retryable`, `metadata`) and is rebuilt on the other
-side as the same class. Texts are always ours: nothing that a caller or an MLX server wrote is ever part of one.
+An error is sent as data (`code`, `message`, `retryable`, `metadata`) and rebuilt by the receiver as the same class.
+All texts are written here: none contains anything that a caller or an MLX server wrote.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ __all__ = [
 
 
 class FleetError(Exception):
-    """The root: `code` names the kind on the wire, `retryable` says whether another try elsewhere may work."""
+    """The root. `code` names the class in messages; `retryable` is True if another node may succeed."""
 
     code: ClassVar[str] = "fleet_error"
     retryable: bool = False
@@ -80,7 +80,7 @@ class FleetError(Exception):
 
     @classmethod
     def rebuild(cls, code: str, message: str, *, retryable: bool, metadata: dict[str, Any]) -> FleetError:
-        """Return the error that `code` names; one that this version does not know becomes a plain `FleetError`."""
+        """Return the error that `code` names. An unknown code becomes a `FleetError` with it in `metadata["code"]`."""
         error = FleetError.__new__(_by_code().get(code, FleetError))
         FleetError.__init__(error, message, retryable=retryable)
         error.metadata = dict(metadata) if type(error) is not FleetError else {**metadata, "code": code}
@@ -100,7 +100,7 @@ class BrokerUnavailable(FleetError):
 
 
 class InvalidRequest(FleetError):
-    """The request can never work as it is."""
+    """The request cannot work on any node."""
 
     code = "invalid_request"
 
@@ -161,20 +161,20 @@ class FleetSaturated(FleetError):
 
 
 class NodeLost(FleetError):
-    """The node that worked on the request fell silent."""
+    """The node that ran the request sends no more heartbeats."""
 
     code = "node_lost"
     retryable = True
 
 
 class PoisonSuspected(FleetError):
-    """Two MLX servers died while they worked on this request, so it is not tried on a third."""
+    """Two MLX servers died while they ran this request, so it is not sent to a third."""
 
     code = "poison_suspected"
 
 
 class StreamInterrupted(FleetError):
-    """The stream broke off where it cannot be continued; what was delivered before is right."""
+    """The stream ended where it cannot be continued; the deltas delivered before are correct."""
 
     code = "stream_interrupted"
 
@@ -186,7 +186,7 @@ class ReplyLost(FleetError):
 
 
 class ReplyOverflow(FleetError):
-    """The caller reads its stream slower than it is generated, and the buffer is full."""
+    """The caller reads its stream more slowly than it is generated, and the buffer is full."""
 
     code = "reply_overflow"
 
@@ -212,7 +212,7 @@ class Overloaded(ProviderError):
 
 
 class RequestTimeout(ProviderError):
-    """Time ran out while the work was running."""
+    """The time limit passed while the request was running."""
 
     code = "timeout"
 
@@ -225,7 +225,7 @@ class ConnectionFailure(ProviderError):
 
 
 class MalformedOutput(ProviderError):
-    """The MLX server answered something that is not the protocol."""
+    """The MLX server sent an answer that does not follow the protocol."""
 
     code = "malformed_output"
 
@@ -241,6 +241,6 @@ def _by_code() -> dict[str, type[FleetError]]:
 
 
 def where(error: Exception) -> str:
-    """File, line and function, and no text: a message may quote a prompt."""
+    """Return file, line and function of an error, without its text: that may quote a prompt."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f"{last.filename.rpartition('/')[2]}:{last.lineno} in {last.name}"

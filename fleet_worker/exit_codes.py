@@ -1,13 +1,13 @@
-"""What the processes end with, by the numbers of sysexits.h where it has one; config/operating.md has them all."""
+"""The exit codes of our processes, by the numbers of sysexits.h where it has one. config/operating.md has them all."""
 
 from __future__ import annotations
 
 FAILED = 1
-NOT_RUNNING = 3  # as of systemctl
+NOT_RUNNING = 3  # as systemctl
 USAGE = 64
 UNAVAILABLE = 69
 SOFTWARE = 70
 AGAIN = 75
-"""EX_TEMPFAIL: start me again, now or later."""
+"""EX_TEMPFAIL: start the process again, now or later."""
 CONFIGURATION = 78
 INTERRUPTED = 130

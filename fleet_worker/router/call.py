@@ -38,6 +38,8 @@ class Call:
         self._request: InFlightRequest | None = None
         self._buffer: ReplyBuffer | None = None
         self._error: FleetError | None = None
+        """What ended it; reading it raises this on every call."""
+        self._cancelled = False
 
     def __enter__(self) -> Self:
         deadline = self._begin()
@@ -73,7 +75,7 @@ class Call:
 
     def cancel(self) -> None:
         """Cancel, from any thread: from now on reading it raises `Cancelled`."""
-        self._error = self._error or Cancelled("the request was cancelled by its caller")
+        self._cancelled = True
         if self._request and self._buffer:
             self._request.leave(self._buffer)
 
@@ -113,7 +115,7 @@ class Call:
             raise
         when_forgotten = weakref.finalize(self, self._request.leave, self._buffer)
         when_forgotten.atexit = False
-        if self._error:  # cancelled meanwhile
+        if self._cancelled:  # meanwhile
             self.cancel()
 
     @property
@@ -123,20 +125,25 @@ class Call:
         return self._buffer
 
     def _raise_again(self) -> None:
-        if self._error:
-            raise self._error
+        if error := self._ended_by():
+            raise error
+
+    def _ended_by(self) -> FleetError | None:
+        if self._cancelled and self._error is None:
+            self._error = Cancelled("the request was cancelled by its caller")
+        return self._error
 
     def _checked(self, frame: Frame) -> Frame:
-        if self._error is None and isinstance(frame, Failure):
-            self._error = frame.error()
+        if isinstance(frame, Failure) and not self._cancelled:
+            self._error = self._error or frame.error()
         self._raise_again()
         return frame
 
     def _timed_out(self) -> FleetError:
-        if self._error is None and self._request:
-            self._error = self._request.timed_out(self._timeout)
+        if self._request and not self._cancelled:
+            self._error = self._error or self._request.timed_out(self._timeout)
         self.cancel()
-        return cast(FleetError, self._error)
+        return cast(FleetError, self._ended_by())
 
 
 class ChatStream:
@@ -248,7 +255,7 @@ class ReplyBuffer:
         return self._read(self._frames.get_nowait())
 
     def close(self) -> None:
-        """End it: whoever waits in `get` gets `queue.Empty`."""
+        """End it: a reader that waits in `get` or `aget` gets `queue.Empty`."""
         self._append(None)
         if self._timer:
             self._timer.cancel()

@@ -35,19 +35,7 @@ class IdempotencyCache:
         Raises:
             InvalidRequest: the key belongs to a different request.
         """
-        return self._join(request, _fingerprint(request, target))
-
-    def add(self, started: InFlightRequest, *target: object) -> tuple[InFlightRequest, ReplyBuffer] | None:
-        """Let others join this request. If one with its key was added meanwhile, join that one instead and return it
-        as `join` does."""
-        fingerprint = _fingerprint(started.request, target)
-        with self._lock:
-            joined = self._join(started.request, fingerprint)
-            if joined is None:
-                self._requests[started.request.idempotency_key] = fingerprint, started
-            return joined
-
-    def _join(self, request: FleetRequest, fingerprint: bytes) -> tuple[InFlightRequest, ReplyBuffer] | None:
+        fingerprint = _fingerprint(request, target)
         with self._lock:
             self._evict()
             known, found = self._requests.get(request.idempotency_key, (fingerprint, None))
@@ -58,6 +46,15 @@ class IdempotencyCache:
                 )
             buffer = found and found.join(request.timeout_seconds)
             return (found, buffer) if found and buffer else None
+
+    def add(self, started: InFlightRequest, *target: object) -> tuple[InFlightRequest, ReplyBuffer] | None:
+        """Let others join this request. If one with its key was added meanwhile, join that one instead and return it
+        as `join` does."""
+        with self._lock:
+            joined = self.join(started.request, *target)
+            if joined is None:
+                self._requests[started.request.idempotency_key] = _fingerprint(started.request, target), started
+            return joined
 
     def _evict(self) -> None:
         """Drop failed requests at once, and answers that are too old or too many; keep what is in flight."""

@@ -79,7 +79,7 @@ class InFlightRequest:
     # Readers
 
     def join(self, timeout: float) -> ReplyBuffer | None:
-        """Add a reader, who waits at most `timeout` seconds. Return a buffer that gets the whole answer, from its
+        """Add a reader that waits at most `timeout` seconds. Return its buffer, which gets the whole answer from its
         beginning; None if the request has failed."""
         deadline, room = time.monotonic() + timeout, self._session.settings.max_buffered
         with self._lock:

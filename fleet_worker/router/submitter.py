@@ -16,7 +16,7 @@ from kombu import Connection, Exchange, Producer
 from kombu.exceptions import LimitExceeded
 from tenacity import Retrying, retry_if_exception, stop_before_delay, wait_exponential, wait_random
 
-from fleet_worker.broker.connection import ANSWER_WITHIN, BROKER_ERRORS, FAREWELL, connect, is_away, unavailable
+from fleet_worker.broker.connection import ANSWER_WITHIN, BROKER_ERRORS, CLOSE_WITHIN, connect, is_away, unavailable
 from fleet_worker.broker.queue_depth import SUBMITTED_AT
 from fleet_worker.broker.topology import Transport, priority, route_to, task_name
 from fleet_worker.errors import Cancelled, Expired
@@ -94,7 +94,7 @@ class Submitter:
             try:
                 yield Producer(connect(connection, min(silence, _left(deadline))))
             except BaseException:
-                connection.collect()  # without a farewell, for which it would wait
+                connection.collect()  # without an orderly close, which waits for the broker
                 raise
             self._put_back(connection)
         finally:
@@ -104,7 +104,7 @@ class Submitter:
         """Close the connections that were not used for `IDLE_AFTER` seconds."""
         while connection := self._idle_since(time.monotonic() - IDLE_AFTER):
             with contextlib.suppress(Exception):
-                bound_open_broker_sockets(connection, FAREWELL)
+                bound_open_broker_sockets(connection, CLOSE_WITHIN)
                 connection.close()
 
     def close(self) -> None:
@@ -137,8 +137,8 @@ class Submitter:
         """Send it once; give up if the broker does not answer within `silence` seconds.
 
         A connection that died while it was idle is noticed before anything is sent. If the broker was lost or silent
-        before it confirmed a message, nobody knows whether it has it: sent again, it may be in the lane twice. That
-        only costs work: the router listens to one node for each attempt and cancels any other.
+        before it confirmed a message, it may have the message all the same, and have it twice when it is sent again.
+        That only costs work: the router listens to one node for each attempt and cancels any other.
         """
         with self.producer(_left(deadline), silence=silence) as producer:
             self._app.send_task(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ import pytest
 from fleet_worker.demo import models as demo_models
 from fleet_worker.demo.gguf import convert
 from fleet_worker.demo.models import ModelUnpackError, chat_model, embedding_model, platform_problem
+from fleet_worker.host.child_process import child, free_port, python
 
 pytestmark = pytest.mark.timeout(600)  # the first run downloads 170 MB
 
@@ -37,18 +37,14 @@ def chat_folder() -> Path:
 
 @pytest.fixture(scope="module")
 def server(chat_folder: Path) -> Iterator[httpx.Client]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "mlx_lm", "server", "--model", str(chat_folder), "--port", str(port)]
-    process = subprocess.Popen(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stderr=subprocess.DEVNULL)
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120, trust_env=False) as client:
-            _wait(lambda: _answers(client), "the server answers /health")
-            yield client
-    finally:
-        process.terminate()
-        process.wait(30)
+    port = free_port()
+    command = python("-m", "mlx_lm", "server", "--model", str(chat_folder), "--port", str(port))
+    with (
+        child("mlx_lm.server", command, {"HF_HUB_OFFLINE": "1"}),
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120, trust_env=False) as client,
+    ):
+        _wait(lambda: _answers(client), "the server answers /health")
+        yield client
 
 
 def test_mlx_can_be_imported_here() -> None:

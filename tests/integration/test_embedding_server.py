@@ -6,10 +6,9 @@ import base64
 import json
 import math
 import os
-import socket
+import signal
 import struct
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ import numpy as np
 import pytest
 
 from fleet_worker.demo.models import embedding_model, platform_problem
+from fleet_worker.host.child_process import ChildProcess, child, free_port, python
 
 pytestmark = pytest.mark.timeout(300)  # the first run downloads 84 MB
 
@@ -39,14 +39,14 @@ def folder() -> Path:
 
 
 @pytest.fixture(scope="module")
-def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("embedding") / "server.log"
+def server(folder: Path) -> Iterator[tuple[httpx.Client, ChildProcess]]:
+    with _running(folder) as client_and_process:
+        yield client_and_process
 
 
-@pytest.fixture(scope="module")
-def client(folder: Path, log: Path) -> Iterator[httpx.Client]:
-    with _running(folder, log) as (client, _):
-        yield client
+@pytest.fixture
+def client(server: tuple[httpx.Client, ChildProcess]) -> httpx.Client:
+    return server[0]
 
 
 def test_similar_sentences_have_the_known_similarities(client: httpx.Client) -> None:
@@ -222,42 +222,43 @@ def test_a_reused_connection_is_not_delayed(client: httpx.Client) -> None:
     assert sorted(times)[10] < 0.035
 
 
-def test_texts_are_never_logged(client: httpx.Client, log: Path) -> None:
+def test_texts_are_never_logged(server: tuple[httpx.Client, ChildProcess]) -> None:
     """Neither what succeeds nor what is refused leaves a trace of its text, in the log or in the error."""
+    client, process = server
     assert _embed(client, input=SECRET).is_success
     for change in ({"input": [SECRET, ""]}, {"input": [SECRET, 1]}, {"input": SECRET + "\ud800"}, {"model": SECRET}):
         response = client.post("/v1/embeddings", content=json.dumps({"model": NAME, "input": "a"} | change))
         assert not response.is_success
         assert SECRET not in response.text
-    assert SECRET not in log.read_text()
-    assert "Traceback" not in log.read_text()
+    assert SECRET not in process.output
+    assert "Traceback" not in process.output
 
 
-def test_sigterm_ends_the_server_with_exit_code_zero(folder: Path, tmp_path: Path) -> None:
+def test_sigterm_ends_the_server_with_exit_code_zero(folder: Path) -> None:
     """Also with an idle connection open, and its port is free at once."""
-    with _running(folder, tmp_path / "log") as (client, process):
+    with _running(folder) as (client, process):
         assert _embed(client, input="a").is_success
         started = time.monotonic()
-        process.terminate()
+        process.signal(signal.SIGTERM)
         assert process.wait(10) == 0
         assert time.monotonic() - started < 5
         with pytest.raises(httpx.TransportError):
             client.get("/health")
 
 
-def test_sigterm_ends_a_busy_server_too(folder: Path, tmp_path: Path) -> None:
+def test_sigterm_ends_a_busy_server_too(folder: Path) -> None:
     """Work that does not end soon is answered with 503, which a client may try elsewhere."""
-    with _running(folder, tmp_path / "log") as (client, process):
+    with _running(folder) as (client, process):
         statuses: list[int] = []
         body = {"input": [LONG_TEXT] * 2048}
         thread = threading.Thread(target=lambda: statuses.append(_embed(client, **body).status_code))
         thread.start()
         time.sleep(0.5)  # the work has begun
-        process.terminate()
+        process.signal(signal.SIGTERM)
         assert process.wait(30) == 0
         thread.join()
     assert statuses == [503]
-    assert "Traceback" not in (tmp_path / "log").read_text()
+    assert "Traceback" not in process.output
 
 
 def test_a_folder_without_a_model_is_an_error_at_start(tmp_path: Path) -> None:
@@ -269,24 +270,19 @@ def test_a_folder_without_a_model_is_an_error_at_start(tmp_path: Path) -> None:
 
 
 @contextmanager
-def _running(folder: Path, log: Path) -> Iterator[tuple[httpx.Client, subprocess.Popen[bytes]]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with log.open("w") as file:
-        process = subprocess.Popen(_command(folder, port), stdout=file, stderr=file)
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
-            _wait(lambda: _answers(client))
-            yield client, process
-    finally:
-        process.terminate()
-        process.wait(30)
+def _running(folder: Path) -> Iterator[tuple[httpx.Client, ChildProcess]]:
+    port = free_port()
+    with (
+        child("the server", _command(folder, port)) as process,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client,
+    ):
+        _wait(lambda: _answers(client))
+        yield client, process
 
 
 def _command(folder: Path, port: int) -> list[str]:
     module = "fleet_worker.demo.embedding_server"
-    return [sys.executable, "-m", module, "--model", str(folder), "--name", NAME, "--port", str(port)]
+    return python("-m", module, "--model", str(folder), "--name", NAME, "--port", str(port))
 
 
 def _answers(client: httpx.Client) -> bool:

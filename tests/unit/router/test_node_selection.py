@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fleet_worker.router.node_selection import NodeSelection
+from fleet_worker.router.session import NodeSelection
 
 
 class Told:
