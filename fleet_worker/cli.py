@@ -1,7 +1,4 @@
-"""`fleet-worker`: parse the command line, build settings, call one function of the package, return a named exit code.
-
-Every command imports what it calls: `--help` loads neither pydantic nor Celery.
-"""
+"""`fleet-worker`: each command builds settings, imports and calls one function, and returns a named exit code."""
 
 from __future__ import annotations
 
@@ -37,8 +34,6 @@ Examples:
 
 
 class _Seconds(click.FloatRange):
-    name = "seconds"
-
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         seconds = float(super().convert(value, param, ctx))
         if math.isnan(seconds):
@@ -49,7 +44,7 @@ class _Seconds(click.FloatRange):
 _TIMEOUT = click.option("--timeout", type=_Seconds(min=0, min_open=True), help="Seconds for the whole request.")
 
 
-def _settings() -> Settings:
+def _settings() -> Settings:  # imported here, so that --help loads no pydantic
     from fleet_worker.settings import Settings
 
     return Settings()
@@ -162,11 +157,11 @@ def up() -> None:
     from fleet_worker.host.file_lock import Held
     from fleet_worker.host.supervisor import Supervisor
 
-    settings = _settings()
+    supervisor = Supervisor(_settings())
     form = "[%(asctime)s: %(levelname)s/up] %(message)s"  # like the lines of the nodes, in the same output
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format=form)
     try:
-        sys.exit(Supervisor(settings).run())
+        sys.exit(supervisor.run())
     except Held as error:
         click.echo(f"fleet-worker: fleet-worker up runs already on this host, pid {error.pid or 'unknown'}", err=True)
         sys.exit(exit_codes.AGAIN)  # launchd and systemd then try again later
@@ -212,8 +207,7 @@ def drain(nodes: tuple[str, ...], seconds: float | None) -> None:
 def undrain(nodes: tuple[str, ...]) -> None:
     """Let drained nodes take work again, once their MLX servers have proved that they work.
 
-    NODE is a node, as in local@mini-7, or a host, as in mini-7: all its inference nodes.
-    The exit code is 69 if a node does not answer, and 1 if it is shutting down.
+    NODE is as for drain. The exit code is 69 if a node does not answer, and 1 if it is shutting down.
     """
     from fleet_worker.ops.drain import undrain
 

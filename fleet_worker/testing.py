@@ -11,7 +11,8 @@ from typing import Any
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
 
-from fleet_worker.host.child_process import ChildFailed, ChildProcess, child, free_port, python
+from fleet_worker.host.child_process import ChildFailed, ChildProcess, child, free_port
+from fleet_worker.host.supervisor import node_command
 from fleet_worker.simulator import SimulatedMLX
 
 __all__ = ["ChildFailed", "ChildProcess", "SimulatedMLX", "embedded_broker", "running_host", "running_node"]
@@ -89,8 +90,7 @@ def running_host(
         processes = {}
         for name in [*instances, *(["registry"] if registry else [])]:
             node = f"{name}@{host}"
-            command = python("-m", "celery", "-A", "fleet_worker", "worker", "-n", node, "--loglevel", "INFO")
-            processes[name] = stack.enter_context(child(node, command, {**environment, **(env or {})}))
+            processes[name] = stack.enter_context(child(node, node_command(node), {**environment, **(env or {})}))
         for process in processes.values():
             process.wait_for("is ready", ready_within)
         yield processes

@@ -29,6 +29,7 @@ from fleet_worker.host.child_process import (
     free_port,
     python,
 )
+from fleet_worker.host.supervisor import node_command
 from fleet_worker.protocol.reply import ChatResponse, EmbedResponse
 from fleet_worker.router.router import Router
 from fleet_worker.settings import Settings
@@ -192,8 +193,7 @@ def _node(children: Children, folder: Path, broker_url: str, server: Server) -> 
         "FLEET_WORKER__START_TIMEOUT": str(READY_WITHIN),
     }
     name = f"{server.instance}@demo"
-    command = _module("celery", "-A", "fleet_worker", "worker", "-n", name, "--loglevel", "INFO")
-    return children.start(f"the node {name}", command, environment)
+    return children.start(f"the node {name}", node_command(name), environment)
 
 
 def _send_requests(console: Console, router: Router) -> None:

@@ -62,6 +62,16 @@ def how_ended(code: int | None) -> str:
     return f"ended with exit code {code}" if code is None or code >= 0 else f"was killed by signal {-code}"
 
 
+def terminate(process: subprocess.Popen[Any]) -> None:
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGCONT)  # a stopped process handles no SIGTERM
+
+
+def kill_group(group: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # it is empty; macOS says EPERM for zombies
+        os.killpg(group, signal.SIGKILL)
+
+
 class ChildProcess:
     """A running child in a process group of its own, so that Ctrl-C interrupts the parent only.
 
@@ -140,15 +150,13 @@ class ChildProcess:
     def stop(self, grace: float = 15.0) -> int:
         """End it by SIGTERM, after `grace` seconds by SIGKILL, then kill its group; return its exit code."""
         if self._process.poll() is None:
-            self.signal(signal.SIGTERM)
-            self.signal(signal.SIGCONT)  # a stopped process handles no SIGTERM
+            terminate(self._process)
             try:
                 self._process.wait(grace)
             except subprocess.TimeoutExpired:
                 self._process.kill()
         code = self._process.wait(10)
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGKILL)
+        kill_group(self.pid)
         self._orphan_killer.close()
         self._reader.join(5)
         if self._process.stdout:

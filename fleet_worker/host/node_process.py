@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import logging
-import os
 import random
 import signal
 import subprocess
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 
 from fleet_worker import exit_codes
 from fleet_worker.errors import ConfigurationError
-from fleet_worker.host.child_process import how_ended
+from fleet_worker.host.child_process import how_ended, kill_group, terminate
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +86,7 @@ class NodeProcess:
         """If its process has ended, decide when it starts again."""
         if not self._process or (code := self._process.poll()) is None:
             return
-        self._kill_group()  # child processes that it has left running
+        kill_group(self._process.pid)  # child processes that it has left running
         stopped = self._stopping
         self._process, self._stopping, self._killed_at = None, False, NEVER
         how = how_ended(code)
@@ -132,15 +130,9 @@ class NodeProcess:
         if self._process and not self._stopping:
             log.info("%s is told to end within %g s", self.name, grace)
             self._stopping, self._killed_at = True, time.monotonic() + grace
-            self._process.send_signal(signal.SIGTERM)
-            self._process.send_signal(signal.SIGCONT)  # a stopped process handles no SIGTERM
+            terminate(self._process)
 
     def kill(self) -> None:
         if self._process:
             self._killed_at = NEVER
-            self._kill_group()
-
-    def _kill_group(self) -> None:
-        if self._process:
-            with suppress(ProcessLookupError, PermissionError):  # it is empty; macOS says EPERM for zombies
-                os.killpg(self._process.pid, signal.SIGKILL)
+            kill_group(self._process.pid)

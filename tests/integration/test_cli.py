@@ -38,9 +38,9 @@ def broker_url():
 
 @pytest.fixture(scope="module")
 def mlx():
-    """Slow enough to be interrupted: 8 seconds for an answer without max_tokens."""
+    """Tokens one by one, so that a reply can be held after some of them."""
     with SimulatedMLX(
-        flavour="vllm_batched", models=[CHAT, EMBED], token_interval=0.02, tokens=400, api_key=API_KEY
+        flavour="vllm_batched", models=[CHAT, EMBED], token_interval=0.001, tokens=400, api_key=API_KEY
     ) as server:
         yield server
 
@@ -149,9 +149,10 @@ def ended(process):
 
 
 def test_an_answer_is_printed_as_it_comes(node, mlx):
-    with started(f"fleet-worker chat {CHAT} Hello --max-tokens 40") as process:
+    with mlx.held(at_token=5), started(f"fleet-worker chat {CHAT} Hello --max-tokens 40") as process:
         first = process.stdout.read(1).decode()
         assert mlx.counters["running"] == 1  # the server is still at it
+        mlx.release()
         rest, _ = ended(process)
     assert process.returncode == 0
     assert first + rest == answer("Hello", 40) + "\n"
@@ -219,16 +220,17 @@ def test_a_request_that_a_node_refuses_has_one_line_too(node):
 
 def test_a_reader_that_leaves_is_no_error_to_talk_about(node, mlx):
     """`fleet-worker chat ... | head -c 1`"""
-    with started(f"fleet-worker chat {CHAT} Hello --max-tokens 40") as process:
+    with mlx.held(at_token=5), started(f"fleet-worker chat {CHAT} Hello --max-tokens 400") as process:
         assert process.stdout.read(1)
         process.stdout.close()
+        mlx.release()
         assert process.stderr.read() == b""
         assert process.wait(WITHIN) == 1
     mlx.wait_for(lambda mlx: mlx.counters["running"] == 0, WITHIN)
 
 
-def test_ctrl_c_ends_an_answer(node):
-    with started(f"fleet-worker chat {CHAT} Hello --max-tokens 200") as process:
+def test_ctrl_c_ends_an_answer(node, mlx):
+    with mlx.held(at_token=5), started(f"fleet-worker chat {CHAT} Hello --max-tokens 200") as process:
         assert process.stdout.read(1)
         process.send_signal(signal.SIGINT)
         assert ended(process)[1].strip() == ""
@@ -348,9 +350,11 @@ def test_sigterm_lets_running_work_finish(mlx, configured):
     configured(local={"base_url": mlx.base_url, "models": {"mine": {"backend": CHAT}}})
     with worker(WORKERS[0]) as process:
         process.wait_for("is ready", WITHIN)
-        with started("fleet-worker chat mine Hello --max-tokens 100") as chat:
+        with mlx.held(at_token=5), started("fleet-worker chat mine Hello --max-tokens 100") as chat:
             first = chat.stdout.read(1).decode()
             process.signal(signal.SIGTERM)
+            process.wait_for("running requests have", WITHIN)
+            mlx.release()
             assert first + ended(chat)[0] == answer("Hello", 100) + "\n"
         assert chat.returncode == 0
         assert process.wait(WITHIN) == 0

@@ -18,6 +18,7 @@ from fleet_worker.ops.snapshot import LaneStatus, Snapshot
 from fleet_worker.protocol.openai import ChatParams
 from fleet_worker.protocol.status import STATUSES, InstanceStatus
 from fleet_worker.registry.view import Offered, Registry
+from fleet_worker.router.options import RequestOptions
 from fleet_worker.settings import Instance
 from fleet_worker.version import VERSION
 from tests import documents
@@ -193,6 +194,11 @@ def test_the_manual_of_the_router_s_author_knows_every_error():
     assert named == set(errors.__all__) - {"FleetError"}
 
 
+def test_the_manual_of_the_router_s_author_knows_every_option():
+    rows = documents.tables(text_of("fleet_worker/router/README.md"), "Options")[0]
+    assert {name for row in rows for name in codes(row[0])} == RequestOptions.__annotations__.keys()
+
+
 def test_the_manual_of_the_router_s_author_names_every_field_of_a_body():
     listed = re.search(r"Body fields of a chat: (.*?)\.\s", text_of("fleet_worker/router/README.md"), re.DOTALL)
     assert set(codes(listed[1])) == ChatParams.model_fields.keys() - {"messages"}
@@ -231,6 +237,16 @@ def test_the_readme_introduces_and_no_more():
     assert demo.endswith(".venv/bin/fleet-worker demo")
     assert ".venv/bin/pytest" in tests
     assert len(re.findall(r"^\s*python3 -m venv", text, re.MULTILINE)) == 2
+
+
+def test_the_command_that_runs_the_tests_is_the_same_everywhere():
+    """`.ci/run` reads that of README.md."""
+    found = {
+        line.strip()
+        for name in ("README.md", "tests/README.md", ".github/CONTRIBUTING.md")
+        for line in re.findall(r"^ *python3 -m venv .*pytest.*$", text_of(name), re.MULTILINE)
+    }
+    assert len(found) == 1
 
 
 def test_the_changelog_has_this_version():

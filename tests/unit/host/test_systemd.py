@@ -1,8 +1,7 @@
-"""The text of the service files, read back by other means than those that wrote it."""
+"""The text of the unit, read back by other means than those that wrote it, and by systemd itself."""
 
 import configparser
 import os
-import plistlib
 import shlex
 import shutil
 import subprocess
@@ -11,15 +10,8 @@ from pathlib import Path
 import pytest
 
 from fleet_worker.errors import ConfigurationError
-from fleet_worker.host.launchd import LABEL, launchd_plist
 from fleet_worker.host.systemd import UNIT, systemd_unit
-
-CONFIG = Path("/etc/fleet/worker.toml")
-LOG = Path("/Users/op/Library/Logs/fleet-worker/up.log")
-PYTHON = "/opt/fleet/bin/python3"
-FOLDERS = ["plain", "with a space", "100%h %n", "größer 東京 🚢", "$HOME ${HOME}", "a;b # c", "&amp; <b>"]
-QUOTES = ['say "hi"', "it's", "back\\slash \\n"]
-UNUSABLE = ["two\nlines", "a\x00b", "\x1b[31m", "not UTF-8: \udcff"]
+from tests.unit.host.service_paths import CONFIG, FOLDERS, PYTHON, QUOTES
 
 
 def unit(config=CONFIG, **values):
@@ -34,38 +26,6 @@ def words(value):
     """Double quotes and backslashes are the shell's; %% is systemd's."""
     assert "%" not in value.replace("%%", "")  # it would begin a specifier
     return [word.replace("%%", "%") for word in shlex.split(value)]
-
-
-# --- launchd --------------------------------------------------------------------------------------------------------
-
-
-def test_the_agent_is_complete():
-    assert plistlib.loads(launchd_plist(CONFIG, log=LOG, interpreter=PYTHON)) == {
-        "Label": "org.fleet-worker.up",
-        "ProgramArguments": [PYTHON, "-m", "fleet_worker", "up"],
-        "EnvironmentVariables": {"FLEET_CONFIG": str(CONFIG)},
-        "RunAtLoad": True,
-        "KeepAlive": True,
-        "ThrottleInterval": 10,
-        "ExitTimeOut": 60,
-        "ProcessType": "Interactive",
-        "SoftResourceLimits": {"NumberOfFiles": 8192},
-        "HardResourceLimits": {"NumberOfFiles": 8192},
-        "StandardOutPath": str(LOG),
-        "StandardErrorPath": str(LOG),
-    }
-
-
-@pytest.mark.parametrize("name", [*FOLDERS, *QUOTES])
-def test_launchd_is_given_every_path_as_it_is(name):
-    config, interpreter, log = Path("/", name, "worker.toml"), f"/{name}/python", Path("/", name, "up.log")
-    agent = plistlib.loads(launchd_plist(config, log=log, interpreter=interpreter))
-    assert agent["EnvironmentVariables"] == {"FLEET_CONFIG": str(config)}
-    assert agent["ProgramArguments"][0] == interpreter
-    assert agent["StandardOutPath"] == str(log)
-
-
-# --- systemd --------------------------------------------------------------------------------------------------------
 
 
 def test_the_unit_is_complete():
@@ -135,32 +95,3 @@ def verified(text, folder, **variables):
     environ = os.environ | {"XDG_RUNTIME_DIR": str(folder), **variables}
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=10)
     return done.returncode, done.stdout + done.stderr
-
-
-# --- both -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("grace", "seconds"), [(0.0, 15), (90.5, 106)])
-def test_a_longer_drain_is_waited_for(grace, seconds):
-    agent = plistlib.loads(launchd_plist(CONFIG, log=LOG, ends_within=grace))
-    assert agent["ExitTimeOut"] == seconds
-    assert unit(ends_within=grace)["Service"]["TimeoutStopSec"] == str(seconds)
-
-
-@pytest.mark.parametrize("name", UNUSABLE)
-def test_a_path_that_a_file_cannot_hold_is_refused(name):
-    path = f"/{name}/x"
-    for wrong in ({"config": Path(path)}, {"config": CONFIG, "interpreter": path}):
-        with pytest.raises(ConfigurationError, match="control characters"):
-            launchd_plist(**wrong, log=LOG)
-        with pytest.raises(ConfigurationError, match="control characters"):
-            systemd_unit(**wrong)
-
-
-def test_nothing_of_the_environment_is_in_the_files(monkeypatch):
-    monkeypatch.setenv("FLEET_BROKER_URL", "redis://:hush-hush@broker/0")
-    monkeypatch.setenv("FLEET_INSTANCES__LOCAL__API_KEY", "hush-hush")
-    text = launchd_plist(CONFIG, log=LOG).decode() + systemd_unit(CONFIG)
-    assert "hush" not in text
-    assert text.count("FLEET_") == 2
-    assert LABEL in text
