@@ -14,14 +14,14 @@ from fleet_worker.settings import Settings
 
 @functools.cache
 def _app() -> Celery:
-    # The worker's side is imported only where a worker may run.
+    # Only a process that may run a worker imports all that a node needs.
     from fleet_worker.node.worker import refuse, serve_with
 
     try:
         settings = Settings()
     except ConfigurationError as error:
         refuse(error)
-    app = create_app(settings)
+    app = create_app(settings, is_node=True)
     serve_with(app, settings)
     return app
 

@@ -6,26 +6,43 @@ generation from a dead worker.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import kombu
 from celery import Celery
 from celery.app.amqp import AMQP
+from celery.app.control import Control
+from celery.app.events import Events
+from celery.events.dispatcher import EventDispatcher
+from kombu.pidbox import Mailbox
 from kombu.transport import redis
+from kombu.utils.collections import HashedSeq
 
 from fleet_worker.broker.connection import ANSWER_WITHIN, HEARTBEAT
-from fleet_worker.broker.redis_transport import Transport
+from fleet_worker.broker.redis_transport import SharedSocket, Transport
 from fleet_worker.broker.topology import transport_of
 from fleet_worker.settings import Settings
 
 RECONNECT_EVERY = 2.0
 """Seconds between two tries to reach a broker that is away."""
+MOST_EVENTS = 10_000
+"""Celery sends a full buffer (of 24) from the thread that filled it, a task's: on AMQP that thread and the event loop
+then use one connection at a time, and the node hangs."""
 
 
 class Connection(kombu.Connection):  # type: ignore[misc]
+    shared_socket: SharedSocket | None = None
+    """Redis: where the short commands are sent. With None, each channel opens a socket."""
+
     def get_transport_cls(self) -> Any:
         kombu_transport = super().get_transport_cls()
         return Transport if kombu_transport is redis.Transport else kombu_transport
+
+    def __eqhash__(self) -> HashedSeq:
+        """Be equal to no connection of another application: kombu has one pool for all that are equal."""
+        return HashedSeq(type(self), *super().__eqhash__())
 
     def ensure_connection(self, *args: Any, **options: Any) -> Any:
         """Connect as kombu does, with a limit to its pauses. Celery has no setting for them: a worker whose broker is
@@ -37,9 +54,49 @@ class _AMQP(AMQP):  # type: ignore[misc]
     Connection = BrokerConnection = Connection
 
 
-def create_app(settings: Settings) -> Celery:
+class _NodeAMQP(_AMQP):
+    """All connections of this application share one socket for their short commands."""
+
+    def __init__(self, app: Celery) -> None:
+        super().__init__(app)
+
+        class Sharing(Connection):
+            shared_socket = SharedSocket()
+
+        self.Connection = self.BrokerConnection = Sharing
+
+
+class _Mailbox(Mailbox):  # type: ignore[misc]
+    @contextmanager
+    def producer_or_acquire(self, producer: Any = None, channel: Any = None) -> Iterator[Any]:
+        """Send a command on the channel on which its replies arrive. Celery opens one more connection for it."""
+        yield producer or kombu.Producer(channel, auto_declare=False)
+
+
+class _Control(Control):  # type: ignore[misc]
+    Mailbox = _Mailbox
+
+    def broadcast(self, *args: Any, connection: Any = None, **options: Any) -> Any:
+        """Ask with a connection that is closed afterwards. One of Celery's pool would stay open."""
+        if connection:
+            return super().broadcast(*args, connection=connection, **options)
+        with self.app.connection_for_write() as connection:
+            return super().broadcast(*args, connection=connection, **options)
+
+
+class _Dispatcher(EventDispatcher):  # type: ignore[misc]
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"buffer_limit": MOST_EVENTS, **options})
+
+
+class _Events(Events):  # type: ignore[misc]
+    dispatcher_cls = _Dispatcher
+
+
+def create_app(settings: Settings, *, is_node: bool = False) -> Celery:
     """Return a Celery application for a router or a node; it connects to nothing yet."""
-    app = Celery("fleet_worker", set_as_current=False, amqp=_AMQP)
+    amqp = _NodeAMQP if is_node else _AMQP
+    app = Celery("fleet_worker", set_as_current=False, amqp=amqp, control=_Control, events=_Events)
     app.conf.update(
         broker_url=settings.broker_url,
         broker_transport_options=transport_options(settings),
@@ -47,7 +104,7 @@ def create_app(settings: Settings) -> Celery:
         broker_connection_max_retries=None,
         broker_connection_timeout=5,
         broker_heartbeat=HEARTBEAT,
-        # A channel that RabbitMQ closes, and py-amqp opens again, has no consumers any more: begin anew, do not end.
+        # RabbitMQ may close a channel, and py-amqp opens it again without its consumers. Start again, do not exit.
         broker_channel_error_retry=True,
         broker_pool_limit=16,
         # JSON only, and no results but our own replies.
@@ -57,10 +114,12 @@ def create_app(settings: Settings) -> Celery:
         # A node of N slots holds exactly N messages.
         worker_pool="threads",
         worker_prefetch_multiplier=1,
-        # After a lost connection Celery would hold fewer and restore that from the threads of tasks, as these end, in
-        # the middle of what the event loop reads: on RabbitMQ the worker then hears nothing for a minute (seen).
+        # After a lost connection Celery would hold fewer, and restore the number from the threads of tasks as these
+        # end, while the event loop reads: on RabbitMQ the worker then receives nothing for a minute (seen).
         worker_enable_prefetch_count_reduction=False,
         task_acks_late=True,
+        # Remote control has a connection and a thread of its own: see control_listener.
+        worker_enable_remote_control=False,
         # Events for Flower. Those of the sender would carry arguments and open a metric series for every router.
         worker_send_task_events=True,
         task_send_sent_event=False,
@@ -76,10 +135,10 @@ def transport_options(settings: Settings) -> dict[str, Any]:
     if transport_of(settings.broker_url) == "amqp":
         return {"confirm_publish": True, "read_timeout": ANSWER_WITHIN, "write_timeout": ANSWER_WITHIN}
     return {
-        # Without it a task that runs longer than the visibility timeout is run again and again, and a worker whose
-        # broker restarts under a running task exits (both measured).
+        # With it, a task that runs longer than the visibility timeout is started again and again, and a worker whose
+        # broker restarts while a task runs exits (both measured).
         "ack_emulation": False,
-        # Seconds until a lane that was joined is served: a wait for messages of the old ones has to end first.
+        # Seconds until a lane that was joined is served: a read that waits for the old lanes has to end first.
         "polling_interval": 0.25,
         "socket_timeout": ANSWER_WITHIN,
         "socket_connect_timeout": 5.0,

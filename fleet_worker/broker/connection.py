@@ -6,6 +6,7 @@ import contextlib
 import re
 import socket
 import ssl
+import time
 from typing import Any
 
 from amqp.exceptions import AccessRefused, AMQPError, MessageNacked, NotAllowed, RecoverableConnectionError
@@ -30,14 +31,14 @@ from fleet_worker.errors import BrokerUnavailable
 ANSWER_WITHIN = 5.0
 """Seconds after which a broker that does not answer counts as lost."""
 HEARTBEAT = 5.0
-"""Seconds; RabbitMQ, and whoever consumes from it, count each other as lost after twice as long without a word."""
+"""Seconds between two AMQP heartbeats. RabbitMQ and its clients count each other as lost after two that are missing."""
 BACK_OFF = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0)
 """Seconds before each further try to reach a broker that is away; the last one from then on."""
-FAREWELL = 0.5
-"""Seconds for each answer that is waited for when a connection is closed that failed."""
+CLOSE_WITHIN = 0.5
+"""Seconds that each answer is waited for while a failed connection is closed."""
 
 BROKER_ERRORS = (OSError, KombuError, RedisError, AMQPError, MessageNacked)
-"""What a broker that is away, or that refuses, is noticed by: errors of kombu, or of the libraries below it."""
+"""What kombu and the libraries below it raise if the broker is away or refuses."""
 _AWAY = (OSError, RedisConnectionError, RedisTimeoutError, RecoverableConnectionError)
 _REFUSED = (AuthenticationError, AuthorizationError, NoPermissionError, AccessRefused, NotAllowed)
 _CAUSES: tuple[tuple[type[BaseException], str, str], ...] = (
@@ -64,54 +65,58 @@ _CAUSES: tuple[tuple[type[BaseException], str, str], ...] = (
         "see whether it is frozen, a firewall is between, or broker_url has the wrong scheme (with TLS: rediss, amqps)",
     ),
 )
-"""What may be wrong with the connection, and what to do; the first that fits decides."""
+"""The kinds of errors, what is wrong, and what to do; the first that fits counts."""
 
 
 def connect(connection: Connection, seconds: float) -> Connection:
-    """Open it, if it is not open, and let each of its waits end after so many seconds, from now on.
+    """Open the connection if it is not open, and limit each of its waits from now on. Return the connection.
 
-    For a connection that one thread uses at a time. Left alone, one to RabbitMQ waits for ever, and kombu may try for
-    ever to open it.
+    For a connection that one thread uses at a time. Without limits kombu may wait for RabbitMQ, or try to connect,
+    for ever.
 
     Raises:
-        one of BROKER_ERRORS: there is no broker, it does not answer in time, or it refuses.
+        one of BROKER_ERRORS: there is no broker, it does not answer within `seconds`, or it refuses.
     """
     if not connection.connected:
+        connection.shared_socket = None  # its limits are its own
         limits = {"socket_timeout": seconds, "socket_connect_timeout": seconds}
         connection.transport_options = {**connection.transport_options, **limits}
         connection.connect_timeout = seconds
         connection.ensure_connection(max_retries=0)
     if connection.transport.driver_type == "redis":
         pool = connection.default_channel.pool
-        link = pool.get_connection()
-        link.socket_timeout = seconds
-        link.update_current_socket_timeout(seconds)
-        pool.release(link)
+        pooled = pool.get_connection()
+        pooled.socket_timeout = seconds
+        pooled.update_current_socket_timeout(seconds)
+        pool.release(pooled)
     else:
         connection.connection.sock.settimeout(seconds)
     return connection
 
 
 def is_away(error: BaseException) -> bool:
-    """Tell whether the broker may take the same again as soon as it is back."""
+    """Tell whether the same may succeed as soon as the broker is back."""
     return isinstance(_cause(error), _AWAY) and not refuses(error)
 
 
 def refuses(error: BaseException) -> bool:
-    """Tell whether the broker will not have this user: it takes nothing before somebody corrects that."""
+    """Tell whether the broker rejects this user. Nothing will succeed before somebody corrects that."""
     return isinstance(_cause(error), _REFUSED)
 
 
 def place_of(broker_url: str) -> str:
-    """Where the broker is, for texts: without scheme, user, password and all that follows the port."""
+    """Return host and port of the broker for messages: no scheme, user, password, nor what follows the port."""
     return re.split("[/?#]", broker_url.partition("://")[2].rpartition("@")[2])[0]
 
 
 def unavailable(
     broker_url: str, said: str, cause: BaseException | str, *, retryable: bool | None = None
 ) -> BrokerUnavailable:
-    """The error that says it of this broker, with the kind of its cause. If time does not mend that, it says what is
-    wrong instead, and `metadata["advice"]` what to do. The texts of all other errors are left out."""
+    """Return the error for a failed use of this broker: `said`, and the type of its cause.
+
+    If waiting will not help, the error names what is wrong instead, and `metadata["advice"]` what to do. The text of
+    the cause is never included: it may quote anything.
+    """
     place = place_of(broker_url)
     kind = cause if isinstance(cause, str) else type(cause.__cause__ or cause).__name__
     if retryable or isinstance(cause, str):
@@ -121,18 +126,18 @@ def unavailable(
 
 
 def _found(error: BaseException) -> tuple[str, str] | None:
-    """What is wrong, and what to do. kombu and redis put their errors above what has happened."""
+    """Return what is wrong, and what to do. kombu and redis raise their own errors from the original one."""
     chain: list[BaseException] = []
-    under: BaseException | None = error
-    while under is not None:
-        chain.append(under)
-        under = under.__cause__ or under.__context__
+    cause: BaseException | None = error
+    while cause is not None:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
     said = ((found, advice) for kind, found, advice in _CAUSES if any(isinstance(each, kind) for each in chain))
     return next(said, None)
 
 
 def _cause(error: BaseException) -> BaseException:
-    """kombu's own error is above that of the library below it."""
+    """Return the error of the library below kombu, if kombu has wrapped it."""
     return error.__cause__ if isinstance(error, OperationalError) and error.__cause__ else error
 
 
@@ -149,24 +154,25 @@ def open_channel(connection: Connection) -> Any:
 
 
 def hear(connection: Connection, timeout: float) -> None:
-    """Let the consumers of this connection have what arrives first, or nothing after `timeout` seconds."""
+    """Wait at most `timeout` seconds for one message, and call its consumer."""
     with contextlib.suppress(TimeoutError):
         connection.drain_events(timeout=timeout)
 
 
 def prove(connection: Connection, channel: Any) -> None:
-    """For who only listens, about once a second: raises an error if the broker fell silent. A line that was cut brings
-    no messages, and no errors either.
+    """Raise an error if the broker is silent. To be called about once a second by a thread that only reads messages of
+    fanouts: a network that was cut brings no messages, and no errors either.
     """
-    if isinstance(channel, RedisChannel):
-        with channel.conn_or_acquire() as client:
-            client.ping()
-    else:
+    if not isinstance(channel, RedisChannel):
         connection.heartbeat_check()
+    elif time.monotonic() - channel.subclient.connection.next_health_check > ANSWER_WITHIN:
+        raise ConnectionResetError("the broker does not answer")
+    else:
+        channel.subclient.check_health()  # send PING if nothing was read for `health_check_interval` seconds
 
 
 def hang_up(connection: Connection) -> None:
-    """Close a connection that failed, within a second or two: there may be nobody to say farewell to."""
-    bound_open_broker_sockets(connection, FAREWELL)
+    """Close a connection that failed, within a second or two: the broker may not answer any more."""
+    bound_open_broker_sockets(connection, CLOSE_WITHIN)
     with contextlib.suppress(Exception):
         connection.collect()

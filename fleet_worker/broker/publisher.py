@@ -18,10 +18,10 @@ REMEMBERED = 10_000
 
 
 class Publisher:
-    """Opened when needed; whoever publishes drops it when it fails, and decides whether to try again.
+    """Opens its connection at the first publish. After an error the caller has to `drop` it, and may try again.
 
-    What `publish` returned from is with the broker. A connection that was lost is always an error, and never opened
-    again in silence, since what was published through it before may be lost too.
+    When `publish` returns, the broker has the message. A lost connection is always an error: it is never opened again
+    without one, since messages that were published before may be lost too.
     """
 
     def __init__(self, connect: Callable[[], Connection]) -> None:
@@ -34,8 +34,8 @@ class Publisher:
     def publish(
         self, body: bytes, *, routing_key: str, declare: Callable[[str], Any], exchange: str = "", **properties: Any
     ) -> None:
-        """Publish JSON that no broker has to keep. `declare` makes the queue or exchange that has to be there for a
-        routing key; it is asked once for each.
+        """Publish JSON that the broker need not write to disk. `declare` returns the queue or exchange that has to
+        exist for a routing key; it is called once for each.
         """
         producer = self._producer = self._producer or self._open()
         producer.publish(
@@ -51,7 +51,7 @@ class Publisher:
         )
 
     def drop(self) -> None:
-        """Give the connection up, after an error. The next publish opens another."""
+        """Close the connection after an error. The next publish opens another."""
         if connection := self._forget():
             hang_up(connection)
 
@@ -68,6 +68,7 @@ class Publisher:
     def _open(self) -> Producer:
         connection = self._connection = self._connect()
         self.connection_errors = (OSError, OperationalError, *connection.connection_errors)
+        connection.shared_socket = None  # its loss has to be noticed here
         # Nothing here has a priority: on Redis a queue would be four lists to expire instead of one.
         connection.transport_options = {**connection.transport_options, "priority_steps": [0]}
         channel = open_channel(connection)
@@ -78,7 +79,7 @@ class Publisher:
         return Producer(channel, auto_declare=False)
 
     def _opened_again(self, connection: Any) -> None:
-        """redis-py has done it, between two commands and without a word."""
+        """redis-py opens a lost connection again between two commands, without an error."""
         raise ConnectionResetError("the connection to the broker was lost")
 
     def _entity(self, routing_key: str, declare: Callable[[str], Any], channel: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What waits in the lanes, asked of the broker. No request is taken out of its lane, and none is read."""
+"""Asks the broker how many requests wait in the lanes. No request is taken out of its lane or read."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from fleet_worker.broker.topology import EXCHANGE, Transport, direct_lane
 from fleet_worker.settings import REGISTRY
 
 SUBMITTED_AT = "submitted_at"
-"""The header of a request that says when this attempt was submitted: epoch seconds."""
+"""The header of a request with the time when this attempt was submitted: epoch seconds."""
 MOST_LANES = 1_000
 BATCH = 100
-"""Lanes that Redis is asked about at a time."""
+"""Lanes in one question to Redis."""
 REGISTRY_NODES = direct_lane(f"{REGISTRY}@")
-"""How the lanes begin in which registry nodes have the beats of their own clocks."""
+"""The prefix of the lanes of registry nodes, which hold beats and no requests."""
 
 _DEPTH_AND_OLDEST = f"""
 local depth, oldest = 0, nil
@@ -38,48 +38,51 @@ for _, list in ipairs(KEYS) do
 end
 return {{depth, oldest and string.format('%.6f', oldest) or ''}}
 """
-"""Of the lists of one lane: kombu pushes at the left and pops at the right. A message may be of megabytes and holds a
-prompt, so it stays where it is. Its body is base64, and quotes inside of JSON strings are escaped, so that the name of
-the header in its quotes is nothing else."""
+"""For the lists of one lane: kombu pushes at the left and pops at the right. A message holds a prompt, perhaps of
+megabytes, so it stays in Redis. Its body is base64, and quotes inside JSON strings are escaped, so the quoted name of
+the header can be nothing else."""
 
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """The requests that wait in one lane: not those that nodes hold, but also those that are too late by now, since it
-    is nodes that drop them.
-    """
+    """The requests that wait in one lane. Those that nodes hold are not counted; expired ones are, until a node drops
+    them."""
 
     depth: int
     oldest_age: float | None = None
-    """Seconds since the oldest was submitted; None if nothing waits or it does not say, and always on RabbitMQ, where
-    a message can only be seen by taking it out and putting it back."""
+    """Seconds since the oldest was submitted. None if nothing waits or its header is missing, and always on RabbitMQ,
+    where reading a message means to take it out and put it back."""
     consumers: int | None = None
-    """Nodes that take from the lane, as RabbitMQ counts them; Redis does not know."""
+    """The number of nodes that consume the lane; None on Redis, which does not know."""
 
 
 def waiting(app: Celery, transport: Transport, lanes: Iterable[str], *, timeout: float = 5.0) -> dict[str, Waiting]:
-    """Return what waits in these lanes; on Redis also in all others that were ever used and have not expired.
+    """Return what waits in these lanes, by lane; on Redis also in all others that were used and have not expired.
 
-    RabbitMQ tells about a lane only who names it, so there a lane that nobody offers any more is not seen; and one that
-    it is asked about it keeps for another LANE_EXPIRES. A lane that does not exist is an empty one. At most MOST_LANES
-    are looked at, those of models first. Those that could not be asked about within `timeout` seconds are left out.
+    RabbitMQ has to be asked for each lane by name, so a lane that no node offers any more is not seen there; and each
+    question delays the expiry of the lane by LANE_EXPIRES. A lane that does not exist counts as empty. At most
+    MOST_LANES are read, those of models first; those that were not read within `timeout` seconds are left out.
 
     Raises:
-        BrokerUnavailable: the broker is not there, or fell silent for `timeout` seconds.
+        BrokerUnavailable: there is no broker, or it was silent for `timeout` seconds.
     """
     deadline = time.monotonic() + timeout
     with _connected(app, timeout) as connection:
         channel = connection.default_channel
         if transport == "amqp":
-            return dict(_told_by_rabbitmq(channel, _chosen(lanes), deadline))
+            return dict(_ask_rabbitmq(channel, _chosen(lanes), deadline))
         known = {queue for *_, queue in channel.get_table(EXCHANGE.name)}
-        return dict(_told_by_redis(channel, _chosen(known.union(lanes)), deadline))
+        return dict(_ask_redis(channel, _chosen(known.union(lanes)), deadline))
 
 
 def depth(channel: Any, transport: Transport, lane: str) -> int:
-    """Return how many requests wait in one lane, in one round trip; raises what kombu raises."""
+    """Return how many requests wait in one lane, in one round trip.
+
+    Raises:
+        one of BROKER_ERRORS
+    """
     if transport == "amqp":
-        return next(_told_by_rabbitmq(channel, [lane], math.inf))[1].depth
+        return next(_ask_rabbitmq(channel, [lane], math.inf))[1].depth
     with channel.conn_or_acquire() as client, client.pipeline(transaction=False) as pipe:
         for step in channel.priority_steps:
             pipe.llen(channel._q_for_pri(lane, step))
@@ -92,16 +95,16 @@ def _connected(app: Celery, timeout: float) -> Iterator[Any]:
         try:
             yield connect(connection, timeout)
         except BROKER_ERRORS as error:
-            raise unavailable(app.conf.broker_url, "does not say what waits", error) from None
+            raise unavailable(app.conf.broker_url, "does not tell what waits", error) from None
 
 
 def _chosen(lanes: Iterable[str]) -> list[str]:
-    """Those of requests, the lanes of models before those of single nodes."""
+    """Return the lanes of requests, those of models before those of single nodes."""
     of_requests = (name for name in lanes if not name.startswith(REGISTRY_NODES))
     return sorted(of_requests, key=lambda name: (name.startswith(direct_lane("")), name))[:MOST_LANES]
 
 
-def _told_by_redis(channel: Any, lanes: list[str], deadline: float) -> Iterator[tuple[str, Waiting]]:
+def _ask_redis(channel: Any, lanes: list[str], deadline: float) -> Iterator[tuple[str, Waiting]]:
     with channel.conn_or_acquire() as client:
         ask = client.register_script(_DEPTH_AND_OLDEST)
         for first in range(0, len(lanes), BATCH):
@@ -116,12 +119,12 @@ def _told_by_redis(channel: Any, lanes: list[str], deadline: float) -> Iterator[
                 yield name, Waiting(depth, max(0.0, time.time() - float(oldest)) if oldest else None)
 
 
-def _told_by_rabbitmq(channel: Any, lanes: list[str], deadline: float) -> Iterator[tuple[str, Waiting]]:
+def _ask_rabbitmq(channel: Any, lanes: list[str], deadline: float) -> Iterator[tuple[str, Waiting]]:
     for name in lanes:
         if time.monotonic() > deadline:
             return
         try:
             _, depth, consumers = channel.queue_declare(name, passive=True)
-        except NotFound:  # the channel is closed by it, and opens again by itself
+        except NotFound:  # RabbitMQ closes the channel, which opens again by itself
             depth, consumers = 0, 0
         yield name, Waiting(depth, consumers=consumers)

@@ -1,4 +1,4 @@
-"""A connection to the broker that a thread of its own keeps, and makes again whenever it breaks."""
+"""A connection to the broker that a thread of its own keeps, and opens again whenever it breaks."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ log = logging.getLogger(__name__)
 
 
 class ReconnectingThread:
-    """`use` works with a connection until the link is closed; whatever it raises is answered with another connection.
+    """Calls `use` with a connection until it is closed; after each exception, `failed` with it, and `use` with a new
+    connection.
 
-    Nobody waits for it: a broker that is away, slow or frozen only makes it late. `name` says in the log what is cut
-    off, if it had worked before. `failed` is called with each error.
+    Nobody waits for this thread: a broker that is away, slow or frozen only delays it. `name` tells in the log what
+    was interrupted, if it had worked before.
     """
 
     def __init__(
@@ -32,7 +33,8 @@ class ReconnectingThread:
         self._use = use
         self._failed = failed
         self._failures = 0
-        self._worked = False
+        self.worked = threading.Event()
+        """Set when a connection has worked for the first time."""
         self.closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"fleet-{name}", daemon=True)
 
@@ -40,13 +42,14 @@ class ReconnectingThread:
         self._thread.start()
 
     def works(self) -> None:
-        """For `use` to say, once its connection serves."""
-        if self._failures and self._worked:
+        """To be called by `use` when its connection has proved to work."""
+        if self._failures and self.worked.is_set():
             log.warning("%s: the broker is back", self._name)
-        self._failures, self._worked = 0, True
+        self._failures = 0
+        self.worked.set()
 
     def close(self, timeout: float = 0.0) -> None:
-        """End soon; wait for it for so many seconds."""
+        """Ask the thread to end, and wait for it at most `timeout` seconds."""
         self.closed.set()
         if timeout and self._thread.is_alive():
             self._thread.join(timeout)
@@ -61,7 +64,7 @@ class ReconnectingThread:
             except Exception as error:
                 hang_up(connection)
                 self._failed(error)
-                if self._worked and not self._failures and not self.closed.is_set():
+                if self.worked.is_set() and not self._failures and not self.closed.is_set():
                     log.warning("%s: the broker is away (%s)", self._name, type(error).__name__)
                 self.closed.wait(BACK_OFF[min(self._failures, len(BACK_OFF) - 1)])
                 self._failures += 1

@@ -13,7 +13,6 @@ from typing import Any, NoReturn
 
 from celery import bootsteps, signals
 from celery.worker import state as celery_state
-from celery.worker.control import inspect_command
 
 from fleet_worker import exit_codes
 from fleet_worker.errors import ConfigurationError
@@ -103,10 +102,9 @@ class Lifecycle:
         self._reloads |= startup.reloads
         signal.signal(signal.SIGTERM, lambda *_: self._end(0, asked=True))
 
-        @inspect_command(visible=False)  # type: ignore[untyped-decorator]
-        def process(state: Any, **_: Any) -> list[Any]:
-            """Return an id of this process, and its age in seconds."""
-            return [self._process, self._age()]
+    def process(self, state: Any, **_: Any) -> list[Any]:
+        """A control command: return an id of this process, and its age in seconds."""
+        return [self._process, self._age()]
 
     def _on_ready(self, **_: Any) -> None:
         self._node.start()

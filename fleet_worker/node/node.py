@@ -13,7 +13,8 @@ from typing import Any
 from celery import Celery
 from celery.worker import state as celery_state
 
-from fleet_worker.broker.topology import direct_lane, lane, transport_of
+from fleet_worker.broker.control_listener import Subscription
+from fleet_worker.broker.topology import cancel_queue, direct_lane, lane, transport_of
 from fleet_worker.errors import FleetError, InstanceUnavailable, ModelNotServed
 from fleet_worker.mlx.offering import Offering
 from fleet_worker.mlx.timeouts import CancelToken
@@ -66,9 +67,6 @@ class Node:
         self.state = State("starting")
         self.handed_over = 0
         """Requests that were handed over to other nodes since this one was drained."""
-        self._cancel_listener = CancelListener(
-            app.connection_for_read, transport, name, self.running.cancel, self.publisher.publish_again
-        )
         self._lane_consumer = LaneConsumer(app, transport)
         self._reported_lanes: frozenset[str] = frozenset()
         self._updating = threading.Lock()
@@ -79,6 +77,11 @@ class Node:
         )
         self._status_client = StatusClient(socket_path(settings.state_dir, self._host), self._report)
         self._tokens_reported = (time.monotonic(), 0)
+
+    @property
+    def subscription(self) -> Subscription:
+        """What routers tell all nodes."""
+        return cancel_queue, CancelListener(self.name, self.running.cancel, self.publisher.publish_again)
 
     @property
     def slots(self) -> int:
@@ -100,7 +103,6 @@ class Node:
 
     def start(self) -> None:
         log.info("%s found a %s server at %s", self.name, self.server, self.mlx.url)
-        self._cancel_listener.start()
         self.presence.start()
         self._monitor.start()
         self._status_client.start()
@@ -151,7 +153,6 @@ class Node:
 
     def close(self, timeout: float = 10.0) -> None:
         """Publish the last frames within `timeout` seconds, then close all connections."""
-        self._cancel_listener.close()
         self.presence.close()
         self._monitor.close()
         self._status_client.close()

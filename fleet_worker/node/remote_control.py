@@ -1,41 +1,38 @@
-"""The control commands that a node obeys: drain, hand_over, undrain, drained."""
+"""The control commands of an inference node: drain, hand_over, undrain, drained."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from celery.worker.control import control_command, inspect_command
-
+from fleet_worker.broker.control_listener import Command
 from fleet_worker.node.node import Node
 
 
-def answer_operators(node: Node) -> None:
-    """Let the worker of this process obey these commands, also those of `celery control` and `celery inspect`."""
+def commands_of(node: Node) -> dict[str, Command]:
+    """Return the commands by name. Each replies with the node's work after it."""
 
-    def said() -> dict[str, Any]:
+    def work() -> dict[str, Any]:
         grace = node.settings.worker.drain_grace
         return {"drained": node.drained, "running": node.held, "handed_over": node.handed_over, "grace": grace}
 
-    @control_command()  # type: ignore[untyped-decorator]
     def drain(state: Any, **_: Any) -> dict[str, Any]:
         """Take no more work."""
         node.drain()
-        return said()
+        return work()
 
-    @control_command()  # type: ignore[untyped-decorator]
     def hand_over(state: Any, **_: Any) -> dict[str, Any]:
-        """Let other nodes go on with what is running, if it is drained."""
+        """If it is drained, let other nodes continue what is running."""
         if node.drained:
             node.hand_over()
-        return said()
+        return work()
 
-    @control_command()  # type: ignore[untyped-decorator]
     def undrain(state: Any, **_: Any) -> dict[str, Any]:
         """Take work again."""
         node.undrain()
-        return said()
+        return work()
 
-    @inspect_command()  # type: ignore[untyped-decorator]
     def drained(state: Any, **_: Any) -> dict[str, Any]:
-        """Whether it takes no work, and how many requests it has."""
-        return said()
+        """Change nothing."""
+        return work()
+
+    return {command.__name__: command for command in (drain, hand_over, undrain, drained)}

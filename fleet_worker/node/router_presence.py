@@ -1,6 +1,7 @@
-"""Does a router still listen? If nobody waits for an answer, the work for it is not begun, and not gone on with.
+"""Asks the broker whether a router still consumes its reply queue. If it does not, its requests are not started, and
+cancelled when they run.
 
-On Redis a router keeps a key alive while it listens; on RabbitMQ its reply queue has a consumer.
+On Redis a router keeps a key alive as long as it consumes. RabbitMQ counts the consumers of a queue.
 """
 
 from __future__ import annotations
@@ -23,28 +24,29 @@ from fleet_worker.node.running_attempts import RunningAttempts
 
 log = logging.getLogger(__name__)
 
-LOOK_EVERY = 2.0
-"""Seconds between two looks at the routers that something runs for."""
-BELIEVED = {True: 5.0, False: 0.25}
-"""Seconds for which it counts that a router listens, or does not: one that was frozen may be back at any moment."""
+CHECK_EVERY = 2.0
+"""Seconds between two checks of the routers that requests run for."""
+VALID_FOR = {True: 5.0, False: 0.25}
+"""Seconds for which an answer, listens or not, is used again: a router that was frozen may be back at any time."""
 ANSWER_WITHIN = 1.0
 """Seconds that a task waits for the answer."""
 TRUSTED_FOR = 10.0
-"""Seconds after an outage of the broker in which everybody counts as listening: routers have to come back too."""
+"""Seconds after an outage of the broker in which all routers count as listening: they have to reconnect, too."""
 
 
 @dataclass(slots=True)
-class _Seen:
-    """One router: what the broker said at `moment`, and since when it has said without a break that nobody listens."""
+class _Answer:
+    """What the broker said of one router. Times are time.monotonic() seconds."""
 
     listens: bool
-    moment: float
+    at: float
     silent_since: float | None
+    """Since when all answers have been that nobody listens."""
 
 
 class RouterPresence:
-    """One thread and one connection. What runs for a router is stopped when nobody has listened for `abandoned_after`
-    seconds, in which the broker did answer, and not right after an outage of the broker.
+    """Asks with one thread and one connection. Cancels what runs for a router that has not listened for
+    `abandoned_after` seconds in which the broker did answer, but not soon after an outage of the broker.
     """
 
     def __init__(
@@ -59,105 +61,95 @@ class RouterPresence:
         self._running = running
         self._abandoned_after = abandoned_after
         self._changed = threading.Condition()
-        self._seen: dict[str, _Seen] = {}
+        self._answers: dict[str, _Answer] = {}
         self._questions: set[str] = set()
-        self._answering = False
-        self._trusted_until = 0.0
-        self._began = False
-        self._link = ReconnectingThread("routers", connect, self._look)
+        self._is_connected = False
+        self._trusted_until: float | None = None
+        """Until when all routers count as listening; None before the first connection."""
+        self._thread = ReconnectingThread("routers", connect, self._answer)
 
     def start(self) -> None:
-        self._link.start()
+        self._thread.start()
 
     def close(self, timeout: float = 0.0) -> None:
         with self._changed:
-            self._link.closed.set()
+            self._thread.closed.set()
             self._changed.notify_all()
-        self._link.close(timeout)
+        self._thread.close(timeout)
 
     def listens(self, reply_to: str) -> bool:
-        """Tell whether somebody listens there. It does as long as the broker does not say otherwise within a second:
-        better to work for nobody than not to work for somebody.
+        """Return False only if the broker confirms within one second that nobody consumes the reply queue. Without an
+        answer return True: wasted work is better than a refused request.
         """
         with self._changed:
-            if self._answering and self._known(reply_to) is None:
+            if self._is_connected and self._valid(reply_to) is None:
                 self._questions.add(reply_to)
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: not self._answering or self._known(reply_to), ANSWER_WITHIN)
-            seen = self._known(reply_to)
-            return not self._answering or seen is None or seen.listens or self._trusts_all()
+                self._changed.wait_for(lambda: not self._is_connected or self._valid(reply_to), ANSWER_WITHIN)
+            answer = self._valid(reply_to)
+            return not self._is_connected or answer is None or answer.listens or self._trusts_all()
 
     def _trusts_all(self) -> bool:
-        return time.monotonic() < self._trusted_until
+        return time.monotonic() < (self._trusted_until or 0.0)
 
-    def _known(self, reply_to: str) -> _Seen | None:
-        seen = self._seen.get(reply_to)
-        return seen if seen and time.monotonic() - seen.moment < BELIEVED[seen.listens] else None
+    def _valid(self, reply_to: str) -> _Answer | None:
+        answer = self._answers.get(reply_to)
+        return answer if answer and time.monotonic() - answer.at < VALID_FOR[answer.listens] else None
 
-    def _look(self, connection: Connection) -> None:
+    def _answer(self, connection: Connection) -> None:
         channel = open_channel(connection)
-        self._begin()
+        with self._changed:
+            self._answers.clear()  # those from before an outage
+            self._questions.clear()
+            self._trusted_until = 0.0 if self._trusted_until is None else time.monotonic() + TRUSTED_FOR
+            self._is_connected = True
         try:
-            next_look = time.monotonic()
-            while not self._link.closed.is_set():
-                asked = self._asked(next_look)
-                if time.monotonic() >= next_look:
+            next_check = time.monotonic()
+            while not self._thread.closed.is_set():
+                asked = self._next_questions(next_check)
+                if time.monotonic() >= next_check:
                     asked |= self._running.routers
-                    next_look = time.monotonic() + LOOK_EVERY
+                    next_check = time.monotonic() + CHECK_EVERY
                 for reply_to in asked:
                     self._learn(reply_to, self._ask(channel, reply_to))
         finally:
             with self._changed:
-                self._answering = False
+                self._is_connected = False
                 self._changed.notify_all()
 
-    def _begin(self) -> None:
-        """What was known before an outage does not count any more."""
-        with self._changed:
-            self._seen.clear()
-            self._questions.clear()
-            self._answering = True
-            self._trusted_until = time.monotonic() + TRUSTED_FOR if self._began else 0.0
-            self._began = True
-
-    def _asked(self, until: float) -> set[str]:
-        """The questions of tasks, as soon as there are any."""
+    def _next_questions(self, until: float) -> set[str]:
+        """Wait for questions of tasks, at most until then."""
         with self._changed:
             self._changed.wait_for(
-                lambda: self._questions or self._link.closed.is_set(), max(0.0, until - time.monotonic())
+                lambda: self._questions or self._thread.closed.is_set(), max(0.0, until - time.monotonic())
             )
             asked, self._questions = self._questions, set()
-            self._forget_old()
+            oldest = time.monotonic() - VALID_FOR[True]
+            self._answers = {reply_to: answer for reply_to, answer in self._answers.items() if answer.at >= oldest}
         return asked
 
     def _learn(self, reply_to: str, listens: bool) -> None:
         now = time.monotonic()
-        self._link.works()
+        self._thread.works()
         with self._changed:
-            before = self._seen.get(reply_to)
-            self._seen[reply_to] = seen = _Seen(listens, now, None if listens else _silent_since(before, now))
+            before = self._answers.get(reply_to)
+            self._answers[reply_to] = answer = _Answer(listens, now, None if listens else _silent_since(before, now))
             self._changed.notify_all()
-        silent = 0.0 if seen.silent_since is None else now - seen.silent_since
-        if silent >= self._abandoned_after and not self._trusts_all():
-            self._abandon(reply_to)
-
-    def _abandon(self, reply_to: str) -> None:
-        if stopped := self._running.stop(not_listening, reply_to=reply_to):
-            log.warning("a router does not listen any more: what ran for it was stopped (%d)", stopped)
-
-    def _forget_old(self) -> None:
-        oldest = time.monotonic() - BELIEVED[True]
-        self._seen = {reply_to: seen for reply_to, seen in self._seen.items() if seen.moment >= oldest}
+        silent = 0.0 if answer.silent_since is None else now - answer.silent_since
+        if silent < self._abandoned_after or self._trusts_all():
+            return
+        if cancelled := self._running.stop(not_listening, reply_to=reply_to):
+            log.warning("a router does not listen any more: its %d running requests were cancelled", cancelled)
 
 
 def not_listening() -> ReplyLost:
-    """A router that was only frozen tries again."""
+    """Return a retryable error: a router that was only frozen will try again."""
     return ReplyLost("the router does not listen", retryable=True)
 
 
-def _silent_since(before: _Seen | None, now: float) -> float:
-    """Patience begins anew after a time in which the broker, or this node, was frozen."""
-    if before is None or before.silent_since is None or now - before.moment > LOOK_EVERY + ANSWER_WITHIN:
+def _silent_since(before: _Answer | None, now: float) -> float:
+    """Start counting again after a time in which the broker, or this node, was frozen."""
+    if before is None or before.silent_since is None or now - before.at > CHECK_EVERY + ANSWER_WITHIN:
         return now
     return before.silent_since
 
@@ -170,5 +162,5 @@ def _key_is_there(channel: Any, reply_to: str) -> bool:
 def _queue_is_consumed(channel: Any, reply_to: str) -> bool:
     try:
         return bool(channel.queue_declare(reply_to, passive=True).consumer_count)
-    except NotFound:  # the channel is closed by it, and opens again by itself
+    except NotFound:  # RabbitMQ closes the channel, which opens again by itself
         return False

@@ -10,17 +10,18 @@ import celery.apps.worker as celery_worker
 from celery import Celery
 from celery.concurrency import get_implementation
 
+from fleet_worker.broker.control_listener import Command, ControlListener
 from fleet_worker.broker.topology import lane_queue, transport_of
 from fleet_worker.errors import ConfigurationError, FleetError, where
 from fleet_worker.exit_codes import AGAIN, CONFIGURATION, INTERRUPTED, SOFTWARE, UNAVAILABLE
 from fleet_worker.host.parent_pipe import attach_to_parent
 from fleet_worker.node import node as inference_node
 from fleet_worker.node.lifecycle import Lifecycle, Reconnecting, Startup
-from fleet_worker.node.log_privacy import Consumer, begin_log, drop_beats, protect_logs
+from fleet_worker.node.log_privacy import begin_log, drop_beats, protect_logs
 from fleet_worker.node.node import Node, lanes_of
-from fleet_worker.node.remote_control import answer_operators
+from fleet_worker.node.remote_control import commands_of
 from fleet_worker.node.server_discovery import find_server
-from fleet_worker.node.task_events import BatchedEvents
+from fleet_worker.node.task_events import Consumer
 from fleet_worker.node.tasks import Request, register_tasks
 from fleet_worker.registry import node as registry_node
 from fleet_worker.registry.node import RegistryNode
@@ -34,7 +35,7 @@ def serve_with(app: Celery, settings: Settings) -> None:
     app.Worker = app.subclass_with_self(Worker, settings=settings)
     app.Task.Request = Request
     app.conf.worker_consumer = Consumer
-    app.steps["consumer"].update((BatchedEvents, Reconnecting))
+    app.steps["consumer"].add(Reconnecting)
 
 
 def refuse(error: ConfigurationError) -> NoReturn:
@@ -67,7 +68,11 @@ class Worker(celery_worker.Worker):  # type: ignore[misc]
             attach_to_parent(self.hostname, grace=self.settings.worker.killed_after)
             _check_name_is_free(self.app, self.settings, self.hostname)
             node = _create_node(self.app, self.settings, self.hostname)
-            Lifecycle(self, node, grace=self.settings.worker.drain_grace).begin(startup)
+            lifecycle = Lifecycle(self, node, grace=self.settings.worker.drain_grace)
+            commands: dict[str, Command] = {} if isinstance(node, RegistryNode) else commands_of(node)
+            commands["process"] = lifecycle.process
+            ControlListener(self.app, node.name, [node.subscription], commands)
+            lifecycle.begin(startup)
         except ConfigurationError as error:
             _give_up(error.message, AGAIN if startup.reloads else CONFIGURATION)  # it may have been corrected meanwhile
         except FleetError as error:
@@ -150,7 +155,6 @@ def _create_node(app: Celery, settings: Settings, node_name: str) -> Node | Regi
         return RegistryNode(app, settings, host)
     node = Node(app, settings, node_name, find_server(settings.instances[name], settings.worker.start_timeout))
     register_tasks(app, node)
-    answer_operators(node)
     # With Python's 5 ms the thread that takes messages waits too long for its turn among busy slots: a fifth fewer
     # requests a second.
     sys.setswitchinterval(0.001)

@@ -1,4 +1,4 @@
-"""The status of an instance and of its models: one shape from the node that measures it to whoever prints it."""
+"""The status of an instance and of its models: one shape from the node that measures it to what operators see."""
 
 from __future__ import annotations
 

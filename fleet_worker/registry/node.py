@@ -10,12 +10,12 @@ import logging
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from celery import Celery, bootsteps
+from celery import Celery
 from celery.beat import Service
-from kombu import Consumer
 
+from fleet_worker.broker.control_listener import Subscription
 from fleet_worker.broker.queue_depth import waiting
 from fleet_worker.broker.topology import ask_queue, direct_lane, lane_queue, transport_of
 from fleet_worker.errors import ConfigurationError
@@ -62,7 +62,11 @@ class RegistryNode:
         self.status_server = StatusServer(socket_path(settings.state_dir, host), self._publish_all)
         self._metrics = None if settings.registry.metrics_port is None else self._serve(settings.registry.metrics_port)
         self._schedule()
-        app.steps["consumer"].add(self._answering_step())
+
+    @property
+    def subscription(self) -> Subscription:
+        """A new router asks all hosts for their status."""
+        return ask_queue, lambda _: self._publish_all()
 
     def start(self) -> None:
         """Start the beat in a thread: a beat process would survive a killed worker, and its successor add a second."""
@@ -136,17 +140,6 @@ class RegistryNode:
             @self._app.task(name=f"registry.publish_{kind}", ignore_result=True, shared=False)  # type: ignore[untyped-decorator]
             def publish(kind: str = kind) -> None:
                 self._publisher.publish(kind)
-
-    def _answering_step(self) -> type[bootsteps.ConsumerStep]:
-        """A new router asks all hosts for their status."""
-        node = self
-
-        class AnswerRouters(bootsteps.ConsumerStep):  # type: ignore[misc]
-            def get_consumers(self, channel: Any) -> list[Consumer]:
-                queue = ask_queue(node._transport)
-                return [Consumer(channel, [queue], on_message=lambda _: node._publish_all(), no_ack=True)]
-
-        return AnswerRouters
 
     # --- What it publishes ---
 

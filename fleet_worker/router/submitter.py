@@ -16,7 +16,7 @@ from kombu import Connection, Exchange, Producer
 from kombu.exceptions import LimitExceeded
 from tenacity import Retrying, retry_if_exception, stop_before_delay, wait_exponential, wait_random
 
-from fleet_worker.broker.connection import ANSWER_WITHIN, BROKER_ERRORS, FAREWELL, connect, is_away, unavailable
+from fleet_worker.broker.connection import ANSWER_WITHIN, BROKER_ERRORS, CLOSE_WITHIN, connect, is_away, unavailable
 from fleet_worker.broker.queue_depth import SUBMITTED_AT
 from fleet_worker.broker.topology import Transport, priority, route_to, task_name
 from fleet_worker.errors import Cancelled, Expired
@@ -104,7 +104,7 @@ class Submitter:
         """Close the connections that were not used for `IDLE_AFTER` seconds."""
         while connection := self._idle_since(time.monotonic() - IDLE_AFTER):
             with contextlib.suppress(Exception):
-                bound_open_broker_sockets(connection, FAREWELL)
+                bound_open_broker_sockets(connection, CLOSE_WITHIN)
                 connection.close()
 
     def close(self) -> None:

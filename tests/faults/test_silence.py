@@ -15,7 +15,8 @@ from fleet_worker import Settings
 from fleet_worker.broker import connection as connections
 from fleet_worker.broker import reconnecting as link
 from fleet_worker.broker.app import create_app
-from fleet_worker.broker.topology import cancel_exchange, reply_name, transport_of
+from fleet_worker.broker.control_listener import ControlListener
+from fleet_worker.broker.topology import cancel_exchange, cancel_queue, reply_name
 from fleet_worker.node.cancel_listener import CancelListener
 from fleet_worker.node.reply_publisher import ReplyPublisher
 from fleet_worker.protocol.control import ControlMessage
@@ -146,11 +147,10 @@ def test_a_frozen_broker_is_noticed_and_costs_no_frame(broker, caplog):
 
 
 def test_a_node_whose_network_was_cut_hears_cancels_again(broker, relay):
-    transport, cancelled = transport_of(broker.url), queue.SimpleQueue()
+    cancelled = queue.SimpleQueue()
     app = app_of(relay.url)
-    control = CancelListener(
-        lambda: app.connection_for_read(heartbeat=1.0), transport, "n@h", lambda *what: cancelled.put(what), print
-    )
+    receive = CancelListener("n@h", lambda *what: cancelled.put(what), print)
+    control = ControlListener(app, "n@h", [(cancel_queue, receive)])
     control.start()
 
     def hears(number):

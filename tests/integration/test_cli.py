@@ -38,7 +38,10 @@ def broker_url():
 
 @pytest.fixture(scope="module")
 def mlx():
-    with SimulatedMLX(flavour="vllm_batched", models=[CHAT, EMBED], tokens=400, api_key=API_KEY) as server:
+    """Tokens one by one, so that a reply can be held after some of them."""
+    with SimulatedMLX(
+        flavour="vllm_batched", models=[CHAT, EMBED], token_interval=0.001, tokens=400, api_key=API_KEY
+    ) as server:
         yield server
 
 

@@ -1,4 +1,4 @@
-"""Who still listens: asked rarely, believed for a moment, and never taken for dead by a mistake of the broker."""
+"""Whether routers listen: asked rarely, remembered for a short time; no outage of the broker makes a router absent."""
 
 import threading
 import time
@@ -8,7 +8,7 @@ from kombu import Connection
 
 from fleet_worker.errors import ReplyLost
 from fleet_worker.node import router_presence as module
-from fleet_worker.node.router_presence import LOOK_EVERY, RouterPresence
+from fleet_worker.node.router_presence import CHECK_EVERY, RouterPresence
 from fleet_worker.node.running_attempts import RunningAttempts
 from fleet_worker.router.reply_consumer import PRESENCE
 from fleet_worker.settings import Settings
@@ -46,47 +46,47 @@ def running():
 
 
 @pytest.fixture
-def listeners(broker, running, monkeypatch):
+def presence(broker, running, monkeypatch):
     """As quick as a test wants to be."""
-    monkeypatch.setattr(module, "LOOK_EVERY", 0.05)
+    monkeypatch.setattr(module, "CHECK_EVERY", 0.05)
     monkeypatch.setattr(module, "ANSWER_WITHIN", 0.3)
     monkeypatch.setattr(module, "TRUSTED_FOR", 0.3)
     monkeypatch.setattr(module, "_key_is_there", broker.ask)
-    listeners = RouterPresence(lambda: Connection("memory://"), "redis", running, abandoned_after=0.4)
-    listeners.start()
-    until(lambda: listeners._answering)
-    yield listeners
+    presence = RouterPresence(lambda: Connection("memory://"), "redis", running, abandoned_after=0.4)
+    presence.start()
+    until(lambda: presence._is_connected)
+    yield presence
     broker.answers.set()
-    listeners.close(timeout=5)
+    presence.close(timeout=5)
 
 
-def test_a_router_is_asked_about_once_for_many_tasks(listeners, broker):
-    assert all(listeners.listens(ROUTER) for _ in range(100))
+def test_a_router_is_asked_about_once_for_many_tasks(presence, broker):
+    assert all(presence.listens(ROUTER) for _ in range(100))
     assert broker.questions == [ROUTER]
 
 
-def test_a_router_that_does_not_listen_is_known_and_may_be_back_a_moment_later(listeners, broker):
+def test_a_router_that_does_not_listen_is_known_and_may_be_back_a_moment_later(presence, broker):
     broker.listening.clear()
-    assert [listeners.listens(ROUTER) for _ in range(10)] == [False] * 10
+    assert [presence.listens(ROUTER) for _ in range(10)] == [False] * 10
     assert len(broker.questions) == 1
     broker.listening.add(ROUTER)
-    until(lambda: listeners.listens(ROUTER), 1.0)
+    until(lambda: presence.listens(ROUTER), 1.0)
 
 
-def test_a_broker_that_does_not_answer_holds_up_nothing_for_long_and_everybody_listens(listeners, broker):
+def test_a_broker_that_does_not_answer_holds_up_nothing_for_long_and_everybody_listens(presence, broker):
     broker.listening.clear()
     broker.answers.clear()
     with took_less_than(1.0):
-        assert listeners.listens(ROUTER)
+        assert presence.listens(ROUTER)
 
 
-def test_without_a_connection_everybody_listens_at_once(listeners, broker):
+def test_without_a_connection_everybody_listens_at_once(presence, broker):
     broker.error = ConnectionError()
     with took_less_than(0.3):
-        assert listeners.listens(ROUTER)
+        assert presence.listens(ROUTER)
 
 
-def test_what_runs_for_a_router_that_is_gone_is_stopped_after_a_while_and_the_rest_goes_on(listeners, broker, running):
+def test_what_runs_for_a_router_that_is_gone_is_stopped_after_a_while_and_the_rest_goes_on(presence, broker, running):
     with running.attempt("a", 1, ROUTER) as kept, running.attempt("b", 1, "gone") as stopped:
         started = time.monotonic()
         until(lambda: stopped.error)
@@ -96,7 +96,7 @@ def test_what_runs_for_a_router_that_is_gone_is_stopped_after_a_while_and_the_re
         assert kept.error is None
 
 
-def test_a_router_that_is_back_in_time_is_not_abandoned(listeners, broker, running):
+def test_a_router_that_is_back_in_time_is_not_abandoned(presence, broker, running):
     with running.attempt("a", 1, ROUTER) as kept:
         for _ in range(3):
             broker.listening.clear()
@@ -106,9 +106,9 @@ def test_a_router_that_is_back_in_time_is_not_abandoned(listeners, broker, runni
         assert kept.error is None
 
 
-def test_patience_begins_anew_when_the_broker_was_silent(listeners, broker, running):
+def test_patience_begins_anew_when_the_broker_was_silent(presence, broker, running):
     with running.attempt("a", 1, "gone") as stop:
-        until(lambda: "gone" in listeners._seen)
+        until(lambda: "gone" in presence._answers)
         broker.answers.clear()
         time.sleep(0.6)
         broker.answers.set()
@@ -117,36 +117,36 @@ def test_patience_begins_anew_when_the_broker_was_silent(listeners, broker, runn
         until(lambda: stop.error)
 
 
-def test_after_an_outage_patience_begins_anew_and_everybody_counts_as_listening(listeners, broker, running):
+def test_after_an_outage_patience_begins_anew_and_everybody_counts_as_listening(presence, broker, running):
     broker.listening.clear()
     with running.attempt("a", 1, "gone") as stop:
-        until(lambda: "gone" in listeners._seen)
+        until(lambda: "gone" in presence._answers)
         broker.error = ConnectionError()
-        until(lambda: not listeners._answering)
+        until(lambda: not presence._is_connected)
         broker.error = None
-        until(lambda: listeners._answering)
+        until(lambda: presence._is_connected)
         back = time.monotonic()
-        assert listeners.listens(ROUTER)
-        until(lambda: not listeners.listens(ROUTER))
+        assert presence.listens(ROUTER)
+        until(lambda: not presence.listens(ROUTER))
         until(lambda: stop.error)
         assert time.monotonic() - back >= 0.35
 
 
 def test_after_an_outage_work_is_not_stopped_before_everybody_had_the_time_to_come_back(
-    listeners, broker, running, monkeypatch
+    presence, broker, running, monkeypatch
 ):
     """Also if patience is shorter than that."""
     monkeypatch.setattr(module, "TRUSTED_FOR", 1.0)
     broker.error = ConnectionError()
     with running.attempt("a", 1, "gone") as stop:
-        until(lambda: not listeners._answering)
+        until(lambda: not presence._is_connected)
         broker.error = None
-        until(lambda: listeners._answering)
+        until(lambda: presence._is_connected)
         back = time.monotonic()
         until(lambda: stop.error)
         assert time.monotonic() - back >= 0.7
 
 
 def test_the_work_of_a_router_that_died_is_stopped_within_half_a_minute():
-    longest = PRESENCE + 2 * LOOK_EVERY + Settings().worker.abandoned_after
+    longest = PRESENCE + 2 * CHECK_EVERY + Settings().worker.abandoned_after
     assert longest <= 30

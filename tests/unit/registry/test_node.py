@@ -10,7 +10,6 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from kombu import Connection
 
 from fleet_worker.broker.app import create_app
 from fleet_worker.protocol.registry_event import READINESS
@@ -334,12 +333,9 @@ def test_anything_else_takes_a_new_process(host, change):
 
 
 def test_a_router_that_asks_is_answered_with_everything(host):
-    (asked,) = (step for step in host.app.steps["consumer"] if step.__name__ == "AnswerRouters")
-    with Connection("memory://") as connection, connection.channel() as channel:
-        (consumer,) = asked.get_consumers(asked, channel)
-        assert [queue.exchange.name for queue in consumer.queues] == ["llm.registry.ask"]
-        assert consumer.no_ack
-        consumer.on_message(None)
+    queue, receive = host.node.subscription
+    assert queue("redis").exchange.name == "llm.registry.ask"
+    receive(None)
     assert host.announced == [("readiness", "models")]
 
 

@@ -1,0 +1,128 @@
+"""Names of kombu, Celery, redis and amqp that are not documented, and that this package uses.
+
+If one of these tests fails after an upgrade, its text says what of ours does not work any more; nothing else may fail.
+"""
+
+import ast
+import importlib
+import inspect
+from pathlib import Path
+
+import pytest
+
+import fleet_worker
+
+REDIS, VIRTUAL = "kombu.transport.redis", "kombu.transport.virtual.base"
+CONSUMER, WORKER = "celery.worker.consumer.consumer", "celery.apps.worker"
+SILENT = "a node does not notice a broker that fell silent"
+GIVEN_BACK = "a message that is given back to its lane is lost, or goes behind others, or into the wrong list"
+SHARED = "a node opens more sockets to Redis, or one channel cuts off the others"
+LEAK = "each new connection of a worker leaks memory or open files"
+MORE_CONNECTIONS = "a node, or a control command, opens one connection more"
+ARGUMENTS = "arguments of tasks appear in events and Flower"
+QUOTED = "bad messages are quoted in the log"
+LANES = "no lane is joined or left"
+LOG = "the log shows the user of broker_url, and the texts of errors"
+SIGNALS = "signals do not end a node, or lose requests"
+
+USED = [
+    # Module, class or none, name: where it is used, and what depends on it.
+    (REDIS, "Channel", "_create_client", ["Channel"], "each publish costs two thirds more time"),
+    (REDIS, "Channel", "_get_pool", ["Channel"], SHARED),
+    (REDIS, "Channel", "_pool", ["Channel"], SHARED),
+    (REDIS, "Channel", "_disconnect_pools", ["Channel"], SHARED),
+    (REDIS, "Channel", "async_pool", ["Channel"], SHARED),
+    (REDIS, "Channel", "subclient", ["Channel"], SILENT),
+    (REDIS, "Channel", "_lookup", ["Channel"], GIVEN_BACK),
+    (REDIS, "Channel", "_q_for_pri", ["Channel"], GIVEN_BACK),
+    (REDIS, "Channel", "_get_message_priority", ["Channel"], GIVEN_BACK),
+    (REDIS, "Channel", "_expires", ["Channel"], GIVEN_BACK),
+    (REDIS, "Channel", "priority_steps", ["Channel"], "waiting requests are counted wrongly"),
+    (REDIS, "Channel", "get_table", ["Channel"], "status does not see lanes that no node offers any more"),
+    (REDIS, "Transport", "register_with_event_loop", ["Transport"], LEAK),
+    (REDIS, None, "on_tick", ["Transport"], LEAK),
+    (REDIS, "Channel", "QoS", ["Channel"], LEAK),
+    (VIRTUAL, "QoS", "_on_collect", ["QoS"], LEAK),
+    (VIRTUAL, "Channel", "_restore_at_beginning", ["QoS"], GIVEN_BACK),
+    (VIRTUAL, "Channel", "do_restore", ["QoS"], "a lost connection starts all running tasks a second time"),
+    ("redis.client", "PubSub", "check_health", ["PubSub"], SILENT),
+    ("redis.client", None, "next_health_check", ["PubSub"], SILENT),
+    ("redis.connection", "AbstractConnection", "next_health_check", ["AbstractConnection"], SILENT),
+    ("redis.connection", "BlockingConnectionPool", "pool", ["BlockingConnectionPool"], SHARED),
+    (
+        "redis.connection",
+        "Connection",
+        "register_connect_callback",
+        [],
+        "replies in a lost connection are not repeated",
+    ),
+    ("redis.connection", "Connection", "update_current_socket_timeout", [], "operators wait long for a frozen broker"),
+    ("kombu.connection", "Connection", "get_transport_cls", ["Connection"], "none of the above is in effect"),
+    (
+        "kombu.connection",
+        "Connection",
+        "__eqhash__",
+        [],
+        "other applications get our connections from the pool",
+    ),
+    ("kombu.connection", "Connection", "ensure_connection", [], "a node waits up to 30 s between two tries to connect"),
+    ("kombu.pidbox", "Mailbox", "producer_or_acquire", ["Mailbox"], MORE_CONNECTIONS),
+    ("kombu.pidbox", "Node", "reply", ["Node"], "a node may reconnect without its consumers, and hear no cancels"),
+    ("celery.app.amqp", "AMQP", "Connection", [], "none of the above is in effect"),
+    ("celery.app.control", "Control", "Mailbox", ["Control"], MORE_CONNECTIONS),
+    ("celery.app.events", "Events", "dispatcher_cls", ["Events"], "a node hangs on RabbitMQ when it has many events"),
+    ("celery.events.dispatcher", "EventDispatcher", "buffer_limit", ["EventDispatcher"], "see above"),
+    ("celery.utils.threads", None, "bound_open_broker_sockets", [], "a frozen broker is waited for without an end"),
+    ("celery.worker.control", "Panel", "data", ["Panel"], "`celery inspect` and Flower get no answers"),
+    ("celery.worker.consumer.control", None, "worker_enable_remote_control", [], "control commands are obeyed twice"),
+    ("celery.worker.consumer.events", None, "connection_for_write", [], MORE_CONNECTIONS),
+    ("celery.worker.consumer.events", None, "on_send_event_buffered", [], "each request sends three events"),
+    (CONSUMER, "Consumer", "connection_for_read", ["Consumer"], "the event loop waits for confirmations of RabbitMQ"),
+    (CONSUMER, "Consumer", "register_with_event_loop", [], "no task events are sent after an outage"),
+    (CONSUMER, "Consumer", "connection_errors", ["Consumer"], "a connection that breaks at its start ends the node"),
+    ("celery.worker.consumer.tasks", None, "task_consumer", [], LANES),
+    (CONSUMER, "Consumer", "add_task_queue", [], LANES),
+    (CONSUMER, "Consumer", "cancel_task_queue", [], LANES),
+    (CONSUMER, "Consumer", "call_soon", [], LANES),
+    (CONSUMER, "Consumer", "on_unknown_message", ["Consumer"], QUOTED),
+    (CONSUMER, "Consumer", "on_unknown_task", ["Consumer"], QUOTED),
+    (CONSUMER, "Consumer", "on_invalid_task", ["Consumer"], QUOTED),
+    (CONSUMER, "Consumer", "on_decode_error", [], QUOTED),
+    (CONSUMER, None, "CONNECTION_ERROR", ["Consumer"], LOG),
+    (CONSUMER, None, "CONNECTION_RETRY", ["Consumer"], LOG),
+    ("celery.worker.request", "Request", "_argsrepr", ["Request"], ARGUMENTS),
+    ("celery.worker.request", "Request", "_kwargsrepr", ["Request"], ARGUMENTS),
+    ("celery.worker.state", None, "reserved_requests", [], "a node ends before its requests have"),
+    ("celery.worker.state", None, "should_stop", ["maybe_shutdown"], SIGNALS),
+    ("celery.worker.loops", None, "maybe_shutdown", ["asynloop"], SIGNALS),
+    (WORKER, "Worker", "install_platform_tweaks", ["Worker"], SIGNALS),
+    (WORKER, None, "install_worker_term_hard_handler", ["Worker"], SIGNALS),
+    (WORKER, None, "install_worker_int_handler", ["Worker"], SIGNALS),
+    (WORKER, None, "install_cry_handler", ["Worker"], SIGNALS),
+]
+
+
+@pytest.mark.parametrize(
+    ("module", "owner", "name", "users", "broken"), USED, ids=[".".join(filter(None, each[:3])) for each in USED]
+)
+def test_a_name_that_is_not_documented_is_there_and_is_used_as_before(module, owner, name, users, broken):
+    there = importlib.import_module(module)
+    of = getattr(there, owner) if owner else there
+    defined = (f"{name} = ", f"{name}: ") if owner else (f".{name}",)
+    found = hasattr(of, name) or any(each in inspect.getsource(of) for each in defined)
+    assert found, f"{module} has no {owner or ''} {name} any more: {broken}"
+    for user in users:
+        code = inspect.getsource(getattr(there, user))
+        assert name in code, f"{user} of {module} does not use {name} any more: {broken}"
+
+
+def test_every_private_name_that_this_package_does_not_define_is_checked_here():
+    folder = Path(fleet_worker.__file__).parent
+    files = [file for file in folder.rglob("*.py") if file.parent.name not in ("mlx", "demo")]  # they know no broker
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text("utf-8")))]
+    used = [node for node in nodes if isinstance(node, ast.Attribute) and node.attr.startswith("_")]
+    ours = {node.attr for node in used if isinstance(node.ctx, ast.Store)}
+    ours |= {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
+    ours |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    foreign = {node.attr for node in used if not node.attr.startswith("__")} - ours
+    assert foreign - {name for _, _, name, _, _ in USED} == {"_exit"}  # of os, and documented
