@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import celery.worker.request as celery_request
@@ -24,7 +24,6 @@ from fleet_worker.errors import (
     ProviderError,
     where,
 )
-from fleet_worker.mlx.chat_stream import ChatAnswer
 from fleet_worker.mlx.offering import Offering, offering_for
 from fleet_worker.mlx.timeouts import CancelToken
 from fleet_worker.node.node import Node
@@ -54,7 +53,7 @@ def register_tasks(app: Celery, node: Node) -> None:
             if work and isinstance(work.request.params, ChatParams):
                 answer = node.mlx.chat(work.request.params, work.offering, **work.limits)
                 node.counters.generated(answer.usage.completion_tokens or 0)
-                work.respond(answer)
+                work.respond(ChatResponse, **asdict(answer))
 
     @task
     def stream_chat(envelope: dict[str, Any]) -> None:
@@ -65,21 +64,14 @@ def register_tasks(app: Celery, node: Node) -> None:
                     for deltas in stream:
                         node.counters.generated(len(deltas))
                         work.reply.put(deltas, stream.tokens)
-                work.respond(stream.answer())
+                work.respond(ChatResponse, **asdict(stream.answer()))
 
     @task
     def embed(envelope: dict[str, Any]) -> None:
         with _accepted(node, envelope, "embed") as work:
             if work and isinstance(work.request.params, EmbedParams):
                 vectors = node.mlx.embed(work.request.params.input, work.offering, **work.limits)
-                work.reply.end(
-                    EmbedResponse,
-                    **work.served_by(),
-                    data=vectors.data,
-                    dimensions=vectors.dimensions,
-                    usage=vectors.usage,
-                    timings=work.timings(),
-                )
+                work.respond(EmbedResponse, data=vectors.data, dimensions=vectors.dimensions, usage=vectors.usage)
 
 
 def careful_strategy(task: Any, app: Any, consumer: Any) -> Any:
@@ -127,23 +119,15 @@ class _Work:
     def limits(self) -> dict[str, Any]:
         return {"deadline": self.deadline, "cancel_token": self.cancel_token}
 
-    def respond(self, answer: ChatAnswer) -> None:
-        self.reply.end(
-            ChatResponse,
-            **self.served_by(),
-            content=answer.content,
-            reasoning=answer.reasoning,
-            tool_calls=answer.tool_calls,
-            finish_reason=answer.finish_reason,
-            usage=answer.usage,
-            timings=self.timings(ttft=answer.ttft, tokens_per_second=answer.tokens_per_second),
-        )
-
-    def served_by(self) -> dict[str, Any]:
-        return {"instance": self.node.instance, "model": self.offering.model}
-
-    def timings(self, *, ttft: float | None = None, tokens_per_second: float | None = None) -> Timings:
-        """Return the timings of the reply, and count them."""
+    def respond(
+        self,
+        frame: type[ChatResponse] | type[EmbedResponse],
+        *,
+        ttft: float | None = None,
+        tokens_per_second: float | None = None,
+        **fields: Any,
+    ) -> None:
+        """End the reply with a frame of these fields and timings, and count the request."""
         self.node.counters.request(
             self.request.operation,
             queue_wait_seconds=self.queue_wait,
@@ -151,7 +135,8 @@ class _Work:
             tokens_per_second=tokens_per_second,
         )
         duration = time.monotonic() - self.started
-        return Timings(queue_wait=self.queue_wait, duration=duration, ttft=ttft, tokens_per_second=tokens_per_second)
+        timings = Timings(queue_wait=self.queue_wait, duration=duration, ttft=ttft, tokens_per_second=tokens_per_second)
+        self.reply.end(frame, instance=self.node.instance, model=self.offering.model, timings=timings, **fields)
 
 
 @contextmanager
@@ -171,18 +156,18 @@ def _accepted(node: Node, envelope: Any, operation: str) -> Iterator[_Work | Non
                 work = _accept(node, envelope, operation, reply, cancel_token)
                 with node.counting_failures(work.offering.model, cancel_token):
                     yield work
-        except FleetError as error:
-            if isinstance(error, ConnectionFailure) and node.mlx.has_died():
-                error.metadata["instance_died"] = True
-            node.counters.error(error.code)
-            reply.fail(error)
-            raise error from None
         except Exception as error:
-            log.error("a task failed: %s at %s", type(error).__name__, where(error))
-            failure = ProviderError(f"the worker failed ({type(error).__name__}): see its log")
+            failure = error if isinstance(error, FleetError) else _unexpected(error)
+            if isinstance(failure, ConnectionFailure) and node.mlx.has_died():
+                failure.metadata["instance_died"] = True
             node.counters.error(failure.code)
             reply.fail(failure)
             raise failure from None
+
+
+def _unexpected(error: Exception) -> FleetError:
+    log.error("a task failed: %s at %s", type(error).__name__, where(error))
+    return ProviderError(f"the worker failed ({type(error).__name__}): see its log")
 
 
 def _address(envelope: Any) -> tuple[str, int, str]:

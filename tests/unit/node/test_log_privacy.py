@@ -54,7 +54,7 @@ def message():
     app = Celery("test", broker="memory://", set_as_current=False)
     app.conf.update(task_serializer="json", accept_content=["json"])
 
-    @app.task(name="fleet.chat")
+    @app.task(name="fleet.chat", shared=False)
     def chat(envelope, *, prompt):
         """Never runs."""
 

@@ -1,0 +1,120 @@
+"""The tasks of a node in this process: a simulated MLX server, no broker, and the frames that would be published."""
+
+import time
+
+import pytest
+
+from fleet_worker.broker.app import create_app
+from fleet_worker.errors import FleetError, InstanceUnavailable, InvalidRequest, ProviderError
+from fleet_worker.node.node import Node
+from fleet_worker.node.readiness import State
+from fleet_worker.node.server_discovery import find_server
+from fleet_worker.node.tasks import register_tasks
+from fleet_worker.settings import Settings
+from fleet_worker.testing import SimulatedMLX
+
+CHAT, EMBED = "sim-chat", "sim-embed"
+HELLO = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5}
+
+
+@pytest.fixture(scope="module")
+def node_and_tasks():
+    with SimulatedMLX(flavour="vllm_batched", models=[CHAT, EMBED]) as mlx:
+        opted_in = {"enabled": True, "respond_to_requests": True}
+        instance = {"base_url": mlx.base_url, "models": {CHAT: {}, EMBED: {}}, "fleet": opted_in}
+        settings = Settings(instances={"one": instance}, broker_url="redis://127.0.0.1:1")
+        app = create_app(settings)
+        node = Node(app, settings, "one@test", find_server(settings.instances["one"], 5))
+        register_tasks(app, node)
+        yield node, app.tasks
+        node.close()
+        app.close()
+
+
+@pytest.fixture
+def node(node_and_tasks, monkeypatch):
+    node, _ = node_and_tasks
+    node.frames = []
+    monkeypatch.setattr(node, "state", State("available"))
+    monkeypatch.setattr(node.publisher, "append", lambda writer, frame, delay: node.frames.append(frame))
+    return node
+
+
+@pytest.fixture
+def run(node_and_tasks, request):
+    """Returns a function that runs a task for an envelope of the wire, with changes."""
+
+    def run(task, model=CHAT, params=HELLO, **changes):
+        expires_at = time.time() + 20
+        envelope = {"protocol_version": 2, "operation": task, "provider": "mlx", "provider_instance": "any"}
+        envelope |= {"request_id": request.node.name, "correlation_id": "c", "idempotency_key": "k", "attempt": 1}
+        envelope |= {"model": model, "params": params, "reply_to": "llm.fleet.reply.test.60", "priority": "normal"}
+        envelope |= {"timeout_seconds": 20, "expires_at": expires_at, "signed_token": None}
+        envelope |= {"message_context": {}, "caller": {}, "trace_context": {}}
+        return node_and_tasks[1][f"fleet.{task}"].run(envelope | changes)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("operation", "model", "params", "kinds"),
+    [
+        ("chat", CHAT, HELLO, ["accepted", "response"]),
+        ("stream_chat", CHAT, HELLO, ["accepted", "deltas", "response"]),
+        ("embed", EMBED, {"input": ["a", "b"]}, ["accepted", "embedding"]),
+    ],
+)
+def test_a_request_is_accepted_and_answered_in_frames_without_a_gap(node, run, operation, model, params, kinds):
+    before = node.counters.report()["requests"].get(operation, 0)
+    assert run(operation, model, params) is None
+    assert list(dict.fromkeys(frame.kind for frame in node.frames)) == kinds
+    assert [frame.seq for frame in node.frames] == list(range(len(node.frames)))
+    last = node.frames[-1]
+    assert (last.node, last.instance, last.model) == ("one@test", "one", model)
+    assert 0 < last.timings.duration < 10
+    assert node.counters.report()["requests"][operation] == before + 1
+
+
+def refused(node, run, **changes):
+    """What the reply, the task and the counters tell of a refused request must be the same error."""
+    with pytest.raises(FleetError) as caught:
+        run("chat", **changes)
+    failure = node.frames[-1]
+    assert (failure.kind, failure.code, failure.message) == ("error", caught.value.code, caught.value.message)
+    assert node.counters.report()["errors"][failure.code] >= 1
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"operation": "stream_chat"}, InvalidRequest),
+        ({"provider_instance": "two"}, InstanceUnavailable),
+        ({"params": {}}, InvalidRequest),
+    ],
+)
+def test_a_request_that_is_refused_ends_in_one_error_and_nothing_else(node, run, changes, error):
+    with pytest.raises(error):
+        raise refused(node, run, **changes)
+    assert [frame.kind for frame in node.frames] == ["error"]
+
+
+def test_a_fault_of_the_worker_itself_ends_in_an_error_that_quotes_nothing(node, run, monkeypatch, caplog):
+    monkeypatch.setattr(node.mlx, "chat", lambda *_, **__: int("a secret"))
+    assert isinstance(refused(node, run), ProviderError)
+    assert [frame.kind for frame in node.frames] == ["accepted", "error"]
+    assert "ValueError at" in caplog.text
+    assert "secret" not in caplog.text + node.frames[-1].message
+
+
+def test_an_attempt_that_is_delivered_twice_is_answered_once(node, run):
+    run("chat")
+    answered = len(node.frames)
+    assert run("chat") is None
+    assert len(node.frames) == answered
+
+
+def test_a_message_without_an_address_ends_in_an_error_of_the_task_only(node, run):
+    with pytest.raises(InvalidRequest, match="no router to answer"):
+        run("chat", reply_to="elsewhere")
+    assert node.frames == []
