@@ -89,7 +89,7 @@ class Session:
         has_key = request.idempotency_key != request.request_id
         if has_key and (joined := self._cache.join(request, node, on_interrupt)):
             return joined
-        self._registry.check(request.model, request.operation, request.provider_instance, node)
+        self._registry.require_offered(request.model, request.operation, request.provider_instance, node)
         left = deadline - time.monotonic()
         request = request.addressed_to(self.replies.name, left)
         started = InFlightRequest(request, node, self, on_interrupt=on_interrupt)
@@ -128,7 +128,7 @@ class Session:
         """The reply queue is consumed, from now on or again. Ask all registry nodes, so that none is unknown until its
         next event. After a lost connection ask the nodes for their latest frames: Redis has dropped what was on its
         way."""
-        self._registry.asked()
+        self._registry.note_asked()
         publish(Producer(channel), ask_exchange(), b"{}")
         if again and self._transport == "redis":
             publish(Producer(channel), cancel_exchange(), ControlMessage(missed=self.replies.name).encode())

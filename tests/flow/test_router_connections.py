@@ -25,7 +25,7 @@ def connections(broker):
 @pytest.fixture
 def unchecked(connections, router):
     """A router that has connected, and sends also what nobody serves."""
-    router.registry.check = lambda *_: None
+    router.registry.require_offered = lambda *_: None
     return router
 
 
