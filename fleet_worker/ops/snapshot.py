@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,11 +26,6 @@ class LaneStatus:
     """How many nodes consume it now; None if that is unknown (Redis, without a registry node)."""
     unserved: bool
     """Requests wait, and no node takes them."""
-
-    @property
-    def direct(self) -> bool:
-        """It belongs to one node."""
-        return self.lane.startswith(direct_lane(""))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +107,10 @@ class SnapshotCollector:
     def take(self) -> Snapshot:
         """Raises `BrokerUnavailable`."""
         instances, offerings = self._registry.instances(), self._registry.offerings()
-        self._lanes.update(_lanes_of(instances, offerings))
+        for offered in offerings:  # also lanes that nodes have left because their MLX servers do not work
+            self._lanes.update(lane(capability, offered.model) for capability in offered.capabilities)
+        for instance in instances:
+            self._lanes.update([direct_lane(instance.node), *instance.lanes])
         depths: dict[str, Waiting | None] = dict.fromkeys(self._lanes)
         depths.update(waiting(self._app, self._transport, self._lanes))
         return snapshot_of(instances, offerings, depths, now=time.monotonic())
@@ -121,21 +119,8 @@ class SnapshotCollector:
         self._app.close()
 
 
-def _lanes_of(instances: Iterable[InstanceStatus], offerings: Iterable[Offered]) -> Iterator[str]:
-    """Include the lanes that nodes have left because their MLX servers do not work."""
-    for offered in offerings:
-        yield from (lane(capability, offered.model) for capability in offered.capabilities)
-    for instance in instances:
-        yield direct_lane(instance.node)
-        yield from instance.lanes
-
-
 def snapshot_of(
-    instances: list[InstanceStatus],
-    offerings: list[Offered],
-    depths: Mapping[str, Waiting | None],
-    *,
-    now: float,
+    instances: list[InstanceStatus], offerings: list[Offered], depths: Mapping[str, Waiting | None], *, now: float
 ) -> Snapshot:
     """Combine what the registry and the broker know. `depths` is by lane; `now` is time.monotonic()."""
     lanes = [_lane(name, each, instances) for name, each in depths.items()]

@@ -131,7 +131,7 @@ class ReplyConsumer:
     def _announce(self, channel: Any) -> None:
         """Ask all registry nodes for the status of their hosts, so that none is unknown until its next event. After a
         lost connection ask the nodes for their latest frames: Redis has dropped what was on its way."""
-        self._registry.asked()
+        self._registry.note_asked()
         publish(Producer(channel), ask_exchange(), b"{}")
         if self._link.worked.is_set() and isinstance(channel, RedisChannel):
             publish(Producer(channel), cancel_exchange(), ControlMessage(missed=self.name).encode())

@@ -80,7 +80,7 @@ class Router:
     def registry(self) -> Registry:
         """The live view of the fleet. The first access connects, and waits up to a second for the registry nodes."""
         self._connected()
-        return self._registry.settle()
+        return self._registry.wait_for_answers()
 
     def chat(self, model: str, messages: list[dict[str, Any]], **options: Unpack[ChatOptions]) -> ChatResponse:
         """Return the whole answer."""

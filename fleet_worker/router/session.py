@@ -87,7 +87,7 @@ class Session:
         has_key = request.idempotency_key != request.request_id
         if has_key and (joined := self._cache.join(request, node, on_interrupt)):
             return joined
-        self._registry.check(request.model, request.operation, request.provider_instance, node)
+        self._registry.require_offered(request.model, request.operation, request.provider_instance, node)
         left = deadline - time.monotonic()
         request = request.addressed_to(self.replies.name, left)
         started = InFlightRequest(request, node, self, on_interrupt=on_interrupt)

@@ -27,7 +27,7 @@ def connections(broker):
 def unchecked(connections, broker):
     """A router that has connected, and sends any number of requests that nobody serves."""
     with Router(Settings(broker_url=broker.url, router={"max_waiting": 1_000_000})) as router:
-        router.registry.check = lambda *_: None
+        router.registry.require_offered = lambda *_: None
         yield router
 
 

@@ -72,7 +72,7 @@ def unserved(broker_url):
 
 @contextmanager
 def waiting_request(router):
-    router.registry.check = lambda *_: None
+    router.registry.require_offered = lambda *_: None
     with router.stream_chat("never-served", [{"role": "user", "content": PROMPT}], timeout=WITHIN):
         yield
 

@@ -32,7 +32,7 @@ def router(broker_url, monkeypatch):
     monkeypatch.setattr(session_module, "IDLE_AFTER", 0.1)
     monkeypatch.setattr(submitter_module, "IDLE_AFTER", 0.1)
     with Router(Settings(broker_url=broker_url)) as router:
-        router.registry.check = lambda *_: None
+        router.registry.require_offered = lambda *_: None
         yield router
 
 
