@@ -29,8 +29,7 @@ class CancelPublisher:
     def __init__(self, scheduler: Scheduler, broadcast: Callable[[Exchange, bytes], None]) -> None:
         self._scheduler = scheduler
         self._broadcast = broadcast
-        self._lock = threading.RLock()
-        """Reentrant: the garbage collector cancels a forgotten stream in the middle of whatever runs."""
+        self._lock = threading.Lock()
         self._cancelled: dict[str | None, dict[str, int]] = {}
         """By node: requests, each with the last attempt that is cancelled."""
         self._missed: dict[str, str] = {}
@@ -55,7 +54,6 @@ class CancelPublisher:
 
     def _publish(self) -> None:
         with self._lock:
-            # In one statement: what a finalizer adds in between must not be left behind, with nothing scheduled.
             cancelled, missed, self._cancelled, self._missed = self._cancelled, self._missed, {}, {}
         messages = [ControlMessage(node=node, missed=reply_to) for node, reply_to in missed.items()]
         for node, requests in cancelled.items():
