@@ -27,7 +27,7 @@ from fleet_worker.settings import Settings
 
 
 class Session:
-    """Belongs to the process that opened it. It is opened once and closed once; then it stays closed."""
+    """Belongs to the process that made it. It is opened once; once it is closed it stays closed."""
 
     def __init__(self, settings: Settings, registry: Registry) -> None:
         self.settings = settings.router
