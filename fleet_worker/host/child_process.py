@@ -140,8 +140,7 @@ class ChildProcess:
         return f"{self.name} {how_ended(code)}:\n{self._tail().rstrip()}"
 
     def signal(self, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(number)
+        self._process.send_signal(number)
 
     def wait(self, timeout: float) -> int:
         """Return its exit code; raises `subprocess.TimeoutExpired`."""

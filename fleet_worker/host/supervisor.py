@@ -30,15 +30,6 @@ from fleet_worker.settings import REGISTRY, Settings
 log = logging.getLogger(__name__)
 
 
-def nodes_of(settings: Settings) -> list[str]:
-    """Return the nodes of this host: one for each instance that has opted in, and the registry node.
-
-    Raises:
-        ConfigurationError: no instance has opted in.
-    """
-    return [*settings.serving(), REGISTRY]
-
-
 def node_command(node_name: str) -> list[str]:
     # -P: do not import a celery.py from the current folder
     return python("-P", "-m", "celery", "-A", "fleet_worker", "worker", "-n", node_name, "--loglevel", "INFO")
@@ -92,7 +83,7 @@ class Supervisor:
             ConfigurationError: no instance has opted in.
             Held: an `up` of this host runs already.
         """
-        nodes_of(self._settings)
+        self._settings.serving()
         with _signals() as received, parent_pipe() as self._pipe:
             self._lock = hold(_lock_path(self._settings))
             try:
@@ -109,8 +100,10 @@ class Supervisor:
         return self._exit_code or 0
 
     def _apply(self, settings: Settings) -> None:
-        """Run the nodes that these settings ask for, and disturb none whose settings have not changed."""
-        instances = nodes_of(settings)
+        """Run a node for each instance that has opted in, and the registry node. Disturb none whose settings have not
+        changed. Raises `ConfigurationError` if no instance has opted in.
+        """
+        instances = [*settings.serving(), REGISTRY]
         old, self._settings = self._settings, settings
         moved = (old.broker_url, old.host) != (settings.broker_url, settings.host)
         for instance in set(self._nodes).difference(instances):
