@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from fleet_worker import exit_codes
@@ -186,9 +185,6 @@ def _settings_of(instance: str, settings: Settings) -> Any:
     return common, settings.instances if instance == REGISTRY else settings.instances.get(instance)
 
 
-_SIGNALS = (signal.SIGCHLD, signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
-
-
 @contextmanager
 def _signals() -> Iterator[Callable[[float], bytes]]:
     """Yield a function that waits at most that many seconds, and returns the numbers of the signals that arrived.
@@ -199,7 +195,11 @@ def _signals() -> Iterator[Callable[[float], bytes]]:
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    handlers = {number: signal.signal(number, _do_nothing) for number in _SIGNALS if not _ignored(number)}
+    handled = [signal.SIGCHLD, signal.SIGHUP, signal.SIGTERM]  # SIGHUP under nohup too
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in the background of a shell
+        handled.append(signal.SIGINT)
+    # Python writes a signal to the file descriptor only if the signal has a handler in Python.
+    handlers = {number: signal.signal(number, lambda *_: None) for number in handled}
 
     def received(timeout: float) -> bytes:
         ready, _, _ = select.select([reader], [], [], None if timeout == NEVER else max(0.0, timeout))
@@ -212,12 +212,3 @@ def _signals() -> Iterator[Callable[[float], bytes]]:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(before)
-
-
-def _ignored(number: signal.Signals) -> bool:
-    """A shell starts background processes with SIGINT ignored. SIGHUP is always handled, even under nohup."""
-    return number == signal.SIGINT and signal.getsignal(number) is signal.SIG_IGN
-
-
-def _do_nothing(number: int, frame: FrameType | None) -> None:
-    """Python writes a signal to the file descriptor only if the signal has a handler in Python."""
