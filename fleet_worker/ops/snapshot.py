@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,11 +26,6 @@ class LaneStatus:
     """How many nodes consume it now; None if that is unknown (Redis, without a registry node)."""
     unserved: bool
     """Requests wait, and no node takes them."""
-
-    @property
-    def direct(self) -> bool:
-        """It belongs to one node."""
-        return self.lane.startswith(direct_lane(""))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +54,19 @@ class Snapshot:
         """Return what `fleet-worker status --json` prints. All ages are seconds."""
         return {
             "instances": [self._instance(each) for each in self.instances],
-            "models": [_model(each) for each in self.models],
+            "models": [
+                {
+                    "model": each.model,
+                    "host": each.host,
+                    "instance": each.instance.name,
+                    "node": each.node,
+                    "ready": each.ready,
+                    "capabilities": list(each.capabilities),
+                    "features": list(each.features),
+                    "limits": each.limits,
+                }
+                for each in self.models
+            ],
             "lanes": [asdict(each) for each in self.lanes],
         }
 
@@ -85,19 +92,6 @@ class Snapshot:
         }
 
 
-def _model(offered: Offered) -> dict[str, Any]:
-    return {
-        "model": offered.model,
-        "host": offered.host,
-        "instance": offered.instance.name,
-        "node": offered.node,
-        "ready": offered.ready,
-        "capabilities": list(offered.capabilities),
-        "features": list(offered.features),
-        "limits": offered.limits,
-    }
-
-
 class SnapshotCollector:
     """Takes snapshots, and remembers the lanes of earlier ones: on RabbitMQ nothing else names the lanes of a host that
     is gone.
@@ -112,7 +106,10 @@ class SnapshotCollector:
     def take(self) -> Snapshot:
         """Raises `BrokerUnavailable`."""
         instances, offerings = self._registry.instances(), self._registry.offerings()
-        self._lanes.update(_lanes_of(instances, offerings))
+        for offered in offerings:  # also lanes that nodes have left because their MLX servers do not work
+            self._lanes.update(lane(capability, offered.model) for capability in offered.capabilities)
+        for instance in instances:
+            self._lanes.update([direct_lane(instance.node), *instance.lanes])
         depths: dict[str, Waiting | None] = dict.fromkeys(self._lanes)
         depths.update(waiting(self._app, self._transport, self._lanes))
         return snapshot_of(instances, offerings, depths, now=time.monotonic())
@@ -121,21 +118,8 @@ class SnapshotCollector:
         self._app.close()
 
 
-def _lanes_of(instances: Iterable[InstanceStatus], offerings: Iterable[Offered]) -> Iterator[str]:
-    """Include the lanes that nodes have left because their MLX servers do not work."""
-    for offered in offerings:
-        yield from (lane(capability, offered.model) for capability in offered.capabilities)
-    for instance in instances:
-        yield direct_lane(instance.node)
-        yield from instance.lanes
-
-
 def snapshot_of(
-    instances: list[InstanceStatus],
-    offerings: list[Offered],
-    depths: Mapping[str, Waiting | None],
-    *,
-    now: float,
+    instances: list[InstanceStatus], offerings: list[Offered], depths: Mapping[str, Waiting | None], *, now: float
 ) -> Snapshot:
     """Combine what the registry and the broker know. `depths` is by lane; `now` is time.monotonic()."""
     lanes = [_lane(name, each, instances) for name, each in depths.items()]

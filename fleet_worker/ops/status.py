@@ -14,6 +14,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from fleet_worker.broker.topology import direct_lane
 from fleet_worker.errors import BrokerUnavailable
 from fleet_worker.ops.snapshot import LaneStatus, Snapshot, SnapshotCollector
 from fleet_worker.ops.terminal import Listing, cell, count, output
@@ -83,7 +84,8 @@ def _dated(seen: Snapshot | BrokerUnavailable) -> RenderableType:
 
 def tables(seen: Snapshot) -> RenderableType:
     """Return a snapshot for a rich console of any width."""
-    lanes = [each for each in seen.lanes if each.depth != 0 or not each.direct]
+    # An empty lane of a single node is no news.
+    lanes = [each for each in seen.lanes if each.depth != 0 or not each.lane.startswith(direct_lane(""))]
     return Group(
         *_summary(seen),
         "",

@@ -28,9 +28,6 @@ class Jittered(schedule):  # type: ignore[misc]
             self.run_every = timedelta(seconds=self._seconds * random.uniform(0.8, 1.2))  # noqa: S311 - spreads load
         return answer
 
-    def __reduce__(self) -> Any:
-        return type(self), (self._seconds,)
-
 
 class QuietScheduler(Scheduler):  # type: ignore[misc]
     """Logs once that the broker does not take its tasks, not at every beat, and keeps its schedule in memory."""

@@ -10,7 +10,7 @@ import logging
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from celery import Celery
 from celery.beat import Service
@@ -25,7 +25,7 @@ from fleet_worker.protocol.status import InstanceStatus, ModelStatus
 from fleet_worker.registry.beat import Jittered, QuietScheduler
 from fleet_worker.registry.publisher import RegistryPublisher
 from fleet_worker.registry.status_socket import NodeReport, StatusServer, model_status, socket_path
-from fleet_worker.settings import REGISTRY, Settings
+from fleet_worker.settings import REGISTRY, Instance, Settings
 from fleet_worker.version import VERSION
 
 if TYPE_CHECKING:
@@ -53,6 +53,9 @@ class RegistryNode:
         self._host = host
         self._app = app
         self._transport = transport_of(settings.broker_url)
+        registry = settings.registry
+        self._intervals = {"readiness": registry.readiness_interval, "models": registry.models_interval}
+        """Seconds between two rounds of each kind. Other intervals need a new process."""
         self._models: dict[str, tuple[ModelStatus, ...]] = {}
         """Of each instance, as its node reported them last."""
         self._published: dict[tuple[str, str], str] = {}
@@ -73,7 +76,7 @@ class RegistryNode:
         beat = Service(self._app, max_interval=1, scheduler_cls=QuietScheduler)
         threading.Thread(target=beat.start, name="fleet-beat", daemon=True).start()
         self._publish_all()
-        log.info("%s is ready, and publishes the status of %s", self.name, ", ".join(self._served()))
+        log.info("%s is ready, and publishes the status of %s", self.name, ", ".join(self._settings.serving()))
         if self._metrics:
             log.info("%s serves metrics at %s", self.name, self._metrics.url)
 
@@ -83,16 +86,6 @@ class RegistryNode:
             return False
         self._settings = settings
         self._publish_all()
-        return True
-
-    def drain(self, *, ending: bool = False) -> None:
-        """Do nothing: it runs no requests."""
-
-    def hand_over(self) -> None:
-        """Do nothing."""
-
-    def wait_until_idle(self, timeout: float) -> bool:
-        """Return True at once."""
         return True
 
     def close(self, timeout: float = 2.0) -> None:
@@ -124,34 +117,22 @@ class RegistryNode:
 
     def _schedule(self) -> None:
         queue = lane_queue(direct_lane(self.name), self._transport)
-        self._app.conf.task_queues = [queue]
-        self._app.conf.worker_concurrency = 1
-        self._app.conf.beat_schedule = {
-            kind: {
-                "task": f"registry.publish_{kind}",
-                "schedule": Jittered(self._interval(kind)),
-                "options": {"queue": queue.name, "expires": self._interval(kind)},
-            }
-            for kind in KINDS
-        }
+        beats: dict[str, Any] = {}
+        for kind, seconds in self._intervals.items():
+            task = f"registry.publish_{kind}"
+            options = {"queue": queue.name, "expires": seconds}
+            beats[kind] = {"task": task, "schedule": Jittered(seconds), "options": options}
 
-        for kind in KINDS:
-
-            @self._app.task(name=f"registry.publish_{kind}", ignore_result=True, shared=False)  # type: ignore[untyped-decorator]
+            @self._app.task(name=task, ignore_result=True, shared=False)  # type: ignore[untyped-decorator]
             def publish(kind: str = kind) -> None:
                 self._publisher.publish(kind)
+
+        self._app.conf.update(task_queues=[queue], worker_concurrency=1, beat_schedule=beats)
 
     # --- What it publishes ---
 
     def _publish_all(self) -> None:
         self._publisher.publish(*KINDS)
-
-    def _interval(self, kind: str) -> float:
-        registry = self._settings.registry
-        return registry.readiness_interval if kind == "readiness" else registry.models_interval
-
-    def _served(self) -> list[str]:
-        return [name for name, instance in self._settings.instances.items() if instance.opted_in]
 
     def _announcements(self, kinds: frozenset[str]) -> Iterator[tuple[str, Announcement]]:
         """Yield one message per type of event. When the next one is asked for, the broker has the last one."""
@@ -160,7 +141,7 @@ class RegistryNode:
             for event in self._events(kind):
                 by_type.setdefault(event.event_type, []).append(event)
             for event_type, events in by_type.items():
-                yield event_type, Announcement(v=1, host=self._host, interval=self._interval(kind), events=events)
+                yield event_type, Announcement(v=1, host=self._host, interval=self._intervals[kind], events=events)
                 for event in events:
                     self._published[event.instance, event.model] = event.status
                     if event.status == GONE:
@@ -174,7 +155,7 @@ class RegistryNode:
                 offered[report.instance.name, model.model if model else READINESS] = report.instance, model
         for name, model_name in self._published.keys() - offered.keys():
             if (model_name == READINESS) == (kind == "readiness"):
-                gone = self._status_without_node(name, GONE, "it is not offered any more")
+                gone = self._without_node(name, GONE, "it is not offered any more")
                 model = None if kind == "readiness" else ModelStatus(model=model_name, status=GONE)
                 yield RegistryEvent.about(gone, model)
         for key, (instance, model) in offered.items():
@@ -184,29 +165,22 @@ class RegistryNode:
         """Return one report for each instance that has opted in, also for those whose nodes do not report now."""
         reports = {} if self._ending else self.status_server.reports()
         self._models |= {name: report.models for name, report in reports.items()}
-        return [reports.get(name) or self._report_without_node(name) for name in self._served()]
+        serving = self._settings.serving()
+        return [reports.get(name) or self._report_without_node(name, each) for name, each in serving.items()]
 
-    def _report_without_node(self, name: str) -> NodeReport:
+    def _report_without_node(self, name: str, instance: Instance) -> NodeReport:
         """The models are those that its node reported last, or those of the configuration."""
         if name not in self._models:
-            offerings = offerings_of(self._settings.instances[name], self._settings.features, ())
+            offerings = offerings_of(instance, self._settings.features, ())
             self._models[name] = tuple(model_status(each, "unavailable") for each in offerings.values())
         reason = "the registry node of this host ended" if self._ending else NO_NODE
-        status = self._status_without_node(name, "unavailable", reason)
+        status = self._without_node(name, "unavailable", reason, slots=instance.limits.concurrency)
         models = tuple(replace(each, status=status.status) for each in self._models[name])
         return NodeReport(status, models, reply_lag=0.0, counters={})
 
-    def _status_without_node(self, name: str, status: str, reason: str) -> InstanceStatus:
-        instance = self._settings.instances.get(name)
-        return InstanceStatus(
-            host=self._host,
-            name=name,
-            node=f"{name}@{self._host}",
-            status=status,
-            reason=reason,
-            version=VERSION,
-            slots=instance.limits.concurrency if instance else 0,
-        )
+    def _without_node(self, name: str, status: str, reason: str, slots: int = 0) -> InstanceStatus:
+        facts: dict[str, Any] = {"host": self._host, "name": name, "node": f"{name}@{self._host}", "version": VERSION}
+        return InstanceStatus(**facts, status=status, reason=reason, slots=slots)
 
 
 def can_follow(settings: Settings, old: Settings) -> bool:

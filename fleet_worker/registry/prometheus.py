@@ -98,18 +98,18 @@ class HostCollector:
         """Called by the client library, in a thread for each scrape."""
         reports = self._reports()
         live = [report for report in reports if report.instance.pid is not None]
-        parts: dict[str, Callable[[], Iterator[Metric]]] = {
-            "registry": self._registry,
-            "instances": lambda: _instances(reports),
-            "gauges": lambda: _gauges(live),
-            "counts": lambda: _counts(live),
-            "histograms": lambda: _histograms(live),
-            "lanes": lambda: _lanes(reports),
-            "queues": lambda: self._queues(reports),
+        parts = {  # generators: each begins below, where it may fail
+            "registry": self._registry(),
+            "instances": _instances(reports),
+            "gauges": _gauges(live),
+            "counts": _counts(live),
+            "histograms": _histograms(live),
+            "lanes": _lanes(reports),
+            "queues": self._queues(reports),
         }
         for name, part in parts.items():
             try:
-                families = list(part())
+                families = list(part)
             except Exception as error:
                 self._note(name, error)
             else:

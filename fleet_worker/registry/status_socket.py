@@ -188,15 +188,18 @@ def _published_at_once(report: NodeReport) -> tuple[Any, ...]:
 
 
 def _listen(path: Path) -> socket.socket:
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigurationError(f"state_dir: the folder cannot be created ({error.strerror})") from None
-    _check_free(path)
-    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listening.bind(str(path))
-    path.chmod(0o600)
-    listening.listen(64)
+        _check_free(path)
+        listening.bind(str(path))
+        path.chmod(0o600)
+        listening.listen(64)
+    except Exception as error:
+        listening.close()
+        if isinstance(error, OSError):
+            raise ConfigurationError(f"state_dir: {path} cannot be created: {error.strerror}") from None
+        raise
     return listening
 
 

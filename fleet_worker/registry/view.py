@@ -25,7 +25,7 @@ INTERVALS_TO_LIVE = 3
 FIRST_ANSWER_WITHIN = 0.3
 """Seconds after which a new router that has heard of no host concludes that there are no registry nodes."""
 QUIET = 0.15
-"""Seconds without another answer after which `settle` returns. A request is refused only after all answers."""
+"""Seconds without another answer after which `wait_for_answers` returns. A request is refused only later."""
 ALL_ANSWERS_WITHIN = 1.0
 """Seconds after which every host has answered a router that asked."""
 SWEEP_EVERY = 1.0
@@ -127,12 +127,12 @@ class Registry:
 
     # --- For the router ---
 
-    def asked(self) -> None:
-        """The router has just asked all hosts for their status."""
+    def note_asked(self) -> None:
+        """Note that the router has just asked all hosts for their status."""
         with self._changed:
             self._asked_at = self._clock()
 
-    def settle(self) -> Registry:
+    def wait_for_answers(self) -> Registry:
         """Wait until the hosts have answered a new router, at most `ALL_ANSWERS_WITHIN` seconds after it asked."""
         with self._changed:
             while True:
@@ -143,7 +143,7 @@ class Registry:
                     return self
                 self._changed.wait(patience)
 
-    def check(self, model: str, capability: str, instance: str = "any", node: str | None = None) -> None:
+    def require_offered(self, model: str, capability: str, instance: str = "any", node: str | None = None) -> None:
         """Accept a request if the fleet offers what it needs, ready or not: it may become ready before the deadline.
 
         Waits only while the hosts may still be answering a new router. If no registry node is known, every request is
@@ -204,17 +204,15 @@ class Registry:
         return model_before != models[key]
 
     def _sweep(self) -> None:
-        """Free the memory of what has expired. It is not returned to callers in any case."""
+        """Free the memory of what has expired. Callers do not get it in any case."""
         now = self._clock()
         if now < self._next_sweep:
             return
         self._next_sweep = now + SWEEP_EVERY
-        for key in [key for key, instance in self._instances.items() if instance.expires_at <= now]:
-            del self._instances[key]
-        for name, models in list(self._models.items()):
-            for key in [key for key, model in models.items() if model.expires_at <= now]:
-                del models[key]
-            if not models:
+        self._instances = {key: each for key, each in self._instances.items() if each.expires_at > now}
+        for name, known in list(self._models.items()):
+            self._models[name] = {key: each for key, each in known.items() if each.expires_at > now}
+            if not self._models[name]:
                 del self._models[name]
 
     def _offered(self, model: str | None) -> Iterator[Offered]:

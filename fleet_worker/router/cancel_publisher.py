@@ -55,8 +55,8 @@ class CancelPublisher:
 
     def _publish(self) -> None:
         with self._lock:
-            cancelled, self._cancelled = self._cancelled, {}
-            missed, self._missed = self._missed, {}
+            # In one statement: what a finalizer adds in between must not be left behind, with nothing scheduled.
+            cancelled, missed, self._cancelled, self._missed = self._cancelled, self._missed, {}, {}
         messages = [ControlMessage(node=node, missed=reply_to) for node, reply_to in missed.items()]
         for node, requests in cancelled.items():
             listed = list(requests.items())

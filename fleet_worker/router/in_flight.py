@@ -96,8 +96,18 @@ class InFlightRequest:
         return buffer
 
     def leave(self, buffer: ReplyBuffer) -> None:
-        """Remove a reader. When the last one has left, the request is cancelled."""
+        """Remove a reader. When the last one has left, the request is cancelled.
+
+        The garbage collector calls this for a forgotten stream, in the middle of anything. If that is a change of this
+        request, it has to wait for its end.
+        """
         buffer.close()
+        if self._lock._is_owned():  # type: ignore[attr-defined]
+            self._session.scheduler.soon(lambda: self._remove(buffer))
+        else:
+            self._remove(buffer)
+
+    def _remove(self, buffer: ReplyBuffer) -> None:
         with self._lock:
             if buffer in self._readers:
                 self._readers.remove(buffer)
@@ -179,7 +189,8 @@ class InFlightRequest:
         text = f"{limit} deltas and more wait for a reader: read faster, or raise router.max_buffered"
         error = ReplyOverflow(text, attempts=self._attempts.report(ReplyOverflow.code))
         buffer.put(Failure.of(error, self.request.request_id, self.request.attempt, 0))
-        self.leave(buffer)
+        buffer.close()
+        self._remove(buffer)
 
     def _close(self) -> None:
         self.ended_at = time.monotonic()

@@ -9,16 +9,26 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from kombu import Connection, Consumer, Queue
+from kombu import Connection, Consumer, Producer
 from kombu.transport.redis import Channel as RedisChannel
 
 from fleet_worker.broker.connection import hear, is_away, open_channel, refuses, unavailable
 from fleet_worker.broker.publisher import Publisher
 from fleet_worker.broker.reconnecting import ReconnectingThread
-from fleet_worker.broker.topology import listening_key, reply_queue
+from fleet_worker.broker.topology import (
+    ask_exchange,
+    cancel_exchange,
+    listening_key,
+    registry_queue,
+    reply_queue,
+    transport_of,
+)
 from fleet_worker.errors import Cancelled, InvalidRequest, where
+from fleet_worker.protocol.control import ControlMessage
 from fleet_worker.protocol.reply import Frame, Reply
 from fleet_worker.protocol.wire import PROTOCOL_VERSION
+from fleet_worker.registry.view import Registry
+from fleet_worker.router.submitter import publish
 
 log = logging.getLogger(__name__)
 
@@ -33,9 +43,7 @@ PRESENCE = 6
 class ReplyConsumer:
     """One reply queue and one thread for all requests of a router. `receive` is called with each frame and its node.
 
-    `also` is a subscription that the same thread consumes: a function that makes its queue, and one that takes its
-    messages.
-    `listening` is called each time it begins to consume: with a channel, and with whether it did so before.
+    The same thread and connection bring the events of registry nodes to `registry`.
     """
 
     def __init__(
@@ -44,23 +52,21 @@ class ReplyConsumer:
         broker_url: str,
         name: str,
         receive: Callable[[str, Frame], object],
-        *,
-        also: tuple[Callable[[], Queue], Callable[[Any], None]] | None = None,
-        listening: Callable[[Any, bool], None] = lambda channel, again: None,
+        registry: Registry,
     ) -> None:
         self.name = name
-        self._also = also
-        self._on_listening = listening
         self._connect = connect
         self._broker_url = broker_url
-        self._link = ReconnectingThread("the reply queue", connect, self._listen, self._failed)
-        self._queue = reply_queue(name)
         self._on_frame = receive
+        self._registry = registry
+        self._queue = reply_queue(name)
+        self._link = ReconnectingThread("the reply queue", connect, self._listen, self._failed)
         self.clock = 0.0
         """Seconds of consuming so far. It stands still while the broker or this process is frozen or cut off."""
         self._began_at = 0.0
         """When it last began to consume, on this clock."""
-        self._listening, self._decided = threading.Event(), threading.Event()
+        self._decided = threading.Event()
+        """Set when it consumes, when the broker refuses, or when this is closed."""
         self._failure: Exception | None = None
         """The last one before it consumed."""
         self._next_probe = 0.0
@@ -78,7 +84,7 @@ class ReplyConsumer:
         self._decided.wait(timeout - waited)
         if self._link.closed.is_set():
             raise Cancelled("the router was closed")
-        if not self._listening.is_set():
+        if not self._link.worked.is_set():
             self._link.close()
             said, cause = f"did not answer within {timeout:.3g} s", self._failure
             retryable = cause is None or is_away(cause)
@@ -88,7 +94,7 @@ class ReplyConsumer:
         """Stop consuming and delete the reply queue."""
         self._link.close()
         self._decided.set()
-        if self._listening.is_set():
+        if self._link.worked.is_set():
             self._wake_up()
             self._link.close(timeout=5.0)
 
@@ -97,7 +103,7 @@ class ReplyConsumer:
         return self.clock - max(since, self._began_at)
 
     def _failed(self, error: Exception) -> None:
-        if not self._listening.is_set():
+        if not self._link.worked.is_set():
             self._failure = error
             if refuses(error):
                 self._decided.set()
@@ -106,15 +112,13 @@ class ReplyConsumer:
         channel = open_channel(connection)
         consumer = Consumer(channel, [self._queue], on_message=self._receive)
         consumer.consume()
-        if self._also:
-            new_queue, take = self._also
-            Consumer(channel, [new_queue()], on_message=take, no_ack=True).consume()
+        events = registry_queue(transport_of(self._broker_url))
+        Consumer(channel, [events], on_message=self._registry.receive, no_ack=True).consume()
         hear(connection, 0.01)  # only now kombu's Redis transport subscribes
-        self._on_listening(channel, self._listening.is_set())
+        self._announce(channel)
         self._began_at, self._next_probe = self.clock, 0.0
         self._probe(channel)  # before the first request: without the key a node takes this router for gone
         self._link.works()
-        self._listening.set()
         self._decided.set()
         while not self._link.closed.is_set():
             self._probe(channel)
@@ -123,6 +127,14 @@ class ReplyConsumer:
             self.clock += min(time.monotonic() - before, MAX_TICK)
         with contextlib.suppress(Exception):  # all of it expires
             self._leave(consumer, channel)
+
+    def _announce(self, channel: Any) -> None:
+        """Ask all registry nodes for the status of their hosts, so that none is unknown until its next event. After a
+        lost connection ask the nodes for their latest frames: Redis has dropped what was on its way."""
+        self._registry.note_asked()
+        publish(Producer(channel), ask_exchange(), b"{}")
+        if self._link.worked.is_set() and isinstance(channel, RedisChannel):
+            publish(Producer(channel), cancel_exchange(), ControlMessage(missed=self.name).encode())
 
     def _leave(self, consumer: Consumer, channel: Any) -> None:
         consumer.cancel()

@@ -52,7 +52,7 @@ class Router:
         self._settings = settings or Settings()
         self._registry = Registry(ask=self._ask)
         self._session: Session | None = None
-        self._opening: Session | None = None
+        """Being opened, or open; closed if this router is."""
         self._connecting = threading.Lock()
         self._closed = False
 
@@ -73,18 +73,14 @@ class Router:
         if self._is_of_another_process:  # these are its connections, and its threads
             return
         self._closed = True
-        if opening := self._opening:
-            opening.close()
-        with self._connecting:
-            session, self._session = self._session, None
-        if session:
+        if session := self._session:
             session.close()
 
     @property
     def registry(self) -> Registry:
         """The live view of the fleet. The first access connects, and waits up to a second for the registry nodes."""
         self._connected()
-        return self._registry.settle()
+        return self._registry.wait_for_answers()
 
     def chat(self, model: str, messages: list[dict[str, Any]], **options: Unpack[ChatOptions]) -> ChatResponse:
         """Return the whole answer."""
@@ -182,28 +178,25 @@ class Router:
             said = f"did not answer within {patience:.3g} s"
             raise unavailable(self._settings.broker_url, said, "no answer", retryable=True)
         try:
-            if self._closed:
-                raise RuntimeError("this router is closed")
             if self._session is None:
-                self._session = self._open(patience, waited=time.monotonic() - began)
+                self._session = Session(self._settings, self._registry)
+            if self._closed:  # only now: `close` has seen the session, or is seen here
+                raise RuntimeError("this router is closed")
+            if not self._session.is_open:
+                self._session.open(patience, waited=time.monotonic() - began)
             return self._session
+        except BaseException:
+            if self._session and not self._session.is_open:
+                self._session = None
+            raise
         finally:
             self._connecting.release()
 
-    def _open(self, patience: float, *, waited: float) -> Session:
-        session = self._opening = Session(self._settings, self._registry)
-        if self._closed:  # `close` may not have seen it
-            session.close()
-        try:
-            session.open(patience, waited=waited)
-        finally:
-            self._opening = None
-        return session
-
     @property
     def _is_of_another_process(self) -> bool:
-        return self._session is not None and self._session.process != os.getpid()
+        session = self._session
+        return session is not None and session.process != os.getpid()
 
     def _ask(self) -> None:
-        if self._session:
-            self._session.ask()
+        if session := self._session:
+            session.ask()

@@ -7,14 +7,11 @@ import os
 import random
 import time
 from collections.abc import Collection
-from typing import Any, cast
-
-from kombu import Producer
+from typing import cast
 
 from fleet_worker.broker.app import create_app
-from fleet_worker.broker.topology import ask_exchange, cancel_exchange, registry_queue, reply_name, transport_of
+from fleet_worker.broker.topology import ask_exchange, reply_name, transport_of
 from fleet_worker.errors import Cancelled
-from fleet_worker.protocol.control import ControlMessage
 from fleet_worker.protocol.reply import Accepted, Alive, Frame
 from fleet_worker.protocol.request import FleetRequest
 from fleet_worker.registry.view import Registry
@@ -26,7 +23,7 @@ from fleet_worker.router.idempotency import IdempotencyCache
 from fleet_worker.router.in_flight import InFlightRequest
 from fleet_worker.router.reply_consumer import ReplyConsumer
 from fleet_worker.router.scheduler import Scheduler
-from fleet_worker.router.submitter import IDLE_AFTER, Submitter, publish
+from fleet_worker.router.submitter import IDLE_AFTER, Submitter
 from fleet_worker.settings import Settings
 
 
@@ -37,23 +34,23 @@ class Session:
         self.settings = settings.router
         self.process = os.getpid()
         self._app = create_app(settings)
-        self._transport = transport_of(settings.broker_url)
         self._registry = registry
         self.nodes = NodeSelection(registry)
         self.scheduler = Scheduler()
-        self.submitter = Submitter(self._app, self._transport)
-        self.admission = Admission(self.submitter.producer, self._transport, max_waiting=self.settings.max_waiting)
+        transport = transport_of(settings.broker_url)
+        self.submitter = Submitter(self._app, transport)
+        self.admission = Admission(self.submitter.producer, transport, max_waiting=self.settings.max_waiting)
         self.cancels = CancelPublisher(self.scheduler, self.submitter.broadcast)
         self.replies = ReplyConsumer(
             self._app.connection_for_read,
             settings.broker_url,
             reply_name(settings.host, self.settings.reply_expires),
             self.receive,
-            also=(lambda: registry_queue(self._transport), registry.receive),
-            listening=self._announce,
+            registry,
         )
         self._requests: dict[str, InFlightRequest] = {}
         self._cache = IdempotencyCache(self.settings.idempotency_ttl)
+        self.is_open = False
         self._closed = False
 
     def open(self, timeout: float, *, waited: float = 0.0) -> None:
@@ -65,6 +62,7 @@ class Session:
             raise
         self.scheduler.start()
         self._close_idle()
+        self.is_open = True
 
     def close(self) -> None:
         """Cancel all requests in flight, delete the reply queue, and close all connections."""
@@ -89,7 +87,7 @@ class Session:
         has_key = request.idempotency_key != request.request_id
         if has_key and (joined := self._cache.join(request, node, on_interrupt)):
             return joined
-        self._registry.check(request.model, request.operation, request.provider_instance, node)
+        self._registry.require_offered(request.model, request.operation, request.provider_instance, node)
         left = deadline - time.monotonic()
         request = request.addressed_to(self.replies.name, left)
         started = InFlightRequest(request, node, self, on_interrupt=on_interrupt)
@@ -123,15 +121,6 @@ class Session:
         # A connection that was lost is an error of the broker's client library, not always one of kombu's.
         with contextlib.suppress(Exception):
             self.submitter.broadcast(ask_exchange(), b"{}", timeout=2.0)
-
-    def _announce(self, channel: Any, again: bool) -> None:
-        """The reply queue is consumed, from now on or again. Ask all registry nodes, so that none is unknown until its
-        next event. After a lost connection ask the nodes for their latest frames: Redis has dropped what was on its
-        way."""
-        self._registry.asked()
-        publish(Producer(channel), ask_exchange(), b"{}")
-        if again and self._transport == "redis":
-            publish(Producer(channel), cancel_exchange(), ControlMessage(missed=self.replies.name).encode())
 
     def _close_idle(self) -> None:
         self.scheduler.at(time.monotonic() + IDLE_AFTER, self._close_idle)

@@ -20,6 +20,7 @@ from fleet_worker.node import reply_publisher
 from fleet_worker.node.reply_publisher import ReplyPublisher
 from fleet_worker.protocol.control import ControlMessage
 from fleet_worker.protocol.reply import Delta
+from fleet_worker.registry.view import Registry
 from fleet_worker.router.reply_consumer import ReplyConsumer
 from fleet_worker.simulator import reply_tokens
 from fleet_worker.testing import SimulatedMLX, running_host, running_node, worker_toml
@@ -103,7 +104,9 @@ def test_what_nobody_has_read_survives_any_number_of_losses(monkeypatch):
     name = reply_name("test", 60)
     with Valkey() as broker:
         app = create_app(Settings(broker_url=broker.url))
-        inbox = ReplyConsumer(app.connection_for_read, broker.url, name, lambda node, frame: frames.append(frame))
+        inbox = ReplyConsumer(
+            app.connection_for_read, broker.url, name, lambda node, frame: frames.append(frame), Registry()
+        )
         sender = ReplyPublisher(app.connection_for_write, "n@h", max_pending=100)
         with closing(sender), sender.reply("r", 1, name) as answer:
             answer.accept(instance="i", queue_wait=0.0)

@@ -1,16 +1,17 @@
 """A test run that is ended from outside leaves no process behind: no broker, no node, no MLX server, no Flower."""
 
+import os
 import signal
-import subprocess
-import uuid
 from pathlib import Path
 
 import pytest
 
 from fleet_worker.host.child_process import child, python
 from tests.clients import until
+from tests.processes import descendants, processes
 
 ROOT = Path(__file__).parent.parent.parent
+PARTS = ("valkey-server", "beam.smp", "epmd", "fleet_worker.simulator", "-n one@", "-n registry@", "flower")
 STARTED_WITHIN, ENDED_WITHIN = 60.0, 10.0
 
 NEVER_ENDING = """
@@ -26,25 +27,28 @@ def test_that_never_ends():
 """
 
 
-def running(run):
-    """The command lines of the processes that have this word in their environment."""
-    listed = subprocess.run(["ps", "axeww", "-o", "command="], check=True, capture_output=True, text=True).stdout
-    return [line[:200] for line in listed.splitlines() if f"TEST_RUN={run}" in line]
-
-
 @pytest.mark.rest
 @pytest.mark.timeout(150)
-@pytest.mark.parametrize("processes", [0, 1])
+@pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_run_that_is_ended_leaves_no_process_behind(tmp_path, number, processes):
-    run = uuid.uuid4().hex
+def test_a_run_that_is_ended_leaves_no_process_behind(tmp_path, number, workers):
     file = tmp_path / "test_never_ending.py"
     file.write_text(NEVER_ENDING, "utf-8")
-    command = python("-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider", "-n", str(processes))
-    with child("pytest", [*command, str(file)], {"TEST_RUN": run, "PYTHONPATH": str(ROOT)}) as pytest_process:
-        until(lambda: file.with_name("started").exists() or pytest_process.ended, STARTED_WITHIN)
-        assert not pytest_process.ended, pytest_process.output
-        assert len(running(run)) > 8
-        pytest_process.signal(number)
-        pytest_process.wait(5)
-        until(lambda: not running(run), ENDED_WITHIN)
+    command = python("-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider", "-n", str(workers))
+    with child("pytest", [*command, str(file)], {"PYTHONPATH": str(ROOT)}) as run:
+        until(lambda: file.with_name("started").exists() or run.ended, STARTED_WITHIN)
+        assert not run.ended, run.output
+        started = descendants(run.pid)
+        for part in PARTS:
+            assert any(part in command for command in started.values()), part
+        run.signal(number)
+        run.wait(5)
+        try:
+            until(lambda: not left_of(started), ENDED_WITHIN)
+        finally:
+            for pid in left_of(started):
+                os.kill(pid, signal.SIGKILL)
+
+
+def left_of(started):
+    return started.keys() & processes().keys()

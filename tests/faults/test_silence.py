@@ -22,6 +22,7 @@ from fleet_worker.node.reply_publisher import ReplyPublisher
 from fleet_worker.protocol.control import ControlMessage
 from fleet_worker.protocol.reply import Alive, Delta, Timings, Usage
 from fleet_worker.protocol.reply import ChatResponse as Response
+from fleet_worker.registry.view import Registry
 from fleet_worker.router.reply_consumer import ReplyConsumer
 from tests.clients import until
 from tests.relay import Relay
@@ -83,7 +84,9 @@ def app_of(url):
 def a_stream(node_url, router_url):
     """A node answers a request of a router with a token each 10 ms; yields the reader, and what ends the answer."""
     reader, ends = Reader(), threading.Event()
-    inbox = ReplyConsumer(app_of(router_url).connection_for_read, router_url, reply_name("test", 60), reader.receive)
+    inbox = ReplyConsumer(
+        app_of(router_url).connection_for_read, router_url, reply_name("test", 60), reader.receive, Registry()
+    )
     inbox.start(5)
     sender = ReplyPublisher(app_of(node_url).connection_for_write, "n@h", max_pending=10_000)
 

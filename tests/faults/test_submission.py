@@ -155,7 +155,7 @@ def test_what_waits_survives_a_restart_and_what_comes_in_the_meantime_joins_it(l
     lane = lane_at(lasting.url)
     settings = Settings(broker_url=lasting.url, router={"connect_timeout": 40})
     with Router(settings) as router, ExitStack() as stack, ThreadPoolExecutor(4) as pool:
-        router.registry.check = lambda *_: None
+        router.registry.require_offered = lambda *_: None
         options = {"max_tokens": 5, "timeout": 55}
         streams = [stack.enter_context(router.stream_chat(lane.model, HELLO, **options)) for _ in range(4)]
         lasting.stop()

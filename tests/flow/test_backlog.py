@@ -47,7 +47,7 @@ def admission_of(broker):
 def unchecked(broker):
     """A router that asks nobody whether a model is served."""
     with Router(Settings(broker_url=broker.url)) as router:
-        router.registry.check = lambda *_: None
+        router.registry.require_offered = lambda *_: None
         yield router
 
 

@@ -37,4 +37,4 @@ def test_a_wrong_virtual_host_or_database_is_told(broker):
 
 
 def test_nodes_answer_by_name(broker, node):
-    assert fleet(Settings(broker_url=broker.url)) == [Finding("ok", "fleet", "nodes that answer: 1 (sim@test)")]
+    assert fleet(Settings(broker_url=broker.url)) == [Finding("ok", "nodes that answer: 1 (sim@test)")]

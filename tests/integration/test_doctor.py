@@ -107,6 +107,7 @@ def test_where_all_is_well_every_check_has_one_good_word(configured, broker_url,
     assert "nodes that answer: 1 (local@mini)" in lines[-1]
 
 
+@pytest.mark.rest
 def test_an_instance_of_this_host_whose_node_does_not_answer_is_named(configured, broker_url, mlx):
     instance = {"base_url": mlx.base_url, "api_key": API_KEY, "models": {MODEL: {}}}
     configured('host = "mini"', **instance)
@@ -152,6 +153,7 @@ def test_a_broker_that_is_down_is_an_error_at_once(configured, mlx, monkeypatch)
     assert ("ok", "instances.local") in {finding[:2] for finding in found}
 
 
+@pytest.mark.rest
 def test_a_frozen_broker_and_a_frozen_server_are_told_in_time(configured, valkey):
     with closing(socket.create_server(("127.0.0.1", 0))) as frozen:
         configured(base_url=f"http://127.0.0.1:{frozen.getsockname()[1]}")

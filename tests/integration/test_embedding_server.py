@@ -23,7 +23,7 @@ import pytest
 from fleet_worker.demo.models import embedding_model, platform_problem
 from fleet_worker.host.child_process import ChildProcess, child, free_port, python
 
-pytestmark = pytest.mark.timeout(300)  # the first run downloads 84 MB
+pytestmark = [pytest.mark.timeout(300), pytest.mark.rest]  # the first run downloads 84 MB
 
 if platform_problem() and not os.environ.get("CI"):
     pytest.skip(str(platform_problem()), allow_module_level=True)

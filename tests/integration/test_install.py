@@ -11,7 +11,7 @@ import pytest
 
 from tests.brokers import free_port, missing
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.rest]
 
 ROOT = Path(__file__).parents[2]
 HEAVY = {

@@ -160,6 +160,7 @@ def test_on_a_mac_an_agent_is_installed_once_more_and_removed(mac):
     assert (done.returncode, done.stdout) == (0, "The service is not installed.\n")
 
 
+@pytest.mark.rest
 def test_on_a_mac_an_agent_without_its_file_is_ended_too(mac):
     mac.run("install")
     mac.agent.unlink()
@@ -167,6 +168,7 @@ def test_on_a_mac_an_agent_without_its_file_is_ended_too(mac):
     assert mac.run("status").stdout == f"{LABEL} is not installed\n"
 
 
+@pytest.mark.rest
 def test_on_a_mac_the_status_is_launchd_s_without_its_environment(mac):
     done = mac.run("status")
     assert (done.returncode, done.stdout) == (3, f"{LABEL} is not installed\n")
@@ -204,6 +206,7 @@ def test_on_linux_a_unit_is_installed_once_more_and_removed(linux):
     assert linux.calls() == [reachable]
 
 
+@pytest.mark.rest
 def test_on_linux_the_status_is_systemd_s(linux):
     done = linux.run("status")
     assert (done.returncode, done.stdout) == (3, "Unit could not be found.\n")
@@ -218,6 +221,7 @@ def test_on_linux_the_unit_is_where_systemd_looks(given, used, linux):
     assert linux.files() == [linux.home / used / "systemd/user" / UNIT]
 
 
+@pytest.mark.rest
 def test_without_a_bus_nothing_is_done(linux):
     (linux.state / "broken").touch()
     done = linux.run("install")
@@ -229,6 +233,7 @@ def test_without_a_bus_nothing_is_done(linux):
     assert linux.run("uninstall").stdout == "The service is not installed.\n"
 
 
+@pytest.mark.rest
 def test_a_service_that_cannot_be_ended_is_not_called_removed(linux):
     linux.run("install")
     (linux.state / "broken").touch()

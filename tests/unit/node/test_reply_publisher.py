@@ -14,6 +14,7 @@ from fleet_worker.mlx.timeouts import CancelToken
 from fleet_worker.node import reply_publisher as module
 from fleet_worker.node.reply_publisher import ReplayBuffer, ReplyPublisher
 from fleet_worker.protocol.reply import Accepted, Alive, ChatResponse, Delta, Deltas, Reply, Timings, Usage
+from fleet_worker.registry.view import Registry
 from fleet_worker.router.reply_consumer import ReplyConsumer
 from tests.clients import SOON, WHY, took_less_than, until
 
@@ -63,7 +64,9 @@ def arrived():
 
 @pytest.fixture
 def inbox(memory, arrived):
-    inbox = ReplyConsumer(memory, "memory://", reply_name("test", 60), lambda node, frame: arrived(node, frame))
+    inbox = ReplyConsumer(
+        memory, "memory://", reply_name("test", 60), lambda node, frame: arrived(node, frame), Registry()
+    )
     inbox.start(5)
     yield inbox
     inbox.close()
@@ -202,7 +205,7 @@ def test_a_frame_that_cannot_be_taken_is_dropped_and_the_next_one_read(publisher
             raise OverflowError("quoting a secret")
         arrived(node, frame)
 
-    inbox = ReplyConsumer(memory, "memory://", reply_name("test", 60), clumsy)
+    inbox = ReplyConsumer(memory, "memory://", reply_name("test", 60), clumsy, Registry())
     inbox.start(5)
     with publisher.reply("r", 1, inbox.name) as reply:
         reply.accept(instance="i", queue_wait=0.5)

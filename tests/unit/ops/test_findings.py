@@ -8,10 +8,10 @@ import pytest
 from fleet_worker.errors import BrokerUnavailable, Unauthorized
 from fleet_worker.ops.findings import Finding, at_once, exit_code, show
 
-OK = Finding("ok", "first", "fine")
-WARNING = Finding("warning", "the second", "so so", "do this")
-ERROR = Finding("error", "third", "broken [bold]", "do that")
-UNUSABLE = Finding("error", "configuration", "no TOML")
+OK = Finding("ok", "fine", check="first")
+WARNING = Finding("warning", "so so", "do this", check="the second")
+ERROR = Finding("error", "broken [bold]", "do that", check="third")
+UNUSABLE = Finding("error", "no TOML", check="configuration")
 
 
 def raising(error):
@@ -36,6 +36,11 @@ def test_findings_are_in_the_order_of_their_checks_whichever_ends_first():
     assert at_once({"slow": slow, "none": list, "fast": fast}, 5) == [OK, WARNING, ERROR]
 
 
+def test_a_finding_is_named_after_its_check_unless_it_has_a_name():
+    found = at_once({"outer": lambda: [Finding("ok", "fine"), OK]}, 5)
+    assert [finding.check for finding in found] == ["outer", "first"]
+
+
 def test_a_check_that_fails_shows_nothing_but_the_type():
     (finding,) = at_once({"odd": raising(ValueError("hush-hush"))}, 5)
     assert (finding.severity, finding.check) == ("error", "odd")
@@ -44,7 +49,7 @@ def test_a_check_that_fails_shows_nothing_but_the_type():
 
 
 def test_an_error_of_ours_has_a_text_that_may_be_shown():
-    assert at_once({"odd": raising(Unauthorized("no"))}, 5) == [Finding("error", "odd", "no")]
+    assert at_once({"odd": raising(Unauthorized("no"))}, 5) == [Finding("error", "no", check="odd")]
 
 
 def test_without_a_broker_what_needs_it_is_only_a_warning():
@@ -64,7 +69,7 @@ def test_a_check_that_hangs_does_not_delay_the_others():
 
 
 def test_a_check_that_hangs_does_not_keep_the_process_alive():
-    (finding,) = at_once({"any": lambda: [Finding("ok", "any", str(threading.current_thread().daemon))]}, 5)
+    (finding,) = at_once({"any": lambda: [Finding("ok", str(threading.current_thread().daemon))]}, 5)
     assert finding.found == "True"
 
 
@@ -75,7 +80,7 @@ def test_the_exit_code_is_that_of_the_worst_finding(order):
 
 
 def test_a_warning_about_the_configuration_is_a_warning():
-    assert exit_code([Finding("warning", "configuration", "readable by all")]) == 1
+    assert exit_code([Finding("warning", "readable by all", check="configuration")]) == 1
 
 
 def test_without_a_terminal_a_finding_is_a_line(capsys):
@@ -95,7 +100,7 @@ def test_as_json_a_finding_is_an_object(capsys, monkeypatch):
     assert second == {"severity": "warning", "check": "the second", "found": "so so", "advice": "do this"}
 
 
-LONG = Finding("error", "third", "word " * 30, "broken [bold]")
+LONG = Finding("error", "word " * 30, "broken [bold]", check="third")
 
 
 @pytest.fixture
@@ -149,6 +154,6 @@ def test_on_a_narrow_terminal_every_finding_is_a_paragraph(capsys, terminal):
 def test_text_of_other_hosts_cannot_control_the_terminal(colour, written, capsys, monkeypatch):
     if colour:
         monkeypatch.setenv("FORCE_COLOR", "1")
-    show([Finding("error", "third", written)])
+    show([Finding("error", written, check="third")])
     out = capsys.readouterr().out
     assert "two?lines" in out or "?]0;title?" in out

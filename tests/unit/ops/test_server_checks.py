@@ -61,7 +61,7 @@ def test_a_server_of_another_kind_is_an_error(configured, flavour):
 
 
 def test_a_server_behind_a_proxy_is_not_recognised():
-    assert [finding.severity for finding in identity("local", "mlx_lm", "openai")] == ["warning"]
+    assert [finding.severity for finding in identity("mlx_lm", "openai")] == ["warning"]
 
 
 def test_only_instances_that_have_opted_in_are_asked():

@@ -1,6 +1,5 @@
 """What a host publishes about its instances and their models, and how often."""
 
-import pickle
 import random
 import tempfile
 from dataclasses import replace
@@ -396,7 +395,6 @@ def test_a_schedule_that_is_not_due_stays_as_it_is():
     for _ in range(20):
         assert not schedule.is_due(datetime.now(UTC)).is_due
     assert schedule.run_every == before
-    assert isinstance(pickle.loads(pickle.dumps(schedule)), Jittered)
 
 
 def test_a_beat_that_does_not_reach_the_broker_is_logged_once(host, monkeypatch, caplog):

@@ -271,6 +271,13 @@ def test_a_folder_that_cannot_be_created_is_refused_by_the_name_of_its_setting()
         StatusServer(Path("/dev/null/state/test.sock"), lambda: None)
 
 
+def test_a_socket_that_cannot_be_created_is_refused_by_the_name_of_its_setting(path):
+    path.parent.mkdir()
+    path.mkdir()
+    with pytest.raises(ConfigurationError, match="state_dir"):
+        StatusServer(path, lambda: None)
+
+
 # --- The node's end
 
 

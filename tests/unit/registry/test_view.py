@@ -380,7 +380,7 @@ def known(registry):
 )
 def test_a_request_that_is_offered_is_accepted_at_once(known, wanted):
     with took_less_than(0.2):
-        known.check(*wanted)
+        known.require_offered(*wanted)
 
 
 @pytest.mark.parametrize(
@@ -396,25 +396,25 @@ def test_a_request_that_is_offered_is_accepted_at_once(known, wanted):
 )
 def test_a_request_that_is_not_offered_is_refused_at_once(known, wanted):
     with took_less_than(0.2), pytest.raises(ModelUnavailable):
-        known.check(*wanted)
+        known.require_offered(*wanted)
 
 
 def test_a_refusal_names_the_nearest_models_and_not_what_was_asked_for(known):
     with pytest.raises(ModelUnavailable) as caught:
-        known.check("qwen3-14", "chat")
+        known.require_offered("qwen3-14", "chat")
     assert caught.value.metadata["nearest"] == ["qwen3-14b", "qwen3-8b"]
     assert caught.value.message == (
         "no instance offers chat with that model; the nearest that exist: qwen3-14b, qwen3-8b"
     )
     with pytest.raises(ModelUnavailable) as caught:
-        known.check(SECRET, "chat")
+        known.require_offered(SECRET, "chat")
     assert caught.value.message == "no instance offers chat with that model"
     assert caught.value.metadata["nearest"] == []
 
 
 def test_a_refusal_names_the_nearest_nodes_if_one_is_asked_for(known):
     with pytest.raises(ModelUnavailable) as caught:
-        known.check("qwen3-14b", "chat", "any", "one@mimi")
+        known.require_offered("qwen3-14b", "chat", "any", "one@mimi")
     assert caught.value.message.startswith(
         "that node does not offer chat with that model; the nearest that exist: one@"
     )
@@ -451,27 +451,27 @@ OTHER = (about_instance(), about_model("other"))
 
 
 def test_in_a_fleet_without_registry_nodes_every_request_is_accepted(fresh, script, waited):
-    fresh.check("m", "chat")
-    fresh.check("another", "embed")
+    fresh.require_offered("m", "chat")
+    fresh.require_offered("another", "embed")
     assert waited() == pytest.approx(FIRST_ANSWER_WITHIN)
 
 
 def test_when_all_registry_nodes_have_expired_every_request_is_accepted(known, clock):
     clock.turn(46)
     with took_less_than(0.2):
-        known.check("qwen3-32b", "chat")
+        known.require_offered("qwen3-32b", "chat")
 
 
 def test_a_fresh_router_waits_for_the_first_answer(fresh, script, waited):
     script(FIRST_ANSWER_WITHIN - 0.01, "mini", *OFFERED)
-    fresh.check("m", "chat")
+    fresh.require_offered("m", "chat")
     assert waited() == pytest.approx(FIRST_ANSWER_WITHIN - 0.01)
 
 
 def test_a_fresh_router_waits_for_the_answers_of_all_hosts(fresh, script, waited):
     script(0.1, "quick", *OTHER)
     script(ALL_ANSWERS_WITHIN - 0.01, "slow", *OFFERED)
-    fresh.check("m", "chat")
+    fresh.require_offered("m", "chat")
     assert waited() == pytest.approx(ALL_ANSWERS_WITHIN - 0.01)
 
 
@@ -479,22 +479,22 @@ def test_a_fresh_router_does_not_wait_longer_than_for_all_answers(fresh, script,
     for number in range(1, 30):
         script(number / 10, f"host-{number}", *OTHER)
     with pytest.raises(ModelUnavailable):
-        fresh.check("m", "chat")
+        fresh.require_offered("m", "chat")
     assert waited() == pytest.approx(ALL_ANSWERS_WITHIN)
 
 
 def test_a_router_that_asked_again_is_fresh_again(fresh, script, waited, clock):
     say(fresh, *OTHER)
     clock.turn(10)
-    fresh.asked()
+    fresh.note_asked()
     script(0.5, "mini", *OFFERED)
-    fresh.check("m", "chat")
+    fresh.require_offered("m", "chat")
     assert waited() == pytest.approx(0.5)
 
 
 def test_a_request_that_waits_for_the_first_answer_is_woken_by_it(fresh):
     with ThreadPoolExecutor(1) as pool:
-        checking = pool.submit(fresh.check, "m", "chat")
+        checking = pool.submit(fresh.require_offered, "m", "chat")
         say(fresh, *OFFERED)
         checking.result(WITHIN)
 
@@ -509,7 +509,7 @@ def test_all_hosts_can_be_asked_again(clock):
 
 
 def test_without_an_answer_it_settles_soon(fresh, script, waited):
-    assert fresh.settle() is fresh
+    assert fresh.wait_for_answers() is fresh
     assert waited() == pytest.approx(FIRST_ANSWER_WITHIN)
 
 
@@ -517,7 +517,7 @@ def test_it_settles_after_a_pause_without_answers(fresh, script, waited):
     for number in range(3):
         script(0.1 * number, f"host-{number}", *OTHER)
     script(0.2 + QUIET + 0.1, "late", *OFFERED)
-    fresh.settle()
+    fresh.wait_for_answers()
     assert waited() == pytest.approx(0.2 + QUIET)
     assert fresh.models() == ["other"]
 
@@ -525,7 +525,7 @@ def test_it_settles_after_a_pause_without_answers(fresh, script, waited):
 def test_it_settles_in_time_even_if_answers_do_not_end(fresh, script, waited):
     for number in range(30):
         script(number / 10, f"host-{number}", *OTHER)
-    fresh.settle()
+    fresh.wait_for_answers()
     assert waited() == pytest.approx(ALL_ANSWERS_WITHIN)
 
 
@@ -533,7 +533,7 @@ def test_a_view_that_has_settled_does_not_wait(fresh, script, waited, clock):
     say(fresh, *OFFERED)
     clock.turn(100)
     for _ in range(10):
-        fresh.settle()
+        fresh.wait_for_answers()
     assert waited() == 100
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from fleet_worker.errors import BrokerUnavailable, Cancelled, InvalidRequest, ReplyOverflow
 from fleet_worker.protocol.reply import Alive, Deltas
-from fleet_worker.router.attempts import CancelOrphan
+from fleet_worker.router.attempts import Attempts, CancelOrphan
 from fleet_worker.router.idempotency import IdempotencyCache
 from fleet_worker.router.in_flight import InFlightRequest
 from fleet_worker.settings import RouterSettings
@@ -26,6 +26,9 @@ class Later:
     def at(self, moment, do):
         self.due.append(do)
         self.moments.append(moment)
+
+    def soon(self, do):
+        self.due.append(do)
 
     def now(self):
         due, self.due = self.due, []
@@ -525,6 +528,27 @@ def test_an_answer_that_is_kept_is_one_piece(fleet):
         frames = fleet.read(buffer)
         assert said(frames) == "abc"
         assert len(frames) == 2
+
+
+@pytest.mark.parametrize("step", ["wants", "fail", "next_attempt"])
+def test_a_stream_that_is_forgotten_in_the_middle_of_a_change_is_cancelled_after_it(fleet, monkeypatch, step):
+    """The garbage collector closes a generator that reads a stream, in any thread and between any two statements."""
+
+    def interrupted(attempts, *arguments, **options):
+        result = change(attempts, *arguments, **options) if step == "wants" else None
+        if fleet.reader in in_flight._readers:
+            in_flight.leave(fleet.reader)
+        return result if step == "wants" else change(attempts, *arguments, **options)
+
+    in_flight = fleet.submit()
+    change = getattr(Attempts, step)
+    monkeypatch.setattr(Attempts, step, interrupted)
+    in_flight.receive("a", failure(0, DOWN))
+    for _ in range(5):
+        fleet.later.now()
+    assert fleet.ended == ["r"]
+    assert in_flight._attempts.state == "ended"
+    assert fleet.later.due == []
 
 
 def test_a_look_at_what_has_ended_is_the_last_one(fleet):

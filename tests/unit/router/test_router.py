@@ -71,6 +71,7 @@ class Fleet:
         self.publish = self._publish
         self.session = self.router._session = Session(settings, self.router._registry)
         self.session.scheduler.start()
+        self.session.is_open = True
         self.session.submitter = SimpleNamespace(
             submit=lambda request, lane, patience: self.publish(request, lane), close=lambda: None
         )
@@ -540,7 +541,7 @@ def test_no_task_waits_for_a_broker_or_for_a_thread_beyond_its_timeout():
 def test_a_router_that_is_connecting_can_be_closed():
     with away() as router, ThreadPoolExecutor() as pool, took_less_than(2):
         asked = pool.submit(router.chat, "m", HELLO)
-        until(lambda: router._opening)
+        until(lambda: router._session)
         router.close()
         with pytest.raises(Cancelled, match="closed"):
             asked.result()

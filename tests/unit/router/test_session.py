@@ -1,4 +1,7 @@
-"""What a connected router has at a broker, here a Valkey of the test's own: connections, a reply queue, and cancels."""
+"""What a connected router has at a broker, here a Valkey of the test's own, and to which node an attempt goes."""
+
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import redis
@@ -6,6 +9,7 @@ import redis
 from fleet_worker import Router, Settings
 from fleet_worker.router import session as session_module
 from fleet_worker.router import submitter as submitter_module
+from fleet_worker.router.session import NodeSelection
 from fleet_worker.testing import embedded_broker
 from tests.clients import HELLO, until
 
@@ -28,7 +32,7 @@ def router(broker_url, monkeypatch):
     monkeypatch.setattr(session_module, "IDLE_AFTER", 0.1)
     monkeypatch.setattr(submitter_module, "IDLE_AFTER", 0.1)
     with Router(Settings(broker_url=broker_url)) as router:
-        router.registry.check = lambda *_: None
+        router.registry.require_offered = lambda *_: None
         yield router
 
 
@@ -63,3 +67,73 @@ def test_a_session_that_is_closed_leaves_nothing_at_the_broker(valkey, router):
     router.close()
     assert reply_queues(valkey) == []
     until(lambda: connections(valkey) == 0, 5)
+
+
+# --- To which node an attempt goes
+
+
+class Told:
+    """A registry that says what a test has written: (instance, slots) by node. Without slots a node is not ready."""
+
+    def __init__(self, **nodes):
+        self.nodes = nodes
+
+    def offerings(self, *, model, capability, ready):
+        assert (model, capability) == ("m", "chat")
+        return [
+            SimpleNamespace(node=node, instance=SimpleNamespace(name=instance, slots=slots))
+            for node, (instance, slots) in self.nodes.items()
+            if ready is None or ready == (slots != 0)
+        ]
+
+
+def request(instance="any"):
+    return SimpleNamespace(model="m", operation="chat", provider_instance=instance)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "instance", "failed", "node"),
+    [
+        ({"a": ("one", 1), "b": ("one", 1)}, "any", [], None),
+        ({"a": ("one", 1), "b": ("one", 1)}, "any", ["a"], "b"),
+        ({"a": ("one", 1), "b": ("one", 1)}, "any", ["a", "b"], None),
+        ({"a": ("one", 1), "b": ("one", 1)}, "any", ["c"], None),
+        ({"a": ("one", 1)}, "any", ["a"], None),
+        ({}, "any", ["a"], None),
+        ({"a": ("one", 1), "b": ("one", 1)}, "one", [], None),
+        ({"a": ("one", 1), "b": ("two", 1)}, "two", [], "b"),
+        ({"a": ("one", 1), "b": ("two", 1)}, "two", ["b"], "b"),
+        ({"a": ("one", 1), "b": ("two", 0)}, "two", [], "b"),
+        ({"a": ("one", 0), "b": ("two", 0)}, "two", [], "b"),
+        ({"a": ("one", 1), "b": ("two", 1), "c": ("two", 0)}, "two", [], "b"),
+        ({"a": ("one", 1), "b": ("two", 1), "c": ("two", 0)}, "two", ["b"], "b"),
+        ({"a": ("two", 0), "b": ("two", 0)}, "two", [], None),
+        ({"a": ("one", 0), "b": ("one", 1)}, "any", ["b"], None),
+        ({"a": ("one", 1), "b": ("two", 1), "c": ("two", 1)}, "two", ["b"], "c"),
+        ({"a": ("one", 1)}, "two", [], None),
+        ({}, "two", [], None),
+    ],
+)
+def test_an_attempt_goes_into_its_lane_unless_the_wrong_one_may_take_it_there(nodes, instance, failed, node):
+    assert NodeSelection(Told(**nodes)).node_for(request(instance), failed) == node
+
+
+def test_who_has_more_slots_is_chosen_more_often():
+    selection = NodeSelection(Told(a=("one", 1), b=("one", 9), c=("one", None), failed=("one", 50)))
+    chosen = Counter(selection.node_for(request(), ["failed"]) for _ in range(2_000))
+    assert chosen.keys() == {"a", "b", "c"}
+    assert chosen["b"] > 3 * (chosen["a"] + chosen["c"])
+
+
+@pytest.mark.parametrize(
+    ("nodes", "instance", "waits_in_vain"),
+    [
+        ({"a": ("one", 1)}, "any", False),
+        ({"a": ("one", 0), "b": ("two", 1)}, "any", True),
+        ({"b": ("two", 1)}, "any", True),
+        ({"a": ("one", 0), "b": ("two", 1)}, "one", False),
+        ({"a": ("one", 0), "b": ("one", 1)}, "one", True),
+    ],
+)
+def test_a_node_that_is_away_is_waited_for_only_if_nobody_else_may_take_it(nodes, instance, waits_in_vain):
+    assert NodeSelection(Told(**nodes)).waits_in_vain(request(instance), "a") == waits_in_vain
