@@ -25,12 +25,14 @@ FleetError
     ├── ConnectionFailure
     └── MalformedOutput
 
-An error is sent as data (`code`, `message`, `retryable`, `metadata`) and rebuilt by the receiver as the same class.
+An error is sent as data (`code`, `message`, `retryable`, `metadata`) and rebuilt by the receiver as the same class:
+the code is the name of the class in snake_case.
 All texts are written here: none contains anything that a caller or an MLX server wrote.
 """
 
 from __future__ import annotations
 
+import re
 import traceback
 from typing import Any, ClassVar
 
@@ -67,6 +69,12 @@ class FleetError(Exception):
 
     code: ClassVar[str] = "fleet_error"
     retryable: bool = False
+    _by_code: ClassVar[dict[str, type[FleetError]]] = {}
+
+    def __init_subclass__(cls, code: str = "") -> None:
+        """The code of `NodeLost` is `node_lost`, unless another one is given."""
+        cls.code = code or re.sub(r"\B(?=[A-Z])", "_", cls.__name__).lower()
+        cls._by_code.setdefault(cls.code, cls)
 
     def __init__(self, message: str = "", *, retryable: bool | None = None, **metadata: Any) -> None:
         super().__init__(message or (type(self).__doc__ or "").split("\n", 1)[0])
@@ -81,7 +89,7 @@ class FleetError(Exception):
     @classmethod
     def rebuild(cls, code: str, message: str, *, retryable: bool, metadata: dict[str, Any]) -> FleetError:
         """Return the error that `code` names. An unknown code becomes a `FleetError` with it in `metadata["code"]`."""
-        error = FleetError.__new__(_by_code().get(code, FleetError))
+        error = FleetError.__new__(cls._by_code.get(code, FleetError))
         FleetError.__init__(error, message, retryable=retryable)
         error.metadata = dict(metadata) if type(error) is not FleetError else {**metadata, "code": code}
         return error
@@ -90,154 +98,103 @@ class FleetError(Exception):
 class ConfigurationError(FleetError):
     """The configuration is wrong."""
 
-    code = "configuration_error"
-
 
 class BrokerUnavailable(FleetError):
     """The broker cannot be reached."""
-
-    code = "broker_unavailable"
 
 
 class InvalidRequest(FleetError):
     """The request cannot work on any node."""
 
-    code = "invalid_request"
-
 
 class ContextLengthExceeded(InvalidRequest):
     """The conversation does not fit into the model's context window."""
-
-    code = "context_length_exceeded"
 
 
 class UnsupportedCapability(InvalidRequest):
     """The model or the instance cannot do what was asked."""
 
-    code = "unsupported_capability"
-
 
 class ModelNotServed(FleetError):
     """The instance does not serve that model."""
-
-    code = "model_not_served"
 
 
 class ModelUnavailable(FleetError):
     """No instance of the fleet offers that model; `metadata["nearest"]` are names of models that exist."""
 
-    code = "model_unavailable"
-
 
 class PolicyError(FleetError):
     """The request is not allowed here."""
-
-    code = "policy_error"
 
 
 class Unauthorized(FleetError):
     """The MLX server refused the worker's api_key."""
 
-    code = "unauthorized"
-
 
 class Cancelled(FleetError):
     """The request was cancelled."""
-
-    code = "cancelled"
 
 
 class Expired(FleetError):
     """The deadline passed before the work began."""
 
-    code = "expired"
-
 
 class FleetSaturated(FleetError):
     """Too many requests wait for that model already; `metadata["retry_after"]` is seconds."""
 
-    code = "fleet_saturated"
     retryable = True
 
 
 class NodeLost(FleetError):
     """The node that ran the request sends no more heartbeats."""
 
-    code = "node_lost"
     retryable = True
 
 
 class PoisonSuspected(FleetError):
     """Two MLX servers died while they ran this request, so it is not sent to a third."""
 
-    code = "poison_suspected"
-
 
 class StreamInterrupted(FleetError):
     """The stream ended where it cannot be continued; the deltas delivered before are correct."""
-
-    code = "stream_interrupted"
 
 
 class ReplyLost(FleetError):
     """A part of the reply never arrived."""
 
-    code = "reply_lost"
-
 
 class ReplyOverflow(FleetError):
     """The caller reads its stream more slowly than it is generated, and the buffer is full."""
-
-    code = "reply_overflow"
 
 
 class ProviderError(FleetError):
     """The MLX server failed."""
 
-    code = "provider_error"
-
 
 class InstanceUnavailable(ProviderError):
     """The MLX server is down, or up and unable to generate."""
 
-    code = "instance_unavailable"
     retryable = True
 
 
 class Overloaded(ProviderError):
     """The MLX server is busy; `metadata["retry_after"]`, if present, is seconds."""
 
-    code = "overloaded"
     retryable = True
 
 
-class RequestTimeout(ProviderError):
+class RequestTimeout(ProviderError, code="timeout"):
     """The time limit passed while the request was running."""
-
-    code = "timeout"
 
 
 class ConnectionFailure(ProviderError):
     """The connection to the MLX server failed or broke."""
 
-    code = "connection_failure"
     retryable = True
 
 
 class MalformedOutput(ProviderError):
     """The MLX server sent an answer that does not follow the protocol."""
-
-    code = "malformed_output"
-
-
-def _by_code() -> dict[str, type[FleetError]]:
-    known: dict[str, type[FleetError]] = {}
-    pending: list[type[FleetError]] = [FleetError]
-    while pending:
-        error = pending.pop()
-        known.setdefault(error.code, error)
-        pending.extend(error.__subclasses__())
-    return known
 
 
 def where(error: Exception) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fleet_worker.errors import FleetError
 from fleet_worker.host import service_files
-from fleet_worker.host.service_files import ANSWER_WITHIN, ENDS_WITHIN, check, checked_path, run, run_checked
+from fleet_worker.host.service_files import ANSWER_WITHIN, ENDS_WITHIN, check, checked_path, run
 
 LABEL = "org.fleet-worker.up"
 
@@ -73,7 +73,7 @@ class Launchd:
         """Write the file and start the agent. An agent that runs already ends first, as by SIGTERM."""
         service_files.write(self.file, text, self._log.parent)  # launchd creates the log, but not its folder
         was_loaded = self._unload()
-        run_checked("launchctl", "enable", self._agent)
+        check(run("launchctl", "enable", self._agent))
         bootstrap = ("launchctl", "bootstrap", self._domain, str(self.file))
         # Shortly after the end of an agent, launchd refuses the next one with "5: Input/output error".
         check(_repeat(bootstrap, until_failure=False, within=5.0 if was_loaded else 0.0))

@@ -52,12 +52,8 @@ def run(*command: str, within: float = ANSWER_WITHIN) -> subprocess.CompletedPro
         raise FleetError(f"`{' '.join(command)}` did not end within {within:g} s") from None
 
 
-def run_checked(*command: str, within: float = ANSWER_WITHIN) -> None:
-    """As `run`; raises `FleetError` also if the command fails."""
-    check(run(*command, within=within))
-
-
 def check(done: subprocess.CompletedProcess[str]) -> None:
+    """Raise `FleetError` if a command failed."""
     if done.returncode:
         raise FleetError(failure(done))
 

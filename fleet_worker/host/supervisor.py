@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from fleet_worker import exit_codes
@@ -28,15 +27,6 @@ from fleet_worker.host.parent_pipe import NODE_LOCK, PARENT_PIPE, parent_pipe
 from fleet_worker.settings import REGISTRY, Settings
 
 log = logging.getLogger(__name__)
-
-
-def nodes_of(settings: Settings) -> list[str]:
-    """Return the nodes of this host: one for each instance that has opted in, and the registry node.
-
-    Raises:
-        ConfigurationError: no instance has opted in.
-    """
-    return [*settings.serving(), REGISTRY]
 
 
 def node_command(node_name: str) -> list[str]:
@@ -92,7 +82,7 @@ class Supervisor:
             ConfigurationError: no instance has opted in.
             Held: an `up` of this host runs already.
         """
-        nodes_of(self._settings)
+        self._settings.serving()
         with _signals() as received, parent_pipe() as self._pipe:
             self._lock = hold(_lock_path(self._settings))
             try:
@@ -109,8 +99,10 @@ class Supervisor:
         return self._exit_code or 0
 
     def _apply(self, settings: Settings) -> None:
-        """Run the nodes that these settings ask for, and disturb none whose settings have not changed."""
-        instances = nodes_of(settings)
+        """Run a node for each instance that has opted in, and the registry node. Disturb none whose settings have not
+        changed. Raises `ConfigurationError` if no instance has opted in.
+        """
+        instances = [*settings.serving(), REGISTRY]
         old, self._settings = self._settings, settings
         moved = (old.broker_url, old.host) != (settings.broker_url, settings.host)
         for instance in set(self._nodes).difference(instances):
@@ -193,9 +185,6 @@ def _settings_of(instance: str, settings: Settings) -> Any:
     return common, settings.instances if instance == REGISTRY else settings.instances.get(instance)
 
 
-_SIGNALS = (signal.SIGCHLD, signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
-
-
 @contextmanager
 def _signals() -> Iterator[Callable[[float], bytes]]:
     """Yield a function that waits at most that many seconds, and returns the numbers of the signals that arrived.
@@ -206,7 +195,11 @@ def _signals() -> Iterator[Callable[[float], bytes]]:
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    handlers = {number: signal.signal(number, _do_nothing) for number in _SIGNALS if not _ignored(number)}
+    handled = [signal.SIGCHLD, signal.SIGHUP, signal.SIGTERM]  # SIGHUP under nohup too
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in the background of a shell
+        handled.append(signal.SIGINT)
+    # Python writes a signal to the file descriptor only if the signal has a handler in Python.
+    handlers = {number: signal.signal(number, lambda *_: None) for number in handled}
 
     def received(timeout: float) -> bytes:
         ready, _, _ = select.select([reader], [], [], None if timeout == NEVER else max(0.0, timeout))
@@ -219,12 +212,3 @@ def _signals() -> Iterator[Callable[[float], bytes]]:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(before)
-
-
-def _ignored(number: signal.Signals) -> bool:
-    """A shell starts background processes with SIGINT ignored. SIGHUP is always handled, even under nohup."""
-    return number == signal.SIGINT and signal.getsignal(number) is signal.SIG_IGN
-
-
-def _do_nothing(number: int, frame: FrameType | None) -> None:
-    """Python writes a signal to the file descriptor only if the signal has a handler in Python."""

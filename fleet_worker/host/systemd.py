@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.host import service_files
-from fleet_worker.host.service_files import ANSWER_WITHIN, ENDS_WITHIN, checked_path, run, run_checked
+from fleet_worker.host.service_files import ANSWER_WITHIN, ENDS_WITHIN, check, checked_path, run
 
 UNIT = "fleet-worker.service"
 _TEXT = """\
@@ -85,18 +85,18 @@ class Systemd:
     def install(self, text: str) -> None:
         """Write the file and start the unit. A unit that runs already ends first, as by SIGTERM."""
         service_files.write(self.file, text)
-        run_checked("systemctl", "--user", "daemon-reload")
-        run_checked("systemctl", "--user", "enable", UNIT)
+        check(run("systemctl", "--user", "daemon-reload"))
+        check(run("systemctl", "--user", "enable", UNIT))
         # `enable --now` would not restart a unit that runs.
-        run_checked("systemctl", "--user", "restart", UNIT, within=self._stopped_within)
+        check(run("systemctl", "--user", "restart", UNIT, within=self._stopped_within))
 
     def uninstall(self) -> bool:
         """End the unit and remove the file; return False if there was none."""
         if not self.file.exists():
             return False
-        run_checked("systemctl", "--user", "disable", "--now", UNIT, within=self._stopped_within)
+        check(run("systemctl", "--user", "disable", "--now", UNIT, within=self._stopped_within))
         self.file.unlink(missing_ok=True)
-        run_checked("systemctl", "--user", "daemon-reload")
+        check(run("systemctl", "--user", "daemon-reload"))
         return True
 
     def status(self) -> tuple[bool, str]:

@@ -83,12 +83,9 @@ def show(findings: Sequence[Finding], *, as_json: bool = False) -> None:
         console.print(_listing(findings))
     else:
         width = max(len(finding.check) for finding in findings)
-        click.echo("\n".join(_line(finding, width) for finding in findings))
-
-
-def _line(finding: Finding, width: int) -> str:
-    advice = f" -> {finding.advice}" if finding.advice else ""
-    return printable(f"{finding.severity:<8} {finding.check:<{width}}  {finding.found}{advice}")
+        for each in findings:
+            advice = f" -> {each.advice}" if each.advice else ""
+            click.echo(printable(f"{each.severity:<8} {each.check:<{width}}  {each.found}{advice}"))
 
 
 def _listing(findings: Sequence[Finding]) -> Listing:

@@ -54,7 +54,19 @@ class Snapshot:
         """Return what `fleet-worker status --json` prints. All ages are seconds."""
         return {
             "instances": [self._instance(each) for each in self.instances],
-            "models": [_model(each) for each in self.models],
+            "models": [
+                {
+                    "model": each.model,
+                    "host": each.host,
+                    "instance": each.instance.name,
+                    "node": each.node,
+                    "ready": each.ready,
+                    "capabilities": list(each.capabilities),
+                    "features": list(each.features),
+                    "limits": each.limits,
+                }
+                for each in self.models
+            ],
             "lanes": [asdict(each) for each in self.lanes],
         }
 
@@ -78,19 +90,6 @@ class Snapshot:
             "version": instance.version,
             "heard_age": round(self.taken_at - instance.heard_at, 3),
         }
-
-
-def _model(offered: Offered) -> dict[str, Any]:
-    return {
-        "model": offered.model,
-        "host": offered.host,
-        "instance": offered.instance.name,
-        "node": offered.node,
-        "ready": offered.ready,
-        "capabilities": list(offered.capabilities),
-        "features": list(offered.features),
-        "limits": offered.limits,
-    }
 
 
 class SnapshotCollector:
