@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -197,18 +197,16 @@ class MLXClient:
             RequestTimeout: no answer in time.
         """
         timer = self._timer(time.monotonic() + (timeout or self._instance.clocks.connect))
+        report: dict[str, Any] = {}
         with self._response("GET", "/health", timer, any_status=True) as response:
             content = _read(response, timer)
-        try:
-            report = from_json(content)
-        except ValueError:
-            report = None
+        with suppress(MalformedOutput):
+            report = _json_object(content)
         server = detect_server(response.http_version, response.headers, report)
         if response.status_code == 404:
             return Health(ready=True, server=server)
-        fields = report if isinstance(report, dict) else {}
-        sick = fields.get("status") in ("unhealthy", "unavailable", "loading", "error")
-        engine = fields.get("engine_type")
+        sick = report.get("status") in ("unhealthy", "unavailable", "loading", "error")
+        engine = report.get("engine_type")
         return Health(response.is_success and not sick, server, engine if isinstance(engine, str) else None)
 
     def has_died(self) -> bool:
@@ -246,7 +244,7 @@ class MLXClient:
         Raises:
             FleetError: there is no response, or (unless `any_status`) its status is not 2xx.
         """
-        content = None if body is None else to_json(body)
+        content = to_json(body) if body else None
         headers = {"content-type": "application/json"} if body else None
         request = self._http.build_request(method, path, content=content, headers=headers)
         with timer.running():

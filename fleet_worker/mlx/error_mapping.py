@@ -22,7 +22,6 @@ from fleet_worker.errors import (
     FleetError,
     InstanceUnavailable,
     InvalidRequest,
-    MalformedOutput,
     ModelNotServed,
     Overloaded,
     ProviderError,
@@ -33,39 +32,24 @@ from fleet_worker.errors import (
 from fleet_worker.mlx.timeouts import RequestTimer
 from fleet_worker.mlx.transport import body_of
 
-_KINDS: dict[type[Exception], type[FleetError]] = {
-    httpx.ConnectError: InstanceUnavailable,
-    httpx.ConnectTimeout: InstanceUnavailable,
-    httpx.PoolTimeout: Overloaded,
-    httpx.TimeoutException: RequestTimeout,
-    httpx.DecodingError: MalformedOutput,
-    httpx.TooManyRedirects: MalformedOutput,
-    httpx.UnsupportedProtocol: ConfigurationError,
-    httpx.InvalidURL: ConfigurationError,
-    httpx.LocalProtocolError: ProviderError,
-    httpx.HTTPError: ConnectionFailure,
-    httpx.StreamError: ProviderError,
-    httpx.CookieConflict: ProviderError,
+_ERRORS: dict[type[Exception], tuple[type[FleetError], str]] = {
+    httpx.ConnectError: (InstanceUnavailable, "the MLX server does not accept connections"),
+    httpx.ConnectTimeout: (InstanceUnavailable, "the MLX server does not accept connections"),
+    httpx.TimeoutException: (RequestTimeout, "the MLX server did not answer in time"),
+    httpx.LocalProtocolError: (ProviderError, "the request to the MLX server could not be made"),
+    httpx.HTTPError: (ConnectionFailure, "the connection to the MLX server broke"),
 }
-"""Subclasses before their base classes: the first match counts."""
-_TEXTS: dict[type[FleetError], str] = {
-    InstanceUnavailable: "the MLX server does not accept connections",
-    Overloaded: "all connections to the MLX server are in use",
-    RequestTimeout: "the MLX server did not answer in time",
-    MalformedOutput: "the MLX server answered something that is not HTTP",
-    ConfigurationError: "base_url of this instance cannot be used",
-    ConnectionFailure: "the connection to the MLX server broke",
-    ProviderError: "the request to the MLX server could not be made",
-}
-HTTPX_EXCEPTIONS = tuple(_KINDS)
+"""Subclasses before their base classes: the first match counts. Other exceptions of httpx cannot happen here: a body is
+read only once and not decoded, redirects are not followed, and no cookie is read."""
+HTTPX_EXCEPTIONS = tuple(_ERRORS)
 
 
-def error_of_exception(exception: Exception, timer: RequestTimer | None = None) -> FleetError:
+def error_of_exception(exception: Exception, timer: RequestTimer) -> FleetError:
     """Map one of `HTTPX_EXCEPTIONS`. If our own timer cut the connection, its reason is the error."""
-    kind = next(ours for theirs, ours in _KINDS.items() if isinstance(exception, theirs))
+    kind, text = next(ours for theirs, ours in _ERRORS.items() if isinstance(exception, theirs))
     connecting = kind is InstanceUnavailable  # the server is to blame, however little time it had
-    reason = timer and (timer.cancel_error if connecting else timer.error)
-    return reason or kind(_TEXTS[kind])
+    reason = timer.cancel_error if connecting else timer.error
+    return reason or kind(text)
 
 
 _BODY_BYTES = 64 * 1024

@@ -59,16 +59,13 @@ PROFILES: dict[str, ServerProfile] = {
 }
 
 
-def detect_server(http_version: str, headers: Mapping[str, str], health: Any) -> str:
-    """Return which kind of server answered `GET /health`; `openai` if it cannot be recognised."""
+def detect_server(http_version: str, headers: Mapping[str, str], report: dict[str, Any]) -> str:
+    """Return which kind of server answered `GET /health` with this report; `openai` if it cannot be recognised."""
     if http_version == "HTTP/1.0" and headers.get("server", "").startswith("BaseHTTP"):
         return "mlx_lm"
-    if isinstance(health, dict):
-        if "engine_type" in health:
-            return "vllm_mlx"
-        if "model_status" in health:
-            return "mlx_openai"
-    return "openai"
+    if "engine_type" in report:
+        return "vllm_mlx"
+    return "mlx_openai" if "model_status" in report else "openai"
 
 
 def chat_body(params: ChatParams, offering: Offering, profile: ServerProfile) -> dict[str, Any]:

@@ -30,10 +30,6 @@ class ResumeStrategy:
     """How many tokens may still follow; None if the server starts over, and so counts itself."""
 
     @property
-    def starts_over(self) -> bool:
-        return self.tokens_left is None
-
-    @property
     def exhausted(self) -> bool:
         return self.tokens_left is not None and self.overlap.new >= self.tokens_left
 
@@ -50,17 +46,19 @@ def resume_strategies(
     Raises:
         StreamInterrupted: there is no strategy; retryable if another server may have one.
     """
-    partial = _PartialAnswer(chat_body(params, offering, profile), offering, profile, resume)
-    if partial.tokens_left <= 0:
+    body = chat_body(params, offering, profile)
+    exact = body["temperature"] == 0  # every server generates the same answer
+    tokens_left = body["max_tokens"] - (profile.length_shortfall or 0) - resume.tokens
+    if tokens_left <= 0:
         return []
     if (params.response_format or {}).get("type", "text") != "text":
         raise StreamInterrupted("an answer in JSON is not continued")
     strategies: list[ResumeStrategy] = []
-    if resume.content and not (partial.exact and resume.reasoning):
-        strategies += partial.continuations()
-    if partial.exact:
-        overlap = OverlapFilter("", again=resume.content, reasoning=resume.reasoning, stop=partial.stop)
-        strategies.append(ResumeStrategy(partial.body, overlap, None))
+    if resume.content and not (exact and resume.reasoning):
+        strategies += _continuations(body, offering, profile, resume.content, tokens_left)
+    if exact:
+        overlap = OverlapFilter("", again=resume.content, reasoning=resume.reasoning, stop=body.get("stop", ()))
+        strategies.append(ResumeStrategy(body, overlap, None))
     if not strategies:
         # No server can continue reasoning alone.
         text = "this MLX server cannot continue what was delivered"
@@ -68,47 +66,23 @@ def resume_strategies(
     return strategies
 
 
-@dataclass(frozen=True, slots=True)
-class _PartialAnswer:
-    """The request (`body`), and the part of the answer that was delivered."""
-
-    body: dict[str, Any]
-    offering: Offering
-    profile: ServerProfile
-    resume: Resume
-
-    @property
-    def exact(self) -> bool:
-        """Every server generates the same answer to this request."""
-        return bool(self.body["temperature"] == 0)
-
-    @property
-    def tokens_left(self) -> int:
-        return int(self.body["max_tokens"]) - (self.profile.length_shortfall or 0) - self.resume.tokens
-
-    @property
-    def stop(self) -> list[str]:
-        return list(self.body.get("stop", ()))
-
-    def continuations(self) -> Iterator[ResumeStrategy]:
-        delivered = self.resume.content
-        # transformers drops white space at the end of a text that is continued, if the model's chat template does so.
-        end = len(delivered if self.profile.continues_by == "template" else delivered.rstrip())
-        word = min(before_last_word(delivered), end)
-        for cut in sorted({word, end}):
-            no_overlap = cut == end
-            if cut == 0 or (word == end <= _SHORT and self.exact):
-                continue
-            if body := self._continued(cut, exact=self.exact and not no_overlap):
-                overlap = OverlapFilter(delivered, again=delivered[cut:], stop=self.stop, guess_space=no_overlap)
-                yield ResumeStrategy(body, overlap, self.tokens_left)
-
-    def _continued(self, cut: int, *, exact: bool) -> dict[str, Any] | None:
-        """Return the request to continue at this character of the delivered text; None if the server cannot."""
-        partial, again = self.resume.content[:cut], self.resume.content[cut:]
+def _continuations(
+    body: dict[str, Any], offering: Offering, profile: ServerProfile, delivered: str, tokens_left: int
+) -> Iterator[ResumeStrategy]:
+    # transformers drops white space at the end of a text that is continued, if the model's chat template does so.
+    end = len(delivered if profile.continues_by == "template" else delivered.rstrip())
+    word = min(before_last_word(delivered), end)
+    exact = body["temperature"] == 0
+    for cut in sorted({word, end}):
+        if cut == 0 or (word == end <= _SHORT and exact):
+            continue
+        again, at_end = delivered[cut:], cut == end
         # A token is at least one byte, so this is enough for the text that is repeated.
-        limit = self.tokens_left + (self.profile.length_shortfall or 0) + len(again.encode())
-        return continued_body({**self.body, "max_tokens": limit}, partial, self.offering, self.profile, exact=exact)
+        limit = tokens_left + (profile.length_shortfall or 0) + len(again.encode())
+        limited = {**body, "max_tokens": limit}
+        if continued := continued_body(limited, delivered[:cut], offering, profile, exact=exact and not at_end):
+            overlap = OverlapFilter(delivered, again=again, stop=body.get("stop", ()), guess_space=at_end)
+            yield ResumeStrategy(continued, overlap, tokens_left)
 
 
 class ResumedStream:
@@ -149,7 +123,7 @@ class ResumedStream:
     def _run(self) -> Generator[list[Delta], None, None]:
         for strategy in self._strategies:
             try:
-                with self._open_stream(strategy.body, strategy.starts_over) as stream:
+                with self._open_stream(strategy.body, strategy.tokens_left is None) as stream:
                     self._current = strategy, stream
                     yield from self._new_deltas(strategy, stream)
             except InvalidRequest:  # not the caller's mistake: another server accepted the same request
@@ -187,13 +161,12 @@ class ResumedStream:
         answer = stream.answer()
         if strategy.tokens_left is None:
             return answer
-        finish_reason = answer.finish_reason
+        answer = replace(answer, usage=self._usage(answer.usage, strategy.tokens_left, strategy.overlap))
         if strategy.overlap.stopped:
-            finish_reason = "stop"
-        elif finish_reason == "stop" and strategy.exhausted:
-            finish_reason = "length"
-        usage = self._usage(answer.usage, strategy.tokens_left, strategy.overlap)
-        return replace(answer, finish_reason=finish_reason, usage=usage)
+            return replace(answer, finish_reason="stop")
+        if answer.finish_reason == "stop" and strategy.exhausted:
+            return replace(answer, finish_reason="length")
+        return answer
 
     def _usage(self, reported: Usage, tokens_left: int, overlap: OverlapFilter) -> Usage:
         """Count tokens for the whole answer. The server counted delivered tokens as part of its prompt, and those that

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from fleet_worker.protocol.wire import WireModel
+
+Texts = Annotated[
+    list[Annotated[str, Field(min_length=1)]],
+    BeforeValidator(lambda texts: [texts] if isinstance(texts, str) else texts),
+]
+"""A list of texts that are not empty, or one text for a list of one."""
 
 
 class TextPart(WireModel):
@@ -76,7 +82,7 @@ class ChatParams(WireModel):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     seed: int | None = Field(None, ge=0, lt=2**32)
-    stop: list[Annotated[str, Field(min_length=1)]] | None = Field(None, max_length=16, repr=False)
+    stop: Texts | None = Field(None, max_length=16, repr=False)
     tools: list[dict[str, Any]] | None = Field(None, repr=False)
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = Field(None, repr=False)
     parallel_tool_calls: bool | None = None
@@ -86,11 +92,6 @@ class ChatParams(WireModel):
     chat_template_kwargs: ChatTemplateKwargs | None = None
     n: Literal[1] | None = None
     user: str | None = Field(None, repr=False)
-
-    @field_validator("stop", mode="before")
-    @classmethod
-    def _as_list(cls, stop: Any) -> Any:
-        return [stop] if isinstance(stop, str) else stop
 
     @property
     def has_images(self) -> bool:
@@ -105,10 +106,5 @@ class ChatParams(WireModel):
 class EmbedParams(WireModel):
     """The body of an OpenAI embedding without `model`. Only texts: token ids have another meaning for each model."""
 
-    input: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1, max_length=2048, repr=False)
+    input: Texts = Field(min_length=1, max_length=2048, repr=False)
     user: str | None = Field(None, repr=False)
-
-    @field_validator("input", mode="before")
-    @classmethod
-    def _as_list(cls, texts: Any) -> Any:
-        return [texts] if isinstance(texts, str) else texts

@@ -381,7 +381,7 @@ def test_a_dead_generation_thread_is_told_by_newer_servers_only():
         (404, {"detail": "Not Found"}, True),
         (401, {"detail": "Unauthorized"}, False),
         (200, "fine, thanks", True),
-        (200, ["ok"], True),
+        (200, ["engine_type"], True),
         (200, "", True),
     ],
 )

@@ -196,21 +196,20 @@ def test_a_server_without_a_way_to_go_on_is_not_asked():
 
 
 @pytest.mark.parametrize(
-    ("version", "headers", "health", "expected"),
+    ("version", "headers", "report", "expected"),
     [
         ("HTTP/1.0", {"Server": "BaseHTTP/0.6 Python/3.11.7"}, {"status": "ok"}, "mlx_lm"),
-        ("HTTP/1.0", {"Server": "BaseHTTP/0.6 Python/3.11.7"}, None, "mlx_lm"),
+        ("HTTP/1.0", {"Server": "BaseHTTP/0.6 Python/3.11.7"}, {}, "mlx_lm"),
         ("HTTP/1.0", {"Server": "nginx"}, {"status": "ok"}, "openai"),
         ("HTTP/1.1", {"Server": "BaseHTTP/0.6"}, {"status": "ok"}, "openai"),
         ("HTTP/1.1", {"Server": "uvicorn"}, {"status": "healthy", "engine_type": "simple"}, "vllm_mlx"),
         ("HTTP/1.1", {"Server": "uvicorn"}, {"status": "ok", "model_status": "initialized"}, "mlx_openai"),
         ("HTTP/1.1", {"Server": "uvicorn"}, {"detail": "Not Found"}, "openai"),
-        ("HTTP/1.1", {}, None, "openai"),
-        ("HTTP/1.1", {}, ["engine_type"], "openai"),
+        ("HTTP/1.1", {}, {}, "openai"),
     ],
 )
-def test_a_server_is_known_by_its_health(version, headers, health, expected):
-    assert detect_server(version, httpx.Headers(headers), health) == expected
+def test_a_server_is_known_by_its_health(version, headers, report, expected):
+    assert detect_server(version, httpx.Headers(headers), report) == expected
 
 
 # --- How an answer ends
