@@ -8,6 +8,7 @@ import time
 from array import array
 from contextlib import ExitStack, closing, contextmanager, suppress
 
+import httpx
 import pytest
 
 from fleet_worker.errors import (
@@ -19,6 +20,7 @@ from fleet_worker.errors import (
     Unauthorized,
     UnsupportedCapability,
 )
+from fleet_worker.mlx import client as client_module
 from fleet_worker.mlx.client import DEFAULT_URLS, Health
 from fleet_worker.protocol.reply import Usage
 from fleet_worker.simulator import FLAVOURS, Fault, embedding, reply_tokens
@@ -389,6 +391,19 @@ def test_health_is_the_status_and_the_body(status, body, ready):
     with served("openai") as (server, client):
         server.fail(Fault("status", path="/health", status=status, body=body))
         assert client.health().ready is ready
+
+
+def test_a_body_without_end_is_not_kept(monkeypatch):
+    class Endless(httpx.SyncByteStream):
+        def __iter__(self):
+            return iter(lambda: b"a", None)
+
+    monkeypatch.setattr(client_module, "_MAX_BODY_BYTES", 1000)
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, stream=Endless()))
+    with closing(Client("http://a", transport=transport)) as client:
+        for ask in (client.models, client.health, lambda: client.vectors("a")):
+            with pytest.raises(MalformedOutput, match="too large"):
+                ask()
 
 
 def test_a_server_that_nobody_can_reach_has_died():
