@@ -1,4 +1,4 @@
-"""The request envelope: its way to a node, what is refused, its size, its privacy, its time."""
+"""The request envelope: encoding, refusals, size, privacy, deadline."""
 
 import functools
 import json
@@ -124,7 +124,7 @@ def test_a_legacy_envelope_is_told_so(name):
 
 
 def size_of(request):
-    """As its refusal says it."""
+    """The size that the error text names."""
     with pytest.raises(InvalidRequest, match="max_body_bytes") as caught:
         request.check_size(0)
     return int(re.search(r"is ([\d,]+) bytes", caught.value.message)[1].replace(",", ""))
@@ -245,7 +245,7 @@ def everything_shown(request):
 @pytest.mark.parametrize("wrong", WRONG, ids=repr)
 @pytest.mark.parametrize("whole", [WHOLE, WHOLE_EMBEDDING], ids=["chat", "embed"])
 def test_a_secret_at_any_place_of_an_envelope_is_shown_by_nothing(whole, wrong):
-    """Whether it is taken as text where text belongs, or refused where it does not."""
+    """It may be accepted, where text is allowed, or refused."""
     leaks = set()
     for path in places(whole):
         try:
