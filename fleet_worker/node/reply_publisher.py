@@ -16,8 +16,7 @@ from typing import Any
 
 from kombu import Connection
 
-from fleet_worker.broker.connection import BACK_OFF
-from fleet_worker.broker.publisher import Publisher
+from fleet_worker.broker.connection import BACK_OFF, Publisher
 from fleet_worker.broker.topology import reply_queue
 from fleet_worker.errors import FleetError, RequestTimeout
 from fleet_worker.mlx.timeouts import CancelToken

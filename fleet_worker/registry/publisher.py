@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 from kombu import Connection
 
-from fleet_worker.broker.publisher import Publisher
+from fleet_worker.broker.connection import Publisher
 from fleet_worker.broker.topology import Transport, registry_exchange
 from fleet_worker.protocol.registry_event import Announcement
 

@@ -1,6 +1,5 @@
 """The library that submits requests and reads their replies.
 
 May import: `registry`, `broker`, `protocol`, `settings`, `errors`. Read in this order: `router`, `options`, `call`,
-`session`, `in_flight`, `attempts`, `admission`, `submitter`, `reply_consumer`, `scheduler`, `cancel_publisher`,
-`idempotency`.
+`session`, `in_flight`, `attempts`, `admission`, `submitter`, `reply_consumer`, `scheduler`, `idempotency`.
 """

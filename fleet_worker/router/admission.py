@@ -169,8 +169,10 @@ class Admission:
 
     def _saturated(self, lane: str, known: _Lane) -> FleetSaturated:
         retry_after = self._room_after(known)
+        capability, _, model = lane.removeprefix(f"{EXCHANGE.name}.").partition(".")
+        subject = "that node" if capability == "node" else f"{capability} of {model}"
         text = (
-            f"{known.depth} requests wait for {_subject(lane)}, and no more than {self._max_waiting} may "
+            f"{known.depth} requests wait for {subject}, and no more than {self._max_waiting} may "
             f"(router.max_waiting): try again in {retry_after:g} s, or let more nodes serve it"
         )
         return FleetSaturated(text, retry_after=retry_after)
@@ -184,8 +186,3 @@ class Admission:
             estimate = (depth - self._max_waiting + 1) * known.queue_wait / depth
         full_for = now - max(known.full_since or now, known.accepted_at)
         return round(min(max(estimate, full_for, RETRY_AFTER_MIN), RETRY_AFTER_MAX), 3)
-
-
-def _subject(lane: str) -> str:
-    capability, _, model = lane.removeprefix(f"{EXCHANGE.name}.").partition(".")
-    return "that node" if capability == "node" else f"{capability} of {model}"

@@ -220,6 +220,7 @@ class ReplyBuffer:
 
     def __init__(self, *, deadline: float, max_buffered: int) -> None:
         self.deadline = deadline
+        self.closed = False
         self._max_buffered = max_buffered
         self._buffered = 0
         self._frames: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
@@ -256,6 +257,7 @@ class ReplyBuffer:
 
     def close(self) -> None:
         """End it: a reader that waits in `get` or `aget` gets `queue.Empty`."""
+        self.closed = True
         self._append(None)
         if self._timer:
             self._timer.cancel()

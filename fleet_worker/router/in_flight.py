@@ -83,6 +83,7 @@ class InFlightRequest:
         beginning; None if the request has failed."""
         deadline, room = time.monotonic() + timeout, self._session.settings.max_buffered
         with self._lock:
+            self._drop_left()
             past, last = self._attempts.delivered, self._attempts.last
             if last and not self.answered:
                 return None
@@ -96,21 +97,19 @@ class InFlightRequest:
         return buffer
 
     def leave(self, buffer: ReplyBuffer) -> None:
-        """Remove a reader. When the last one has left, the request is cancelled.
+        """Remove a reader. When the last one has left, the scheduler thread cancels the request.
 
-        The garbage collector calls this for a forgotten stream, in the middle of anything. If that is a change of this
-        request, it has to wait for its end.
+        The garbage collector calls this for a forgotten stream, in any thread and in the middle of anything, perhaps of
+        a change of this request. So it takes no lock but the scheduler's, inside which no other one is taken.
         """
         buffer.close()
-        if self._lock._is_owned():  # type: ignore[attr-defined]
-            self._session.scheduler.soon(lambda: self._remove(buffer))
-        else:
-            self._remove(buffer)
+        if self._readers:
+            self._session.scheduler.soon(self._drop_left)
 
-    def _remove(self, buffer: ReplyBuffer) -> None:
+    def _drop_left(self) -> None:
         with self._lock:
-            if buffer in self._readers:
-                self._readers.remove(buffer)
+            if self._readers:
+                self._readers = [buffer for buffer in self._readers if not buffer.closed]
                 if not self._readers:
                     self.give_up(Cancelled("nobody waits for the answer any more"))
 
@@ -171,7 +170,9 @@ class InFlightRequest:
                     self._deliver(frame)
                 case End(frame):
                     self._deliver(frame)
-                    self._close()
+                    self.ended_at = time.monotonic()
+                    self._readers = []
+                    self._session.ended(self.request.request_id)
                 case RetryAfter(seconds):
                     self._session.scheduler.at(time.monotonic() + seconds, self._retry)
                 case CancelOrphan():
@@ -180,7 +181,7 @@ class InFlightRequest:
                     self._session.cancels.ask_again(self._session.replies.name, node)
 
     def _deliver(self, frame: Frame) -> None:
-        for buffer in tuple(self._readers):
+        for buffer in self._readers:
             if not buffer.put(frame):
                 self._overflow(buffer)
 
@@ -190,12 +191,7 @@ class InFlightRequest:
         error = ReplyOverflow(text, attempts=self._attempts.report(ReplyOverflow.code))
         buffer.put(Failure.of(error, self.request.request_id, self.request.attempt, 0))
         buffer.close()
-        self._remove(buffer)
-
-    def _close(self) -> None:
-        self.ended_at = time.monotonic()
-        self._readers.clear()
-        self._session.ended(self.request.request_id)
+        self._drop_left()
 
     def _send(self, request: FleetRequest, patience: float) -> None:
         self._missing_since = None

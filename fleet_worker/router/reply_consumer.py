@@ -12,8 +12,7 @@ from typing import Any
 from kombu import Connection, Consumer, Producer
 from kombu.transport.redis import Channel as RedisChannel
 
-from fleet_worker.broker.connection import hear, is_away, open_channel, refuses, unavailable
-from fleet_worker.broker.publisher import Publisher
+from fleet_worker.broker.connection import Publisher, hear, is_away, open_channel, refuses, unavailable
 from fleet_worker.broker.reconnecting import ReconnectingThread
 from fleet_worker.broker.topology import (
     ask_exchange,

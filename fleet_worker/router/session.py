@@ -18,17 +18,16 @@ from fleet_worker.registry.view import Registry
 from fleet_worker.router.admission import Admission
 from fleet_worker.router.attempts import CancelOrphan, OnInterrupt
 from fleet_worker.router.call import ReplyBuffer
-from fleet_worker.router.cancel_publisher import CancelPublisher
 from fleet_worker.router.idempotency import IdempotencyCache
 from fleet_worker.router.in_flight import InFlightRequest
 from fleet_worker.router.reply_consumer import ReplyConsumer
 from fleet_worker.router.scheduler import Scheduler
-from fleet_worker.router.submitter import IDLE_AFTER, Submitter
+from fleet_worker.router.submitter import IDLE_AFTER, CancelPublisher, Submitter
 from fleet_worker.settings import Settings
 
 
 class Session:
-    """Belongs to the process that opened it. It is opened once and closed once; then it stays closed."""
+    """Belongs to the process that made it. It is opened once; once it is closed it stays closed."""
 
     def __init__(self, settings: Settings, registry: Registry) -> None:
         self.settings = settings.router
@@ -40,7 +39,7 @@ class Session:
         transport = transport_of(settings.broker_url)
         self.submitter = Submitter(self._app, transport)
         self.admission = Admission(self.submitter.producer, transport, max_waiting=self.settings.max_waiting)
-        self.cancels = CancelPublisher(self.scheduler, self.submitter.broadcast)
+        self.cancels = CancelPublisher(self.submitter, self.scheduler)
         self.replies = ReplyConsumer(
             self._app.connection_for_read,
             settings.broker_url,

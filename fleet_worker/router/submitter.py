@@ -1,8 +1,9 @@
-"""Sends to the broker, on connections that the threads of a router share."""
+"""Sends to the broker: requests into lanes and cancels to nodes, on connections that the threads of a router share."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import threading
 import time
@@ -18,13 +19,20 @@ from tenacity import Retrying, retry_if_exception, stop_before_delay, wait_expon
 
 from fleet_worker.broker.connection import ANSWER_WITHIN, BROKER_ERRORS, CLOSE_WITHIN, connect, is_away, unavailable
 from fleet_worker.broker.queue_depth import SUBMITTED_AT
-from fleet_worker.broker.topology import Transport, priority, route_to, task_name
+from fleet_worker.broker.topology import Transport, cancel_exchange, priority, route_to, task_name
 from fleet_worker.errors import Cancelled, Expired
+from fleet_worker.protocol.control import ControlMessage
 from fleet_worker.protocol.request import FleetRequest
+from fleet_worker.router.attempts import CancelOrphan
+from fleet_worker.router.scheduler import Scheduler
+
+log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 16
 IDLE_AFTER = 5.0
 """Seconds after which a connection that no thread uses is closed. To open one takes some milliseconds."""
+MAX_IN_ONE_MESSAGE = 1_000
+"""Requests that one message cancels."""
 
 
 class Submitter:
@@ -156,6 +164,54 @@ class Submitter:
                 producer=producer,
                 retry=False,
             )
+
+
+class CancelPublisher:
+    """Collects what the nodes are to know; the scheduler thread publishes it at once, all together.
+
+    Best effort: if a node goes on with a cancelled request, the session cancels it again on each of its heartbeats, and
+    an attempt whose missing frame does not come again fails.
+    """
+
+    def __init__(self, submitter: Submitter, scheduler: Scheduler) -> None:
+        self._submitter = submitter
+        self._scheduler = scheduler
+        self._lock = threading.Lock()
+        self._cancelled: dict[str | None, dict[str, int]] = {}
+        """By node: requests, each with the last attempt that is cancelled."""
+        self._missed: dict[str, str] = {}
+        """By node: the reply queue that lacks a frame."""
+
+    def cancel(self, request_id: str, orphan: CancelOrphan) -> None:
+        """Cancel this attempt and all earlier ones of that request."""
+        with self._lock:
+            self._schedule()
+            requests = self._cancelled.setdefault(orphan.node, {})
+            requests[request_id] = max(orphan.attempt, requests.get(request_id, 0))
+
+    def ask_again(self, reply_to: str, node: str) -> None:
+        """Ask a node to send again what it sent last into this reply queue: a frame of it never arrived."""
+        with self._lock:
+            self._schedule()
+            self._missed[node] = reply_to
+
+    def _schedule(self) -> None:
+        if not (self._cancelled or self._missed):
+            self._scheduler.soon(self._publish)
+
+    def _publish(self) -> None:
+        with self._lock:
+            cancelled, missed, self._cancelled, self._missed = self._cancelled, self._missed, {}, {}
+        messages = [ControlMessage(node=node, missed=reply_to) for node, reply_to in missed.items()]
+        for node, requests in cancelled.items():
+            listed = list(requests.items())
+            parts = (listed[first : first + MAX_IN_ONE_MESSAGE] for first in range(0, len(listed), MAX_IN_ONE_MESSAGE))
+            messages += [ControlMessage(node=node, cancelled=part) for part in parts]
+        try:
+            for message in messages:
+                self._submitter.broadcast(cancel_exchange(), message.encode())
+        except Exception as error:
+            log.debug("a cancel was not published: %s", type(error).__name__)
 
 
 def publish(producer: Producer, exchange: Exchange, body: bytes) -> None:

@@ -15,8 +15,7 @@ from kombu.asynchronous import Hub
 
 from fleet_worker import Router, Settings
 from fleet_worker.broker.app import create_app
-from fleet_worker.broker.connection import hang_up, hear, open_channel
-from fleet_worker.broker.publisher import Publisher
+from fleet_worker.broker.connection import Publisher, hang_up, hear, open_channel
 from fleet_worker.broker.topology import lane, lane_queue, priority, reply_name, reply_queue, transport_of
 from fleet_worker.host.child_process import child, python
 from fleet_worker.simulator import reply_tokens

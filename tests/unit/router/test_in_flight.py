@@ -2,6 +2,7 @@
 
 import contextlib
 import queue
+import threading
 import time
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from fleet_worker.router.attempts import Attempts, CancelOrphan
 from fleet_worker.router.idempotency import IdempotencyCache
 from fleet_worker.router.in_flight import InFlightRequest
 from fleet_worker.settings import RouterSettings
+from tests.clients import took_less_than
 from tests.unit.router.test_attempts import DOWN, accepted, deltas, failure, head, request, response
 
 
@@ -311,8 +313,10 @@ def test_when_the_last_reader_leaves_nobody_wants_it(fleet):
     second = in_flight.join(0.0)
     in_flight.receive("a", accepted())
     in_flight.leave(fleet.reader)
+    fleet.later.now()
     assert fleet.cancelled == []
     in_flight.leave(second)
+    fleet.later.now()
     assert fleet.cancelled == [CancelOrphan("a", 1)]
     assert fleet.ended == ["r"]
     assert not in_flight.receive("a", deltas(1, "x"))
@@ -323,7 +327,28 @@ def test_leaving_after_the_end_cancels_nothing(fleet):
     in_flight.receive("a", accepted())
     in_flight.receive("a", response(1))
     in_flight.leave(fleet.reader)
+    fleet.later.now()
     assert fleet.cancelled == []
+
+
+def test_what_everybody_has_left_cannot_be_joined_even_before_it_is_cancelled(fleet):
+    cache = IdempotencyCache(ttl=60)
+    in_flight = fleet.submit(asked=request_with_key())
+    cache.add(in_flight)
+    in_flight.leave(fleet.reader)
+    assert cache.join(request_with_key()) is None
+    assert fleet.cancelled == [CancelOrphan(None, 1)]
+
+
+def test_to_leave_waits_for_no_change_of_the_request(fleet):
+    """It may be called by the garbage collector, in a thread that holds what that change waits for."""
+    in_flight = fleet.submit()
+    with in_flight._lock, took_less_than(5):
+        leaving = threading.Thread(target=in_flight.leave, args=(fleet.reader,))
+        leaving.start()
+        leaving.join(10)
+    fleet.later.now()
+    assert fleet.ended == ["r"]
 
 
 def test_who_comes_later_gets_the_whole_answer(fleet):

@@ -464,7 +464,7 @@ def test_what_is_cancelled_while_it_is_sent_is_cancelled_when_it_was_sent(fleet,
             cancelled.set()
             with pytest.raises(Cancelled):
                 reader.result()
-    assert fleet.session._requests == {}
+    until(lambda: not fleet.session._requests)
     assert len(fleet.cancelled) == 1
 
 

@@ -2,6 +2,7 @@ import socket
 import threading
 import time
 from contextlib import ExitStack, closing
+from types import SimpleNamespace
 
 import pytest
 import redis
@@ -10,8 +11,10 @@ from kombu.exceptions import LimitExceeded
 from fleet_worker import BrokerUnavailable, Cancelled, Expired, Router, Settings
 from fleet_worker.broker.app import create_app
 from fleet_worker.broker.topology import transport_of
+from fleet_worker.protocol.control import ControlMessage
 from fleet_worker.router import submitter as submitter_module
-from fleet_worker.router.submitter import MAX_CONNECTIONS, Submitter
+from fleet_worker.router.attempts import CancelOrphan
+from fleet_worker.router.submitter import MAX_CONNECTIONS, CancelPublisher, Submitter
 from fleet_worker.testing import embedded_broker
 from tests.brokers import free_port
 from tests.clients import HELLO, took_less_than, until
@@ -132,3 +135,22 @@ def test_what_is_closed_lends_nothing_and_keeps_nothing():
         with pytest.raises(Cancelled), submitter.producer(5.0):
             pass
         until(lambda: len(client.client_list()) == max(1, before))
+
+
+def test_cancels_that_come_together_are_published_together(monkeypatch):
+    monkeypatch.setattr(submitter_module, "MAX_IN_ONE_MESSAGE", 2)
+    later, messages = [], []
+    nodes = SimpleNamespace(broadcast=lambda _, body: messages.append(ControlMessage.decode(body)))
+    cancels = CancelPublisher(nodes, SimpleNamespace(soon=later.append))
+    for request_id, attempt in [("a", 1), ("b", 2), ("b", 1), ("c", 1)]:
+        cancels.cancel(request_id, CancelOrphan("n", attempt))
+    cancels.ask_again("replies", "n")
+    assert len(later) == 1
+    later.pop()()
+    assert messages == [
+        ControlMessage(node="n", missed="replies"),
+        ControlMessage(node="n", cancelled=[("a", 1), ("b", 2)]),
+        ControlMessage(node="n", cancelled=[("c", 1)]),
+    ]
+    cancels.cancel("d", CancelOrphan(None, 1))
+    assert len(later) == 1
