@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fleet_worker.errors import InvalidRequest
-from fleet_worker.protocol.control import ControlMessage
+from fleet_worker.protocol.request import ControlMessage
 
 log = logging.getLogger(__name__)
 

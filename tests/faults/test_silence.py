@@ -19,9 +19,9 @@ from fleet_worker.broker.control_listener import ControlListener
 from fleet_worker.broker.topology import cancel_exchange, cancel_queue, reply_name
 from fleet_worker.node.cancel_listener import CancelListener
 from fleet_worker.node.reply_publisher import ReplyPublisher
-from fleet_worker.protocol.control import ControlMessage
 from fleet_worker.protocol.reply import Alive, Delta, Timings, Usage
 from fleet_worker.protocol.reply import ChatResponse as Response
+from fleet_worker.protocol.request import ControlMessage
 from fleet_worker.registry.view import Registry
 from fleet_worker.router.reply_consumer import ReplyConsumer
 from tests.clients import until

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fleet_worker.errors import InvalidRequest
 from fleet_worker.protocol.openai import ChatParams, EmbedParams
-from fleet_worker.protocol.request import FleetRequest, Resume
+from fleet_worker.protocol.request import ControlMessage, FleetRequest, Resume
 from tests.envelopes import IMAGE, built, decode, envelope, envelopes, refused, refused_params, user
 
 SECRET = "swordfish"
@@ -299,3 +299,17 @@ def test_a_request_that_waited_knows_how_long():
     assert request.queue_wait == pytest.approx(20, abs=1)
     assert request.remaining == pytest.approx(10, abs=1)
     assert decode(envelope(timeout_seconds=30, expires_at=time.time() - 10)).remaining < 0
+
+
+# --- Control messages
+
+
+def test_a_control_message_travels_whole():
+    for said in (ControlMessage(node="n@h", cancelled=[("a", 1), ("b", 2)]), ControlMessage(cancelled=[("c", 3)])):
+        assert ControlMessage.decode(said.encode()) == said
+    with pytest.raises(InvalidRequest, match="not a valid ControlMessage"):
+        ControlMessage.decode(b'{"cancelled": [1]}')
+
+
+def test_what_a_newer_router_adds_is_ignored():
+    assert ControlMessage.decode(b'{"missed":"a","novelty":1}') == ControlMessage(missed="a")
