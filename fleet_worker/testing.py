@@ -17,7 +17,7 @@ from fleet_worker.simulator import SimulatedMLX
 
 __all__ = ["ChildFailed", "ChildProcess", "SimulatedMLX", "embedded_broker", "running_host", "running_node"]
 
-READY_WITHIN = 30.0
+READY_WITHIN = 30.0  # seconds
 VALKEY_READY = "Ready to accept connections"
 
 

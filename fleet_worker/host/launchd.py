@@ -13,32 +13,9 @@ from pathlib import Path
 
 from fleet_worker.errors import FleetError
 from fleet_worker.host import service_files
-from fleet_worker.host.service_files import ANSWER_WITHIN, ENDS_WITHIN, check, checked_path, run
+from fleet_worker.host.service_files import ANSWER_WITHIN, check, checked_path, run
 
 LABEL = "org.fleet-worker.up"
-
-
-def launchd_plist(
-    config: Path, *, log: Path, interpreter: str = sys.executable, ends_within: float = ENDS_WITHIN
-) -> bytes:
-    """Return the property list of the agent; raises `ConfigurationError` for a path that it cannot hold."""
-    limits = {"NumberOfFiles": service_files.OPEN_FILES}
-    agent = {
-        "Label": LABEL,
-        "ProgramArguments": [checked_path(interpreter), *service_files.UP],
-        "EnvironmentVariables": {"FLEET_CONFIG": checked_path(str(config))},
-        "RunAtLoad": True,
-        "KeepAlive": True,
-        "ThrottleInterval": 10,
-        "ExitTimeOut": service_files.stop_timeout(ends_within),
-        # By default launchd throttles the CPU and disk of an agent.
-        "ProcessType": "Interactive",
-        "SoftResourceLimits": limits,
-        "HardResourceLimits": limits,
-        "StandardOutPath": str(log),
-        "StandardErrorPath": str(log),
-    }
-    return plistlib.dumps(agent, sort_keys=False)
 
 
 class Launchd:
@@ -58,8 +35,24 @@ class Launchd:
         ]
 
     def text(self, config: Path) -> str:
-        """Return the content of the file."""
-        return launchd_plist(config, log=self._log, ends_within=self._ends_within).decode()
+        """Return the content of the file; raises `ConfigurationError` for a path that it cannot hold."""
+        limits = {"NumberOfFiles": service_files.OPEN_FILES}
+        agent = {
+            "Label": LABEL,
+            "ProgramArguments": [checked_path(sys.executable), *service_files.UP],
+            "EnvironmentVariables": {"FLEET_CONFIG": checked_path(str(config))},
+            "RunAtLoad": True,
+            "KeepAlive": True,
+            "ThrottleInterval": 10,
+            "ExitTimeOut": service_files.stop_timeout(self._ends_within),
+            # By default launchd throttles the CPU and disk of an agent.
+            "ProcessType": "Interactive",
+            "SoftResourceLimits": limits,
+            "HardResourceLimits": limits,
+            "StandardOutPath": str(self._log),
+            "StandardErrorPath": str(self._log),
+        }
+        return plistlib.dumps(agent, sort_keys=False).decode()
 
     def problem(self) -> str | None:
         """Return why launchd cannot be used here, or None."""

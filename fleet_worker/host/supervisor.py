@@ -92,7 +92,7 @@ class Supervisor:
                     due = min(node.due for node in self._nodes.values())
                     for number in received(due - time.monotonic()):
                         self._handle_signal(number)
-                    self._tend_nodes()
+                    self._check_nodes()
                 log.info("fleet-worker up ends: all of its nodes have ended")
             finally:
                 self._lock.close()
@@ -167,7 +167,7 @@ class Supervisor:
             for node in self._nodes.values():
                 self._retire(node)
 
-    def _tend_nodes(self) -> None:
+    def _check_nodes(self) -> None:
         for node in list(self._nodes.values()):
             node.reap()
             if node.due <= time.monotonic():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.host import service_files
-from fleet_worker.host.service_files import ANSWER_WITHIN, ENDS_WITHIN, check, checked_path, run
+from fleet_worker.host.service_files import ANSWER_WITHIN, check, checked_path, run
 
 UNIT = "fleet-worker.service"
 _TEXT = """\
@@ -36,18 +36,6 @@ WantedBy=default.target
 """
 
 
-def systemd_unit(config: Path, *, interpreter: str = sys.executable, ends_within: float = ENDS_WITHIN) -> str:
-    """Return the text of the unit; raises `ConfigurationError` for a path that it cannot hold."""
-    if re.search(r"""["'\\]""", interpreter):
-        raise ConfigurationError(f"systemd starts no program that has quotes or backslashes in its path: {interpreter}")
-    return _TEXT.format(
-        variable=_quoted(f"FLEET_CONFIG={checked_path(str(config))}"),
-        command=" ".join([_quoted(checked_path(interpreter)), *service_files.UP]),
-        stop_timeout=service_files.stop_timeout(ends_within),
-        open_files=service_files.OPEN_FILES,
-    )
-
-
 def _quoted(word: str) -> str:
     """Return one word for systemd, which expands a % also in quotes."""
     escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
@@ -70,8 +58,16 @@ class Systemd:
         self.file = folder / "systemd" / "user" / UNIT
 
     def text(self, config: Path) -> str:
-        """Return the content of the file."""
-        return systemd_unit(config, ends_within=self._ends_within)
+        """Return the content of the file; raises `ConfigurationError` for a path that it cannot hold."""
+        if re.search(r"""["'\\]""", sys.executable):
+            problem = "systemd starts no program that has quotes or backslashes in its path"
+            raise ConfigurationError(f"{problem}: {sys.executable}")
+        return _TEXT.format(
+            variable=_quoted(f"FLEET_CONFIG={checked_path(str(config))}"),
+            command=" ".join([_quoted(checked_path(sys.executable)), *service_files.UP]),
+            stop_timeout=service_files.stop_timeout(self._ends_within),
+            open_files=service_files.OPEN_FILES,
+        )
 
     def problem(self) -> str | None:
         """Return why systemd cannot be used here, or None."""

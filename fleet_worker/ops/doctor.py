@@ -26,10 +26,10 @@ from fleet_worker.settings import Settings
 
 WITHIN = INSTANCES_WITHIN + 1
 """Seconds for everything."""
-OPEN_FILES = 1024
+OPEN_FILES = 1024  # a lower limit is a warning
 READ_ELSEWHERE = {"FLEET_CONFIG", PARENT_PIPE, NODE_LOCK, "FLEET_BROKER_PASSWORD", "FLEET_BROKER_ADDRESS"}
 """FLEET_* variables that are no settings; docker/compose.yaml reads the last two."""
-SHOWN_NODES = 20
+SHOWN_NODES = 20  # names; of more nodes, only the number is told
 
 
 def examine() -> list[Finding]:

@@ -13,7 +13,7 @@ from fleet_worker.mlx.profiles import PROFILES, lacks_template
 from fleet_worker.ops.findings import Finding, at_once
 from fleet_worker.settings import Instance, Settings
 
-ANSWER_WITHIN = 5.0
+ANSWER_WITHIN = 5.0  # seconds
 WITHIN = 3 * ANSWER_WITHIN + 2
 """Seconds for one instance: two default URLs, and a list of models."""
 _MARKED = ("mlx_lm", "vllm_mlx", "mlx_openai")

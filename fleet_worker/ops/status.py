@@ -44,8 +44,8 @@ def show(settings: Settings, *, as_json: bool = False, every: float | None = Non
     with Router(settings) as router, closing(SnapshotCollector(settings, router.registry)) as collector:
         time.sleep(ALL_ANSWERS_WITHIN)  # the host that answers last may be the only one that serves a lane
         if every is None:
-            seen = collector.take()
-            return _put_json(seen) if as_json else console.print(tables(seen))
+            snapshot = collector.take()
+            return _print_json(snapshot) if as_json else console.print(tables(snapshot))
         with _watched(console, as_json=as_json) as put:
             while True:
                 try:
@@ -60,64 +60,64 @@ def show(settings: Settings, *, as_json: bool = False, every: float | None = Non
 def _watched(console: Console, *, as_json: bool) -> Iterator[Callable[[Snapshot | BrokerUnavailable], None]]:
     """Yield a function that prints one snapshot after another: on a real terminal in place, elsewhere below."""
     if as_json:
-        yield _put_json
+        yield _print_json
     elif sys.stdout.isatty() and not console.is_dumb_terminal:
         with Live(console=console, auto_refresh=False) as live:
-            yield lambda seen: live.update(_dated(seen), refresh=True)
+            yield lambda snapshot: live.update(_dated(snapshot), refresh=True)
     else:
-        yield lambda seen: console.print(_dated(seen), "")
+        yield lambda snapshot: console.print(_dated(snapshot), "")
 
 
-def _put_json(seen: Snapshot | BrokerUnavailable) -> None:
-    if isinstance(seen, BrokerUnavailable):
-        click.echo(f"fleet-worker: {seen.message}", err=True)
+def _print_json(result: Snapshot | BrokerUnavailable) -> None:
+    if isinstance(result, BrokerUnavailable):
+        click.echo(f"fleet-worker: {result.message}", err=True)
         return
-    click.echo(json.dumps(seen.as_json()))
-    if not seen.instances:
+    click.echo(json.dumps(result.as_json()))
+    if not result.instances:
         click.echo(f"fleet-worker: {NO_REGISTRY_NODE}", err=True)
 
 
-def _dated(seen: Snapshot | BrokerUnavailable) -> RenderableType:
-    what = tables(seen) if isinstance(seen, Snapshot) else Text(seen.message, "bold red")
+def _dated(result: Snapshot | BrokerUnavailable) -> RenderableType:
+    what = tables(result) if isinstance(result, Snapshot) else Text(result.message, "bold red")
     return Group(Text(f"{datetime.now():%Y-%m-%d %H:%M:%S}", "dim"), what)
 
 
-def tables(seen: Snapshot) -> RenderableType:
+def tables(snapshot: Snapshot) -> RenderableType:
     """Return a snapshot for a rich console of any width."""
     # An empty lane of a single node is no news.
-    lanes = [each for each in seen.lanes if each.depth != 0 or not each.lane.startswith(direct_lane(""))]
+    lanes = [each for each in snapshot.lanes if each.depth != 0 or not each.lane.startswith(direct_lane(""))]
     return Group(
-        *_summary(seen),
+        *_summary(snapshot),
         "",
-        *(_instances(seen) if seen.instances else [Text(NO_REGISTRY_NODE, "yellow")]),
+        *(_instances(snapshot) if snapshot.instances else [Text(NO_REGISTRY_NODE, "yellow")]),
         "",
         _lanes(lanes) if lanes else Text(NO_LANES, "yellow"),
     )
 
 
-def _summary(seen: Snapshot) -> Iterator[Text]:
+def _summary(snapshot: Snapshot) -> Iterator[Text]:
     """The top lines, which also a small terminal shows."""
-    if seen.instances:
-        ready = sum(each.ready for each in seen.instances)
-        hosts = len({each.host for each in seen.instances})
-        used, slots = sum(each.running for each in seen.instances), sum(each.slots for each in seen.instances)
+    if snapshot.instances:
+        ready = sum(each.ready for each in snapshot.instances)
+        hosts = len({each.host for each in snapshot.instances})
+        used, slots = sum(each.running for each in snapshot.instances), sum(each.slots for each in snapshot.instances)
         yield Text(
-            f"{ready} of {count(len(seen.instances), 'instance')} on {count(hosts, 'host')} ready, "
+            f"{ready} of {count(len(snapshot.instances), 'instance')} on {count(hosts, 'host')} ready, "
             f"{used} of {count(slots, 'slot')} used"
         )
-    depths = [each.depth for each in seen.lanes if each.depth]
+    depths = [each.depth for each in snapshot.lanes if each.depth]
     yield Text(f"{count(sum(depths), 'request')} waiting in {count(len(depths), 'lane')}")
-    if unserved := sum(each.unserved for each in seen.lanes):
+    if unserved := sum(each.unserved for each in snapshot.lanes):
         yield Text(f"{UNSERVED}: {count(unserved, 'lane')} with waiting requests", "bold red")
 
 
-def _instances(seen: Snapshot) -> Iterator[RenderableType]:
+def _instances(snapshot: Snapshot) -> Iterator[RenderableType]:
     figures = ("used", "free", "tok/s", "last token")
     listing = Listing("node", "status", "models", *figures, "server", "version", numbers=figures, whole=("status",))
-    for each in seen.instances:
+    for each in snapshot.instances:
         models = (
             offered.model if offered.ready or not each.ready else f"{offered.model} (not there)"
-            for offered in seen.models_of(each)
+            for offered in snapshot.models_of(each)
         )
         listing.add(
             cell(each.node),
@@ -126,12 +126,12 @@ def _instances(seen: Snapshot) -> Iterator[RenderableType]:
             cell(str(each.running)),
             cell(str(each.free)),
             cell(f"{each.tokens_per_second:.1f}"),
-            cell(_age(seen.token_age(each))),
+            cell(_age(snapshot.token_age(each))),
             cell(each.server or "-"),
             cell(each.version or "-"),
         )
     yield listing
-    for each in seen.instances:
+    for each in snapshot.instances:
         if each.reason:
             yield cell(f"{each.node} is {each.status}: {each.reason}", COLOURS.get(each.status, "red"))
 

@@ -47,12 +47,11 @@ class Counters:
     def report(self) -> dict[str, Any]:
         """Return `{tokens, requests: {operation: n}, errors: {code: n}, histograms: {name: {buckets: [n], sum}}}`."""
         with self._lock:
-            histograms = {
-                name: {"buckets": list(self._buckets[name]), "sum": round(self._sums[name], 6)} for name in BOUNDS
-            }
             return {
                 "tokens": self.tokens,
                 "requests": dict(self._requests),
                 "errors": dict(self._errors),
-                "histograms": histograms,
+                "histograms": {
+                    name: {"buckets": list(self._buckets[name]), "sum": round(self._sums[name], 6)} for name in BOUNDS
+                },
             }

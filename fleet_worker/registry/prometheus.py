@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from itertools import accumulate
+from operator import attrgetter
 from socketserver import ThreadingMixIn
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
@@ -38,12 +39,13 @@ CLIENT_TIMEOUT = 5.0
 """Seconds after which a client that sends nothing is disconnected."""
 
 _GAUGES = {
-    "fleet_slots": ("slots", "Requests that the node can run at the same time."),
-    "fleet_slots_used": ("running", "Requests that the node is running."),
-    "fleet_tokens_per_second": ("tokens_per_second", "Tokens generated in the last second."),
-    "fleet_last_token_age_seconds": ("last_token_age", "Seconds since the MLX server delivered a token."),
+    "fleet_slots": ("instance.slots", "Requests that the node can run at the same time."),
+    "fleet_slots_used": ("instance.running", "Requests that the node is running."),
+    "fleet_tokens_per_second": ("instance.tokens_per_second", "Tokens generated in the last second."),
+    "fleet_last_token_age_seconds": ("instance.last_token_age", "Seconds since the MLX server delivered a token."),
+    "fleet_reply_lag_seconds": ("reply_lag", "The longest wait of a reply's part for the broker in the last second."),
 }
-"""The fields of an instance that are shown as they are."""
+"""The fields of a report that are shown as they are."""
 _HISTOGRAMS = {
     "ttft_seconds": ("fleet_ttft_seconds", "Seconds from the request to the MLX server until its first token."),
     "queue_wait_seconds": ("fleet_queue_wait_seconds", "Seconds that requests waited until a node took them."),
@@ -176,9 +178,7 @@ def _instances(reports: list[NodeReport]) -> Iterator[Metric]:
 
 def _gauges(live: list[NodeReport]) -> Iterator[Metric]:
     for name, (field, text) in _GAUGES.items():
-        yield _gauge(name, text, "node", {report.instance.node: getattr(report.instance, field) for report in live})
-    text = "The longest time in the last second that a part of a reply waited for the broker."
-    yield _gauge("fleet_reply_lag_seconds", text, "node", {report.instance.node: report.reply_lag for report in live})
+        yield _gauge(name, text, "node", {report.instance.node: attrgetter(field)(report) for report in live})
 
 
 def _counts(live: list[NodeReport]) -> Iterator[Metric]:

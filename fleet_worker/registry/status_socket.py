@@ -24,10 +24,10 @@ from fleet_worker.protocol.status import InstanceStatus, ModelStatus
 
 log = logging.getLogger(__name__)
 
-REPORT_EVERY = 1.0
+REPORT_EVERY = 1.0  # seconds
 SILENT_AFTER = 3.5
 """Seconds without a report after which a node counts as frozen."""
-LONGEST_LINE = 1024 * 1024
+LONGEST_LINE = 1024 * 1024  # bytes
 LONGEST_PATH = 100
 """Bytes of a Unix socket's path: macOS allows 104, Linux 108."""
 

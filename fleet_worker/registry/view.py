@@ -25,7 +25,7 @@ INTERVALS_TO_LIVE = 3
 FIRST_ANSWER_WITHIN = 0.3
 """Seconds after which a new router that has heard of no host concludes that there are no registry nodes."""
 QUIET = 0.15
-"""Seconds without another answer after which `wait_for_answers` returns. A request is refused only later."""
+"""Seconds without another answer after which `wait_for_answers` returns. A refusal waits longer."""
 ALL_ANSWERS_WITHIN = 1.0
 """Seconds after which every host has answered a router that asked."""
 SWEEP_EVERY = 1.0
@@ -138,10 +138,10 @@ class Registry:
             while True:
                 now, heard_at = self._clock(), self._heard_at
                 until = self._asked_at + FIRST_ANSWER_WITHIN if heard_at is None else heard_at + QUIET
-                patience = min(until, self._asked_at + ALL_ANSWERS_WITHIN) - now
-                if patience <= 0:
+                left = min(until, self._asked_at + ALL_ANSWERS_WITHIN) - now
+                if left <= 0:
                     return self
-                self._changed.wait(patience)
+                self._changed.wait(left)
 
     def require_offered(self, model: str, capability: str, instance: str = "any", node: str | None = None) -> None:
         """Accept a request if the fleet offers what it needs, ready or not: it may become ready before the deadline.
@@ -155,15 +155,15 @@ class Registry:
         with self._changed:
             while not self._is_offered(model, capability, instance, node):
                 heard = self._heard_at is not None
-                patience = self._asked_at + (ALL_ANSWERS_WITHIN if heard else FIRST_ANSWER_WITHIN) - self._clock()
-                if patience <= 0:
+                left = self._asked_at + (ALL_ANSWERS_WITHIN if heard else FIRST_ANSWER_WITHIN) - self._clock()
+                if left <= 0:
                     if not self.instances():
                         return
                     if node and self._is_offered(model, capability, instance):
                         nodes = [each.node for each in self.instances()]
                         raise _unavailable(f"that node does not offer {capability} with that model", node, nodes)
                     raise _unavailable(f"no instance offers {capability} with that model", model, self._models)
-                self._changed.wait(patience)
+                self._changed.wait(left)
 
     def receive(self, message: Any) -> None:
         """Apply a broker message. An invalid one is logged and dropped: this thread receives all replies, too."""

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from fleet_worker.host.launchd import launchd_plist
-from tests.unit.host.service_paths import CONFIG, FOLDERS, LOG, PYTHON, QUOTES
+from tests.unit.host.service_paths import CONFIG, FOLDERS, HOME, PYTHON, QUOTES, launchd_plist
+
+LOG = HOME / "Library/Logs/fleet-worker/up.log"
 
 
 def test_the_agent_is_complete():
-    assert plistlib.loads(launchd_plist(CONFIG, log=LOG, interpreter=PYTHON)) == {
+    assert plistlib.loads(launchd_plist()) == {
         "Label": "org.fleet-worker.up",
         "ProgramArguments": [PYTHON, "-m", "fleet_worker", "up"],
         "EnvironmentVariables": {"FLEET_CONFIG": str(CONFIG)},
@@ -28,8 +29,8 @@ def test_the_agent_is_complete():
 
 @pytest.mark.parametrize("name", [*FOLDERS, *QUOTES])
 def test_launchd_is_given_every_path_as_it_is(name):
-    config, interpreter, log = Path("/", name, "worker.toml"), f"/{name}/python", Path("/", name, "up.log")
-    agent = plistlib.loads(launchd_plist(config, log=log, interpreter=interpreter))
+    config, interpreter, home = Path("/", name, "worker.toml"), f"/{name}/python", Path("/", name)
+    agent = plistlib.loads(launchd_plist(config, home=home, interpreter=interpreter))
     assert agent["EnvironmentVariables"] == {"FLEET_CONFIG": str(config)}
     assert agent["ProgramArguments"][0] == interpreter
-    assert agent["StandardOutPath"] == str(log)
+    assert agent["StandardOutPath"] == f"/{name}/Library/Logs/fleet-worker/up.log"

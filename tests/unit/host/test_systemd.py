@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 from fleet_worker.errors import ConfigurationError
-from fleet_worker.host.systemd import UNIT, systemd_unit
-from tests.unit.host.service_paths import CONFIG, FOLDERS, PYTHON, QUOTES
+from fleet_worker.host.systemd import UNIT
+from tests.unit.host.service_paths import CONFIG, FOLDERS, PYTHON, QUOTES, systemd_unit
 
 
 def unit(config=CONFIG, **values):
     """Sections by name, each a dictionary."""
     reader = configparser.ConfigParser(interpolation=None, delimiters="=", strict=True)
     reader.optionxform = str
-    reader.read_string(systemd_unit(config, **{"interpreter": PYTHON, **values}))
+    reader.read_string(systemd_unit(config, **values))
     return {name: dict(reader[name]) for name in reader.sections()}
 
 
@@ -63,7 +63,7 @@ def test_systemd_reads_the_interpreter_s_path_as_it_is(name):
 @pytest.mark.parametrize("name", QUOTES)
 def test_an_interpreter_that_systemd_would_not_start_is_refused(name):
     with pytest.raises(ConfigurationError, match="quotes or backslashes"):
-        systemd_unit(CONFIG, interpreter=f"/{name}/python")
+        systemd_unit(interpreter=f"/{name}/python")
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -73,7 +73,7 @@ def test_systemd_itself_finds_nothing_to_complain_about(name, tmp_path, monkeypa
     interpreter.parent.mkdir()
     interpreter.write_text("#!/bin/sh\n")
     interpreter.chmod(0o755)
-    text = systemd_unit(CONFIG, interpreter=str(interpreter))
+    text = systemd_unit(interpreter=interpreter)
     assert verified(text, tmp_path) == (0, "")
     interpreter.unlink()
     assert verified(text, tmp_path) != (0, "")
