@@ -9,7 +9,7 @@ from fleet_worker.broker.control_listener import Command, Subscription
 from fleet_worker.broker.topology import cancel_queue
 from fleet_worker.errors import InvalidRequest
 from fleet_worker.node.node import Node
-from fleet_worker.protocol.control import ControlMessage
+from fleet_worker.protocol.request import ControlMessage
 
 log = logging.getLogger(__name__)
 

@@ -21,9 +21,9 @@ from fleet_worker.node import router_presence
 from fleet_worker.node.reply_publisher import ReplyPublisher
 from fleet_worker.node.router_presence import RouterPresence
 from fleet_worker.node.running_attempts import RunningAttempts
-from fleet_worker.protocol.control import ControlMessage
 from fleet_worker.protocol.reply import Alive, Delta, Timings, Usage
 from fleet_worker.protocol.reply import ChatResponse as Response
+from fleet_worker.protocol.request import ControlMessage
 from fleet_worker.registry.view import Registry
 from fleet_worker.router.reply_consumer import ReplyConsumer
 from tests.clients import until

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from fleet_worker.node.remote_control import subscription_of
-from fleet_worker.protocol.control import ControlMessage
+from fleet_worker.protocol.request import ControlMessage
 
 
 @pytest.fixture
