@@ -1,4 +1,4 @@
-"""The three tasks of a node: decode the request, call the MLX server, reply. The mirror image of `router.py`."""
+"""The three tasks of a node: decode the request, call the MLX server, reply. The mirror image of `router.router`."""
 
 from __future__ import annotations
 

@@ -112,6 +112,14 @@ def test_a_message_that_is_no_task_is_dropped(receive, bad_message, body, caplog
     assert f"{len(body)} bytes, not shown" in caplog.text
 
 
+def test_a_task_of_the_first_protocol_with_a_malformed_name_is_dropped(receive, bad_message, caplog):
+    message = bad_message(f'{{"task": ["{SECRET}"], "id": "r-1", "args": [], "kwargs": {{}}}}'.encode())
+    message.headers = {}
+    receive(message)
+    assert "invalid task" in caplog.text
+    assert SECRET not in caplog.text
+
+
 @pytest.mark.parametrize("header", ["eta", "expires", "task", "id"])
 @pytest.mark.parametrize("value", [[SECRET], {SECRET: SECRET}])
 def test_a_task_with_a_malformed_header_is_dropped_without_a_quotation(receive, bad_message, header, value, caplog):
