@@ -20,9 +20,8 @@ from fleet_worker.broker.topology import (
     task_name,
     transport_of,
 )
-from fleet_worker.protocol.control import ControlMessage
 from fleet_worker.protocol.reply import Accepted, ChatResponse, Deltas, Failure, Reply
-from fleet_worker.protocol.request import FleetRequest
+from fleet_worker.protocol.request import ControlMessage, FleetRequest
 from tests.clients import until
 
 

@@ -1,4 +1,4 @@
-"""What a node receives besides requests: Celery's remote control, and fanouts of our own.
+"""What a node receives besides requests: Celery's remote control, and a fanout of our own.
 
 It has a thread and a connection of its own. Celery's Control step receives nothing while a worker reconnects or ends.
 That takes up to half a minute, in which cancels are needed most.
@@ -10,10 +10,11 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from amqp.exceptions import ResourceLocked
 from celery import Celery, bootsteps
 from celery.utils.collections import AttributeDict
 from celery.worker.control import Panel
@@ -33,7 +34,7 @@ CLOSED_WITHIN = 2.0
 """Seconds that an ending worker waits until the connection is closed."""
 
 Subscription = tuple[Callable[[Transport], Queue], Callable[[Any], object]]
-"""A function that returns a new queue of a fanout, and one that is called with each message."""
+"""A function that returns a new queue of a fanout, and one that is called with each of its messages."""
 Command = Callable[..., Any]
 """Is called with the state of Celery's worker, and with the arguments of the command. Returns the reply."""
 
@@ -41,21 +42,21 @@ Command = Callable[..., Any]
 class ControlListener:
     """Receives while a worker of this application runs, from before it takes work until it has ended.
 
-    `commands` are added to those of Celery for this node only, not for other workers of the process. Messages are lost
-    while the broker is away.
+    `commands` are added to those of Celery, for this node only and not for other workers of the process. What is sent
+    while the broker is away is lost.
     """
 
     def __init__(
         self,
         app: Celery,
         node_name: str,
-        subscriptions: Iterable[Subscription] = (),
-        commands: Mapping[str, Command] | None = None,
+        subscription: Subscription,
+        commands: Mapping[str, Command],
     ) -> None:
         self._transport = transport_of(app.conf.broker_url)
-        self._subscriptions = tuple(subscriptions)
+        self._new_queue, self._receive = subscription
         self._state = AttributeDict(app=app, hostname=node_name, consumer=None, tset=set)
-        handlers = {**Panel.data, "heartbeat": _send_heartbeat, **(commands or {})}
+        handlers = {**Panel.data, "heartbeat": _send_heartbeat, **commands}
         self._mailbox = _Node(node_name, state=self._state, handlers=handlers, mailbox=app.control.mailbox)
         self._thread = ReconnectingThread("remote control", app.connection_for_read, self._listen)
         app.steps["consumer"].add(self._step())
@@ -88,10 +89,13 @@ class ControlListener:
         return RemoteControl
 
     def _listen(self, connection: Connection) -> None:
-        connection.transport_options = {**connection.transport_options, "health_check_interval": 1}
+        # Redis is asked every second whether it is there. RabbitMQ need not confirm replies: while a confirmation is
+        # waited for, the next command would be obeyed inside the wait, and take the confirmation of the first.
+        options = {"health_check_interval": 1, "confirm_publish": False}
+        connection.transport_options = {**connection.transport_options, **options}
         channel = open_channel(connection)
-        for queue, receive in self._subscriptions:
-            Consumer(channel, [queue(self._transport)], on_message=receive, no_ack=True).consume()
+        queue = self._new_queue(self._transport)
+        Consumer(channel, [queue], on_message=self._receive, no_ack=True).consume()
         # RabbitMQ closes the channel if it refuses the control queue. On Redis, a second channel needs a second socket.
         self._mailbox.channel = connection.channel() if self._transport == "amqp" else channel
         has_commands = self._consume_commands(connection)
@@ -103,10 +107,10 @@ class ControlListener:
             has_commands = has_commands or self._consume_commands(connection)
 
     def _consume_commands(self, connection: Connection) -> bool:
-        """Return False if RabbitMQ refuses: a lost connection of this node may still own the control queue."""
+        """Return False if RabbitMQ refuses for now: a lost connection of this node may still own the control queue."""
         try:
             self._mailbox.listen(callback=self._obey)
-        except connection.channel_errors:
+        except ResourceLocked:
             return False
         return True
 

@@ -46,6 +46,8 @@ from fleet_worker.settings import Instance
 DEFAULT_URLS = ("http://127.0.0.1:8000", "http://127.0.0.1:8080")
 
 _CANARY = {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0.0}
+_MAX_BODY_BYTES = 256 * 1024 * 1024
+"""Enough for 2,048 embeddings of 4,096 dimensions in JSON."""
 _DEATH_CHECK_SECONDS = 0.5
 """How long `has_died` may take."""
 _RECHECK_AFTER = 0.05
@@ -291,16 +293,20 @@ def _authorization(instance: Instance) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"} if key else {}
 
 
-def _read(response: httpx.Response, timer: RequestTimer) -> bytes:
+def _read(response: httpx.Response, timer: RequestTimer) -> bytearray:
+    content = bytearray()
     try:
-        content = b"".join(body_of(response))
+        for part in body_of(response):
+            content += part
+            if len(content) > _MAX_BODY_BYTES:
+                raise MalformedOutput("the MLX server sent a body that is too large")
     except HTTPX_EXCEPTIONS as error:
         raise error_of_exception(error, timer) from None
     timer.check()  # where the end of the connection ends a response, a cut looks like a regular end
     return content
 
 
-def _json_object(content: bytes) -> dict[str, Any]:
+def _json_object(content: bytearray) -> dict[str, Any]:
     try:
         parsed = from_json(content)
     except ValueError:

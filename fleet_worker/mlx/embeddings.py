@@ -30,7 +30,8 @@ def parse_vectors(answer: dict[str, Any], count: int, dimensions: int | None) ->
         entries = answer["data"]
         if len(entries) != count:
             raise MalformedOutput(f"the MLX server sent {len(entries)} vectors for {count} inputs")
-        vectors = [_floats(entry["embedding"]) for entry in _in_order(entries)]
+        embeddings = [entry["embedding"] for entry in _in_order(entries)]
+        vectors = [unpack_vector(each) if isinstance(each, str) else array("f", each) for each in embeddings]
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
         raise MalformedOutput("the MLX server's embeddings are not a list of vectors") from None
     expected = dimensions or len(vectors[0])
@@ -46,7 +47,3 @@ def _in_order(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the entries by their `index`, or as they are if none has one."""
     by_index = {entry.get("index"): entry for entry in entries}
     return entries if by_index.keys() == {None} else [by_index[index] for index in range(len(entries))]
-
-
-def _floats(embedding: Any) -> array[float]:
-    return unpack_vector(embedding) if isinstance(embedding, str) else array("f", embedding)

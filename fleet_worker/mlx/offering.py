@@ -145,15 +145,12 @@ def offering_for(request: FleetRequest, offerings: Mapping[str, Offering]) -> Of
         raise ModelNotServed("this instance does not serve the requested model", served=sorted(offerings)[:20])
     if request.operation not in offering.capabilities:
         raise UnsupportedCapability(f"{offering.model} is served here for {', '.join(offering.capabilities)} only")
-    if isinstance(request.params, ChatParams):
-        _check_features(request.params, offering)
-    return offering
-
-
-def _check_features(params: ChatParams, offering: Offering) -> None:
+    if not isinstance(params := request.params, ChatParams):
+        return offering
     # vllm-mlx and mlx-openai-server silently drop images for a text model and answer 200.
     if params.has_images and not offering.features["vision"].value:
         raise UnsupportedCapability(f"{offering.model} does not take images; if it does, set its feature vision = true")
     tools = offering.features["tools"]
     if params.tools and not tools.value and tools.source != "default":
         raise UnsupportedCapability(f"{offering.model} is configured without tools")
+    return offering

@@ -101,34 +101,29 @@ def continued_body(
     `max_tokens` ended an earlier answer to the same request exactly where `partial` ends. A space before the text makes
     it another prompt; it is left out only if the text has to be `exact`.
     """
-    turn = {"role": "assistant", "content": partial}
-    messages = [*body["messages"], turn]
+    messages: list[dict[str, Any]] = [*body["messages"], {"role": "assistant", "content": partial}]
+    kwargs: dict[str, Any] = {}
     match profile.continues_by:
         case "flags":
-            flags = {"add_generation_prompt": False, "continue_final_message": True}
-            return _with_template_kwargs(body, messages, flags)
+            kwargs = {"add_generation_prompt": False, "continue_final_message": True}
         case "partial" if not offering.features["vision"].value:  # with images, the server begins a new turn
-            return {**body, "messages": [*body["messages"], {**turn, "partial": True}]}
+            messages[-1]["partial"] = True
         case "always":
             *before, last = body["messages"]
             if last["role"] == "assistant" and isinstance(last["content"], str):  # the server continued the caller's
                 messages = [*before, {**last, "content": last["content"] + partial}]
-            return {**body, "messages": messages}
         case "template" if offering.template:
             template = offering.template.tool_use if "tools" in body else offering.template.default
             # The prompt then ends inside an open tag, but what was delivered is visible text.
             closing_tag = "\n</think>\n\n" if offering.settings.starts_in_reasoning else ""
             before_text = closing_tag if exact else f"{closing_tag} "
             kwargs = {"chat_template": with_open_last_turn(template, before_text=before_text)}
-            return _with_template_kwargs(body, messages, kwargs)
-    return None
-
-
-def _with_template_kwargs(
-    body: dict[str, Any], messages: list[dict[str, Any]], kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    kwargs = {**body.get("chat_template_kwargs", {}), **kwargs}
-    return {**body, "messages": messages, "chat_template_kwargs": kwargs}
+        case _:
+            return None
+    continued = {**body, "messages": messages}
+    if kwargs:
+        continued["chat_template_kwargs"] = {**body.get("chat_template_kwargs", {}), **kwargs}
+    return continued
 
 
 def lacks_template(offering: Offering, profile: ServerProfile) -> bool:

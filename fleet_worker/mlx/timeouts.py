@@ -179,7 +179,8 @@ class RequestTimer:
         return max(0.001, self.started + self.connect_seconds - time.monotonic())
 
     def content_received(self) -> float:
-        """Return the time: content has arrived. The reader may use all the time until the deadline to process it."""
+        """Note that content has arrived, and return the time. Until `restart_gap` only the deadline counts: the reader
+        may be busy with the content."""
         now = self._thread.last_content = time.monotonic()
         self._has_content = True
         self.guard.limit = self._deadline

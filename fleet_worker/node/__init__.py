@@ -2,6 +2,5 @@
 
 May import: `registry`, `host`, `mlx`, `broker`, `protocol`, `settings`, `errors`. Read in this order: `worker`,
 `server_discovery`, `node`, `tasks`, `reply_publisher`, `running_attempts`, `offered_models`, `lane_consumer`,
-`health_monitor`, `readiness`, `router_presence`, `cancel_listener`, `lifecycle`, `remote_control`, `log_privacy`,
-`task_events`.
+`consumer`, `health_monitor`, `readiness`, `router_presence`, `remote_control`, `lifecycle`, `log_privacy`.
 """

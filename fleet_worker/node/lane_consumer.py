@@ -55,14 +55,14 @@ class LaneConsumer:
         """Those of them that have been joined; none while the broker is away."""
         return self._joined & self.wanted
 
-    def follow(self, lanes: Iterable[str]) -> None:
+    def consume(self, lanes: Iterable[str]) -> None:
         """Consume these lanes and no others."""
         self._target = _Target(frozenset(lanes))
         if self._consumer:
             self._consumer.call_soon(self._apply_in, 0.0)
 
     def wait_until_settled(self, timeout: float) -> bool:
-        """Wait up to `timeout` seconds until the last `follow` is applied; the broker may be away."""
+        """Wait up to `timeout` seconds until the last `consume` is applied; the broker may be away."""
         return self._consumer is None or self._target.fulfilled.wait(timeout)
 
     def _step(self) -> type[bootsteps.StartStopStep]:

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from celery import bootsteps, signals
+from celery import signals
 from celery.worker import state as celery_state
 
 from fleet_worker import exit_codes
@@ -22,8 +22,6 @@ from fleet_worker.settings import Settings
 
 log = logging.getLogger(__name__)
 
-BROKEN_CONNECTION = (AttributeError, ValueError)
-"""What Celery and py-amqp also raise when a connection breaks while it is set up: its socket is None, or closed."""
 NAMESAKES_ANSWER_WITHIN = 2.0
 """Seconds in which the processes of a node's name have to answer."""
 NAMESAKES_ASKED = 5
@@ -35,14 +33,6 @@ HAND_OVER_EVERY = 0.1
 LEAVE_AFTER = 8.0
 """Seconds that Celery gets to close its connections when a stopping node has no more work. Together with the seconds
 above, and one to close without Celery, less than the 15 of `WorkerSettings.killed_after`."""
-
-
-class Reconnecting(bootsteps.Step):  # type: ignore[misc]
-    """Makes a connection that breaks while Celery sets it up cost another connection, and not the worker."""
-
-    def __init__(self, consumer: Any, **options: Any) -> None:
-        super().__init__(consumer, **options)
-        consumer.connection_errors = (*consumer.connection_errors, *BROKEN_CONNECTION)
 
 
 class Startup:

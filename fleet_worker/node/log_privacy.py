@@ -8,9 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from celery import Celery, signals
-from celery.worker import consumer
 from celery.worker.consumer.consumer import CONNECTION_ERROR, CONNECTION_RETRY
-from kombu import Message
 
 from fleet_worker.broker.connection import place_of
 
@@ -26,36 +24,6 @@ _LOWEST_LEVELS = {
     "kombu": logging.INFO,
     "amqp": logging.INFO,
 }
-
-
-class Consumer(consumer.Consumer):  # type: ignore[misc]
-    """Celery's consumer, which logs a message that it cannot use without quoting it.
-
-    Celery logs up to 1,024 characters of the body, all headers, which may show the arguments, and the error of the
-    decoder, which holds the whole body.
-    """
-
-    def on_unknown_message(self, body: Any, message: Message) -> None:
-        super().on_unknown_message(None, _redacted(message))
-
-    def on_unknown_task(self, body: Any, message: Message, exc: Exception) -> None:
-        message = _redacted(message)
-        # Celery reads both, and an error here would end the worker.
-        message.headers = {"id": None, "task": str(exc), **message.headers}
-        super().on_unknown_task(None, message, exc)
-
-    def on_invalid_task(self, body: Any, message: Message, exc: Exception) -> None:
-        super().on_invalid_task(None, _redacted(message), exc)
-
-    def on_decode_error(self, message: Message, exc: Exception) -> None:
-        super().on_decode_error(_redacted(message), "not JSON")
-
-
-def _redacted(message: Message) -> Message:
-    headers = message.headers if isinstance(message.headers, dict) else {}
-    message.headers = {key: headers[key] for key in ("id", "task", "root_id") if key in headers}
-    message.body = f"{len(message.body)} bytes, not shown"
-    return message
 
 
 def protect_logs() -> None:

@@ -13,12 +13,10 @@ from typing import Any
 from celery import Celery
 from celery.worker import state as celery_state
 
-from fleet_worker.broker.control_listener import Subscription
-from fleet_worker.broker.topology import cancel_queue, direct_lane, lane, transport_of
+from fleet_worker.broker.topology import direct_lane, lane, transport_of
 from fleet_worker.errors import FleetError, InstanceUnavailable, ModelNotServed
 from fleet_worker.mlx.offering import Offering
 from fleet_worker.mlx.timeouts import CancelToken
-from fleet_worker.node.cancel_listener import CancelListener
 from fleet_worker.node.health_monitor import HealthMonitor
 from fleet_worker.node.lane_consumer import LaneConsumer
 from fleet_worker.node.offered_models import OfferedModels
@@ -55,7 +53,7 @@ class Node:
         self.name = name
         self.instance, _, self._host = name.partition("@")
         self.settings = settings
-        self.server = server.kind
+        self.server_kind = server.kind
         self.mlx = server.client
         self.models = OfferedModels(settings, self.instance, server.kind, server.models)
         self.running = RunningAttempts()
@@ -79,11 +77,6 @@ class Node:
         self._tokens_reported = (time.monotonic(), 0)
 
     @property
-    def subscription(self) -> Subscription:
-        """What routers tell all nodes."""
-        return cancel_queue, CancelListener(self.name, self.running.cancel, self.publisher.publish_again)
-
-    @property
     def slots(self) -> int:
         return self.settings.instances[self.instance].limits.concurrency
 
@@ -102,7 +95,7 @@ class Node:
         return len(celery_state.reserved_requests)
 
     def start(self) -> None:
-        log.info("%s found a %s server at %s", self.name, self.server, self.mlx.url)
+        log.info("%s found a %s server at %s", self.name, self.server_kind, self.mlx.url)
         self.presence.start()
         self._monitor.start()
         self._status_client.start()
@@ -181,7 +174,7 @@ class Node:
             wanted = frozenset(lanes_of(self.name, models) if self.state.ready and models else ())
             left, joined = self._lane_consumer.wanted - wanted, wanted - self._lane_consumer.wanted
             if left or joined:
-                self._lane_consumer.follow(wanted)
+                self._lane_consumer.consume(wanted)
                 self._log_lanes(left, joined)
             if joined:  # lanes to leave are not reported any more, even before they are left
                 self._lane_consumer.wait_until_settled(LANES_JOINED_WITHIN)
@@ -207,7 +200,7 @@ class Node:
                 node=self.name,
                 status=state.status,
                 reason=state.reason,
-                server=self.server,
+                server=self.server_kind,
                 version=VERSION,
                 pid=os.getpid(),
                 slots=self.slots,

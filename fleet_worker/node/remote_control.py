@@ -1,15 +1,42 @@
-"""The control commands of an inference node: drain, hand_over, undrain, drained."""
+"""What an inference node is told: by routers what they cancel and what they have missed, by operators to drain."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
-from fleet_worker.broker.control_listener import Command
+from fleet_worker.broker.control_listener import Command, Subscription
+from fleet_worker.broker.topology import cancel_queue
+from fleet_worker.errors import InvalidRequest
 from fleet_worker.node.node import Node
+from fleet_worker.protocol.request import ControlMessage
+
+log = logging.getLogger(__name__)
+
+
+def subscription_of(node: Node) -> Subscription:
+    """Return what the node does with each notice of a router.
+
+    A notice may be lost while the broker is away. A router repeats a cancel as long as it sees the request go on.
+    """
+
+    def obey(message: Any) -> None:
+        try:
+            notice = ControlMessage.decode(message.body)
+        except InvalidRequest as error:
+            log.error("a notice of a router was dropped: %s", error)
+            return
+        if notice.node in (None, node.name):
+            for request_id, attempt in notice.cancelled:
+                node.running.cancel(request_id, attempt)
+            if notice.missed:
+                node.publisher.publish_again(notice.missed)
+
+    return cancel_queue, obey
 
 
 def commands_of(node: Node) -> dict[str, Command]:
-    """Return the commands by name. Each replies with the node's work after it."""
+    """Return the control commands by name. Each replies with the node's work after it."""
 
     def work() -> dict[str, Any]:
         grace = node.settings.worker.drain_grace

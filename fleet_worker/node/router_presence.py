@@ -16,7 +16,7 @@ from typing import Any
 from amqp.exceptions import NotFound
 from kombu import Connection
 
-from fleet_worker.broker.connection import open_channel
+from fleet_worker.broker.connection import hear, open_channel
 from fleet_worker.broker.reconnecting import ReconnectingThread
 from fleet_worker.broker.topology import Transport, listening_key
 from fleet_worker.errors import ReplyLost
@@ -58,6 +58,7 @@ class RouterPresence:
         abandoned_after: float,
     ) -> None:
         self._ask = _key_is_there if transport == "redis" else _queue_is_consumed
+        self._sends_heartbeats = transport == "amqp"  # or RabbitMQ would close a connection on which nothing is asked
         self._running = running
         self._abandoned_after = abandoned_after
         self._changed = threading.Condition()
@@ -110,6 +111,9 @@ class RouterPresence:
                 if time.monotonic() >= next_check:
                     asked |= self._running.routers
                     next_check = time.monotonic() + CHECK_EVERY
+                    if self._sends_heartbeats:
+                        hear(connection, 0.01)
+                        connection.heartbeat_check()
                 for reply_to in asked:
                     self._learn(reply_to, self._ask(channel, reply_to))
         finally:

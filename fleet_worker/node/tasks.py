@@ -10,9 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import celery.worker.request as celery_request
-import celery.worker.strategy as celery_strategy
 from celery import Celery
-from celery.exceptions import InvalidTaskError
 
 from fleet_worker.broker.topology import REPLY_PREFIX, task_name
 from fleet_worker.errors import (
@@ -44,8 +42,8 @@ def register_tasks(app: Celery, node: Node) -> None:
     """
 
     def task(function: Any) -> Any:
-        options = {"throws": (FleetError,), "ignore_result": True, "Strategy": f"{__name__}:careful_strategy"}
-        return app.task(name=task_name(function.__name__), shared=False, **options)(function)
+        name = task_name(function.__name__)
+        return app.task(name=name, shared=False, throws=(FleetError,), ignore_result=True)(function)
 
     @task
     def chat(envelope: dict[str, Any]) -> None:
@@ -72,19 +70,6 @@ def register_tasks(app: Celery, node: Node) -> None:
             if work and isinstance(work.request.params, EmbedParams):
                 vectors = node.mlx.embed(work.request.params.input, work.offering, **work.limits)
                 work.respond(EmbedResponse, data=vectors.data, dimensions=vectors.dimensions, usage=vectors.usage)
-
-
-def careful_strategy(task: Any, app: Any, consumer: Any) -> Any:
-    """Celery's default strategy, except that a message that is no task is dropped: Celery would end the worker."""
-    start = celery_strategy.default(task, app, consumer)
-
-    def start_if_valid(message: Any, *rest: Any, **options: Any) -> Any:
-        match message.payload:
-            case [list(), dict(), _] if "id" in message.headers:
-                return start(message, *rest, **options)
-        raise InvalidTaskError("a task is [args, kwargs, embed] with an id")
-
-    return start_if_valid
 
 
 class Request(celery_request.Request):  # type: ignore[misc]

@@ -16,12 +16,12 @@ from fleet_worker.errors import ConfigurationError, FleetError, where
 from fleet_worker.exit_codes import AGAIN, CONFIGURATION, INTERRUPTED, SOFTWARE, UNAVAILABLE
 from fleet_worker.host.parent_pipe import attach_to_parent
 from fleet_worker.node import node as inference_node
-from fleet_worker.node.lifecycle import Lifecycle, Reconnecting, Startup
+from fleet_worker.node.consumer import Consumer
+from fleet_worker.node.lifecycle import Lifecycle, Startup
 from fleet_worker.node.log_privacy import begin_log, drop_beats, protect_logs
 from fleet_worker.node.node import Node, lanes_of
-from fleet_worker.node.remote_control import commands_of
+from fleet_worker.node.remote_control import commands_of, subscription_of
 from fleet_worker.node.server_discovery import find_server
-from fleet_worker.node.task_events import Consumer
 from fleet_worker.node.tasks import Request, register_tasks
 from fleet_worker.registry import node as registry_node
 from fleet_worker.registry.node import RegistryNode
@@ -35,7 +35,6 @@ def serve_with(app: Celery, settings: Settings) -> None:
     app.Worker = app.subclass_with_self(Worker, settings=settings)
     app.Task.Request = Request
     app.conf.worker_consumer = Consumer
-    app.steps["consumer"].add(Reconnecting)
 
 
 def refuse(error: ConfigurationError) -> NoReturn:
@@ -69,9 +68,12 @@ class Worker(celery_worker.Worker):  # type: ignore[misc]
             _check_name_is_free(self.app, self.settings, self.hostname)
             node = _create_node(self.app, self.settings, self.hostname)
             lifecycle = Lifecycle(self, node, grace=self.settings.worker.drain_grace)
-            commands: dict[str, Command] = {} if isinstance(node, RegistryNode) else commands_of(node)
-            commands["process"] = lifecycle.process
-            ControlListener(self.app, node.name, [node.subscription], commands)
+            commands: dict[str, Command] = {"process": lifecycle.process}
+            if isinstance(node, RegistryNode):
+                subscription = node.subscription
+            else:
+                subscription, commands = subscription_of(node), {**commands, **commands_of(node)}
+            ControlListener(self.app, node.name, subscription, commands)
             lifecycle.begin(startup)
         except ConfigurationError as error:
             _give_up(error.message, AGAIN if startup.reloads else CONFIGURATION)  # it may have been corrected meanwhile

@@ -1,4 +1,4 @@
-"""The request envelope (protocol version 2, JSON) that a router sends to a node."""
+"""What a router sends to nodes (JSON): request envelopes of protocol version 2, and control messages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fleet_worker.errors import InvalidRequest
 from fleet_worker.protocol.openai import ChatParams, EmbedParams
-from fleet_worker.protocol.wire import WireModel, explain
+from fleet_worker.protocol.wire import BrokerMessage, WireModel, explain
 
 Operation = Literal["chat", "stream_chat", "embed"]
 Priority = Literal["critical", "high", "normal", "low"]
@@ -136,6 +136,17 @@ class FleetRequest(WireModel):
     def remaining(self) -> float:
         """Seconds until the deadline; never more than the caller allowed, however wrong a clock is."""
         return min(self.timeout_seconds, self.expires_at - time.time())
+
+
+class ControlMessage(BrokerMessage):
+    """Cancels requests, or asks for replies to be sent again."""
+
+    node: str | None = None
+    """The node that it is for; None for all nodes."""
+    cancelled: list[tuple[str, int]] = Field(default=[])
+    """Ids of cancelled requests, each with the number of the last attempt that is cancelled."""
+    missed: str | None = None
+    """A reply queue whose router was disconnected for a moment: what was sent to it last must be sent again."""
 
 
 def _check_structure(value: Any, levels: int = MOST_LEVELS) -> None:

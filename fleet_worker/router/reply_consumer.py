@@ -23,8 +23,8 @@ from fleet_worker.broker.topology import (
     transport_of,
 )
 from fleet_worker.errors import Cancelled, InvalidRequest, where
-from fleet_worker.protocol.control import ControlMessage
 from fleet_worker.protocol.reply import Frame, Reply
+from fleet_worker.protocol.request import ControlMessage
 from fleet_worker.protocol.wire import PROTOCOL_VERSION
 from fleet_worker.registry.view import Registry
 from fleet_worker.router.submitter import publish

@@ -21,8 +21,7 @@ from fleet_worker.broker.connection import ANSWER_WITHIN, BROKER_ERRORS, CLOSE_W
 from fleet_worker.broker.queue_depth import SUBMITTED_AT
 from fleet_worker.broker.topology import Transport, cancel_exchange, priority, route_to, task_name
 from fleet_worker.errors import Cancelled, Expired
-from fleet_worker.protocol.control import ControlMessage
-from fleet_worker.protocol.request import FleetRequest
+from fleet_worker.protocol.request import ControlMessage, FleetRequest
 from fleet_worker.router.attempts import CancelOrphan
 from fleet_worker.router.scheduler import Scheduler
 

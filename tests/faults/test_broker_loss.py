@@ -18,8 +18,8 @@ from fleet_worker.broker.topology import cancel_exchange, reply_name
 from fleet_worker.host.child_process import child, python
 from fleet_worker.node import reply_publisher
 from fleet_worker.node.reply_publisher import ReplyPublisher
-from fleet_worker.protocol.control import ControlMessage
 from fleet_worker.protocol.reply import Delta
+from fleet_worker.protocol.request import ControlMessage
 from fleet_worker.registry.view import Registry
 from fleet_worker.router.reply_consumer import ReplyConsumer
 from fleet_worker.simulator import reply_tokens

@@ -16,12 +16,14 @@ from fleet_worker.broker import connection as connections
 from fleet_worker.broker import reconnecting as link
 from fleet_worker.broker.app import create_app
 from fleet_worker.broker.control_listener import ControlListener
-from fleet_worker.broker.topology import cancel_exchange, cancel_queue, reply_name
-from fleet_worker.node.cancel_listener import CancelListener
+from fleet_worker.broker.topology import cancel_exchange, cancel_queue, reply_name, transport_of
+from fleet_worker.node import router_presence
 from fleet_worker.node.reply_publisher import ReplyPublisher
-from fleet_worker.protocol.control import ControlMessage
+from fleet_worker.node.router_presence import RouterPresence
+from fleet_worker.node.running_attempts import RunningAttempts
 from fleet_worker.protocol.reply import Alive, Delta, Timings, Usage
 from fleet_worker.protocol.reply import ChatResponse as Response
+from fleet_worker.protocol.request import ControlMessage
 from fleet_worker.registry.view import Registry
 from fleet_worker.router.reply_consumer import ReplyConsumer
 from tests.clients import until
@@ -152,8 +154,7 @@ def test_a_frozen_broker_is_noticed_and_costs_no_frame(broker, caplog):
 def test_a_node_whose_network_was_cut_hears_cancels_again(broker, relay):
     cancelled = queue.SimpleQueue()
     app = app_of(relay.url)
-    receive = CancelListener("n@h", lambda *what: cancelled.put(what), print)
-    control = ControlListener(app, "n@h", [(cancel_queue, receive)])
+    control = ControlListener(app, "n@h", (cancel_queue, lambda message: cancelled.put(bytes(message.body))), {})
     control.start()
 
     def hears(number):
@@ -161,7 +162,7 @@ def test_a_node_whose_network_was_cut_hears_cancels_again(broker, relay):
             body = ControlMessage(cancelled=[("r", number)]).encode()
             Producer(connection, cancel_exchange()).publish(body, content_type="application/json")
         with suppress(queue.Empty):
-            return cancelled.get(timeout=0.2) == ("r", number)
+            return cancelled.get(timeout=0.2) == body
 
     try:
         until(lambda: hears(1))
@@ -170,3 +171,22 @@ def test_a_node_whose_network_was_cut_hears_cancels_again(broker, relay):
         until(lambda: hears(2), NOTICED_WITHIN)
     finally:
         control.close(5.0)
+
+
+def test_a_node_without_requests_keeps_the_connection_on_which_it_asks_about_routers(broker, monkeypatch):
+    monkeypatch.setattr(router_presence, "CHECK_EVERY", 0.3)
+    app, opened = app_of(broker.url), []
+
+    def connect():
+        opened.append(app.connection_for_read())
+        return opened[-1]
+
+    presence = RouterPresence(connect, transport_of(broker.url), RunningAttempts(), abandoned_after=5.0)
+    presence.start()
+    try:
+        until(lambda: presence._is_connected)
+        time.sleep(NOTICED_WITHIN)
+        assert not presence.listens(reply_name("nobody", 60))
+        assert len(opened) == 1
+    finally:
+        presence.close(5.0)

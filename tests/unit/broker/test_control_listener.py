@@ -30,8 +30,8 @@ def received():
 
 @pytest.fixture
 def listener(app, received):
-    subscriptions = [(cancel_queue, lambda message: received.append(bytes(message.body)))]
-    listener = ControlListener(app, NAME, subscriptions, {"where": lambda state, **_: state.hostname})
+    subscription = (cancel_queue, lambda message: received.append(bytes(message.body)))
+    listener = ControlListener(app, NAME, subscription, {"where": lambda state, **_: state.hostname})
     listener.start()
     assert listener._thread.worked.wait(10)
     yield listener

@@ -84,6 +84,7 @@ USED = [
     (CONSUMER, "Consumer", "add_task_queue", [], LANES),
     (CONSUMER, "Consumer", "cancel_task_queue", [], LANES),
     (CONSUMER, "Consumer", "call_soon", [], LANES),
+    (CONSUMER, "Consumer", "create_task_handler", [], "a message that is no task ends the worker"),
     (CONSUMER, "Consumer", "on_unknown_message", ["Consumer"], QUOTED),
     (CONSUMER, "Consumer", "on_unknown_task", ["Consumer"], QUOTED),
     (CONSUMER, "Consumer", "on_invalid_task", ["Consumer"], QUOTED),

@@ -1,4 +1,4 @@
-"""A chat stream that goes wrong: every fault of the simulated server, the clocks, and readers that leave."""
+"""Chat streams that fail: every fault of the simulated server, the timeouts, and readers that stop reading."""
 
 import traceback
 from contextlib import closing
@@ -26,7 +26,7 @@ PRIVATE = [{"role": "user", "content": f"My password is {SECRET}."}]
 UVICORN = sorted(set(FLAVOURS) - {"mlx_lm"})
 WHOLE = "".join(reply_tokens(HELLO, 100))
 GAP, FIRST, DEADLINE = r"clocks\.gap", r"clocks\.first_content", "the deadline passed"
-"""How the text of a `RequestTimeout` says which clock it was."""
+"""The part of a `RequestTimeout`'s text that names the limit."""
 
 
 # --- Every fault
@@ -50,7 +50,7 @@ OF_VECTORS = {"wrong_count", "wrong_dimension", "nan"}
 
 
 def test_every_fault_of_the_simulated_server_is_expected_here():
-    elsewhere = {"death"}  # of the whole server: there is nobody left to ask a second time
+    elsewhere = {"death"}  # it ends the whole server, so no second request is possible
     assert {kind for table in TABLES for kind in table} == {*BROKEN, *SILENT, *HARMLESS, *OF_VECTORS, *elsewhere}
 
 
@@ -58,7 +58,7 @@ def test_every_fault_of_the_simulated_server_is_expected_here():
 @pytest.mark.parametrize("kind", BROKEN)
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_a_broken_answer_is_one_error_for_a_chat_and_a_stream(flavour, kind, at_token):
-    """And no word of the request, of the server or of the key is in its text."""
+    """Its text contains nothing of the request, of the server's answer or of the key."""
     if (flavour, kind) == ("openai", "finish_without_done"):
         return
     with served(flavour, api_key=SECRET, client={"api_key": SECRET}) as (server, client):
@@ -134,7 +134,7 @@ def test_an_error_inside_a_stream_says_by_its_code_what_to_do(flavour, code, exp
 
 
 def test_a_busy_server_may_say_so_in_a_stream():
-    """vllm-mlx's Simple engine: 200, a role, an error."""
+    """The simple engine of vllm-mlx sends status 200, a role, and then an error."""
     with served("vllm_simple", token_interval=0.02) as (_, client), client.open() as stream:
         next(iter(stream))
         with pytest.raises(ProviderError) as raised:
@@ -186,20 +186,20 @@ def test_a_route_that_is_not_there_is_a_capability_that_is_not_there(flavour):
 
 @pytest.mark.parametrize("body", [{"error": {"message": "Not Found", "code": "not_found"}}, "404 page not found\n"])
 def test_a_missing_route_has_several_names(body):
-    """The first is our own embedding server's, asked for a chat."""
+    """The first is what our own embedding server answers to a chat."""
     with served("openai") as (server, client):
         server.fail(Fault("status", status=404, body=body))
         with pytest.raises(UnsupportedCapability):
             client.ask()
 
 
-# --- The clocks and the deadline
+# --- Timeouts and the deadline
 
 
 @pytest.mark.parametrize("kind", sorted(SILENT))
 @pytest.mark.parametrize("flavour", ["mlx_lm", "vllm_batched"])
 def test_silence_before_the_first_content_may_be_tried_elsewhere(flavour, kind):
-    """Heartbeats are no content; neither is a role."""
+    """Neither heartbeats nor a role count as content."""
     clocks = {"first_content": 0.1, "gap": 0.1}
     with served(flavour, old_health=True, heartbeat=0.02, client={"clocks": clocks}) as (server, client):
         server.fail(Fault(kind, seconds=0.02 if kind == "heartbeat_only" else 30))
@@ -209,7 +209,7 @@ def test_silence_before_the_first_content_may_be_tried_elsewhere(flavour, kind):
 
 
 def test_a_server_that_answers_nobody_is_a_silent_one():
-    """A stopped process: the kernel still shakes hands."""
+    """The process is stopped, but its kernel still accepts connections."""
     with answering("") as url, closing(Client(url, clocks={"first_content": 0.1, "gap": 0.1})) as client:
         with took_less_than(5), pytest.raises(RequestTimeout, match=FIRST) as raised:
             client.ask()
@@ -241,7 +241,7 @@ def test_a_slow_stream_is_no_silent_one():
 
 
 def test_a_reader_that_takes_its_time_is_not_the_server_s_silence():
-    """While it is busy with what it has, the server cannot be blamed. The other server is the clock."""
+    """The gap timeout does not run while the reader is busy: here it asks another server, for longer than the gap."""
     with (
         served("vllm_batched", token_interval=0.01, tokens=40, client={"clocks": {"gap": 0.15}}) as (_, client),
         served(ttft=0.3, tokens=1) as (_, elsewhere),
@@ -288,7 +288,7 @@ def test_a_silent_stream_ends_at_its_deadline():
 
 
 def test_a_reader_that_takes_too_much_time_meets_the_deadline():
-    """At once, whatever has arrived meanwhile."""
+    """It raises at once, even if more of the stream has arrived."""
     with (
         served("vllm_batched", token_interval=0.01, tokens=1000) as (_, client),
         served(ttft=0.3, tokens=1) as (_, elsewhere),
@@ -353,7 +353,7 @@ def test_a_stream_may_be_left_before_it_is_read(flavour):
 
 
 def test_a_reader_that_fails_leaves_too():
-    """With its own error."""
+    """Its own error is raised."""
     with served("vllm_batched", token_interval=0.01, tokens=5000) as (server, client):
         with pytest.raises(ZeroDivisionError), client.open(max_tokens=5000):
             raise ZeroDivisionError
@@ -371,5 +371,5 @@ def test_a_client_goes_on_after_a_stream_was_left():
 
 
 def told(error):
-    """All that a log could show of it."""
+    """All text of an exception that a log could show."""
     return "".join(traceback.format_exception(error)) + repr(error) + str(error.metadata)

@@ -1,4 +1,4 @@
-"""Where the chat template of a model is found, and how it is made to leave the last turn open."""
+"""How the chat template of a model is found, and changed so that it leaves the last turn open."""
 
 import json
 
@@ -25,7 +25,7 @@ CHATML = (
 
 
 def rendered(template, messages):
-    """As transformers does it, for mlx_lm.server."""
+    """Render as transformers does for mlx_lm.server."""
     environment = jinja.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(template).render(messages=messages, add_generation_prompt=True)
 
@@ -107,7 +107,7 @@ def test_it_lies_in_the_hugging_face_cache(tmp_path, monkeypatch, variable):
 
 
 def test_the_default_model_is_the_folder_that_its_server_reports(tmp_path):
-    """mlx_lm.server lists the cache by names, and the folder of its command line by its path."""
+    """mlx_lm.server lists cached models by name, and the model of its command line by its path."""
     folder = folder_with(tmp_path / "model")
     assert of("default_model", reported=["somebody/some-model", str(folder)]) == "the template"
     assert of("default_model", reported=["somebody/some-model"]) is None

@@ -1,4 +1,4 @@
-"""Events and chunks of chat streams as no simulated server writes them, and as some real ones do."""
+"""Events and chunks of chat streams that real servers send, but the simulated one does not."""
 
 import json
 import re
@@ -32,7 +32,7 @@ def read(*events, splitter=None):
 
 
 def calls_of(*pieces):
-    """The tool calls that these deltas make up: each piece is the list of one delta."""
+    """The complete tool calls of these deltas; each piece is the `tool_calls` of one delta."""
     return join(read(*(event({"tool_calls": piece}) for piece in pieces))[1])["tool_calls"]
 
 
@@ -69,7 +69,7 @@ def test_text_that_waits_for_a_tag_comes_at_the_end():
 
 
 def test_every_piece_stays_a_piece():
-    """However many events arrive together."""
+    """Events that arrive together are not merged."""
     assert ChunkReader().read([event({"content": text}) for text in "abc"]) == [Delta(content=text) for text in "abc"]
 
 
@@ -100,7 +100,7 @@ def test_nothing_after_done_is_read():
 
 
 def test_a_chunk_without_choices_says_nothing():
-    """Usage, pings, and what is not known yet."""
+    """Such chunks have usage, or are pings, or are of a kind that we do not know."""
     assert read(b'{"choices": []}', b'{"choices": null}', b"{}", b'{"type": "ping"}')[1] == []
 
 
@@ -151,7 +151,7 @@ def test_fragments_join_by_their_number():
 
 @pytest.mark.parametrize("index", [{}, {"index": None}, {"index": "0"}])
 def test_calls_without_a_number_are_counted(index):
-    """In one delta, or one in each."""
+    """The calls come in one delta, or each in its own."""
     whole = [call("f", id="a"), call("g", id="b")]
     assert calls_of([{**piece, **index} for piece in whole]) == whole
     assert calls_of(*([{**piece, **index}] for piece in whole)) == whole
@@ -176,7 +176,7 @@ def test_a_new_id_begins_a_call_whatever_else_is_missing():
 
 
 def test_arguments_may_be_an_object():
-    """They are JSON in a string for everybody who reads them."""
+    """They become a string of JSON, as OpenAI defines them."""
     assert calls_of([call("f", {"city": "Zürich"}, index=0)]) == [call("f", '{"city": "Zürich"}')]
 
 
@@ -239,7 +239,7 @@ deltas = st.fixed_dictionaries(
 
 @given(st.lists(deltas, max_size=4), json_values, json_values)
 def test_whatever_a_server_sends_is_read_or_refused_and_what_is_read_joins(said, finish, usage):
-    """And nothing but our errors comes out."""
+    """Only our own errors are raised."""
     try:
         reader, read_deltas = read(*(event(delta, finish, usage=usage) for delta in said), splitter=ReasoningSplitter())
     except FleetError:
@@ -288,7 +288,7 @@ def test_an_error_that_is_null_is_none():
 
 
 def test_a_chunk_counts_when_its_text_is_let_go():
-    """So a reader who was interrupted has the text of as many chunks as it was told."""
+    """So the count of an interrupted stream is that of the text that its reader has."""
     reader = ChunkReader(ReasoningSplitter())
     counts = []
     for text in ("a", "<", "thi", "s", " b<"):
@@ -304,7 +304,7 @@ def test_a_chunk_counts_when_its_text_is_let_go():
 
 # --- Events
 
-NOT_LINE_ENDS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"  # str.splitlines cuts at each of them
+NOT_LINE_ENDS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"  # str.splitlines splits at each of them
 
 line_ends = st.sampled_from([b"\n", b"\r\n", b"\r"])
 texts = st.text(alphabet=st.sampled_from("ab :é€😀" + NOT_LINE_ENDS), max_size=8)
@@ -318,7 +318,7 @@ streams = st.lists(
 
 @st.composite
 def cut(draw, whole):
-    """The same bytes in pieces, of which some may be empty."""
+    """Draw a way to split the same bytes; some pieces may be empty."""
     stream = draw(whole)
     places = sorted(draw(st.lists(st.integers(0, len(stream)), max_size=12)))
     return [stream[start:end] for start, end in zip([0, *places], [*places, len(stream)], strict=True)]
@@ -331,7 +331,7 @@ def parsed(pieces):
 
 
 def by_the_book(stream):
-    """What the specification says of a whole stream, written another way."""
+    """Parse a whole stream as the specification says, by other code than ours."""
     events, data = [], []
     for line in [*re.split(rb"\r\n|\n|\r", stream), b""]:
         if found := re.fullmatch(rb"data: ?(.*)", line, re.DOTALL):
@@ -349,7 +349,7 @@ def test_however_a_stream_is_cut_its_events_are_those_of_the_specification(piece
 
 @st.composite
 def written(draw):
-    """Events, and a stream that carries them with one kind of line end, comments and other fields between."""
+    """Draw events, and a stream of them with one kind of line end, and with comments and other fields between."""
     events = draw(st.lists(st.lists(texts, min_size=1, max_size=3), max_size=6))
     end = draw(line_ends)
     between = st.sampled_from(

@@ -8,6 +8,7 @@ import time
 from array import array
 from contextlib import ExitStack, closing, contextmanager, suppress
 
+import httpx
 import pytest
 
 from fleet_worker.errors import (
@@ -19,6 +20,7 @@ from fleet_worker.errors import (
     Unauthorized,
     UnsupportedCapability,
 )
+from fleet_worker.mlx import client as client_module
 from fleet_worker.mlx.client import DEFAULT_URLS, Health
 from fleet_worker.protocol.reply import Usage
 from fleet_worker.simulator import FLAVOURS, Fault, embedding, reply_tokens
@@ -48,7 +50,7 @@ def test_a_chat_returns_the_whole_answer(flavour):
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_a_stream_says_in_pieces_what_a_chat_says_at_once(flavour):
-    """The last piece rides on vllm-mlx's finish chunk; no piece is empty."""
+    """vllm-mlx sends the last text in the chunk with the finish_reason. No delta is empty."""
     with served(flavour) as (_, client):
         deltas, whole, answer = client.stream()
         assert whole == {"content": WHOLE, "reasoning": None, "tool_calls": []}
@@ -60,7 +62,7 @@ def test_a_stream_says_in_pieces_what_a_chat_says_at_once(flavour):
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_an_answer_that_max_tokens_cut_says_length_whatever_its_server_says(flavour):
-    """mlx-openai-server and mlx-omni-server say "stop", and the latter loses the last token."""
+    """mlx-openai-server and mlx-omni-server report "stop", and the second loses the last token."""
     with served(flavour) as (_, client):
         answer = client.ask(max_tokens=8)
         assert answer.finish_reason == "length"
@@ -103,7 +105,7 @@ def test_cached_tokens_are_reported_where_a_server_counts_them(flavour):
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_separators_of_unicode_are_text(flavour):
-    """vllm-mlx sends U+2028 and its like raw; they end no line of an event stream."""
+    """vllm-mlx sends U+2028 and similar as they are; they do not end a line of an event stream."""
     with served(flavour, separators=True) as (_, client):
         expected = "".join(reply_tokens(HELLO, 100, separators=True))
         assert "\u2028" in expected
@@ -113,7 +115,7 @@ def test_separators_of_unicode_are_text(flavour):
 @pytest.mark.parametrize("fault", ["drip", "split", "join", "crlf", "cr"])
 @pytest.mark.parametrize("flavour", ["mlx_lm", "vllm_batched"])
 def test_a_stream_may_be_cut_into_segments_anywhere(flavour, fault):
-    """In the middle of an event, of a UTF-8 character and of a line end; with any of the three line ends."""
+    """It is cut inside events, UTF-8 characters and line ends, with each of the three line ends."""
     with served(flavour, tokens=12) as (server, client):
         server.fail(Fault(fault, seconds=0, times=2))
         expected = "".join(reply_tokens(HELLO, 12))
@@ -150,7 +152,7 @@ def test_a_tag_that_is_never_closed_leaves_no_visible_text():
 
 
 def test_a_template_that_opens_the_tag_itself():
-    """Then the output begins inside, and only the closing tag is seen."""
+    """The output then begins with reasoning, and has only the closing tag."""
     with served(client={"model": {"starts_in_reasoning": True}}) as (server, client):
         server.fail(Fault("status", status=200, body=said("Hm", ".</thi", "nk>\n\nYes", "."), times=2))
         answer = client.ask()
@@ -161,7 +163,7 @@ def test_a_template_that_opens_the_tag_itself():
 
 
 def test_an_orphan_closing_tag():
-    """A chat sees it before anything is shown; in a stream what came before it is visible already."""
+    """In a chat, the text before it is reasoning. In a stream, that text was already delivered as visible."""
     with served() as (server, client):
         server.fail(Fault("status", status=200, body=said("Hm", ".</think>", "Yes."), times=2))
         answer = client.ask()
@@ -180,7 +182,7 @@ def test_what_might_have_become_a_tag_is_not_lost_at_the_end():
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_tool_calls_come_whole_however_they_were_sent(flavour):
-    """In one delta, in fragments, or on the finish chunk."""
+    """They come in one delta, in fragments, or in the chunk with the finish_reason."""
     with served(flavour, tool_calls=CALLS) as (_, client):
         answer = client.ask(tools=TOOLS, max_tokens=200)
         assert [call["function"]["name"] for call in answer.tool_calls] == ["weather", "time"]
@@ -233,7 +235,7 @@ KNOWN["vllm_batched"] = KNOWN["vllm_simple"]
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_a_server_gets_what_it_knows_and_one_canonical_model(flavour):
-    """And answers it: no null, no string for `stop`, no role it does not have."""
+    """It gets no null, no string for `stop` and no role that it does not know, and it answers."""
     with served(flavour) as (server, client):
         client.ask(**EVERYTHING)
         (request,) = server.requests
@@ -290,7 +292,7 @@ def test_vectors_come_in_the_order_of_their_texts(flavour):
 
 @pytest.mark.parametrize("flavour", EMBEDDERS)
 def test_vectors_are_asked_for_as_base64_where_that_is_known(flavour):
-    """vllm-mlx and mlx-omni-server send numbers whatever they are asked for."""
+    """vllm-mlx and mlx-omni-server always send numbers."""
     with served(flavour) as (server, client):
         client.vectors("a")
         expected = "base64" if flavour in ("mlx_openai", "openai") else None
@@ -334,7 +336,7 @@ def test_mlx_lm_has_no_embeddings():
 
 
 def test_an_embedding_ends_at_its_deadline():
-    """Before the head of the response, and in the middle of a body whatever frames it."""
+    """Before the headers arrive, and in the middle of a body, however its length is given."""
     with served("vllm_batched") as (server, client):
         server.fail(Fault("slow_headers", seconds=30))
         with took_less_than(5), pytest.raises(RequestTimeout, match="deadline"):
@@ -354,7 +356,7 @@ def test_half_a_response_is_waited_for_until_the_deadline(framing):
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_a_server_shows_what_kind_it_is(flavour):
-    """mlx-omni-server has no /health, and looks like any other FastAPI."""
+    """mlx-omni-server has no /health, and cannot be told from any other FastAPI server."""
     with served(flavour, client={"server": "openai"}) as (_, client):
         engine = {"vllm_simple": "simple", "vllm_batched": "batched"}.get(flavour)
         assert client.health() == Health(True, KINDS[flavour] if flavour != "omni" else "openai", engine)
@@ -391,6 +393,19 @@ def test_health_is_the_status_and_the_body(status, body, ready):
         assert client.health().ready is ready
 
 
+def test_a_body_without_end_is_not_kept(monkeypatch):
+    class Endless(httpx.SyncByteStream):
+        def __iter__(self):
+            return iter(lambda: b"a", None)
+
+    monkeypatch.setattr(client_module, "_MAX_BODY_BYTES", 1000)
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, stream=Endless()))
+    with closing(Client("http://a", transport=transport)) as client:
+        for ask in (client.models, client.health, lambda: client.vectors("a")):
+            with pytest.raises(MalformedOutput, match="too large"):
+                ask()
+
+
 def test_a_server_that_nobody_can_reach_has_died():
     with served("vllm_batched") as (server, client):
         assert not client.has_died()
@@ -415,7 +430,7 @@ def test_a_server_that_is_late_is_busy_and_not_dead():
 
 
 def test_a_server_is_dead_if_it_hangs_up_twice():
-    """Once may be the moment in which a full backlog refuses."""
+    """A single refusal may come from a full backlog."""
     with served("vllm_batched") as (server, client):
         server.fail(Fault("empty_reply", path="/health", times=3))
         assert client.has_died()
@@ -423,7 +438,7 @@ def test_a_server_is_dead_if_it_hangs_up_twice():
 
 
 def test_a_request_that_came_to_a_dead_generation_thread_says_that_a_server_died():
-    """Whether it has killed it cannot be told. A server that merely refuses a connection has not died of anything."""
+    """It may be the request that killed it. A server that only refuses a connection did not die of a request."""
     with served() as (server, client):
         server.engine.die()
         with pytest.raises(InstanceUnavailable) as raised:
@@ -507,7 +522,7 @@ def test_many_threads_share_a_client(flavour):
 
 
 def test_no_delay_is_set_on_both_ends_of_every_connection():
-    """One side that waits for more to send costs 40 ms of every first token."""
+    """If one end collects data before it sends (Nagle), every first token is 40 ms late."""
     with (
         served("vllm_batched", token_interval=0.01) as (server, client),
         client.open(),
@@ -596,7 +611,7 @@ def test_a_request_that_has_reached_a_server_is_never_sent_again(flavour, fault)
         assert len(server.requests) == 1
 
 
-# --- What is wrong from the start
+# --- Wrong configuration
 
 
 @pytest.mark.parametrize("url", ["http://[::1", "http://a\nb", "http://a..b", "http://" + 64 * "a"])
@@ -636,7 +651,7 @@ def floats(text):
 
 @contextmanager
 def connections_of(port):
-    """Both ends, as far as they are in this process, of the TCP connections to a port."""
+    """The ends in this process of all TCP connections to a port."""
     with ExitStack() as opened:
         ends = []
         for descriptor in os.listdir("/dev/fd"):

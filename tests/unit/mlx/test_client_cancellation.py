@@ -1,4 +1,4 @@
-"""A request that is cancelled, at every moment of it: against the simulated server, over real sockets."""
+"""A request is cancelled in each of its phases, against the simulated server, over real sockets."""
 
 import socket
 import time
@@ -43,7 +43,7 @@ def test_a_canary_can_be_cancelled_too():
 
 
 def test_a_server_whose_backlog_is_full():
-    """The kernel is still sending its first packets; none of them may become a connection later."""
+    """The kernel repeats its first packet: it must not become a connection later."""
     with socket.create_server(("127.0.0.1", 0), backlog=0) as listener, ExitStack() as opened:
         for _ in range(4):
             knocking = opened.enter_context(socket.socket())
@@ -55,7 +55,7 @@ def test_a_server_whose_backlog_is_full():
 
 
 def test_a_server_that_is_not_there_is_not_tried_again():
-    """Not even if it comes back at that moment."""
+    """It is not asked even if it comes back at that moment."""
     port = free_port()
     tries = []
     with closing(Client(f"http://127.0.0.1:{port}", clocks={"connect": 20})) as client, ExitStack() as opened:
@@ -83,7 +83,7 @@ def test_a_server_that_never_answers_a_tls_handshake():
 
 @pytest.mark.parametrize("ask", ASKING.values(), ids=ASKING)
 def test_a_server_that_never_accepts(ask):
-    """Its kernel does. When it comes to it, there is nobody any more."""
+    """Its kernel accepts. When the server takes the connection, it is closed."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         with closing(Client(f"http://127.0.0.1:{listener.getsockname()[1]}")) as client, cancelled(ask, client):
             time.sleep(0.1)
@@ -98,7 +98,7 @@ def test_a_server_that_never_accepts(ask):
 @pytest.mark.parametrize("ask", ASKING.values(), ids=ASKING)
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_a_server_in_its_prefill(flavour, ask):
-    """Two seconds of it. mlx_lm.server notices when it writes its next comment, every 2,048 tokens."""
+    """The prefill takes two seconds. mlx_lm.server notices when it writes its next comment, every 2,048 tokens."""
     prompt = [{"role": "user", "content": "word " * 20_000}]
     with served(flavour, prefill_rate=10_000) as (server, client):
         with cancelled(ask, client, prompt):
@@ -110,7 +110,7 @@ def test_a_server_in_its_prefill(flavour, ask):
 @pytest.mark.parametrize("ask", ASKING.values(), ids=ASKING)
 @pytest.mark.parametrize("flavour", ["mlx_lm", "vllm_batched"])
 def test_a_server_in_which_it_is_queueing(flavour, ask):
-    """mlx_lm.server sends no head before it is a request's turn. Who was there first goes on undisturbed."""
+    """mlx_lm.server sends no headers before it is a request's turn. The request that runs is not disturbed."""
     with served(flavour, slots=1, token_interval=0.01, tokens=30) as (server, client), client.open() as first:
         arrived = iter(first)
         next(arrived)
@@ -161,7 +161,7 @@ def test_a_stream_that_has_fallen_silent(flavour, fault):
 
 
 def test_a_stream_whose_reader_is_busy_elsewhere():
-    """It is told as soon as it comes back, whatever has arrived meanwhile; what it has is good."""
+    """The error is raised when it reads again, even if more has arrived. What it has read is valid."""
     with served("vllm_batched", token_interval=0.005, tokens=500) as (server, client):
         token = CancelToken()
         with client.open(max_tokens=500, token=token) as stream:
@@ -228,7 +228,7 @@ def test_a_cancel_changes_nothing_when_the_answer_is_whole(flavour):
 
 
 def test_an_answer_that_is_whole_is_not_waited_for():
-    """The server says [DONE] and does not close: the last deltas are there, and the cancel comes too late."""
+    """The server sends [DONE] and does not close: all deltas have arrived, and the cancel comes too late."""
     head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n"
     with answering(head + said("Hi")) as url, closing(Client(url)) as client, took_less_than(SOON):
         token = CancelToken()

@@ -1,4 +1,4 @@
-"""Embeddings as servers send them, and as some should not."""
+"""Embeddings as servers send them, valid and invalid."""
 
 import base64
 import struct
@@ -20,7 +20,7 @@ def packed(*numbers):
 
 
 def test_numbers_and_base64_come_out_alike():
-    """As base64 of little-endian float32, which is how they travel."""
+    """Both become base64 of little-endian float32."""
     assert parse_vectors(answer([1, 0.5], [-2.0, 0]), 2, None) == ([packed(1, 0.5), packed(-2, 0)], 2)
     assert parse_vectors(answer(packed(1, 0.5), packed(-2, 0)), 2, 2) == ([packed(1, 0.5), packed(-2, 0)], 2)
     assert parse_vectors(answer([1, 0.5], packed(-2, 0)), 2, None) == ([packed(1, 0.5), packed(-2, 0)], 2)
@@ -41,7 +41,7 @@ def test_without_any_index_they_are_in_order():
 
 @pytest.mark.parametrize("indexes", [(0, 0), (1, 2), (0, None), (0, 5), (-1, 0), ("0", "1"), (0, [1]), (0, 0.5)])
 def test_an_order_that_is_none_is_refused(indexes):
-    """A vector under the wrong text would never be noticed."""
+    """Otherwise a text might get the vector of another, unnoticed."""
     with pytest.raises(MalformedOutput):
         parse_vectors({"data": [{"index": index, "embedding": [1]} for index in indexes]}, 2, None)
 

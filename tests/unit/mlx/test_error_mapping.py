@@ -53,7 +53,7 @@ EXPECTED = {
 IMPOSSIBLE = {
     httpx.CookieConflict,  # no cookie is asked for by its name
     httpx.InvalidURL,  # the URL is checked when the client is made
-    *(httpx.StreamError, httpx.StreamConsumed, httpx.StreamClosed, httpx.ResponseNotRead),  # a body is read once, raw
+    *(httpx.StreamError, httpx.StreamConsumed, httpx.StreamClosed, httpx.ResponseNotRead),  # a body is read only once
     httpx.RequestNotRead,  # the body of a request is bytes
 }
 
@@ -63,13 +63,13 @@ def descendants(kind):
 
 
 def test_every_exception_of_httpx_has_a_meaning_here():
-    """A new one must be thought about."""
+    """A new one must be added to one of the two."""
     public = {kind for kind in vars(httpx).values() if isinstance(kind, type) and issubclass(kind, Exception)}
     assert {each for kind in public for each in descendants(kind)} == {*EXPECTED, *IMPOSSIBLE}
 
 
 def made(kind):
-    """An exception of httpx with a text that nobody may see."""
+    """An exception of httpx whose text is secret."""
     if kind is httpx.HTTPStatusError:
         return kind(SECRET, request=httpx.Request("GET", "http://a"), response=httpx.Response(500))
     return kind(SECRET)
@@ -100,7 +100,7 @@ class Breaking(httpx.SyncByteStream):
 
 @pytest.mark.parametrize("kind", EXPECTED, ids=lambda kind: kind.__name__)
 def test_a_client_raises_nothing_of_httpx_and_none_of_its_text(kind):
-    """Neither before an answer nor in the middle of it."""
+    """The failure comes before the answer, or in the middle of it."""
 
     def before(request):
         raise made(kind)
@@ -192,7 +192,7 @@ FAILURES = [
     # mlx-omni-server
     ("omni: another model", 500, b"Internal Server Error", ProviderError),
     ("omni: an image", 422, {"detail": VALIDATION}, InvalidRequest),
-    # any of them, and what stands before them
+    # any of them, and proxies in front of them
     ("fastapi: no such route", 404, {"detail": "Not Found"}, UnsupportedCapability),
     ("fastapi: no such route, without spaces", 404, b'{"detail":"Not Found"}', UnsupportedCapability),
     ("an empty refusal", 400, b"", InvalidRequest),
@@ -244,7 +244,7 @@ def test_a_busy_server_tells_when_to_come_back():
 
 
 def test_a_report_that_quotes_the_request_is_not_searched_for_marks():
-    """A prompt may speak of context lengths, of busy servers, and of dead threads."""
+    """A prompt in it may contain the phrases that are searched for."""
     prompt = "context length exceeded, generation thread died, model x not found, busy"
     report = [{"type": "string_type", "loc": ["body", "messages"], "msg": "Input should be a string", "input": prompt}]
     assert type(error_of_status(422, sent({"detail": report}))) is InvalidRequest

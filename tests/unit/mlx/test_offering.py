@@ -74,13 +74,13 @@ def test_with_none_listed_what_the_server_reports_is_offered():
 
 
 def test_a_model_that_is_reported_by_its_path_has_the_last_part_as_public_name():
-    """mlx_lm.server reports its own model so, and would reload it under any other spelling."""
+    """mlx_lm.server reports its own model so, and would reload it if it was written otherwise."""
     offered = offerings("/Users/me/models/SmolLM2-135M")
     assert {name: each.backend for name, each in offered.items()} == {"SmolLM2-135M": "/Users/me/models/SmolLM2-135M"}
 
 
 def test_a_model_that_is_reported_by_owner_and_name_keeps_its_owner():
-    """Else two models of a disk cache become one, and no list can name an owner."""
+    """Otherwise two models of a disk cache become one, and whitelist and blacklist cannot name an owner."""
     offered = offerings("mlx-community/Qwen3-14B", "someone/Qwen3-14B")
     assert set(offered) == {"mlx-community/Qwen3-14B", "someone/Qwen3-14B"}
 
@@ -179,7 +179,7 @@ def test_a_request_finds_its_offering(model, operation):
 
 @pytest.mark.parametrize("model", ["qwen3_14b", "QWEN3-14B", "qwen3-14b ", "default_model", "gpt-4o"])
 def test_the_exact_name_decides(model):
-    """Lanes of two models may collide, and an unknown name makes an MLX server load or fetch it."""
+    """Two models may share a lane, and an MLX server may load or download a model that it does not know."""
     served = offerings(models={"qwen3-14b": {"backend": "default_model"}})
     with pytest.raises(ModelNotServed) as caught:
         offering_for(request(model), served)
@@ -214,7 +214,7 @@ def test_a_capability_that_the_host_did_not_opt_in_for_is_refused():
 
 
 def test_images_are_refused_for_a_model_that_does_not_see():
-    """vllm-mlx and mlx-openai-server drop them and answer all the same."""
+    """vllm-mlx and mlx-openai-server would drop them and answer without them."""
     images = request("qwen3-14b", messages=[{"role": "user", "content": [IMAGE]}])
     with pytest.raises(UnsupportedCapability, match="vision"):
         offering_for(images, offerings("qwen3-14b"))
@@ -223,7 +223,7 @@ def test_images_are_refused_for_a_model_that_does_not_see():
 
 
 def test_tools_are_refused_only_where_the_configuration_says_so():
-    """No name tells whether a model takes tools."""
+    """The name of a model does not tell whether it supports tools."""
     tools = request("m", tools=[{"type": "function", "function": {"name": "f"}}])
     assert offering_for(tools, offerings("m"))
     assert offering_for(tools, offerings(models={"m": {"features": ["tools"]}}))

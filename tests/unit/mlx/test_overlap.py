@@ -1,4 +1,4 @@
-"""Two parts of one answer join to the text that it is."""
+"""Two parts of one answer, joined, are the text of the whole answer."""
 
 import pytest
 from hypothesis import assume, example, given
@@ -13,7 +13,7 @@ sizes = st.lists(st.integers(1, 5), min_size=1)
 
 
 def pieces(text, lengths):
-    """The text in pieces of these lengths, over and over."""
+    """Split the text into pieces of these lengths, in turn."""
     at, found = 0, []
     while at < len(text):
         length = lengths[len(found) % len(lengths)]
@@ -23,12 +23,12 @@ def pieces(text, lengths):
 
 
 def fed(overlap, said, lengths=(3,), field="content"):
-    """What a overlap lets through of this text, as it comes in pieces."""
+    """What an overlap filter returns of this text, which comes in pieces."""
     deltas = [overlap.feed(Delta(**{field: piece})) for piece in pieces(said, lengths)]
     return join(delta for delta in [*deltas, overlap.end()] if delta)["content"] or ""
 
 
-# --- What is said again
+# --- Repeated text
 
 
 @given(text=texts, cut=st.integers(1), lengths=sizes, stripped=st.booleans())
@@ -37,7 +37,7 @@ def fed(overlap, said, lengths=(3,), field="content"):
 def test_a_text_joins_wherever_it_was_cut_however_it_comes_and_with_its_space_or_without(text, cut, lengths, stripped):
     delivered, rest = text[: cut % len(text)], text[cut % len(text) :]
     word = before_last_word(delivered)
-    if word == len(delivered):  # nothing that could be said again: another test's matter
+    if word == len(delivered):  # nothing can be repeated; other tests cover this
         return
     said = text[word:].removeprefix(" ") if stripped else text[word:]
     overlap = OverlapFilter(delivered, again=delivered[word:])
@@ -50,7 +50,7 @@ def test_a_text_joins_wherever_it_was_cut_however_it_comes_and_with_its_space_or
 @example(text="Hello you", cut=5, lengths=[1], first=False, then=True)
 @example(text="Hello you", cut=5, lengths=[1], first=True, then=False)
 def test_an_answer_from_its_beginning_says_all_again(text, cut, lengths, first, then):
-    """Some servers begin it with a space, and some without."""
+    """Some servers begin it with a space, others do not."""
     text = text.lstrip(" ")
     assume(text)
     delivered, rest = text[: cut % len(text)], text[cut % len(text) :]
@@ -147,7 +147,7 @@ def test_a_word_begins_before_its_space(text, before):
     assert text[: before_last_word(text)] == before
 
 
-# --- A guess
+# --- Guessed spaces
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_a_space_is_guessed_between_words(delivered, said, joined):
     ],
 )
 def test_a_stop_string_across_the_seam_ends_the_answer(delivered, said, stop, let_through):
-    """What begins after the overlap is for the server to find."""
+    """The server itself finds those that begin after the cut."""
     for lengths in ([1], [2], [100]):
         overlap = OverlapFilter(delivered, stop=stop)
         assert fed(overlap, said, lengths) == let_through
@@ -243,7 +243,7 @@ def test_a_stop_string_is_found_in_any_pieces(text, cut, stop, lengths):
     ],
 )
 def test_a_server_may_cut_a_stop_string_out_of_what_it_should_say_again(said, stop, stopped):
-    """It ends its answer before the string, which begins in what was delivered."""
+    """Its answer ends before the stop string, which begins in the delivered text."""
     for delivered, before in (("Hello wor", ""), ("", "Hello")):
         overlap = OverlapFilter(delivered, again=f"{before} wor", stop=stop)
         assert fed(overlap, before + said, (1,)) == ""

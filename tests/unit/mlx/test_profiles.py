@@ -144,7 +144,7 @@ def test_what_a_caller_says_to_the_template_itself_wins():
     assert body_for("vllm_mlx", reasoning_effort="low", chat_template_kwargs=said)["chat_template_kwargs"] == said
 
 
-# --- What is sent to go on
+# --- What is sent to continue an answer
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_a_server_without_a_way_to_go_on_is_not_asked():
     assert continued_body(body_for("mlx_openai"), "Hi", seeing, PROFILES["mlx_openai"], exact=True) is None
 
 
-# --- Who answers
+# --- Which server it is
 
 
 @pytest.mark.parametrize(

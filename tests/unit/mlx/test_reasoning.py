@@ -45,7 +45,7 @@ def stream(parts, *, starts_inside=False):
 
 
 def by_segments(text, *, starts_inside):
-    """The same, seen as a whole: what stands between two tags belongs to one side."""
+    """Split the whole text at once, by other code than ours."""
     sides = {True: "", False: ""}
     at, inside, seam = 0, starts_inside, False
     for tag in [*TAG.finditer(text), None]:

@@ -35,13 +35,13 @@ def continuing(template):
 
 
 def cut_at(length, whole=WHOLE, tokens=TOKENS):
-    """What was delivered, if these characters were."""
+    """A resume after so many characters."""
     begun = sum(len("".join(tokens[:count])) < length for count in range(len(tokens)))
     return Resume(content=whole[:length], tokens=begun)
 
 
 def after(count, tokens=TOKENS):
-    """What was delivered, if these tokens were."""
+    """A resume after so many tokens."""
     return Resume(content="".join(tokens[:count]), tokens=count)
 
 
@@ -86,7 +86,7 @@ def test_a_warm_answer_goes_on_from_where_it_was_cut(continuing, flavour):
 
 @pytest.mark.parametrize("flavour", CONTINUING)
 def test_white_space_at_the_end_of_what_was_delivered_does_not_come_twice(continuing, flavour):
-    """The first word is all there is, so that none can be said again. Most servers are not given the white space."""
+    """Only the first word was delivered, so none can be repeated. Most servers are sent the text without the space."""
     tokens = reply_tokens(HELLO, 32, separators=True)
     begun = [tokens[0] + " ", tokens[0]]
     with continuing(flavour, separators=True) as (_, client):
@@ -105,7 +105,7 @@ def test_the_temperature_that_is_sent_counts(continuing, flavour):
 
 @pytest.mark.parametrize("flavour", ["mlx_lm", "openai"])
 def test_a_server_that_cannot_go_on_begins_again_at_temperature_0(flavour):
-    """Without its template mlx_lm.server cannot."""
+    """mlx_lm.server cannot continue without the chat template."""
     with served(flavour) as (server, client):
         for length in range(1, len(WHOLE) + 1, 7):
             assert joined(client, cut_at(length))[0] == WHOLE
@@ -115,7 +115,7 @@ def test_a_server_that_cannot_go_on_begins_again_at_temperature_0(flavour):
 
 @pytest.mark.parametrize("flavour", ["mlx_lm", "openai"])
 def test_a_server_that_cannot_go_on_is_not_asked_at_another_temperature(flavour):
-    """But another one may be of a kind that can, or have the template."""
+    """The error is retryable: another server may be able to continue."""
     with served(flavour) as (server, client):
         with pytest.raises(StreamInterrupted) as raised:
             joined(client, after(5), temperature=WARM)
@@ -139,7 +139,7 @@ def test_the_rest_may_come_in_any_pieces(continuing, flavour, fault):
 
 
 def test_mlx_lm_is_not_sent_a_prompt_that_it_has_cached(continuing):
-    """It would die of it. The same answer is cached as far as max_tokens let it go."""
+    """The prompt would kill it. An answer that max_tokens ended is in its cache."""
     with continuing() as (_, client):
         for count in range(1, 12):
             client.stream(max_tokens=count)
@@ -159,7 +159,7 @@ def test_mlx_lm_is_not_sent_the_end_of_an_answer_as_it_may_have_cached_it(contin
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_max_tokens_counts_what_was_delivered(continuing, flavour):
-    """Wherever it was cut, the answer is as long as without the cut, and ends with the same word."""
+    """The answer has the same length and end as without the cut."""
     with continuing(flavour) as (_, client):
         _, whole, uncut = client.stream(max_tokens=20)
         tokens = reply_tokens(HELLO, 19 if flavour == "omni" else 20)
@@ -229,7 +229,7 @@ def test_a_warm_answer_cannot_go_on_with_reasoning_alone(continuing, flavour):
 
 
 def test_visible_text_is_continued_as_visible_text_where_the_template_opens_the_tag(continuing):
-    """And the tag is closed before it."""
+    """The tag is closed before the text."""
     with continuing(model={"starts_in_reasoning": True}) as (server, client):
         assert joined(client, after(9), temperature=WARM)[0] == WHOLE
         template = server.requests[0].body["chat_template_kwargs"]["chat_template"]
@@ -242,7 +242,7 @@ def test_visible_text_is_continued_as_visible_text_where_the_template_opens_the_
 @pytest.mark.parametrize("flavour", FLAVOURS)
 @pytest.mark.parametrize("temperature", [0, WARM])
 def test_a_stop_string_across_the_cut_ends_the_answer_there(continuing, flavour, temperature):
-    """At temperature 0 without a way to go on the server itself sees it; a simulated one does not look."""
+    """A server that starts over finds it itself, which the simulated one does not do."""
     stop = WHOLE[30:45]
     if flavour == "openai":
         return
@@ -261,7 +261,7 @@ def test_an_answer_that_begins_again_ends_before_a_stop_string_of_which_a_part_w
         assert (deltas, answer.finish_reason) == ([], "stop")
 
 
-# --- What does not join
+# --- Continuations that fail
 
 
 @pytest.mark.parametrize("kind", ["json_object", "json_schema"])
@@ -276,7 +276,7 @@ def test_json_is_not_continued(continuing, kind):
 @pytest.mark.parametrize("flavour", CONTINUING)
 @pytest.mark.parametrize("temperature", [0, WARM])
 def test_a_last_word_that_another_server_does_not_say_again_stays_as_it_was(continuing, flavour, temperature):
-    """It is asked a second time, to go on after it."""
+    """The server is asked again, to continue after that word."""
     with continuing(flavour) as (server, client):
         text, _ = joined(client, Resume(content=WHOLE[:20] + " something", tokens=5), temperature=temperature)
         assert text.startswith(WHOLE[:20] + " something")
@@ -301,7 +301,7 @@ def test_an_answer_that_begins_again_and_differs_is_interrupted(end):
 
 @pytest.mark.parametrize("flavour", CONTINUING)
 def test_a_server_that_refuses_to_go_on_is_asked_to_begin_again(continuing, flavour):
-    """At temperature 0. The request is not to blame: it was taken elsewhere as it is."""
+    """It starts over at temperature 0. The request itself is valid: another server accepted it."""
     refusal = Fault("status", status=422, body='{"detail": "no"}', times=2)
     with continuing(flavour) as (server, client):
         server.fail(refusal)
@@ -314,7 +314,7 @@ def test_a_server_that_refuses_to_go_on_is_asked_to_begin_again(continuing, flav
 
 
 def test_a_refusal_in_the_middle_of_the_rest_is_one(continuing):
-    """What was delivered of the rest is not delivered again."""
+    """No other strategy is tried, because a part of the rest was delivered."""
     with continuing("vllm_batched", token_interval=0.005) as (server, client):
         server.fail(Fault("error_event", at_token=5, code=400))
         with pytest.raises(InvalidRequest):
@@ -337,7 +337,7 @@ def test_the_rest_may_break_off_too(continuing, flavour):
         with client.open(resume=after(9)) as stream:
             with pytest.raises(ConnectionFailure):
                 list(stream)
-            assert stream.tokens == 9 + 4  # one of the five was said again
+            assert stream.tokens == 9 + 4  # one of the five was a repetition
 
 
 def test_a_server_that_is_busy_says_so(continuing):

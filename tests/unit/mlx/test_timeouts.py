@@ -14,7 +14,7 @@ from tests.clients import WHY
 
 NEVER = float("inf")
 LATE = 5.0
-"""Longer than any of these waits takes: a reader that is not cut fails instead of waiting for ever."""
+"""Longer than any wait here: a reader that is not cut fails instead of waiting forever."""
 
 
 def soon(seconds=0.05):
@@ -81,7 +81,7 @@ def test_what_arrived_before_the_cut_is_read(timeouts):
 
 
 def test_progress_keeps_a_connection_open(timeouts):
-    """The second connection is the clock: when it is cut, the first limit of the other is long over."""
+    """When the second connection is cut, the first limit of the other has passed too."""
     with (
         connection() as (ours, theirs),
         connection() as (clock, _),
@@ -159,7 +159,7 @@ def test_a_cut_from_outside_returns_the_reader_at_once(timeouts):
 
 
 def test_a_connection_that_is_named_after_the_cut_is_cut_at_once(timeouts):
-    """Whoever connects does not know that its time is over."""
+    """The connecting thread does not know yet that the limit has passed."""
     with connection() as (ours, theirs), timeouts.watching(guard := ConnectionGuard(NEVER)):
         guard.cut()
         guard.attach(ours)
@@ -176,7 +176,7 @@ def test_only_the_connection_that_was_named_last_is_watched(timeouts):
 
 
 def test_a_connection_is_cut_under_another_handle_too(timeouts):
-    """TLS takes the socket away from the one who connected it."""
+    """TLS moves the socket into another object."""
     with connection() as (ours, theirs), watched(timeouts, ours, NEVER) as guard:
         wrapped = socket.socket(fileno=ours.detach())
         with wrapped:
@@ -193,7 +193,7 @@ def test_nothing_stays_open_when_both_have_let_go(timeouts):
 
 @pytest.mark.parametrize("cut", [True, False])
 def test_the_first_write_to_a_connection_that_was_cut_fails(timeouts, cut):
-    """A server in a long prefill writes once every step: it learns a step earlier that nobody listens."""
+    """A server in a long prefill writes once per step: so it notices one step earlier."""
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as ours:
         theirs, _ = listener.accept()
         with theirs:

@@ -17,7 +17,7 @@ CERTIFICATE = "-newkey rsa:2048 -nodes -days 1 -subj /CN=test -addext subjectAlt
 
 @pytest.fixture(scope="module")
 def tls(tmp_path_factory):
-    """What a server of https needs, and the file that makes a client trust it."""
+    """The TLS context of a server, and the certificate file for its clients."""
     folder = tmp_path_factory.mktemp("tls")
     key, certificate = folder / "key.pem", folder / "certificate.pem"
     command = ["openssl", "req", "-x509", *CERTIFICATE.split(), "-keyout", key, "-out", certificate]
@@ -34,7 +34,7 @@ def trusted(tls, monkeypatch):
 
 
 def test_a_host_may_have_several_addresses():
-    """Where localhost is ::1 first, nobody listens there."""
+    """localhost may be ::1 first, where the server does not listen."""
     with served() as (server, _), closing(Client(f"http://localhost:{server.port}")) as client:
         assert client.ask().finish_reason == "stop"
 
@@ -52,7 +52,7 @@ def test_a_chat_over_tls(tls):
 
 @pytest.mark.usefixtures("trusted")
 def test_a_cancel_over_tls(tls):
-    """The time of connecting, which the handshake had, is over by then."""
+    """The connect timeout, which limits the handshake, has passed by then."""
     with (
         answering(HEAD, tls[0]) as url,
         closing(Client(url, clocks={"connect": 0.2})) as client,

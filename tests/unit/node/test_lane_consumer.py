@@ -61,8 +61,8 @@ def test_what_is_wanted_while_something_else_is_being_done_never_counts_as_done(
     with Connection("memory://") as connection:
         for number in itertools.count(1):
             lane_consumer, joined = new_lane_consumer(connection)
-            lane_consumer.follow([FIRST])
-            with before_line(number, lambda lane_consumer=lane_consumer: lane_consumer.follow([SECOND])) as acted:
+            lane_consumer.consume([FIRST])
+            with before_line(number, lambda lane_consumer=lane_consumer: lane_consumer.consume([SECOND])) as acted:
                 lane_consumer._apply()
             if not acted:
                 break

@@ -9,12 +9,10 @@ from celery import Celery, signals
 from celery.utils.timer2 import Timer
 from celery.worker.consumer.consumer import CONNECTION_ERROR, CONNECTION_RETRY
 from celery.worker.control import Panel
-from kombu import Connection, Message
-from kombu.exceptions import DecodeError
+from kombu import Message
 
 from fleet_worker.node.log_privacy import (
     OUTAGE_LOGGED_EVERY,
-    Consumer,
     OutageFilter,
     drop_beats,
     name_lines,
@@ -127,77 +125,6 @@ def test_what_else_a_command_answers_stays(worker, request_of_a_worker):
 def test_a_command_can_be_asked_for_less(worker, request_of_a_worker):
     celery.worker.state.task_accepted(request_of_a_worker)
     assert SECRET not in repr(Panel.data["active"](worker, safe=True))
-
-
-@pytest.fixture
-def bad_message():
-    """Returns a function that makes a message of a body, with headers that repeat its arguments."""
-    with Connection("memory://") as connection:
-
-        def make(body):
-            headers = {"id": "r-1", "task": "fleet.chat", "argsrepr": SECRET, "kwargsrepr": SECRET}
-            channel = connection.default_channel
-            return Message(
-                body, 1, "application/json", "utf-8", headers=headers, accept={"application/json"}, channel=channel
-            )
-
-        yield make
-
-
-bare_consumer = object.__new__(Consumer)  # it needs no worker to complain
-bare_consumer.connection_errors = ()
-bare_consumer.event_dispatcher = None
-bare_consumer.app = Celery("test", broker="memory://", set_as_current=False)
-
-
-def decode_error(body, message):
-    """The error of a decoder holds all that it could not decode."""
-    try:
-        message.decode()
-    except DecodeError as error:
-        bare_consumer.on_decode_error(message, error)
-
-
-def unknown_message(body, message):
-    bare_consumer.on_unknown_message(body, message)
-
-
-def unknown_task(body, message):
-    bare_consumer.on_unknown_task(None, message, KeyError("fleet.unheard_of"))
-
-
-def unknown_task_without_id(body, message):
-    message.headers = {"argsrepr": SECRET}
-    unknown_task(body, message)
-
-
-def invalid_task(body, message):
-    bare_consumer.on_invalid_task(body, message, ValueError("not a task"))
-
-
-@pytest.mark.parametrize(
-    ("complain", "body", "said"),
-    [
-        (decode_error, SECRET.encode() + b"\xff", "decode message body"),
-        (decode_error, f'["{SECRET}'.encode(), "decode message body"),
-        (unknown_message, f'"{SECRET}"'.encode(), "unknown message"),
-        (unknown_task, f'["{SECRET}"]'.encode(), "unregistered task of type 'fleet.unheard_of'"),
-        (unknown_task_without_id, f'["{SECRET}"]'.encode(), "unregistered task of type 'fleet.unheard_of'"),
-        (invalid_task, f'["{SECRET}"]'.encode(), "invalid task"),
-    ],
-)
-def test_a_message_that_cannot_be_used_is_logged_by_its_size_and_not_shown(caplog, bad_message, complain, body, said):
-    complain(body, bad_message(body))
-    assert said in caplog.text
-    assert f"{len(body)} bytes, not shown" in caplog.text
-    assert SECRET not in caplog.text
-
-
-def test_celery_has_the_methods_that_are_overridden():
-    """If this fails, a new Celery logs bad messages elsewhere: see `log_privacy.Consumer`."""
-    for method in ("on_unknown_message", "on_unknown_task", "on_invalid_task", "on_decode_error"):
-        assert callable(getattr(celery_consumer.Consumer, method))
-        assert getattr(Consumer, method) is not getattr(celery_consumer.Consumer, method)
 
 
 class CutOff:

@@ -10,7 +10,7 @@ from celery import Celery
 from celery.worker import request as celery_request
 from celery.worker.control import Panel
 
-from fleet_worker.node.task_events import Consumer
+from fleet_worker.node.consumer import Consumer
 from fleet_worker.node.tasks import Request
 from fleet_worker.node.worker import serve_with
 from fleet_worker.settings import Settings

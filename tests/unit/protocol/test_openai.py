@@ -1,4 +1,4 @@
-"""The bodies of chats and embeddings: what is taken, what is refused, at the router and at the worker alike."""
+"""The bodies of chats and embeddings: what router and node accept and refuse."""
 
 import math
 
@@ -62,7 +62,7 @@ def test_images_are_noticed():
     ).params.has_images
 
 
-# --- What is refused, at the router and at the worker alike
+# --- What router and node refuse
 
 DEEP_NAN = [{"type": "function", "function": {"parameters": {"properties": {"x": {"minimum": math.nan}}}}}]
 BAD_CHATS = {

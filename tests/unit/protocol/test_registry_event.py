@@ -1,4 +1,4 @@
-"""Registry events: what is in one, what must never be, and what is heard as one."""
+"""Registry events: what they contain, what they must not contain, and what is accepted as one."""
 
 import json
 import re

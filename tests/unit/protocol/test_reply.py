@@ -1,4 +1,4 @@
-"""The frames of a reply, the whole of an answer, and vectors as they travel."""
+"""The frames of a reply, joined deltas, and encoded vectors."""
 
 import base64
 import json
@@ -90,7 +90,7 @@ def test_what_a_newer_node_adds_to_a_reply_is_ignored():
 
 
 def with_novelties(said):
-    """A field more in each object."""
+    """Add an unknown field to each object."""
     if isinstance(said, dict):
         return {**{key: with_novelties(value) for key, value in said.items()}, "novelty": SECRET}
     return [with_novelties(each) for each in said] if isinstance(said, list) else said
@@ -215,12 +215,12 @@ def test_a_vector_travels_as_little_endian_float32(vector):
     assert base64.b64decode(packed(vector)) == struct.pack(f"<{len(vector)}f", *vector)
 
 
-# --- Pieces and the whole
+# --- Joined deltas
 
 
 @st.composite
 def fragments(draw):
-    """Tool calls, and the deltas that bring their arguments in pieces, one call after the other or in turn."""
+    """Draw tool calls, and deltas with parts of their arguments, one call after the other or alternating."""
     calls = [
         {"id": f"call-{number}", "type": "function", "function": {"name": f"f{number}", "arguments": draw(texts)}}
         for number in range(draw(st.integers(0, 3)))

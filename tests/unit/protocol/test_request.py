@@ -1,4 +1,4 @@
-"""The request envelope: its way to a node, what is refused, its size, its privacy, its time."""
+"""The request envelope: encoding, refusals, size, privacy, deadline."""
 
 import functools
 import json
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fleet_worker.errors import InvalidRequest
 from fleet_worker.protocol.openai import ChatParams, EmbedParams
-from fleet_worker.protocol.request import FleetRequest, Resume
+from fleet_worker.protocol.request import ControlMessage, FleetRequest, Resume
 from tests.envelopes import IMAGE, built, decode, envelope, envelopes, refused, refused_params, user
 
 SECRET = "swordfish"
@@ -124,7 +124,7 @@ def test_a_legacy_envelope_is_told_so(name):
 
 
 def size_of(request):
-    """As its refusal says it."""
+    """The size that the error text names."""
     with pytest.raises(InvalidRequest, match="max_body_bytes") as caught:
         request.check_size(0)
     return int(re.search(r"is ([\d,]+) bytes", caught.value.message)[1].replace(",", ""))
@@ -245,7 +245,7 @@ def everything_shown(request):
 @pytest.mark.parametrize("wrong", WRONG, ids=repr)
 @pytest.mark.parametrize("whole", [WHOLE, WHOLE_EMBEDDING], ids=["chat", "embed"])
 def test_a_secret_at_any_place_of_an_envelope_is_shown_by_nothing(whole, wrong):
-    """Whether it is taken as text where text belongs, or refused where it does not."""
+    """It may be accepted, where text is allowed, or refused."""
     leaks = set()
     for path in places(whole):
         try:
@@ -299,3 +299,17 @@ def test_a_request_that_waited_knows_how_long():
     assert request.queue_wait == pytest.approx(20, abs=1)
     assert request.remaining == pytest.approx(10, abs=1)
     assert decode(envelope(timeout_seconds=30, expires_at=time.time() - 10)).remaining < 0
+
+
+# --- Control messages
+
+
+def test_a_control_message_travels_whole():
+    for said in (ControlMessage(node="n@h", cancelled=[("a", 1), ("b", 2)]), ControlMessage(cancelled=[("c", 3)])):
+        assert ControlMessage.decode(said.encode()) == said
+    with pytest.raises(InvalidRequest, match="not a valid ControlMessage"):
+        ControlMessage.decode(b'{"cancelled": [1]}')
+
+
+def test_what_a_newer_router_adds_is_ignored():
+    assert ControlMessage.decode(b'{"missed":"a","novelty":1}') == ControlMessage(missed="a")

@@ -61,6 +61,24 @@ def test_what_is_left_is_cancelled_at_all_nodes(valkey, router):
         assert nodes.get_message(timeout=5)["type"] == "pmessage"
 
 
+def test_it_asks_registry_nodes_whenever_it_begins_to_listen_and_nodes_after_a_loss(valkey, broker_url):
+    with valkey.pubsub() as fleet, Router(Settings(broker_url=broker_url)) as router:
+        fleet.psubscribe("*llm.registry.ask*", "*llm.fleet.cancel*")
+        for _ in range(2):
+            assert fleet.get_message(timeout=5)["type"] == "psubscribe"
+        others = {client["id"] for client in valkey.client_list()}
+        made_at = router._registry._asked_at
+        router._connected()
+        assert b"llm.registry.ask" in fleet.get_message(timeout=5)["channel"]
+        assert router._registry._asked_at > made_at
+        assert fleet.get_message(timeout=0.2) is None
+        for client in valkey.client_list():
+            if client["id"] not in others:
+                valkey.client_kill_filter(_id=client["id"])
+        assert b"llm.registry.ask" in fleet.get_message(timeout=5)["channel"]
+        assert b"llm.fleet.cancel" in fleet.get_message(timeout=5)["channel"]
+
+
 def test_a_session_that_is_closed_leaves_nothing_at_the_broker(valkey, router):
     with router.stream_chat("m", HELLO, timeout=20):
         assert reply_queues(valkey)

@@ -11,7 +11,7 @@ from kombu.exceptions import LimitExceeded
 from fleet_worker import BrokerUnavailable, Cancelled, Expired, Router, Settings
 from fleet_worker.broker.app import create_app
 from fleet_worker.broker.topology import transport_of
-from fleet_worker.protocol.control import ControlMessage
+from fleet_worker.protocol.request import ControlMessage
 from fleet_worker.router import submitter as submitter_module
 from fleet_worker.router.attempts import CancelOrphan
 from fleet_worker.router.submitter import MAX_CONNECTIONS, CancelPublisher, Submitter

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from fleet_worker.node.cancel_listener import CancelListener
-from fleet_worker.protocol.control import ControlMessage
+from fleet_worker.node.remote_control import subscription_of
+from fleet_worker.protocol.request import ControlMessage
 
 
 @pytest.fixture
@@ -20,8 +20,10 @@ def missed():
 
 @pytest.fixture
 def receive(cancelled, missed):
-    listener = CancelListener("one@test", lambda *request: cancelled.append(request), missed.append)
-    return lambda body: listener(SimpleNamespace(body=body))
+    running = SimpleNamespace(cancel=lambda *request: cancelled.append(request))
+    node = SimpleNamespace(name="one@test", running=running, publisher=SimpleNamespace(publish_again=missed.append))
+    _, obey = subscription_of(node)
+    return lambda body: obey(SimpleNamespace(body=body))
 
 
 def test_what_is_cancelled_at_this_node_or_at_all_is_cancelled_and_nothing_else(receive, cancelled, missed):
