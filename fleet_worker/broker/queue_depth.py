@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,12 +66,15 @@ def waiting(app: Celery, transport: Transport, lanes: Iterable[str], *, timeout:
         BrokerUnavailable: there is no broker, or it was silent for `timeout` seconds.
     """
     deadline = time.monotonic() + timeout
-    with _connected(app, timeout) as connection:
-        channel = connection.default_channel
-        if transport == "amqp":
-            return dict(_ask_rabbitmq(channel, _chosen(lanes), deadline))
-        known = {queue for *_, queue in channel.get_table(EXCHANGE.name)}
-        return dict(_ask_redis(channel, _chosen(known.union(lanes)), deadline))
+    with app.connection_for_read() as connection:
+        try:
+            channel = connect(connection, timeout).default_channel
+            if transport == "amqp":
+                return dict(_ask_rabbitmq(channel, _chosen(lanes), deadline))
+            known = {queue for *_, queue in channel.get_table(EXCHANGE.name)}
+            return dict(_ask_redis(channel, _chosen(known.union(lanes)), deadline))
+        except BROKER_ERRORS as error:
+            raise unavailable(app.conf.broker_url, "does not tell what waits", error) from None
 
 
 def depth(channel: Any, transport: Transport, lane: str) -> int:
@@ -87,15 +89,6 @@ def depth(channel: Any, transport: Transport, lane: str) -> int:
         for step in channel.priority_steps:
             pipe.llen(channel._q_for_pri(lane, step))
         return sum(pipe.execute())
-
-
-@contextmanager
-def _connected(app: Celery, timeout: float) -> Iterator[Any]:
-    with app.connection_for_read() as connection:
-        try:
-            yield connect(connection, timeout)
-        except BROKER_ERRORS as error:
-            raise unavailable(app.conf.broker_url, "does not tell what waits", error) from None
 
 
 def _chosen(lanes: Iterable[str]) -> list[str]:

@@ -73,7 +73,7 @@ class HealthMonitor:
                 if self._canary_is_due():
                     self._send_canary()
                     self._changed()
-                if self._models_are_due():
+                if self._readiness.state.ready and time.monotonic() >= self._next_models:
                     self._read_models()
                     self._changed()
             except Exception as error:
@@ -139,9 +139,6 @@ class HealthMonitor:
             failure = error
         self._canary_worked = failure is None
         self._readiness.canary_ended(failure)
-
-    def _models_are_due(self) -> bool:
-        return self._readiness.state.ready and time.monotonic() >= self._next_models
 
     def _read_models(self) -> None:
         """Rarely: for each list, a server walks through its disk cache."""

@@ -111,11 +111,11 @@ class RouterPresence:
                 if time.monotonic() >= next_check:
                     asked |= self._running.routers
                     next_check = time.monotonic() + CHECK_EVERY
+                    if self._sends_heartbeats:
+                        hear(connection, 0.01)
+                        connection.heartbeat_check()
                 for reply_to in asked:
                     self._learn(reply_to, self._ask(channel, reply_to))
-                if self._sends_heartbeats:
-                    hear(connection, 0.01)
-                    connection.heartbeat_check()
         finally:
             with self._changed:
                 self._is_connected = False

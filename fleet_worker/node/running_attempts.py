@@ -7,14 +7,13 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from fleet_worker.errors import Cancelled, FleetError
 from fleet_worker.mlx.timeouts import CancelToken
 
 REMEMBERED = 10_000
-"""The number of delivered attempts, and of cancelled requests, that a node remembers."""
-REMEMBERED_FOR = 3600.0
-"""Seconds for which a cancelled request is remembered: no request waits longer in a lane."""
+"""The number of delivered attempts, and of cancelled requests, that a node remembers: the last ones."""
 
 
 class RunningAttempts:
@@ -25,7 +24,8 @@ class RunningAttempts:
         self._lock = threading.Lock()
         self._running: dict[tuple[str, int], tuple[CancelToken, str]] = {}
         self._delivered: OrderedDict[tuple[str, int], None] = OrderedDict()
-        self._cancelled: OrderedDict[str, tuple[int, float]] = OrderedDict()
+        self._cancelled: OrderedDict[str, int] = OrderedDict()
+        """The last cancelled attempt of each request."""
         self.busy_since: float | None = None
         """The time since which at least one attempt has been running without a break; None while none runs."""
 
@@ -44,9 +44,7 @@ class RunningAttempts:
         with self._lock:
             if key in self._delivered:
                 return False
-            self._delivered[key] = None
-            if len(self._delivered) > REMEMBERED:
-                self._delivered.popitem(last=False)
+            _remember(self._delivered, key, None)
             return True
 
     @contextmanager
@@ -58,7 +56,7 @@ class RunningAttempts:
         """
         key, cancel_token = (request_id, attempt), CancelToken()
         with self._lock:
-            if self._is_cancelled(request_id, attempt):
+            if attempt <= self._cancelled.get(request_id, 0):
                 raise Cancelled("the request was cancelled before it began")
             self._running[key] = cancel_token, reply_to
             self.busy_since = self.busy_since or self._clock()
@@ -73,7 +71,7 @@ class RunningAttempts:
     def cancel(self, request_id: str, attempt: int) -> None:
         """Cancel all attempts at this request up to the given one, those that have not begun as well."""
         with self._lock:
-            self._remember_cancelled(request_id, attempt)
+            _remember(self._cancelled, request_id, max(attempt, self._cancelled.get(request_id, 0)))
             tokens = [
                 token for (its_id, its), (token, _) in self._running.items() if its_id == request_id and its <= attempt
             ]
@@ -88,14 +86,10 @@ class RunningAttempts:
             token.cancel(error())
         return len(tokens)
 
-    def _is_cancelled(self, request_id: str, attempt: int) -> bool:
-        last, since = self._cancelled.get(request_id, (0, 0.0))
-        return attempt <= last and self._clock() - since < REMEMBERED_FOR
 
-    def _remember_cancelled(self, request_id: str, attempt: int) -> None:
-        """The oldest are first in the dictionary; a request that is cancelled again moves to its end."""
-        now = self._clock()
-        last, _ = self._cancelled.pop(request_id, (0, 0.0))
-        self._cancelled[request_id] = max(last, attempt), now
-        while len(self._cancelled) > REMEMBERED or now - next(iter(self._cancelled.values()))[1] >= REMEMBERED_FOR:
-            self._cancelled.popitem(last=False)
+def _remember(memory: OrderedDict[Any, Any], key: Any, value: Any) -> None:
+    """Add it as the newest, and forget the oldest if there are too many."""
+    memory[key] = value
+    memory.move_to_end(key)
+    if len(memory) > REMEMBERED:
+        memory.popitem(last=False)

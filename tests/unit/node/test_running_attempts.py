@@ -3,7 +3,7 @@
 import pytest
 
 from fleet_worker.errors import Cancelled, InstanceUnavailable
-from fleet_worker.node.running_attempts import REMEMBERED, REMEMBERED_FOR, RunningAttempts
+from fleet_worker.node.running_attempts import REMEMBERED, RunningAttempts
 
 
 @pytest.fixture
@@ -45,14 +45,6 @@ def test_an_older_cancel_that_comes_later_takes_nothing_back(running):
     running.cancel("r", 3)
     running.cancel("r", 1)
     assert not begins(running, "r", 3)
-
-
-def test_a_cancel_is_forgotten_after_an_hour(running, now):
-    running.cancel("r", 1)
-    now[0] += REMEMBERED_FOR - 1
-    assert not begins(running, "r")
-    now[0] += 1
-    assert begins(running, "r")
 
 
 def test_of_very_many_cancels_the_oldest_are_forgotten(running):
