@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,6 +135,7 @@ class StatusServer:
         self._changed = changed
         self._lock = threading.Lock()
         self._reports: dict[socket.socket, NodeReport] = {}
+        self._closed = False
         self._socket = _listen(path)
         self._thread = threading.Thread(target=self._accept, name="fleet-status-server", daemon=True)
         self._thread.start()
@@ -144,17 +146,19 @@ class StatusServer:
             return {report.instance.name: report for report in self._reports.values()}
 
     def close(self) -> None:
+        self._closed = True
         self._path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
     def _accept(self) -> None:
-        while True:
+        while not self._closed:
             try:
                 connection, _ = self._socket.accept()
-            except OSError:  # closed
-                return
+            except OSError:  # closed; or too many open files; or a node has disconnected already, on macOS
+                time.sleep(0.1)
+                continue
             threading.Thread(target=self._read, args=(connection,), name="fleet-status-reader", daemon=True).start()
 
     def _read(self, connection: socket.socket) -> None:

@@ -194,9 +194,9 @@ class Attempts:
             self.delivered = [self.delivered[-1].model_copy(update={"deltas": [whole]})]
         return sum(len(frame.model_dump_json()) for frame in (*self.delivered, self.last) if frame)
 
-    def report(self, code: str | None = None) -> list[dict[str, Any]]:
-        """Return all attempts, for the metadata of an error; with a code also the present one, as ended by that."""
-        present = [self._present(code)] if code and self.state in ("waiting", "running") else []
+    def report(self, code: str) -> list[dict[str, Any]]:
+        """Return all attempts, for the metadata of an error with this code; it counts as the end of the present one."""
+        present = [self._present(code)] if self.state in ("waiting", "running") else []
         return [attempt.model_dump() for attempt in [*self.history, *present]]
 
     def _gap(self, node: str, now: float) -> list[Effect]:
@@ -217,7 +217,9 @@ class Attempts:
 
     def _end(self, frame: ChatResponse | EmbedResponse | Failure) -> End:
         if isinstance(frame, Failure):
-            frame = frame.model_copy(update={"metadata": {**frame.metadata, "attempts": self.report()}})
+            frame = frame.model_copy(
+                update={"metadata": {**frame.metadata, "attempts": [each.model_dump() for each in self.history]}}
+            )
         else:
             self._close_attempt(None, orphaned=False)
             frame = frame.model_copy(update={"attempts": self.history})

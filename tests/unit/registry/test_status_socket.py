@@ -248,6 +248,31 @@ def test_only_this_user_may_connect(path, reports):
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
 
 
+class Aborting:
+    """The listening socket of a Mac: a node disconnects before it is accepted."""
+
+    def __init__(self, listening):
+        self._listening = listening
+        self._aborts = 1
+
+    def accept(self):
+        if self._aborts:
+            self._aborts = 0
+            raise ConnectionAbortedError
+        return self._listening.accept()
+
+    def __getattr__(self, name):
+        return getattr(self._listening, name)
+
+
+def test_a_node_that_disconnects_too_early_does_not_keep_the_others_out(path, monkeypatch):
+    monkeypatch.setattr(module, "_listen", lambda path, listen=module._listen: Aborting(listen(path)))
+    reports = Heard(path)
+    with reporting(path):
+        assert list(reports.changed(1)) == ["local"]
+    reports.close()
+
+
 def test_it_leaves_no_socket_behind(path):
     reports = Heard(path)
     reports.close()
