@@ -122,9 +122,9 @@ def _node_name(settings: Settings, worker_name: str) -> str:
         name = next(iter(serving))
     if name not in (REGISTRY, *serving):
         known = ", ".join(sorted(serving))
-        raise ConfigurationError(
-            f"the node's name must begin with an instance that has opted in, as -n NAME@%h: {known}"
-        )
+        if name == "celery":
+            raise ConfigurationError(f"choose an instance that has opted in, as in -n NAME@%h: {known}")
+        raise ConfigurationError(f'no instance "{name}" has opted in; those that have: {known}')
     return f"{name}@{settings.host if 'host' in settings.model_fields_set else as_host(host)}"
 
 
