@@ -211,15 +211,15 @@ def test_the_manual_of_prometheus_knows_every_metric():
     assert named - {"fleet_info"} == declared
 
 
-def test_the_architecture_shows_the_streets_of_the_import_contract():
+def test_the_architecture_shows_the_rows_of_the_import_contract():
     contract = PROJECT_FILE["tool"]["importlinter"]["contracts"][0]["layers"]
-    (streets,) = documents.snippets(text_of("fleet_worker/README.md"), "text")
-    assert streets.splitlines() == contract
+    (rows,) = documents.snippets(text_of("fleet_worker/README.md"), "text")
+    assert rows.splitlines() == contract
 
 
 def test_the_architecture_shows_every_room():
     rooms = {path.parent.name + "/" for path in (ROOT / "fleet_worker").glob("*/__init__.py")}
-    rows = documents.tables(text_of("fleet_worker/README.md"), "Rooms and streets")[0]
+    rows = documents.tables(text_of("fleet_worker/README.md"), "Rooms, and which may import which")[0]
     assert {re.match(r"\[(.*)\]\(", row[0])[1] for row in rows} == rooms
 
 
