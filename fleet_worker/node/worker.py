@@ -122,9 +122,8 @@ def _node_name(settings: Settings, worker_name: str) -> str:
         name = next(iter(serving))
     if name not in (REGISTRY, *serving):
         known = ", ".join(sorted(serving))
-        if name == "celery":
-            raise ConfigurationError(f"choose an instance that has opted in, as in -n NAME@%h: {known}")
-        raise ConfigurationError(f'no instance "{name}" has opted in; those that have: {known}')
+        unknown = "" if name == "celery" else f'no instance "{name}" has opted in; '
+        raise ConfigurationError(f"{unknown}name one that has opted in, as in -n NAME@%h: {known}")
     return f"{name}@{settings.host if 'host' in settings.model_fields_set else as_host(host)}"
 
 
