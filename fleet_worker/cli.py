@@ -42,7 +42,7 @@ class _Seconds(click.FloatRange):
                 return float(super().convert(value, param, ctx))
         option = param.opts[0] if param else "this option"
         before = f"; put the node before it: fleet-worker drain {value} {option}" if "@" in str(value) else ""
-        raise click.BadParameter(f"{option} takes a number of seconds{before}", ctx, param)
+        raise click.BadParameter(f"it takes a number of seconds{before}", ctx, param)
 
 
 _TIMEOUT = click.option("--timeout", type=_Seconds(min=0, min_open=True), help="Seconds for the whole request.")

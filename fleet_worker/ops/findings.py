@@ -90,7 +90,8 @@ def show(findings: Sequence[Finding], *, as_json: bool = False) -> None:
 
 def _listing(findings: Sequence[Finding]) -> Listing:
     colours = {"ok": "green", "warning": "yellow", "error": "bold red"}
-    listing = Listing("", "Check", "Found", "What to do", whole=("",))
+    # Wide enough that a command or a path, which one wants to copy, is seldom folded.
+    listing = Listing("", "Check", "Found", "What to do", whole=("",), fits=100)
     for finding in findings:
         texts = (finding.check, finding.found, finding.advice)
         listing.add(cell(finding.severity, colours[finding.severity]), *map(cell, texts))

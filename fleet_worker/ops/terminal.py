@@ -38,8 +38,12 @@ def count(number: int, noun: str) -> str:
 class Listing:
     """Rows of cells: a table, or a paragraph for each row where a table does not fit. Nothing is cut off."""
 
-    def __init__(self, *headers: str, numbers: tuple[str, ...] = (), whole: tuple[str, ...] = ()) -> None:
-        """`numbers` names the columns to align to the right, `whole` those that are never folded."""
+    def __init__(
+        self, *headers: str, numbers: tuple[str, ...] = (), whole: tuple[str, ...] = (), fits: int = FITS_A_TABLE
+    ) -> None:
+        """`numbers` names the columns to align to the right, `whole` those that are never folded. A terminal of at
+        least `fits` columns gets a table."""
+        self._fits = fits
         self._headers = headers
         self._numbers = numbers
         self._whole = whole
@@ -49,7 +53,7 @@ class Listing:
         self._rows.append(cells)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        if options.max_width >= FITS_A_TABLE:
+        if options.max_width >= self._fits:
             yield self._table()
         else:
             for row in self._rows:

@@ -33,7 +33,7 @@ def _options(arguments: Sequence[str] | None) -> Mapping[str, Any]:
     parser = argparse.ArgumentParser(prog="python -m fleet_worker.simulator")
     parser.add_argument("--model", action="append", dest="models", help="a model that it serves; may be repeated")
     parser.add_argument("--listed", action="append", help="a model that /v1/models lists; may be repeated")
-    parser.add_argument("--reasoning", action="append")
+    parser.add_argument("--reasoning", action="append", help="a token of reasoning before every reply; may be repeated")
     parser.add_argument("--tool-calls", type=json.loads, help="JSON")
     parser.add_argument("--faults", type=lambda text: [Fault(**fault) for fault in json.loads(text)], help="JSON")
     for option in fields(Machine):

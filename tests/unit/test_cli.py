@@ -108,9 +108,9 @@ def test_a_host_without_a_file_is_told_to_name_one(monkeypatch):
     [
         (
             "drain --wait local@mini",
-            "--wait takes a number of seconds; put the node before it: fleet-worker drain local@",
+            "it takes a number of seconds; put the node before it: fleet-worker drain local@",
         ),
-        ("status --watch abc", "--watch takes a number of seconds\n"),
+        ("status --watch abc", "'--watch': it takes a number of seconds\n"),
     ],
 )
 def test_seconds_that_are_no_number_are_explained(line, said):

@@ -117,7 +117,7 @@ def terminal(monkeypatch):
 
 
 def test_on_a_terminal_it_is_a_table_as_wide_as_that(capsys, terminal):
-    terminal("xterm", 80)
+    terminal("xterm", 100)
     show([OK, LONG])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) > 4
@@ -127,12 +127,18 @@ def test_on_a_terminal_it_is_a_table_as_wide_as_that(capsys, terminal):
 
 
 def test_on_a_dumb_terminal_the_table_has_no_colours(capsys, terminal):
-    terminal("dumb", 80)
+    terminal("dumb", 100)
     show([OK, LONG])
     lines = capsys.readouterr().out.splitlines()
     assert "What to do" in lines[0]
     assert not any("\x1b" in line for line in lines)
-    assert max(map(len, lines)) <= 80
+    assert max(map(len, lines)) <= 100
+
+
+def test_a_path_is_whole_on_a_terminal_of_80_columns(capsys, terminal):
+    terminal("dumb", 80)
+    show([Finding("warning", "so so", f"chmod o-r {(path := '/Users/fleet/configuration/of/this/host/worker.toml')}")])
+    assert f"  What to do  chmod o-r {path}" in capsys.readouterr().out
 
 
 def test_on_a_narrow_terminal_every_finding_is_a_paragraph(capsys, terminal):
