@@ -7,11 +7,13 @@ import logging
 import math
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from fleet_worker import exit_codes
+from fleet_worker.config_file import config_path
 from fleet_worker.errors import BrokerUnavailable, ConfigurationError, Expired, FleetError, InvalidRequest
 
 if TYPE_CHECKING:
@@ -35,10 +37,12 @@ Examples:
 
 class _Seconds(click.FloatRange):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        seconds = float(super().convert(value, param, ctx))
-        if math.isnan(seconds):
-            self.fail("nan is not in the range", param, ctx)
-        return seconds
+        with suppress(ValueError):
+            if not math.isnan(float(value)):
+                return float(super().convert(value, param, ctx))
+        option = param.opts[0] if param else "this option"
+        before = f"; put the node before it: fleet-worker drain {value} {option}" if "@" in str(value) else ""
+        raise click.BadParameter(f"{option} takes a number of seconds{before}", ctx, param)
 
 
 _TIMEOUT = click.option("--timeout", type=_Seconds(min=0, min_open=True), help="Seconds for the whole request.")
@@ -60,7 +64,7 @@ def cli() -> None:
     """
 
 
-@cli.command()
+@cli.command(short_help="Try a whole fleet on this machine.")
 @click.option("--simulated", is_flag=True, help="Use simulated MLX servers, on a machine without MLX.")
 def demo(simulated: bool) -> None:
     """Start a broker, two MLX servers with small models and their nodes here, and use them once."""
@@ -69,11 +73,10 @@ def demo(simulated: bool) -> None:
 
         sys.exit(run(simulated=simulated))
     except ModuleNotFoundError as error:
-        message = f"the demo needs more packages ({error.name}): pip install 'fleet-worker[demo]'"
-        raise ConfigurationError(message) from None
+        raise ConfigurationError(f"the demo needs {error.name}: in a checkout, pip install '.[demo]'") from None
 
 
-@cli.command(context_settings={"ignore_unknown_options": True})
+@cli.command(short_help="Serve one instance.", context_settings={"ignore_unknown_options": True})
 @click.option("--instance", help="The instance to serve. Not needed if only one has opted in.")
 @click.option("--loglevel", default="INFO", show_default=True)
 @click.argument("celery_options", nargs=-1, type=click.UNPROCESSED)
@@ -89,7 +92,7 @@ def worker(instance: str | None, loglevel: str, celery_options: tuple[str, ...])
     sys.exit(celery.main(arguments, prog_name="celery", standalone_mode=False))
 
 
-@cli.group("service")
+@cli.group("service", short_help="Run `fleet-worker up` as a service of this user.")
 def service_commands() -> None:
     """Run `fleet-worker up` as a service of this user: by launchd on macOS, by systemd on Linux."""
 
@@ -126,8 +129,7 @@ def uninstall_service() -> None:
     from fleet_worker.host.service import service_manager
 
     manager = service_manager()
-    problem = manager.problem()
-    if problem and manager.file.exists():
+    if (problem := manager.problem()) and manager.file.exists():
         click.echo(f"fleet-worker: {manager.file} is still there: {problem}", err=True)
         sys.exit(exit_codes.UNAVAILABLE)
     removed = not problem and manager.uninstall()
@@ -148,7 +150,7 @@ def service_status() -> None:
     sys.exit(0 if running else exit_codes.NOT_RUNNING)
 
 
-@cli.command()
+@cli.command(short_help="Run all nodes of this host.")
 def up() -> None:
     """Run a node for every instance of this host that has opted in, and its registry node; restart what ends.
 
@@ -163,23 +165,23 @@ def up() -> None:
     try:
         sys.exit(supervisor.run())
     except Held as error:
-        click.echo(f"fleet-worker: fleet-worker up runs already on this host, pid {error.pid or 'unknown'}", err=True)
+        running = f"fleet-worker: fleet-worker up runs already on this host, pid {error.pid or 'unknown'}"
+        click.echo(f"{running}: fleet-worker reload makes it read the configuration again", err=True)
         sys.exit(exit_codes.AGAIN)  # launchd and systemd then try again later
 
 
-@cli.command()
+@cli.command(short_help="Read the configuration again.")
 def reload() -> None:
     """Make the `fleet-worker up` of this host read its configuration again."""
     from fleet_worker.host.supervisor import reload_running
 
-    pid = reload_running(_settings())  # a wrong configuration is refused here, before up reads it
-    if not pid:
+    if not (pid := reload_running(_settings())):  # which refuses a wrong configuration before up reads it
         click.echo("fleet-worker: no fleet-worker up runs on this host", err=True)
         sys.exit(exit_codes.UNAVAILABLE)
     click.echo(f"fleet-worker up, pid {pid}, reads its configuration again; the result is in its log")
 
 
-@cli.command()
+@cli.command(short_help="Stop nodes from taking new work.")
 @click.argument("nodes", metavar="NODE...", nargs=-1, required=True)
 @click.option(
     "--wait",
@@ -188,8 +190,7 @@ def reload() -> None:
     is_flag=False,
     flag_value=math.inf,  # stands for the worker.drain_grace of each node
     metavar="[SECONDS]",
-    help="Return when no request runs there any more. Running requests get that many seconds, by default "
-    "worker.drain_grace of the node. Then other nodes continue them.",
+    help="Wait until no request runs there. After SECONDS, or worker.drain_grace of the node, others continue them.",
 )
 def drain(nodes: tuple[str, ...], seconds: float | None) -> None:
     """Stop nodes from taking new work, until `undrain` or their restart. Running requests continue.
@@ -202,7 +203,7 @@ def drain(nodes: tuple[str, ...], seconds: float | None) -> None:
     sys.exit(drain(_settings(), nodes, wait=seconds))
 
 
-@cli.command()
+@cli.command(short_help="Let drained nodes take work again.")
 @click.argument("nodes", metavar="NODE...", nargs=-1, required=True)
 def undrain(nodes: tuple[str, ...]) -> None:
     """Let drained nodes take work again, once their MLX servers have proved that they work.
@@ -226,8 +227,7 @@ def chat(model: str, prompt: str, system: str | None, stream: bool, **options: A
     """Send PROMPT to MODEL and print the answer. `-` reads the prompt from standard input."""
     from fleet_worker.router.router import Router
 
-    text = _standard_input() if prompt == "-" else prompt
-    if not text.strip():
+    if not (text := _standard_input() if prompt == "-" else prompt).strip():
         raise InvalidRequest("the prompt is empty")
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": text})
@@ -286,7 +286,7 @@ def doctor(as_json: bool) -> None:
     sys.exit(exit_code(findings))
 
 
-@cli.command()
+@cli.command(short_help="Show instances, models and waiting requests.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object with the keys instances, models and lanes.")
 @click.option(
     "--watch",
@@ -346,4 +346,5 @@ def _hint(error: FleetError) -> str:
     if not isinstance(error, BrokerUnavailable):
         return ""
     advice = str(error.metadata.get("advice", "is it running? If it is, correct broker_url"))
-    return f": {advice.replace('broker_url', 'broker_url (FLEET_BROKER_URL, or in the file that FLEET_CONFIG names)')}"
+    file = config_path() or "the file that FLEET_CONFIG names, which is not set"
+    return f": {advice.replace('broker_url', f'broker_url (FLEET_BROKER_URL, or in {file})')}"

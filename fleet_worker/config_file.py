@@ -37,20 +37,25 @@ def read() -> dict[str, Any]:
 def explain(error: ValidationError, settings: type[BaseModel]) -> str:
     """Return the place and the reason of every fault in `settings`, without the values: one may be a key."""
     faults = []
-    for fault in error.errors(include_input=False, include_url=False, include_context=False):
+    for fault in error.errors(include_url=False, include_context=False):
         place = fault["loc"]
         unknown = fault["type"] == "extra_forbidden"
-        reason = _unknown_key(place, settings) if unknown else fault["msg"].removeprefix("Value error, ")
+        reason = (
+            _unknown_key(place, settings, fault["input"]) if unknown else fault["msg"].removeprefix("Value error, ")
+        )
         faults.append(f"{'.'.join(map(str, place)) or 'settings'}: {reason}")
     return "configuration: " + "; ".join(faults)
 
 
-def _unknown_key(place: tuple[int | str, ...], settings: type[BaseModel]) -> str:
+def _unknown_key(place: tuple[int | str, ...], settings: type[BaseModel], value: object) -> str:
     group: Any = settings
     for part in place[:-1]:
         fields = getattr(group, "model_fields", None)  # otherwise it is a dictionary of groups
         group = fields[part].annotation if fields else get_args(group)[1]
-    return f"unknown key{nearest(str(place[-1]), group.model_fields)}"
+    known = nearest(str(place[-1]), group.model_fields)
+    if not known and place[2:3] == ("models",) and isinstance(value, dict):  # [instances.local.models.qwen3.5-14b]
+        known = f'; a name with a dot needs quotes: [instances.{place[1]}.models."{place[3]}.{place[4]}"]'
+    return f"unknown key{known}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -313,9 +313,11 @@ class Settings(_Group, BaseSettings):
         """Return the instances that have opted in, by name; raises `ConfigurationError` if there is none."""
         serving = {name: instance for name, instance in self.instances.items() if instance.opted_in}
         if not serving:
+            path = config_file.config_path()
+            unset = "FLEET_CONFIG is not set, so no file was read: export FLEET_CONFIG=~/fleet/worker.toml"
             raise ConfigurationError(
                 "no instance has opted in: set fleet = { enabled = true, respond_to_requests = true } for an instance "
-                "in the file that FLEET_CONFIG names"
+                + (f"in {path}" if path else f"in the configuration file; {unset}")
             )
         return serving
 

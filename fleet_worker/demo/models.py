@@ -80,7 +80,7 @@ def platform_problem() -> str | None:
         pass
     python = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
     return (
-        f"MLX cannot be imported by this {python}: install fleet-worker[demo], "
+        f"MLX cannot be imported by this {python}: in a checkout, pip install '.[demo]', "
         "or where this platform has no MLX wheel run `fleet-worker demo --simulated`."
     )
 

@@ -122,9 +122,8 @@ def _node_name(settings: Settings, worker_name: str) -> str:
         name = next(iter(serving))
     if name not in (REGISTRY, *serving):
         known = ", ".join(sorted(serving))
-        raise ConfigurationError(
-            f"the node's name must begin with an instance that has opted in, as -n NAME@%h: {known}"
-        )
+        unknown = "" if name == "celery" else f'no instance "{name}" has opted in; '
+        raise ConfigurationError(f"{unknown}name one that has opted in, as in -n NAME@%h: {known}")
     return f"{name}@{settings.host if 'host' in settings.model_fields_set else as_host(host)}"
 
 

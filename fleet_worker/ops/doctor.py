@@ -37,7 +37,8 @@ def examine() -> list[Finding]:
     try:
         settings = Settings()
     except ConfigurationError as error:
-        unusable = Finding("error", error.message, "correct it: nothing starts before", check="configuration")
+        found = error.message.removeprefix("configuration: ")
+        unusable = Finding("error", found, "correct it: nothing starts before", check="configuration")
         return [unusable, *_examined(ALWAYS, None)]
     return _examined(CHECKS, settings)
 

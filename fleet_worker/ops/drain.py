@@ -169,8 +169,10 @@ def _print(
         click.echo(_describe(node))
         all_done = all_done and is_done(node)
     for name in control.silent:
-        what = advice if "@" in name else "is it running, and does it use this broker?"
-        click.echo(f"fleet-worker: {name} does not answer: {what} fleet-worker status shows all nodes", err=True)
+        what = f"{name} does not answer: {advice}"
+        if "@" not in name:
+            what = f"{name} is no host that answers: does it run, and use this broker? A node is named {name}@HOST."
+        click.echo(f"fleet-worker: {what} fleet-worker status shows all nodes", err=True)
     return exit_codes.UNAVAILABLE if control.silent else 0 if all_done else exit_codes.FAILED
 
 

@@ -8,6 +8,7 @@ from typing import Final, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
+from fleet_worker.config_file import nearest
 from fleet_worker.errors import InvalidRequest
 
 PROTOCOL_VERSION: Final = 2
@@ -43,6 +44,7 @@ class BrokerMessage(ExtensibleModel):
 def explain(error: ValidationError) -> str:
     """Return where and why a message is invalid, without any value: it may be a prompt."""
     details = error.errors(include_input=False, include_url=False, include_context=False)
+    details = [detail for detail in details if not _is_other_member(detail, details)]
     shown = [f"{_path(detail) or 'request'}: {_reason(detail)}" for detail in details[:5]]
     more = [f"and {len(details) - 5} more"] if len(details) > 5 else []
     return "; ".join(shown + more)
@@ -57,7 +59,17 @@ def _path(detail: ErrorDetails) -> str:
     return ".".join([*(str(part) for part in path if isinstance(part, int) or part in _field_names()), *unknown])
 
 
+def _is_other_member(detail: ErrorDetails, details: list[ErrorDetails]) -> bool:
+    """Tell whether this only says that a list is not text, where another detail says what is wrong in the list."""
+    *place, member = detail["loc"] or ("",)
+    deeper = (other["loc"] for other in details if len(other["loc"]) > len(detail["loc"]))
+    return member == "str" and any(list(loc[: len(place)]) == place for loc in deeper)
+
+
 def _reason(detail: ErrorDetails) -> str:
+    if detail["type"] == "extra_forbidden":
+        name = str(detail["loc"][-1])
+        return "unknown field" + ("" if name in _field_names() else nearest(name, _field_names()))
     if detail["type"].startswith("union_tag"):  # pydantic's text contains the value
         return "is of an unknown type"
     return detail["msg"].removeprefix("Value error, ")

@@ -102,7 +102,9 @@ class RegistryNode:
         try:
             from fleet_worker.registry.prometheus import HostCollector, MetricsServer
         except ModuleNotFoundError as error:
-            text = f"registry.metrics_port needs one more package ({error.name}): pip install 'fleet-worker[metrics]'"
+            text = (
+                f"registry.metrics_port needs one more package ({error.name}): in a checkout, pip install '.[metrics]'"
+            )
             raise ConfigurationError(text) from None
         return MetricsServer(
             port,

@@ -150,7 +150,7 @@ class Registry:
         accepted: nodes work without one, too.
 
         Raises:
-            ModelUnavailable: nothing offers it. The text names the nearest models that exist, or the nearest nodes.
+            ModelUnavailable: nothing offers it. The text tells what does not fit, and names the nearest that does.
         """
         with self._changed:
             while not self._is_offered(model, capability, instance, node):
@@ -159,10 +159,7 @@ class Registry:
                 if left <= 0:
                     if not self.instances():
                         return
-                    if node and self._is_offered(model, capability, instance):
-                        nodes = [each.node for each in self.instances()]
-                        raise _unavailable(f"that node does not offer {capability} with that model", node, nodes)
-                    raise _unavailable(f"no instance offers {capability} with that model", model, self._models)
+                    raise self._refusal(model, capability, instance, node)
                 self._changed.wait(left)
 
     def receive(self, message: Any) -> None:
@@ -232,6 +229,21 @@ class Registry:
             and node in (None, offered.node)
             for offered in self._offered(model)
         )
+
+    def _refusal(self, model: str, capability: str, instance: str, node: str | None) -> ModelUnavailable:
+        of_model = list(self._offered(model))
+        able = [each for each in of_model if capability in each.capabilities]
+        fitting = [each for each in able if instance in ("any", each.instance.name)]
+        if node and fitting:
+            why = f"that node does not offer {capability} with that model"
+            return _unavailable(why, node, {each.node for each in fitting})
+        if able:
+            why = "no instance of that name offers this model"
+            return _unavailable(why, instance, {each.instance.name for each in able})
+        if others := sorted({each for offered in of_model for each in offered.capabilities}):
+            return ModelUnavailable(f"{model} is in the fleet, but only for: {', '.join(others)}", nearest=[])
+        able_models = {each.model for each in self._offered(None) if capability in each.capabilities}
+        return _unavailable(f"no instance offers {capability} with that model", model, able_models)
 
     def _notify_subscribers(self, event: RegistryEvent) -> None:
         for callback in tuple(self._subscribers):

@@ -81,7 +81,7 @@ class Call:
 
     def frame(self) -> Frame:
         """Return the next frame of the answer; raises the error that ended it, on every call."""
-        self._raise_again()
+        self.raise_again()
         try:
             return self._checked(self._entered.get())
         except queue.Empty:
@@ -92,7 +92,7 @@ class Call:
 
     async def aframe(self) -> Frame:
         """As `frame`, awaitable."""
-        self._raise_again()
+        self.raise_again()
         try:
             return self._checked(await self._entered.aget())
         except queue.Empty:
@@ -107,7 +107,7 @@ class Call:
         return self._deadline
 
     def _submit(self, deadline: float) -> None:
-        self._raise_again()
+        self.raise_again()
         try:
             self._request, self._buffer = self._start(deadline)
         except FleetError as error:
@@ -124,7 +124,8 @@ class Call:
             raise RuntimeError("the request was not submitted: use it in a with block, or iterate it")
         return self._buffer
 
-    def _raise_again(self) -> None:
+    def raise_again(self) -> None:
+        """Raise the error that ended it, if one did."""
         if error := self._ended_by():
             raise error
 
@@ -136,7 +137,7 @@ class Call:
     def _checked(self, frame: Frame) -> Frame:
         if isinstance(frame, Failure) and not self._cancelled:
             self._error = self._error or frame.error()
-        self._raise_again()
+        self.raise_again()
         return frame
 
     def _timed_out(self) -> FleetError:
@@ -198,8 +199,9 @@ class ChatStream:
 
     @property
     def response(self) -> ChatResponse:
-        """The whole answer; raises `RuntimeError` before the stream has ended."""
+        """The whole answer; raises `RuntimeError` before the stream has ended, and the error of one that failed."""
         if self._response is None:
+            self._call.raise_again()
             raise RuntimeError("the stream has not ended: iterate it to its end first")
         return self._response
 

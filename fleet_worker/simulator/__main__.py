@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from fleet_worker.simulator.flavours import FLAVOURS
 from fleet_worker.simulator.machine import Machine
 from fleet_worker.simulator.replies import Fault
 from fleet_worker.simulator.server import SimulatedMLX
@@ -30,8 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _options(arguments: Sequence[str] | None) -> Mapping[str, Any]:
     parser = argparse.ArgumentParser(prog="python -m fleet_worker.simulator")
-    parser.add_argument("--model", action="append", dest="models")
-    parser.add_argument("--listed", action="append")
+    parser.add_argument("--model", action="append", dest="models", help="a model that it serves; may be repeated")
+    parser.add_argument("--listed", action="append", help="a model that /v1/models lists; may be repeated")
     parser.add_argument("--reasoning", action="append")
     parser.add_argument("--tool-calls", type=json.loads, help="JSON")
     parser.add_argument("--faults", type=lambda text: [Fault(**fault) for fault in json.loads(text)], help="JSON")
@@ -40,7 +41,8 @@ def _options(arguments: Sequence[str] | None) -> Mapping[str, Any]:
         if isinstance(option.default, bool):
             parser.add_argument(flag, action="store_true", default=None)
         elif isinstance(option.default, int | float | str):
-            parser.add_argument(flag, type=type(option.default))
+            choices = list(FLAVOURS) if option.name == "flavour" else None
+            parser.add_argument(flag, type=type(option.default), choices=choices, help=f"default: {option.default}")
     return {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
 
 

@@ -78,7 +78,7 @@ def test_a_port_that_is_taken_and_a_missing_package_are_told_in_one_line(configu
         path = f"{package.parent}:{os.environ.get('PYTHONPATH', '')}"
         wrong = {
             f"registry.metrics_port: {port} ": {"FLEET_REGISTRY__METRICS_PORT": port},
-            "pip install 'fleet-worker[metrics]'": {"FLEET_REGISTRY__METRICS_PORT": "0", "PYTHONPATH": path},
+            "pip install '.[metrics]'": {"FLEET_REGISTRY__METRICS_PORT": "0", "PYTHONPATH": path},
         }
         for words, env in wrong.items():
             with child("registry", REGISTRY, {**configured, **env}) as process:

@@ -80,7 +80,7 @@ def test_a_router_needs_nothing_more(installed):
     broker = {"FLEET_BROKER_URL": f"redis://127.0.0.1:{port}/0", "FLEET_ROUTER__CONNECT_TIMEOUT": "0.5"}
     done = run(installed / "fleet-worker", "chat", "any", "Hello", **broker)
     assert done.returncode == 69
-    assert done.stderr.startswith(f"fleet-worker: the broker at 127.0.0.1:{port} did not answer")
+    assert done.stderr.startswith(f"fleet-worker: the broker at 127.0.0.1:{port} does not run")
 
 
 def test_a_worker_needs_nothing_more(installed):
@@ -93,4 +93,4 @@ def test_a_worker_needs_nothing_more(installed):
 def test_the_demo_says_which_extra_it_needs(installed, options):
     done = run(installed / "fleet-worker", "demo", *options)
     assert (done.returncode, done.stdout) == (78, "")
-    assert "pip install 'fleet-worker[demo]'" in done.stderr
+    assert "pip install '.[demo]'" in done.stderr

@@ -270,7 +270,7 @@ def test_a_second_up_is_refused_and_told_who_runs(configure):
         hear(process, "local@mini lives")
         done = fleet_worker("up")
         assert (done.returncode, done.stdout) == (75, "")
-        assert done.stderr == f"fleet-worker: fleet-worker up runs already on this host, pid {process.pid}\n"
+        assert f"up runs already on this host, pid {process.pid}: fleet-worker reload makes it" in done.stderr
         assert stop(process) == 0
         assert process.output.count("starts") == 2
 

@@ -88,3 +88,35 @@ def test_a_broker_that_is_not_there_is_named_without_its_password(line, monkeypa
     done = fleet_worker(line)
     assert_refused(done, 69, f"127.0.0.1:{port}", "FLEET_BROKER_URL")
     assert "hush" not in done.stderr
+
+
+def test_a_broker_that_does_not_run_is_told_with_its_cause(monkeypatch):
+    monkeypatch.setenv("FLEET_BROKER_URL", f"redis://127.0.0.1:{free_port()}/0")
+    monkeypatch.setenv("FLEET_ROUTER__CONNECT_TIMEOUT", "0.5")
+    monkeypatch.delenv("FLEET_CONFIG", raising=False)
+    words = ("does not run: nothing listens there (it did not answer within 0.5 s): start it", "which is not set")
+    assert_refused(fleet_worker(f"chat {MODEL} Hello"), 69, *words)
+
+
+def test_a_host_without_a_file_is_told_to_name_one(monkeypatch):
+    monkeypatch.delenv("FLEET_CONFIG", raising=False)
+    assert_refused(fleet_worker("up"), 78, "FLEET_CONFIG is not set, so no file was read: export FLEET_CONFIG=")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (
+            "drain --wait local@mini",
+            "--wait takes a number of seconds; put the node before it: fleet-worker drain local@",
+        ),
+        ("status --watch abc", "--watch takes a number of seconds\n"),
+    ],
+)
+def test_seconds_that_are_no_number_are_explained(line, said):
+    assert said in fleet_worker(line).stderr
+
+
+def test_no_summary_is_cut_in_a_narrow_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert "..." not in fleet_worker("--help").stdout.partition("Commands:")[2]

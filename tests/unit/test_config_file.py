@@ -81,3 +81,8 @@ def test_a_key_that_is_not_known_is_said_with_the_nearest_that_is(configure, tex
 def test_a_key_that_is_like_no_other_is_only_unknown(configure):
     configure("xyzzy = 1")
     assert refused() == "configuration: xyzzy: unknown key"
+
+
+def test_a_model_name_with_a_dot_is_told_to_be_quoted(configure):
+    configure("[instances.a.models.qwen3.5-14b]\ncontext_window = 8")
+    assert refused().endswith('unknown key; a name with a dot needs quotes: [instances.a.models."qwen3.5-14b"]')

@@ -23,6 +23,10 @@ def test_the_readme_s_names_are_there():
     assert {"Router", "Settings", "ChatResponse", "EmbedResponse", "Delta", "FleetError"} <= set(fleet_worker.__all__)
 
 
+def test_dir_shows_the_public_names():
+    assert set(fleet_worker.__all__) <= set(dir(fleet_worker))
+
+
 def run(code, **environ):
     return subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=30)
 

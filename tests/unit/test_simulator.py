@@ -17,6 +17,7 @@ import httpx
 import pytest
 
 from fleet_worker.simulator import CHAT_TEMPLATE, FLAVOURS, Fault, SimulatedMLX, embedding, reply_tokens
+from fleet_worker.simulator.__main__ import main
 
 HELLO = [{"role": "user", "content": "hello"}]
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
@@ -990,3 +991,10 @@ def test_a_request_can_be_the_death_of_the_whole_process():
             assert process.wait(5) == 137
             with pytest.raises(httpx.ConnectError):
                 client.get("/health")
+
+
+def test_a_flavour_that_does_not_exist_is_told_with_those_that_do(capsys):
+    with pytest.raises(SystemExit):
+        main(["--flavour", "bogus"])
+    error = capsys.readouterr().err
+    assert all(flavour in error for flavour in FLAVOURS)

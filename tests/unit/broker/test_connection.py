@@ -78,11 +78,14 @@ def test_what_time_does_not_mend_is_said_with_what_to_do(error, said, advice):
 
 
 def test_what_time_may_mend_is_said_in_the_words_of_who_waited():
-    told = unavailable("redis://h:1/0", "did not answer within 3 s", ConnectionRefusedError(), retryable=True)
-    assert (told.message, told.metadata) == (
-        "the broker at h:1 did not answer within 3 s (ConnectionRefusedError)",
-        {},
-    )
+    told = unavailable("redis://h:1/0", "did not answer within 3 s", ConnectionResetError(), retryable=True)
+    assert (told.message, told.metadata) == ("the broker at h:1 did not answer within 3 s (ConnectionResetError)", {})
+
+
+def test_a_known_cause_is_named_although_time_may_mend_it():
+    told = unavailable("redis://h:1/0", "did not answer within 3 s", wrapped(ConnectionRefusedError()), retryable=True)
+    assert told.message == "the broker at h:1 does not run: nothing listens there (it did not answer within 3 s)"
+    assert "start it" in told.metadata["advice"]
 
 
 @pytest.mark.parametrize(

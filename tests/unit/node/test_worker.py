@@ -10,9 +10,10 @@ from celery import Celery
 from celery.worker import request as celery_request
 from celery.worker.control import Panel
 
+from fleet_worker.errors import ConfigurationError
 from fleet_worker.node.consumer import Consumer
 from fleet_worker.node.tasks import Request
-from fleet_worker.node.worker import serve_with
+from fleet_worker.node.worker import _node_name, serve_with
 from fleet_worker.settings import Settings
 
 
@@ -78,3 +79,12 @@ def test_celery_handles_ctrl_c_and_leaves_sigterm_and_sighup_to_the_node(app, ha
 def test_a_worker_of_ours_has_neither_gossip_nor_mingle(app):
     arguments = object.__new__(app.Worker).prepare_args(without_gossip=False, loglevel="INFO")
     assert arguments == {"without_gossip": True, "without_mingle": True, "loglevel": "INFO"}
+
+
+def test_an_instance_that_has_not_opted_in_is_named_with_those_that_have():
+    opted_in = {"enabled": True, "respond_to_requests": True}
+    settings = Settings(instances={name: {"base_url": "http://127.0.0.1:1", "fleet": opted_in} for name in "ab"})
+    for name, words in {"nosuch@h": 'no instance "nosuch" has opted in', "celery@h": "-n NAME@%h"}.items():
+        with pytest.raises(ConfigurationError, match=": a, b") as caught:
+            _node_name(settings, name)
+        assert words in caught.value.message

@@ -313,3 +313,21 @@ def test_a_control_message_travels_whole():
 
 def test_what_a_newer_router_adds_is_ignored():
     assert ControlMessage.decode(b'{"missed":"a","novelty":1}') == ControlMessage(missed="a")
+
+
+def chat_refused(**params):
+    with pytest.raises(InvalidRequest) as caught:
+        FleetRequest.build(envelope(params={"messages": [{"role": "user", "content": "hello"}], **params}))
+    return caught.value.message
+
+
+def test_an_unknown_field_is_told_with_the_nearest_that_exists():
+    assert chat_refused(max_token=3) == "max_token: unknown field, the nearest that exists is max_tokens"
+    assert chat_refused(xyzzy=3) == "xyzzy: unknown field"
+    assert chat_refused(input=3) == "input: unknown field"  # a field of another message
+
+
+def test_an_image_that_is_not_inline_is_told_once():
+    content = [{"type": "image_url", "image_url": {"url": "http://images/hush.png"}}]
+    refusal = chat_refused(messages=[{"role": "user", "content": content}])
+    assert refusal == "messages.0.content.0.image_url.image_url.url: images must be data:image/... URLs"

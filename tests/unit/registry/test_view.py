@@ -416,9 +416,23 @@ def test_a_refusal_names_the_nearest_nodes_if_one_is_asked_for(known):
     with pytest.raises(ModelUnavailable) as caught:
         known.require_offered("qwen3-14b", "chat", "any", "one@mimi")
     assert caught.value.message.startswith(
-        "that node does not offer chat with that model; the nearest that exist: one@"
+        "that node does not offer chat with that model; the nearest that exist: one@mini"
     )
-    assert caught.value.metadata["nearest"] == ["one@mini", "two@mini"]
+    assert caught.value.metadata["nearest"] == ["one@mini"]  # two@mini does not serve this model
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        (("minilm", "chat"), "minilm is in the fleet, but only for: embed"),
+        (("qwen3-14b", "chat", "onee"), "no instance of that name offers this model; the nearest that exist: one"),
+        (("minilx", "chat"), "no instance offers chat with that model"),  # minilm cannot chat
+    ],
+)
+def test_a_refusal_tells_which_part_of_the_request_does_not_fit(known, wanted, said):
+    with pytest.raises(ModelUnavailable) as caught:
+        known.require_offered(*wanted)
+    assert caught.value.message == said
 
 
 @pytest.fixture

@@ -413,6 +413,15 @@ def test_the_whole_answer_of_a_stream_is_there_when_it_has_ended(fleet):
     assert stream.response.content == "a"
 
 
+def test_a_cancelled_stream_has_no_response_but_its_error(fleet):
+    fleet.answers = [[accepted(), deltas("a")]]
+    with fleet.router.stream_chat("m", HELLO) as stream:
+        assert next(stream).content == "a"
+        stream.cancel()
+        with pytest.raises(Cancelled):
+            _ = stream.response
+
+
 def test_a_stream_that_is_left_ends_for_whoever_still_reads_it(fleet):
     fleet.answers = [[accepted()]] * 2
 
