@@ -85,8 +85,22 @@ class _Control(Control):  # type: ignore[misc]
 
 
 class _Dispatcher(EventDispatcher):  # type: ignore[misc]
+    """Sends events on the connection that a node's consumer reads from, and never opens that again.
+
+    kombu would do so without an error, if the broker was lost just before an event: then nothing reads from it any
+    more, and the node is deaf for ever (seen). An event that is not sent waits for the consumer's next connection.
+    """
+
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **{"buffer_limit": MOST_EVENTS, **options})
+
+    def enable(self) -> None:
+        # A producer without a channel would open the connection, too.
+        self.channel: Any = self.channel or self.connection.default_channel
+        super().enable()
+
+    def _publish(self, *args: Any, **options: Any) -> None:
+        super()._publish(*args, **{**options, "retry": False, "retry_policy": None})
 
 
 class _Events(Events):  # type: ignore[misc]

@@ -101,7 +101,8 @@ class LaneConsumer:
                 self._consumer.cancel_task_queue(name)
             refused = self._join(sorted(target.lanes - self._consuming()))
             self._joined = self._consuming()
-        except self._consumer.channel_errors as error:  # nothing is consumed any more
+        # Nothing is consumed any more. A closed channel of kombu has lost what it needs: AttributeError.
+        except (*self._consumer.channel_errors, AttributeError) as error:
             raise ConnectionResetError(f"the broker closed the channel ({type(error).__name__})") from error
         target.fulfilled.set()
         self._log_refused(refused)

@@ -145,7 +145,7 @@ class InFlightRequest:
         except BaseException:  # also a KeyboardInterrupt: other readers may have joined
             self.give_up(Cancelled("the request was not sent"))
             raise
-        self._check_at(self._submitted_at + self._session.settings.accept_timeout)
+        self._check_at(self._submitted_at + self._queued_check_every)
 
     def receive(self, node: str, frame: Frame) -> bool:
         """Take a frame of this request; return False if its attempt is not wanted any more."""
@@ -246,13 +246,13 @@ class InFlightRequest:
         settings, replies = self._session.settings, self._session.replies
         request, due = self.request, self._submitted_at + settings.accept_timeout
         if now < due:
-            return due
+            return min(due, now + self._queued_check_every)
         queued = self._session.admission.is_queued(self.lane, request.priority, self._submitted_at, BROKER_PATIENCE)
         if queued and self._is_stranded(request):
             self._message_lost(request, now)
         elif queued is not False:
             self._missing_since = None
-            return now + (settings.accept_timeout if queued else CHECK_EVERY)
+            return now + (self._queued_check_every if queued else CHECK_EVERY)
         elif self._missing_since is None:
             self._missing_since = replies.clock
         elif replies.silence(self._missing_since) >= CHECK_EVERY:
@@ -271,6 +271,11 @@ class InFlightRequest:
 
     def _is_waiting(self, request: FleetRequest) -> bool:
         return self._attempts.state == "waiting" and self._attempts.request is request
+
+    @property
+    def _queued_check_every(self) -> float:
+        """Seconds. A node may accept the request right after a check, and be lost `lost_after` seconds later."""
+        return min(self._session.settings.accept_timeout, self._session.settings.lost_after)
 
     def _check_heartbeat(self, now: float) -> float:
         """Find out whether the node that has it is still heard; return the time of the next check."""

@@ -72,6 +72,13 @@ USED = [
     ("celery.app.control", "Control", "Mailbox", ["Control"], MORE_CONNECTIONS),
     ("celery.app.events", "Events", "dispatcher_cls", ["Events"], "a node hangs on RabbitMQ when it has many events"),
     ("celery.events.dispatcher", "EventDispatcher", "buffer_limit", ["EventDispatcher"], "see above"),
+    (
+        "celery.events.dispatcher",
+        "EventDispatcher",
+        "_publish",
+        ["EventDispatcher"],
+        "a node may be deaf after an outage",
+    ),
     ("celery.utils.threads", None, "bound_open_broker_sockets", [], "a frozen broker is waited for without an end"),
     ("celery.worker.control", "Panel", "data", ["Panel"], "`celery inspect` and Flower get no answers"),
     ("celery.worker.consumer.control", None, "worker_enable_remote_control", [], "control commands are obeyed twice"),

@@ -128,6 +128,16 @@ def test_a_node_that_is_silent_for_too_long_is_lost(fleet):
     assert fleet.sent == [(1, None), (2, None)]
 
 
+def test_a_node_that_is_lost_soon_after_it_accepted_is_noticed_in_time(fleet):
+    """Also if `lost_after` is shorter than `accept_timeout`, after which a queued request is checked."""
+    fleet.session.settings = fleet.session.settings.model_copy(update={"accept_timeout": 50.0, "lost_after": 2.0})
+    begun = time.monotonic()
+    fleet.submit()
+    assert fleet.later.moments[0] <= begun + 2.5
+    fleet.later.now()
+    assert fleet.later.moments[1] <= time.monotonic() + 2.0
+
+
 def test_a_word_now_and_then_is_enough(fleet):
     in_flight = fleet.submit()
     in_flight.receive("a", accepted())
