@@ -256,8 +256,7 @@ class Settings(_Group, BaseSettings):
     model_config = SettingsConfigDict(env_prefix="FLEET_", env_nested_delimiter="__")
 
     broker_url: Annotated[str, AfterValidator(urls.broker_url)] = Field("redis://127.0.0.1:6379/0", repr=False)
-    """URL of the broker: Valkey or Redis (`redis://`, `rediss://`, `valkey://`, `valkeys://`) or RabbitMQ (`amqp://`,
-    `amqps://`)."""
+    """URL of the broker. Valkey, Redis: `redis[s]://` or `valkey[s]://`. RabbitMQ: `amqp[s]://`."""
     host: str = Field(default_factory=lambda: as_host(socket.gethostname().split(".")[0]))
     """Name of this host in node names and file names: letters, digits, `-`, `.`, `_`. Default: its host name."""
     state_dir: Annotated[Path, AfterValidator(Path.expanduser)] = Field(

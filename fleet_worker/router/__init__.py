@@ -1,5 +1,6 @@
 """The library that submits requests and reads their replies.
 
 May import: `registry`, `broker`, `protocol`, `settings`, `errors`. Read in this order: `router`, `options`, `call`,
-`session`, `in_flight`, `attempts`, `admission`, `submitter`, `reply_consumer`, `scheduler`, `idempotency`.
+`session`, `in_flight`, `attempts`, `node_selection`, `admission`, `submitter`, `reply_consumer`, `reply_buffer`,
+`scheduler`, `idempotency`.
 """

@@ -10,8 +10,8 @@ from collections import OrderedDict
 
 from fleet_worker.errors import InvalidRequest
 from fleet_worker.protocol.request import FleetRequest
-from fleet_worker.router.call import ReplyBuffer
 from fleet_worker.router.in_flight import InFlightRequest
+from fleet_worker.router.reply_buffer import ReplyBuffer
 
 MAX_ANSWERS = 1_000
 MAX_CHARACTERS = 64 * 1024 * 1024

@@ -5,17 +5,20 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from fleet_worker.broker.topology import direct_lane, lane
 from fleet_worker.errors import BrokerUnavailable, Cancelled, Expired, FleetError, ReplyOverflow, RequestTimeout
 from fleet_worker.protocol.reply import Accepted, Failure, Frame
 from fleet_worker.protocol.request import FleetRequest
+from fleet_worker.router.admission import Admission
 from fleet_worker.router.attempts import AskAgain, Attempts, CancelOrphan, Deliver, Effect, End, OnInterrupt, RetryAfter
-from fleet_worker.router.call import ReplyBuffer
-
-if TYPE_CHECKING:
-    from fleet_worker.router.session import Session
+from fleet_worker.router.node_selection import NodeSelection
+from fleet_worker.router.reply_buffer import ReplyBuffer
+from fleet_worker.router.reply_consumer import ReplyConsumer
+from fleet_worker.router.scheduler import Scheduler
+from fleet_worker.router.submitter import CancelPublisher, Submitter
+from fleet_worker.settings import RouterSettings
 
 CHECK_EVERY = 1.0
 """Seconds between two checks of a request that is not in its lane, as its `Accepted` frame may be on its way; and
@@ -23,6 +26,20 @@ between two tries to send it while the broker is away."""
 
 BROKER_PATIENCE = 0.5
 """Seconds that the scheduler thread waits for a broker: other calls are due too."""
+
+
+class OpenSession(Protocol):
+    """What a request in flight uses of its `Session`."""
+
+    settings: RouterSettings
+    nodes: NodeSelection
+    submitter: Submitter
+    admission: Admission
+    replies: ReplyConsumer
+    cancels: CancelPublisher
+    scheduler: Scheduler
+
+    def ended(self, request_id: str) -> None: ...
 
 
 class InFlightRequest:
@@ -33,7 +50,7 @@ class InFlightRequest:
     """
 
     def __init__(
-        self, request: FleetRequest, node: str | None, session: Session, *, on_interrupt: OnInterrupt = "resume"
+        self, request: FleetRequest, node: str | None, session: OpenSession, *, on_interrupt: OnInterrupt = "resume"
     ) -> None:
         self._session = session
         self._node = node

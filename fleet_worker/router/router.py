@@ -17,9 +17,10 @@ from fleet_worker.protocol.reply import ChatResponse, EmbedResponse
 from fleet_worker.protocol.request import FleetRequest, Operation, Priority
 from fleet_worker.registry.view import Registry
 from fleet_worker.router.attempts import OnInterrupt
-from fleet_worker.router.call import Call, ChatStream, ReplyBuffer
+from fleet_worker.router.call import Call, ChatStream
 from fleet_worker.router.in_flight import InFlightRequest
 from fleet_worker.router.options import ChatOptions, EmbedOptions
+from fleet_worker.router.reply_buffer import ReplyBuffer
 from fleet_worker.router.session import Session
 from fleet_worker.settings import Settings
 

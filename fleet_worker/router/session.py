@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import time
-from collections.abc import Collection
 from typing import cast
 
 from fleet_worker.broker.app import create_app
@@ -17,9 +15,10 @@ from fleet_worker.protocol.request import FleetRequest
 from fleet_worker.registry.view import Registry
 from fleet_worker.router.admission import Admission
 from fleet_worker.router.attempts import CancelOrphan, OnInterrupt
-from fleet_worker.router.call import ReplyBuffer
 from fleet_worker.router.idempotency import IdempotencyCache
 from fleet_worker.router.in_flight import InFlightRequest
+from fleet_worker.router.node_selection import NodeSelection
+from fleet_worker.router.reply_buffer import ReplyBuffer
 from fleet_worker.router.reply_consumer import ReplyConsumer
 from fleet_worker.router.scheduler import Scheduler
 from fleet_worker.router.submitter import IDLE_AFTER, CancelPublisher, Submitter
@@ -124,43 +123,3 @@ class Session:
     def _close_idle(self) -> None:
         self.scheduler.at(time.monotonic() + IDLE_AFTER, self._close_idle)
         self.submitter.close_idle()
-
-
-class NodeSelection:
-    """Chooses where an attempt goes, by the present view of the registry."""
-
-    def __init__(self, registry: Registry) -> None:
-        self._registry = registry
-
-    def node_for(self, request: FleetRequest, failed: Collection[str] = ()) -> str | None:
-        """Return None to use the shared lane (the default).
-
-        Return a node if the caller asked for an instance, or if a node that failed this request (`failed`) also
-        consumes the lane. Choose at random, weighted by slots. If no other node is ready, use the lane all the same;
-        but a request for an instance waits for a node of that instance.
-        """
-        wanted = request.provider_instance
-        if wanted == "any":
-            ready = self._nodes(request, ready=True) if failed else {}
-            return _choose(ready.keys() - failed, ready)
-        nodes = self._nodes(request)
-        candidates = {node for node, (instance, _) in nodes.items() if instance == wanted}
-        ready_ones = candidates & self._nodes(request, ready=True).keys()
-        return _choose((ready_ones - set(failed)) or ready_ones or candidates, nodes)
-
-    def waits_in_vain(self, request: FleetRequest, node: str) -> bool:
-        """Return whether this node is not ready, while another node could take the request."""
-        ready, wanted = self._nodes(request, ready=True), request.provider_instance
-        return node not in ready and (wanted == "any" or any(wanted == instance for instance, _ in ready.values()))
-
-    def _nodes(self, request: FleetRequest, ready: bool | None = None) -> dict[str, tuple[str, int]]:
-        """Return instance and slots of each node that consumes the lane of this request, now or when it is ready."""
-        offered = self._registry.offerings(model=request.model, capability=request.operation, ready=ready)
-        return {each.node: (each.instance.name, each.instance.slots or 1) for each in offered}
-
-
-def _choose(candidates: Collection[str], nodes: dict[str, tuple[str, int]]) -> str | None:
-    """Return one of the candidates; None if there is none, or if every node is one."""
-    if not candidates or len(candidates) == len(nodes):
-        return None
-    return random.choices(list(candidates), [nodes[node][1] for node in candidates])[0]  # noqa: S311 - not a secret

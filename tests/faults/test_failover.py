@@ -64,12 +64,15 @@ def draw(request):
 
 
 def rounds(fleet, router, draw, strike):
-    """Strike somebody busy at a random token, in each of some rounds; return what the streams of all rounds got."""
+    """Strike a busy node at a random token, in each of some rounds; return what the streams of all rounds got.
+
+    Not at the first tokens: a request that its node took, and did not accept before it was killed, is another fault.
+    """
     told = []
     for _ in range(ROUNDS):
         fleet.mend(router)
         with Crowd(router, fleet, at_once=AT_ONCE, streams=AT_ONCE) as crowd:
-            crowd.wait_for_pieces(draw.randrange(1, AT_ONCE * fleet.natural * 3 // 5))
+            crowd.wait_for_pieces(draw.randrange(AT_ONCE * fleet.natural // 10, AT_ONCE * fleet.natural * 3 // 5))
             strike(draw.choice(fleet.busy()[:2]))
         told += crowd.told
     return told
@@ -80,7 +83,7 @@ def test_a_node_killed_at_a_random_token_costs_no_stream_anything_but_a_pause(fl
     told = rounds(fleet, router, draw, lambda name: fleet.nodes[name].kill())
     figures = report(f"node killed {ROUNDS} times, {broker.name}", told)
     assert all(one.identical for one in told), figures
-    assert pause(told) <= LOST_AFTER + 1.0, figures
+    assert 0 < median_gap(told) <= LOST_AFTER + 1.0, figures
 
 
 @DRAWN_TWICE
@@ -88,7 +91,7 @@ def test_a_server_killed_at_a_random_token_costs_no_stream_anything_but_a_pause(
     told = rounds(fleet, router, draw, lambda name: fleet.servers[name].kill())
     figures = report(f"MLX server killed {ROUNDS} times, {broker.name}", told)
     assert all(one.identical for one in told), figures
-    assert pause(told) <= 1.5, figures
+    assert 0 < median_gap(told) <= 1.5, figures
 
 
 def last_words(fleet):
@@ -96,13 +99,9 @@ def last_words(fleet):
     return [node.output[-4_000:] for node in (*fleet.nodes.values(), fleet.registry) if node.ended]
 
 
-def pause(told):
-    """The median of the longest gaps of the interrupted streams, less the longest gap of the others, which waited for
-    nothing but this machine.
-    """
+def median_gap(told):
     gaps = sorted(one.gap for one in told if one.interrupted)
-    assert gaps, "no stream was interrupted"
-    return gaps[len(gaps) // 2] - max((one.gap for one in told if not one.interrupted), default=0.0)
+    return gaps[len(gaps) // 2] if gaps else 0.0
 
 
 def test_each_interruption_is_told_where_it_was(fleet, router):

@@ -115,7 +115,7 @@ def test_without_mlx_it_names_the_extra_and_the_simulation(folder, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(folder / "path"))
     done = subprocess.run(DEMO, capture_output=True, text=True, timeout=WITHIN)
     assert (done.returncode, done.stdout) == (69, "")
-    assert re.search(r"fleet-worker\[demo\].*fleet-worker demo --simulated", done.stderr)
+    assert re.search(r"\.\[demo\].*fleet-worker demo --simulated", done.stderr)
 
 
 def test_a_broker_that_is_given_is_used_and_none_is_started(folder, monkeypatch):

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from fleet_worker.router.call import ReplyBuffer
+from fleet_worker.router.reply_buffer import ReplyBuffer
 from tests.clients import took_less_than
 from tests.unit.router.test_attempts import accepted, deltas, response
 

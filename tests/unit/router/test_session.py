@@ -9,7 +9,7 @@ import redis
 from fleet_worker import Router, Settings
 from fleet_worker.router import session as session_module
 from fleet_worker.router import submitter as submitter_module
-from fleet_worker.router.session import NodeSelection
+from fleet_worker.router.node_selection import NodeSelection
 from fleet_worker.testing import embedded_broker
 from tests.clients import HELLO, until
 

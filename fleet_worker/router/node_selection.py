@@ -1,0 +1,49 @@
+"""Which way an attempt goes: to the shared lane, or to the direct lane of one node."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection
+
+from fleet_worker.protocol.request import FleetRequest
+from fleet_worker.registry.view import Registry
+
+
+class NodeSelection:
+    """Chooses where an attempt goes, by the present view of the registry."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    def node_for(self, request: FleetRequest, failed: Collection[str] = ()) -> str | None:
+        """Return None to use the shared lane (the default).
+
+        Return a node if the caller asked for an instance, or if a node that failed this request (`failed`) also
+        consumes the lane. Choose at random, weighted by slots. If no other node is ready, use the lane all the same;
+        but a request for an instance waits for a node of that instance.
+        """
+        wanted = request.provider_instance
+        if wanted == "any":
+            ready = self._nodes(request, ready=True) if failed else {}
+            return _choose(ready.keys() - failed, ready)
+        nodes = self._nodes(request)
+        candidates = {node for node, (instance, _) in nodes.items() if instance == wanted}
+        ready_ones = candidates & self._nodes(request, ready=True).keys()
+        return _choose((ready_ones - set(failed)) or ready_ones or candidates, nodes)
+
+    def waits_in_vain(self, request: FleetRequest, node: str) -> bool:
+        """Return whether this node is not ready, while another node could take the request."""
+        ready, wanted = self._nodes(request, ready=True), request.provider_instance
+        return node not in ready and (wanted == "any" or any(wanted == instance for instance, _ in ready.values()))
+
+    def _nodes(self, request: FleetRequest, ready: bool | None = None) -> dict[str, tuple[str, int]]:
+        """Return instance and slots of each node that consumes the lane of this request, now or when it is ready."""
+        offered = self._registry.offerings(model=request.model, capability=request.operation, ready=ready)
+        return {each.node: (each.instance.name, each.instance.slots or 1) for each in offered}
+
+
+def _choose(candidates: Collection[str], nodes: dict[str, tuple[str, int]]) -> str | None:
+    """Return one of the candidates; None if there is none, or if every node is one."""
+    if not candidates or len(candidates) == len(nodes):
+        return None
+    return random.choices(list(candidates), [nodes[node][1] for node in candidates])[0]  # noqa: S311 - not a secret
