@@ -123,6 +123,7 @@ def test_what_nobody_has_read_survives_any_number_of_losses(monkeypatch):
                 until(lambda: {frame.seq for frame in frames if frame.kind != "alive"} == {0, 1})
 
 
+@pytest.mark.rest
 def test_a_message_that_never_arrived_comes_again_and_nobody_notices(mlx):
     """Redis gives a message to whoever takes it, and forgets it."""
     (model,), asked = mlx.models, [{"role": "user", "content": "Hello"}]

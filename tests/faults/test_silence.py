@@ -120,7 +120,6 @@ def cut_for_a_while(relay, stream):
     stream.goes_on_within(NOTICED_WITHIN)
 
 
-@pytest.mark.both_brokers
 def test_a_node_whose_network_was_cut_loses_no_frame(broker, relay):
     with a_stream(relay.url, broker.url) as stream:
         cut_for_a_while(relay, stream)

@@ -137,7 +137,6 @@ def test_what_is_given_back_is_taken_next(broker):
         queue.delete()
 
 
-@pytest.mark.both_brokers
 def test_two_nodes_of_two_slots_hold_exactly_four_of_eight_tasks(broker):
     with SimulatedMLX(models=[CHAT]) as first, SimulatedMLX(models=[CHAT]) as second:
         slots = {"models": {CHAT: {}}, "limits": {"concurrency": 2}}

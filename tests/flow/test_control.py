@@ -89,7 +89,6 @@ def test_to_cancel_an_attempt_or_at_another_node_leaves_the_later_attempt_alone(
     assert not asked(mlx, "an attempt too late")
 
 
-@pytest.mark.both_brokers
 def test_what_runs_for_a_router_that_is_gone_is_stopped_and_what_waits_never_starts(
     broker, caller, model, mlx, servers
 ):

@@ -111,6 +111,7 @@ def test_what_has_not_ended_when_a_drain_has_waited_long_enough_is_handed_over(r
     assert (failure.code, failure.retryable) == ("instance_unavailable", True)
 
 
+@pytest.mark.rest
 def test_a_host_means_all_its_nodes_and_they_stay_drained_through_a_reload_and_a_reconnect(
     run, broker, nodes, caller, model
 ):

@@ -29,6 +29,7 @@ def channel(broker):
         yield connection.channel()
 
 
+@pytest.mark.rest
 def test_a_lane_that_is_refused_harms_no_other_and_is_joined_when_it_can_be(broker, channel, mlx, router):
     """As after an update that declares lanes in another way."""
     (model,) = mlx.models

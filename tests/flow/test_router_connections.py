@@ -12,7 +12,6 @@ from fleet_worker import Router, Settings
 from fleet_worker.router.submitter import IDLE_AFTER
 from tests.clients import HELLO, until
 
-pytestmark = pytest.mark.both_brokers
 THREADS = 6
 
 

@@ -30,6 +30,7 @@ def resuming(monkeypatch):
     monkeypatch.setattr(FleetRequest, "addressed_to", submitted)
 
 
+@pytest.mark.rest
 def test_a_template_is_looked_up_when_the_list_of_models_is_read(broker, router, tmp_path, resuming):
     """When the node begins, and now and then; not for each answer that goes on. That it is missing is said once."""
     file = tmp_path / "chat_template.jinja"

@@ -118,6 +118,7 @@ def test_without_mlx_it_names_the_extra_and_the_simulation(folder, monkeypatch):
     assert re.search(r"\.\[demo\].*fleet-worker demo --simulated", done.stderr)
 
 
+@pytest.mark.rest
 def test_a_broker_that_is_given_is_used_and_none_is_started(folder, monkeypatch):
     with Valkey() as broker:
         monkeypatch.setenv("FLEET_BROKER_URL", broker.url)
