@@ -250,7 +250,7 @@ def test_a_real_server_killed_in_mid_answer_leaves_an_answer_that_looks_uninterr
             for delta in stream:
                 pieces.append(delta.content or "")
                 if len(pieces) == 16:
-                    servers[stream._call._flight._attempts.node.partition("@")[0]].kill()
+                    servers[stream._call._request._attempts.node.partition("@")[0]].kill()
         assert "".join(pieces) == stream.response.content == whole.content
         assert [attempt.error is None for attempt in stream.response.attempts] == [False, True]
 
