@@ -22,7 +22,7 @@ from kombu.utils.collections import HashedSeq
 
 from fleet_worker.broker.connection import ANSWER_WITHIN, HEARTBEAT
 from fleet_worker.broker.redis_transport import SharedSocket, Transport
-from fleet_worker.broker.topology import transport_of
+from fleet_worker.broker.topology import CONTROL_EXCHANGE, EVENT_EXCHANGE, transport_of
 from fleet_worker.settings import Settings
 
 RECONNECT_EVERY = 2.0
@@ -134,6 +134,10 @@ def create_app(settings: Settings, *, is_node: bool = False) -> Celery:
         task_acks_late=True,
         # Remote control has a connection and a thread of its own: see control_listener.
         worker_enable_remote_control=False,
+        # Another Celery application on this broker neither reaches our nodes nor is reached.
+        control_exchange=CONTROL_EXCHANGE,
+        event_exchange=EVENT_EXCHANGE,
+        event_queue_prefix=EVENT_EXCHANGE,
         # Events for Flower. Those of the sender would carry arguments and open a metric series for every router.
         worker_send_task_events=True,
         task_send_sent_event=False,

@@ -15,6 +15,9 @@ Transport = Literal["redis", "amqp"]
 
 EXCHANGE = Exchange("llm.fleet", type="topic", durable=True)
 REPLY_PREFIX = "llm.fleet.reply."
+CONTROL_EXCHANGE = "llm.fleet.control"
+EVENT_EXCHANGE = "llm.fleet.events"
+"""Of Celery's remote control and of its events: Celery's own names are those of every Celery application."""
 LANE_EXPIRES = 24 * 3600.0
 """Seconds until an unused lane is deleted: longer than any request lives. All nodes of a lane may be away that long."""
 
