@@ -165,7 +165,7 @@ _DRAIN_STATE = TypeAdapter(DrainState)
 def _state(node: str, reply: Any) -> DrainState | None:
     """Return what a node has replied; None if that is no state: a node of another version, or a stranger, replies."""
     try:
-        return _DRAIN_STATE.validate_python({**reply, "node": node}, strict=True)
+        return _DRAIN_STATE.validate_python({**reply, "node": node})
     except (TypeError, ValidationError):
         return None
 
