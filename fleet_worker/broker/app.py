@@ -16,6 +16,7 @@ from celery.app.amqp import AMQP
 from celery.app.control import Control
 from celery.app.events import Events
 from celery.events.dispatcher import EventDispatcher
+from kombu.clocks import LamportClock
 from kombu.pidbox import Mailbox
 from kombu.transport import redis
 from kombu.utils.collections import HashedSeq
@@ -66,7 +67,16 @@ class _NodeAMQP(_AMQP):
         self.Connection = self.BrokerConnection = Sharing
 
 
+class _Clock(LamportClock):  # type: ignore[misc]
+    def adjust(self, other: Any) -> Any:
+        """Follow no clock that is not a number: a stranger may reply too."""
+        return super().adjust(other) if type(other) is int else self.value
+
+
 class _Mailbox(Mailbox):  # type: ignore[misc]
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"clock": _Clock(), **options})
+
     @contextmanager
     def producer_or_acquire(self, producer: Any = None, channel: Any = None) -> Iterator[Any]:
         """Send a command on the channel on which its replies arrive. Celery opens one more connection for it."""

@@ -33,8 +33,6 @@ MOST_NODES = 5_000
 """Bounds of one command, and of its `destination`."""
 COMMANDS_A_SECOND, COMMANDS_AT_ONCE = 50, 200
 """More commands to one node than that are dropped. Flower sends eight at once, `drain --wait` four a second."""
-LARGEST_CLOCK = 2**62
-"""A Lamport clock is sent in a field of 64 bits."""
 
 Command = Callable[[Any], Any]
 """Is called with the state of Celery's worker. Returns the reply, which is JSON."""
@@ -82,7 +80,6 @@ class ControlCommands:
         if command is None:
             self._log_once("a control command was dropped: it is no valid message")
             return
-        self._adjust_clock(message.headers)
         if not self._is_addressed(command):
             return
         if not self._allowed.can_consume():
@@ -95,12 +92,6 @@ class ControlCommands:
     @property
     def _reply_exchange(self) -> str:
         return str(self._app.control.mailbox.reply_exchange.name)
-
-    def _adjust_clock(self, headers: Any) -> None:
-        """Follow the logical clock of the sender, by which Flower orders the events of several nodes."""
-        clock = headers.get("clock") if isinstance(headers, dict) else None
-        if type(clock) is int and 0 < clock < LARGEST_CLOCK:
-            self._app.clock.adjust(clock)
 
     def _is_addressed(self, command: _CommandMessage) -> bool:
         """A node is addressed by its name, by `*@HOST`, or with all others. kombu's patterns are not obeyed: with a
@@ -130,7 +121,7 @@ class ControlCommands:
                 exchange=self._reply_exchange,
                 routing_key=routing_key,
                 declare=[Exchange(self._reply_exchange, "direct", durable=False, delivery_mode="transient")],
-                headers={"ticket": ticket, "clock": self._app.clock.forward()},
+                headers={"ticket": ticket},
                 serializer="json",
                 retry=False,
             )

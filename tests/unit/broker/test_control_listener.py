@@ -59,3 +59,10 @@ def test_a_message_that_is_no_command_does_no_harm(app, listener, caplog):
     assert ask(app, "where") == [{NAME: NAME}]
     assert "a control command was dropped" in caplog.text
     assert "secret" not in caplog.text
+
+
+@pytest.mark.parametrize("clock", ["9", None, 1.5, [9], True])
+def test_a_reply_with_any_clock_ends_no_command_line(app, clock):
+    """kombu gives the clock of each reply to this function."""
+    assert app.control.mailbox.clock.adjust(clock) == 0
+    assert app.control.mailbox.clock.adjust(9) == 10
