@@ -142,7 +142,7 @@ class RabbitMQ:
 
     def start(self) -> None:
         self._server = ChildProcess("RabbitMQ", [*self._chroot, str(RABBITMQ)], self._env)
-        self._server.wait_for("Server startup complete", 60)
+        self._server.wait_for("Server startup complete", 90)
 
     def stop(self) -> None:
         self._server.stop(grace=30)
