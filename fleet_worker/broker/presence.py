@@ -62,9 +62,7 @@ def look_for(channel: Any, transport: Transport, reply_queues: Iterable[str]) ->
         pipe.pubsub_numsub(*keys)
         pipe.mget(keys)
         subscribers, values = pipe.execute()
-    return {
-        name: _judge(count, value) for name, (_, count), value in zip(names, subscribers, values, strict=True)
-    }
+    return {name: _judge(count, value) for name, (_, count), value in zip(names, subscribers, values, strict=True)}
 
 
 def _judge(subscribers: int, value: bytes | None) -> Sight:

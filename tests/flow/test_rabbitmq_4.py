@@ -76,7 +76,8 @@ def test_a_cancelled_stream_stops(router, mlx):
 
 def test_control_commands_and_events_work(broker, host):
     app = create_app(Settings(broker_url=broker.url))
-    until(lambda: {name for answer in app.control.ping(timeout=1.0) for name in answer} == {"four@test", "registry@test"})
+    nodes = {"four@test", "registry@test"}
+    until(lambda: {name for answer in app.control.ping(timeout=1.0) for name in answer} == nodes)
     heard = []
     with app.connection_for_read() as connection:
         receiver = app.events.Receiver(connection, handlers={"*": heard.append})
