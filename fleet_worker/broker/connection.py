@@ -203,9 +203,9 @@ class Publisher:
     def publish(
         self, body: bytes, *, routing_key: str, declare: Callable[[str], Any], exchange: str = "", **properties: Any
     ) -> None:
-        """Publish JSON that the broker need not write to disk. `declare` returns the queue or exchange for a routing key;
-        it is called once for each. On RabbitMQ a queue is left to its consumer to declare: if there is none any more,
-        the message is dropped.
+        """Publish JSON that the broker need not write to disk. `declare` returns the queue or exchange for a routing
+        key; it is called once for each. On RabbitMQ a queue is left to its consumer to declare: if there is none any
+        more, the message is dropped.
         """
         producer = self._producer = self._producer or self._open()
         producer.publish(

@@ -79,8 +79,8 @@ class Channel(redis.Channel):  # type: ignore[misc]
         return pool.fleet_client
 
     def _handle_message(self, client: Any, response: Any) -> Any:
-        """Drop what anybody publishes on the channel by which a router shows its presence. kombu uses patterns only, whose
-        messages are called `pmessage`."""
+        """Drop what anybody publishes on the channel by which a router shows its presence. kombu uses patterns only,
+        whose messages are called `pmessage`."""
         message = super()._handle_message(client, response)
         return {**message, "type": "dropped"} if message["type"] == b"message" else message
 

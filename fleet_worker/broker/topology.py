@@ -77,9 +77,9 @@ def reply_queue(name: str) -> Queue:
     On Redis nodes have to declare it, too: only a publisher that has done so sets the time to live of its list.
 
     On RabbitMQ its router declares it. It is durable, since RabbitMQ may refuse queues that are neither durable nor
-    exclusive, and an exclusive one is deleted, with the replies in it, whenever its router reconnects. Only one consumer
-    may read at a time: a router whose network was cut is connected twice for a while, and every other message would go
-    to its dead connection.
+    exclusive, and an exclusive one is deleted, with the replies in it, whenever its router reconnects. Only one
+    consumer may read at a time: a router whose network was cut is connected twice for a while, and every other message
+    would go to its dead connection.
     """
     one_reader = {"x-single-active-consumer": True}
     expires = float(name.rpartition(".")[2])
@@ -121,8 +121,8 @@ def cancel_queue(transport: Transport) -> Queue:
 
 
 def listening_key(reply_to: str) -> str:
-    """Return the name of the key, and of the channel, by which a router shows on Redis that it consumes this reply queue
-    (`broker.presence`)."""
+    """Return the name of the key, and of the channel, by which a router shows on Redis that it consumes this reply
+    queue (`broker.presence`)."""
     return f"{reply_to}.listening"
 
 

@@ -52,9 +52,9 @@ class _Seen:
 
 
 class RouterPresence:
-    """Asks with one thread and one connection. Cancels what runs for a router that is not connected any more, and, after
-    `abandoned_after` seconds, for one that is connected and silent. Only seconds in which the broker did answer count,
-    and none soon after an outage of the broker.
+    """Asks with one thread and one connection. Cancels what runs for a router that is not connected any more, and,
+    after `abandoned_after` seconds, for one that is connected and silent. Only seconds in which the broker did answer
+    count, and none soon after an outage of the broker.
     """
 
     def __init__(

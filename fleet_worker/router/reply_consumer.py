@@ -120,8 +120,8 @@ class ReplyConsumer:
 
     def _announce(self, channel: Any) -> None:
         """Ask all registry nodes for the status of their hosts, so that none is unknown until its next event. After a
-        lost connection ask the nodes for their latest frames: what was on its way, or waited in a queue that was deleted,
-        is gone."""
+        lost connection ask the nodes for their latest frames: what was on its way, or waited in a queue that was
+        deleted, is gone."""
         self._registry.note_asked()
         publish(Producer(channel), ask_exchange(), b"{}")
         if self._link.worked.is_set():
