@@ -95,7 +95,9 @@ class _Fault:
         if not self.is_of_wrong_kind:
             return ""
         kind = kind_of(self._input)
-        return f", not {kind.replace('a ', 'another ', 1) if self._type == 'literal_error' else kind}"
+        of_that_kind = (kind == "a string") == str(self._context.get("expected", "")).startswith("'")
+        is_another = self._type == "literal_error" and of_that_kind
+        return f", not {kind.replace('a ', 'another ', 1) if is_another else kind}"
 
     @property
     def is_of_wrong_kind(self) -> bool:
