@@ -141,7 +141,7 @@ def test_what_is_closed_lends_nothing_and_keeps_nothing():
 
 
 def test_cancels_that_come_together_are_published_together(monkeypatch):
-    monkeypatch.setattr(submitter_module, "MAX_IN_ONE_MESSAGE", 2)
+    monkeypatch.setattr(submitter_module, "MOST_CANCELLED", 2)
     later, messages = [], []
     nodes = SimpleNamespace(broadcast=lambda _, body: messages.append(ControlMessage.decode(body)))
     cancels = CancelPublisher(nodes, SimpleNamespace(soon=later.append))
