@@ -111,7 +111,7 @@ def _make_task(message: Message, ours: frozenset[str]) -> None:
         Refused: it is no task of this node.
     """
     task = message.headers.get("task")
-    if task not in ours:
+    if not isinstance(task, str) or task not in ours:
         raise Refused(UNKNOWN_TASK, task if isinstance(task, str) else "")
     content = read_json(message.body)
     args, kwargs, _ = content if isinstance(content, list) and len(content) == 3 else (None, None, None)

@@ -147,11 +147,11 @@ def test_cancels_that_come_together_are_published_together(monkeypatch):
     cancels = CancelPublisher(nodes, SimpleNamespace(soon=later.append))
     for request_id, attempt in [("a", 1), ("b", 2), ("b", 1), ("c", 1)]:
         cancels.cancel(request_id, CancelOrphan("n", attempt))
-    cancels.ask_again("replies", "n")
+    cancels.ask_again("llm.fleet.reply.a.60", "n")
     assert len(later) == 1
     later.pop()()
     assert messages == [
-        ControlMessage(node="n", missed="replies"),
+        ControlMessage(node="n", missed="llm.fleet.reply.a.60"),
         ControlMessage(node="n", cancelled=[("a", 1), ("b", 2)]),
         ControlMessage(node="n", cancelled=[("c", 1)]),
     ]
