@@ -136,9 +136,6 @@ class Channel(redis.Channel):  # type: ignore[misc]
             self._hand_over(self._open(event["data"], MOST_FANOUT_BYTES), queue)
         return True
 
-    def _get(self, queue: str, timeout: float | None = None) -> Any:
-        raise NotImplementedError("consume the queue: what is popped otherwise does not come through the door")
-
     def _open(self, item: bytes, most_bytes: int) -> tuple[bytes, dict[str, Any]] | None:
         """Return body and headers of a message, or None if it was dropped."""
         door: Door = self.connection.client.door
