@@ -12,6 +12,7 @@ import re
 import socket
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import platformdirs
 from pydantic import (
@@ -35,6 +36,7 @@ from pydantic_settings import (
 )
 
 from fleet_worker import config_file, urls
+from fleet_worker.certificates import OF_BROKER, OF_INSTANCE, TLS, check_content, check_file
 from fleet_worker.errors import ConfigurationError
 
 REGISTRY = "registry"
@@ -46,6 +48,7 @@ Features = Annotated[
     dict[str, bool], BeforeValidator(lambda value: dict.fromkeys(value, True) if isinstance(value, list) else value)
 ]
 """`{tools = true, vision = false}`, or a list of those that are there."""
+PemFile = Annotated[Path, AfterValidator(check_file)]
 
 
 class _Group(BaseModel):
@@ -141,6 +144,8 @@ class Instance(_Group):
     """URL of the server. Without it, ports 8000 and 8080 of this host are tried."""
     api_key: SecretStr | None = Field(None, validation_alias=AliasChoices("api_key", "mlx_api_key"))
     """Bearer token for the server. Better set by a variable, as in FLEET_INSTANCES__LOCAL__API_KEY."""
+    ca: PemFile | None = None
+    """PEM file of the CA of an `https://` server. Without it, the CAs count that browsers trust."""
     server: Server = "auto"
     """The software of the server; `auto` asks it."""
     usage: AllowedUse = AllowedUse()
@@ -159,6 +164,14 @@ class Instance(_Group):
     """A reported model must contain none of these texts in its name, in any case."""
     features: Features = {}
     """Features of all its models that do not set their own."""
+
+    @model_validator(mode="after")
+    def _usable_ca(self) -> Instance:
+        if self.ca:
+            if not (self.base_url or "").startswith("https://"):
+                raise ValueError("ca is set, but base_url does not begin with https://")
+            check_content(TLS(self.ca), OF_INSTANCE)
+        return self
 
     @property
     def opted_in(self) -> bool:
@@ -256,7 +269,13 @@ class Settings(_Group, BaseSettings):
     model_config = SettingsConfigDict(env_prefix="FLEET_", env_nested_delimiter="__")
 
     broker_url: Annotated[str, AfterValidator(urls.broker_url)] = Field("redis://127.0.0.1:6379/0", repr=False)
-    """URL of the broker. Valkey, Redis: `redis[s]://` or `valkey[s]://`. RabbitMQ: `amqp[s]://`."""
+    """URL of the broker. Valkey, Redis: `redis[s]://` or `valkey[s]://`. RabbitMQ: `amqp[s]://`. With `s`: TLS."""
+    broker_ca: PemFile | None = None
+    """PEM file of the CA that issued the broker's certificate. Without it, the CAs count that this system trusts."""
+    broker_cert: PemFile | None = None
+    """PEM file of a client certificate, if the broker asks for one."""
+    broker_key: PemFile | None = None
+    """PEM file of the private key of `broker_cert`, not encrypted."""
     host: str = Field(default_factory=lambda: as_host(socket.gethostname().split(".")[0]))
     """Name of this host in node names and file names: letters, digits, `-`, `.`, `_`. Default: its host name."""
     state_dir: Annotated[Path, AfterValidator(Path.expanduser)] = Field(
@@ -290,6 +309,23 @@ class Settings(_Group, BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         file = InitSettingsSource(settings_cls, config_file.read())
         return sources["init_settings"], sources["env_settings"], file
+
+    @property
+    def broker_tls(self) -> TLS | None:
+        """How the broker is authenticated; None without TLS."""
+        if not urls.uses_tls(self.broker_url):
+            return None
+        return TLS(self.broker_ca, self.broker_cert, self.broker_key, **urls.tls_switches(self.broker_url))
+
+    @model_validator(mode="after")
+    def _usable_certificates(self) -> Settings:
+        files = [name for name in ("broker_ca", "broker_cert", "broker_key") if getattr(self, name)]
+        if tls := self.broker_tls:
+            check_content(tls, OF_BROKER)
+        elif files:
+            scheme = urls.secure(urlsplit(self.broker_url).scheme)
+            raise ValueError(f"{files[0]} is set, but broker_url uses no TLS: begin it with {scheme}://")
+        return self
 
     @field_validator("host")
     @classmethod

@@ -17,13 +17,15 @@ from celery.app.control import Control
 from celery.app.events import Events
 from celery.events.dispatcher import EventDispatcher
 from kombu.pidbox import Mailbox
-from kombu.transport import redis
+from kombu.transport import pyamqp, redis
 from kombu.utils.collections import HashedSeq
 
-from fleet_worker.broker.connection import ANSWER_WITHIN, HEARTBEAT
+from fleet_worker.broker import tls
+from fleet_worker.broker.connection import ANSWER_WITHIN, HEARTBEAT, place_of
 from fleet_worker.broker.redis_transport import SharedSocket, Transport
 from fleet_worker.broker.topology import transport_of
 from fleet_worker.settings import Settings
+from fleet_worker.urls import without_parameters
 
 RECONNECT_EVERY = 2.0
 """Seconds between two tries to reach a broker that is away."""
@@ -32,17 +34,22 @@ MOST_EVENTS = 10_000
 then use one connection at a time, and the node hangs."""
 
 
+_TRANSPORTS = {redis.Transport: Transport, pyamqp.SSLTransport: tls.AMQPTransport}
+"""Ours, by kombu's."""
+
+
 class Connection(kombu.Connection):  # type: ignore[misc]
     shared_socket: SharedSocket | None = None
     """Redis: where the short commands are sent. With None, each channel opens a socket."""
 
     def get_transport_cls(self) -> Any:
         kombu_transport = super().get_transport_cls()
-        return Transport if kombu_transport is redis.Transport else kombu_transport
+        return _TRANSPORTS.get(kombu_transport, kombu_transport)
 
     def __eqhash__(self) -> HashedSeq:
-        """Be equal to no connection of another application: kombu has one pool for all that are equal."""
-        return HashedSeq(type(self), *super().__eqhash__())
+        """Be equal to no connection of another application, or with other certificates: kombu has one pool for all that
+        are equal."""
+        return HashedSeq(type(self), repr(self.ssl), *super().__eqhash__())
 
     def ensure_connection(self, *args: Any, **options: Any) -> Any:
         """Connect as kombu does, with a limit to its pauses. Celery has no setting for them: a worker whose broker is
@@ -109,10 +116,13 @@ class _Events(Events):  # type: ignore[misc]
 
 def create_app(settings: Settings, *, is_node: bool = False) -> Celery:
     """Return a Celery application for a router or a node; it connects to nothing yet."""
+    if settings.broker_tls and not settings.broker_tls.authenticates:
+        tls.warn_once(place_of(settings.broker_url))
     amqp = _NodeAMQP if is_node else _AMQP
     app = Celery("fleet_worker", set_as_current=False, amqp=amqp, control=_Control, events=_Events)
     app.conf.update(
-        broker_url=settings.broker_url,
+        broker_url=without_parameters(settings.broker_url),
+        broker_use_ssl=tls.ssl_options(settings) or False,
         broker_transport_options=transport_options(settings),
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,

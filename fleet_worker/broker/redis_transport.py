@@ -13,6 +13,8 @@ from kombu.transport import redis, virtual
 from kombu.utils.json import dumps
 from redis import BlockingConnectionPool, ConnectionPool
 
+from fleet_worker.broker import tls
+
 SOCKET_FREE_WITHIN = 5.0
 """Seconds that a thread waits for the shared socket; another waits that long for an answer of a frozen broker."""
 
@@ -51,6 +53,7 @@ class QoS(virtual.QoS):  # type: ignore[misc]
 
 
 class Channel(redis.Channel):  # type: ignore[misc]
+    connection_class_ssl = tls.RedisConnection
     do_restore = False
     _shares_socket = False
 

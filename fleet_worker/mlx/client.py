@@ -37,7 +37,7 @@ from fleet_worker.mlx.profiles import PROFILES, chat_body, detect_server
 from fleet_worker.mlx.reasoning import ReasoningSplitter, split_reasoning
 from fleet_worker.mlx.resume import ResumedStream, resume_strategies
 from fleet_worker.mlx.timeouts import CancelToken, RequestTimer, TimeoutThread
-from fleet_worker.mlx.transport import Transport, body_of
+from fleet_worker.mlx.transport import Transport, body_of, tls_context
 from fleet_worker.protocol.openai import ChatParams
 from fleet_worker.protocol.reply import Usage, join
 from fleet_worker.protocol.request import Resume
@@ -80,7 +80,7 @@ class MLXClient:
         self._http = httpx.Client(
             base_url=url,
             headers={"accept-encoding": "identity", "connection": "close", **_authorization(instance)},
-            transport=transport or Transport(secure=url.scheme == "https"),
+            transport=transport or Transport(tls_context(url, instance.ca)),
             trust_env=False,
         )
         self._timeouts = TimeoutThread()

@@ -23,6 +23,7 @@ ARGUMENTS = "arguments of tasks appear in events and Flower"
 QUOTED = "bad messages are quoted in the log"
 LANES = "no lane is joined or left"
 LOG = "the log shows the user of broker_url, and the texts of errors"
+TRUST = "other CAs than broker_ca are trusted"
 SIGNALS = "signals do not end a node, or lose requests"
 
 USED = [
@@ -45,6 +46,12 @@ USED = [
     (VIRTUAL, "QoS", "_on_collect", ["QoS"], LEAK),
     (VIRTUAL, "Channel", "_restore_at_beginning", ["QoS"], GIVEN_BACK),
     (VIRTUAL, "Channel", "do_restore", ["QoS"], "a lost connection starts all running tasks a second time"),
+    ("redis.connection", "SSLConnection", "_wrap_socket_with_ssl", ["SSLConnection"], TRUST),
+    ("redis.connection", "SSLConnection", "cert_reqs", ["SSLConnection"], TRUST),
+    ("redis.connection", "SSLConnection", "check_hostname", ["SSLConnection"], TRUST),
+    ("kombu.transport.redis", "Channel", "connection_class_ssl", ["Channel"], TRUST),
+    ("amqp.transport", "SSLTransport", "_wrap_socket", ["SSLTransport"], "a node asks for the passphrase of a key"),
+    ("amqp.connection", "Connection", "Transport", ["Connection"], "a node asks for the passphrase of a key"),
     ("redis.client", "PubSub", "check_health", ["PubSub"], SILENT),
     ("redis.client", None, "next_health_check", ["PubSub"], SILENT),
     ("redis.connection", "AbstractConnection", "next_health_check", ["AbstractConnection"], SILENT),
