@@ -121,17 +121,27 @@ class Valkey:
 
 
 class RabbitMQ:
-    """A node of its own on free ports of 127.0.0.1, with an epmd of its own."""
+    """A node of its own on free ports of 127.0.0.1, with an epmd of its own.
+
+    `root` is a folder with a Debian whose RabbitMQ is used instead of the installed one; `config` are the lines of its
+    configuration file.
+    """
 
     name = "rabbitmq"
 
-    def __init__(self) -> None:
-        if not RABBITMQ.exists():
+    def __init__(self, *, root: Path | None = None, config: str = "") -> None:
+        if not root and not RABBITMQ.exists():
             missing("RabbitMQ is not installed (apt-get install rabbitmq-server)")
         self._stack = ExitStack()
-        self._home = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="fleet-rabbitmq-"))
+        self._chroot = ["chroot", str(root)] if root else []
+        parent = root / "tmp" if root else None
+        folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="fleet-rabbitmq-", dir=parent)))
+        self._home = f"/{folder.relative_to(root)}" if root else str(folder)
         self._port, self._tls_port, dist_port, epmd_port = free_port(), free_port(), free_port(), free_port()
-        self._certificates = Certificates(Path(self._home))
+        self._certificates = Certificates(folder)
+        self._shown = Pair(folder / "shown.cert.pem", folder / "shown.key.pem")
+        self._show(self._certificates.server)
+        (folder / "rabbitmq.conf").write_text(f"{config}\n{self._tls_configuration()}", "utf-8")
         self.url = f"amqp://guest:guest@127.0.0.1:{self._port}//"
         self._env = {
             "HOME": self._home,
@@ -149,19 +159,13 @@ class RabbitMQ:
             "ERL_EPMD_PORT": str(epmd_port),
         }
 
-        self._show(self._certificates.server)
-        Path(self._home, "rabbitmq.conf").write_text(self._tls_configuration(), "utf-8")
-
     def _tls_configuration(self) -> str:
         """Only a client with a certificate is accepted."""
         files = {"cacertfile": self._certificates.ca, "certfile": self._shown.cert, "keyfile": self._shown.key}
-        options = {**files, "verify": "verify_peer", "fail_if_no_peer_cert": "true"}
+        options = {name: f"{self._home}/{file.name}" for name, file in files.items()}
+        options |= {"verify": "verify_peer", "fail_if_no_peer_cert": "true"}
         lines = [f"ssl_options.{name} = {value}" for name, value in options.items()]
         return "\n".join([f"listeners.ssl.1 = 127.0.0.1:{self._tls_port}", *lines])
-
-    @property
-    def _shown(self) -> Pair:
-        return Pair(Path(self._home, "shown.cert.pem"), Path(self._home, "shown.key.pem"))
 
     def _show(self, pair: Pair) -> None:
         for source, target in zip(pair, self._shown, strict=True):
@@ -177,8 +181,8 @@ class RabbitMQ:
         show(self._certificates.server)
 
     def __enter__(self) -> Self:
-        epmd = shutil.which("epmd") or "epmd"
-        self._stack.enter_context(child("epmd", [epmd, "-port", self._env["ERL_EPMD_PORT"]], self._env))
+        epmd = [*self._chroot, "/usr/bin/epmd"] if self._chroot else [shutil.which("epmd") or "epmd"]
+        self._stack.enter_context(child("epmd", [*epmd, "-port", self._env["ERL_EPMD_PORT"]], self._env))
         self.start()
         return self
 
@@ -187,33 +191,33 @@ class RabbitMQ:
         self._stack.close()
 
     def start(self) -> None:
-        self._server = ChildProcess("RabbitMQ", [str(RABBITMQ)], self._env)
-        self._server.wait_for("Server startup complete", 60)
+        self._server = ChildProcess("RabbitMQ", [*self._chroot, str(RABBITMQ)], self._env)
+        self._server.wait_for("Server startup complete", 90)
 
     def stop(self) -> None:
         self._server.stop(grace=30)
 
     def connections(self) -> set[str]:
         """The ids of all open connections."""
-        return set(self._control("list_connections", "pid", "--no-table-headers", "--silent").split())
+        return set(self.control("list_connections", "pid", "--no-table-headers", "--silent").split())
 
     def drop_connections(self) -> None:
-        self._control("close_all_connections", "dropped by a test")
+        self.control("close_all_connections", "dropped by a test")
 
     def endless_reply_queues(self) -> list[str]:
-        queues = json.loads(self._control("list_queues", "name", "arguments", "--formatter", "json", "--silent"))
+        queues = json.loads(self.control("list_queues", "name", "arguments", "--formatter", "json", "--silent"))
         replies = [queue for queue in queues if queue["name"].startswith("llm.fleet.reply.")]
         return [queue["name"] for queue in replies if "x-expires" not in str(queue["arguments"])]
 
     def inventory(self) -> dict[str, int]:
         """Every queue and exchange, with how many bindings it has."""
         bindings = json.loads(
-            self._control("list_bindings", "source_name", "destination_name", "--formatter", "json", "--silent")
+            self.control("list_bindings", "source_name", "destination_name", "--formatter", "json", "--silent")
         )
         names = [
             each["name"]
             for what in ("list_queues", "list_exchanges")
-            for each in json.loads(self._control(what, "name", "--formatter", "json", "--silent"))
+            for each in json.loads(self.control(what, "name", "--formatter", "json", "--silent"))
         ]
         return {name: sum(name in each.values() for each in bindings) for name in names}
 
@@ -233,13 +237,14 @@ class RabbitMQ:
         self._server.stop()
 
     def set_env(self, name: str, value: int) -> None:
-        self._control("eval", f"application:set_env(rabbit, {name}, {value}).")
+        self.control("eval", f"application:set_env(rabbit, {name}, {value}).")
 
     def delete_queue(self, name: str) -> None:
-        self._control("delete_queue", name)
+        self.control("delete_queue", name)
 
-    def _control(self, *arguments: str) -> str:
-        command = [str(RABBITMQ.with_name("rabbitmqctl")), "-n", self._env["RABBITMQ_NODENAME"], *arguments]
+    def control(self, *arguments: str) -> str:
+        program = [*self._chroot, str(RABBITMQ.with_name("rabbitmqctl"))]
+        command = [*program, "-n", self._env["RABBITMQ_NODENAME"], *arguments]
         return subprocess.run(command, env={**os.environ, **self._env}, check=True, capture_output=True).stdout.decode()
 
 
