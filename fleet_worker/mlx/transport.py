@@ -7,7 +7,7 @@ import select
 import socket
 import ssl
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any
 
 import httpcore
 import httpx
@@ -25,11 +25,6 @@ class Transport(httpx.HTTPTransport):
     def __init__(self, *, secure: bool) -> None:
         # Loading certificates takes longer than everything else here.
         self._pool = _NoPool(httpx.create_ssl_context(trust_env=False) if secure else None)
-
-
-def body_of(response: httpx.Response) -> httpx.SyncByteStream:
-    """Return the body as it arrives. `iter_raw` would be one more generator for every read."""
-    return cast("httpx.SyncByteStream", response.stream)
 
 
 class _NoPool(httpcore.ConnectionPool):

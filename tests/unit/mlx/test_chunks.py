@@ -16,7 +16,8 @@ from fleet_worker.errors import (
     Overloaded,
     ProviderError,
 )
-from fleet_worker.mlx.chunks import MAX_EVENT_BYTES, ChunkReader, EventParser, parse_usage
+from fleet_worker.mlx.chunks import ChunkReader, parse_usage
+from fleet_worker.mlx.events import MAX_EVENT_BYTES, EventParser
 from fleet_worker.mlx.reasoning import ReasoningSplitter
 from fleet_worker.protocol.reply import Delta, Usage, join
 

@@ -21,7 +21,8 @@ from fleet_worker.errors import (
     UnsupportedCapability,
 )
 from fleet_worker.mlx import client as client_module
-from fleet_worker.mlx.client import DEFAULT_URLS, Health
+from fleet_worker.mlx.client import DEFAULT_URLS
+from fleet_worker.mlx.health import Health
 from fleet_worker.protocol.reply import Usage
 from fleet_worker.simulator import FLAVOURS, Fault, embedding, reply_tokens
 from fleet_worker.testing import SimulatedMLX

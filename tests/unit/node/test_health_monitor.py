@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from fleet_worker.errors import ConnectionFailure, InstanceUnavailable, ProviderError, RequestTimeout
-from fleet_worker.mlx.client import Health
+from fleet_worker.mlx.health import Health
 from fleet_worker.node import health_monitor as module
 from fleet_worker.node.health_monitor import CANARY_DEADLINE, HealthMonitor
 from fleet_worker.node.readiness import Readiness
