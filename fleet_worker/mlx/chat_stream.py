@@ -23,6 +23,8 @@ _FINISH_SECONDS = 5.0
 """How long a server may go on after the finish_reason, until [DONE] or the end of the stream."""
 _MOST_TOKENS = 1_000_000
 """Of one answer; as many as a request may ask for."""
+_MOST_CHARACTERS = 8_000_000
+"""Of one answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +102,8 @@ class ServerStream:
                 self._limit_rest()
             elif chunks.moved:  # comments and other heartbeats are no sign of progress
                 self._timer.restart_gap()
-            if chunks.tokens > _MOST_TOKENS:
-                raise MalformedOutput(f"the MLX server sent an answer of more than {_MOST_TOKENS:,} tokens")
+            if chunks.tokens > _MOST_TOKENS or chunks.characters > _MOST_CHARACTERS:
+                raise MalformedOutput("the MLX server sends an answer that is too large")
 
     def _limit_rest(self) -> None:
         if not self._is_finishing:

@@ -37,6 +37,8 @@ class ChunkReader:
         """Something of the answer was in the last events, if only a finish_reason: not only heartbeats."""
         self.tokens = 0
         """Number of chunks whose text, reasoning or tool calls have been returned: servers send a token in each."""
+        self.characters = 0
+        """Number of characters of text and reasoning."""
         self._held_back = 0
         """Chunks whose text the splitter still holds back."""
         self._after_finish = 0
@@ -178,8 +180,12 @@ class ChunkReader:
             if in_tags:
                 reasoning = (reasoning or "") + in_tags
         if reasoning or calls:
+            self.characters += len(content or "") + len(reasoning or "")
             return self._counted(Delta.of(content, reasoning, calls and self._tool_calls.numbered(calls)))
-        return self._counted(Delta(content=content)) if content else None
+        if not content:
+            return None
+        self.characters += len(content)
+        return self._counted(Delta(content=content))
 
     def _counted(self, delta: Delta | None) -> Delta | None:
         """Count the chunks that this delta completes: all since the last one that was returned."""

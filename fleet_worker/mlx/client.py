@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import replace
 from http.cookiejar import CookieJar, DefaultCookiePolicy
@@ -32,7 +32,6 @@ from fleet_worker.errors import (
     ConfigurationError,
     FleetError,
     InstanceUnavailable,
-    MalformedOutput,
     RequestTimeout,
     Unauthorized,
 )
@@ -49,7 +48,7 @@ from fleet_worker.mlx.resume import ResumedStream, resume_strategies
 from fleet_worker.mlx.timeouts import CancelToken, RequestTimer, TimeoutThread
 from fleet_worker.mlx.transport import Transport
 from fleet_worker.protocol.openai import ChatParams
-from fleet_worker.protocol.reply import Delta, Usage, join
+from fleet_worker.protocol.reply import Usage, join
 from fleet_worker.protocol.request import Resume
 from fleet_worker.settings import Instance
 
@@ -58,8 +57,6 @@ DEFAULT_URLS = ("http://127.0.0.1:8000", "http://127.0.0.1:8080")
 _CANARY = {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0.0}
 _MAX_VECTOR_BYTES = 256 * 1024
 """Enough for 8,192 dimensions in JSON."""
-_MAX_ANSWER = 4 * 1024 * 1024
-"""Characters of a chat: a million tokens."""
 _DEATH_CHECK_SECONDS = 0.5
 """How long `has_died` may take."""
 _RECHECK_AFTER = 0.05
@@ -101,7 +98,7 @@ class MLXClient:
         """Return the complete answer. The server streams it nevertheless: only a stream can be cancelled."""
         body = chat_body(params, offering, self._profile)
         with self._open_stream(body, self._timer(deadline, cancel_token), splitter=None) as stream:
-            whole = join(_limited(stream))
+            whole = join(delta for deltas in stream for delta in deltas)
         if whole["content"] and not whole["reasoning"]:
             inside = offering.settings.starts_in_reasoning
             visible, reasoning = split_reasoning(whole["content"], starts_inside=inside)
@@ -210,7 +207,7 @@ class MLXClient:
             InstanceUnavailable: neither `/health` nor `/v1/models` is that of an MLX server.
         """
         health = self.health()
-        if health.ready and not health.is_api:
+        if not health.is_api:
             try:
                 self.models()
             except (RequestTimeout, Unauthorized):
@@ -309,15 +306,3 @@ def _read(response: httpx.Response, timer: RequestTimer, limit: int) -> bytes:
         raise error_of_exception(error, timer) from None
     timer.check()  # where the end of the connection ends a response, a cut looks like a regular end
     return content
-
-
-def _limited(stream: Iterable[list[Delta]]) -> Iterator[Delta]:
-    """Iterate over the deltas of an answer that is collected in memory."""
-    size = 0
-    for deltas in stream:
-        for delta in deltas:
-            calls = [call["function"].get("arguments") or "" for call in delta.tool_calls or ()]
-            size += sum(map(len, (delta.content or "", delta.reasoning or "", *calls)))
-            if size > _MAX_ANSWER:
-                raise MalformedOutput(f"the MLX server sent an answer of more than {_MAX_ANSWER:,} characters")
-            yield delta

@@ -27,22 +27,23 @@ class Health:
     engine: str | None = None
     """The engine of vllm-mlx; "simple" has a single slot."""
     is_api: bool = field(default=True, compare=False)
-    """It answered in JSON, be it an error. False for a web server, and for a page in the place of a server."""
+    """False if it may be another program: it has no such route, or has one, and neither is said in JSON."""
 
 
 def health_of(response: httpx.Response, content: bytes) -> Health:
-    """Return what this answer to `GET /health` says, whatever its status. A server without the route is ready, a page
-    of HTML with status 200 is no server."""
+    """Return what this answer to `GET /health` says, whatever its status. A server without the route is ready, one that
+    sends a web page instead is not."""
     found = json_object(content)
     report = found or {}
     server = detect_server(response.http_version, response.headers, report)
-    if response.status_code == 404:
-        return Health(ready=True, server=server, is_api=found is not None)
-    is_page = content.lstrip()[:1] == b"<"
+    is_missing = response.status_code == 404
+    is_api = found is not None or not (response.is_success or is_missing)
+    is_page = content.lstrip().startswith(b"<")
+    is_well = response.is_success and not is_page and report.get("status") not in _SICK
     engine = report.get("engine_type")
-    engine = engine if isinstance(engine, str) and _is_name(engine) else None
-    ready = response.is_success and not is_page and report.get("status") not in _SICK
-    return Health(ready, server, engine, is_api=found is not None)
+    return Health(
+        is_well or is_missing, server, engine if isinstance(engine, str) and _is_name(engine) else None, is_api
+    )
 
 
 def model_ids(content: bytes) -> list[str]:

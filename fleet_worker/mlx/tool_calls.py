@@ -10,6 +10,8 @@ from fleet_worker.errors import MalformedOutput
 
 _MOST_CALLS = 1000
 """In one answer. A model writes a few."""
+_MOST_CHARACTERS = 4_000_000
+"""Of the arguments of all calls."""
 
 
 @dataclass(slots=True, eq=False)
@@ -38,6 +40,7 @@ class ToolCalls:
 
     def __init__(self) -> None:
         self._calls: list[_Call] = []
+        self._size = 0
         self._by_id: dict[str, _Call] = {}
         self._by_index: dict[int, _Call] = {}
         """The last call that the server gave this number."""
@@ -48,7 +51,7 @@ class ToolCalls:
 
         Raises:
             TypeError, AttributeError: they are no fragments of tool calls.
-            MalformedOutput: there are too many calls.
+            MalformedOutput: there are too many calls, or their arguments are too large.
         """
         begun = len(self._calls)
         return [self._numbered(fragment, begun) for fragment in fragments]
@@ -63,6 +66,9 @@ class ToolCalls:
             call.name += name
         if arguments:
             call.arguments.append(arguments)
+            self._size += len(arguments)
+            if self._size > _MOST_CHARACTERS:
+                raise MalformedOutput("the MLX server sent arguments of tool calls that are too large")
         others = {key: value for key, value in fragment.items() if key != "id"}
         identity = {"id": call.id} if call.id else {}
         return {**identity, **others, "index": call.index, "function": function}
