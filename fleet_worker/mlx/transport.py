@@ -8,7 +8,7 @@ import socket
 import ssl
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import httpcore
 import httpx
@@ -34,11 +34,6 @@ def tls_context(url: httpx.URL, ca: Path | None) -> ssl.SSLContext | None:
     if url.scheme != "https":
         return None
     return TLS(ca).context() if ca else httpx.create_ssl_context(trust_env=False)
-
-
-def body_of(response: httpx.Response) -> httpx.SyncByteStream:
-    """Return the body as it arrives. `iter_raw` would be one more generator for every read."""
-    return cast("httpx.SyncByteStream", response.stream)
 
 
 class _NoPool(httpcore.ConnectionPool):
