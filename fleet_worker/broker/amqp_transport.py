@@ -16,6 +16,7 @@ from amqp import spec
 from amqp.method_framing import frame_handler
 from kombu.transport import pyamqp
 
+from fleet_worker.broker import tls
 from fleet_worker.broker.door import FOREIGN, MOST_FANOUT_BYTES, OpenedMessage, Refused
 
 REDELIVERED = "fleet-redelivered"
@@ -147,5 +148,9 @@ class Transport(pyamqp.Transport):  # type: ignore[misc]
     Connection = Connection
 
 
-class SSLTransport(pyamqp.SSLTransport):  # type: ignore[misc]
-    Connection = Connection
+class _SSLConnection(Connection, tls.AMQPConnection):
+    pass
+
+
+class SSLTransport(tls.AMQPTransport):
+    Connection = _SSLConnection

@@ -9,7 +9,7 @@ from typing import Any
 
 from redis._parsers import _RESP2Parser, _RESP3Parser
 from redis._parsers.socket import SocketBuffer
-from redis.connection import Connection, SSLConnection
+from redis.connection import Connection
 
 SMALL = 256 * 1024
 """Bytes up to which redis-py reads a string by itself."""
@@ -55,7 +55,9 @@ class _Parser3(_BoundedParser, _RESP3Parser):
     pass
 
 
-class _Bounded:
+class Bounded:
+    """A base class for connections of redis-py."""
+
     protocol: int
 
     def __init__(self, *, most_bytes: int, **options: Any) -> None:
@@ -67,9 +69,5 @@ class _Bounded:
         super().set_parser(_Parser3 if self.protocol == 3 else _Parser2)  # type: ignore[misc]
 
 
-class BoundedConnection(_Bounded, Connection):
-    pass
-
-
-class BoundedSSLConnection(_Bounded, SSLConnection):
+class BoundedConnection(Bounded, Connection):
     pass

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import re
 import socket
-import ssl
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from typing import Any
 
 from amqp.exceptions import AccessRefused, AMQPError, MessageNacked, NotAllowed, RecoverableConnectionError
 from celery.utils.threads import bound_open_broker_sockets
-from kombu import Connection, Producer
+from kombu import Connection, Producer, Queue
 from kombu.exceptions import KombuError, OperationalError
 from kombu.transport.redis import Channel as RedisChannel
 from redis.exceptions import (
@@ -28,6 +27,7 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from fleet_worker.certificates import OF_BROKER, chain, explain, is_lasting
 from fleet_worker.errors import BrokerUnavailable
 
 ANSWER_WITHIN = 5.0
@@ -62,7 +62,6 @@ _CAUSES: tuple[tuple[type[BaseException], str, str], ...] = (
     (ResponseError, "refuses what a node asks of it", "give the user its rights, and check the end of broker_url"),
     (ConnectionRefusedError, "does not run: nothing listens there", "start it, or correct broker_url"),
     (socket.gaierror, "is on a host that cannot be found", "correct broker_url, or the DNS of this host"),
-    (ssl.SSLError, "and this host do not agree on TLS", "check its certificate, and the scheme of broker_url"),
     (
         TimeoutError,
         "does not answer in time",
@@ -104,8 +103,15 @@ def is_away(error: BaseException) -> bool:
 
 
 def refuses(error: BaseException) -> bool:
-    """Tell whether the broker rejects this user. Nothing will succeed before somebody corrects that."""
-    return isinstance(_cause(error), _REFUSED)
+    """Tell whether the broker rejects this user, or TLS fails. Nothing will succeed before somebody corrects that."""
+    return isinstance(_cause(error), _REFUSED) or is_lasting(error)
+
+
+def outage(error: BaseException) -> str:
+    """Return why a connection failed, for a log: "is away (ConnectionResetError)", or what somebody has to correct."""
+    if not is_away(error) and (known := _found(error)):
+        return f"{known[0]}: {known[1]}"
+    return f"is away ({type(_cause(error)).__name__})"
 
 
 def place_of(broker_url: str) -> str:
@@ -126,20 +132,21 @@ def unavailable(
     known = None if isinstance(cause, str) else _found(cause)
     if not known and (retryable or isinstance(cause, str)):
         return BrokerUnavailable(f"the broker at {place} {said} ({kind})", retryable=retryable)
-    found, advice = known or (f"{said} ({kind})", "look at its log, and check broker_url")
+    found, advice = known or (
+        f"{said} ({kind})",
+        "look at its log, and check broker_url; with TLS it begins with rediss or amqps",
+    )
     if retryable:
         found = f"{found} (it {said})"
     return BrokerUnavailable(f"the broker at {place} {found}", retryable=retryable, advice=advice)
 
 
 def _found(error: BaseException) -> tuple[str, str] | None:
-    """Return what is wrong, and what to do. kombu and redis raise their own errors from the original one."""
-    chain: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None:
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    said = ((found, advice) for kind, found, advice in _CAUSES if any(isinstance(each, kind) for each in chain))
+    """Return what is wrong, and what to do."""
+    if tls := explain(error, OF_BROKER):
+        return tls
+    causes = tuple(chain(error))
+    said = ((found, advice) for kind, found, advice in _CAUSES if any(isinstance(each, kind) for each in causes))
     return next(said, None)
 
 
@@ -198,13 +205,14 @@ class Publisher:
         self._connection: Connection | None = None
         self._producer: Producer | None = None
         self.connection_errors: tuple[type[Exception], ...] = (OSError, OperationalError)
-        self._declared: OrderedDict[str, Any] = OrderedDict()
+        self._declared: OrderedDict[str, list[Any]] = OrderedDict()
 
     def publish(
         self, body: bytes, *, routing_key: str, declare: Callable[[str], Any], exchange: str = "", **properties: Any
     ) -> None:
-        """Publish JSON that the broker need not write to disk. `declare` returns the queue or exchange that has to
-        exist for a routing key; it is called once for each.
+        """Publish JSON that the broker need not write to disk. `declare` returns the queue or exchange for a routing
+        key; it is called once for each. On RabbitMQ a queue is left to its consumer to declare: if there is none any
+        more, the message is dropped.
         """
         producer = self._producer = self._producer or self._open()
         producer.publish(
@@ -213,7 +221,7 @@ class Publisher:
             routing_key=routing_key,
             content_type="application/json",
             content_encoding="utf-8",
-            declare=[self._entity(routing_key, declare, producer.channel)],
+            declare=self._undeclared(routing_key, declare, producer.channel),
             delivery_mode=1,
             retry=False,
             **properties,
@@ -251,9 +259,11 @@ class Publisher:
         """redis-py opens a lost connection again between two commands, without an error."""
         raise ConnectionResetError("the connection to the broker was lost")
 
-    def _entity(self, routing_key: str, declare: Callable[[str], Any], channel: Any) -> Any:
+    def _undeclared(self, routing_key: str, declare: Callable[[str], Any], channel: Any) -> list[Any]:
         if routing_key not in self._declared:
-            self._declared[routing_key] = declare(routing_key)(channel)
+            entity = declare(routing_key)(channel)
+            is_left_out = isinstance(entity, Queue) and not isinstance(channel, RedisChannel)
+            self._declared[routing_key] = [] if is_left_out else [entity]
             if len(self._declared) > REMEMBERED:
                 self._declared.popitem(last=False)
         return self._declared[routing_key]

@@ -16,7 +16,8 @@ from typing import Any
 from kombu.transport import redis, virtual
 from redis import BlockingConnectionPool, ConnectionPool
 
-from fleet_worker.broker.bounded_socket import BoundedConnection, BoundedSSLConnection
+from fleet_worker.broker import tls
+from fleet_worker.broker.bounded_socket import Bounded, BoundedConnection
 from fleet_worker.broker.door import MOST_FANOUT_BYTES, Door, OpenedMessage, Refused, wrapped_bytes
 
 SOCKET_FREE_WITHIN = 5.0
@@ -59,6 +60,10 @@ class QoS(virtual.QoS):  # type: ignore[misc]
         self._on_collect.cancel()
 
 
+class _SSLConnection(Bounded, tls.RedisConnection):
+    pass
+
+
 class Message(OpenedMessage, virtual.Message):  # type: ignore[misc]
     pass
 
@@ -67,7 +72,7 @@ class Channel(redis.Channel):  # type: ignore[misc]
     do_restore = False
     Message = Message
     connection_class = BoundedConnection
-    connection_class_ssl = BoundedSSLConnection
+    connection_class_ssl = _SSLConnection
     _shares_socket = False
     _tags = count(1)
 
@@ -129,7 +134,7 @@ class Channel(redis.Channel):  # type: ignore[misc]
         if not isinstance(reply, list | tuple):
             return None
         event = self._handle_message(client, reply)
-        if event["type"] not in (b"message", b"pmessage"):
+        if event["type"] != b"pmessage":  # or somebody publishes on the channel by which a router shows its presence
             return None
         exchange = event["channel"].decode("utf-8", "replace").partition(".")[2].partition("/")[0]
         if queue := self._fanout_to_queue.get(exchange):

@@ -25,6 +25,7 @@ LANES = "no lane is joined or left"
 DOOR = "messages of strangers do not come through the door, and end nodes"
 BOUND = "a message of 500 MB is read into memory"
 LOG = "the log shows the user of broker_url, and the texts of errors"
+TRUST = "other CAs than broker_ca are trusted"
 SIGNALS = "signals do not end a node, or lose requests"
 
 USED = [
@@ -70,6 +71,12 @@ USED = [
     (VIRTUAL, "QoS", "_on_collect", ["QoS"], LEAK),
     (VIRTUAL, "Channel", "_restore_at_beginning", ["QoS"], GIVEN_BACK),
     (VIRTUAL, "Channel", "do_restore", ["QoS"], "a lost connection starts all running tasks a second time"),
+    ("redis.connection", "SSLConnection", "_wrap_socket_with_ssl", ["SSLConnection"], TRUST),
+    ("redis.connection", "SSLConnection", "cert_reqs", ["SSLConnection"], TRUST),
+    ("redis.connection", "SSLConnection", "check_hostname", ["SSLConnection"], TRUST),
+    ("kombu.transport.redis", "Channel", "connection_class_ssl", ["Channel"], TRUST),
+    ("amqp.transport", "SSLTransport", "_wrap_socket", ["SSLTransport"], "a node asks for the passphrase of a key"),
+    ("amqp.connection", "Connection", "Transport", ["Connection"], "a node asks for the passphrase of a key"),
     ("redis.client", "PubSub", "check_health", ["PubSub"], SILENT),
     ("redis.client", None, "next_health_check", ["PubSub"], SILENT),
     ("redis.connection", "AbstractConnection", "next_health_check", ["AbstractConnection"], SILENT),
@@ -92,7 +99,8 @@ USED = [
     ),
     ("kombu.connection", "Connection", "ensure_connection", [], "a node waits up to 30 s between two tries to connect"),
     ("kombu.pidbox", "Mailbox", "producer_or_acquire", ["Mailbox"], MORE_CONNECTIONS),
-    ("kombu.pidbox", "Node", "reply", ["Node"], "a node may reconnect without its consumers, and hear no cancels"),
+    ("kombu.pidbox", "Mailbox", "get_queue", ["Node"], "nodes hear no commands"),
+    ("kombu.pidbox", "Mailbox", "reply_exchange", ["Mailbox"], "`drain`, `celery inspect` and Flower get no answers"),
     ("celery.app.amqp", "AMQP", "Connection", [], "none of the above is in effect"),
     ("celery.app.control", "Control", "Mailbox", ["Control"], MORE_CONNECTIONS),
     ("celery.app.events", "Events", "dispatcher_cls", ["Events"], "a node hangs on RabbitMQ when it has many events"),
