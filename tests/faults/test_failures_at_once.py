@@ -1,0 +1,59 @@
+"""Ten streams of a node fail in the same moment: those beside them do not wait."""
+
+import threading
+import time
+
+import pytest
+
+from fleet_worker import FleetError, Router, Settings
+from fleet_worker.simulator import Fault
+from tests.fleets import Fleet, conversation
+
+FAILING, GOOD = 10, 4
+STRIKES_AT = 60
+"""The token after which they fail, of 150."""
+
+pytestmark = [pytest.mark.rest, pytest.mark.timeout(120)]
+
+
+class Reader(threading.Thread):
+    """Reads a stream whose tokens are the times at which the server wrote them; notes how late each one is."""
+
+    def __init__(self, router, fleet, of):
+        super().__init__()
+        self._router, self._fleet, self._of = router, fleet, of
+        self.late = {}
+        self.error = None
+        self.start()
+
+    def run(self):
+        options = {"max_tokens": 150, "on_interrupt": "fail", "timeout": 60}
+        try:
+            with self._router.stream_chat(self._fleet.model, conversation(self._of), **options) as stream:
+                for delta in stream:
+                    for written in (delta.content or "").split():
+                        self.late[float(written)] = time.monotonic() - float(written)
+        except FleetError as error:
+            self.error = error
+
+
+@pytest.mark.parametrize("kind", ["reset", "eof", "error_event", "truncate"])
+def test_ten_streams_that_fail_at_once_delay_no_other(broker, kind):
+    with (
+        Fleet(broker.url, {"one": "vllm_batched"}, slots=16, natural=150, token_interval=0.02, stamped=True) as fleet,
+        Router(Settings(broker_url=broker.url)) as router,
+    ):
+        fleet.wait_until_ready(router, ["one"])
+        fleet.servers["one"].fail(Fault(kind, at_token=STRIKES_AT, times=None, contains="doomed"))
+        readers = [Reader(router, fleet, f"good {number}") for number in range(GOOD)]
+        doomed = [Reader(router, fleet, f"doomed {number}") for number in range(FAILING)]
+        for reader in (*readers, *doomed):
+            reader.join()
+        assert all(reader.error for reader in doomed)
+        assert not any(reader.error for reader in readers)
+        struck = min(max(reader.late) for reader in doomed)
+        late = [(written - struck, seconds) for reader in readers for written, seconds in reader.late.items()]
+        usual = max(seconds for after, seconds in late if after < -0.1)
+        then = max(seconds for after, seconds in late if -0.1 <= after < 0.7)
+        print(f"{kind}: usually at most {usual * 1000:.0f} ms late, when ten fail {then * 1000:.0f} ms")
+        assert then - usual < 0.05
