@@ -41,7 +41,7 @@ REGISTRY = "registry"
 """The name of the registry node of every host, as in `registry@mini-7`; no instance may have it."""
 
 Capability = Literal["chat", "stream_chat", "embed"]
-Server = Literal["auto", "mlx_lm", "vllm_mlx", "mlx_openai", "omni", "openai"]
+Server = Literal["auto", "mlx_lm", "vllm_mlx", "mlx_openai", "omni", "rapid_mlx", "mlx_vlm", "openai"]
 Features = Annotated[
     dict[str, bool], BeforeValidator(lambda value: dict.fromkeys(value, True) if isinstance(value, list) else value)
 ]
