@@ -177,6 +177,11 @@ class MLXClient:
         """When this server last delivered content (time.monotonic() seconds), or 0."""
         return self._timeouts.last_content
 
+    @property
+    def may_be_blocked(self) -> bool:
+        """Return whether a healthy server of this kind may be silent now, `/health` included."""
+        return not self._profile.health_waits_for.isdisjoint(self._timeouts.awaited)
+
     def models(self) -> list[str]:
         """Return the ids that `GET /v1/models` lists: only a hint (a disk cache, nothing, or one absolute path)."""
         timer = self._timer(time.monotonic() + self._instance.clocks.connect)
@@ -247,6 +252,7 @@ class MLXClient:
         content = to_json(body) if body else None
         headers = {"content-type": "application/json"} if body else None
         request = self._http.build_request(method, path, content=content, headers=headers)
+        timer.guard.awaits = path
         with timer.running():
             try:
                 response = self._send(request, timer)

@@ -100,6 +100,19 @@ _MISSING_MODEL = re.compile(
     r"cached snapshot|model_not_found|repository not found|repo[_ ]?id|model.{0,200}(does not exist|not found)",
     re.IGNORECASE | re.DOTALL,
 )
+_THREAD_DIED = re.compile(r"\W*((error|detail|message)\W*)*generation thread died", re.IGNORECASE)
+"""At the beginning only: further behind it may be quoted from a conversation."""
+_TEMPLATE_REFUSALS: dict[str, str] = {
+    r"system (role|message)s? (is |are )?not (supported|allowed)": (
+        "takes no system message: put its text into the first user message"
+    ),
+    r"roles? must alternate|must alternate": "wants user and assistant messages to alternate",
+    r"only user.{0,20}assistant roles are supported": "takes user and assistant messages only",
+    r"single tool.calls? at once": "takes one tool call in a message",
+    r"no user query|at least one user|must start with a user": "wants a user message before the answer",
+    r"chat.?template|template ?error|jinja": "cannot make a prompt of these messages",
+}
+"""What chat templates say when they refuse a conversation, and our words for it."""
 _MISSING_ROUTE = re.compile(
     r'\W*(detail\W*)?(404\W*)?(page )?not found\W*|\W*error\W*message\W*not found\.?".*', re.IGNORECASE | re.DOTALL
 )
@@ -108,7 +121,7 @@ _MISSING_ROUTE = re.compile(
 def error_of_status(status: int, body: bytes, *, retry_after: float | None = None) -> FleetError:
     """Map an HTTP status and the body that came with it, whatever its shape. `retry_after` is in seconds."""
     text = _error_text(body)
-    if "generation thread died" in text:
+    if _THREAD_DIED.match(text):
         # mlx_lm.server 0.32 answers every request with this 404 until it is restarted. Which request killed the thread
         # is unknown, so each of them counts as one during which a server died.
         return InstanceUnavailable(
@@ -116,20 +129,32 @@ def error_of_status(status: int, body: bytes, *, retry_after: float | None = Non
         )
     if status in (400, 404, 413, 422) and _CONTEXT.search(text):
         return ContextLengthExceeded()
+    if status in (400, 404, 422, 500) and (refusal := _template_refusal(text)):
+        return InvalidRequest(f"the model's chat template {refusal}", param="messages", status=status)
     match status:
         case 401 | 403:
             return Unauthorized(f"the MLX server answered {status}: check api_key of this instance")
         case 404:
             return _not_found(text)
         case 400 | 411 | 413 | 422:
-            return InvalidRequest(f"the MLX server refused the request ({status})")
+            return InvalidRequest(f"the MLX server refused the request ({status})", status=status)
         case 408 | 504:
             return RequestTimeout(f"the MLX server gave up ({status})", retryable=True)
         case 429 | 503 | 529:
             return _unready_or_busy(status, text, retry_after)
         case 502:
-            return InstanceUnavailable("the proxy in front of the MLX server does not reach it (502)")
-    return ProviderError(f"the MLX server answered {status}", retryable=status >= 500)
+            return InstanceUnavailable("the proxy in front of the MLX server does not reach it (502)", status=502)
+    return ProviderError(f"the MLX server answered {status}", retryable=status >= 500, status=status)
+
+
+def _template_refusal(text: str) -> str | None:
+    """Return why the chat template refuses the messages; None if the error is about something else.
+
+    vllm-mlx, mlx-openai-server and mlx-vlm answer 500 then, mlx_lm.server 404.
+    """
+    if _MISSING_MODEL.search(text):
+        return None
+    return next((ours for theirs, ours in _TEMPLATE_REFUSALS.items() if re.search(theirs, text, re.IGNORECASE)), None)
 
 
 def _not_found(text: str) -> FleetError:
@@ -143,7 +168,7 @@ def _not_found(text: str) -> FleetError:
 
 def _unready_or_busy(status: int, text: str, retry_after: float | None) -> FleetError:
     if status == 503 and "busy" not in text and retry_after is None:
-        return InstanceUnavailable("the MLX server is not ready (503)")
+        return InstanceUnavailable("the MLX server is not ready (503)", status=503)
     error = Overloaded(f"the MLX server is busy ({status})")
     if retry_after is not None:
         error.metadata["retry_after"] = retry_after

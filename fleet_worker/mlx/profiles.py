@@ -34,6 +34,8 @@ class ServerProfile:
     """How it is told to continue the last message instead of answering it: by flags of transformers' chat templates, by
     `partial` in the message, not at all since it always does, or by a chat template that leaves the turn open. None if
     it begins a new turn whatever it is told."""
+    health_waits_for: frozenset[str] = frozenset({"/v1/chat/completions", "/v1/embeddings"})
+    """The requests of which one blocks `/health`, and all streams, until it has its first content."""
 
     @property
     def fields(self) -> frozenset[str]:
@@ -44,14 +46,33 @@ class ServerProfile:
 PROFILES: dict[str, ServerProfile] = {
     profile.kind: profile
     for profile in (
-        ServerProfile(kind="mlx_lm", continues_by="template"),
-        ServerProfile(kind="vllm_mlx", lists_models=True, continues_by="flags"),
+        ServerProfile(kind="mlx_lm", continues_by="template", health_waits_for=frozenset()),
         ServerProfile(
-            kind="mlx_openai", length_shortfall=0, base64_vectors=True, lists_models=True, continues_by="partial"
+            kind="vllm_mlx",
+            lists_models=True,
+            continues_by="flags",
+            health_waits_for=frozenset({"/v1/embeddings"}),
+        ),
+        ServerProfile(
+            kind="mlx_openai",
+            length_shortfall=0,
+            base64_vectors=True,
+            lists_models=True,
+            continues_by="partial",
+            health_waits_for=frozenset(),
         ),
         ServerProfile(kind="omni", length_shortfall=1, continues_by="always"),
-        ServerProfile(kind="rapid_mlx", base64_vectors=True, lists_models=True),
-        ServerProfile(kind="mlx_vlm", constants={"context_management": []}),
+        ServerProfile(
+            kind="rapid_mlx",
+            base64_vectors=True,
+            lists_models=True,
+            health_waits_for=frozenset({"/v1/embeddings"}),
+        ),
+        ServerProfile(
+            kind="mlx_vlm",
+            constants={"context_management": []},
+            health_waits_for=frozenset({"/v1/embeddings"}),
+        ),
         ServerProfile(kind="openai", sends_done=False, base64_vectors=True),
     )
 }

@@ -64,7 +64,7 @@ class Startup:
             return
         if not can_follow:
             log.warning("%s ends: its new configuration needs a new process", self._name)
-            raise SystemExit(exit_codes.AGAIN)
+            raise SystemExit(exit_codes.RESTART)
         log.info("%s follows the new configuration when it is ready", self._name)
         self.reloads = True
 
@@ -92,7 +92,7 @@ class Lifecycle:
         self._reloads |= startup.reloads
         signal.signal(signal.SIGTERM, lambda *_: self._end(0, asked=True))
 
-    def process(self, state: Any, **_: Any) -> list[Any]:
+    def process(self, state: Any) -> list[Any]:
         """A control command: return an id of this process, and its age in seconds."""
         return [self._process, self._age()]
 
@@ -158,7 +158,7 @@ class Lifecycle:
             log.info("%s follows the new configuration", name)
         else:
             log.warning("%s ends: its new configuration needs a new process", name)
-            self._end(exit_codes.AGAIN)
+            self._end(exit_codes.RESTART)
 
     def _end(self, exit_code: int, *, asked: bool = False) -> None:
         """Leave. If a signal asked for it, the last signal sets the exit code; else the first reason does.

@@ -139,7 +139,7 @@ def _accepted(node: Node, envelope: Any, operation: str) -> Iterator[_Work | Non
         try:
             with node.running.attempt(request_id, attempt, reply_to) as cancel_token, reply.cancelled_by(cancel_token):
                 work = _accept(node, envelope, operation, reply, cancel_token)
-                with node.counting_failures(work.offering.model, cancel_token):
+                with node.counting_failures(work.offering.model, request_id, cancel_token):
                     yield work
         except Exception as error:
             failure = error if isinstance(error, FleetError) else _unexpected(error)

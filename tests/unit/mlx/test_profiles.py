@@ -1,13 +1,10 @@
 """How MLX servers differ: what each is sent, and how its answers are recognised."""
 
-import json
 from dataclasses import replace
 from typing import get_args
 
 import httpx
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from fleet_worker.errors import (
     ProviderError,

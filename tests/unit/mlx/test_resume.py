@@ -260,7 +260,7 @@ def test_a_stop_string_across_the_cut_ends_the_answer_there(continuing, flavour,
     stop = WHOLE[30:45]
     if temperature and flavour not in CONTINUING:
         return
-    with continuing(flavour) as (server, client):
+    with continuing(flavour) as (_, client):
         for length in range(31, 45):
             deltas, _, answer = client.stream(resume=cut_at(length), stop=[stop], temperature=temperature)
             assert (deltas, answer.finish_reason) == ([], "stop")

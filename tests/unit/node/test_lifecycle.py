@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from celery.worker import state as celery_state
 
-from fleet_worker.exit_codes import AGAIN, CONFIGURATION
+from fleet_worker.exit_codes import CONFIGURATION, RESTART
 from fleet_worker.node import lifecycle as module
 from fleet_worker.node.lifecycle import HANDED_OVER_WITHIN, NAMESAKES_ASKED, Lifecycle
 from tests.clients import took_less_than, until
@@ -62,12 +62,17 @@ def test_what_begins_only_after_a_node_has_begun_to_hand_over_is_handed_over_too
 
 
 ASKED = (0, {"asked": True})
-ANEW = (AGAIN, {})
+RESTARTED = (RESTART, {})
 
 
 @pytest.mark.parametrize(
     ("reasons", "code"),
-    [([ASKED, ANEW], 0), ([ANEW, ASKED], 0), ([ANEW, (CONFIGURATION, {})], AGAIN), ([ASKED, (1, {"asked": True})], 1)],
+    [
+        ([ASKED, RESTARTED], 0),
+        ([RESTARTED, ASKED], 0),
+        ([RESTARTED, (CONFIGURATION, {})], RESTART),
+        ([ASKED, (1, {"asked": True})], 1),
+    ],
 )
 def test_who_asks_a_node_to_end_says_with_which_exit_code_whatever_its_own_reasons_are(worker, reasons, code):
     life = Lifecycle(worker, Node(requests=1), grace=0.1)
