@@ -101,15 +101,26 @@ def refused_parameter(params: ChatParams, kind: str, temperature: float) -> str 
     return next(refused, None)
 
 
+def may_be_refused(params: ChatParams) -> bool:
+    """Return False if no kind of server refuses these parameters. It is quick: most requests have only those."""
+    return not params.model_fields_set <= _NEVER_REFUSED
+
+
+_NEVER_REFUSED = {"messages", "n", *(row for row, cells in TABLE.items() if "refused" not in cells)}
+
+
 def check_parameters(params: ChatParams, kind: str, temperature: float) -> None:
     """Raise `UnsupportedParameter` if this kind of server cannot do what one of the parameters asks for."""
     if field := refused_parameter(params, kind, temperature):
-        raise UnsupportedParameter(
-            f"{field}: a {kind} server cannot do what it asks for: leave it out, or send the request to an instance "
-            "whose server can",
-            retryable=True,
-            param=field,
-        )
+        error = unsupported(field, f"a {kind} server cannot do")
+        error.retryable = True  # another one may
+        raise error
+
+
+def unsupported(parameter: str, servers: str) -> UnsupportedParameter:
+    """Return the error that names this parameter. `servers` tells who cannot do it: "a mlx_lm server cannot do"."""
+    text = f"{parameter}: {servers} what it asks for: leave it out, or use an instance with another MLX server"
+    return UnsupportedParameter(text, param=parameter)
 
 
 def dropped_parameters(params: ChatParams, kind: str, temperature: float) -> list[str]:

@@ -140,6 +140,11 @@ def test_the_manual_of_settings_shows_each_with_its_default():
         assert rows in section, heading
 
 
+def test_the_manual_of_settings_shows_what_each_server_does_with_a_parameter():
+    section = text_of("config/README.md").split("\n## Parameters of a chat\n")[1]
+    assert documents.parameters_table() in section
+
+
 @EACH
 def test_a_setting_that_is_named_exists_and_its_default_is_right(path):
     """As in `router.lost_after` (5 s), and in FLEET_ROUTER__TIMEOUT."""
