@@ -13,8 +13,9 @@ import re
 from typing import Any
 
 import httpx
-from pydantic_core import to_json
+from pydantic_core import from_json
 
+from fleet_worker.certificates import OF_INSTANCE, explain
 from fleet_worker.errors import (
     ConfigurationError,
     ConnectionFailure,
@@ -22,6 +23,7 @@ from fleet_worker.errors import (
     FleetError,
     InstanceUnavailable,
     InvalidRequest,
+    MalformedOutput,
     ModelNotServed,
     Overloaded,
     ProviderError,
@@ -29,14 +31,15 @@ from fleet_worker.errors import (
     Unauthorized,
     UnsupportedCapability,
 )
+from fleet_worker.mlx.body import body_of
 from fleet_worker.mlx.timeouts import RequestTimer
-from fleet_worker.mlx.transport import body_of
 
 _ERRORS: dict[type[Exception], tuple[type[FleetError], str]] = {
     httpx.ConnectError: (InstanceUnavailable, "the MLX server does not accept connections"),
     httpx.ConnectTimeout: (InstanceUnavailable, "the MLX server does not accept connections"),
     httpx.TimeoutException: (RequestTimeout, "the MLX server did not answer in time"),
     httpx.LocalProtocolError: (ProviderError, "the request to the MLX server could not be made"),
+    httpx.RemoteProtocolError: (ConnectionFailure, "the MLX server broke off, or its answer is not valid HTTP"),
     httpx.HTTPError: (ConnectionFailure, "the connection to the MLX server broke"),
 }
 """Subclasses before their base classes: the first match counts. Other exceptions of httpx cannot happen here: a body is
@@ -47,6 +50,8 @@ HTTPX_EXCEPTIONS = tuple(_ERRORS)
 def error_of_exception(exception: Exception, timer: RequestTimer) -> FleetError:
     """Map one of `HTTPX_EXCEPTIONS`. If our own timer cut the connection, its reason is the error."""
     kind, text = next(ours for theirs, ours in _ERRORS.items() if isinstance(exception, theirs))
+    if kind is InstanceUnavailable and (tls := explain(exception, OF_INSTANCE)):
+        text = "the MLX server {}: {}".format(*tls)
     connecting = kind is InstanceUnavailable  # the server is to blame, however little time it had
     reason = timer.cancel_error if connecting else timer.error
     return reason or kind(text)
@@ -62,7 +67,7 @@ def error_of_response(response: httpx.Response, timer: RequestTimer) -> FleetErr
         return ConfigurationError("base_url of this instance answers with a redirect: set it to the server itself")
     body = b""
     timer.limit_rest(_BODY_SECONDS)
-    with contextlib.suppress(httpx.HTTPError):
+    with contextlib.suppress(httpx.HTTPError, MalformedOutput):
         for part in body_of(response):
             body += part
             if len(body) > _BODY_BYTES:
@@ -79,18 +84,51 @@ def _seconds(text: str | None) -> float | None:
     return seconds if math.isfinite(seconds) and seconds >= 0 else None
 
 
-_STATUS_OF_CODE = {"context_length": 400, "invalid_request": 400, "rate_limit": 429, "overloaded": 429}
+_STATUS_OF_CODE = {
+    "context_length": 400,
+    "invalid_request": 400,
+    "badrequest": 400,
+    "rate_limit": 429,
+    "ratelimit": 429,
+    "overloaded": 429,
+}
+
+
+def error_in(answer: dict[str, Any]) -> FleetError | None:
+    """Return the error that an object of status 200 is, in all its forms: `{"error": ...}`, `{"detail": ...}`,
+    `{"object": "error", ...}`, `{"type": "error", ...}`, `{"code": ..., "message": ...}`."""
+    if answer.get("error") is not None:
+        return error_of_event(answer["error"])
+    marks = (answer.get("object"), answer.get("type"), answer.get("status"))
+    is_error = "error" in marks or ("code" in answer and "message" in answer)
+    return error_of_event(answer) if is_error or answer.get("detail") or answer.get("errors") else None
 
 
 def error_of_event(error: Any) -> FleetError:
     """Map the `error` of an event. Its `code` is an HTTP status (a number or a string) or a word, as its `type` is."""
-    fields = error if isinstance(error, dict) else {}
+    fields = _fields_of(error)
     code = str(fields.get("code"))
+    body = json.dumps(error).encode()
     if len(code) == 3 and code.isdecimal():
-        return error_of_status(int(code), to_json(error))
-    words = f"{code} {fields.get('type')}"
+        return error_of_status(int(code), body)
+    if isinstance(fields.get("detail"), list):  # FastAPI's validation report, which belongs to status 422
+        return error_of_status(422, body)
+    words = f"{code} {fields.get('type')}".lower()
     status = next((status for word, status in _STATUS_OF_CODE.items() if word in words), 500)
-    return error_of_status(status, to_json(error))
+    return error_of_status(status, body)
+
+
+def _fields_of(error: Any) -> dict[str, Any]:
+    """Return the object that says what the error is: it may be JSON in a string, or in another `error` or `detail`."""
+    for _ in range(3):
+        if isinstance(error, str) and error.lstrip().startswith("{"):
+            with contextlib.suppress(ValueError):
+                error = from_json(error)
+        inner = (error.get("error") or error.get("detail")) if isinstance(error, dict) else None
+        if not isinstance(inner, dict | str) or (isinstance(inner, str) and not inner.lstrip().startswith("{")):
+            break
+        error = inner
+    return error if isinstance(error, dict) else {}
 
 
 _CONTEXT = re.compile(

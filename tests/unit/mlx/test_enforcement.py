@@ -115,7 +115,7 @@ def test_json_is_json(flavour, text):
         assert answered(client, response_format=JSON)[0] == text
 
 
-@pytest.mark.parametrize("text", ["[1]", "1", '"a"', "null", '{"a": NaN}', '{"a": 1', '```json\n{"a": 1}\n```', ""])
+@pytest.mark.parametrize("text", ["[1]", "1", '"a"', "null", '{"a": NaN}', '{"a": 1', '```json\n{"a": 1}\n```', " "])
 def test_what_is_no_json_object_is_refused(text):
     with served("mlx_lm") as (server, client):
         server.fail(Fault("status", status=200, body=said(text), times=2))

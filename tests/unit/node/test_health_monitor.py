@@ -15,7 +15,7 @@ from fleet_worker.errors import (
     ProviderError,
     RequestTimeout,
 )
-from fleet_worker.mlx.client import Health
+from fleet_worker.mlx.health import Health
 from fleet_worker.node import health_monitor as module
 from fleet_worker.node.health_monitor import CANARY_DEADLINE, DOUBT_DEADLINE, LAST_CHANCE, SILENT_FOR, HealthMonitor
 from fleet_worker.node.readiness import FAILURES, Readiness
