@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import kombu
@@ -21,9 +22,9 @@ from kombu.pidbox import Mailbox
 from kombu.transport import pyamqp, redis
 from kombu.utils.collections import HashedSeq
 
-from fleet_worker.broker import tls
+from fleet_worker.broker import amqp_transport, redis_transport, tls
 from fleet_worker.broker.connection import ANSWER_WITHIN, HEARTBEAT, place_of
-from fleet_worker.broker.redis_transport import SharedSocket, Transport
+from fleet_worker.broker.door import SPARE_BYTES, Door
 from fleet_worker.broker.topology import CONTROL_EXCHANGE, EVENT_EXCHANGE, transport_of
 from fleet_worker.settings import Settings
 from fleet_worker.urls import without_parameters
@@ -35,12 +36,18 @@ MOST_EVENTS = 10_000
 then use one connection at a time, and the node hangs."""
 
 
-_TRANSPORTS = {redis.Transport: Transport, pyamqp.SSLTransport: tls.AMQPTransport}
-"""Ours, by kombu's."""
+_TRANSPORTS = {
+    redis.Transport: redis_transport.Transport,
+    pyamqp.Transport: amqp_transport.Transport,
+    pyamqp.SSLTransport: amqp_transport.SSLTransport,
+}
+"""Our subclasses of kombu's transports. Tests use its in-memory transport, too."""
 
 
 class Connection(kombu.Connection):  # type: ignore[misc]
-    shared_socket: SharedSocket | None = None
+    door: Door
+    """Of its application."""
+    shared_socket: redis_transport.SharedSocket | None = None
     """Redis: where the short commands are sent. With None, each channel opens a socket."""
 
     def get_transport_cls(self) -> Any:
@@ -59,19 +66,13 @@ class Connection(kombu.Connection):  # type: ignore[misc]
 
 
 class _AMQP(AMQP):  # type: ignore[misc]
-    Connection = BrokerConnection = Connection
+    """Makes connections of a class that belongs to this application: they come through its door, and may share a socket
+    for their short commands."""
 
-
-class _NodeAMQP(_AMQP):
-    """All connections of this application share one socket for their short commands."""
-
-    def __init__(self, app: Celery) -> None:
+    def __init__(self, door: Door, shared_socket: redis_transport.SharedSocket | None, app: Celery) -> None:
         super().__init__(app)
-
-        class Sharing(Connection):
-            shared_socket = SharedSocket()
-
-        self.Connection = self.BrokerConnection = Sharing
+        shared = {"door": door, "shared_socket": shared_socket}
+        self.Connection = self.BrokerConnection = type("Connection", (Connection,), shared)
 
 
 class _Clock(LamportClock):  # type: ignore[misc]
@@ -128,7 +129,8 @@ def create_app(settings: Settings, *, is_node: bool = False) -> Celery:
     """Return a Celery application for a router or a node; it connects to nothing yet."""
     if settings.broker_tls and not settings.broker_tls.authenticates:
         tls.warn_once(place_of(settings.broker_url))
-    amqp = _NodeAMQP if is_node else _AMQP
+    shared_socket = redis_transport.SharedSocket() if is_node else None
+    amqp = partial(_AMQP, Door(settings.max_body_bytes + SPARE_BYTES), shared_socket)
     app = Celery("fleet_worker", set_as_current=False, amqp=amqp, control=_Control, events=_Events)
     app.conf.update(
         broker_url=without_parameters(settings.broker_url),
@@ -167,6 +169,12 @@ def create_app(settings: Settings, *, is_node: bool = False) -> Celery:
         timezone="UTC",
     )
     return app
+
+
+def door_of(app: Celery) -> Door:
+    """Return the door of an application that `create_app` returned."""
+    door: Door = app.amqp.Connection.door
+    return door
 
 
 def transport_options(settings: Settings) -> dict[str, Any]:

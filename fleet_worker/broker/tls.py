@@ -81,7 +81,7 @@ def _tls_of(options: dict[str, Any]) -> TLS:
     return TLS(options["ca_certs"], options["certfile"], options["keyfile"], checks_chain, checks_host)
 
 
-class _AMQPConnection(pyamqp.Connection):  # type: ignore[misc]
+class AMQPConnection(pyamqp.Connection):  # type: ignore[misc]
     def connect(self, *args: Any) -> None:
         host, _, port = self.host.rpartition(":")
         with _clear_refusals(_tls_of(self.ssl), (host, int(port)), self.ssl.get("server_hostname")):
@@ -94,7 +94,7 @@ class _AMQPConnection(pyamqp.Connection):  # type: ignore[misc]
 
 
 class AMQPTransport(pyamqp.SSLTransport):  # type: ignore[misc]
-    Connection = _AMQPConnection
+    Connection = AMQPConnection
 
 
 @contextmanager

