@@ -51,10 +51,10 @@ class Session:
         self.is_open = False
         self._closed = False
 
-    def open(self, timeout: float, *, waited: float = 0.0) -> None:
+    def open(self, timeout: float, *, waited: float = 0.0, patient: bool = True) -> None:
         """Consume the reply queue, from now on; raises what `ReplyConsumer.start` raises."""
         try:
-            self.replies.start(timeout, waited=waited)
+            self.replies.start(timeout, waited=waited, patient=patient)
         except BaseException:
             self.close()
             raise
