@@ -17,11 +17,12 @@ from celery.app.control import Control
 from celery.app.events import Events
 from celery.events.dispatcher import EventDispatcher
 from kombu.pidbox import Mailbox
-from kombu.transport import redis
+from kombu.transport import pyamqp, redis
 from kombu.utils.collections import HashedSeq
 
+from fleet_worker.broker import amqp_transport, redis_transport
 from fleet_worker.broker.connection import ANSWER_WITHIN, HEARTBEAT
-from fleet_worker.broker.redis_transport import SharedSocket, Transport
+from fleet_worker.broker.redis_transport import SharedSocket
 from fleet_worker.broker.topology import transport_of
 from fleet_worker.settings import Settings
 
@@ -32,13 +33,21 @@ MOST_EVENTS = 10_000
 then use one connection at a time, and the node hangs."""
 
 
+_OURS = {
+    redis.Transport: redis_transport.Transport,
+    pyamqp.Transport: amqp_transport.Transport,
+    pyamqp.SSLTransport: amqp_transport.SSLTransport,
+}
+"""kombu's transports, and what our connections use instead."""
+
+
 class Connection(kombu.Connection):  # type: ignore[misc]
     shared_socket: SharedSocket | None = None
     """Redis: where the short commands are sent. With None, each channel opens a socket."""
 
     def get_transport_cls(self) -> Any:
         kombu_transport = super().get_transport_cls()
-        return Transport if kombu_transport is redis.Transport else kombu_transport
+        return _OURS.get(kombu_transport, kombu_transport)
 
     def __eqhash__(self) -> HashedSeq:
         """Be equal to no connection of another application: kombu has one pool for all that are equal."""

@@ -20,14 +20,13 @@ from redis.exceptions import (
     AuthenticationError,
     AuthorizationError,
     NoPermissionError,
-    OutOfMemoryError,
-    ReadOnlyError,
     RedisError,
     ResponseError,
 )
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from fleet_worker.broker.refusal import refusal
 from fleet_worker.errors import BrokerUnavailable
 
 ANSWER_WITHIN = 5.0
@@ -53,12 +52,6 @@ _CAUSES: tuple[tuple[type[BaseException], str, str], ...] = (
         "does not let this user into this virtual host",
         "correct the end of broker_url, or the user's rights",
     ),
-    (
-        OutOfMemoryError,
-        "has no room for more: its maxmemory is reached",
-        "raise it, or see by fleet-worker status what waits",
-    ),
-    (ReadOnlyError, "takes nothing: it is the replica of another", "name that other one in broker_url"),
     (ResponseError, "refuses what a node asks of it", "give the user its rights, and check the end of broker_url"),
     (ConnectionRefusedError, "does not run: nothing listens there", "start it, or correct broker_url"),
     (socket.gaierror, "is on a host that cannot be found", "correct broker_url, or the DNS of this host"),
@@ -108,6 +101,15 @@ def refuses(error: BaseException) -> bool:
     return isinstance(_cause(error), _REFUSED)
 
 
+def reason_of(error: BaseException) -> str:
+    """Return what is wrong with the broker, as words that follow its name in a log: what it refuses and what to do, or
+    that it is away, with the kind of the error."""
+    if known := refusal(error) or (_found(error) if refuses(error) else None):
+        return f"{known[0]}; {known[1]}"
+    cause = _cause(error)
+    return f"is away ({type(cause.__cause__ or cause).__name__})"
+
+
 def place_of(broker_url: str) -> str:
     """Return host and port of the broker for messages: no scheme, user, password, nor what follows the port."""
     return re.split("[/?#]", broker_url.partition("://")[2].rpartition("@")[2])[0]
@@ -134,6 +136,8 @@ def unavailable(
 
 def _found(error: BaseException) -> tuple[str, str] | None:
     """Return what is wrong, and what to do. kombu and redis raise their own errors from the original one."""
+    if refused := refusal(error):
+        return refused.found, refused.advice
     chain: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None:

@@ -10,10 +10,14 @@ from typing import Any
 from celery import Celery, signals
 from celery.worker.consumer.consumer import CONNECTION_ERROR, CONNECTION_RETRY
 
-from fleet_worker.broker.connection import place_of
+from fleet_worker.broker.connection import place_of, reason_of, refuses
+from fleet_worker.broker.refusal import refusal
 
 OUTAGE_LOGGED_EVERY = 60.0
 """Seconds between two lines about a broker that stays away."""
+REFUSED_AGAIN_WITHIN = 10.0
+"""Seconds in which a broker that refused something is not called back when it can be connected to: it will refuse the
+same again."""
 _CONNECTION = "celery.worker.consumer.connection"
 _CONNECTED = "Connected to %s"
 _LOWEST_LEVELS = {
@@ -63,7 +67,8 @@ def _set_levels(loglevel: int | str | None = None, **_: Any) -> None:
 class OutageFilter:
     """Filters what Celery logs of its connection: at each try three lines, with the user of broker_url.
 
-    An outage becomes one line when the broker goes, one every minute, and one when it is back.
+    An outage becomes one line when the broker goes, one every minute, and one when it is back. What the broker refuses
+    is one line that names it, and one every minute.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -71,11 +76,14 @@ class OutageFilter:
         self._place = "?"
         self._away_since: float | None = None
         self._last_logged = 0.0
+        self._refused: str | None = None
+        """What the broker refused at the last try."""
+        self._refused_at = 0.0
 
     def filter(self, record: logging.LogRecord) -> bool:
         match record.msg, record.args:
             case str(message), (str(url),) if message == _CONNECTED:
-                self._connected(record, place_of(url))
+                return self._connected(record, place_of(url))
             case str(message), (str(url), BaseException() as error, _) if message == CONNECTION_ERROR:
                 self._place = place_of(url)
                 return self._away(record, error)
@@ -83,16 +91,21 @@ class OutageFilter:
                 return self._away(record, error)
         return True
 
-    def _connected(self, record: logging.LogRecord, place: str) -> None:
+    def _connected(self, record: logging.LogRecord, place: str) -> bool:
+        if self._refused and self._clock() - self._refused_at < REFUSED_AGAIN_WITHIN:
+            return False
         if self._away_since is None:
             record.msg, record.args = "connected to the broker at %s", (place,)
         else:
             seconds = self._clock() - self._away_since
             _change_to_warning(record, "the broker at %s is back after %.0f s", place, seconds)
-        self._place, self._away_since = place, None
+        self._place, self._away_since, self._refused = place, None, None
+        return True
 
     def _away(self, record: logging.LogRecord, error: BaseException) -> bool:
         """Log only the kind of the error: its text may quote anything."""
+        if refusal(error) or refuses(error):
+            return self._refuse(record, reason_of(error))
         now, kind, place = self._clock(), type(error.__cause__ or error).__name__, self._place
         if self._away_since is None:
             self._away_since = now
@@ -104,6 +117,15 @@ class OutageFilter:
             _change_to_warning(record, "the broker at %s is still away, for %.0f s now (%s)", place, seconds, kind)
         else:
             return False
+        self._last_logged = now
+        return True
+
+    def _refuse(self, record: logging.LogRecord, reason: str) -> bool:
+        now, before = self._clock(), self._refused
+        self._refused, self._refused_at = reason, now
+        if reason == before and now - self._last_logged < OUTAGE_LOGGED_EVERY:
+            return False
+        _change_to_warning(record, "the broker at %s %s (it is tried again)", self._place, reason)
         self._last_logged = now
         return True
 
