@@ -6,12 +6,14 @@ names of kombu that are used here are checked by tests/unit/broker/test_private_
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from typing import Any
 
 from kombu.transport import redis, virtual
 from kombu.utils.json import dumps
 from redis import BlockingConnectionPool, ConnectionPool
+from redis.exceptions import ResponseError
 
 SOCKET_FREE_WITHIN = 5.0
 """Seconds that a thread waits for the shared socket; another waits that long for an answer of a frozen broker."""
@@ -77,6 +79,12 @@ class Channel(redis.Channel):  # type: ignore[misc]
         if not hasattr(pool, "fleet_client"):
             pool.fleet_client = super()._create_client(asynchronous)
         return pool.fleet_client
+
+    def maybe_refresh_binding_expiry(self) -> None:
+        """Do it later if it is refused. kombu logs a traceback every second then; what is refused is known from
+        others."""
+        with contextlib.suppress(ResponseError):
+            super().maybe_refresh_binding_expiry()
 
     def _handle_message(self, client: Any, response: Any) -> Any:
         """Drop what anybody publishes on the channel by which a router shows its presence. kombu uses patterns only,

@@ -50,7 +50,7 @@ def rehearse(channel: Any, transport: Transport) -> Iterator[Step]:
     """Yield what a router and a node do. To be called in this order, all of them, also after an error: the last ones
     delete what was made."""
     on = _OnRedis(channel) if transport == "redis" else _OnRabbitMQ(channel)
-    lane = lane_queue(f"{EXCHANGE.name}.check.{uuid.uuid4().hex[:12]}", transport)(channel)
+    lane = lane_queue(new_lane(), transport)(channel)
     reply = reply_queue(reply_name("check", 5))(channel)
     yield "declare a lane", lane.declare
     yield "declare a reply queue", reply.declare
@@ -61,12 +61,16 @@ def rehearse(channel: Any, transport: Transport) -> Iterator[Step]:
     yield "show that a router listens", partial(presence.stay, channel, reply.name)
     yield "receive registry events", partial(on.subscribe, registry_queue(transport))
     yield "receive questions of routers", partial(on.subscribe, ask_queue(transport))
-    yield "publish registry events", partial(on.announce, registry_exchange(transport), b"{}")
     yield "ask for the status of hosts", partial(on.announce, ask_exchange(), b"{}")
     yield "cancel a request", partial(on.announce, cancel_exchange(), ControlMessage().encode())
     yield "forget a router that has ended", partial(presence.leave, channel, reply.name)
     yield "delete a reply queue", reply.delete
     yield "delete a lane", lane.delete
+
+
+def new_lane() -> str:
+    """Return a name that no other lane has."""
+    return f"{EXCHANGE.name}.check.{uuid.uuid4().hex[:12]}"
 
 
 def rehearse_replies(channel: Any, transport: Transport) -> None:
@@ -77,9 +81,11 @@ def rehearse_replies(channel: Any, transport: Transport) -> None:
 
 
 def _replies(on: _OnRedis | _OnRabbitMQ, channel: Any, transport: Transport, name: str) -> Iterator[Step]:
+    yield "read lanes", on.rehearse_lane
     yield "reply", partial(on.reply, name)
     yield "see whether a router listens", partial(presence.look_for, channel, transport, [name])
     yield "receive cancels", partial(on.subscribe, cancel_queue(transport))
+    yield "publish registry events", partial(on.announce, registry_exchange(transport), b"{}")
 
 
 def _publish(channel: Any, routing_key: str, exchange: Exchange, body: bytes = b"{}", **options: Any) -> None:
@@ -100,9 +106,18 @@ class _OnRedis:
         _publish(self._channel, name, DEFAULT_EXCHANGE, declare=[reply_queue(name)(self._channel)])
 
     def consume(self, queue: Queue) -> None:
+        """Read as kombu does. This takes a message, so it is never done to a lane in use."""
         confirm_lane(self._channel, queue)
         with self._channel.conn_or_acquire() as client:
             client.execute_command("BRPOP", queue.name, 0.001)
+
+    def rehearse_lane(self) -> None:
+        lane = lane_queue(new_lane(), "redis")(self._channel)
+        try:
+            lane.declare()
+            self.consume(lane)
+        finally:
+            lane.delete()
 
     def subscribe(self, queue: Queue) -> None:
         pubsub = self._channel.subclient
@@ -127,6 +142,9 @@ class _OnRabbitMQ:
         """RabbitMQ tells only later that it refuses a message, so ask it something afterwards."""
         _publish(self._channel, routing_key, exchange, body, delivery_mode=1)
         self._channel.basic_qos(0, 1, False)
+
+    def rehearse_lane(self) -> None:
+        """Not needed: RabbitMQ answers for each lane."""
 
     def reply(self, name: str) -> None:
         self.publish(name, DEFAULT_EXCHANGE)

@@ -34,6 +34,7 @@ USED = [
     (REDIS, "Channel", "_disconnect_pools", ["Channel"], SHARED),
     (REDIS, "Channel", "async_pool", ["Channel"], SHARED),
     (REDIS, "Channel", "subclient", ["Channel"], SILENT),
+    (REDIS, "Channel", "maybe_refresh_binding_expiry", ["Transport"], "a full broker fills the log with tracebacks"),
     (REDIS, "Channel", "_handle_message", ["Channel"], "who publishes on a router's channel ends its connection"),
     (REDIS, "Channel", "_lookup", ["Channel"], GIVEN_BACK),
     (REDIS, "Channel", "_q_for_pri", ["Channel"], GIVEN_BACK),
