@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from fleet_worker.broker.connection import BACK_OFF, reason_of, refuses
+from fleet_worker.broker.connection import BACK_OFF, outage, refuses
 from fleet_worker.broker.refusal import refusal
 
 REFUSED_BACK_OFF = (*BACK_OFF, 5.0)
@@ -48,7 +48,7 @@ class Outage:
         self.works(begins=False)
         self._works_since = None
         refused, now = refusal(error) or refuses(error), self._clock()
-        reason = reason_of(error)
+        reason = outage(error)
         is_new = reason != self._reason or now - self._logged_at >= LOGGED_EVERY
         if is_new and (refused or not self._is_quiet()):
             self._reason, self._logged_at = reason, now

@@ -92,7 +92,7 @@ class Lifecycle:
         self._reloads |= startup.reloads
         signal.signal(signal.SIGTERM, lambda *_: self._end(0, asked=True))
 
-    def process(self, state: Any, **_: Any) -> list[Any]:
+    def process(self, state: Any) -> list[Any]:
         """A control command: return an id of this process, and its age in seconds."""
         return [self._process, self._age()]
 

@@ -10,7 +10,7 @@ from typing import Any
 from celery import Celery, signals
 from celery.worker.consumer.consumer import CONNECTION_ERROR, CONNECTION_RETRY
 
-from fleet_worker.broker.connection import place_of, reason_of, refuses
+from fleet_worker.broker.connection import outage, place_of
 from fleet_worker.broker.refusal import refusal
 
 OUTAGE_LOGGED_EVERY = 60.0
@@ -76,9 +76,9 @@ class OutageFilter:
         self._place = "?"
         self._away_since: float | None = None
         self._last_logged = 0.0
-        self._refused: str | None = None
-        """What the broker refused at the last try."""
-        self._refused_at = 0.0
+        self._why = ""
+        self._refused_at = float("-inf")
+        """When a connection that had been made was refused something."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         match record.msg, record.args:
@@ -88,45 +88,35 @@ class OutageFilter:
                 self._place = place_of(url)
                 return self._away(record, error)
             case _, (str(message), BaseException() as error) if message == CONNECTION_RETRY:
+                if refusal(error):
+                    self._refused_at = self._clock()
                 return self._away(record, error)
         return True
 
     def _connected(self, record: logging.LogRecord, place: str) -> bool:
-        if self._refused and self._clock() - self._refused_at < REFUSED_AGAIN_WITHIN:
+        if self._clock() - self._refused_at < REFUSED_AGAIN_WITHIN:
             return False
         if self._away_since is None:
             record.msg, record.args = "connected to the broker at %s", (place,)
         else:
             seconds = self._clock() - self._away_since
             _change_to_warning(record, "the broker at %s is back after %.0f s", place, seconds)
-        self._place, self._away_since, self._refused = place, None, None
+        self._place, self._away_since = place, None
         return True
 
     def _away(self, record: logging.LogRecord, error: BaseException) -> bool:
-        """Log only the kind of the error: its text may quote anything."""
-        if refusal(error) or refuses(error):
-            return self._refuse(record, reason_of(error))
-        now, kind, place = self._clock(), type(error.__cause__ or error).__name__, self._place
+        now, place, why = self._clock(), self._place, outage(error)
+        is_new = self._away_since is None or (why != self._why and not why.startswith("is away"))
         if self._away_since is None:
             self._away_since = now
-            _change_to_warning(
-                record, "the broker at %s is away (%s), and is tried again until it is back", place, kind
-            )
+        if is_new:
+            _change_to_warning(record, "the broker at %s %s; it is tried again until that is over", place, why)
         elif now - self._last_logged >= OUTAGE_LOGGED_EVERY:
             seconds = now - self._away_since
-            _change_to_warning(record, "the broker at %s is still away, for %.0f s now (%s)", place, seconds, kind)
+            _change_to_warning(record, "the broker at %s %s, for %.0f s now", place, why, seconds)
         else:
             return False
-        self._last_logged = now
-        return True
-
-    def _refuse(self, record: logging.LogRecord, reason: str) -> bool:
-        now, before = self._clock(), self._refused
-        self._refused, self._refused_at = reason, now
-        if reason == before and now - self._last_logged < OUTAGE_LOGGED_EVERY:
-            return False
-        _change_to_warning(record, "the broker at %s %s (it is tried again)", self._place, reason)
-        self._last_logged = now
+        self._last_logged, self._why = now, why
         return True
 
 

@@ -10,7 +10,8 @@ import celery.apps.worker as celery_worker
 from celery import Celery
 from celery.concurrency import get_implementation
 
-from fleet_worker.broker.control_listener import Command, ControlListener
+from fleet_worker.broker.control_commands import Command
+from fleet_worker.broker.control_listener import ControlListener
 from fleet_worker.broker.topology import lane_queue, transport_of
 from fleet_worker.errors import ConfigurationError, FleetError, where
 from fleet_worker.exit_codes import CONFIGURATION, INTERRUPTED, RESTART, SOFTWARE, UNAVAILABLE

@@ -108,6 +108,8 @@ class ChatResponse(_Response):
     reasoning: str | None = Field(None, repr=False)
     tool_calls: list[dict[str, Any]] = Field(default=[], repr=False)
     finish_reason: str
+    metadata: dict[str, Any] = Field(default={})
+    """`dropped_parameters`: names of those that had no influence, since this kind of server does not know them."""
 
 
 class EmbedResponse(_Response):

@@ -164,7 +164,7 @@ def test_a_node_that_could_not_reply_joins_no_lane(consuming, broker, caplog):
         broker["replies"] = AccessRefused(said % number, (50, 20))
         lane_consumer._apply()
     assert joined == set()
-    assert lane_consumer.refusal.startswith("does not allow its user Queue.bind of queue llm.fleet.cancel.*; ")
+    assert lane_consumer.refusal.startswith("does not allow its user Queue.bind of queue llm.fleet.cancel.*: ")
     assert len(caplog.messages) == 1
 
 
