@@ -328,6 +328,14 @@ def test_what_kills_servers_is_poison_and_not_only_wrong():
     assert given.code == PoisonSuspected.code
 
 
+def test_two_servers_that_freeze_with_a_request_are_enough_and_one_that_does_twice_is_not():
+    """The only server of a fleet may freeze now and then."""
+    froze = InstanceUnavailable("frozen", instance_frozen=True)
+    (given,) = failing_on(attempts_of(max_attempts=9), "a", "b", error=froze)
+    assert given.code == PoisonSuspected.code
+    assert failing_on(attempts_of(max_attempts=9), "a", "a", error=froze) == []
+
+
 def test_a_stream_that_has_begun_is_not_to_blame():
     attempts = attempts_of(max_attempts=9)
     fed(attempts, accepted(), deltas(1, "a"), failure(2, FAILED), node="a")
