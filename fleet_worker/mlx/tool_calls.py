@@ -99,10 +99,10 @@ class ToolCalls:
             return index is None or bool(name) or last.is_complete
         if not name:
             return False
-        if last.index >= begun:  # of the same delta
-            return True
+        if index is None and (last.index >= begun or not last.arguments):
+            return last.index >= begun or name != last.name
         if not last.arguments:
-            return index is None and name != last.name
+            return False
         return name != last.name or (bool(arguments) and last.is_complete)
 
     def _new(self, call_id: str | None) -> _Call:

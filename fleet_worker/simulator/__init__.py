@@ -12,7 +12,7 @@ or as a process, which prints its address as one line of JSON and ends on SIGTER
 
 It validates `stop` of a request and then ignores it: no reply ends at a stop word.
 
-In reading order: server, machine, chats, texts, flavours, refusals, replies, chunks, answers.
+In reading order: server, machine, chats, texts, flavours, refusals, replies, manners, chunks, answers.
 """
 
 from fleet_worker.simulator.flavours import FLAVOURS, Flavour

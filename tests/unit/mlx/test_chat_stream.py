@@ -1,5 +1,6 @@
 """Chat streams that fail: every fault of the simulated server, the timeouts, and readers that stop reading."""
 
+import json
 import traceback
 from contextlib import closing
 
@@ -18,6 +19,7 @@ from fleet_worker.errors import (
 )
 from fleet_worker.mlx import error_mapping
 from fleet_worker.simulator import FLAVOURS, Fault, reply_tokens
+from fleet_worker.simulator.manners import EVENTS
 from fleet_worker.simulator.replies import TABLES
 from tests.clients import HELLO, Client, answering, said, served, took_less_than
 
@@ -25,6 +27,7 @@ SECRET = "swordfish"
 PRIVATE = [{"role": "user", "content": f"My password is {SECRET}."}]
 UVICORN = sorted(set(FLAVOURS) - {"mlx_lm"})
 WHOLE = "".join(reply_tokens(HELLO, 100))
+TOOLS = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in ("weather", "time")]
 GAP, FIRST, DEADLINE = r"clocks\.gap", r"clocks\.first_content", "the deadline passed"
 """The part of a `RequestTimeout`'s text that names the limit."""
 
@@ -43,15 +46,39 @@ BROKEN = {
     "garbage": MalformedOutput,
     "done_without_finish": ConnectionFailure,
     "finish_without_done": ConnectionFailure,
+    "tokenless": ProviderError,
+    "flood": MalformedOutput,
 }
 SILENT = {"slow_headers", "thread_death", "freeze", "heartbeat_only"}
-HARMLESS = {"drip", "split", "join", "crlf", "cr"}
-OF_VECTORS = {"wrong_count", "wrong_dimension", "nan"}
+SEGMENTS = {"drip", "split", "join", "crlf", "cr"}
+ODD = {
+    "unstreamed",
+    "gzip",
+    "runs_on",
+    "empty_data",
+    "pings",
+    "bom",
+    "done_twice",
+    "halves",
+    "cut_utf8",
+    "messages",
+    "texts",
+    "parts",
+    "nulls",
+    "two_choices",
+    "renumbered",
+    "odd_usage",
+    "shouted_finish",
+}
+"""Manners that are not by the book, and clear nevertheless."""
+ODD_CALLS = {kind for kind in EVENTS if kind.startswith("calls_")}
+OF_VECTORS = {"wrong_count", "wrong_dimension", "nan", "no_vector"}
 
 
 def test_every_fault_of_the_simulated_server_is_expected_here():
     elsewhere = {"death"}  # it ends the whole server, so no second request is possible
-    assert {kind for table in TABLES for kind in table} == {*BROKEN, *SILENT, *HARMLESS, *OF_VECTORS, *elsewhere}
+    known = {*BROKEN, *SILENT, *SEGMENTS, *ODD, *ODD_CALLS, *OF_VECTORS, *elsewhere}
+    assert {kind for table in TABLES for kind in table} == known
 
 
 @pytest.mark.parametrize("at_token", [0, 5])
@@ -67,9 +94,38 @@ def test_a_broken_answer_is_one_error_for_a_chat_and_a_stream(flavour, kind, at_
             with pytest.raises(FleetError) as raised:
                 ask(PRIVATE)
             assert type(raised.value) is BROKEN[kind]
-            assert raised.value.retryable is (kind != "garbage")
+            assert raised.value.retryable is (kind not in ("garbage", "flood"))
             assert SECRET not in told(raised.value)
         assert [request.fault for request in server.requests] == [kind, kind]
+
+
+@pytest.mark.parametrize("kind", sorted(ODD))
+@pytest.mark.parametrize("flavour", ["mlx_lm", "vllm_batched"])
+def test_an_odd_manner_changes_nothing_of_the_answer(flavour, kind):
+    with served(flavour) as (server, client):
+        server.fail(Fault(kind, times=2))
+        answer = client.ask()
+        _, whole, end = client.stream()
+        assert answer.content == whole["content"] == WHOLE
+        assert answer.finish_reason == end.finish_reason == "stop"
+        assert [request.fault for request in server.requests] == [kind, kind]
+
+
+@pytest.mark.parametrize("kind", sorted(ODD_CALLS))
+@pytest.mark.parametrize("flavour", ["mlx_lm", "vllm_batched", "omni"])
+def test_an_odd_manner_changes_nothing_of_a_tool_call(flavour, kind):
+    calls = [
+        {"name": "weather", "arguments": {"city": "Zürich"}},
+        {"name": "weather", "arguments": {"city": "東京"}},
+        {"name": "time", "arguments": {}},
+    ]
+    with served(flavour, tool_calls=calls) as (server, client):
+        server.fail(Fault(kind, times=2))
+        for asked in (client.ask(tools=TOOLS).tool_calls, client.stream(tools=TOOLS)[1]["tool_calls"]):
+            assert [call["function"]["name"] for call in asked] == [call["name"] for call in calls]
+            assert [json.loads(call["function"]["arguments"]) for call in asked] == [
+                call["arguments"] for call in calls
+            ]
 
 
 def test_a_plain_openai_server_need_not_say_done():
