@@ -96,7 +96,7 @@ class ToolCalls:
         """Tell whether another call begins, and not `last` goes on."""
         if call_id and last.id:
             # Some servers make up an id for every fragment, but then the number is the same and the name is left out.
-            return index is None or bool(name) or last.is_complete
+            return index is None or bool(name) or (bool(arguments) and last.is_complete)
         if not name:
             return False
         if index is None and (last.index >= begun or not last.arguments):
