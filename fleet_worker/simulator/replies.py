@@ -81,12 +81,13 @@ class Reply:
 
     async def whole(self, answer: Answer, *, sized: bool = False) -> None:
         """Send a complete response. mlx_lm.server 0.32 names the length of a chat reply only, and of no error."""
+        body = self.gzip.compress(answer.body) + self.gzip.flush() if self.gzip else answer.body
         headers = [("content-type", answer.content_type), *answer.headers]
         if sized or not self.flavour.http10:
-            headers.append(("content-length", str(len(answer.body))))
+            headers.append(("content-length", str(len(body))))
         self.on_end()
         self._head(answer.status, headers)
-        self._writer.write(answer.body)
+        self._writer.write(body)
         await self._writer.drain()
 
     def start_stream(self) -> None:

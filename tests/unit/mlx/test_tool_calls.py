@@ -113,12 +113,22 @@ def test_calls_without_end_are_refused():
     calls = ToolCalls()
     with pytest.raises(MalformedOutput, match="more than 1000"):
         calls.numbered([call(index=at) for at in range(2000)])
+    with pytest.raises(MalformedOutput, match="more than 1000"):
+        ToolCalls().numbered([call(index=at, id="a") for at in range(2000)])
 
 
-def test_arguments_without_end_are_refused():
+ENDLESS = [
+    [rest("x" * 100_000, index=0)] * 50,
+    [call(name, "", index=0) for name in ("f" * 100, "g" * 100)] * 50,
+    [call("f", '{"x": "' + "{}" * 1000, index=0)] * 5000,
+]
+
+
+@pytest.mark.parametrize("fragments", ENDLESS, ids=["arguments", "names", "both"])
+def test_names_and_arguments_without_end_are_refused(fragments):
     calls = ToolCalls()
     with pytest.raises(MalformedOutput, match="too large"):
-        calls.numbered([rest("x" * 100_000, index=0)] * 100)
+        calls.numbered(fragments)
 
 
 def test_an_argument_may_be_an_object_in_an_object():
