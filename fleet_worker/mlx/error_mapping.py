@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 from pydantic_core import from_json
 
+from fleet_worker.certificates import OF_INSTANCE, explain
 from fleet_worker.errors import (
     ConfigurationError,
     ConnectionFailure,
@@ -49,6 +50,8 @@ HTTPX_EXCEPTIONS = tuple(_ERRORS)
 def error_of_exception(exception: Exception, timer: RequestTimer) -> FleetError:
     """Map one of `HTTPX_EXCEPTIONS`. If our own timer cut the connection, its reason is the error."""
     kind, text = next(ours for theirs, ours in _ERRORS.items() if isinstance(exception, theirs))
+    if kind is InstanceUnavailable and (tls := explain(exception, OF_INSTANCE)):
+        text = "the MLX server {}: {}".format(*tls)
     connecting = kind is InstanceUnavailable  # the server is to blame, however little time it had
     reason = timer.cancel_error if connecting else timer.error
     return reason or kind(text)

@@ -21,7 +21,7 @@ CANARY_DEADLINE = 240.0
 """Seconds that a canary may take: the server may have to load the model for it."""
 DOUBT_DEADLINE = 3.0
 """Seconds within which a canary has to work that is sent because of a doubt."""
-SILENT_FOR = 2.0
+SILENT_FOR = 1.5
 """Seconds without an answer and without content after which a server with work may be frozen."""
 LAST_CHANCE = 2.5
 """Seconds in which a server that is only slow still answers `/health`."""
@@ -151,6 +151,7 @@ class HealthMonitor:
         if too_busy and time.monotonic() - since < DOUBT_DEADLINE:
             return
         self._in_doubt_since = None
+        self._readiness.content_received(self._mlx.last_content)  # of a request that the canary had to wait for
         if offering is None or too_busy or isinstance(failure, RequestTimeout):
             self._readiness.confirm_doubt()
         else:
@@ -206,7 +207,7 @@ class HealthMonitor:
     def _release_work(self) -> None:
         """End all requests, so that other nodes go on with them."""
         text = "the MLX server is frozen: it answers nothing, and none of its streams moves"
-        released = self._running.stop(lambda: InstanceUnavailable(text, instance_died=True))
+        released = self._running.stop(lambda: InstanceUnavailable(text))
         log.warning("%s; other nodes go on with what it had: %d", text, released)
 
     def _read_models(self) -> None:

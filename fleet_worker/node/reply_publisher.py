@@ -16,7 +16,9 @@ from typing import Any
 
 from kombu import Connection
 
-from fleet_worker.broker.connection import BACK_OFF, Publisher
+from fleet_worker.broker.connection import Publisher
+from fleet_worker.broker.outage import Outage
+from fleet_worker.broker.refusal import refusal
 from fleet_worker.broker.topology import reply_queue
 from fleet_worker.errors import FleetError, RequestTimeout
 from fleet_worker.mlx.timeouts import CancelToken
@@ -41,12 +43,16 @@ GAP_PER_REQUEST = 0.0003
 frame. At 32 streams of 50 tokens/s a gap of 5 ms makes 3,500 messages of 20,000, for a third of the CPU."""
 HEARTBEAT_EVERY = 1.0
 TRIES = 5
-"""Tries until a message that the broker refuses is dropped: it may be too large. A broker that is away has no limit."""
+"""Tries until a message that the broker refuses is dropped: it may be too large. A broker that is away, or that refuses
+everybody for now, has no limit."""
 REPLAY_WINDOW = 5.0
 REPLAY_MAX_BYTES = 16 * 1024 * 1024
 """Messages are kept for so many seconds, and together so many bytes, to be published again."""
 REPLAY_MESSAGE_BYTES = 1024 * 1024
 """Bytes up to which they are merged into one message."""
+MOST_FRAMES = 500
+LARGE_MESSAGE_BYTES = 4 * 1024 * 1024
+"""Frames of one message, and bytes from which on it has one frame only."""
 _NEVER = float("inf")
 
 
@@ -131,6 +137,7 @@ class ReplyPublisher:
         """Reply queues of routers that may have missed the last messages."""
         self._closed = threading.Event()
         self._publisher = Publisher(connect)
+        self._outage = Outage("replies: the broker", log)
         self._thread = threading.Thread(target=self._run, name="fleet-replies", daemon=True)
         self._thread.start()
 
@@ -207,7 +214,7 @@ class ReplyPublisher:
     def _run(self) -> None:
         while not (self._closed.is_set() and not self._pending):
             for reply_to, frames in self._take().items():
-                self._publish(reply_to, frames)
+                self._publish_parts(reply_to, frames)
         self._publisher.close()
 
     def _take(self) -> dict[str, list[Frame]]:
@@ -243,9 +250,18 @@ class ReplyPublisher:
             alive = Alive(id=writer.id, attempt=writer.attempt, seq=writer.appended)
             self._pending.setdefault(writer.reply_to, []).append(alive)
 
-    def _publish(self, reply_to: str, frames: list[Frame]) -> None:
-        """Publish, however long the broker is away, unless the node ends."""
+    def _publish_parts(self, reply_to: str, frames: list[Frame]) -> None:
+        """Publish frames as one message, or as several: routers drop what is larger than any message should be."""
         body = Reply(v=PROTOCOL_VERSION, node=self.node, frames=frames).encode()
+        half = len(frames) // 2
+        if half and (len(frames) > MOST_FRAMES or len(body) > LARGE_MESSAGE_BYTES):
+            self._publish_parts(reply_to, frames[:half])
+            self._publish_parts(reply_to, frames[half:])
+        else:
+            self._publish(reply_to, body, bool(frames))
+
+    def _publish(self, reply_to: str, body: bytes, has_frames: bool) -> None:
+        """Publish, however long the broker is away, unless the node ends."""
         failures = 0
         while True:
             try:
@@ -257,9 +273,8 @@ class ReplyPublisher:
                 failures += 1
                 if not self._retry_later(error, failures):
                     return
-        if failures:
-            log.warning("the broker is back, replies flow again")
-        if frames:
+        self._outage.works()
+        if has_frames:
             self._replay.add(reply_to, body)
 
     def _lost(self, reply_to: str, failures: int) -> list[tuple[str, bytes]]:
@@ -274,10 +289,9 @@ class ReplyPublisher:
     def _retry_later(self, error: Exception, failures: int) -> bool:
         """Wait before the next try; return False if there should be none."""
         self._publisher.drop()
-        if failures == 1:
-            log.warning("replies wait: the broker is away (%s)", type(error).__name__)
-        closing = self._closed.wait(BACK_OFF[min(failures, len(BACK_OFF)) - 1])
-        refused = not isinstance(error, self._publisher.connection_errors)
+        closing = self._closed.wait(self._outage.failed(error))
+        known = refusal(error)
+        refused = not isinstance(error, self._publisher.connection_errors) and not (known and known.passes)
         if failures < TRIES or not (closing or refused):
             return True
         log.error("replies were given up: %s", "the node ends" if closing else f"refused, {type(error).__name__}")
