@@ -18,11 +18,12 @@ from tests.faults.fuzz_samples import NOBODY, Sample
 MB = 1024 * 1024
 INFLATED = 128 * MB
 """Bytes that a bomb becomes."""
-LARGE = 2 * MB
+LARGE = {"@large@": 2 * MB, "@giant@": 40 * MB}
+"""Texts that are replaced in the JSON by one of so many bytes."""
 DEEP = (60, 150, 1_100, 20_000)
 """Levels of nesting; Python's JSON accepts about a thousand."""
-DEEP_MARK, LARGE_MARK = "@deep-{}@", "@large@"
-"""Texts that are replaced in the JSON: no library writes what they stand for."""
+DEEP_MARK = "@deep-{}@"
+"""A text that is replaced in the JSON by nested lists, which no library writes."""
 
 TEXTS = (
     *("", "x", "\0", "é\u2028", "\ud800", "one@test", "fleet.chat", "sim-chat", "r-1", "-1", "1e999", "NaN", "[1]"),
@@ -145,8 +146,9 @@ def as_json(value: Any) -> bytes:
     for levels in DEEP:
         if (mark := json.dumps(DEEP_MARK.format(levels))) in text:
             text = text.replace(mark, "[" * levels + "]" * levels, 1).replace(mark, "0")
-    if LARGE_MARK in text:
-        text = text.replace(LARGE_MARK, "L" * LARGE, 1)
+    for mark, size in LARGE.items():
+        if mark in text:
+            text = text.replace(mark, "L" * size, 1).replace(mark, "")
     return text.encode()
 
 
@@ -281,16 +283,20 @@ def change_stored(draw: random.Random, sample: Sample) -> bytes:
 
 
 def enlarge(draw: random.Random, sample: Sample) -> Sample:
-    """One text of megabytes, somewhere."""
-    where = draw.choice(("body", "headers", "properties", "other"))
+    """One text of megabytes, somewhere; or very many values."""
+    large = draw.choices(list(LARGE), (9, 1))[0]
+    where = draw.choice(("body", "headers", "properties", "many", "other"))
     if where == "headers":
-        sample.headers = {**sample.headers, draw.choice(TASK_HEADERS): LARGE_MARK}
+        sample.headers = {**sample.headers, draw.choice(TASK_HEADERS): large}
     elif where == "properties":
-        sample.properties = {**sample.properties, draw.choice(PROPERTIES): LARGE_MARK}
+        sample.properties = {**sample.properties, draw.choice(PROPERTIES): large}
+    elif where == "many":
+        part = draw.choice((b"1,", b"[],", b'"",', b"{},", b'{"a":{}},'))
+        sample.body = b"[[" + part * draw.choice((90_000, 1_000_000)) + b"1], {}, {}]"
     elif where == "other":
-        sample.body = b"x" * LARGE
+        sample.body = b"x" * LARGE[large]
     else:
-        sample.body = as_json(_changed(draw, json.loads(sample.body), 1, (LARGE_MARK,)))
+        sample.body = as_json(_changed(draw, json.loads(sample.body), 1, (large,)))
     return sample
 
 
