@@ -268,7 +268,7 @@ def replace_all(draw: random.Random, sample: Sample) -> bytes:
         b"\xff\xfe",
         b"[" * 100_000,
         b'{"a":' * 50_000,
-        b"x" * LARGE,
+        b"x" * 300_000,
         b"NaN",
     )
     return draw.choice((draw.choice(raw), as_json(_any(draw)), draw.randbytes(draw.randint(1, 200))))
