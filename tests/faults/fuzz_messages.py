@@ -134,9 +134,10 @@ def message(seed: int, number: int, samples: Mapping[str, Sample]) -> Message:
         kind, name = kinds[number % len(kinds)], recipes[number // len(kinds)]
     else:
         kind, name = draw.choice(kinds), draw.choices(recipes, [RECIPES[each][0] for each in recipes])[0]
-    changed = RECIPES[name][1](draw, copy.deepcopy(samples[kind]))
+    sample = replace(copy.deepcopy(samples[kind]), body=samples[kind].body.replace(b"r-1", b"r-%d" % number))
+    changed = RECIPES[name][1](draw, sample)
     if isinstance(changed, bytes):
-        return Message(kind, name, samples[kind], changed)
+        return Message(kind, name, sample, changed)
     return Message(kind, name, changed, copies=2 if name == "twice" else 1)
 
 
