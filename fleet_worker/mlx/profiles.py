@@ -34,12 +34,19 @@ class ServerProfile:
     continues_by: Literal["flags", "partial", "always", "template"] | None = None
     """How it is told to continue the last message instead of answering it: by flags of transformers' chat templates, by
     `partial` in the message, not at all since it always does, or by a chat template that leaves the turn open."""
+    health_waits_for: frozenset[str] = frozenset({"/v1/chat/completions", "/v1/embeddings"})
+    """The requests of which one blocks `/health`, and all streams, until it has its first content."""
 
 
 PROFILES: dict[str, ServerProfile] = {
-    "mlx_lm": ServerProfile(fields=_COMMON | _SAMPLING | _OPENAI_PENALTIES, continues_by="template"),
+    "mlx_lm": ServerProfile(
+        fields=_COMMON | _SAMPLING | _OPENAI_PENALTIES, continues_by="template", health_waits_for=frozenset()
+    ),
     "vllm_mlx": ServerProfile(
-        fields=_COMMON | _SAMPLING | {"tool_choice", "response_format"}, lists_models=True, continues_by="flags"
+        fields=_COMMON | _SAMPLING | {"tool_choice", "response_format"},
+        lists_models=True,
+        continues_by="flags",
+        health_waits_for=frozenset({"/v1/embeddings"}),
     ),
     "mlx_openai": ServerProfile(
         fields=_COMMON | {"top_k", "min_p", "seed", "tool_choice", "response_format", "chat_template_kwargs"},
@@ -47,6 +54,7 @@ PROFILES: dict[str, ServerProfile] = {
         base64_vectors=True,
         lists_models=True,
         continues_by="partial",
+        health_waits_for=frozenset(),
     ),
     "omni": ServerProfile(fields=_COMMON | {"response_format"}, length_shortfall=1, continues_by="always"),
     "openai": ServerProfile(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import time
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, NamedTuple
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -15,6 +16,15 @@ from fleet_worker.protocol.wire import BrokerMessage, WireModel, explain
 Operation = Literal["chat", "stream_chat", "embed"]
 Priority = Literal["critical", "high", "normal", "low"]
 
+REQUEST_ID: Final = "[!-~]{1,200}"
+"""The pattern of a request's id: visible ASCII characters. It is logged, and shown in Flower."""
+REPLY_TO: Final = r"llm\.fleet\.reply\.[a-z0-9.-]+\.[1-9][0-9]{0,5}"
+"""The pattern of a reply queue's name. It ends with the seconds after which the queue expires."""
+LONGEST_NAME: Final = 255
+"""Characters of a queue's name: more are not possible in AMQP."""
+MOST_ATTEMPTS: Final = 1_000
+MOST_CANCELLED: Final = 1_000
+"""Requests that one message cancels."""
 MOST_LEVELS: Final = 100
 """How deep the JSON of an envelope may be nested."""
 LEGACY_KEYS = frozenset({"schema_version", "request_type", "fleet_correlation_id"})
@@ -38,20 +48,46 @@ class Resume(WireModel):
     """Approximate number of tokens: servers send one or a few at a time."""
 
 
+class Address(NamedTuple):
+    """Where the reply to an attempt goes, and what it is a reply to."""
+
+    request_id: str
+    attempt: int
+    reply_to: str
+
+    @classmethod
+    def of(cls, envelope: Any) -> Address:
+        """Return the address of an envelope whose other fields need not be valid: with it, its router can be told so.
+
+        Raises:
+            InvalidRequest: a field is missing or not valid, so that there is no router to answer.
+        """
+        if not isinstance(envelope, dict):
+            raise InvalidRequest("an envelope is a JSON object")
+        request_id, attempt, reply_to = (envelope.get(key) for key in ("request_id", "attempt", "reply_to"))
+        if not (isinstance(request_id, str) and re.fullmatch(REQUEST_ID, request_id)):
+            raise InvalidRequest("an envelope without a request_id")
+        if not (type(attempt) is int and 1 <= attempt <= MOST_ATTEMPTS):
+            raise InvalidRequest("an envelope without the number of its attempt")
+        if not (isinstance(reply_to, str) and len(reply_to) <= LONGEST_NAME and re.fullmatch(REPLY_TO, reply_to)):
+            raise InvalidRequest("an envelope without a reply_to")
+        return cls(request_id, attempt, reply_to)
+
+
 class FleetRequest(WireModel):
     """The envelope of one attempt of a request."""
 
     protocol_version: Literal[2]
-    request_id: str = Field(min_length=1, max_length=200)
+    request_id: str = Field(pattern=f"^{REQUEST_ID}$")
     correlation_id: str = Field(min_length=1, max_length=200)
     idempotency_key: str = Field(min_length=1, max_length=200)
-    attempt: int = Field(ge=1)
+    attempt: int = Field(ge=1, le=MOST_ATTEMPTS)
     operation: Operation
     provider: Literal["mlx"]
     provider_instance: str = Field(min_length=1)
     model: str = Field(min_length=1, max_length=200)
     params: ChatParams | EmbedParams = Field(repr=False)
-    reply_to: str = Field(pattern=r"^llm\.fleet\.reply\.[a-z0-9.-]+\.[1-9][0-9]*$", max_length=255)
+    reply_to: str = Field(pattern=f"^{REPLY_TO}$", max_length=LONGEST_NAME)
     message_context: dict[str, Any] = Field(repr=False)
     caller: dict[str, Any] = Field(repr=False)
     trace_context: dict[str, Any] = Field(repr=False)
@@ -141,11 +177,13 @@ class FleetRequest(WireModel):
 class ControlMessage(BrokerMessage):
     """Cancels requests, or asks for replies to be sent again."""
 
-    node: str | None = None
+    node: Annotated[str, Field(max_length=LONGEST_NAME)] | None = None
     """The node that it is for; None for all nodes."""
-    cancelled: list[tuple[str, int]] = Field(default=[])
+    cancelled: list[
+        tuple[Annotated[str, Field(pattern=f"^{REQUEST_ID}$")], Annotated[int, Field(ge=1, le=MOST_ATTEMPTS)]]
+    ] = Field(default=[], max_length=MOST_CANCELLED)
     """Ids of cancelled requests, each with the number of the last attempt that is cancelled."""
-    missed: str | None = None
+    missed: Annotated[str, Field(pattern=f"^{REPLY_TO}$", max_length=LONGEST_NAME)] | None = None
     """A reply queue whose router was disconnected for a moment: what was sent to it last must be sent again."""
 
 

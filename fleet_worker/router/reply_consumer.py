@@ -13,6 +13,7 @@ from kombu import Connection, Consumer, Producer
 
 from fleet_worker.broker import presence
 from fleet_worker.broker.connection import Publisher, hear, is_away, open_channel, refuses, unavailable
+from fleet_worker.broker.door import Refused
 from fleet_worker.broker.reconnecting import ReconnectingThread
 from fleet_worker.broker.topology import ask_exchange, cancel_exchange, registry_queue, reply_queue, transport_of
 from fleet_worker.errors import Cancelled, InvalidRequest, where
@@ -142,10 +143,9 @@ class ReplyConsumer:
         try:
             reply = Reply.decode(message.body)
         except InvalidRequest as error:
-            log.error("a message in the reply queue was dropped: %s", error)
-        else:
-            for frame in reply.frames:
-                self._dispatch(reply.node, frame)
+            raise Refused("it is no reply", str(error)) from None
+        for frame in reply.frames:
+            self._dispatch(reply.node, frame)
         message.ack()
 
     def _dispatch(self, node: str, frame: Frame) -> None:

@@ -21,7 +21,7 @@ from fleet_worker.broker.connection import ANSWER_WITHIN, BROKER_ERRORS, CLOSE_W
 from fleet_worker.broker.queue_depth import SUBMITTED_AT
 from fleet_worker.broker.topology import Transport, cancel_exchange, priority, route_to, task_name
 from fleet_worker.errors import Cancelled, Expired
-from fleet_worker.protocol.request import ControlMessage, FleetRequest
+from fleet_worker.protocol.request import MOST_CANCELLED, ControlMessage, FleetRequest
 from fleet_worker.router.attempts import CancelOrphan
 from fleet_worker.router.scheduler import Scheduler
 
@@ -30,8 +30,6 @@ log = logging.getLogger(__name__)
 MAX_CONNECTIONS = 16
 IDLE_AFTER = 5.0
 """Seconds after which a connection that no thread uses is closed. To open one takes some milliseconds."""
-MAX_IN_ONE_MESSAGE = 1_000
-"""Requests that one message cancels."""
 
 
 class Submitter:
@@ -204,7 +202,7 @@ class CancelPublisher:
         messages = [ControlMessage(node=node, missed=reply_to) for node, reply_to in missed.items()]
         for node, requests in cancelled.items():
             listed = list(requests.items())
-            parts = (listed[first : first + MAX_IN_ONE_MESSAGE] for first in range(0, len(listed), MAX_IN_ONE_MESSAGE))
+            parts = (listed[first : first + MOST_CANCELLED] for first in range(0, len(listed), MOST_CANCELLED))
             messages += [ControlMessage(node=node, cancelled=part) for part in parts]
         try:
             for message in messages:

@@ -115,6 +115,6 @@ def test_an_attempt_that_is_delivered_twice_is_answered_once(node, run):
 
 
 def test_a_message_without_an_address_ends_in_an_error_of_the_task_only(node, run):
-    with pytest.raises(InvalidRequest, match="no router to answer"):
+    with pytest.raises(InvalidRequest, match="without a reply_to"):
         run("chat", reply_to="elsewhere")
     assert node.frames == []

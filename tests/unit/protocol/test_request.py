@@ -312,7 +312,7 @@ def test_a_control_message_travels_whole():
 
 
 def test_what_a_newer_router_adds_is_ignored():
-    assert ControlMessage.decode(b'{"missed":"a","novelty":1}') == ControlMessage(missed="a")
+    assert ControlMessage.decode(b'{"node":"a","novelty":1}') == ControlMessage(node="a")
 
 
 def chat_refused(**params):

@@ -141,17 +141,17 @@ def test_what_is_closed_lends_nothing_and_keeps_nothing():
 
 
 def test_cancels_that_come_together_are_published_together(monkeypatch):
-    monkeypatch.setattr(submitter_module, "MAX_IN_ONE_MESSAGE", 2)
+    monkeypatch.setattr(submitter_module, "MOST_CANCELLED", 2)
     later, messages = [], []
     nodes = SimpleNamespace(broadcast=lambda _, body: messages.append(ControlMessage.decode(body)))
     cancels = CancelPublisher(nodes, SimpleNamespace(soon=later.append))
     for request_id, attempt in [("a", 1), ("b", 2), ("b", 1), ("c", 1)]:
         cancels.cancel(request_id, CancelOrphan("n", attempt))
-    cancels.ask_again("replies", "n")
+    cancels.ask_again("llm.fleet.reply.a.60", "n")
     assert len(later) == 1
     later.pop()()
     assert messages == [
-        ControlMessage(node="n", missed="replies"),
+        ControlMessage(node="n", missed="llm.fleet.reply.a.60"),
         ControlMessage(node="n", cancelled=[("a", 1), ("b", 2)]),
         ControlMessage(node="n", cancelled=[("c", 1)]),
     ]
