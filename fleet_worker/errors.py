@@ -86,6 +86,12 @@ class FleetError(Exception):
     def message(self) -> str:
         return str(self.args[0])
 
+    @property
+    def param(self) -> str | None:
+        """The field of the request that is refused, as in `messages.0.content`; None if it is not one field."""
+        param = self.metadata.get("param")
+        return param if isinstance(param, str) else None
+
     @classmethod
     def rebuild(cls, code: str, message: str, *, retryable: bool, metadata: dict[str, Any]) -> FleetError:
         """Return the error that `code` names. An unknown code becomes a `FleetError` with it in `metadata["code"]`."""

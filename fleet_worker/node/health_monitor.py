@@ -21,7 +21,7 @@ CANARY_DEADLINE = 240.0
 """Seconds that a canary may take: the server may have to load the model for it."""
 DOUBT_DEADLINE = 3.0
 """Seconds within which a canary has to work that is sent because of a doubt."""
-SILENT_FOR = 2.0
+SILENT_FOR = 1.5
 """Seconds without an answer and without content after which a server with work may be frozen."""
 LAST_CHANCE = 2.5
 """Seconds in which a server that is only slow still answers `/health`."""

@@ -68,8 +68,17 @@ def register_tasks(app: Celery, node: Node) -> None:
     def embed(envelope: dict[str, Any]) -> None:
         with _accepted(node, envelope, "embed") as work:
             if work and isinstance(work.request.params, EmbedParams):
+                _check_dimensions(work.request.params.dimensions, work.offering.settings.dimensions)
                 vectors = node.mlx.embed(work.request.params.input, work.offering, **work.limits)
+                _check_dimensions(work.request.params.dimensions, vectors.dimensions)
                 work.respond(EmbedResponse, data=vectors.data, dimensions=vectors.dimensions, usage=vectors.usage)
+
+
+def _check_dimensions(wanted: int | None, dimensions: int | None) -> None:
+    """Refuse another number than the model's vectors have, if that is known."""
+    if wanted and dimensions and wanted != dimensions:
+        text = f"dimensions: this model's vectors have {dimensions} numbers, and are not shortened: leave it out"
+        raise InvalidRequest(text, param="dimensions")
 
 
 class Request(celery_request.Request):  # type: ignore[misc]

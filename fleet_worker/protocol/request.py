@@ -7,11 +7,12 @@ import re
 import time
 from typing import Annotated, Any, Final, Literal, NamedTuple
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from fleet_worker.errors import InvalidRequest
-from fleet_worker.protocol.openai import ChatParams, EmbedParams
-from fleet_worker.protocol.wire import BrokerMessage, WireModel, explain
+from fleet_worker.protocol import json_values
+from fleet_worker.protocol.openai import WAYS_OUT, ChatParams, EmbedParams
+from fleet_worker.protocol.wire import BrokerMessage, WireModel, explain, field_names
 
 Operation = Literal["chat", "stream_chat", "embed"]
 Priority = Literal["critical", "high", "normal", "low"]
@@ -25,8 +26,6 @@ LONGEST_NAME: Final = 255
 MOST_ATTEMPTS: Final = 1_000
 MOST_CANCELLED: Final = 1_000
 """Requests that one message cancels."""
-MOST_LEVELS: Final = 100
-"""How deep the JSON of an envelope may be nested."""
 LEGACY_KEYS = frozenset({"schema_version", "request_type", "fleet_correlation_id"})
 ATTEMPT_FIELDS = frozenset({"attempt", "reply_to", "expires_at", "resume"})
 """Fields that change with each attempt. They do not count for the size limit: a node that would accept the first
@@ -100,15 +99,6 @@ class FleetRequest(WireModel):
     resume: Resume | None = None
     """None if the answer starts from its beginning."""
 
-    @field_validator("message_context", "caller", "trace_context")
-    @classmethod
-    def _finite(cls, value: dict[str, Any]) -> dict[str, Any]:
-        try:
-            json.dumps(value, allow_nan=False)
-        except (TypeError, ValueError, RecursionError):
-            raise ValueError("only finite numbers, text, lists and objects") from None
-        return value
-
     @model_validator(mode="before")
     @classmethod
     def _with_typed_params(cls, values: Any) -> Any:
@@ -136,11 +126,13 @@ class FleetRequest(WireModel):
     @classmethod
     def build(cls, values: Any) -> FleetRequest:
         """Return the envelope with these fields; raises `InvalidRequest` if one is invalid."""
-        _check_structure(values)
+        json_values.check(values, field_names)
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise InvalidRequest(explain(error)) from None
+            text, param = explain(error, WAYS_OUT)
+            where: dict[str, Any] = {"param": param} if param else {}
+            raise InvalidRequest(text, **where) from None
 
     @classmethod
     def decode(cls, envelope: Any, *, max_bytes: int) -> FleetRequest:
@@ -187,17 +179,6 @@ class ControlMessage(BrokerMessage):
     """A reply queue whose router was disconnected for a moment: what was sent to it last must be sent again."""
 
 
-def _check_structure(value: Any, levels: int = MOST_LEVELS) -> None:
-    """Refuse keys that are not text (JSON would change them to text), and deeper nesting than JSON libraries accept."""
-    if isinstance(value, dict | list | tuple):
-        if levels == 0:
-            raise InvalidRequest(f"the request is nested more than {MOST_LEVELS} levels deep")
-        if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
-            raise InvalidRequest("the request is not JSON: the keys of an object are text")
-        for part in value.values() if isinstance(value, dict) else value:
-            _check_structure(part, levels - 1)
-
-
 def _check_size(envelope: Any, max_bytes: int) -> None:
     """Refuse what is not JSON (NaN is not), or is more than `max_bytes` of it without the `ATTEMPT_FIELDS`."""
     if isinstance(envelope, dict):
@@ -205,6 +186,7 @@ def _check_size(envelope: Any, max_bytes: int) -> None:
     try:
         size = len(json.dumps(envelope, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode())
     except (TypeError, ValueError, RecursionError):
+        json_values.check(envelope, field_names)
         raise InvalidRequest("the request is not JSON: only finite numbers, text, lists and objects") from None
     if size > max_bytes:
         raise InvalidRequest(f"the request is {size:,} bytes, the limit (max_body_bytes) is {max_bytes:,}")

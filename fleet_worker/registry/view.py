@@ -28,6 +28,10 @@ QUIET = 0.15
 """Seconds without another answer after which `wait_for_answers` returns. A refusal waits longer."""
 ALL_ANSWERS_WITHIN = 1.0
 """Seconds after which every host has answered a router that asked."""
+NEAREST = 3
+"""Names that are told as the nearest."""
+MOST_LISTED = 8
+"""Names that the text of a refusal lists."""
 SWEEP_EVERY = 1.0
 """Seconds between two searches for what has expired: with a thousand hosts, one costs more than a message."""
 
@@ -118,7 +122,11 @@ class Registry:
         with self._changed:
             ready = self._changed.wait_for(lambda: self.offerings(model, capability=capability, ready=True), timeout)
             if not ready:
-                raise _unavailable(f"no ready instance offers the model after {timeout:g} s", model, self._models)
+                known = {each.model for each in self._offered(None)}
+                why = "none of its instances is ready" if model in known else "no instance offers it"
+                nearest = _nearest(model, known)
+                names = f"; the nearest that exist: {', '.join(nearest)}" if nearest and model not in known else ""
+                raise ModelUnavailable(f"after {timeout:g} s {why}{names}", nearest=nearest, param="model")
             return ready
 
     def refresh(self) -> None:
@@ -235,15 +243,30 @@ class Registry:
         able = [each for each in of_model if capability in each.capabilities]
         fitting = [each for each in able if instance in ("any", each.instance.name)]
         if node and fitting:
-            why = f"that node does not offer {capability} with that model"
-            return _unavailable(why, node, {each.node for each in fitting})
+            return self._no_such_node(model, capability, node, {each.node for each in fitting})
         if able:
-            why = "no instance of that name offers this model"
-            return _unavailable(why, instance, {each.instance.name for each in able})
+            return self._no_such_instance(model, capability, instance, {each.instance.name for each in able})
+        fit = {each.model for each in self._offered(None) if capability in each.capabilities}
         if others := sorted({each for offered in of_model for each in offered.capabilities}):
-            return ModelUnavailable(f"{model} is in the fleet, but only for: {', '.join(others)}", nearest=[])
-        able_models = {each.model for each in self._offered(None) if capability in each.capabilities}
-        return _unavailable(f"no instance offers {capability} with that model", model, able_models)
+            listed = f"; for {capability} there are: {_listed(fit)}" if fit else f", and no model is for {capability}"
+            text = f"{model} is in the fleet, but only for: {', '.join(others)}{listed}"
+            return ModelUnavailable(text, nearest=_nearest(model, fit, at_least=0.0), param="model")
+        nearest = _nearest(model, fit)
+        names = f"; the nearest that exist: {', '.join(nearest)}" if nearest else ""
+        text = f"no instance offers {capability} with that model{names}; fleet-worker status lists all models"
+        return ModelUnavailable(text, nearest=nearest, param="model")
+
+    def _no_such_node(self, model: str, capability: str, node: str, able: set[str]) -> ModelUnavailable:
+        known = node in {each.node for each in self.instances()}
+        why = f"that node does not offer {capability} with {model}" if known else "no node of that name is known"
+        text = f"{why}; nodes that offer it: {_listed(able)}"
+        return ModelUnavailable(text, nearest=_nearest(node, able), param="node")
+
+    def _no_such_instance(self, model: str, capability: str, instance: str, able: set[str]) -> ModelUnavailable:
+        known = instance in {each.name for each in self.instances()}
+        why = f"no instance of that name offers {capability} with {model}" if known else "no instance has that name"
+        text = f"{why}; instances that offer it: {_listed(able)}"
+        return ModelUnavailable(text, nearest=_nearest(instance, able), param="instance")
 
     def _notify_subscribers(self, event: RegistryEvent) -> None:
         for callback in tuple(self._subscribers):
@@ -253,7 +276,18 @@ class Registry:
                 log.error("a subscriber of the registry failed: %s", type(error).__name__)
 
 
-def _unavailable(why: str, name: str, existing: Iterable[str]) -> ModelUnavailable:
-    nearest = difflib.get_close_matches(name, list(existing), n=3, cutoff=0.3)
-    names = f"; the nearest that exist: {', '.join(nearest)}" if nearest else ""
-    return ModelUnavailable(f"{why}{names}", nearest=nearest)
+def _nearest(name: str, existing: Iterable[str], *, at_least: float = 0.5) -> list[str]:
+    """Return the names most like this one, in any case, at most three: those that contain it or are contained in it
+    first. Never the name itself."""
+    wanted = name.lower()
+    others = {each.lower(): each for each in sorted(existing) if each != name}
+    parts = [lower for lower in others if min(len(lower), len(wanted)) > 2 and (wanted in lower or lower in wanted)]
+    alike = difflib.get_close_matches(wanted, others, n=NEAREST, cutoff=at_least)
+    return [others[lower] for lower in dict.fromkeys([*parts, *alike])][:NEAREST]
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Return the first names, and how many more there are."""
+    names = sorted(names)
+    more = f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
+    return ", ".join(names[:MOST_LISTED]) + more

@@ -113,7 +113,7 @@ class Router:
         others: dict[str, Any] = {**options}
         on_interrupt: OnInterrupt = others.pop("on_interrupt", "resume")
         if on_interrupt not in get_args(OnInterrupt):
-            raise InvalidRequest('on_interrupt is "resume" or "fail"')
+            raise InvalidRequest('on_interrupt: must be "resume" or "fail"', param="on_interrupt")
         request, node = self._request(operation, model, body, **others)
 
         def start(deadline: float) -> tuple[InFlightRequest, ReplyBuffer]:
@@ -141,9 +141,12 @@ class Router:
         limit = self._settings.router.max_timeout
         seconds = self._settings.router.timeout if timeout is None else timeout
         if not isinstance(seconds, int | float) or not 0 < seconds <= limit:
-            raise InvalidRequest(f"timeout must be more than 0 and at most {limit:g} seconds (router.max_timeout)")
+            text = f"timeout: must be a number of seconds, more than 0 and at most {limit:g} (router.max_timeout)"
+            raise InvalidRequest(text, param="timeout")
         if node is not None and not is_node_name(node):
-            raise InvalidRequest('node is the name of a node, as in "local@mini-7"')
+            raise InvalidRequest('node: must be the name of a node, as in "local@mini-7"', param="node")
+        if not isinstance(instance, str) or not instance:
+            raise InvalidRequest('instance: must be the name of an instance, or "any"', param="instance")
         request_id = str(uuid.uuid4())
         envelope = {
             "protocol_version": 2,

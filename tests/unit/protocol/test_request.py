@@ -330,4 +330,6 @@ def test_an_unknown_field_is_told_with_the_nearest_that_exists():
 def test_an_image_that_is_not_inline_is_told_once():
     content = [{"type": "image_url", "image_url": {"url": "http://images/hush.png"}}]
     refusal = chat_refused(messages=[{"role": "user", "content": content}])
-    assert refusal == "messages.0.content.0.image_url.image_url.url: images must be data:image/... URLs"
+    assert refusal == (
+        "messages.0.content.0.image_url.url: is an address: put the image itself into a data:image/... URL, in base64"
+    )

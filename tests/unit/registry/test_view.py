@@ -330,7 +330,11 @@ def test_a_model_that_does_not_become_ready_is_waited_for_no_longer_than_asked(r
     say(registry, about_instance(status="unavailable"), about_model("qwen3-14b"), about_model("phi", capabilities=[]))
     with took_less_than(WITHIN), pytest.raises(ModelUnavailable, match=r"after 0\.05 s") as caught:
         registry.wait_for("qwen3-14b", 0.05)
-    assert caught.value.metadata == {"nearest": ["qwen3-14b"]}
+    assert caught.value.message == "after 0.05 s none of its instances is ready"
+    assert caught.value.metadata == {"nearest": [], "param": "model"}
+    with pytest.raises(ModelUnavailable, match="no instance offers it; the nearest that exist: qwen3-14b") as caught:
+        registry.wait_for("qwen3-14", 0.01)
+    assert caught.value.metadata["nearest"] == ["qwen3-14b"]
 
 
 def test_a_model_is_waited_for_with_a_capability(registry):
@@ -404,35 +408,106 @@ def test_a_refusal_names_the_nearest_models_and_not_what_was_asked_for(known):
         known.require_offered("qwen3-14", "chat")
     assert caught.value.metadata["nearest"] == ["qwen3-14b", "qwen3-8b"]
     assert caught.value.message == (
-        "no instance offers chat with that model; the nearest that exist: qwen3-14b, qwen3-8b"
+        "no instance offers chat with that model; the nearest that exist: qwen3-14b, qwen3-8b; fleet-worker status "
+        "lists all models"
     )
     with pytest.raises(ModelUnavailable) as caught:
         known.require_offered(SECRET, "chat")
-    assert caught.value.message == "no instance offers chat with that model"
+    assert caught.value.message == "no instance offers chat with that model; fleet-worker status lists all models"
     assert caught.value.metadata["nearest"] == []
 
 
 def test_a_refusal_names_the_nearest_nodes_if_one_is_asked_for(known):
     with pytest.raises(ModelUnavailable) as caught:
         known.require_offered("qwen3-14b", "chat", "any", "one@mimi")
-    assert caught.value.message.startswith(
-        "that node does not offer chat with that model; the nearest that exist: one@mini"
-    )
+    assert caught.value.message == "no node of that name is known; nodes that offer it: one@mini"
     assert caught.value.metadata["nearest"] == ["one@mini"]  # two@mini does not serve this model
 
 
 @pytest.mark.parametrize(
-    ("wanted", "said"),
+    ("wanted", "said", "param", "nearest"),
     [
-        (("minilm", "chat"), "minilm is in the fleet, but only for: embed"),
-        (("qwen3-14b", "chat", "onee"), "no instance of that name offers this model; the nearest that exist: one"),
-        (("minilx", "chat"), "no instance offers chat with that model"),  # minilm cannot chat
+        (
+            ("minilm", "chat"),
+            "minilm is in the fleet, but only for: embed; for chat there are: qwen3-14b, qwen3-8b",
+            "model",
+            ["qwen3-14b", "qwen3-8b"],
+        ),
+        (
+            ("qwen3-8b", "embed"),
+            "qwen3-8b is in the fleet, but only for: chat; for embed there are: minilm",
+            "model",
+            ["minilm"],
+        ),
+        (
+            ("qwen3-8b", "stream_chat"),
+            "qwen3-8b is in the fleet, but only for: chat, and no model is for stream_chat",
+            "model",
+            [],
+        ),
+        (
+            ("qwen3-14b", "chat", "onee"),
+            "no instance has that name; instances that offer it: one",
+            "instance",
+            ["one"],
+        ),
+        (
+            ("qwen3-8b", "chat", "xyz"),
+            "no instance has that name; instances that offer it: one, two",
+            "instance",
+            [],
+        ),
+        (
+            ("qwen3-14b", "chat", "two"),
+            "no instance of that name offers chat with qwen3-14b; instances that offer it: one",
+            "instance",
+            [],
+        ),
+        (
+            ("qwen3-14b", "chat", "any", "two@mini"),
+            "that node does not offer chat with qwen3-14b; nodes that offer it: one@mini",
+            "node",
+            ["one@mini"],
+        ),
+        (
+            ("minilx", "chat"),
+            "no instance offers chat with that model; fleet-worker status lists all models",  # minilm cannot chat
+            "model",
+            [],
+        ),
     ],
 )
-def test_a_refusal_tells_which_part_of_the_request_does_not_fit(known, wanted, said):
+def test_a_refusal_tells_which_part_of_the_request_does_not_fit_and_what_does(known, wanted, said, param, nearest):
     with pytest.raises(ModelUnavailable) as caught:
         known.require_offered(*wanted)
-    assert caught.value.message == said
+    assert (caught.value.message, caught.value.param) == (said, param)
+    assert sorted(caught.value.metadata["nearest"]) == nearest
+    assert not set(wanted) & set(caught.value.metadata["nearest"])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "nearest"),
+    [
+        ("qwen3", ["org/Qwen3-14B-4bit", "org/Qwen3-8B"]),
+        ("QWEN3-8B", ["org/Qwen3-8B", "org/Qwen3-14B-4bit"]),
+        ("org/qwen3-8b", ["org/Qwen3-8B", "org/Qwen3-14B-4bit"]),  # the right name in another case
+        ("gemma-3-12b", ["gemma-3-27b"]),
+        ("nothing-like-it", []),
+    ],
+)
+def test_the_nearest_names_are_those_that_a_person_would_name(registry, wanted, nearest):
+    say(registry, about_instance(), *map(about_model, ["org/Qwen3-8B", "org/Qwen3-14B-4bit", "gemma-3-27b", "phi"]))
+    with pytest.raises(ModelUnavailable) as caught:
+        registry.require_offered(wanted, "chat")
+    assert caught.value.metadata["nearest"] == nearest
+
+
+def test_a_refusal_lists_a_few_of_many_names(registry):
+    for number in range(20):
+        say(registry, about_instance(f"i{number:02}"), about_model("m", instance=f"i{number:02}"))
+    with pytest.raises(ModelUnavailable) as caught:
+        registry.require_offered("m", "chat", "nope")
+    assert "i00, i01, i02, i03, i04, i05, i06, i07 and 12 more" in caught.value.message
 
 
 @pytest.fixture
