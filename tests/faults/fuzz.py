@@ -45,7 +45,7 @@ GROWTH = 64 * MB
 """The most that a process may grow by, at any moment."""
 CPU_OF_ONE = 0.050
 """Seconds of a node's time that one message may cost."""
-GOOD = re.compile(r"\] Task (fleet\.\w+|registry\.\w+)\[\S+\] (received|succeeded)")
+GOOD = re.compile(r"\] Task (fleet\.\w+|registry\.\w+)\[\S+\] (received|succeeded|raised expected)")
 """Lines about tasks that were done."""
 MOST_COMPLAINTS = 500
 """Lines about bad messages that a process may log, however many there are."""
