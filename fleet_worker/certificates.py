@@ -6,6 +6,7 @@ show nothing but paths, names of settings and fixed texts of OpenSSL.
 
 from __future__ import annotations
 
+import os
 import ssl
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -73,10 +74,10 @@ OF_INSTANCE = Names("base_url", "ca")
 
 def check_file(path: Path) -> Path:
     """Return the path without `~`. Raises `ValueError` if it is not a file that this process can read."""
-    path = path.expanduser()
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file" if path.exists() else f"the file {path} does not exist")
+    path = Path(os.path.expanduser(path))
     try:
+        if not path.is_file():
+            raise ValueError(f"{path} is not a file" if path.exists() else f"the file {path} does not exist")
         path.open("rb").close()
     except OSError as error:
         raise ValueError(f"the file {path} cannot be read: {error.strerror}") from None

@@ -5,7 +5,9 @@ FleetError
 ├── BrokerUnavailable           the broker cannot be reached
 ├── InvalidRequest              the request cannot work on any node
 │   ├── ContextLengthExceeded
-│   └── UnsupportedCapability
+│   ├── UnsupportedCapability
+│   └── UnsupportedParameter
+├── InvalidOutput               the model's answer is not the JSON that was asked for
 ├── ModelNotServed              this instance does not serve that model
 ├── ModelUnavailable            no instance of the fleet offers that model
 ├── PolicyError                 not allowed here
@@ -46,6 +48,7 @@ __all__ = [
     "FleetError",
     "FleetSaturated",
     "InstanceUnavailable",
+    "InvalidOutput",
     "InvalidRequest",
     "MalformedOutput",
     "ModelNotServed",
@@ -61,6 +64,7 @@ __all__ = [
     "StreamInterrupted",
     "Unauthorized",
     "UnsupportedCapability",
+    "UnsupportedParameter",
 ]
 
 
@@ -119,6 +123,14 @@ class ContextLengthExceeded(InvalidRequest):
 
 class UnsupportedCapability(InvalidRequest):
     """The model or the instance cannot do what was asked."""
+
+
+class UnsupportedParameter(InvalidRequest):
+    """The MLX server cannot do what a parameter asks for; `metadata["param"]` is its name."""
+
+
+class InvalidOutput(FleetError):
+    """The model's answer is not the JSON that `response_format` asks for."""
 
 
 class ModelNotServed(FleetError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -20,10 +20,16 @@ from fleet_worker import urls
 from fleet_worker.certificates import OF_INSTANCE, TLS, check_content, check_file
 
 Capability = Literal["chat", "stream_chat", "embed"]
-Server = Literal["auto", "mlx_lm", "vllm_mlx", "mlx_openai", "omni", "openai"]
-Features = Annotated[
-    dict[str, bool], BeforeValidator(lambda value: dict.fromkeys(value, True) if isinstance(value, list) else value)
-]
+Server = Literal["auto", "mlx_lm", "vllm_mlx", "mlx_openai", "omni", "rapid_mlx", "mlx_vlm", "openai"]
+
+
+def _of_list(value: Any) -> Any:
+    """Return what a list of features stands for; what is no list of names is refused as it is."""
+    names = isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+    return dict.fromkeys(value, True) if names else value
+
+
+Features = Annotated[dict[str, bool], BeforeValidator(_of_list)]
 """`{tools = true, vision = false}`, or a list of those that are there."""
 PemFile = Annotated[Path, AfterValidator(check_file)]
 

@@ -8,6 +8,7 @@ The text under a field is its description (`RouterSettings.model_fields["timeout
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 from pathlib import Path
@@ -135,7 +136,7 @@ class Settings(Group, BaseSettings):
     """PEM file of the private key of `broker_cert`, not encrypted."""
     host: str = Field(default_factory=lambda: as_host(socket.gethostname().split(".")[0]))
     """Name of this host in node names and file names: letters, digits, `-`, `.`, `_`. Default: its host name."""
-    state_dir: Annotated[Path, AfterValidator(Path.expanduser)] = Field(
+    state_dir: Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))] = Field(
         default_factory=lambda: platformdirs.user_state_path("fleet-worker")
     )
     """Folder for lock files and sockets, the same for all processes of a host. Default: the user's state folder."""

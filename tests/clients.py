@@ -24,6 +24,8 @@ KINDS = {
     "vllm_batched": "vllm_mlx",
     "mlx_openai": "mlx_openai",
     "omni": "omni",
+    "rapid_mlx": "rapid_mlx",
+    "mlx_vlm": "mlx_vlm",
     "openai": "openai",
 }
 """What `server` of an instance is for each flavour of the simulator."""

@@ -54,7 +54,8 @@ class ServerStream:
         max_tokens: int,
         may_be_empty: bool = False,
     ) -> None:
-        """`may_be_empty`: an answer without any token is a success, since its beginning was delivered before."""
+        """`may_be_empty`: an answer without any token is a success, since its beginning was delivered before, or a stop
+        string may have ended it."""
         self._response = response
         self._timer = timer
         self._profile = profile

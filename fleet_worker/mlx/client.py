@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
-from dataclasses import replace
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
 
@@ -39,22 +38,23 @@ from fleet_worker.mlx.body import read_body
 from fleet_worker.mlx.chat_stream import ChatAnswer, ServerStream
 from fleet_worker.mlx.chunks import parse_usage
 from fleet_worker.mlx.embeddings import Embeddings, answer_of, parse_vectors
+from fleet_worker.mlx.enforcement import AnswerStream, EnforcedStream, Rules, read_whole
 from fleet_worker.mlx.error_mapping import HTTPX_EXCEPTIONS, error_of_exception, error_of_response
 from fleet_worker.mlx.health import MAX_HEALTH_BYTES, MAX_MODELS_BYTES, Health, health_of, model_ids
 from fleet_worker.mlx.offering import Offering
 from fleet_worker.mlx.profiles import PROFILES, chat_body
-from fleet_worker.mlx.reasoning import ReasoningSplitter, split_reasoning
+from fleet_worker.mlx.reasoning import ReasoningSplitter
 from fleet_worker.mlx.resume import ResumedStream, resume_strategies
 from fleet_worker.mlx.timeouts import CancelToken, RequestTimer, TimeoutThread
 from fleet_worker.mlx.transport import Transport, tls_context
 from fleet_worker.protocol.openai import ChatParams
-from fleet_worker.protocol.reply import Usage, join
+from fleet_worker.protocol.reply import Usage
 from fleet_worker.protocol.request import Resume
 from fleet_worker.settings import Instance
 
 DEFAULT_URLS = ("http://127.0.0.1:8000", "http://127.0.0.1:8080")
 
-_CANARY = {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0.0}
+_CANARY = {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0.0, "max_tokens": 1}
 _MAX_VECTOR_BYTES = 256 * 1024
 """Enough for 8,192 dimensions in JSON."""
 _DEATH_CHECK_SECONDS = 0.5
@@ -98,12 +98,8 @@ class MLXClient:
         """Return the complete answer. The server streams it nevertheless: only a stream can be cancelled."""
         body = chat_body(params, offering, self._profile)
         with self._open_stream(body, self._timer(deadline, cancel_token), splitter=None) as stream:
-            whole = join(delta for deltas in stream for delta in deltas)
-        if whole["content"] and not whole["reasoning"]:
             inside = offering.settings.starts_in_reasoning
-            visible, reasoning = split_reasoning(whole["content"], starts_inside=inside)
-            whole |= {"content": visible or None, "reasoning": reasoning or None}
-        return replace(stream.answer(), **whole)
+            return read_whole(stream, Rules.of(params), starts_in_reasoning=inside)
 
     @contextmanager
     def stream_chat(
@@ -114,14 +110,16 @@ class MLXClient:
         deadline: float,
         cancel_token: CancelToken | None = None,
         resume: Resume | None = None,
-    ) -> Iterator[ServerStream | ResumedStream]:
+    ) -> Iterator[AnswerStream]:
         """Open a stream: iterate over it, then call its `answer()`. Leaving the block ends the generation.
 
         With `resume`, the stream contains only what follows the text that was delivered before.
 
         Raises:
+            UnsupportedParameter: this server cannot do what a parameter asks for.
             StreamInterrupted: what was delivered cannot be continued.
         """
+        rules = Rules.of(params)
 
         def open_stream(body: dict[str, Any], from_start: bool) -> AbstractContextManager[ServerStream]:
             # An answer that is continued in its visible text has finished its reasoning.
@@ -130,18 +128,18 @@ class MLXClient:
 
         if resume and (resume.content or resume.reasoning):
             strategies = resume_strategies(params, offering, self._profile, resume)
-            with closing(ResumedStream(strategies, resume, open_stream)) as resumed:
-                yield resumed
+            with closing(ResumedStream(strategies, resume, open_stream, self.has_died)) as resumed:
+                yield EnforcedStream(resumed, rules, delivered=resume.content) if rules else resumed
         else:
             with open_stream(chat_body(params, offering, self._profile), True) as stream:
-                yield stream
+                yield EnforcedStream(stream, rules) if rules else stream
 
     @contextmanager
     def _open_stream(
         self, body: dict[str, Any], timer: RequestTimer, splitter: ReasoningSplitter | None, *, from_start: bool = True
     ) -> Iterator[ServerStream]:
         with self._response("POST", "/v1/chat/completions", timer, body) as response:
-            limits = {"max_tokens": body["max_tokens"], "may_be_empty": not from_start}
+            limits = {"max_tokens": body["max_tokens"], "may_be_empty": not from_start or "stop" in body}
             yield ServerStream(response, timer, self._profile, splitter, **limits)
 
     def embed(
@@ -171,8 +169,7 @@ class MLXClient:
         if "embed" in offering.capabilities:
             self.embed(["canary"], offering, deadline=deadline, cancel_token=cancel_token)
             return
-        tokens = 1 + (self._profile.length_shortfall or 0)  # mlx-omni-server drops the last token
-        params = ChatParams.model_validate({**_CANARY, "max_tokens": tokens})
+        params = ChatParams.model_validate(_CANARY)
         self.chat(params, offering, deadline=deadline, cancel_token=cancel_token)
 
     @property

@@ -23,6 +23,7 @@ from fleet_worker.errors import (
     where,
 )
 from fleet_worker.mlx.offering import Offering, offering_for
+from fleet_worker.mlx.parameters import dropped_parameters
 from fleet_worker.mlx.timeouts import CancelToken
 from fleet_worker.node.node import Node
 from fleet_worker.node.reply_publisher import ReplyWriter
@@ -51,7 +52,7 @@ def register_tasks(app: Celery, node: Node) -> None:
             if work and isinstance(work.request.params, ChatParams):
                 answer = node.mlx.chat(work.request.params, work.offering, **work.limits)
                 node.counters.generated(answer.usage.completion_tokens or 0)
-                work.respond(ChatResponse, **asdict(answer))
+                work.respond(ChatResponse, metadata=work.metadata(work.request.params), **asdict(answer))
 
     @task
     def stream_chat(envelope: dict[str, Any]) -> None:
@@ -62,7 +63,7 @@ def register_tasks(app: Celery, node: Node) -> None:
                     for deltas in stream:
                         node.counters.generated(len(deltas))
                         work.reply.put(deltas, stream.tokens)
-                work.respond(ChatResponse, **asdict(stream.answer()))
+                work.respond(ChatResponse, metadata=work.metadata(work.request.params), **asdict(stream.answer()))
 
     @task
     def embed(envelope: dict[str, Any]) -> None:
@@ -113,6 +114,12 @@ class _Work:
     @property
     def limits(self) -> dict[str, Any]:
         return {"deadline": self.deadline, "cancel_token": self.cancel_token}
+
+    def metadata(self, params: ChatParams) -> dict[str, Any]:
+        """Return what is to be said about the request: which parameters had no influence."""
+        temperature = self.offering.settings.temperature if params.temperature is None else params.temperature
+        dropped = dropped_parameters(params, self.node.server_kind, temperature)
+        return {"dropped_parameters": dropped} if dropped else {}
 
     def respond(
         self,

@@ -17,6 +17,11 @@ Texts = Annotated[
     BeforeValidator(lambda texts: [texts] if isinstance(texts, str) else texts),
 ]
 """A list of texts that are not empty, or one text for a list of one."""
+StopTexts = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=1000)]],
+    BeforeValidator(lambda texts: [texts] if isinstance(texts, str) else texts),
+]
+"""As `Texts`; a node searches each of them in the answer."""
 
 
 WAYS_OUT = {
@@ -109,7 +114,7 @@ class ChatParams(WireModel):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     seed: int | None = Field(None, ge=0, lt=2**32)
-    stop: Texts | None = Field(None, max_length=16, repr=False)
+    stop: StopTexts | None = Field(None, max_length=16, repr=False)
     tools: list[dict[str, Any]] | None = Field(None, repr=False)
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = Field(None, repr=False)
     parallel_tool_calls: bool | None = None

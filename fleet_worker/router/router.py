@@ -49,8 +49,10 @@ class Router:
     `metadata["attempts"]` of an error, and `attempts` of an answer, list the nodes that it was tried on.
     """
 
-    def __init__(self, settings: Settings | None = None) -> None:
+    def __init__(self, settings: Settings | None = None, *, patient: bool = True) -> None:
+        """`patient`: while the broker is away, connecting is tried again for `router.connect_timeout` seconds."""
         self._settings = settings or Settings()
+        self._patient = patient
         self._registry = Registry(ask=self._ask)
         self._session: Session | None = None
         """Being opened, or open; closed if this router is."""
@@ -187,7 +189,7 @@ class Router:
             if self._closed:  # only now: `close` has seen the session, or is seen here
                 raise RuntimeError("this router is closed")
             if not self._session.is_open:
-                self._session.open(patience, waited=time.monotonic() - began)
+                self._session.open(patience, waited=time.monotonic() - began, patient=self._patient)
             return self._session
         except BaseException:
             if self._session and not self._session.is_open:

@@ -17,6 +17,7 @@ from fleet_worker.ops.drain import drain
 from fleet_worker.testing import SimulatedMLX, running_host, worker_toml
 from tests.brokers import Secured
 from tests.clients import HELLO, took_less_than
+from tests.flower import running_flower
 from tests.tls import LONG_AGO, Certificates, Proxy
 
 MODEL = "sim-chat"
@@ -117,9 +118,11 @@ def test_a_fleet_works_over_tls(secured):
     settings = Settings(broker_url=secured.url, **secured.files)
     with (
         SimulatedMLX(models=[MODEL]) as mlx,
+        running_flower(secured.url, **files) as flower,
         running_host(secured.url, {"one": {"base_url": mlx.base_url, "models": {MODEL: {}}}}, env=files),
         Router(settings) as router,
     ):
+        flower.wait_for_workers("one@test")
         whole = router.chat(MODEL, HELLO, max_tokens=50, temperature=0).content
         with router.stream_chat(MODEL, HELLO, max_tokens=50, temperature=0) as stream:
             assert "".join(delta.content or "" for delta in stream) == whole

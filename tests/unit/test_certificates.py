@@ -52,6 +52,8 @@ def test_a_file_that_is_not_there_is_named_with_its_setting(name, tmp_path):
     assert refused(**{name: tmp_path / "no.pem"}) == f"{name}: the file {tmp_path}/no.pem does not exist"
     assert refused(**{name: tmp_path}) == f"{name}: {tmp_path} is not a file"
     assert name in refused(**{name: ""})
+    assert name in refused(**{name: "x" * 5000})
+    assert name in refused(**{name: "~nobody-here/x.pem"})
 
 
 def test_the_ca_of_an_instance_is_checked_alike(made, tmp_path):

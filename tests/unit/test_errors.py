@@ -43,6 +43,8 @@ CODES_OF_THE_WIRE = {
     "malformed_output",
     "cancelled",
     "expired",
+    "invalid_output",
+    "unsupported_parameter",
 }
 
 
