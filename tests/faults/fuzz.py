@@ -63,6 +63,8 @@ class Outcome:
     seconds: float = 0.0
     costs: list[tuple[float, float, int, str]] = field(default_factory=list)
     """With `--each`: seconds of CPU, MB at most, the message's number, what it was and where."""
+    jumps: list[tuple[int, str]] = field(default_factory=list)
+    """By how many bytes a process became larger than ever before, and after which messages."""
     problems: list[str] = field(default_factory=list)
 
     def lines(self) -> Iterator[str]:
@@ -76,6 +78,7 @@ class Outcome:
             yield f"CPU    {seconds * 1000:7.1f} ms, {grown:6.1f} MB  {number} {what}"
         for seconds, grown, number, what in sorted(self.costs, key=lambda cost: -cost[1])[:5]:
             yield f"memory {seconds * 1000:7.1f} ms, {grown:6.1f} MB  {number} {what}"
+        yield from (f"    +{size / MB:.0f} MB {what}" for size, what in sorted(self.jumps, reverse=True)[:8])
         yield from (f"PROBLEM {problem}" for problem in self.problems)
 
 
@@ -158,6 +161,7 @@ class Fuzz:
         self._app = create_app(Settings(broker_url=broker.url))
         self._target: Target = TARGETS[broker.name](broker.url, them.reply_to)
         self._waiting = Waiting(self._app, broker.url)
+        self._grown: dict[str, int] = {}
 
     def close(self) -> None:
         self._target.close()
@@ -168,7 +172,13 @@ class Fuzz:
         """Send the messages of these numbers, and wait until they were taken; return whether all is well."""
         for number in numbers:
             self._send(message(self._seed, number, self._samples))
-        return self._look(f"messages {numbers[0]} to {numbers[-1]}")
+        is_well = self._look(f"messages {numbers[0]} to {numbers[-1]}")
+        grown = self._victims.growth()
+        for name, size in grown.items():
+            if (jump := size - self._grown.get(name, 0)) > 3 * MB:
+                self._outcome.jumps.append((jump, f"in {name} after messages {numbers[0]} to {numbers[-1]}"))
+        self._grown = grown
+        return is_well
 
     def send_each(self, numbers: Iterable[int]) -> bool:
         """Send them one after the other, and note what each has cost the processes."""
