@@ -16,6 +16,9 @@ MOST_VALUES: Final = 50_000
 """How many values a request may have. To check each takes a microsecond, and up to 250 bytes of memory."""
 
 
+LONGEST_NUMBER = 1024
+"""Bits, of which no decimal number has so many."""
+
 Names = Callable[[], Collection[str]]
 
 
@@ -87,7 +90,9 @@ def kind_of(value: Any) -> str:
         return "a boolean"
     if isinstance(value, float):
         return "a decimal number" if math.isfinite(value) else "a number that is not finite"
-    kinds = {int: "a number", str: "a string", list: "a list", tuple: "a list", dict: "an object", type(None): "null"}
+    if isinstance(value, int):
+        return "a number" if value.bit_length() < LONGEST_NUMBER else "a number that is too large"
+    kinds = {str: "a string", list: "a list", tuple: "a Python tuple", dict: "an object", type(None): "null"}
     return kinds.get(type(value), f"a Python {type(value).__name__[:40]}")
 
 
