@@ -43,7 +43,8 @@ class ControlListener:
     """Receives while a worker of this application runs, from before it takes work until it has ended.
 
     `commands` are added to those of Celery, for this node only and not for other workers of the process. What is sent
-    while the broker is away is lost.
+    while the broker is away is lost; `connected` is called with True when it receives, and with False when it does not
+    any more.
     """
 
     def __init__(
@@ -52,13 +53,17 @@ class ControlListener:
         node_name: str,
         subscription: Subscription,
         commands: Mapping[str, Command],
+        connected: Callable[[bool], object] = lambda connected: None,
     ) -> None:
         self._transport = transport_of(app.conf.broker_url)
         self._new_queue, self._receive = subscription
+        self._connected = connected
         self._state = AttributeDict(app=app, hostname=node_name, consumer=None, tset=set)
         handlers = {**Panel.data, "heartbeat": _send_heartbeat, **commands}
         self._mailbox = _Node(node_name, state=self._state, handlers=handlers, mailbox=app.control.mailbox)
-        self._thread = ReconnectingThread("remote control", app.connection_for_read, self._listen)
+        self._thread = ReconnectingThread(
+            "remote control", app.connection_for_read, self._listen, lambda _: connected(False)
+        )
         app.steps["consumer"].add(self._step())
 
     def start(self) -> None:
@@ -101,6 +106,7 @@ class ControlListener:
         has_commands = self._consume_commands(connection)
         hear(connection, 0.01)  # only now kombu's Redis transport subscribes
         self._thread.works()
+        self._connected(True)
         while not self._thread.closed.is_set():
             hear(connection, 0.5)
             prove(connection, channel)

@@ -17,11 +17,13 @@ from fleet_worker.broker.topology import direct_lane, lane, transport_of
 from fleet_worker.errors import FleetError, InstanceUnavailable, ModelNotServed
 from fleet_worker.mlx.offering import Offering
 from fleet_worker.mlx.timeouts import CancelToken
+from fleet_worker.node.confirmations import Confirmations
 from fleet_worker.node.health_monitor import HealthMonitor
 from fleet_worker.node.lane_consumer import LaneConsumer
 from fleet_worker.node.offered_models import OfferedModels
 from fleet_worker.node.readiness import Readiness, State
 from fleet_worker.node.reply_publisher import ReplyPublisher
+from fleet_worker.node.router_clocks import RouterClocks
 from fleet_worker.node.router_presence import RouterPresence
 from fleet_worker.node.running_attempts import RunningAttempts
 from fleet_worker.node.server_discovery import Server
@@ -58,6 +60,8 @@ class Node:
         self.models = OfferedModels(settings, self.instance, server.kind, server.models)
         self.running = RunningAttempts()
         self.counters = Counters()
+        self.router_clocks = RouterClocks()
+        self.confirmations = Confirmations()
         self.publisher = ReplyPublisher(app.connection_for_write, name, max_pending=settings.worker.max_pending)
         self.presence = RouterPresence(
             app.connection_for_read, transport, self.running, abandoned_after=settings.worker.abandoned_after

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from functools import partial
 from typing import Any, NoReturn
 
 import celery.apps.worker as celery_worker
@@ -19,6 +20,7 @@ from fleet_worker.node import node as inference_node
 from fleet_worker.node.consumer import Consumer
 from fleet_worker.node.lifecycle import Lifecycle, Startup
 from fleet_worker.node.log_privacy import begin_log, drop_beats, protect_logs
+from fleet_worker.node.name_claim import NameClaim
 from fleet_worker.node.node import Node, lanes_of
 from fleet_worker.node.remote_control import commands_of, subscription_of
 from fleet_worker.node.server_discovery import find_server
@@ -65,15 +67,16 @@ class Worker(celery_worker.Worker):  # type: ignore[misc]
         try:
             begin_log(self.app, self.hostname, options)
             attach_to_parent(self.hostname, grace=self.settings.worker.killed_after)
-            _check_name_is_free(self.app, self.settings, self.hostname)
             node = _create_node(self.app, self.settings, self.hostname)
             lifecycle = Lifecycle(self, node, grace=self.settings.worker.drain_grace)
-            commands: dict[str, Command] = {"process": lifecycle.process}
+            claim = NameClaim(self.app, node.name, lifecycle.name_is_taken)
+            commands: dict[str, Command] = {"process": claim.process}
             if isinstance(node, RegistryNode):
-                subscription = node.subscription
+                subscription, connected = node.subscription, claim.connected
             else:
                 subscription, commands = subscription_of(node), {**commands, **commands_of(node)}
-            ControlListener(self.app, node.name, subscription, commands)
+                connected = partial(_connected, node, claim)
+            ControlListener(self.app, node.name, subscription, commands, connected)
             lifecycle.begin(startup)
         except ConfigurationError as error:
             _give_up(error.message, AGAIN if startup.reloads else CONFIGURATION)  # it may have been corrected meanwhile
@@ -132,20 +135,9 @@ def _can_follow(new: Settings, old: Settings, node_name: str) -> bool:
     return registry_node.can_follow(new, old) if name == REGISTRY else inference_node.can_follow(new, old, name)
 
 
-def _check_name_is_free(app: Celery, settings: Settings, node_name: str) -> None:
-    """Raise `ConfigurationError` if another node has this name.
-
-    Only on RabbitMQ, where Celery would end with a traceback: its control queue is exclusive. On Redis the node itself
-    notices when it is ready (`Lifecycle`).
-    """
-    if transport_of(settings.broker_url) != "amqp":
-        return
-    try:
-        taken = app.control.ping(destination=[node_name], limit=1, timeout=0.7)
-    except Exception:  # the broker is away, and Celery will wait for it
-        return
-    if taken:
-        raise ConfigurationError(f"another node is named {node_name}: give the instance, or the host, another name")
+def _connected(node: Node, claim: NameClaim, connected: bool) -> None:
+    node.confirmations.connected(connected)
+    claim.connected(connected)
 
 
 def _create_node(app: Celery, settings: Settings, node_name: str) -> Node | RegistryNode:

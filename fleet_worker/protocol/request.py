@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import time
 from typing import Any, Final, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fleet_worker.errors import InvalidRequest
+from fleet_worker.protocol import clock
 from fleet_worker.protocol.openai import ChatParams, EmbedParams
 from fleet_worker.protocol.wire import BrokerMessage, WireModel, explain
 
@@ -59,7 +59,7 @@ class FleetRequest(WireModel):
     timeout_seconds: float = Field(gt=0)
     """The timeout that the caller set for the whole request."""
     expires_at: float
-    """When that timeout is over: seconds since the epoch."""
+    """When that timeout is over, by the clock of the router (`protocol.clock`)."""
     priority: Priority
     resume: Resume | None = None
     """None if the answer starts from its beginning."""
@@ -125,21 +125,21 @@ class FleetRequest(WireModel):
     def addressed_to(self, reply_to: str, seconds: float | None = None) -> FleetRequest:
         """Return the envelope with this reply queue, expiring in so many seconds (default: after the whole timeout)."""
         seconds = self.timeout_seconds if seconds is None else seconds
-        return self.model_copy(update={"reply_to": reply_to, "expires_at": time.time() + seconds})
+        return self.model_copy(update={"reply_to": reply_to, "expires_at": clock.now() + seconds})
 
     @property
-    def queue_wait(self) -> float:
-        """Seconds since the request was submitted, as far as the clocks of two hosts agree."""
-        return max(0.0, time.time() - (self.expires_at - self.timeout_seconds))
+    def submitted_at(self) -> float:
+        """When its caller submitted it, by the clock of the router."""
+        return self.expires_at - self.timeout_seconds
 
     @property
     def remaining(self) -> float:
-        """Seconds until the deadline; never more than the caller allowed, however wrong a clock is."""
-        return min(self.timeout_seconds, self.expires_at - time.time())
+        """Seconds until the deadline, in the process of the router only."""
+        return min(self.timeout_seconds, self.expires_at - clock.now())
 
 
 class ControlMessage(BrokerMessage):
-    """Cancels requests, or asks for replies to be sent again."""
+    """Cancels or confirms requests, or asks for replies to be sent again. It always tells the time of its router."""
 
     node: str | None = None
     """The node that it is for; None for all nodes."""
@@ -147,6 +147,12 @@ class ControlMessage(BrokerMessage):
     """Ids of cancelled requests, each with the number of the last attempt that is cancelled."""
     missed: str | None = None
     """A reply queue whose router was disconnected for a moment: what was sent to it last must be sent again."""
+    confirmed: list[tuple[str, int]] = Field(default=[])
+    """Requests, and the attempts of them that nodes asked about: they are still wanted."""
+    router: str | None = None
+    """The reply queue of the router that sends this; None from an older version."""
+    sent_at: float = 0.0
+    """What the clock of that router showed."""
 
 
 def _check_structure(value: Any, levels: int = MOST_LEVELS) -> None:

@@ -24,7 +24,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fleet_worker.errors import FleetError, NodeLost, PoisonSuspected, ReplyLost, StreamInterrupted
+from fleet_worker.errors import Expired, FleetError, NodeLost, PoisonSuspected, ReplyLost, StreamInterrupted
 from fleet_worker.protocol.openai import ChatParams
 from fleet_worker.protocol.reply import (
     Accepted,
@@ -86,7 +86,22 @@ class AskAgain:
     node: str
 
 
-Effect = Deliver | End | RetryAfter | CancelOrphan | AskAgain
+@dataclass(frozen=True, slots=True)
+class TellTime:
+    """Tell this node what the clock of the router shows: it judges by another one."""
+
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class Confirm:
+    """Tell this node that it may begin: this attempt is wanted."""
+
+    node: str
+    attempt: int
+
+
+Effect = Deliver | End | RetryAfter | CancelOrphan | AskAgain | TellTime | Confirm
 
 
 class Attempts:
@@ -110,13 +125,18 @@ class Attempts:
         self.last: ChatResponse | EmbedResponse | Failure | None = None
         """The frame with which it ended."""
         self._deadline = deadline
+        self._began = deadline - request.timeout_seconds
         self._max_attempts = max_attempts
         self._on_interrupt = on_interrupt
         self._deaths = 0
         self._next_seq = 0
         self._gap_since: float | None = None
         self._accepted: Accepted | None = None
+        self._queue_wait = 0.0
+        """Seconds from the submission of the request until a node accepted the present attempt."""
         self._resumes = False
+        self._wrongly_expired = 0
+        """Attempts that do not count: a node dropped them as expired, by a wrong clock."""
 
     def wants(self, node: str, frame: Frame) -> bool:
         """Return whether this frame belongs to the present attempt and comes from the node that has it."""
@@ -142,11 +162,12 @@ class Attempts:
         if isinstance(frame, Deltas):
             return [self._deliver(frame)]
         if isinstance(frame, Failure):
-            return self.fail(frame.error(), now, orphaned=False)
+            return self._take_failure(node, frame.error(), now)
         if isinstance(frame, Accepted):
-            self._accepted = frame
-            return []
-        return [self._end(frame)]
+            self._accepted, self._queue_wait = frame, max(0.0, now - self._began)
+            return [Confirm(node, self.request.attempt)] if frame.asks else []
+        timings = frame.timings.model_copy(update={"queue_wait": round(self._queue_wait, 6)})
+        return [self._end(frame.model_copy(update={"timings": timings}))]
 
     def node_lost(self, now: float) -> list[Effect]:
         """The node sent nothing for too long."""
@@ -157,8 +178,15 @@ class Attempts:
         died, or its target node is gone."""
         return self.fail(NodeLost("no node took the request: its message, or the node that it was for, is gone"), now)
 
-    def fail(self, error: FleetError, now: float, *, orphaned: bool = True) -> list[Effect]:
-        """End this attempt. If `orphaned`, a node may still work on it."""
+    @property
+    def is_last(self) -> bool:
+        """Return whether the present attempt is the last one that may be made."""
+        return self.request.attempt - self._wrongly_expired >= self._max_attempts
+
+    def fail(
+        self, error: FleetError, now: float, *, orphaned: bool = True, retryable: bool | None = None
+    ) -> list[Effect]:
+        """End this attempt. If `orphaned`, a node may still work on it. `retryable` overrules the error."""
         effects = self._close_attempt(error.code, orphaned=orphaned)
         self._deaths += error.metadata.get("instance_died") is True or (
             isinstance(error, NodeLost) and self.node is not None
@@ -166,7 +194,8 @@ class Attempts:
         if self.node:
             self.failed.add(self.node)
         pause = _pause_before(self.request.attempt + 1, error)
-        if final := self._final(error, now + pause):
+        retryable = error.retryable if retryable is None else retryable
+        if final := self._final(error, now + pause, retryable):
             return [*effects, self._end(self._failure(final))]
         self.state = "pausing"
         return [*effects, RetryAfter(pause)]
@@ -198,6 +227,13 @@ class Attempts:
         """Return all attempts, for the metadata of an error with this code; it counts as the end of the present one."""
         present = [self._present(code)] if self.state in ("waiting", "running") else []
         return [attempt.model_dump() for attempt in [*self.history, *present]]
+
+    def _take_failure(self, node: str, error: FleetError, now: float) -> list[Effect]:
+        """If a node says that the request has expired, and our clock that it has not, the next attempt costs none."""
+        if not isinstance(error, Expired) or now >= self._deadline:
+            return self.fail(error, now, orphaned=False)
+        self._wrongly_expired += 1
+        return [TellTime(node), *self.fail(error, now, orphaned=False, retryable=True)]
 
     def _gap(self, node: str, now: float) -> list[Effect]:
         """Frames after a missing one are dropped: the node sends all of them again when it is asked to."""
@@ -240,13 +276,13 @@ class Attempts:
         characters = sum(len(delta.content or "") for delta in self._deltas())
         return Attempt(attempt=self.request.attempt, node=self.node, error=code, delivered=characters)
 
-    def _final(self, error: FleetError, next_at: float) -> FleetError | None:
+    def _final(self, error: FleetError, next_at: float, retryable: bool) -> FleetError | None:
         """Return the error that ends the request, or None if there is another attempt, at that time."""
         if self._deaths >= MAX_DEATHS:
             return PoisonSuspected(
                 f"{self._deaths} instances died, or fell silent, with this request: it is not tried on another one"
             )
-        if not error.retryable or self.request.attempt >= self._max_attempts or next_at >= self._deadline:
+        if not retryable or self.is_last or next_at >= self._deadline:
             return error
         if self.delivered and self._on_interrupt == "fail":
             return error

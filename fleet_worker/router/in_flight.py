@@ -12,7 +12,18 @@ from fleet_worker.errors import BrokerUnavailable, Cancelled, Expired, FleetErro
 from fleet_worker.protocol.reply import Accepted, Failure, Frame
 from fleet_worker.protocol.request import FleetRequest
 from fleet_worker.router.admission import Admission
-from fleet_worker.router.attempts import AskAgain, Attempts, CancelOrphan, Deliver, Effect, End, OnInterrupt, RetryAfter
+from fleet_worker.router.attempts import (
+    AskAgain,
+    Attempts,
+    CancelOrphan,
+    Confirm,
+    Deliver,
+    Effect,
+    End,
+    OnInterrupt,
+    RetryAfter,
+    TellTime,
+)
 from fleet_worker.router.node_selection import NodeSelection
 from fleet_worker.router.reply_buffer import ReplyBuffer
 from fleet_worker.router.reply_consumer import ReplyConsumer
@@ -170,9 +181,11 @@ class InFlightRequest:
             if not self._attempts.wants(node, frame):
                 return False
             self._heard_at = self._session.replies.clock
+            now = time.monotonic()
             if isinstance(frame, Accepted) and frame.seq == 0:
-                self._session.admission.accepted(self.lane, frame.queue_wait, self.request.priority, self._submitted_at)
-            self._carry_out(self._attempts.take(node, frame, time.monotonic()))
+                sent_at = self._submitted_at
+                self._session.admission.accepted(self.lane, now - sent_at, self.request.priority, sent_at)
+            self._carry_out(self._attempts.take(node, frame, now))
             return True
 
     def give_up(self, error: FleetError) -> None:
@@ -195,7 +208,11 @@ class InFlightRequest:
                 case CancelOrphan():
                     self._session.cancels.cancel(self.request.request_id, effect)
                 case AskAgain(node):
-                    self._session.cancels.ask_again(self._session.replies.name, node)
+                    self._session.cancels.ask_again(node)
+                case Confirm(node, attempt):
+                    self._session.cancels.confirm(self.request.request_id, attempt, node)
+                case TellTime(node):
+                    self._session.cancels.tell_time(node)
 
     def _deliver(self, frame: Frame) -> None:
         for buffer in self._readers:
@@ -212,6 +229,7 @@ class InFlightRequest:
 
     def _send(self, request: FleetRequest, patience: float) -> None:
         self._missing_since = None
+        self._submitted_at = time.monotonic()  # a node may accept it before this returns
         try:
             self._session.submitter.submit(request, self.lane, patience=patience)
         finally:
@@ -278,8 +296,8 @@ class InFlightRequest:
 
     def _is_stranded(self, request: FleetRequest) -> bool:
         """Return whether it waits for a chosen node that is gone, while another one could take the next attempt."""
-        target, last = self._target, self._session.settings.max_attempts
-        return target is not None and request.attempt < last and self._session.nodes.waits_in_vain(request, target)
+        target, is_last = self._target, self._attempts.is_last
+        return target is not None and not is_last and self._session.nodes.waits_in_vain(request, target)
 
     def _message_lost(self, request: FleetRequest, now: float) -> None:
         with self._lock:

@@ -13,6 +13,7 @@ from typing import Any, Self, Unpack, cast, get_args
 from fleet_worker.broker.connection import unavailable
 from fleet_worker.broker.topology import is_node_name, reply_name
 from fleet_worker.errors import InvalidRequest
+from fleet_worker.protocol import clock
 from fleet_worker.protocol.reply import ChatResponse, EmbedResponse
 from fleet_worker.protocol.request import FleetRequest, Operation, Priority
 from fleet_worker.registry.view import Registry
@@ -162,7 +163,7 @@ class Router:
             "trace_context": trace_context or {},
             "signed_token": None,
             "timeout_seconds": float(seconds),
-            "expires_at": time.time() + seconds,
+            "expires_at": clock.now() + seconds,
             "priority": priority,
         }
         request = FleetRequest.build(envelope)

@@ -38,11 +38,12 @@ class Session:
         transport = transport_of(settings.broker_url)
         self.submitter = Submitter(self._app, transport)
         self.admission = Admission(self.submitter.producer, transport, max_waiting=self.settings.max_waiting)
-        self.cancels = CancelPublisher(self.submitter, self.scheduler)
+        name = reply_name(settings.host, self.settings.reply_expires)
+        self.cancels = CancelPublisher(name, self.submitter, self.scheduler)
         self.replies = ReplyConsumer(
             self._app.connection_for_read,
             settings.broker_url,
-            reply_name(settings.host, self.settings.reply_expires),
+            name,
             self.receive,
             registry,
         )

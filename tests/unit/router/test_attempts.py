@@ -84,8 +84,8 @@ def head(attempt, seq):
     return {"id": "r", "attempt": attempt, "seq": seq}
 
 
-def accepted(attempt=1):
-    return Accepted(**head(attempt, 0), instance="i", queue_wait=0.0)
+def accepted(attempt=1, **fields):
+    return Accepted(**head(attempt, 0), **{"instance": "i", "queue_wait": 0.0, **fields})
 
 
 def deltas(seq, *texts, attempt=1, tokens=None):

@@ -59,6 +59,8 @@ class Fleet:
         self.ended = []
         self.sent = []
         self.missed = []
+        self.confirmed = []
+        self.told = []
         self.first = self.target = None
         self.ready = True
         self.refusal = None
@@ -72,6 +74,8 @@ class Fleet:
             cancels=SimpleNamespace(
                 ask_again=lambda *what: self.missed.append(what),
                 cancel=lambda _, orphan: self.cancelled.append(orphan),
+                confirm=lambda *what: self.confirmed.append(what),
+                tell_time=lambda *what: self.told.append(what),
             ),
             submitter=SimpleNamespace(submit=self._submit),
             nodes=SimpleNamespace(
@@ -452,10 +456,26 @@ def test_who_is_told_that_it_is_too_late_is_told_the_attempts_too(fleet):
     ]
 
 
-def test_the_wait_in_the_lane_is_told(fleet):
+def test_the_wait_in_the_lane_is_measured_by_the_clock_of_the_router_alone(fleet):
     in_flight = fleet.submit()
-    in_flight.receive("a", accepted())
-    assert [what[:3] for what in fleet.accepted] == [("llm.fleet.stream_chat.m", 0.0, "normal")]
+    time.sleep(0.02)
+    in_flight.receive("a", accepted(queue_wait=3600.0))
+    ((lane, wait, priority, sent_at),) = fleet.accepted
+    assert (lane, priority, sent_at) == ("llm.fleet.stream_chat.m", "normal", in_flight._submitted_at)
+    assert 0.02 <= wait < 5
+
+
+def test_a_node_may_accept_a_request_before_its_submission_has_returned(fleet):
+    fleet.session.submitter.submit = lambda *_, **options: in_flight.receive("a", accepted())
+    in_flight = InFlightRequest(request().addressed_to("replies"), None, fleet.session)
+    in_flight.submit()
+    assert 0 <= fleet.accepted[0][1] < 5
+
+
+def test_a_node_that_asks_is_told_that_its_attempt_is_wanted(fleet):
+    in_flight = fleet.submit()
+    in_flight.receive("a", accepted(asks=True))
+    assert fleet.confirmed == [(in_flight.request.request_id, 1, "a")]
 
 
 def test_a_node_is_asked_once_for_what_it_sent_and_never_arrived(fleet):
@@ -463,7 +483,7 @@ def test_a_node_is_asked_once_for_what_it_sent_and_never_arrived(fleet):
     in_flight.receive("a", accepted())
     in_flight.receive("a", deltas(2, "b"))
     in_flight.receive("a", deltas(3, "c"))
-    assert fleet.missed == [("replies", "a")]
+    assert fleet.missed == [("a",)]
     for seq, letter in enumerate("abc", start=1):
         in_flight.receive("a", deltas(seq, letter))
     assert said(fleet.read()) == "abc"

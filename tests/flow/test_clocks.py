@@ -1,0 +1,80 @@
+"""Wrong clocks: of a mini, of a router, and one that jumps. No request may suffer, and the operator is told whose it is."""
+
+import json
+import subprocess
+import time
+import uuid
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+
+import pytest
+
+from fleet_worker import Router, Settings
+from fleet_worker.host.child_process import python
+from fleet_worker.testing import SimulatedMLX, running_host
+from tests.faketime import wrong_clock
+
+HELLO = [{"role": "user", "content": "Hello"}]
+SKEWS = {"-1h": -3600, "-90s": -90, "+90s": 90, "+1h": 3600}
+
+
+@contextmanager
+def minis(broker_url, **clocks):
+    """One host each, whose clock is as wrong as said; yields the model that all serve, and the servers."""
+    model = f"clock-{uuid.uuid4().hex[:8]}"
+    with ExitStack() as stack:
+        servers = {}
+        for host, env in clocks.items():
+            server = servers[host] = stack.enter_context(SimulatedMLX(models=[model], token_interval=0.005, tokens=40))
+            instance = {"base_url": server.base_url, "models": {model: {}}, "limits": {"concurrency": 2}}
+            stack.enter_context(running_host(broker_url, {"one": instance}, host=f"{model}-{host}", env=env))
+        yield model, servers
+
+
+def asked(router, model, times):
+    """Sixty callers, of whom most have to wait; return their answers."""
+
+    def ask(number):
+        with router.stream_chat(model, HELLO, max_tokens=10, timeout=60) as stream:
+            assert len([delta for delta in stream if delta.content]) >= 1
+            return stream.response
+
+    with ThreadPoolExecutor(20) as pool:
+        return list(pool.map(ask, range(times)))
+
+
+def status(broker_url, env=None):
+    command = python("-m", "fleet_worker", "status")
+    environment = {"PATH": "/usr/bin:/bin", "FLEET_BROKER_URL": broker_url, **(env or {})}
+    said = {}
+    for form in ("", "--json"):
+        ended = subprocess.run([*command, *form.split()], env=environment, capture_output=True, text=True, timeout=60)
+        assert ended.returncode == 0, ended.stderr
+        said[form] = ended.stdout
+    return said[""], json.loads(said["--json"])
+
+
+@pytest.mark.rest
+@pytest.mark.parametrize("skew", SKEWS)
+def test_a_mini_whose_clock_is_wrong_answers_like_the_others_and_is_named(broker, skew):
+    with (
+        minis(broker.url, right={}, wrong=wrong_clock(skew)) as (model, servers),
+        Router(Settings(broker_url=broker.url)) as router,
+    ):
+        router.registry.wait_for(model, 10)
+        begun = time.monotonic()
+        answers = asked(router, model, 60)
+        took = time.monotonic() - begun
+        assert len(answers) == 60
+        assert Counter(len(answer.attempts) for answer in answers) == {1: 60}
+        assert {answer.node.rpartition("-")[2] for answer in answers} == {"right", "wrong"}
+        assert all(0 <= answer.timings.queue_wait <= took for answer in answers)
+        assert all(0 <= answer.timings.ttft <= answer.timings.duration <= took for answer in answers)
+        table, said = status(broker.url)
+        assert (
+            f"the clock of {model}-wrong is {abs(SKEWS[skew])} s {'ahead of' if SKEWS[skew] > 0 else 'behind'}" in table
+        )
+        assert "clock of this host" not in table
+        ahead = {each["host"].rpartition("-")[2]: each["clock_ahead"] for each in said["instances"]}
+        assert ahead == {"right": 0.0, "wrong": pytest.approx(SKEWS[skew], abs=2)}
