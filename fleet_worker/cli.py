@@ -167,7 +167,7 @@ def up() -> None:
     except Held as error:
         running = f"fleet-worker: fleet-worker up runs already on this host, pid {error.pid or 'unknown'}"
         click.echo(f"{running}: fleet-worker reload makes it read the configuration again", err=True)
-        sys.exit(exit_codes.AGAIN)  # launchd and systemd then try again later
+        sys.exit(exit_codes.RESTART)  # launchd and systemd then try again later
 
 
 @cli.command(short_help="Read the configuration again.")

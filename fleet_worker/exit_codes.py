@@ -7,7 +7,7 @@ NOT_RUNNING = 3  # as systemctl
 USAGE = 64
 UNAVAILABLE = 69
 SOFTWARE = 70
-AGAIN = 75
+RESTART = 75
 """EX_TEMPFAIL: start the process again, now or later."""
 CONFIGURATION = 78
 INTERRUPTED = 130

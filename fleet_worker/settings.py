@@ -231,7 +231,7 @@ class WorkerSettings(_Group):
     drain_grace: float = Field(30.0, ge=0)
     """Seconds that running requests have to end when a node is stopped. Then other nodes continue them."""
     abandoned_after: float = Field(18.0, ge=5)
-    """Seconds after which a node cancels the requests of a router that does not listen any more."""
+    """Seconds after which a node cancels the requests of a router that is connected and silent, as a frozen one is."""
 
     @property
     def killed_after(self) -> float:

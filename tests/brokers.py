@@ -95,15 +95,23 @@ class Valkey:
 
 
 class RabbitMQ:
-    """A node of its own on free ports of 127.0.0.1, with an epmd of its own."""
+    """A node of its own on free ports of 127.0.0.1, with an epmd of its own.
+
+    `root` is a folder with a Debian whose RabbitMQ is used instead of the installed one; `config` are the lines of its
+    configuration file.
+    """
 
     name = "rabbitmq"
 
-    def __init__(self) -> None:
-        if not RABBITMQ.exists():
+    def __init__(self, *, root: Path | None = None, config: str = "") -> None:
+        if not root and not RABBITMQ.exists():
             missing("RabbitMQ is not installed (apt-get install rabbitmq-server)")
         self._stack = ExitStack()
-        self._home = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="fleet-rabbitmq-"))
+        self._chroot = ["chroot", str(root)] if root else []
+        parent = root / "tmp" if root else None
+        folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="fleet-rabbitmq-", dir=parent)))
+        (folder / "rabbitmq.conf").write_text(config, "utf-8")
+        self._home = f"/{folder.relative_to(root)}" if root else str(folder)
         self._port, dist_port, epmd_port = free_port(), free_port(), free_port()
         self.url = f"amqp://guest:guest@127.0.0.1:{self._port}//"
         self._env = {
@@ -116,14 +124,15 @@ class RabbitMQ:
             "RABBITMQ_MNESIA_BASE": f"{self._home}/db",
             "RABBITMQ_LOG_BASE": f"{self._home}/log",
             "RABBITMQ_LOGS": "-",
+            "RABBITMQ_CONFIG_FILE": f"{self._home}/rabbitmq.conf",
             "RABBITMQ_ENABLED_PLUGINS_FILE": f"{self._home}/plugins",
             "ERL_EPMD_ADDRESS": "127.0.0.1",
             "ERL_EPMD_PORT": str(epmd_port),
         }
 
     def __enter__(self) -> Self:
-        epmd = shutil.which("epmd") or "epmd"
-        self._stack.enter_context(child("epmd", [epmd, "-port", self._env["ERL_EPMD_PORT"]], self._env))
+        epmd = [*self._chroot, "/usr/bin/epmd"] if self._chroot else [shutil.which("epmd") or "epmd"]
+        self._stack.enter_context(child("epmd", [*epmd, "-port", self._env["ERL_EPMD_PORT"]], self._env))
         self.start()
         return self
 
@@ -132,33 +141,33 @@ class RabbitMQ:
         self._stack.close()
 
     def start(self) -> None:
-        self._server = ChildProcess("RabbitMQ", [str(RABBITMQ)], self._env)
-        self._server.wait_for("Server startup complete", 60)
+        self._server = ChildProcess("RabbitMQ", [*self._chroot, str(RABBITMQ)], self._env)
+        self._server.wait_for("Server startup complete", 90)
 
     def stop(self) -> None:
         self._server.stop(grace=30)
 
     def connections(self) -> set[str]:
         """The ids of all open connections."""
-        return set(self._control("list_connections", "pid", "--no-table-headers", "--silent").split())
+        return set(self.control("list_connections", "pid", "--no-table-headers", "--silent").split())
 
     def drop_connections(self) -> None:
-        self._control("close_all_connections", "dropped by a test")
+        self.control("close_all_connections", "dropped by a test")
 
     def endless_reply_queues(self) -> list[str]:
-        queues = json.loads(self._control("list_queues", "name", "arguments", "--formatter", "json", "--silent"))
+        queues = json.loads(self.control("list_queues", "name", "arguments", "--formatter", "json", "--silent"))
         replies = [queue for queue in queues if queue["name"].startswith("llm.fleet.reply.")]
         return [queue["name"] for queue in replies if "x-expires" not in str(queue["arguments"])]
 
     def inventory(self) -> dict[str, int]:
         """Every queue and exchange, with how many bindings it has."""
         bindings = json.loads(
-            self._control("list_bindings", "source_name", "destination_name", "--formatter", "json", "--silent")
+            self.control("list_bindings", "source_name", "destination_name", "--formatter", "json", "--silent")
         )
         names = [
             each["name"]
             for what in ("list_queues", "list_exchanges")
-            for each in json.loads(self._control(what, "name", "--formatter", "json", "--silent"))
+            for each in json.loads(self.control(what, "name", "--formatter", "json", "--silent"))
         ]
         return {name: sum(name in each.values() for each in bindings) for name in names}
 
@@ -178,13 +187,14 @@ class RabbitMQ:
         self._server.stop()
 
     def set_env(self, name: str, value: int) -> None:
-        self._control("eval", f"application:set_env(rabbit, {name}, {value}).")
+        self.control("eval", f"application:set_env(rabbit, {name}, {value}).")
 
     def delete_queue(self, name: str) -> None:
-        self._control("delete_queue", name)
+        self.control("delete_queue", name)
 
-    def _control(self, *arguments: str) -> str:
-        command = [str(RABBITMQ.with_name("rabbitmqctl")), "-n", self._env["RABBITMQ_NODENAME"], *arguments]
+    def control(self, *arguments: str) -> str:
+        program = [*self._chroot, str(RABBITMQ.with_name("rabbitmqctl"))]
+        command = [*program, "-n", self._env["RABBITMQ_NODENAME"], *arguments]
         return subprocess.run(command, env={**os.environ, **self._env}, check=True, capture_output=True).stdout.decode()
 
 

@@ -4,16 +4,15 @@ import time
 import uuid
 from contextlib import suppress
 
-import redis
 from kombu import Consumer
 
 from fleet_worker import Settings
+from fleet_worker.broker import presence
 from fleet_worker.broker.app import create_app
 from fleet_worker.broker.reconnecting import ReconnectingThread
 from fleet_worker.broker.topology import (
     cancel_exchange,
     lane,
-    listening_key,
     reply_name,
     reply_queue,
     route_to,
@@ -49,9 +48,6 @@ class Caller:
     def leave(self):
         """As one that was killed: its queue and what waits for it stay."""
         self._link.close(timeout=5)
-        if self._transport == "redis":
-            with redis.Redis.from_url(self._broker.url) as client:
-                client.delete(listening_key(self.name))
 
     def submit(self, model, text="Hello", *, request_id="", attempt=1, max_tokens=1000, timeout=60.0, **more):
         """Send one attempt, and return its request id."""
@@ -121,10 +117,11 @@ class Caller:
             connection.channel() as channel,
             Consumer(channel, [reply_queue(self.name)], on_message=self._receive, no_ack=True),
         ):
+            with suppress(TimeoutError):
+                connection.drain_events(timeout=0.01)
+            presence.appear(channel, self.name)
             while not self._link.closed.is_set():
-                if self._transport == "redis":
-                    with channel.conn_or_acquire() as client:
-                        client.set(listening_key(self.name), "", ex=15)
+                presence.stay(channel, self.name)
                 self._listens = True
                 self._link.works()
                 with suppress(TimeoutError):

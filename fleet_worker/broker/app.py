@@ -16,13 +16,14 @@ from celery.app.amqp import AMQP
 from celery.app.control import Control
 from celery.app.events import Events
 from celery.events.dispatcher import EventDispatcher
+from kombu.clocks import LamportClock
 from kombu.pidbox import Mailbox
 from kombu.transport import redis
 from kombu.utils.collections import HashedSeq
 
 from fleet_worker.broker.connection import ANSWER_WITHIN, HEARTBEAT
 from fleet_worker.broker.redis_transport import SharedSocket, Transport
-from fleet_worker.broker.topology import transport_of
+from fleet_worker.broker.topology import CONTROL_EXCHANGE, EVENT_EXCHANGE, transport_of
 from fleet_worker.settings import Settings
 
 RECONNECT_EVERY = 2.0
@@ -66,7 +67,16 @@ class _NodeAMQP(_AMQP):
         self.Connection = self.BrokerConnection = Sharing
 
 
+class _Clock(LamportClock):  # type: ignore[misc]
+    def adjust(self, other: Any) -> Any:
+        """Follow no clock that is not a number: a stranger may reply too."""
+        return super().adjust(other) if type(other) is int else self.value
+
+
 class _Mailbox(Mailbox):  # type: ignore[misc]
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"clock": _Clock(), **options})
+
     @contextmanager
     def producer_or_acquire(self, producer: Any = None, channel: Any = None) -> Iterator[Any]:
         """Send a command on the channel on which its replies arrive. Celery opens one more connection for it."""
@@ -134,6 +144,10 @@ def create_app(settings: Settings, *, is_node: bool = False) -> Celery:
         task_acks_late=True,
         # Remote control has a connection and a thread of its own: see control_listener.
         worker_enable_remote_control=False,
+        # Another Celery application on this broker neither reaches our nodes nor is reached.
+        control_exchange=CONTROL_EXCHANGE,
+        event_exchange=EVENT_EXCHANGE,
+        event_queue_prefix=EVENT_EXCHANGE,
         # Events for Flower. Those of the sender would carry arguments and open a metric series for every router.
         worker_send_task_events=True,
         task_send_sent_event=False,

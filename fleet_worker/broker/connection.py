@@ -13,7 +13,7 @@ from typing import Any
 
 from amqp.exceptions import AccessRefused, AMQPError, MessageNacked, NotAllowed, RecoverableConnectionError
 from celery.utils.threads import bound_open_broker_sockets
-from kombu import Connection, Producer
+from kombu import Connection, Producer, Queue
 from kombu.exceptions import KombuError, OperationalError
 from kombu.transport.redis import Channel as RedisChannel
 from redis.exceptions import (
@@ -198,13 +198,14 @@ class Publisher:
         self._connection: Connection | None = None
         self._producer: Producer | None = None
         self.connection_errors: tuple[type[Exception], ...] = (OSError, OperationalError)
-        self._declared: OrderedDict[str, Any] = OrderedDict()
+        self._declared: OrderedDict[str, list[Any]] = OrderedDict()
 
     def publish(
         self, body: bytes, *, routing_key: str, declare: Callable[[str], Any], exchange: str = "", **properties: Any
     ) -> None:
-        """Publish JSON that the broker need not write to disk. `declare` returns the queue or exchange that has to
-        exist for a routing key; it is called once for each.
+        """Publish JSON that the broker need not write to disk. `declare` returns the queue or exchange for a routing
+        key; it is called once for each. On RabbitMQ a queue is left to its consumer to declare: if there is none any
+        more, the message is dropped.
         """
         producer = self._producer = self._producer or self._open()
         producer.publish(
@@ -213,7 +214,7 @@ class Publisher:
             routing_key=routing_key,
             content_type="application/json",
             content_encoding="utf-8",
-            declare=[self._entity(routing_key, declare, producer.channel)],
+            declare=self._undeclared(routing_key, declare, producer.channel),
             delivery_mode=1,
             retry=False,
             **properties,
@@ -251,9 +252,11 @@ class Publisher:
         """redis-py opens a lost connection again between two commands, without an error."""
         raise ConnectionResetError("the connection to the broker was lost")
 
-    def _entity(self, routing_key: str, declare: Callable[[str], Any], channel: Any) -> Any:
+    def _undeclared(self, routing_key: str, declare: Callable[[str], Any], channel: Any) -> list[Any]:
         if routing_key not in self._declared:
-            self._declared[routing_key] = declare(routing_key)(channel)
+            entity = declare(routing_key)(channel)
+            is_left_out = isinstance(entity, Queue) and not isinstance(channel, RedisChannel)
+            self._declared[routing_key] = [] if is_left_out else [entity]
             if len(self._declared) > REMEMBERED:
                 self._declared.popitem(last=False)
         return self._declared[routing_key]

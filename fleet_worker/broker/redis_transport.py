@@ -78,6 +78,12 @@ class Channel(redis.Channel):  # type: ignore[misc]
             pool.fleet_client = super()._create_client(asynchronous)
         return pool.fleet_client
 
+    def _handle_message(self, client: Any, response: Any) -> Any:
+        """Drop what anybody publishes on the channel by which a router shows its presence. kombu uses patterns only,
+        whose messages are called `pmessage`."""
+        message = super()._handle_message(client, response)
+        return {**message, "type": "dropped"} if message["type"] == b"message" else message
+
     def _restore_at_beginning(self, message: Any) -> None:
         """Give a message back to the front of its queue. kombu puts it behind all that has come since."""
         sent, info = message.serializable(), message.delivery_info

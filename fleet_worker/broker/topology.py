@@ -15,6 +15,9 @@ Transport = Literal["redis", "amqp"]
 
 EXCHANGE = Exchange("llm.fleet", type="topic", durable=True)
 REPLY_PREFIX = "llm.fleet.reply."
+CONTROL_EXCHANGE = "llm.fleet.control"
+EVENT_EXCHANGE = "llm.fleet.events"
+"""Of Celery's remote control and of its events: Celery's own names are those of every Celery application."""
 LANE_EXPIRES = 24 * 3600.0
 """Seconds until an unused lane is deleted: longer than any request lives. All nodes of a lane may be away that long."""
 
@@ -72,17 +75,18 @@ def reply_name(host: str, expires: float) -> str:
 
 
 def reply_queue(name: str) -> Queue:
-    """Return the reply queue of one router.
+    """Return the reply queue of one router. Its arguments follow from its name.
 
-    Router and node both declare it, and its arguments follow from its name: RabbitMQ refuses a different expiry, and
-    on Redis only a publisher that has declared the queue sets the time to live of its list.
+    On Redis nodes have to declare it, too: only a publisher that has done so sets the time to live of its list.
 
-    On RabbitMQ only one consumer may read at a time. A router whose network was cut is connected twice for a while,
-    and every other message would go to its dead connection.
+    On RabbitMQ its router declares it. It is durable, since RabbitMQ may refuse queues that are neither durable nor
+    exclusive, and an exclusive one is deleted, with the replies in it, whenever its router reconnects. Only one
+    consumer may read at a time: a router whose network was cut is connected twice for a while, and every other message
+    would go to its dead connection.
     """
     one_reader = {"x-single-active-consumer": True}
     expires = float(name.rpartition(".")[2])
-    return Queue(name, Exchange(""), routing_key=name, durable=False, expires=expires, queue_arguments=one_reader)
+    return Queue(name, Exchange(""), routing_key=name, durable=True, expires=expires, queue_arguments=one_reader)
 
 
 def registry_exchange(transport: Transport) -> Exchange:
@@ -120,7 +124,8 @@ def cancel_queue(transport: Transport) -> Queue:
 
 
 def listening_key(reply_to: str) -> str:
-    """Return the key that exists on Redis as long as a router consumes this reply queue. RabbitMQ counts consumers."""
+    """Return the name of the key, and of the channel, by which a router shows on Redis that it consumes this reply
+    queue (`broker.presence`)."""
     return f"{reply_to}.listening"
 
 

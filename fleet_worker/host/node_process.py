@@ -92,7 +92,7 @@ class NodeProcess:
         how = how_ended(code)
         if not self.wanted:
             log.info("%s %s", self.name, how)
-        elif stopped or code in (exit_codes.AGAIN, -signal.SIGHUP):  # it got SIGHUP before its handler was set
+        elif stopped or code in (exit_codes.RESTART, -signal.SIGHUP):  # it got SIGHUP before its handler was set
             self._starts_at = 0.0
             log.info("%s %s, starts again at once", self.name, how)
         elif code == exit_codes.CONFIGURATION:

@@ -59,7 +59,7 @@ class Startup:
             return
         if not can_follow:
             log.warning("%s ends: its new configuration needs a new process", self._name)
-            raise SystemExit(exit_codes.AGAIN)
+            raise SystemExit(exit_codes.RESTART)
         log.info("%s follows the new configuration when it is ready", self._name)
         self.reloads = True
 
@@ -128,7 +128,7 @@ class Lifecycle:
             log.info("%s follows the new configuration", name)
         else:
             log.warning("%s ends: its new configuration needs a new process", name)
-            self._end(exit_codes.AGAIN)
+            self._end(exit_codes.RESTART)
 
     def _end(self, exit_code: int, *, asked: bool = False) -> None:
         """Leave. If a signal asked for it, the last signal sets the exit code; else the first reason does.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from fleet_worker.broker.control_listener import Command, Subscription
+from fleet_worker.broker.control_commands import Command
+from fleet_worker.broker.control_listener import Subscription
 from fleet_worker.broker.topology import cancel_queue
 from fleet_worker.errors import InvalidRequest
 from fleet_worker.node.node import Node
@@ -46,23 +47,23 @@ def commands_of(node: Node) -> dict[str, Command]:
         grace = node.settings.worker.drain_grace
         return {"drained": node.drained, "running": node.held, "handed_over": node.handed_over, "grace": grace}
 
-    def drain(state: Any, **_: Any) -> dict[str, Any]:
+    def drain(state: Any) -> dict[str, Any]:
         """Take no more work."""
         node.drain()
         return work()
 
-    def hand_over(state: Any, **_: Any) -> dict[str, Any]:
+    def hand_over(state: Any) -> dict[str, Any]:
         """If it is drained, let other nodes continue what is running."""
         if node.drained:
             node.hand_over()
         return work()
 
-    def undrain(state: Any, **_: Any) -> dict[str, Any]:
+    def undrain(state: Any) -> dict[str, Any]:
         """Take work again."""
         node.undrain()
         return work()
 
-    def drained(state: Any, **_: Any) -> dict[str, Any]:
+    def drained(state: Any) -> dict[str, Any]:
         """Change nothing."""
         return work()
 

@@ -1,7 +1,5 @@
-"""Asks the broker whether a router still consumes its reply queue. If it does not, its requests are not started, and
+"""Asks the broker whether a router still listens (`broker.presence`). If it does not, its requests are not started, and
 cancelled when they run.
-
-On Redis a router keeps a key alive as long as it consumes. RabbitMQ counts the consumers of a queue.
 """
 
 from __future__ import annotations
@@ -11,42 +9,52 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-from amqp.exceptions import NotFound
 from kombu import Connection
 
 from fleet_worker.broker.connection import hear, open_channel
+from fleet_worker.broker.presence import Sight, look_for
 from fleet_worker.broker.reconnecting import ReconnectingThread
-from fleet_worker.broker.topology import Transport, listening_key
+from fleet_worker.broker.topology import Transport
 from fleet_worker.errors import ReplyLost
 from fleet_worker.node.running_attempts import RunningAttempts
 
 log = logging.getLogger(__name__)
 
-CHECK_EVERY = 2.0
-"""Seconds between two checks of the routers that requests run for."""
-VALID_FOR = {True: 5.0, False: 0.25}
-"""Seconds for which an answer, listens or not, is used again: a router that was frozen may be back at any time."""
-ANSWER_WITHIN = 1.0
-"""Seconds that a task waits for the answer."""
+CHECK_EVERY = 0.75
+"""Seconds between two questions about the routers that requests run for, and for which an answer is used again."""
+GONE_AFTER = 0.6
+"""Seconds without a connection after which a router counts as dead. One that reconnects needs 0.1 to 0.3 s."""
+DOUBT_EVERY = 0.2
+"""Seconds between two questions about a router that is not connected."""
+ANSWER_WITHIN = 1.5
+"""Seconds that a task waits for a decision."""
 TRUSTED_FOR = 10.0
-"""Seconds after an outage of the broker in which all routers count as listening: they have to reconnect, too."""
+"""Seconds after an outage of the broker in which a router that was not seen since counts as listening: it has to
+reconnect, too."""
 
 
 @dataclass(slots=True)
-class _Answer:
+class _Seen:
     """What the broker said of one router. Times are time.monotonic() seconds."""
 
-    listens: bool
+    sight: Sight
     at: float
-    silent_since: float | None
-    """Since when all answers have been that nobody listens."""
+    since: float
+    """Since when all answers have been the same."""
+    was_here: bool
+    """Whether it was here since the last outage of the broker."""
+
+    @property
+    def is_doubted(self) -> bool:
+        """Whether it may be reconnecting."""
+        return self.sight == "away" and self.at - self.since < GONE_AFTER
 
 
 class RouterPresence:
-    """Asks with one thread and one connection. Cancels what runs for a router that has not listened for
-    `abandoned_after` seconds in which the broker did answer, but not soon after an outage of the broker.
+    """Asks with one thread and one connection. Cancels what runs for a router that is not connected any more, and,
+    after `abandoned_after` seconds, for one that is connected and silent. Only seconds in which the broker did answer
+    count, and none soon after an outage of the broker.
     """
 
     def __init__(
@@ -57,16 +65,15 @@ class RouterPresence:
         *,
         abandoned_after: float,
     ) -> None:
-        self._ask = _key_is_there if transport == "redis" else _queue_is_consumed
-        self._sends_heartbeats = transport == "amqp"  # or RabbitMQ would close a connection on which nothing is asked
+        self._transport = transport
         self._running = running
         self._abandoned_after = abandoned_after
         self._changed = threading.Condition()
-        self._answers: dict[str, _Answer] = {}
+        self._seen: dict[str, _Seen] = {}
         self._questions: set[str] = set()
         self._is_connected = False
         self._trusted_until: float | None = None
-        """Until when all routers count as listening; None before the first connection."""
+        """Until when routers that were not seen yet count as listening; None before the first connection."""
         self._thread = ReconnectingThread("routers", connect, self._answer)
 
     def start(self) -> None:
@@ -79,28 +86,36 @@ class RouterPresence:
         self._thread.close(timeout)
 
     def listens(self, reply_to: str) -> bool:
-        """Return False only if the broker confirms within one second that nobody consumes the reply queue. Without an
-        answer return True: wasted work is better than a refused request.
+        """Return False only if the broker confirms that nobody consumes the reply queue. Without an answer return True:
+        wasted work is better than a refused request.
+
+        An answer of the last `CHECK_EVERY` seconds is used again. A router that may be reconnecting is waited for.
         """
         with self._changed:
-            if self._is_connected and self._valid(reply_to) is None:
+            if self._verdict(reply_to) is None:
                 self._questions.add(reply_to)
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: not self._is_connected or self._valid(reply_to), ANSWER_WITHIN)
-            answer = self._valid(reply_to)
-            return not self._is_connected or answer is None or answer.listens or self._trusts_all()
+                self._changed.wait_for(lambda: self._verdict(reply_to) is not None, ANSWER_WITHIN)
+            return self._verdict(reply_to) is not False
 
-    def _trusts_all(self) -> bool:
-        return time.monotonic() < (self._trusted_until or 0.0)
+    def _verdict(self, reply_to: str) -> bool | None:
+        """Return whether this router listens, None if that has to be asked, or asked again."""
+        seen = self._seen.get(reply_to)
+        if not self._is_connected:
+            return True
+        if seen is None or time.monotonic() - seen.at >= CHECK_EVERY:
+            return None
+        if seen.sight == "here" or self._trusts(seen):
+            return True
+        return None if seen.is_doubted else False
 
-    def _valid(self, reply_to: str) -> _Answer | None:
-        answer = self._answers.get(reply_to)
-        return answer if answer and time.monotonic() - answer.at < VALID_FOR[answer.listens] else None
+    def _trusts(self, seen: _Seen) -> bool:
+        return not seen.was_here and time.monotonic() < (self._trusted_until or 0.0)
 
     def _answer(self, connection: Connection) -> None:
         channel = open_channel(connection)
         with self._changed:
-            self._answers.clear()  # those from before an outage
+            self._seen.clear()  # from before an outage
             self._questions.clear()
             self._trusted_until = 0.0 if self._trusted_until is None else time.monotonic() + TRUSTED_FOR
             self._is_connected = True
@@ -111,36 +126,40 @@ class RouterPresence:
                 if time.monotonic() >= next_check:
                     asked |= self._running.routers
                     next_check = time.monotonic() + CHECK_EVERY
-                    if self._sends_heartbeats:
+                    if self._transport == "amqp":  # or RabbitMQ would close a connection on which nothing is asked
                         hear(connection, 0.01)
                         connection.heartbeat_check()
-                for reply_to in asked:
-                    self._learn(reply_to, self._ask(channel, reply_to))
+                if asked:
+                    self._learn(look_for(channel, self._transport, asked))
         finally:
             with self._changed:
                 self._is_connected = False
                 self._changed.notify_all()
 
     def _next_questions(self, until: float) -> set[str]:
-        """Wait for questions of tasks, at most until then."""
+        """Wait for questions of tasks, at most until then, or until a router that is not connected is due again."""
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._questions or self._thread.closed.is_set(), max(0.0, until - time.monotonic())
-            )
+            now = time.monotonic()
+            self._seen = {reply_to: seen for reply_to, seen in self._seen.items() if now - seen.at < 2 * CHECK_EVERY}
+            again = {reply_to: seen.at + DOUBT_EVERY for reply_to, seen in self._seen.items() if seen.is_doubted}
+            wait = min([until, *again.values()]) - now
+            self._changed.wait_for(lambda: self._questions or self._thread.closed.is_set(), max(0.0, wait))
             asked, self._questions = self._questions, set()
-            oldest = time.monotonic() - VALID_FOR[True]
-            self._answers = {reply_to: answer for reply_to, answer in self._answers.items() if answer.at >= oldest}
-        return asked
+            return asked | {reply_to for reply_to, due in again.items() if due <= time.monotonic()}
 
-    def _learn(self, reply_to: str, listens: bool) -> None:
+    def _learn(self, sights: dict[str, Sight]) -> None:
         now = time.monotonic()
         self._thread.works()
         with self._changed:
-            before = self._answers.get(reply_to)
-            self._answers[reply_to] = answer = _Answer(listens, now, None if listens else _silent_since(before, now))
+            for reply_to, sight in sights.items():
+                self._seen[reply_to] = _updated(self._seen.get(reply_to), sight, now)
             self._changed.notify_all()
-        silent = 0.0 if answer.silent_since is None else now - answer.silent_since
-        if silent < self._abandoned_after or self._trusts_all():
+        for reply_to in sights:
+            self._stop_if_gone(reply_to, self._seen[reply_to])
+
+    def _stop_if_gone(self, reply_to: str, seen: _Seen) -> None:
+        patience = {"here": float("inf"), "silent": self._abandoned_after, "away": GONE_AFTER}[seen.sight]
+        if seen.at - seen.since < patience or self._trusts(seen):
             return
         if cancelled := self._running.stop(not_listening, reply_to=reply_to):
             log.warning("a router does not listen any more: its %d running requests were cancelled", cancelled)
@@ -151,20 +170,8 @@ def not_listening() -> ReplyLost:
     return ReplyLost("the router does not listen", retryable=True)
 
 
-def _silent_since(before: _Answer | None, now: float) -> float:
+def _updated(before: _Seen | None, sight: Sight, now: float) -> _Seen:
     """Start counting again after a time in which the broker, or this node, was frozen."""
-    if before is None or before.silent_since is None or now - before.at > CHECK_EVERY + ANSWER_WITHIN:
-        return now
-    return before.silent_since
-
-
-def _key_is_there(channel: Any, reply_to: str) -> bool:
-    with channel.conn_or_acquire() as client:
-        return bool(client.exists(listening_key(reply_to)))
-
-
-def _queue_is_consumed(channel: Any, reply_to: str) -> bool:
-    try:
-        return bool(channel.queue_declare(reply_to, passive=True).consumer_count)
-    except NotFound:  # RabbitMQ closes the channel, which opens again by itself
-        return False
+    if before is None or before.sight != sight or now - before.at > CHECK_EVERY + ANSWER_WITHIN:
+        return _Seen(sight, now, now, sight == "here" or (before is not None and before.was_here))
+    return _Seen(sight, now, before.since, before.was_here)

@@ -11,10 +11,11 @@ import celery.apps.worker as celery_worker
 from celery import Celery
 from celery.concurrency import get_implementation
 
-from fleet_worker.broker.control_listener import Command, ControlListener
+from fleet_worker.broker.control_commands import Command
+from fleet_worker.broker.control_listener import ControlListener
 from fleet_worker.broker.topology import lane_queue, transport_of
 from fleet_worker.errors import ConfigurationError, FleetError, where
-from fleet_worker.exit_codes import AGAIN, CONFIGURATION, INTERRUPTED, SOFTWARE, UNAVAILABLE
+from fleet_worker.exit_codes import CONFIGURATION, INTERRUPTED, RESTART, SOFTWARE, UNAVAILABLE
 from fleet_worker.host.parent_pipe import attach_to_parent
 from fleet_worker.node import node as inference_node
 from fleet_worker.node.consumer import Consumer
@@ -79,7 +80,9 @@ class Worker(celery_worker.Worker):  # type: ignore[misc]
             ControlListener(self.app, node.name, subscription, commands, connected)
             lifecycle.begin(startup)
         except ConfigurationError as error:
-            _give_up(error.message, AGAIN if startup.reloads else CONFIGURATION)  # it may have been corrected meanwhile
+            _give_up(
+                error.message, RESTART if startup.reloads else CONFIGURATION
+            )  # it may have been corrected meanwhile
         except FleetError as error:
             _give_up(error.message, UNAVAILABLE)
         except Exception as error:

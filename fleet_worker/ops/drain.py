@@ -6,13 +6,13 @@ Nodes are asked by Celery's remote control, since an operator waits for the answ
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import click
+from pydantic import TypeAdapter, ValidationError
 
 from fleet_worker import exit_codes
 from fleet_worker.broker import connection as connections
@@ -28,6 +28,8 @@ ANSWER_WITHIN = 2.0
 """Seconds that a node has to answer."""
 HOST_ANSWERS_WITHIN = 1.5
 """Seconds that all nodes of a host have to answer: their number is unknown, so this is always waited for."""
+MOST_NODES = 10_000
+"""Answers of the nodes of hosts that are read in that time."""
 ASK_EVERY = 0.25
 """Seconds between two questions while nodes finish their work."""
 RELEASE_WITHIN = 10.0
@@ -114,9 +116,9 @@ class DrainControl:
         if not nodes:
             return []
         replies = self._broadcast(command, destination=list(nodes), limit=len(nodes), timeout=ANSWER_WITHIN)
-        states = {name: reply for name, reply in replies.items() if "drained" in reply}
+        states = {name: state for name in nodes if (state := _state(name, replies.get(name)))}
         self.silent += [name for name in nodes if name not in {*states, *self.silent}]
-        return [DrainState(name, **states[name]) for name in nodes if name in states]
+        return list(states.values())
 
     def wait(self, states: Sequence[DrainState], seconds: float | None = None) -> Iterator[DrainState]:
         """Yield the state of each node when it has no more work.
@@ -137,8 +139,8 @@ class DrainControl:
     def _nodes_of(self, hosts: Sequence[str]) -> list[str]:
         if not hosts:
             return []
-        pattern = f".*@({'|'.join(map(re.escape, hosts))})$"
-        found = set(self._broadcast("ping", pattern=pattern, matcher="pcre", timeout=HOST_ANSWERS_WITHIN))
+        all_nodes = [f"*@{host}" for host in hosts]
+        found = set(self._broadcast("ping", destination=all_nodes, limit=MOST_NODES, timeout=HOST_ANSWERS_WITHIN))
         if any(name.startswith(f"{REGISTRY}@") for name in found):
             with Router(self._settings) as router:
                 registry = router.registry
@@ -154,7 +156,18 @@ class DrainControl:
                 replies = self._app.control.broadcast(command, connection=connection, reply=True, **options)
             except BROKER_ERRORS as error:
                 raise unavailable(self._app.conf.broker_url, "cannot be used to ask the nodes", error) from None
-        return {name: reply for each in replies for name, reply in each.items()}
+        return {name: reply for each in replies if isinstance(each, dict) for name, reply in each.items()}
+
+
+_DRAIN_STATE = TypeAdapter(DrainState)
+
+
+def _state(node: str, reply: Any) -> DrainState | None:
+    """Return what a node has replied; None if that is no state: a node of another version, or a stranger, replies."""
+    try:
+        return _DRAIN_STATE.validate_python({**reply, "node": node})
+    except (TypeError, ValidationError):
+        return None
 
 
 # --- Printing the answers --------------------------------------------------------------------------------------------

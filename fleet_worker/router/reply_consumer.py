@@ -10,18 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 from kombu import Connection, Consumer, Producer
-from kombu.transport.redis import Channel as RedisChannel
 
+from fleet_worker.broker import presence
 from fleet_worker.broker.connection import Publisher, hear, is_away, open_channel, refuses, unavailable
 from fleet_worker.broker.reconnecting import ReconnectingThread
-from fleet_worker.broker.topology import (
-    ask_exchange,
-    cancel_exchange,
-    listening_key,
-    registry_queue,
-    reply_queue,
-    transport_of,
-)
+from fleet_worker.broker.topology import ask_exchange, cancel_exchange, registry_queue, reply_queue, transport_of
 from fleet_worker.errors import Cancelled, InvalidRequest, where
 from fleet_worker.protocol import clock
 from fleet_worker.protocol.reply import Frame, Reply
@@ -36,8 +29,6 @@ MAX_TICK = 1.5
 """Seconds that one wait for messages may add to the clock, however long the process was frozen in it."""
 PROBE_EVERY = 1.0
 """Seconds after which the broker is asked something, to find out whether it is still there."""
-PRESENCE = 6
-"""Seconds after which the key expires that tells nodes on Redis that a router consumes its reply queue."""
 
 
 class ReplyConsumer:
@@ -116,8 +107,8 @@ class ReplyConsumer:
         Consumer(channel, [events], on_message=self._registry.receive, no_ack=True).consume()
         hear(connection, 0.01)  # only now kombu's Redis transport subscribes
         self._announce(channel)
-        self._began_at, self._next_probe = self.clock, 0.0
-        self._probe(channel)  # before the first request: without the key a node takes this router for gone
+        presence.appear(channel, self.name)  # before the first request, or nodes take this router for gone
+        self._began_at, self._next_probe = self.clock, time.monotonic() + PROBE_EVERY
         self._link.works()
         self._decided.set()
         while not self._link.closed.is_set():
@@ -130,33 +121,24 @@ class ReplyConsumer:
 
     def _announce(self, channel: Any) -> None:
         """Ask all registry nodes for the status of their hosts, so that none is unknown until its next event. After a
-        lost connection ask the nodes for their latest frames: Redis has dropped what was on its way."""
+        lost connection ask the nodes for their latest frames: what was on its way, or waited in a queue that was
+        deleted, is gone."""
         self._registry.note_asked()
         publish(Producer(channel), ask_exchange(), b"{}")
-        if self._link.worked.is_set() and isinstance(channel, RedisChannel):
+        if self._link.worked.is_set():
             notice = ControlMessage(missed=self.name, router=self.name, sent_at=clock.now())
             publish(Producer(channel), cancel_exchange(), notice.encode())
 
     def _leave(self, consumer: Consumer, channel: Any) -> None:
         consumer.cancel()
         self._queue.bind(channel).delete()
-        if isinstance(channel, RedisChannel):
-            with channel.conn_or_acquire() as client:
-                client.delete(listening_key(self.name))
+        presence.leave(channel, self.name)
 
     def _probe(self, channel: Any) -> None:
-        """Raise an error if the broker does not answer: a network that was cut brings neither messages nor errors.
-
-        On Redis this sets the key that tells nodes that a router consumes the queue; RabbitMQ knows its consumers.
-        """
-        if time.monotonic() < self._next_probe:
-            return
-        if isinstance(channel, RedisChannel):
-            with channel.conn_or_acquire() as client:
-                client.set(listening_key(self.name), 1, ex=PRESENCE)
-        else:
-            self._queue.bind(channel).queue_declare(passive=True)
-        self._next_probe = time.monotonic() + PROBE_EVERY
+        """Raise an error if the broker does not answer: a network that was cut brings neither messages nor errors."""
+        if time.monotonic() >= self._next_probe:
+            presence.stay(channel, self.name)
+            self._next_probe = time.monotonic() + PROBE_EVERY
 
     def _receive(self, message: Any) -> None:
         try:

@@ -1,4 +1,4 @@
-"""Wrong clocks: of a mini, of a router, and one that jumps. No request may suffer, and the operator is told whose it is."""
+"""Wrong clocks: of a mini, of a router, and one that jumps. No request may suffer, and status names the clock."""
 
 import json
 import subprocess
@@ -59,7 +59,7 @@ def status(broker_url, env=None):
 @pytest.mark.parametrize("skew", SKEWS)
 def test_a_mini_whose_clock_is_wrong_answers_like_the_others_and_is_named(broker, skew):
     with (
-        minis(broker.url, right={}, wrong=wrong_clock(skew)) as (model, servers),
+        minis(broker.url, right={}, wrong=wrong_clock(skew)) as (model, _),
         Router(Settings(broker_url=broker.url)) as router,
     ):
         router.registry.wait_for(model, 10)

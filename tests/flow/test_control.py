@@ -4,7 +4,11 @@ import time
 import uuid
 
 import pytest
+from celery import Celery
 
+from fleet_worker import Settings
+from fleet_worker.broker.app import create_app
+from fleet_worker.broker.connection import hear
 from fleet_worker.protocol.reply import ChatResponse
 from fleet_worker.testing import SimulatedMLX, running_host
 from tests.callers import Caller
@@ -104,3 +108,52 @@ def test_what_runs_for_a_router_that_is_gone_is_stopped_and_what_waits_never_sta
         assert time.monotonic() - left >= ABANDONED_AFTER
     assert not asked(mlx, "asked by a dead router")
     assert isinstance(caller.last(listened), ChatResponse)
+
+
+HARM = [
+    ("shutdown", {}),
+    ("rate_limit", {"task_name": "fleet.chat", "rate_limit": "1/h"}),
+    ("pool_shrink", {"n": 1}),
+    ("cancel_consumer", {"queue": "LANE"}),
+    ("add_consumer", {"queue": "of-another"}),
+    ("disable_events", {}),
+]
+
+
+def broadcast(app, model, **options):
+    """Send what would do harm; return the answers."""
+    for command, arguments in HARM:
+        values = {key: f"llm.fleet.chat.{model}" if value == "LANE" else value for key, value in arguments.items()}
+        yield app.control.broadcast(command, values, reply=True, **options)
+
+
+@pytest.mark.both_brokers
+def test_commands_of_celery_that_would_change_something_are_refused(broker, nodes, caller, model):
+    with create_app(Settings(broker_url=broker.url)) as app:
+        for answers in broadcast(app, model, timeout=5, limit=2):
+            assert {name for each in answers for name in each} == {"one@test", "two@test"}
+            assert all("does not obey" in reply["error"] for each in answers for reply in each.values())
+        assert app.control.ping(timeout=5, limit=2)
+    assert all(isinstance(caller.last(caller.submit(model, max_tokens=2)), ChatResponse) for _ in range(3))
+    assert not any(process.ended for process in nodes.values())
+
+
+@pytest.mark.both_brokers
+def test_another_celery_application_on_the_same_broker_neither_reaches_nodes_nor_is_reached(
+    broker, nodes, caller, model
+):
+    with (
+        Celery("other", broker=broker.url, set_as_current=False) as other,
+        create_app(Settings(broker_url=broker.url)) as ours,
+        other.connection_for_read() as connection,
+    ):
+        heard, channel = [], connection.channel()
+        worker = other.control.mailbox(connection).Node("w@other", channel=channel)
+        worker.listen(callback=lambda body, message: heard.append(body["method"]))
+        hear(connection, 0.1)  # only now kombu's Redis transport subscribes
+        assert not any(broadcast(other, model, timeout=0.2))
+        assert ours.control.ping(timeout=5, limit=2)
+        for _ in range(len(HARM) + 1):
+            hear(connection, 0.2)
+        assert heard == [command for command, _ in HARM]
+    assert isinstance(caller.last(caller.submit(model, max_tokens=2)), ChatResponse)

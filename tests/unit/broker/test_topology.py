@@ -106,7 +106,7 @@ def test_both_ends_make_the_same_reply_queue_of_its_name(host, expires):
     queue = reply_queue(reply_name(host, expires))
     assert queue.expires == pytest.approx(expires, abs=0.5)
     assert queue.expires >= 1
-    assert not queue.durable
+    assert queue.durable
     assert queue.exchange.name == ""
     assert queue.name == queue.routing_key
 

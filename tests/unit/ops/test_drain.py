@@ -116,3 +116,16 @@ def test_work_is_handed_over_after_its_grace_and_waited_for_a_little_longer(cont
 def test_a_node_without_work_is_not_waited_for(control):
     assert list(control.wait([said(), said(drained=False, running=3)], 5.0)) == [said(), said(drained=False, running=3)]
     assert control.now() == 0.0
+
+
+STATE = {"drained": True, "running": 2, "handed_over": 0, "grace": 30.0}
+
+
+@pytest.mark.parametrize(
+    "reply", [None, [], "secret", {}, {"error": "no"}, {**STATE, "running": []}, {**STATE, "grace": "x"}, {1: 2}]
+)
+def test_a_node_that_replies_something_else_does_not_answer(monkeypatch, reply):
+    control = DrainControl(Settings())
+    monkeypatch.setattr(control, "_broadcast", lambda *_, **__: {"one@mini": reply, "two@mini": {**STATE, "new": 1}})
+    assert control.ask("drain", ["one@mini", "two@mini"]) == [DrainState("two@mini", **STATE)]
+    assert control.silent == ["one@mini"]
