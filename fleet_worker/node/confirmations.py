@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 from fleet_worker.mlx.timeouts import CancelToken
 
-ANSWER_WITHIN = 0.5
+ANSWER_WITHIN = 2.0
 """Seconds that a router has for its answer. A router of an older version gives none."""
 
 

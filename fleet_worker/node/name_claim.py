@@ -8,14 +8,14 @@ which another may have begun. It ends if one of them has a better rank.
 - Of two that are both settled, or both not, the one with the lower id has the better rank.
 
 A process hears questions before it asks its own. So the later one of two questions reaches both processes, and they
-come to one result. On RabbitMQ only one of them has the control queue of that name: it hears all questions, and answers.
+come to one result. On RabbitMQ only one of them has the control queue of that name, and hears all questions: a process
+that does not answer itself, while another one does, has lost.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -69,7 +69,7 @@ class NameClaim:
     def _ask_until_settled(self) -> None:
         questions = 0
         while not self._is_decided():
-            time.sleep(ASKED_AGAIN_AFTER[min(questions, len(ASKED_AGAIN_AFTER) - 1)])
+            threading.Event().wait(ASKED_AGAIN_AFTER[min(questions, len(ASKED_AGAIN_AFTER) - 1)])
             questions += 1
 
     def _is_decided(self) -> bool:
@@ -78,8 +78,10 @@ class NameClaim:
         ranks = dict(self._ranks()) if self._is_connected else {}
         with self._lock:
             ours = (not self._is_settled, self._id)
-            self._has_lost = any((not settled, its_id) < ours for its_id, settled in ranks.items())
-            is_alone = self._id in ranks and self._heard == before + 1
+            is_heard = self._id in ranks
+            is_outranked = any((not settled, its_id) < ours for its_id, settled in ranks.items())
+            self._has_lost = is_outranked or (bool(ranks) and not is_heard)
+            is_alone = is_heard and self._heard == before + 1
             self._is_settled = self._is_settled or (is_alone and not self._has_lost)
             is_decided = self._has_lost or is_alone or not self._is_connected  # the next connection begins anew
             self._is_asking = not is_decided
