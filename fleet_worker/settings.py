@@ -228,6 +228,8 @@ class WorkerSettings(_Group):
     """Seconds between two requests for the server's list of models."""
     max_pending: int = Field(10_000, ge=1)
     """Number of reply frames that may wait for the broker. Beyond it the tasks wait, and so do the MLX servers."""
+    old_lanes: bool = False
+    """Serve also the lanes of version 0.1.0, of models with other characters than a-z, 0-9 and `-` in their names."""
     drain_grace: float = Field(30.0, ge=0)
     """Seconds that running requests have to end when a node is stopped. Then other nodes continue them."""
     abandoned_after: float = Field(18.0, ge=5)

@@ -27,7 +27,7 @@ class Confirmations:
 
     def connected(self, connected: bool) -> None:
         """Cancels reach this node from now on, or do not any more."""
-        self.hears_since = time.monotonic() if connected else None
+        self.hears_since = (self.hears_since or time.monotonic()) if connected else None
 
     def may_be_cancelled(self, age: float) -> bool:
         """Return whether a request that was submitted so many seconds ago may have been cancelled unheard."""

@@ -8,8 +8,8 @@ which another may have begun. It ends if one of them has a better rank.
 - Of two that are both settled, or both not, the one with the lower id has the better rank.
 
 A process hears questions before it asks its own. So the later one of two questions reaches both processes, and they
-come to one result. On RabbitMQ only one of them has the control queue of that name, and hears all questions: a process
-that does not answer itself, while another one does, has lost.
+come to one result. On RabbitMQ only one of them has the control queue of that name, and hears questions: a process that
+does not have it has lost if another one answers.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class NameClaim:
         self._id = uuid.uuid4().hex
         self._lock = threading.Lock()
         self._is_settled = self._has_lost = self._is_connected = self._is_asking = False
+        self._hears_questions = True
         self._heard = 0
         """Questions so far, its own included; and connections, each of which may hide some."""
 
@@ -51,10 +52,10 @@ class NameClaim:
         self._begin_to_ask()  # the asker may not hear this answer: it may have asked while this process was frozen
         return answer
 
-    def connected(self, connected: bool) -> None:
-        """To be called when this process hears questions, and when it does not any more."""
+    def connected(self, connected: bool, hears_questions: bool) -> None:
+        """To be called when this process is connected, and when it is not any more; and when it hears questions."""
         with self._lock:
-            self._is_connected = connected
+            self._is_connected, self._hears_questions = connected, hears_questions
             self._heard += connected
         if connected:
             self._begin_to_ask()
@@ -78,10 +79,9 @@ class NameClaim:
         ranks = dict(self._ranks()) if self._is_connected else {}
         with self._lock:
             ours = (not self._is_settled, self._id)
-            is_heard = self._id in ranks
             is_outranked = any((not settled, its_id) < ours for its_id, settled in ranks.items())
-            self._has_lost = is_outranked or (bool(ranks) and not is_heard)
-            is_alone = is_heard and self._heard == before + 1
+            self._has_lost = is_outranked or (bool(ranks) and not self._hears_questions)
+            is_alone = self._id in ranks and self._heard == before + 1
             self._is_settled = self._is_settled or (is_alone and not self._has_lost)
             is_decided = self._has_lost or is_alone or not self._is_connected  # the next connection begins anew
             self._is_asking = not is_decided

@@ -13,7 +13,7 @@ from celery.concurrency import get_implementation
 
 from fleet_worker.broker.control_commands import Command
 from fleet_worker.broker.control_listener import ControlListener
-from fleet_worker.broker.topology import lane_queue, transport_of
+from fleet_worker.broker.topology import is_node_name, lane_queue, transport_of
 from fleet_worker.errors import ConfigurationError, FleetError, where
 from fleet_worker.exit_codes import CONFIGURATION, INTERRUPTED, RESTART, SOFTWARE, UNAVAILABLE
 from fleet_worker.host.parent_pipe import attach_to_parent
@@ -130,7 +130,10 @@ def _node_name(settings: Settings, worker_name: str) -> str:
         known = ", ".join(sorted(serving))
         unknown = "" if name == "celery" else f'no instance "{name}" has opted in; '
         raise ConfigurationError(f"{unknown}name one that has opted in, as in -n NAME@%h: {known}")
-    return f"{name}@{settings.host if 'host' in settings.model_fields_set else as_host(host)}"
+    node_name = f"{name}@{settings.host if 'host' in settings.model_fields_set else as_host(host)}"
+    if not is_node_name(node_name):
+        raise ConfigurationError("the name of the node is too long: give the instance, or the host, a shorter one")
+    return node_name
 
 
 def _can_follow(new: Settings, old: Settings, node_name: str) -> bool:
@@ -138,9 +141,9 @@ def _can_follow(new: Settings, old: Settings, node_name: str) -> bool:
     return registry_node.can_follow(new, old) if name == REGISTRY else inference_node.can_follow(new, old, name)
 
 
-def _connected(node: Node, claim: NameClaim, connected: bool) -> None:
+def _connected(node: Node, claim: NameClaim, connected: bool, has_commands: bool) -> None:
     node.confirmations.connected(connected)
-    claim.connected(connected)
+    claim.connected(connected, has_commands)
 
 
 def _create_node(app: Celery, settings: Settings, node_name: str) -> Node | RegistryNode:
@@ -155,7 +158,7 @@ def _create_node(app: Celery, settings: Settings, node_name: str) -> Node | Regi
     # requests a second.
     sys.setswitchinterval(0.001)
     app.conf.worker_concurrency = node.slots
-    lanes, transport = lanes_of(node_name, node.models.by_name), transport_of(settings.broker_url)
+    lanes, transport = lanes_of(node_name, node.models.by_name, settings), transport_of(settings.broker_url)
     app.conf.task_queues = [lane_queue(each, transport) for each in lanes]
     app.amqp.queues.deselect(lanes)  # joined when the instance has proved that it works
     return node

@@ -31,10 +31,15 @@ class Broker:
 
     def claim(self):
         """A process that has just connected; it is gone as soon as it has lost."""
-        claim = NameClaim(self, NAME, lambda: self.claims.remove(claim))
+        claim = NameClaim(self, NAME, lambda: self.leave(claim))
         self.claims.append(claim)
-        claim.connected(True)
+        claim.connected(True, not self.has_one_queue or self.claims[0] is claim)
         return claim
+
+    def leave(self, claim):
+        self.claims.remove(claim)
+        if self.has_one_queue and self.claims:
+            self.claims[0].connected(True, True)
 
     @property
     def is_decided(self):
@@ -77,7 +82,7 @@ def test_of_two_that_did_not_hear_of_each_other_while_the_broker_was_away_one_st
     for claim in claims:
         claim._lost = lambda claim=claim: one.claims.remove(claim)
     for claim in claims[::order]:
-        claim.connected(True)
+        claim.connected(True, True)
     until(lambda: one.is_decided)
 
 
@@ -93,11 +98,23 @@ def test_one_that_was_frozen_while_another_began_finds_it_by_the_question_that_w
     until(lambda: broker.is_decided)
 
 
+def test_none_leaves_because_answers_come_too_late_on_a_busy_machine(monkeypatch):
+    class Slow(Broker):
+        def broadcast(self, *_, **options):
+            answers = super().broadcast(*_, **options)
+            return [answer for answer in answers if late.random() < 0.5]
+
+    late, broker = random.Random(1), Slow()
+    for _ in range(20):
+        broker.claim()
+    until(lambda: broker.is_decided, 10)
+
+
 @pytest.mark.parametrize("answers", [[None], [{NAME: 5}], [{NAME: {"error": "no"}}], [{NAME: ["x"]}], ["text"]])
 def test_an_answer_that_is_none_counts_for_nothing(answers):
     told = SimpleNamespace(control=SimpleNamespace(broadcast=lambda *_, **__: answers))
     claim = NameClaim(told, NAME, pytest.fail)
-    claim.connected(True)
+    claim.connected(True, True)
     assert not claim._is_decided()
     assert not claim._has_lost
-    claim.connected(False)
+    claim.connected(False, False)
