@@ -185,6 +185,8 @@ class RouterSettings(_Group):
     """Seconds for a whole request that names no timeout."""
     max_timeout: float = Field(3600.0, gt=0, le=3600)
     """Seconds that a caller may ask for at most."""
+    queue_timeout: float = Field(3600.0, gt=0)
+    """Seconds that a request may wait for a node, at first and after each interruption. Its `timeout` counts, too."""
     max_attempts: int = Field(3, ge=1, le=10)
     """Number of attempts for one request, if it fails in a way that another node may not."""
     lost_after: float = Field(5.0, ge=2)

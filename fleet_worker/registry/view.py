@@ -162,6 +162,25 @@ class Registry:
                     raise self._refusal(model, capability, instance, node)
                 self._changed.wait(left)
 
+    def away_for(self, model: str, capability: str, instance: str = "any", node: str | None = None) -> float | None:
+        """Return for how many seconds nothing has been ready that offers this: 0 if something is, None if nothing was.
+
+        A host that has been silent for half of the time after which it is forgotten counts as away since it was heard.
+        """
+        with self._changed:
+            now = self._clock()
+            offered = (
+                (self._instances[key], offering)
+                for key, offering in self._models.get(model, {}).items()
+                if key in self._instances and capability in offering.capabilities
+            )
+            ages = [
+                _away_for(each, offering, now)
+                for each, offering in offered
+                if instance in ("any", each.name) and node in (None, each.node)
+            ]
+            return min(ages, default=None)
+
     def receive(self, message: Any) -> None:
         """Apply a broker message. An invalid one is logged and dropped: this thread receives all replies, too."""
         try:
@@ -251,6 +270,14 @@ class Registry:
                 callback(event)
             except Exception as error:
                 log.error("a subscriber of the registry failed: %s", type(error).__name__)
+
+
+def _away_for(instance: InstanceStatus, model: ModelStatus, now: float) -> float:
+    silent_for = now - instance.heard_at
+    if not instance.ready:
+        return silent_for + max(0.0, instance.status_age or 0.0)
+    is_there = model.status == "available" and 2 * silent_for < instance.expires_at - instance.heard_at
+    return 0.0 if is_there else silent_for
 
 
 def _unavailable(why: str, name: str, existing: Iterable[str]) -> ModelUnavailable:

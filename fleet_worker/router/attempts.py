@@ -45,6 +45,8 @@ State = Literal["waiting", "running", "pausing", "ended"]
 
 MAX_DEATHS = 2
 """If so many instances died while they had a request, the request is taken for the cause."""
+RETRY_AFTER_MIN = 1.0
+"""Seconds that a caller is told to wait at least, whatever a busy server has asked the router for."""
 GAP_CLOSES_WITHIN = 1.5
 """Seconds to wait for a missing frame after a later one has arrived."""
 
@@ -132,6 +134,8 @@ class Attempts:
         self._next_seq = 0
         self._gap_since: float | None = None
         self._accepted: Accepted | None = None
+        self.waits_since = self._began
+        """Since when it waits for a node, while none has it."""
         self._queue_wait = 0.0
         """Seconds from the submission of the request until a node accepted the present attempt."""
         self._resumes = False
@@ -193,6 +197,8 @@ class Attempts:
         )
         if self.node:
             self.failed.add(self.node)
+        if self._accepted:
+            self.waits_since = now
         pause = _pause_before(self.request.attempt + 1, error)
         retryable = error.retryable if retryable is None else retryable
         if final := self._final(error, now + pause, retryable):
@@ -253,9 +259,10 @@ class Attempts:
 
     def _end(self, frame: ChatResponse | EmbedResponse | Failure) -> End:
         if isinstance(frame, Failure):
-            frame = frame.model_copy(
-                update={"metadata": {**frame.metadata, "attempts": [each.model_dump() for each in self.history]}}
-            )
+            metadata = {**frame.metadata, "attempts": [each.model_dump() for each in self.history]}
+            if isinstance(asked := metadata.get("retry_after"), int | float):
+                metadata["retry_after"] = max(asked, RETRY_AFTER_MIN)
+            frame = frame.model_copy(update={"metadata": metadata})
         else:
             self._close_attempt(None, orphaned=False)
             frame = frame.model_copy(update={"attempts": self.history})

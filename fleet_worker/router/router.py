@@ -36,6 +36,8 @@ class Router:
     Options of every request, beside the fields of the OpenAI body (see `options`):
 
     - `timeout`: seconds until the deadline of the whole request; default `router.timeout`.
+    - `queue_timeout`: seconds that it may wait until a node takes it, at first and after each interruption; default
+      `router.queue_timeout`. Then it ends with `QueueTimeout`, which tells since when nobody is there.
     - `priority`: "critical", "high", "normal" (the default) or "low".
     - `instance`: only instances of that name; default "any". `node`: only that node, as in "local@mini-7".
     - `caller`, `message_context`, `trace_context`: JSON objects that travel with the request.
@@ -115,12 +117,21 @@ class Router:
         on_interrupt: OnInterrupt = others.pop("on_interrupt", "resume")
         if on_interrupt not in get_args(OnInterrupt):
             raise InvalidRequest('on_interrupt is "resume" or "fail"')
+        queue_timeout = self._queue_timeout(others.pop("queue_timeout", None))
         request, node = self._request(operation, model, body, **others)
 
         def start(deadline: float) -> tuple[InFlightRequest, ReplyBuffer]:
-            return self._connected(deadline).start(request, node, on_interrupt, deadline)
+            session = self._connected(deadline)
+            return session.start(request, node, on_interrupt, deadline, queue_timeout=queue_timeout)
 
         return Call(start, request.timeout_seconds)
+
+    def _queue_timeout(self, asked: float | None) -> float:
+        if asked is None:
+            return self._settings.router.queue_timeout
+        if isinstance(asked, bool) or not isinstance(asked, int | float) or not asked > 0:
+            raise InvalidRequest("queue_timeout must be a number of seconds, more than 0")
+        return asked
 
     def _request(
         self,

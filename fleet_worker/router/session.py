@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from typing import cast
@@ -74,7 +75,13 @@ class Session:
         self._app.close()
 
     def start(
-        self, request: FleetRequest, node: str | None, on_interrupt: OnInterrupt, deadline: float
+        self,
+        request: FleetRequest,
+        node: str | None,
+        on_interrupt: OnInterrupt,
+        deadline: float,
+        *,
+        queue_timeout: float = math.inf,
     ) -> tuple[InFlightRequest, ReplyBuffer]:
         """Submit a request, or join the one in flight, or answered, that has its idempotency key. Return it with a
         buffer of its reader's own.
@@ -89,7 +96,7 @@ class Session:
         self._registry.require_offered(request.model, request.operation, request.provider_instance, node)
         left = deadline - time.monotonic()
         request = request.addressed_to(self.replies.name, left)
-        started = InFlightRequest(request, node, self, on_interrupt=on_interrupt)
+        started = InFlightRequest(request, node, self, on_interrupt=on_interrupt, queue_timeout=queue_timeout)
         self.admission.admit(started.lane)
         buffer = cast(ReplyBuffer, started.join(left))  # it cannot have failed yet
         if has_key and (joined := self._cache.add(started, node, on_interrupt)):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fleet_worker.errors import BrokerUnavailable, Cancelled, InvalidRequest, ReplyOverflow
+from fleet_worker.errors import BrokerUnavailable, Cancelled, Expired, InvalidRequest, QueueTimeout, ReplyOverflow
 from fleet_worker.protocol.reply import Alive, Deltas
 from fleet_worker.router.attempts import Attempts, CancelOrphan
 from fleet_worker.router.idempotency import IdempotencyCache
@@ -80,6 +80,7 @@ class Fleet:
             submitter=SimpleNamespace(submit=self._submit),
             nodes=SimpleNamespace(
                 node_for=lambda request, *failed: self.target if failed else self.first,
+                why_waiting=lambda *_: ("nobody has served it for 7 s", 7.0),
                 waits_in_vain=lambda *_: not self.ready,
             ),
             ended=self.ended.append,
@@ -454,6 +455,57 @@ def test_who_is_told_that_it_is_too_late_is_told_the_attempts_too(fleet):
         (1, "a", "instance_unavailable", 0),
         (2, "b", "timeout", 3),
     ]
+
+
+# --- A request that waits for too long
+
+
+def waiting(fleet, seconds=0.05, **options):
+    """A request whose time to wait is over as soon as the scheduler is asked."""
+    in_flight = fleet.submit(queue_timeout=seconds, **options)
+    time.sleep(seconds)
+    return in_flight
+
+
+def test_a_request_that_no_node_takes_in_time_ends_with_why_and_is_cancelled(fleet):
+    waiting(fleet)
+    fleet.later.now()
+    (given,) = fleet.read()
+    assert given.code == "queue_timeout"
+    assert given.message == (
+        "no node took the request within its queue_timeout of 0.05 s: nobody has served it for 7 s"
+    )
+    assert given.metadata["away_for"] == 7.0
+    assert [each["error"] for each in given.metadata["attempts"]] == ["queue_timeout"]
+    assert fleet.cancelled == [CancelOrphan(None, 1)]
+    assert isinstance(given.error(), QueueTimeout)
+    assert isinstance(given.error(), Expired)
+
+
+def test_a_request_that_a_node_has_taken_waits_no_more(fleet):
+    in_flight = waiting(fleet)
+    in_flight.receive("a", accepted())
+    fleet.later.now()
+    assert fleet.read() == []
+
+
+def test_after_an_interruption_it_may_wait_as_long_again(fleet):
+    in_flight = waiting(fleet)
+    in_flight.receive("a", accepted())
+    in_flight.receive("a", failure(1, DOWN))
+    fleet.later.now()  # what was due before, and the next attempt
+    assert fleet.read() == []
+    assert fleet.sent[-1][0] == 2
+    time.sleep(0.05)
+    in_flight._end_wait()
+    assert fleet.read()[-1].code == "queue_timeout"
+
+
+def test_attempts_that_no_node_has_taken_do_not_prolong_the_wait(fleet):
+    in_flight = waiting(fleet)
+    in_flight.receive("a", failure(0, DOWN))
+    fleet.later.now()
+    assert fleet.read()[-1].code == "queue_timeout"
 
 
 def test_the_wait_in_the_lane_is_measured_by_the_clock_of_the_router_alone(fleet):
