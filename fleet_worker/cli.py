@@ -225,14 +225,15 @@ def undrain(nodes: tuple[str, ...]) -> None:
 @_TIMEOUT
 def chat(model: str, prompt: str, system: str | None, stream: bool, **options: Any) -> None:
     """Send PROMPT to MODEL and print the answer. `-` reads the prompt from standard input."""
+    from fleet_worker.ops.terminal import standard_input
     from fleet_worker.router.router import Router
 
-    if not (text := _standard_input() if prompt == "-" else prompt).strip():
+    if not (text := standard_input() if prompt == "-" else prompt).strip():
         raise InvalidRequest("the prompt is empty")
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": text})
     given = {name: value for name, value in options.items() if value is not None}
-    with Router(_settings()) as router:
+    with Router(_settings(), patient=False) as router:
         if stream:
             with router.stream_chat(model, messages, **given) as deltas:
                 _print_stream(deltas)
@@ -261,10 +262,11 @@ def _print_stream(deltas: Iterable[Delta]) -> None:
 @_TIMEOUT
 def embed(model: str, texts: tuple[str, ...], timeout: float | None) -> None:
     """Embed TEXTS with MODEL: one line of JSON for each. `-` reads one text from each line of standard input."""
+    from fleet_worker.ops.terminal import lines, standard_input
     from fleet_worker.router.router import Router
 
-    inputs = _lines(_standard_input()) if texts == ("-",) else list(texts)
-    with Router(_settings()) as router:
+    inputs = lines(standard_input()) if texts == ("-",) else list(texts)
+    with Router(_settings(), patient=False) as router:
         vectors = router.embed(model, inputs, timeout=timeout).vectors
     for text, vector in zip(inputs, vectors, strict=True):
         click.echo(json.dumps({"input": text, "embedding": vector}, ensure_ascii=False))
@@ -306,18 +308,6 @@ def status(as_json: bool, every: float | None) -> None:
     from fleet_worker.ops.status import show
 
     show(_settings(), as_json=as_json, every=every)
-
-
-def _standard_input() -> str:
-    try:
-        return sys.stdin.buffer.read().decode()
-    except UnicodeDecodeError:
-        raise InvalidRequest("standard input is not UTF-8 text") from None
-
-
-def _lines(text: str) -> list[str]:
-    """Split at line ends only: `str.splitlines` also splits at U+2028 and others, which belong to a text."""
-    return [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")]
 
 
 def main() -> None:

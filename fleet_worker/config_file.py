@@ -14,11 +14,14 @@ from fleet_worker.errors import ConfigurationError
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
 
+MOST_BYTES = 1_000_000
+"""Bytes of the file; a larger one is no configuration."""
+
 
 def config_path() -> Path | None:
     """Return the path that FLEET_CONFIG names; None if it is not set."""
     name = os.environ.get("FLEET_CONFIG")
-    return Path(name).expanduser() if name else None
+    return Path(os.path.expanduser(name)) if name else None
 
 
 def read() -> dict[str, Any]:
@@ -27,10 +30,14 @@ def read() -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        return tomllib.loads(path.read_text("utf-8"))
+        with path.open("rb") as file:
+            text = file.read(MOST_BYTES + 1)
+        if len(text) > MOST_BYTES:
+            raise ConfigurationError(f"FLEET_CONFIG names {path}, which is larger than {MOST_BYTES:,} bytes")
+        return tomllib.loads(text.decode("utf-8-sig"))  # some editors of Windows begin a file with U+FEFF
     except OSError as error:
         raise ConfigurationError(f"FLEET_CONFIG names {path}, which cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigurationError(f"FLEET_CONFIG names {path}, which is not valid TOML: {error}") from None
 
 
@@ -60,5 +67,6 @@ def _unknown_key(place: tuple[int | str, ...], settings: type[BaseModel], value:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return the end of an error text that names the known name most like `name`; empty if none is like it."""
-    found = difflib.get_close_matches(name, list(known), n=1)
+    names = list(known)
+    found = [each for each in names if each.startswith(f"{name}_")] or difflib.get_close_matches(name, names, n=1)
     return f", the nearest that exists is {found[0]}" if found else ""

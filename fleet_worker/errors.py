@@ -5,7 +5,9 @@ FleetError
 ├── BrokerUnavailable           the broker cannot be reached
 ├── InvalidRequest              the request cannot work on any node
 │   ├── ContextLengthExceeded
-│   └── UnsupportedCapability
+│   ├── UnsupportedCapability
+│   └── UnsupportedParameter
+├── InvalidOutput               the model's answer is not the JSON that was asked for
 ├── ModelNotServed              this instance does not serve that model
 ├── ModelUnavailable            no instance of the fleet offers that model
 ├── PolicyError                 not allowed here
@@ -47,6 +49,7 @@ __all__ = [
     "FleetError",
     "FleetSaturated",
     "InstanceUnavailable",
+    "InvalidOutput",
     "InvalidRequest",
     "MalformedOutput",
     "ModelNotServed",
@@ -63,6 +66,7 @@ __all__ = [
     "StreamInterrupted",
     "Unauthorized",
     "UnsupportedCapability",
+    "UnsupportedParameter",
 ]
 
 
@@ -87,6 +91,12 @@ class FleetError(Exception):
     @property
     def message(self) -> str:
         return str(self.args[0])
+
+    @property
+    def param(self) -> str | None:
+        """The field of the request that is refused, as in `messages.0.content`; None if it is not one field."""
+        param = self.metadata.get("param")
+        return param if isinstance(param, str) else None
 
     @classmethod
     def rebuild(cls, code: str, message: str, *, retryable: bool, metadata: dict[str, Any]) -> FleetError:
@@ -115,6 +125,14 @@ class ContextLengthExceeded(InvalidRequest):
 
 class UnsupportedCapability(InvalidRequest):
     """The model or the instance cannot do what was asked."""
+
+
+class UnsupportedParameter(InvalidRequest):
+    """The MLX server cannot do what a parameter asks for; `metadata["param"]` is its name."""
+
+
+class InvalidOutput(FleetError):
+    """The model's answer is not the JSON that `response_format` asks for."""
 
 
 class ModelNotServed(FleetError):

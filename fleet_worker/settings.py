@@ -8,24 +8,15 @@ The text under a field is its description (`RouterSettings.model_fields["timeout
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import platformdirs
-from pydantic import (
-    AfterValidator,
-    AliasChoices,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    SecretStr,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -35,150 +26,30 @@ from pydantic_settings import (
 )
 
 from fleet_worker import config_file, urls
+from fleet_worker.certificates import OF_BROKER, TLS, check_content
 from fleet_worker.errors import ConfigurationError
+from fleet_worker.instance_settings import Capability, Features, Group, Instance, Model, PemFile, Server, ServerTimeouts
+
+__all__ = [
+    "REGISTRY",
+    "Capability",
+    "Features",
+    "Instance",
+    "Model",
+    "RegistrySettings",
+    "RouterSettings",
+    "Server",
+    "ServerTimeouts",
+    "Settings",
+    "WorkerSettings",
+    "as_host",
+]
 
 REGISTRY = "registry"
 """The name of the registry node of every host, as in `registry@mini-7`; no instance may have it."""
 
-Capability = Literal["chat", "stream_chat", "embed"]
-Server = Literal["auto", "mlx_lm", "vllm_mlx", "mlx_openai", "omni", "openai"]
-Features = Annotated[
-    dict[str, bool], BeforeValidator(lambda value: dict.fromkeys(value, True) if isinstance(value, list) else value)
-]
-"""`{tools = true, vision = false}`, or a list of those that are there."""
 
-
-class _Group(BaseModel):
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        hide_input_in_errors=True,
-        populate_by_name=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-    )
-
-
-class Model(_Group):
-    """One model that an instance serves, under the public name that callers ask for."""
-
-    backend: str | None = None
-    """The only string that is ever sent to this server as `model`. Without it, the public name."""
-    context_window: int | None = Field(None, gt=0)
-    """Tokens of a prompt and its answer together. Published in the registry; the server enforces it."""
-    max_output_tokens: int = Field(4096, gt=0)
-    """Tokens: the `max_tokens` of a request that names none. Servers default to anything from 512 to 1,000,000."""
-    temperature: float = Field(0.7, ge=0, le=2)
-    """The `temperature` of a request that names none, without a unit. Servers default to anything from 0.0 to 1.0."""
-    dimensions: int | None = Field(None, gt=0)
-    """Numbers in an embedding, checked in every reply. A model that has it is an embedding model, whatever its name."""
-    starts_in_reasoning: bool = False
-    """True if the chat template itself opens `<think>`, so that the output begins with reasoning."""
-    chat_template: str | None = Field(None, min_length=1)
-    """What mlx_lm.server was started with (a folder, or a name in the local Hugging Face cache), or a Jinja file.
-
-    A server needs it to continue an answer that another server began. It is found without this setting if `backend`
-    names the same, or if the server reports a folder.
-    """
-    features: Features = {}
-    """Features of this model, as in `{ tools = true, vision = false }`. They replace what its name suggests."""
-
-
-class InstanceLimits(_Group):
-    """`limits` of an instance."""
-
-    concurrency: int = Field(1, ge=1, le=256)
-    """Slots: the number of requests that this instance runs at the same time."""
-    embed_batch: int = Field(64, ge=1)
-    """Number of texts in one embedding request to the server. A larger one is split."""
-
-
-class AllowedUse(_Group):
-    """`usage` of an instance."""
-
-    inference: bool = True
-    """Allow `chat` and `stream_chat`."""
-    embedding: bool = True
-    """Allow `embed`."""
-    image: bool = False
-    """Reserved for image generation: nothing reads it yet."""
-
-
-class OptIn(_Group):
-    """`fleet` of an instance. An instance is served only if both switches are on."""
-
-    enabled: bool = False
-    """The instance is part of the fleet."""
-    respond_to_requests: bool = False
-    """The instance takes requests."""
-    capabilities: tuple[Capability, ...] = ("chat", "stream_chat", "embed")
-    """What it takes requests for, as far as `usage` allows."""
-
-
-class ServerTimeouts(_Group):
-    """`clocks` of an instance: three timeouts for one request, because each detects another fault."""
-
-    connect: float = Field(5.0, gt=0)
-    """Seconds for connecting to the server."""
-    first_content: float = Field(240.0, gt=0)
-    """Seconds until the first token: queueing and prefill. A long prompt on a cold cache takes minutes."""
-    gap: float = Field(60.0, gt=0)
-    """Seconds between two events after the first token. Must be longer than the prefill of a concurrent request."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> ServerTimeouts:
-        if self.gap > self.first_content:
-            raise ValueError("clocks.gap must not exceed clocks.first_content")
-        return self
-
-
-class Instance(_Group):
-    """One MLX server."""
-
-    base_url: Annotated[str, AfterValidator(urls.server_url)] | None = Field(
-        None, validation_alias=AliasChoices("base_url", "api_base", "endpoint", "mlx_api_base")
-    )
-    """URL of the server. Without it, ports 8000 and 8080 of this host are tried."""
-    api_key: SecretStr | None = Field(None, validation_alias=AliasChoices("api_key", "mlx_api_key"))
-    """Bearer token for the server. Better set by a variable, as in FLEET_INSTANCES__LOCAL__API_KEY."""
-    server: Server = "auto"
-    """The software of the server; `auto` asks it."""
-    usage: AllowedUse = AllowedUse()
-    """What the instance may be used for."""
-    limits: InstanceLimits = InstanceLimits()
-    """How much it does at the same time."""
-    fleet: OptIn = OptIn()
-    """Whether it is served, and with what capabilities."""
-    clocks: ServerTimeouts = ServerTimeouts()
-    """Timeouts of its requests, in seconds."""
-    models: dict[str, Model] = {}
-    """Its models by public name. Without any, those that the server reports and the two lists below allow."""
-    model_whitelist: tuple[str, ...] = ()
-    """If not empty, a reported model must contain one of these texts in its name, in any case."""
-    model_blacklist: tuple[str, ...] = ()
-    """A reported model must contain none of these texts in its name, in any case."""
-    features: Features = {}
-    """Features of all its models that do not set their own."""
-
-    @property
-    def opted_in(self) -> bool:
-        return self.fleet.enabled and self.fleet.respond_to_requests
-
-    @property
-    def capabilities(self) -> tuple[Capability, ...]:
-        """The capabilities that its lanes may have: those it opted in for, as far as `usage` allows them."""
-        allowed = {"chat": self.usage.inference, "stream_chat": self.usage.inference, "embed": self.usage.embedding}
-        return tuple(capability for capability in self.fleet.capabilities if allowed[capability])
-
-    def allows(self, model: str) -> bool:
-        """Tell whether the whitelist and the blacklist (substrings, in any case) allow this model to be served."""
-        name = model.lower()
-        if self.model_whitelist and not any(part.lower() in name for part in self.model_whitelist):
-            return False
-        return not any(part.lower() in name for part in self.model_blacklist)
-
-
-class RouterSettings(_Group):
+class RouterSettings(Group):
     """`router`."""
 
     timeout: float = Field(300.0, gt=0)
@@ -211,7 +82,7 @@ class RouterSettings(_Group):
         return self
 
 
-class WorkerSettings(_Group):
+class WorkerSettings(Group):
     """`worker`: the inference nodes of a host."""
 
     start_timeout: float = Field(60.0, gt=0)
@@ -243,7 +114,7 @@ class WorkerSettings(_Group):
         return self.drain_grace + 15.0
 
 
-class RegistrySettings(_Group):
+class RegistrySettings(Group):
     """`registry`: the registry node of a host."""
 
     readiness_interval: float = Field(15.0, gt=0)
@@ -254,16 +125,22 @@ class RegistrySettings(_Group):
     """Port of 127.0.0.1 for Prometheus metrics. Without it there are none."""
 
 
-class Settings(_Group, BaseSettings):
+class Settings(Group, BaseSettings):
     """All settings of a process. Raises `ConfigurationError`, which never shows a value, if one is wrong."""
 
     model_config = SettingsConfigDict(env_prefix="FLEET_", env_nested_delimiter="__")
 
     broker_url: Annotated[str, AfterValidator(urls.broker_url)] = Field("redis://127.0.0.1:6379/0", repr=False)
-    """URL of the broker. Valkey, Redis: `redis[s]://` or `valkey[s]://`. RabbitMQ: `amqp[s]://`."""
+    """URL of the broker. Valkey, Redis: `redis[s]://` or `valkey[s]://`. RabbitMQ: `amqp[s]://`. With `s`: TLS."""
+    broker_ca: PemFile | None = None
+    """PEM file of the CA that issued the broker's certificate. Without it, the CAs count that this system trusts."""
+    broker_cert: PemFile | None = None
+    """PEM file of a client certificate, if the broker asks for one."""
+    broker_key: PemFile | None = None
+    """PEM file of the private key of `broker_cert`, not encrypted."""
     host: str = Field(default_factory=lambda: as_host(socket.gethostname().split(".")[0]))
     """Name of this host in node names and file names: letters, digits, `-`, `.`, `_`. Default: its host name."""
-    state_dir: Annotated[Path, AfterValidator(Path.expanduser)] = Field(
+    state_dir: Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))] = Field(
         default_factory=lambda: platformdirs.user_state_path("fleet-worker")
     )
     """Folder for lock files and sockets, the same for all processes of a host. Default: the user's state folder."""
@@ -294,6 +171,23 @@ class Settings(_Group, BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         file = InitSettingsSource(settings_cls, config_file.read())
         return sources["init_settings"], sources["env_settings"], file
+
+    @property
+    def broker_tls(self) -> TLS | None:
+        """How the broker is authenticated; None without TLS."""
+        if not urls.uses_tls(self.broker_url):
+            return None
+        return TLS(self.broker_ca, self.broker_cert, self.broker_key, **urls.tls_switches(self.broker_url))
+
+    @model_validator(mode="after")
+    def _usable_certificates(self) -> Settings:
+        files = [name for name in ("broker_ca", "broker_cert", "broker_key") if getattr(self, name)]
+        if tls := self.broker_tls:
+            check_content(tls, OF_BROKER)
+        elif files:
+            scheme = urls.secure(urlsplit(self.broker_url).scheme)
+            raise ValueError(f"{files[0]} is set, but broker_url uses no TLS: begin it with {scheme}://")
+        return self
 
     @field_validator("host")
     @classmethod

@@ -9,15 +9,19 @@ import signal
 import subprocess
 import tempfile
 import time
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
+from urllib.parse import urlsplit
 
 import pytest
 import redis
 
 from fleet_worker.host.child_process import ChildProcess, child, free_port
 from fleet_worker.testing import VALKEY_READY, valkey_command
+from tests.tls import Certificates, Pair, Proxy
 
 RABBITMQ = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")  # the script of Debian's package that does not change user
 
@@ -27,6 +31,21 @@ def missing(what: str) -> None:
     if os.environ.get("CI"):
         pytest.fail(what)
     pytest.skip(what)
+
+
+@dataclass(frozen=True)
+class Secured:
+    """What asks clients for a certificate, and shows them one for localhost, or the one that `show` is called with."""
+
+    url: str
+    certificates: Certificates
+    show: Callable[[Pair], None]
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Settings with which a client is accepted, and accepts it."""
+        cert, key = self.certificates.client
+        return {"broker_ca": str(self.certificates.ca), "broker_cert": str(cert), "broker_key": str(key)}
 
 
 class Valkey:
@@ -86,6 +105,13 @@ class Valkey:
             lasting = [key for key in client.scan_iter() if client.ttl(key) == -1]
             return {key.decode(): sizes.get(client.type(key), client.strlen)(key) for key in lasting}
 
+    @contextmanager
+    def secured(self) -> Iterator[Secured]:
+        with tempfile.TemporaryDirectory(prefix="fleet-tls-") as folder:
+            certificates = Certificates(Path(folder))
+            with Proxy(certificates, urlsplit(self.url).port, asks=True) as proxy:
+                yield Secured(f"rediss://localhost:{proxy.port}/0", certificates, proxy.show)
+
     def signal(self, number: signal.Signals) -> None:
         self._server.signal(number)
 
@@ -110,9 +136,12 @@ class RabbitMQ:
         self._chroot = ["chroot", str(root)] if root else []
         parent = root / "tmp" if root else None
         folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="fleet-rabbitmq-", dir=parent)))
-        (folder / "rabbitmq.conf").write_text(config, "utf-8")
         self._home = f"/{folder.relative_to(root)}" if root else str(folder)
-        self._port, dist_port, epmd_port = free_port(), free_port(), free_port()
+        self._port, self._tls_port, dist_port, epmd_port = free_port(), free_port(), free_port(), free_port()
+        self._certificates = Certificates(folder)
+        self._shown = Pair(folder / "shown.cert.pem", folder / "shown.key.pem")
+        self._show(self._certificates.server)
+        (folder / "rabbitmq.conf").write_text(f"{config}\n{self._tls_configuration()}", "utf-8")
         self.url = f"amqp://guest:guest@127.0.0.1:{self._port}//"
         self._env = {
             "HOME": self._home,
@@ -129,6 +158,27 @@ class RabbitMQ:
             "ERL_EPMD_ADDRESS": "127.0.0.1",
             "ERL_EPMD_PORT": str(epmd_port),
         }
+
+    def _tls_configuration(self) -> str:
+        """Only a client with a certificate is accepted."""
+        files = {"cacertfile": self._certificates.ca, "certfile": self._shown.cert, "keyfile": self._shown.key}
+        options = {name: f"{self._home}/{file.name}" for name, file in files.items()}
+        options |= {"verify": "verify_peer", "fail_if_no_peer_cert": "true"}
+        lines = [f"ssl_options.{name} = {value}" for name, value in options.items()]
+        return "\n".join([f"listeners.ssl.1 = 127.0.0.1:{self._tls_port}", *lines])
+
+    def _show(self, pair: Pair) -> None:
+        for source, target in zip(pair, self._shown, strict=True):
+            target.write_bytes(source.read_bytes())
+
+    @contextmanager
+    def secured(self) -> Iterator[Secured]:
+        def show(pair: Pair) -> None:
+            self._show(pair)
+            self.control("eval", "ssl:clear_pem_cache().")
+
+        yield Secured(f"amqps://guest:guest@localhost:{self._tls_port}//", self._certificates, show)
+        show(self._certificates.server)
 
     def __enter__(self) -> Self:
         epmd = [*self._chroot, "/usr/bin/epmd"] if self._chroot else [shutil.which("epmd") or "epmd"]

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import ssl
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,8 @@ KINDS = {
     "vllm_batched": "vllm_mlx",
     "mlx_openai": "mlx_openai",
     "omni": "omni",
+    "rapid_mlx": "rapid_mlx",
+    "mlx_vlm": "mlx_vlm",
     "openai": "openai",
 }
 """What `server` of an instance is for each flavour of the simulator."""
@@ -37,6 +40,8 @@ class Client(MLXClient):
     """A client with one offering, and a deadline far away unless a test says when."""
 
     def __init__(self, base_url, *, server="mlx_lm", model=None, transport=None, **instance):
+        if "ca" in instance:  # of an https:// server only
+            instance["base_url"] = base_url
         settings = Instance(models={"m": Model(**{"backend": "sim-chat", **(model or {})})}, **instance)
         super().__init__(settings, base_url, server=server, transport=transport)
         self.offering = offerings_of(settings, {}, ())["m"]
@@ -96,10 +101,11 @@ def answering(answer, tls=None):
             with suppress(OSError):  # the listener ends
                 while True:
                     connection = opened.enter_context(listener.accept()[0])
-                    if tls:
-                        connection = opened.enter_context(tls.wrap_socket(connection, server_side=True))
-                    connection.recv(65536)
-                    connection.sendall(answer.encode())
+                    with suppress(ssl.SSLError):  # a client that does not trust this server
+                        if tls:
+                            connection = opened.enter_context(tls.wrap_socket(connection, server_side=True))
+                        connection.recv(65536)
+                        connection.sendall(answer.encode())
 
         thread = threading.Thread(target=serve)
         thread.start()

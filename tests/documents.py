@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import AliasChoices, BaseModel
 from pydantic.fields import FieldInfo
 
+from fleet_worker.mlx.parameters import KINDS, TABLE
 from fleet_worker.settings import Instance, Model, Settings
 
 ROOT = Path(__file__).parents[1]
@@ -105,8 +106,14 @@ def settings_tables() -> dict[str, str]:
     return tables
 
 
-def _table(rows: Iterator[list[str]]) -> str:
-    head = ["setting", "default", "allowed", "meaning"]
+def parameters_table() -> str:
+    """What each kind of server does with each parameter of a chat."""
+    names = {row: re.sub(r"^([^:]+):?", r"`\1`", row) for row in TABLE}
+    rows = ([names[row], *cells] for row, cells in TABLE.items())
+    return _table(rows, ["parameter", *(f"`{kind}`" for kind in KINDS)])
+
+
+def _table(rows: Iterable[list[str]], head: Sequence[str] = ("setting", "default", "allowed", "meaning")) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 
@@ -157,3 +164,4 @@ def _allowed(field: FieldInfo) -> str:
 if __name__ == "__main__":
     for heading, rows in settings_tables().items():
         print(f"## {heading}\n\n{rows}\n")
+    print(f"## Parameters of a chat\n\n{parameters_table()}\n")

@@ -85,12 +85,14 @@ def composed_options() -> list[str]:
 
 
 @contextmanager
-def running_flower(broker_url: str) -> Iterator[Flower]:
-    """Flower as in docker/compose.yaml, for this machine only; its configuration is that of a router: no instance."""
+def running_flower(broker_url: str, **settings: str) -> Iterator[Flower]:
+    """Flower as in docker/compose.yaml, for this machine only; its configuration is that of a router: no instance.
+    `settings` are variables for it."""
     environment = {
         "FLEET_CONFIG": str(ROOT / "config" / "router.toml"),
         "FLEET_BROKER_URL": broker_url,
         "FLOWER_BASIC_AUTH": ":".join(AUTH),
+        **settings,
     }
     here = ["--address=127.0.0.1", "--port=0"]  # the last one counts
     command = python("-m", "celery", "-A", "fleet_worker", "flower", *composed_options(), *here)

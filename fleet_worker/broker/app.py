@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import kombu
@@ -18,13 +19,15 @@ from celery.app.events import Events
 from celery.events.dispatcher import EventDispatcher
 from kombu.clocks import LamportClock
 from kombu.pidbox import Mailbox
-from kombu.transport import redis
+from kombu.transport import pyamqp, redis
 from kombu.utils.collections import HashedSeq
 
-from fleet_worker.broker.connection import ANSWER_WITHIN, HEARTBEAT
-from fleet_worker.broker.redis_transport import SharedSocket, Transport
+from fleet_worker.broker import amqp_transport, redis_transport, tls
+from fleet_worker.broker.connection import ANSWER_WITHIN, HEARTBEAT, place_of
+from fleet_worker.broker.door import SPARE_BYTES, Door
 from fleet_worker.broker.topology import CONTROL_EXCHANGE, EVENT_EXCHANGE, transport_of
 from fleet_worker.settings import Settings
+from fleet_worker.urls import without_parameters
 
 RECONNECT_EVERY = 2.0
 """Seconds between two tries to reach a broker that is away."""
@@ -33,17 +36,28 @@ MOST_EVENTS = 10_000
 then use one connection at a time, and the node hangs."""
 
 
+_TRANSPORTS = {
+    redis.Transport: redis_transport.Transport,
+    pyamqp.Transport: amqp_transport.Transport,
+    pyamqp.SSLTransport: amqp_transport.SSLTransport,
+}
+"""Our subclasses of kombu's transports. Tests use its in-memory transport, too."""
+
+
 class Connection(kombu.Connection):  # type: ignore[misc]
-    shared_socket: SharedSocket | None = None
+    door: Door
+    """Of its application."""
+    shared_socket: redis_transport.SharedSocket | None = None
     """Redis: where the short commands are sent. With None, each channel opens a socket."""
 
     def get_transport_cls(self) -> Any:
         kombu_transport = super().get_transport_cls()
-        return Transport if kombu_transport is redis.Transport else kombu_transport
+        return _TRANSPORTS.get(kombu_transport, kombu_transport)
 
     def __eqhash__(self) -> HashedSeq:
-        """Be equal to no connection of another application: kombu has one pool for all that are equal."""
-        return HashedSeq(type(self), *super().__eqhash__())
+        """Be equal to no connection of another application, or with other certificates: kombu has one pool for all that
+        are equal."""
+        return HashedSeq(type(self), repr(self.ssl), *super().__eqhash__())
 
     def ensure_connection(self, *args: Any, **options: Any) -> Any:
         """Connect as kombu does, with a limit to its pauses. Celery has no setting for them: a worker whose broker is
@@ -52,19 +66,13 @@ class Connection(kombu.Connection):  # type: ignore[misc]
 
 
 class _AMQP(AMQP):  # type: ignore[misc]
-    Connection = BrokerConnection = Connection
+    """Makes connections of a class that belongs to this application: they come through its door, and may share a socket
+    for their short commands."""
 
-
-class _NodeAMQP(_AMQP):
-    """All connections of this application share one socket for their short commands."""
-
-    def __init__(self, app: Celery) -> None:
+    def __init__(self, door: Door, shared_socket: redis_transport.SharedSocket | None, app: Celery) -> None:
         super().__init__(app)
-
-        class Sharing(Connection):
-            shared_socket = SharedSocket()
-
-        self.Connection = self.BrokerConnection = Sharing
+        shared = {"door": door, "shared_socket": shared_socket}
+        self.Connection = self.BrokerConnection = type("Connection", (Connection,), shared)
 
 
 class _Clock(LamportClock):  # type: ignore[misc]
@@ -119,10 +127,14 @@ class _Events(Events):  # type: ignore[misc]
 
 def create_app(settings: Settings, *, is_node: bool = False) -> Celery:
     """Return a Celery application for a router or a node; it connects to nothing yet."""
-    amqp = _NodeAMQP if is_node else _AMQP
+    if settings.broker_tls and not settings.broker_tls.authenticates:
+        tls.warn_once(place_of(settings.broker_url))
+    shared_socket = redis_transport.SharedSocket() if is_node else None
+    amqp = partial(_AMQP, Door(settings.max_body_bytes + SPARE_BYTES), shared_socket)
     app = Celery("fleet_worker", set_as_current=False, amqp=amqp, control=_Control, events=_Events)
     app.conf.update(
-        broker_url=settings.broker_url,
+        broker_url=without_parameters(settings.broker_url),
+        broker_use_ssl=tls.ssl_options(settings) or False,
         broker_transport_options=transport_options(settings),
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
@@ -157,6 +169,12 @@ def create_app(settings: Settings, *, is_node: bool = False) -> Celery:
         timezone="UTC",
     )
     return app
+
+
+def door_of(app: Celery) -> Door:
+    """Return the door of an application that `create_app` returned."""
+    door: Door = app.amqp.Connection.door
+    return door
 
 
 def transport_options(settings: Settings) -> dict[str, Any]:

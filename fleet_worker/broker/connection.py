@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import re
 import socket
-import ssl
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from fleet_worker.certificates import OF_BROKER, chain, explain, is_lasting
 from fleet_worker.errors import BrokerUnavailable
 
 ANSWER_WITHIN = 5.0
@@ -62,7 +62,6 @@ _CAUSES: tuple[tuple[type[BaseException], str, str], ...] = (
     (ResponseError, "refuses what a node asks of it", "give the user its rights, and check the end of broker_url"),
     (ConnectionRefusedError, "does not run: nothing listens there", "start it, or correct broker_url"),
     (socket.gaierror, "is on a host that cannot be found", "correct broker_url, or the DNS of this host"),
-    (ssl.SSLError, "and this host do not agree on TLS", "check its certificate, and the scheme of broker_url"),
     (
         TimeoutError,
         "does not answer in time",
@@ -104,8 +103,15 @@ def is_away(error: BaseException) -> bool:
 
 
 def refuses(error: BaseException) -> bool:
-    """Tell whether the broker rejects this user. Nothing will succeed before somebody corrects that."""
-    return isinstance(_cause(error), _REFUSED)
+    """Tell whether the broker rejects this user, or TLS fails. Nothing will succeed before somebody corrects that."""
+    return isinstance(_cause(error), _REFUSED) or is_lasting(error)
+
+
+def outage(error: BaseException) -> str:
+    """Return why a connection failed, for a log: "is away (ConnectionResetError)", or what somebody has to correct."""
+    if not is_away(error) and (known := _found(error)):
+        return f"{known[0]}: {known[1]}"
+    return f"is away ({type(_cause(error)).__name__})"
 
 
 def place_of(broker_url: str) -> str:
@@ -126,20 +132,21 @@ def unavailable(
     known = None if isinstance(cause, str) else _found(cause)
     if not known and (retryable or isinstance(cause, str)):
         return BrokerUnavailable(f"the broker at {place} {said} ({kind})", retryable=retryable)
-    found, advice = known or (f"{said} ({kind})", "look at its log, and check broker_url")
+    found, advice = known or (
+        f"{said} ({kind})",
+        "look at its log, and check broker_url; with TLS it begins with rediss or amqps",
+    )
     if retryable:
         found = f"{found} (it {said})"
     return BrokerUnavailable(f"the broker at {place} {found}", retryable=retryable, advice=advice)
 
 
 def _found(error: BaseException) -> tuple[str, str] | None:
-    """Return what is wrong, and what to do. kombu and redis raise their own errors from the original one."""
-    chain: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None:
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    said = ((found, advice) for kind, found, advice in _CAUSES if any(isinstance(each, kind) for each in chain))
+    """Return what is wrong, and what to do."""
+    if tls := explain(error, OF_BROKER):
+        return tls
+    causes = tuple(chain(error))
+    said = ((found, advice) for kind, found, advice in _CAUSES if any(isinstance(each, kind) for each in causes))
     return next(said, None)
 
 

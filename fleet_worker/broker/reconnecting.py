@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from kombu import Connection
 
-from fleet_worker.broker.connection import BACK_OFF, HEARTBEAT, hang_up
+from fleet_worker.broker.connection import BACK_OFF, HEARTBEAT, hang_up, outage
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +65,6 @@ class ReconnectingThread:
                 hang_up(connection)
                 self._failed(error)
                 if self.worked.is_set() and not self._failures and not self.closed.is_set():
-                    log.warning("%s: the broker is away (%s)", self._name, type(error).__name__)
+                    log.warning("%s: the broker %s", self._name, outage(error))
                 self.closed.wait(BACK_OFF[min(self._failures, len(BACK_OFF) - 1)])
                 self._failures += 1

@@ -6,15 +6,25 @@ names of kombu that are used here are checked by tests/unit/broker/test_private_
 
 from __future__ import annotations
 
+import base64
+import json
 import threading
+from itertools import count
+from queue import Empty
 from typing import Any
 
 from kombu.transport import redis, virtual
-from kombu.utils.json import dumps
 from redis import BlockingConnectionPool, ConnectionPool
+
+from fleet_worker.broker import tls
+from fleet_worker.broker.bounded_socket import Bounded, BoundedConnection
+from fleet_worker.broker.door import MOST_FANOUT_BYTES, Door, OpenedMessage, Refused, wrapped_bytes
 
 SOCKET_FREE_WITHIN = 5.0
 """Seconds that a thread waits for the shared socket; another waits that long for an answer of a frozen broker."""
+
+
+_OUR_CONTENT: dict[str, Any] = {"content-type": "application/json", "content-encoding": "utf-8"}
 
 
 class SharedSocket:
@@ -50,9 +60,21 @@ class QoS(virtual.QoS):  # type: ignore[misc]
         self._on_collect.cancel()
 
 
+class _SSLConnection(Bounded, tls.RedisConnection):
+    pass
+
+
+class Message(OpenedMessage, virtual.Message):  # type: ignore[misc]
+    pass
+
+
 class Channel(redis.Channel):  # type: ignore[misc]
     do_restore = False
+    Message = Message
+    connection_class = BoundedConnection
+    connection_class_ssl = _SSLConnection
     _shares_socket = False
+    _tags = count(1)
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -71,6 +93,10 @@ class Channel(redis.Channel):  # type: ignore[misc]
             self._pool = None  # another channel may be waiting for an answer on it
         super()._disconnect_pools()
 
+    def _connparams(self, asynchronous: bool = False) -> dict[str, Any]:
+        most_bytes = wrapped_bytes(self.connection.client.door.most_bytes)
+        return {**super()._connparams(asynchronous), "most_bytes": most_bytes}
+
     def _create_client(self, asynchronous: bool = False) -> Any:
         """Return one client for each pool: a new one for every publish costs 0.1 of its 0.24 ms."""
         pool = self.async_pool if asynchronous else self.pool
@@ -78,23 +104,80 @@ class Channel(redis.Channel):  # type: ignore[misc]
             pool.fleet_client = super()._create_client(asynchronous)
         return pool.fleet_client
 
-    def _handle_message(self, client: Any, response: Any) -> Any:
-        """Drop what anybody publishes on the channel by which a router shows its presence. kombu uses patterns only,
-        whose messages are called `pmessage`."""
-        message = super()._handle_message(client, response)
-        return {**message, "type": "dropped"} if message["type"] == b"message" else message
+    # Messages come in
+
+    def _brpop_read(self, **options: Any) -> bool:
+        """Receive an item of a list, as the reply to BRPOP."""
+        try:
+            reply = self.client.parse_response(self.client.connection, "BRPOP", **options)
+        except self.connection_errors:
+            self.client.connection.disconnect()  # or the next BRPOP would be sent on it
+            raise
+        finally:
+            self._in_poll = None
+        if not reply:
+            raise Empty
+        key, opened = reply[0].decode(), self._open(reply[1], self.connection.client.door.most_bytes)
+        del reply  # perhaps of megabytes, while the consumer works
+        queue, _, priority = key.partition(self.sep)
+        self._queue_cycle.rotate(queue)
+        self._hand_over(opened, queue, int(priority or 0))
+        return True
+
+    def _receive_one(self, client: Any) -> bool | None:
+        """Receive a message of a fanout."""
+        try:
+            reply = client.parse_response()
+        except self.connection_errors:
+            self._in_listen = None
+            raise
+        if not isinstance(reply, list | tuple):
+            return None
+        event = self._handle_message(client, reply)
+        if event["type"] != b"pmessage":  # or somebody publishes on the channel by which a router shows its presence
+            return None
+        exchange = event["channel"].decode("utf-8", "replace").partition(".")[2].partition("/")[0]
+        if queue := self._fanout_to_queue.get(exchange):
+            self._hand_over(self._open(event["data"], MOST_FANOUT_BYTES), queue)
+        return True
+
+    def _open(self, item: bytes, most_bytes: int) -> tuple[bytes, dict[str, Any]] | None:
+        """Return body and headers of a message, or None if it was dropped."""
+        door: Door = self.connection.client.door
+        try:
+            return door.unwrap(item, most_bytes)
+        except Refused as refused:
+            door.drop(refused)
+            return None
+
+    def _hand_over(self, opened: tuple[bytes, dict[str, Any]] | None, queue: str, priority: int = 0) -> None:
+        """Give a message to the consumer of its queue, with properties that follow from how it came here.
+
+        Those of its sender could give it to another queue, or let it be taken for another one.
+        """
+        if opened is None:
+            return
+        tag, came_by = next(self._tags), {"exchange": "", "routing_key": queue}
+        message = {"body": opened[0], "headers": opened[1], **_OUR_CONTENT}
+        message["properties"] = {"delivery_tag": tag, "priority": priority, "delivery_info": came_by}
+        try:
+            self.connection._deliver(message, queue)
+        except Refused as refused:
+            self.qos.ack(tag)
+            self.connection.client.door.drop(refused)
 
     def _restore_at_beginning(self, message: Any) -> None:
         """Give a message back to the front of its queue. kombu puts it behind all that has come since."""
-        sent, info = message.serializable(), message.delivery_info
-        sent["redelivered"] = True
-        for queue in self._lookup(info["exchange"], info["routing_key"]):
-            key = self._q_for_pri(queue, self._get_message_priority(sent, reverse=False))
-            with self.conn_or_acquire() as client, client.pipeline() as pipe:
-                pipe.rpush(key, dumps(sent))
-                if queue in self._expires:
-                    pipe.pexpire(key, self._expires[queue])
-                pipe.execute()
+        queue, priority = message.delivery_info["routing_key"], message.properties["priority"]
+        properties = {**message.properties, "body_encoding": "base64"}
+        sent = {"body": base64.b64encode(message.body).decode(), "headers": message.headers, **_OUR_CONTENT}
+        sent |= {"properties": properties, "redelivered": True}
+        key = self._q_for_pri(queue, priority)
+        with self.conn_or_acquire() as client, client.pipeline() as pipe:
+            pipe.rpush(key, json.dumps(sent))
+            if queue in self._expires:
+                pipe.pexpire(key, self._expires[queue])
+            pipe.execute()
 
 
 class Transport(redis.Transport):  # type: ignore[misc]

@@ -16,6 +16,8 @@ Transport = Literal["redis", "amqp"]
 
 EXCHANGE = Exchange("llm.fleet", type="topic", durable=True)
 REPLY_PREFIX = "llm.fleet.reply."
+LONGEST_EXPIRY = 999_999
+"""Seconds after which a reply queue is deleted at the latest."""
 CONTROL_EXCHANGE = "llm.fleet.control"
 EVENT_EXCHANGE = "llm.fleet.events"
 """Of Celery's remote control and of its events: Celery's own names are those of every Celery application."""
@@ -86,7 +88,7 @@ def route_to(name: str, transport: Transport) -> dict[str, Any]:
 
 def reply_name(host: str, expires: float) -> str:
     """Return a new name for the reply queue of one router. It ends with the seconds after which the queue expires."""
-    return f"{REPLY_PREFIX}{slug(host)}.{uuid.uuid4().hex[:12]}.{max(1, round(expires))}"
+    return f"{REPLY_PREFIX}{slug(host)}.{uuid.uuid4().hex[:12]}.{min(max(1, round(expires)), LONGEST_EXPIRY)}"
 
 
 def reply_queue(name: str) -> Queue:

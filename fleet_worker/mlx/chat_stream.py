@@ -9,14 +9,22 @@ from typing import Any
 
 import httpx
 
-from fleet_worker.errors import ConnectionFailure, MalformedOutput
-from fleet_worker.mlx.chunks import ChunkReader, EventParser
+from fleet_worker.errors import ConnectionFailure, MalformedOutput, ProviderError
+from fleet_worker.mlx.body import body_of
+from fleet_worker.mlx.chunks import ChunkReader
 from fleet_worker.mlx.error_mapping import HTTPX_EXCEPTIONS, error_of_exception
+from fleet_worker.mlx.events import EventParser
 from fleet_worker.mlx.profiles import ServerProfile, normalised_finish_reason
 from fleet_worker.mlx.reasoning import ReasoningSplitter
 from fleet_worker.mlx.timeouts import RequestTimer
-from fleet_worker.mlx.transport import body_of
 from fleet_worker.protocol.reply import Delta, Usage
+
+_FINISH_SECONDS = 5.0
+"""How long a server may go on after the finish_reason, until [DONE] or the end of the stream."""
+_MOST_TOKENS = 1_000_000
+"""Of one answer; as many as a request may ask for."""
+_MOST_CHARACTERS = 8_000_000
+"""Of one answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +52,19 @@ class ServerStream:
         splitter: ReasoningSplitter | None,
         *,
         max_tokens: int,
+        may_be_empty: bool = False,
     ) -> None:
+        """`may_be_empty`: an answer without any token is a success, since its beginning was delivered before, or a stop
+        string may have ended it."""
         self._response = response
         self._timer = timer
         self._profile = profile
         self._max_tokens = max_tokens
+        self._may_be_empty = may_be_empty
         self._events = EventParser()
         self._chunks = ChunkReader(splitter)
         self._finish_reason = "stop"
+        self._is_finishing = False
         self._first: float | None = None
         self._last = timer.started
 
@@ -59,13 +72,14 @@ class ServerStream:
         """Iterate over the deltas.
 
         Raises:
-            FleetError: the stream was not complete. It needs a known finish_reason, no error, and [DONE] from servers
-                that send it.
+            FleetError: the stream was not complete. It needs a known finish_reason, a token, no error, and [DONE] from
+                servers that send it.
         """
         try:
             yield from self._received()
         except HTTPX_EXCEPTIONS as error:
-            raise error_of_exception(error, self._timer) from None
+            if not self._overran:
+                raise error_of_exception(error, self._timer) from None
         last = [*self._last_event(), *self._chunks.end()]
         self._check_complete()
         if last:
@@ -78,34 +92,57 @@ class ServerStream:
         return self._chunks.tokens
 
     def _received(self) -> Iterator[list[Delta]]:
+        chunks, feed = self._chunks, self._events.feed
         for received in body_of(self._response):
-            events = self._events.feed(received)
-            if deltas := self._chunks.read(events):
+            if deltas := chunks.read(feed(received)):
                 self._content_received()
                 yield deltas
-            if self._chunks.done:
+            if chunks.done or chunks.overruns:
                 return
-            if events:  # comments are no sign of progress
+            if chunks.finish_reason is not None:
+                self._limit_rest()
+            elif chunks.moved:  # comments and other heartbeats are no sign of progress
                 self._timer.restart_gap()
+            if chunks.tokens > _MOST_TOKENS or chunks.characters > _MOST_CHARACTERS:
+                raise MalformedOutput("the MLX server sends an answer that is too large")
+
+    def _limit_rest(self) -> None:
+        if not self._is_finishing:
+            self._is_finishing = True
+            self._timer.check()
+            self._timer.limit_rest(_FINISH_SECONDS)
 
     def _content_received(self) -> None:
         self._last = self._timer.content_received()
         self._first = self._first or self._last
 
     def _last_event(self) -> list[Delta]:
+        events = self._events.end()
+        if self._events.is_whole:
+            self._timer.check()
+            return self._chunks.read_whole(*events)
         with contextlib.suppress(MalformedOutput):  # half an event: the connection broke in the middle of it
-            return self._chunks.read(self._events.end())
+            return self._chunks.read(events)
         return []
 
+    @property
+    def _overran(self) -> bool:
+        """The answer is complete, but its server did not come to an end."""
+        timer, chunks = self._timer, self._chunks
+        was_cut = timer.error is not None and timer.cancel_error is None
+        return chunks.overruns or (chunks.finish_reason is not None and was_cut)
+
     def _check_complete(self) -> None:
-        finish_reason = self._chunks.finish_reason
-        if not self._chunks.done:
+        chunks, overran = self._chunks, self._overran
+        if not chunks.done and not overran:
             self._timer.check()  # where the end of the connection ends a stream, a cut looks like a regular end
-        if not finish_reason or (self._profile.sends_done and not self._chunks.done):
+        if not chunks.finish_reason or (self._profile.sends_done and not chunks.done and not overran):
             raise ConnectionFailure("the MLX server ended the stream before the answer was complete")
         self._finish_reason = normalised_finish_reason(
-            finish_reason, self._profile, tokens=self._chunks.usage.completion_tokens, max_tokens=self._max_tokens
+            chunks.finish_reason, self._profile, tokens=chunks.usage.completion_tokens, max_tokens=self._max_tokens
         )
+        if not (chunks.has_tokens or chunks.usage.completion_tokens or self._may_be_empty):
+            raise ProviderError("the MLX server ended its answer without any token", retryable=True)
 
     def answer(self) -> ChatAnswer:
         """Return how the stream ended, without its text. If it was not read to its end, finish_reason is "stop"."""

@@ -1,64 +1,25 @@
-"""The body of a chat stream: bytes -> server-sent events -> JSON chunks, in all their variants -> deltas."""
+"""The events of a chat stream: JSON chunks, in all their variants -> deltas."""
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from pydantic_core import from_json
 
 from fleet_worker.errors import MalformedOutput
-from fleet_worker.mlx.error_mapping import error_of_event
+from fleet_worker.mlx.error_mapping import error_in, error_of_event
+from fleet_worker.mlx.events import HEARTBEATS
+from fleet_worker.mlx.half_characters import CharacterJoiner, parse_odd_json
 from fleet_worker.mlx.reasoning import ReasoningSplitter
+from fleet_worker.mlx.tool_calls import ToolCalls
 from fleet_worker.protocol.reply import Delta, Usage
 
-MAX_EVENT_BYTES = 8 * 1024 * 1024
-
-
-class EventParser:
-    """Splits a `text/event-stream` into its events, as it arrives.
-
-    Lines end with \\n, \\r\\n or \\r and nothing else: U+2028 and similar, at which `str.splitlines` and httpx's
-    `iter_lines` split too, are ordinary text inside JSON. The parser works on bytes, and line ends are ASCII, so half a
-    character is never decoded.
-    """
-
-    def __init__(self) -> None:
-        self._incomplete_line = b""
-        self._data: list[bytes] = []
-        self._data_size = 0
-
-    def feed(self, received: bytes) -> list[bytes]:
-        """Return the data of each event that is now complete.
-
-        Raises:
-            MalformedOutput: an event is larger than 8 MiB.
-        """
-        buffered = self._incomplete_line + received if self._incomplete_line else received
-        # A final \r may be the first half of \r\n: it waits for the next bytes.
-        end = 1 + max(buffered.rfind(b"\n"), buffered.rfind(b"\r", 0, len(buffered) - 1))
-        self._incomplete_line = buffered[end:]
-        events = self._events(buffered[:end])
-        if len(self._incomplete_line) + self._data_size > MAX_EVENT_BYTES:
-            raise MalformedOutput("the MLX server sent an event that is too large")
-        return events
-
-    def end(self) -> list[bytes]:
-        """Return the last event, if the server closed without the blank line that ends it."""
-        rest, self._incomplete_line = self._incomplete_line, b""
-        return self._events(rest + b"\n\n")
-
-    def _events(self, lines: bytes) -> list[bytes]:
-        events = []
-        for line in lines.splitlines():  # bytes.splitlines splits at \n, \r\n and \r only
-            if line.startswith(b"data:"):
-                self._data.append(line[6:] if line[5:6] == b" " else line[5:])
-                self._data_size += len(line)
-            elif not line and self._data:
-                events.append(self._data[0] if len(self._data) == 1 else b"\n".join(self._data))
-                self._data = []
-                self._data_size = 0
-        return events
+_NO_CHUNK = "the MLX server sent a chunk that is not a chat completion chunk"
+_MOST_TOKENS = 2**31
+_DONE = (b"[DONE]", b'"[DONE]"')
+_NO_CHOICE = object()
+_AFTER_FINISH = 100
+"""Chunks that may follow the one with the finish_reason: a server that sends more does not stop by itself."""
 
 
 class ChunkReader:
@@ -66,16 +27,32 @@ class ChunkReader:
 
     def __init__(self, splitter: ReasoningSplitter | None = None) -> None:
         self.finish_reason: str | None = None
-        """As the server wrote it; None until then."""
+        """As the server wrote it; None until then. Text that follows it is not part of the answer."""
         self.usage = Usage()
         self.done = False
         """[DONE] was received; later events are ignored."""
+        self.overruns = False
+        """The server goes on and on after its finish_reason."""
+        self.moved = False
+        """Something of the answer was in the last events, if only a finish_reason: not only heartbeats."""
         self.tokens = 0
         """Number of chunks whose text, reasoning or tool calls have been returned: servers send a token in each."""
+        self.characters = 0
+        """Number of characters of text and reasoning."""
         self._held_back = 0
         """Chunks whose text the splitter still holds back."""
+        self._after_finish = 0
+        self._choice: Any = None
+        """The `index` of the choice that is read: of none after its finish_reason."""
+        self._by_message = False
+        """The server sends whole messages, or text, in the place of deltas."""
         self._splitter = splitter
-        self._tool_calls = _ToolCallIndexes()
+        self._characters = CharacterJoiner()
+        self._tool_calls = ToolCalls()
+
+    @property
+    def has_tokens(self) -> bool:
+        return self.tokens + self._held_back > 0
 
     def read(self, events: list[bytes]) -> list[Delta]:
         """Return the deltas of these events.
@@ -84,47 +61,131 @@ class ChunkReader:
             FleetError: an event is an error, or is not a chat completion chunk.
         """
         deltas: list[Delta] = []
+        self.moved = False
         for event in () if self.done else events:
-            if event == b"[DONE]":
+            if event in _DONE:
                 self.done = True
                 break
             if delta := self._read_chunk(event):
                 deltas.append(delta)
+            elif self.done:
+                break
         return deltas
 
+    def read_whole(self, body: bytes) -> list[Delta]:
+        """Return the delta of an answer that came in one piece instead of a stream.
+
+        Raises:
+            FleetError: it is an error, or no chat completion.
+        """
+        if body.startswith(b"<"):
+            text = "the MLX server answered with a web page instead of a completion: check base_url of this instance"
+            raise MalformedOutput(text, retryable=True)
+        try:
+            parse_odd_json(body)
+        except (ValueError, RecursionError):  # half of it: the connection broke in the middle
+            return []
+        delta = self._read_chunk(body)
+        if not self.moved:
+            raise MalformedOutput(_NO_CHUNK)
+        self.finish_reason = self.finish_reason or "stop"
+        self.done = True
+        return [delta] if delta else []
+
     def end(self) -> list[Delta]:
-        """Return the text that was held back because it could have become a tag."""
-        delta = self._counted(Delta.of(*self._splitter.end(), None)) if self._splitter else None
+        """Return the text that was held back because it could have become a tag, or a character."""
+        halves = self._characters.end()
+        content = halves.get("content") or halves.get("text")
+        reasoning = halves.get("reasoning") or halves.get("reasoning_content")
+        if self._splitter:
+            visible, in_tags = self._splitter.feed(content or "")
+            last_visible, last_in_tags = self._splitter.end()
+            content, reasoning = visible + last_visible, (reasoning or "") + in_tags + last_in_tags
+        delta = self._counted(Delta.of(content, reasoning, None))
         return [delta] if delta else []
 
     def _read_chunk(self, event: bytes) -> Delta | None:
         try:
-            chunk = from_json(event)
+            try:
+                chunk = from_json(event)
+            except ValueError:
+                chunk = self._odd_chunk(event)
+            else:
+                if self._characters.waiting:
+                    chunk = self._characters.joined(chunk)
             if chunk.get("error") is not None:
                 raise error_of_event(chunk["error"])
             if usage := chunk.get("usage"):
                 self.usage = parse_usage(usage)
             if not (choices := chunk.get("choices")):
+                self._read_other(chunk)
                 return None
             choice = choices[0]
+            if (len(choices) > 1 or choice.get("index") != self._choice) and not (choice := self._followed(choices)):
+                return None
+            self.moved = True
             if finish_reason := choice.get("finish_reason"):
-                self.finish_reason = self.finish_reason or str(finish_reason)  # mlx-omni-server repeats it
-            delta = choice.get("delta")
+                self._finish(finish_reason)
+            delta = choice.get("delta") or self._without_delta(choice)
             return self._normalised(delta) if delta else None
-        except (TypeError, KeyError, IndexError, AttributeError, ValueError):
-            raise MalformedOutput("the MLX server sent a chunk that is not a chat completion chunk") from None
+        except (TypeError, KeyError, IndexError, AttributeError, ValueError, RecursionError):
+            raise MalformedOutput(_NO_CHUNK) from None
+
+    def _odd_chunk(self, event: bytes) -> Any:
+        """Return the chunk of an event that is not valid JSON; an empty one for a heartbeat, and for another
+        spelling of [DONE]."""
+        word = event.strip().lower()
+        self.done = word == b"[done]"
+        return {} if self.done or not word or word in HEARTBEATS else self._characters.joined(parse_odd_json(event))
+
+    def _read_other(self, chunk: dict[str, Any]) -> None:
+        """Read a chunk without choices: usage, a heartbeat, or an error."""
+        if error := error_in(chunk):
+            raise error
+
+    def _followed(self, choices: list[dict[str, Any]]) -> dict[str, Any] | None:
+        """Return the choice that is read, of several or of another number than before: we ask for one."""
+        if self.finish_reason is not None:
+            self._after_finish += 1
+            self.overruns = self._after_finish > _AFTER_FINISH
+            return None
+        if self._choice is None:
+            indexes = [choice.get("index") for choice in choices]
+            self._choice = 0 if 0 in indexes else indexes[0]
+        return next((choice for choice in choices if choice.get("index") in (self._choice, None)), None)
+
+    def _finish(self, reason: Any) -> None:
+        reason = str(reason).lower()
+        if reason not in ("null", "none"):
+            self.finish_reason, self._choice = reason, _NO_CHOICE
+
+    def _without_delta(self, choice: dict[str, Any]) -> dict[str, Any] | None:
+        """Return what some servers send in the place of deltas. After deltas it would be the whole text once more."""
+        message = choice.get("message") or {"content": choice.get("text")}
+        if self.has_tokens and not self._by_message:
+            return None
+        self._by_message = bool(message.get("content"))
+        return message
 
     def _normalised(self, delta: dict[str, Any]) -> Delta | None:
         """Drop the role and empty fields, give `reasoning` one name, and number the tool calls."""
         content = delta.get("content")
         reasoning = delta.get("reasoning") or delta.get("reasoning_content")
+        calls = delta.get("tool_calls")
+        if content.__class__ is not str:
+            content, reasoning, calls = _unusual(delta, content, reasoning, calls)
+        self._held_back += bool(content or reasoning or calls)
         if content and self._splitter:
             content, in_tags = self._splitter.feed(content)
             if in_tags:
                 reasoning = (reasoning or "") + in_tags
-        calls = delta.get("tool_calls")
-        self._held_back += bool(delta.get("content") or reasoning or calls)
-        return self._counted(Delta.of(content, reasoning, calls and [self._tool_calls.indexed(call) for call in calls]))
+        if reasoning or calls:
+            self.characters += len(content or "") + len(reasoning or "")
+            return self._counted(Delta.of(content, reasoning, calls and self._tool_calls.numbered(calls)))
+        if not content:
+            return None
+        self.characters += len(content)
+        return self._counted(Delta(content=content))
 
     def _counted(self, delta: Delta | None) -> Delta | None:
         """Count the chunks that this delta completes: all since the last one that was returned."""
@@ -134,31 +195,18 @@ class ChunkReader:
         return delta
 
 
-class _ToolCallIndexes:
-    """Adds the `index` of its tool call to each fragment, for servers that leave it out."""
-
-    def __init__(self) -> None:
-        self._current = -1
-        self._id: Any = None
-
-    def indexed(self, fragment: dict[str, Any]) -> dict[str, Any]:
-        """Return the fragment with its index, and with its arguments as a string of JSON."""
-        function = dict(fragment.get("function") or {})
-        if not isinstance(function.get("name", ""), str | None):
-            raise TypeError("a name is a string")
-        if isinstance(arguments := function.get("arguments"), dict):
-            function["arguments"] = json.dumps(arguments, ensure_ascii=False)
-        elif not isinstance(arguments, str | None):
-            raise TypeError("arguments are a string of JSON")
-        index = fragment.get("index")
-        if type(index) is not int:
-            index = self._current + self._is_new(fragment.get("id"), function)
-        self._current, self._id = max(index, 0), fragment.get("id") or self._id
-        return {**fragment, "index": self._current, "function": function}
-
-    def _is_new(self, call_id: Any, function: dict[str, Any]) -> bool:
-        """A call begins with a new id or, where ids are left out, with a name."""
-        return call_id != self._id if call_id else bool(function.get("name"))
+def _unusual(delta: dict[str, Any], content: Any, reasoning: Any, calls: Any) -> tuple[Any, Any, Any]:
+    """Return content, reasoning and tool calls of a delta whose content is no text: null, or a list of parts."""
+    if content is None:
+        legacy = delta.get("function_call")
+        return delta.get("refusal"), reasoning, calls or (legacy and [{"type": "function", "function": legacy}])
+    if not isinstance(content, list):
+        return content, reasoning, calls
+    texts = [part["text"] for part in content if part["type"] in ("text", "output_text")]
+    thoughts = [part.get("text") or part["thinking"] for part in content if part["type"] in ("reasoning", "thinking")]
+    if len(texts) + len(thoughts) != len(content):
+        raise TypeError("only texts are expected")
+    return "".join(texts), (reasoning or "") + "".join(thoughts), calls
 
 
 def parse_usage(usage: Any) -> Usage:
@@ -166,4 +214,8 @@ def parse_usage(usage: Any) -> Usage:
     usage = usage if isinstance(usage, dict) else {}
     details = usage.get("prompt_tokens_details")
     counts = {**(details if isinstance(details, dict) else {}), **usage}
-    return Usage(**{name: counts[name] for name in Usage.model_fields if type(counts.get(name)) is int})
+    return Usage(**{name: counts[name] for name in Usage.model_fields if _is_count(counts.get(name))})
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < _MOST_TOKENS

@@ -10,12 +10,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, closing, contextmanager
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
 
 import httpx
-from pydantic_core import from_json, to_json
+from pydantic_core import to_json
 from tenacity import (
     Retrying,
     retry_if_exception_type,
@@ -27,41 +27,40 @@ from tenacity import (
     wait_random,
 )
 
-from fleet_worker.errors import ConfigurationError, FleetError, MalformedOutput, RequestTimeout
+from fleet_worker.errors import (
+    ConfigurationError,
+    FleetError,
+    InstanceUnavailable,
+    RequestTimeout,
+    Unauthorized,
+)
+from fleet_worker.mlx.body import read_body
 from fleet_worker.mlx.chat_stream import ChatAnswer, ServerStream
 from fleet_worker.mlx.chunks import parse_usage
-from fleet_worker.mlx.embeddings import Embeddings, parse_vectors
+from fleet_worker.mlx.embeddings import Embeddings, answer_of, parse_vectors
+from fleet_worker.mlx.enforcement import AnswerStream, EnforcedStream, Rules, read_whole
 from fleet_worker.mlx.error_mapping import HTTPX_EXCEPTIONS, error_of_exception, error_of_response
+from fleet_worker.mlx.health import MAX_HEALTH_BYTES, MAX_MODELS_BYTES, Health, health_of, model_ids
 from fleet_worker.mlx.offering import Offering
-from fleet_worker.mlx.profiles import PROFILES, chat_body, detect_server
-from fleet_worker.mlx.reasoning import ReasoningSplitter, split_reasoning
+from fleet_worker.mlx.profiles import PROFILES, chat_body
+from fleet_worker.mlx.reasoning import ReasoningSplitter
 from fleet_worker.mlx.resume import ResumedStream, resume_strategies
 from fleet_worker.mlx.timeouts import CancelToken, RequestTimer, TimeoutThread
-from fleet_worker.mlx.transport import Transport, body_of
+from fleet_worker.mlx.transport import Transport, tls_context
 from fleet_worker.protocol.openai import ChatParams
-from fleet_worker.protocol.reply import Usage, join
+from fleet_worker.protocol.reply import Usage
 from fleet_worker.protocol.request import Resume
 from fleet_worker.settings import Instance
 
 DEFAULT_URLS = ("http://127.0.0.1:8000", "http://127.0.0.1:8080")
 
-_CANARY = {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0.0}
-_MAX_BODY_BYTES = 256 * 1024 * 1024
-"""Enough for 2,048 embeddings of 4,096 dimensions in JSON."""
+_CANARY = {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0.0, "max_tokens": 1}
+_MAX_VECTOR_BYTES = 256 * 1024
+"""Enough for 8,192 dimensions in JSON."""
 _DEATH_CHECK_SECONDS = 0.5
 """How long `has_died` may take."""
 _RECHECK_AFTER = 0.05
 """Seconds until a server that refused a connection is asked again: it also refuses for a moment when it is busy."""
-
-
-@dataclass(frozen=True, slots=True)
-class Health:
-    """What `GET /health` reports. Not reliable: real servers report 200 when their generation thread has died."""
-
-    ready: bool
-    server: str
-    engine: str | None = None
-    """The engine of vllm-mlx; "simple" has a single slot."""
 
 
 class MLXClient:
@@ -80,8 +79,9 @@ class MLXClient:
         self._http = httpx.Client(
             base_url=url,
             headers={"accept-encoding": "identity", "connection": "close", **_authorization(instance)},
-            transport=transport or Transport(secure=url.scheme == "https"),
+            transport=transport or Transport(tls_context(url, instance.ca)),
             trust_env=False,
+            cookies=CookieJar(policy=DefaultCookiePolicy(allowed_domains=())),  # a server could send them without end
         )
         self._timeouts = TimeoutThread()
         self.url = base_url
@@ -98,12 +98,8 @@ class MLXClient:
         """Return the complete answer. The server streams it nevertheless: only a stream can be cancelled."""
         body = chat_body(params, offering, self._profile)
         with self._open_stream(body, self._timer(deadline, cancel_token), splitter=None) as stream:
-            whole = join(delta for deltas in stream for delta in deltas)
-        if whole["content"] and not whole["reasoning"]:
             inside = offering.settings.starts_in_reasoning
-            visible, reasoning = split_reasoning(whole["content"], starts_inside=inside)
-            whole |= {"content": visible or None, "reasoning": reasoning or None}
-        return replace(stream.answer(), **whole)
+            return read_whole(stream, Rules.of(params), starts_in_reasoning=inside)
 
     @contextmanager
     def stream_chat(
@@ -114,34 +110,37 @@ class MLXClient:
         deadline: float,
         cancel_token: CancelToken | None = None,
         resume: Resume | None = None,
-    ) -> Iterator[ServerStream | ResumedStream]:
+    ) -> Iterator[AnswerStream]:
         """Open a stream: iterate over it, then call its `answer()`. Leaving the block ends the generation.
 
         With `resume`, the stream contains only what follows the text that was delivered before.
 
         Raises:
+            UnsupportedParameter: this server cannot do what a parameter asks for.
             StreamInterrupted: what was delivered cannot be continued.
         """
+        rules = Rules.of(params)
 
         def open_stream(body: dict[str, Any], from_start: bool) -> AbstractContextManager[ServerStream]:
             # An answer that is continued in its visible text has finished its reasoning.
             splitter = ReasoningSplitter(starts_inside=from_start and offering.settings.starts_in_reasoning)
-            return self._open_stream(body, self._timer(deadline, cancel_token), splitter)
+            return self._open_stream(body, self._timer(deadline, cancel_token), splitter, from_start=from_start)
 
         if resume and (resume.content or resume.reasoning):
             strategies = resume_strategies(params, offering, self._profile, resume)
-            with closing(ResumedStream(strategies, resume, open_stream)) as resumed:
-                yield resumed
+            with closing(ResumedStream(strategies, resume, open_stream, self.has_died)) as resumed:
+                yield EnforcedStream(resumed, rules, delivered=resume.content) if rules else resumed
         else:
             with open_stream(chat_body(params, offering, self._profile), True) as stream:
-                yield stream
+                yield EnforcedStream(stream, rules) if rules else stream
 
     @contextmanager
     def _open_stream(
-        self, body: dict[str, Any], timer: RequestTimer, splitter: ReasoningSplitter | None
+        self, body: dict[str, Any], timer: RequestTimer, splitter: ReasoningSplitter | None, *, from_start: bool = True
     ) -> Iterator[ServerStream]:
         with self._response("POST", "/v1/chat/completions", timer, body) as response:
-            yield ServerStream(response, timer, self._profile, splitter, max_tokens=body["max_tokens"])
+            limits = {"max_tokens": body["max_tokens"], "may_be_empty": not from_start or "stop" in body}
+            yield ServerStream(response, timer, self._profile, splitter, **limits)
 
     def embed(
         self, texts: Sequence[str], offering: Offering, *, deadline: float, cancel_token: CancelToken | None = None
@@ -157,7 +156,7 @@ class MLXClient:
             body = {"model": offering.backend, "input": batch, **encoding}
             timer = self._timer(deadline, cancel_token)
             with self._response("POST", "/v1/embeddings", timer, body) as response:
-                answer = _json_object(_read(response, timer))
+                answer = answer_of(_read(response, timer, (1 + len(batch)) * _MAX_VECTOR_BYTES))
             timer.content_received()
             of_batch, dimensions = parse_vectors(answer, len(batch), dimensions)
             vectors += of_batch
@@ -170,8 +169,7 @@ class MLXClient:
         if "embed" in offering.capabilities:
             self.embed(["canary"], offering, deadline=deadline, cancel_token=cancel_token)
             return
-        tokens = 1 + (self._profile.length_shortfall or 0)  # mlx-omni-server drops the last token
-        params = ChatParams.model_validate({**_CANARY, "max_tokens": tokens})
+        params = ChatParams.model_validate(_CANARY)
         self.chat(params, offering, deadline=deadline, cancel_token=cancel_token)
 
     @property
@@ -179,17 +177,16 @@ class MLXClient:
         """When this server last delivered content (time.monotonic() seconds), or 0."""
         return self._timeouts.last_content
 
+    @property
+    def may_be_blocked(self) -> bool:
+        """Return whether a healthy server of this kind may be silent now, `/health` included."""
+        return not self._profile.health_waits_for.isdisjoint(self._timeouts.awaited)
+
     def models(self) -> list[str]:
         """Return the ids that `GET /v1/models` lists: only a hint (a disk cache, nothing, or one absolute path)."""
         timer = self._timer(time.monotonic() + self._instance.clocks.connect)
         with self._response("GET", "/v1/models", timer) as response:
-            content = _read(response, timer)
-        if not content:  # mlx_lm.server without a model cache on disk
-            return []
-        models = _json_object(content).get("data")
-        if not isinstance(models, list):
-            raise MalformedOutput("the MLX server's list of models is not a list")
-        return [model["id"] for model in models if isinstance(model, dict) and isinstance(model.get("id"), str)]
+            return model_ids(_read(response, timer, MAX_MODELS_BYTES))
 
     def health(self, timeout: float | None = None) -> Health:
         """Ask `/health`, for at most `timeout` seconds (default: `clocks.connect`). A server without it is ready.
@@ -197,19 +194,30 @@ class MLXClient:
         Raises:
             InstanceUnavailable: the server does not accept connections.
             RequestTimeout: no answer in time.
+            ConfigurationError: it redirects to another address.
         """
         timer = self._timer(time.monotonic() + (timeout or self._instance.clocks.connect))
-        report: dict[str, Any] = {}
         with self._response("GET", "/health", timer, any_status=True) as response:
-            content = _read(response, timer)
-        with suppress(MalformedOutput):
-            report = _json_object(content)
-        server = detect_server(response.http_version, response.headers, report)
-        if response.status_code == 404:
-            return Health(ready=True, server=server)
-        sick = report.get("status") in ("unhealthy", "unavailable", "loading", "error")
-        engine = report.get("engine_type")
-        return Health(response.is_success and not sick, server, engine if isinstance(engine, str) else None)
+            if response.is_redirect:
+                raise error_of_response(response, timer)
+            return health_of(response, _read(response, timer, MAX_HEALTH_BYTES))
+
+    def identify(self) -> Health:
+        """As `health`, of a server that is met for the first time: it may be another program.
+
+        Raises:
+            InstanceUnavailable: neither `/health` nor `/v1/models` is that of an MLX server.
+        """
+        health = self.health()
+        if not health.is_api:
+            try:
+                self.models()
+            except (RequestTimeout, Unauthorized):
+                return health
+            except FleetError:
+                text = "what answers there is no MLX server: it has neither /health nor /v1/models"
+                raise InstanceUnavailable(text) from None
+        return health
 
     def has_died(self) -> bool:
         """Find out within half a second whether the server has died, after the connection to it broke.
@@ -249,6 +257,7 @@ class MLXClient:
         content = to_json(body) if body else None
         headers = {"content-type": "application/json"} if body else None
         request = self._http.build_request(method, path, content=content, headers=headers)
+        timer.guard.awaits = path
         with timer.running():
             try:
                 response = self._send(request, timer)
@@ -293,24 +302,10 @@ def _authorization(instance: Instance) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"} if key else {}
 
 
-def _read(response: httpx.Response, timer: RequestTimer) -> bytearray:
-    content = bytearray()
+def _read(response: httpx.Response, timer: RequestTimer, limit: int) -> bytes:
     try:
-        for part in body_of(response):
-            content += part
-            if len(content) > _MAX_BODY_BYTES:
-                raise MalformedOutput("the MLX server sent a body that is too large")
+        content = read_body(response, limit)
     except HTTPX_EXCEPTIONS as error:
         raise error_of_exception(error, timer) from None
     timer.check()  # where the end of the connection ends a response, a cut looks like a regular end
     return content
-
-
-def _json_object(content: bytearray) -> dict[str, Any]:
-    try:
-        parsed = from_json(content)
-    except ValueError:
-        parsed = None
-    if not isinstance(parsed, dict):
-        raise MalformedOutput("the MLX server sent something that is not a JSON object")
-    return parsed

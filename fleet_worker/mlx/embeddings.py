@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fleet_worker.errors import MalformedOutput
+from fleet_worker.mlx.body import json_object
+from fleet_worker.mlx.error_mapping import error_in
 from fleet_worker.protocol.reply import Usage, pack_vector, unpack_vector
 
 
@@ -18,6 +20,21 @@ class Embeddings:
     data: list[str]
     dimensions: int
     usage: Usage
+
+
+def answer_of(content: bytes) -> dict[str, Any]:
+    """Return the body of a server's answer.
+
+    Raises:
+        MalformedOutput: it is not a JSON object.
+        FleetError: it is an error with status 200.
+    """
+    answer = json_object(content)
+    if answer is None:
+        raise MalformedOutput("the MLX server's answer is not a JSON object")
+    if "data" not in answer and (error := error_in(answer)):
+        raise error
+    return answer
 
 
 def parse_vectors(answer: dict[str, Any], count: int, dimensions: int | None) -> tuple[list[str], int]:

@@ -13,8 +13,9 @@ import re
 from typing import Any
 
 import httpx
-from pydantic_core import to_json
+from pydantic_core import from_json
 
+from fleet_worker.certificates import OF_INSTANCE, explain
 from fleet_worker.errors import (
     ConfigurationError,
     ConnectionFailure,
@@ -22,6 +23,7 @@ from fleet_worker.errors import (
     FleetError,
     InstanceUnavailable,
     InvalidRequest,
+    MalformedOutput,
     ModelNotServed,
     Overloaded,
     ProviderError,
@@ -29,14 +31,15 @@ from fleet_worker.errors import (
     Unauthorized,
     UnsupportedCapability,
 )
+from fleet_worker.mlx.body import body_of
 from fleet_worker.mlx.timeouts import RequestTimer
-from fleet_worker.mlx.transport import body_of
 
 _ERRORS: dict[type[Exception], tuple[type[FleetError], str]] = {
     httpx.ConnectError: (InstanceUnavailable, "the MLX server does not accept connections"),
     httpx.ConnectTimeout: (InstanceUnavailable, "the MLX server does not accept connections"),
     httpx.TimeoutException: (RequestTimeout, "the MLX server did not answer in time"),
     httpx.LocalProtocolError: (ProviderError, "the request to the MLX server could not be made"),
+    httpx.RemoteProtocolError: (ConnectionFailure, "the MLX server broke off, or its answer is not valid HTTP"),
     httpx.HTTPError: (ConnectionFailure, "the connection to the MLX server broke"),
 }
 """Subclasses before their base classes: the first match counts. Other exceptions of httpx cannot happen here: a body is
@@ -47,6 +50,8 @@ HTTPX_EXCEPTIONS = tuple(_ERRORS)
 def error_of_exception(exception: Exception, timer: RequestTimer) -> FleetError:
     """Map one of `HTTPX_EXCEPTIONS`. If our own timer cut the connection, its reason is the error."""
     kind, text = next(ours for theirs, ours in _ERRORS.items() if isinstance(exception, theirs))
+    if kind is InstanceUnavailable and (tls := explain(exception, OF_INSTANCE)):
+        text = "the MLX server {}: {}".format(*tls)
     connecting = kind is InstanceUnavailable  # the server is to blame, however little time it had
     reason = timer.cancel_error if connecting else timer.error
     return reason or kind(text)
@@ -62,7 +67,7 @@ def error_of_response(response: httpx.Response, timer: RequestTimer) -> FleetErr
         return ConfigurationError("base_url of this instance answers with a redirect: set it to the server itself")
     body = b""
     timer.limit_rest(_BODY_SECONDS)
-    with contextlib.suppress(httpx.HTTPError):
+    with contextlib.suppress(httpx.HTTPError, MalformedOutput):
         for part in body_of(response):
             body += part
             if len(body) > _BODY_BYTES:
@@ -79,18 +84,51 @@ def _seconds(text: str | None) -> float | None:
     return seconds if math.isfinite(seconds) and seconds >= 0 else None
 
 
-_STATUS_OF_CODE = {"context_length": 400, "invalid_request": 400, "rate_limit": 429, "overloaded": 429}
+_STATUS_OF_CODE = {
+    "context_length": 400,
+    "invalid_request": 400,
+    "badrequest": 400,
+    "rate_limit": 429,
+    "ratelimit": 429,
+    "overloaded": 429,
+}
+
+
+def error_in(answer: dict[str, Any]) -> FleetError | None:
+    """Return the error that an object of status 200 is, in all its forms: `{"error": ...}`, `{"detail": ...}`,
+    `{"object": "error", ...}`, `{"type": "error", ...}`, `{"code": ..., "message": ...}`."""
+    if answer.get("error") is not None:
+        return error_of_event(answer["error"])
+    marks = (answer.get("object"), answer.get("type"), answer.get("status"))
+    is_error = "error" in marks or ("code" in answer and "message" in answer)
+    return error_of_event(answer) if is_error or answer.get("detail") or answer.get("errors") else None
 
 
 def error_of_event(error: Any) -> FleetError:
     """Map the `error` of an event. Its `code` is an HTTP status (a number or a string) or a word, as its `type` is."""
-    fields = error if isinstance(error, dict) else {}
+    fields = _fields_of(error)
     code = str(fields.get("code"))
+    body = json.dumps(error).encode()
     if len(code) == 3 and code.isdecimal():
-        return error_of_status(int(code), to_json(error))
-    words = f"{code} {fields.get('type')}"
+        return error_of_status(int(code), body)
+    if isinstance(fields.get("detail"), list):  # FastAPI's validation report, which belongs to status 422
+        return error_of_status(422, body)
+    words = f"{code} {fields.get('type')}".lower()
     status = next((status for word, status in _STATUS_OF_CODE.items() if word in words), 500)
-    return error_of_status(status, to_json(error))
+    return error_of_status(status, body)
+
+
+def _fields_of(error: Any) -> dict[str, Any]:
+    """Return the object that says what the error is: it may be JSON in a string, or in another `error` or `detail`."""
+    for _ in range(3):
+        if isinstance(error, str) and error.lstrip().startswith("{"):
+            with contextlib.suppress(ValueError):
+                error = from_json(error)
+        inner = (error.get("error") or error.get("detail")) if isinstance(error, dict) else None
+        if not isinstance(inner, dict | str) or (isinstance(inner, str) and not inner.lstrip().startswith("{")):
+            break
+        error = inner
+    return error if isinstance(error, dict) else {}
 
 
 _CONTEXT = re.compile(
@@ -100,6 +138,19 @@ _MISSING_MODEL = re.compile(
     r"cached snapshot|model_not_found|repository not found|repo[_ ]?id|model.{0,200}(does not exist|not found)",
     re.IGNORECASE | re.DOTALL,
 )
+_THREAD_DIED = re.compile(r"\W*((error|detail|message)\W*)*generation thread died", re.IGNORECASE)
+"""At the beginning only: further behind it may be quoted from a conversation."""
+_TEMPLATE_REFUSALS: dict[str, str] = {
+    r"system (role|message)s? (is |are )?not (supported|allowed)": (
+        "takes no system message: put its text into the first user message"
+    ),
+    r"roles? must alternate|must alternate": "wants user and assistant messages to alternate",
+    r"only user.{0,20}assistant roles are supported": "takes user and assistant messages only",
+    r"single tool.calls? at once": "takes one tool call in a message",
+    r"no user query|at least one user|must start with a user": "wants a user message before the answer",
+    r"chat.?template|template ?error|jinja": "cannot make a prompt of these messages",
+}
+"""What chat templates say when they refuse a conversation, and our words for it."""
 _MISSING_ROUTE = re.compile(
     r'\W*(detail\W*)?(404\W*)?(page )?not found\W*|\W*error\W*message\W*not found\.?".*', re.IGNORECASE | re.DOTALL
 )
@@ -108,7 +159,7 @@ _MISSING_ROUTE = re.compile(
 def error_of_status(status: int, body: bytes, *, retry_after: float | None = None) -> FleetError:
     """Map an HTTP status and the body that came with it, whatever its shape. `retry_after` is in seconds."""
     text = _error_text(body)
-    if "generation thread died" in text:
+    if _THREAD_DIED.match(text):
         # mlx_lm.server 0.32 answers every request with this 404 until it is restarted. Which request killed the thread
         # is unknown, so each of them counts as one during which a server died.
         return InstanceUnavailable(
@@ -116,20 +167,32 @@ def error_of_status(status: int, body: bytes, *, retry_after: float | None = Non
         )
     if status in (400, 404, 413, 422) and _CONTEXT.search(text):
         return ContextLengthExceeded()
+    if status in (400, 404, 422, 500) and (refusal := _template_refusal(text)):
+        return InvalidRequest(f"the model's chat template {refusal}", param="messages", status=status)
     match status:
         case 401 | 403:
             return Unauthorized(f"the MLX server answered {status}: check api_key of this instance")
         case 404:
             return _not_found(text)
         case 400 | 411 | 413 | 422:
-            return InvalidRequest(f"the MLX server refused the request ({status})")
+            return InvalidRequest(f"the MLX server refused the request ({status})", status=status)
         case 408 | 504:
             return RequestTimeout(f"the MLX server gave up ({status})", retryable=True)
         case 429 | 503 | 529:
             return _unready_or_busy(status, text, retry_after)
         case 502:
-            return InstanceUnavailable("the proxy in front of the MLX server does not reach it (502)")
-    return ProviderError(f"the MLX server answered {status}", retryable=status >= 500)
+            return InstanceUnavailable("the proxy in front of the MLX server does not reach it (502)", status=502)
+    return ProviderError(f"the MLX server answered {status}", retryable=status >= 500, status=status)
+
+
+def _template_refusal(text: str) -> str | None:
+    """Return why the chat template refuses the messages; None if the error is about something else.
+
+    vllm-mlx, mlx-openai-server and mlx-vlm answer 500 then, mlx_lm.server 404.
+    """
+    if _MISSING_MODEL.search(text):
+        return None
+    return next((ours for theirs, ours in _TEMPLATE_REFUSALS.items() if re.search(theirs, text, re.IGNORECASE)), None)
 
 
 def _not_found(text: str) -> FleetError:
@@ -143,7 +206,7 @@ def _not_found(text: str) -> FleetError:
 
 def _unready_or_busy(status: int, text: str, retry_after: float | None) -> FleetError:
     if status == 503 and "busy" not in text and retry_after is None:
-        return InstanceUnavailable("the MLX server is not ready (503)")
+        return InstanceUnavailable("the MLX server is not ready (503)", status=503)
     error = Overloaded(f"the MLX server is busy ({status})")
     if retry_after is not None:
         error.metadata["retry_after"] = retry_after

@@ -66,6 +66,11 @@ class Offering:
     template: ChatTemplate | None = field(default=None, repr=False)
     """The model's own chat template, if this machine has it."""
 
+    @property
+    def reasons(self) -> bool:
+        """True if it is known to write reasoning before its answer."""
+        return self.settings.starts_in_reasoning or self.features["thinking"].value
+
 
 def offerings_of(instance: Instance, provider: Mapping[str, bool], reported: Iterable[str]) -> dict[str, Offering]:
     """Return the offerings by public name: the configured models, or else those that the server reported and the model

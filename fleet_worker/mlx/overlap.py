@@ -9,8 +9,6 @@ from fleet_worker.protocol.reply import Delta
 
 _WINDOW = 200
 """Characters at the end of a text in which the last word is searched."""
-_LONGEST_STOP = 1000
-"""Characters of a stop string that may have been delivered."""
 _WORD = re.compile(r"(?<=\S) (?=\S)|(?<=\w)(?=[、。，．！？：；「」『』（）])")
 """Where every tokenizer splits: before the space of a word, and between a letter and CJK punctuation."""
 _UNSPACED = re.compile(
@@ -37,9 +35,8 @@ class OverlapFilter:
 
     `delivered` is the visible text that is continued; empty if the server starts over. Before anything new, the server
     has to repeat `again`, the last part of that text, and the `reasoning`. If it does not, `differs` becomes true, and
-    nothing of its output can be used. If a stop string begins in the delivered text and ends in the new text, `stopped`
-    becomes true; text that may be the end of one is held back. `stopped` also becomes true if the server removed a stop
-    string from what it should have repeated.
+    nothing of its output can be used. Only if it ended before a stop string of which the delivered text has the
+    beginning, `stopped` becomes true instead.
 
     With `guess_space` nothing has to be repeated: `again` is white space, and is dropped if it comes. A space is
     inserted between two letters or digits of scripts that separate words by spaces. This is only a guess: the delivered
@@ -56,6 +53,7 @@ class OverlapFilter:
         guess_space: bool = False,
     ) -> None:
         self.differs = False
+        self.stopped = False
         self.repeated = 0
         """Number of deltas without anything new."""
         self.new = 0
@@ -63,15 +61,11 @@ class OverlapFilter:
         self._continues_text = bool(delivered)
         self._content = _RepetitionFilter(again, optional=guess_space)
         self._reasoning = _RepetitionFilter(reasoning)
-        self._stop = _StopStringFilter(delivered, stop)
+        self._stop = stop
         self._last_character = delivered[-1:] if guess_space else ""
 
-    @property
-    def stopped(self) -> bool:
-        return self._stop.found
-
     def feed(self, delta: Delta) -> Delta | None:
-        """Return what is new in this delta and certain by now."""
+        """Return what is new in this delta."""
         is_first = self._continues_text and not (self.repeated or self.new)
         content = self._content.feed(delta.content or "")
         reasoning = self._reasoning.feed(delta.reasoning or "")
@@ -83,15 +77,14 @@ class OverlapFilter:
             return None
         self.repeated += not is_new
         self.new += is_new
-        content = self._stop.feed(self._spaced(content))
-        return Delta.of(content, reasoning, delta.tool_calls)
+        return Delta.of(self._spaced(content), reasoning, delta.tool_calls)
 
-    def end(self) -> Delta | None:
-        """Return what was held back and did not become a stop string."""
-        if not self._reasoning.missing:
-            self._stop.check_missing(self._content.missing)
+    def end(self) -> None:
+        """Note that the server has ended its output."""
+        if (missing := self._content.missing) and not self._reasoning.missing:
+            starts = {missing, missing.removeprefix(" ")} - {""}
+            self.stopped = any(stop.startswith(start) for stop in self._stop for start in starts)
         self.differs |= self._incomplete and not self.stopped
-        return None if self.differs else Delta.of(self._stop.end(), "", None)
 
     @property
     def _incomplete(self) -> bool:
@@ -109,62 +102,30 @@ class _RepetitionFilter:
 
     def __init__(self, known: str, *, optional: bool = False) -> None:
         self.differs = False
-        self._rest = known
+        self._known = known
+        self._repeated = 0
         self._optional = optional
         self._started = False
 
     @property
     def missing(self) -> str:
         """What has not been repeated yet."""
-        return "" if self._optional else self._rest
+        return "" if self._optional else self._known[self._repeated :]
 
     def feed(self, text: str) -> str:
-        if not self._rest or not text:
+        if self._repeated == len(self._known) or not text:
             return text
         if not self._started:
-            self._rest, text = self._rest.removeprefix(" "), text.removeprefix(" ")
+            self._known, text = self._known.removeprefix(" "), text.removeprefix(" ")
         self._started = True
-        length = min(len(text), len(self._rest))
-        same = next((at for at in range(length) if text[at] != self._rest[at]), length)
-        if same < length:
+        known = self._known[self._repeated : self._repeated + len(text)]
+        same = next((at for at, (one, other) in enumerate(zip(known, text, strict=False)) if one != other), len(known))
+        if same < len(known):
             self.differs = not self._optional
-            self._rest = ""
-        self._rest = self._rest[same:]
+            self._known = ""
+            self._repeated = 0
+        self._repeated += same if self._known else 0
         return text[same:]
-
-
-class _StopStringFilter:
-    """Finds stop strings that begin in the delivered text and end in the new text."""
-
-    def __init__(self, delivered: str, stop: Sequence[str]) -> None:
-        self.found = False
-        self._stop = stop
-        self._held_back = ""
-        self._endings = {
-            text[length:]
-            for text in stop
-            for length in range(1, min(len(text), _LONGEST_STOP, len(delivered) + 1))
-            if delivered.endswith(text[:length])
-        }
-
-    def feed(self, text: str) -> str:
-        if not self._endings:
-            return text
-        self._held_back += text
-        if any(self._held_back.startswith(ending) for ending in self._endings):
-            self.found = True
-            return ""
-        self._endings = {ending for ending in self._endings if ending.startswith(self._held_back)}
-        return "" if self._endings else self.end()
-
-    def check_missing(self, text: str) -> None:
-        """Check the text that the server did not repeat, with its space or without: it may start with a stop string."""
-        starts = [start for start in (text, text.removeprefix(" ")) if start]
-        self.found |= any(stop.startswith(start) for stop in self._stop for start in starts)
-
-    def end(self) -> str:
-        text, self._held_back = "" if self.found else self._held_back, ""
-        return text
 
 
 def _is_spaced_script(character: str) -> bool:

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fleet_worker.errors import ProviderError
 from fleet_worker.mlx.chat_templates import with_open_last_turn
 from fleet_worker.mlx.offering import Offering
+from fleet_worker.mlx.parameters import check_parameters, sent_fields
 from fleet_worker.protocol.openai import ChatParams, Message
-
-_COMMON = frozenset({"messages", "max_tokens", "temperature", "top_p", "stop", "tools"})
-_SAMPLING = frozenset({"top_k", "min_p", "presence_penalty", "repetition_penalty", "chat_template_kwargs"})
-_OPENAI_PENALTIES = frozenset({"presence_penalty", "frequency_penalty", "logit_bias", "seed"})
 
 
 @dataclass(frozen=True, slots=True)
 class ServerProfile:
     """One kind of MLX server."""
 
-    fields: frozenset[str]
-    """The fields of a chat request that it knows. No others are sent."""
+    kind: str
+    """Its name in the settings, and in the table of parameters."""
     sends_done: bool = True
     """A complete stream ends with `[DONE]`."""
     length_shortfall: int | None = None
@@ -31,56 +28,115 @@ class ServerProfile:
     """It sends embeddings as base64 on request."""
     lists_models: bool = False
     """`/v1/models` lists all that it serves. (mlx_lm.server lists what is in the disk cache.)"""
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    """What every request to it must say. (mlx-vlm's server would summarise a long conversation before it answers.)"""
     continues_by: Literal["flags", "partial", "always", "template"] | None = None
     """How it is told to continue the last message instead of answering it: by flags of transformers' chat templates, by
-    `partial` in the message, not at all since it always does, or by a chat template that leaves the turn open."""
+    `partial` in the message, not at all since it always does, or by a chat template that leaves the turn open. None if
+    it begins a new turn whatever it is told."""
+    health_waits_for: frozenset[str] = frozenset({"/v1/chat/completions", "/v1/embeddings"})
+    """The requests of which one blocks `/health`, and all streams, until it has its first content."""
+
+    @property
+    def fields(self) -> frozenset[str]:
+        """The fields of a chat request that may be sent to it, `messages` apart."""
+        return sent_fields(self.kind)
 
 
 PROFILES: dict[str, ServerProfile] = {
-    "mlx_lm": ServerProfile(fields=_COMMON | _SAMPLING | _OPENAI_PENALTIES, continues_by="template"),
-    "vllm_mlx": ServerProfile(
-        fields=_COMMON | _SAMPLING | {"tool_choice", "response_format"}, lists_models=True, continues_by="flags"
-    ),
-    "mlx_openai": ServerProfile(
-        fields=_COMMON | {"top_k", "min_p", "seed", "tool_choice", "response_format", "chat_template_kwargs"},
-        length_shortfall=0,
-        base64_vectors=True,
-        lists_models=True,
-        continues_by="partial",
-    ),
-    "omni": ServerProfile(fields=_COMMON | {"response_format"}, length_shortfall=1, continues_by="always"),
-    "openai": ServerProfile(
-        fields=_COMMON
-        | _OPENAI_PENALTIES
-        | {"tool_choice", "parallel_tool_calls", "response_format", "reasoning_effort"},
-        sends_done=False,
-        base64_vectors=True,
-    ),
+    profile.kind: profile
+    for profile in (
+        ServerProfile(kind="mlx_lm", continues_by="template", health_waits_for=frozenset()),
+        ServerProfile(
+            kind="vllm_mlx",
+            lists_models=True,
+            continues_by="flags",
+            health_waits_for=frozenset({"/v1/embeddings"}),
+        ),
+        ServerProfile(
+            kind="mlx_openai",
+            length_shortfall=0,
+            base64_vectors=True,
+            lists_models=True,
+            continues_by="partial",
+            health_waits_for=frozenset(),
+        ),
+        ServerProfile(kind="omni", length_shortfall=1, continues_by="always"),
+        ServerProfile(
+            kind="rapid_mlx",
+            base64_vectors=True,
+            lists_models=True,
+            health_waits_for=frozenset({"/v1/embeddings"}),
+        ),
+        ServerProfile(
+            kind="mlx_vlm",
+            constants={"context_management": []},
+            health_waits_for=frozenset({"/v1/embeddings"}),
+        ),
+        ServerProfile(kind="openai", sends_done=False, base64_vectors=True),
+    )
 }
 
 
 def detect_server(http_version: str, headers: Mapping[str, str], report: dict[str, Any]) -> str:
     """Return which kind of server answered `GET /health` with this report; `openai` if it cannot be recognised."""
-    if http_version == "HTTP/1.0" and headers.get("server", "").startswith("BaseHTTP"):
+    server = headers.get("server", "")
+    if http_version == "HTTP/1.0" and server.startswith("BaseHTTP"):
         return "mlx_lm"
+    if server.startswith("mlx_vlm/"):
+        return "mlx_vlm"
     if "engine_type" in report:
-        return "vllm_mlx"
+        if _RAPID_MLX & report.keys():
+            return "rapid_mlx"
+        return "vllm_mlx" if report["engine_type"] in _VLLM_MLX else "openai"
     return "mlx_openai" if "model_status" in report else "openai"
 
 
+_VLLM_MLX = ("simple", "batched", "hybrid", "unknown")
+"""Its engines; "unknown" until a model is loaded."""
+_RAPID_MLX = {"ready", "state", "update_available", "model_lifecycle"}
+"""Keys that rapid-mlx, which began as vllm-mlx, has added to that report."""
+
+
 def chat_body(params: ChatParams, offering: Offering, profile: ServerProfile) -> dict[str, Any]:
-    """Return the request body of a chat. It always streams (only a stream can be cancelled) and has explicit limits."""
+    """Return the request body of a chat. It always streams (only a stream can be cancelled) and has explicit limits.
+
+    Raises:
+        UnsupportedParameter: the server cannot do what a parameter asks for, and the node cannot do it either.
+    """
     given = params.model_dump(exclude={"messages"}, exclude_none=True)
-    given["messages"] = [_message(message) for message in params.messages]
-    given["max_tokens"] = params.max_tokens or params.max_completion_tokens or offering.settings.max_output_tokens
     given.setdefault("temperature", offering.settings.temperature)
-    if params.reasoning_effort and "reasoning_effort" not in profile.fields:
-        kwargs = given.get("chat_template_kwargs", {})
-        given["chat_template_kwargs"] = {"reasoning_effort": params.reasoning_effort, **kwargs}
+    check_parameters(params, profile.kind, given["temperature"])
+    max_tokens = params.max_tokens or params.max_completion_tokens or offering.settings.max_output_tokens
+    given["max_tokens"] = max_tokens + (profile.length_shortfall or 0)
     if params.tool_choice == "none" and "tool_choice" not in profile.fields:
         given.pop("tools", None)
-    body = {name: value for name, value in given.items() if name in profile.fields}
-    return {**body, "model": offering.backend, "stream": True, "stream_options": {"include_usage": True}}
+    if offering.reasons:  # a server would find them in the reasoning, too
+        given.pop("stop", None)
+    given.pop("chat_template_kwargs", None)
+    return {
+        "messages": [_message(message) for message in params.messages],
+        **{name: value for name, value in given.items() if name in profile.fields},
+        **_renamed(params, profile),
+        **profile.constants,
+        "model": offering.backend,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+
+
+def _renamed(params: ChatParams, profile: ServerProfile) -> dict[str, Any]:
+    """Return what is said to the chat template, in the fields of this server."""
+    kwargs = params.chat_template_kwargs.model_dump(exclude_none=True) if params.chat_template_kwargs else {}
+    if params.reasoning_effort and "reasoning_effort" not in profile.fields:
+        kwargs = {"reasoning_effort": params.reasoning_effort, **kwargs}
+    if profile.kind == "mlx_vlm":
+        return kwargs
+    effort = kwargs.get("reasoning_effort")
+    if profile.kind == "mlx_openai" and effort in ("none", "minimal"):  # it answers 422
+        del kwargs["reasoning_effort"]
+        kwargs = {**({"enable_thinking": False} if effort == "none" else {"reasoning_effort": "low"}), **kwargs}
+    return {"chat_template_kwargs": kwargs} if kwargs else {}
 
 
 def _message(message: Message) -> dict[str, Any]:
@@ -92,14 +148,14 @@ def _message(message: Message) -> dict[str, Any]:
 
 
 def continued_body(
-    body: dict[str, Any], partial: str, offering: Offering, profile: ServerProfile, *, exact: bool
+    body: dict[str, Any], partial: str, offering: Offering, profile: ServerProfile
 ) -> dict[str, Any] | None:
     """Return the body with which a server continues `partial`, the beginning of its answer to `body`.
 
     None if this server cannot continue an answer. mlx_lm.server needs the model's chat template for it, since it
     answers 404 to the flags that others take. It also crashes if the whole prompt is in its cache, which happens if
-    `max_tokens` ended an earlier answer to the same request exactly where `partial` ends. A space before the text makes
-    it another prompt; it is left out only if the text has to be `exact`.
+    `max_tokens` ended an earlier answer to the same request exactly where `partial` ends: a space before the text makes
+    it another prompt.
     """
     messages: list[dict[str, Any]] = [*body["messages"], {"role": "assistant", "content": partial}]
     kwargs: dict[str, Any] = {}
@@ -116,8 +172,7 @@ def continued_body(
             template = offering.template.tool_use if "tools" in body else offering.template.default
             # The prompt then ends inside an open tag, but what was delivered is visible text.
             closing_tag = "\n</think>\n\n" if offering.settings.starts_in_reasoning else ""
-            before_text = closing_tag if exact else f"{closing_tag} "
-            kwargs = {"chat_template": with_open_last_turn(template, before_text=before_text)}
+            kwargs = {"chat_template": with_open_last_turn(template, before_text=f"{closing_tag} ")}
         case _:
             return None
     continued = {**body, "messages": messages}

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fleet_worker.errors import InvalidRequest, StreamInterrupted
+from fleet_worker.errors import (
+    ConnectionFailure,
+    FleetError,
+    InvalidRequest,
+    MalformedOutput,
+    ProviderError,
+    StreamInterrupted,
+)
 from fleet_worker.mlx.chat_stream import ChatAnswer, ServerStream
 from fleet_worker.mlx.offering import Offering
 from fleet_worker.mlx.overlap import OverlapFilter, before_last_word
@@ -15,9 +22,6 @@ from fleet_worker.mlx.profiles import ServerProfile, chat_body, continued_body
 from fleet_worker.protocol.openai import ChatParams
 from fleet_worker.protocol.reply import Delta, Usage
 from fleet_worker.protocol.request import Resume
-
-_SHORT = 200
-"""Characters up to which an answer is rather generated again than joined without any overlap."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,26 +43,25 @@ def resume_strategies(
 ) -> list[ResumeStrategy]:
     """Return what to try, in this order, to continue an answer; an empty list if its tokens are used up.
 
-    The server continues before the last word that was delivered, or at the end of the text. Or it starts over, and what
-    equals the delivered text is dropped: this needs temperature 0. At temperature 0 it is also the only strategy for an
-    answer with reasoning, because no server can be given reasoning to continue.
+    At temperature 0 the server starts over, and what equals the delivered text is dropped. Continuing would be quicker,
+    but not exact: the tokens of the delivered text are not always those that were generated. Servers drop the space
+    before the first word, for example, so that the same text begins with another token.
+
+    At any other temperature the server continues before the last word that was delivered, or at the end of the text.
 
     Raises:
         StreamInterrupted: there is no strategy; retryable if another server may have one.
     """
     body = chat_body(params, offering, profile)
-    exact = body["temperature"] == 0  # every server generates the same answer
     tokens_left = body["max_tokens"] - (profile.length_shortfall or 0) - resume.tokens
     if tokens_left <= 0:
         return []
     if (params.response_format or {}).get("type", "text") != "text":
         raise StreamInterrupted("an answer in JSON is not continued")
-    strategies: list[ResumeStrategy] = []
-    if resume.content and not (exact and resume.reasoning):
-        strategies += _continuations(body, offering, profile, resume.content, tokens_left)
-    if exact:
-        overlap = OverlapFilter("", again=resume.content, reasoning=resume.reasoning, stop=body.get("stop", ()))
-        strategies.append(ResumeStrategy(body, overlap, None))
+    if body["temperature"] == 0:
+        overlap = OverlapFilter("", again=resume.content, reasoning=resume.reasoning, stop=params.stop or ())
+        return [ResumeStrategy(body, overlap, None)]
+    strategies = list(_continuations(body, offering, profile, resume.content, tokens_left, params.stop or ()))
     if not strategies:
         # No server can continue reasoning alone.
         text = "this MLX server cannot continue what was delivered"
@@ -67,21 +70,23 @@ def resume_strategies(
 
 
 def _continuations(
-    body: dict[str, Any], offering: Offering, profile: ServerProfile, delivered: str, tokens_left: int
+    body: dict[str, Any],
+    offering: Offering,
+    profile: ServerProfile,
+    delivered: str,
+    tokens_left: int,
+    stop: Sequence[str],
 ) -> Iterator[ResumeStrategy]:
     # transformers drops white space at the end of a text that is continued, if the model's chat template does so.
     end = len(delivered if profile.continues_by == "template" else delivered.rstrip())
     word = min(before_last_word(delivered), end)
-    exact = body["temperature"] == 0
-    for cut in sorted({word, end}):
-        if cut == 0 or (word == end <= _SHORT and exact):
-            continue
+    for cut in sorted({word, end} - {0}):
         again, at_end = delivered[cut:], cut == end
         # A token is at least one byte, so this is enough for the text that is repeated.
         limit = tokens_left + (profile.length_shortfall or 0) + len(again.encode())
         limited = {**body, "max_tokens": limit}
-        if continued := continued_body(limited, delivered[:cut], offering, profile, exact=exact and not at_end):
-            overlap = OverlapFilter(delivered, again=again, stop=body.get("stop", ()), guess_space=at_end)
+        if continued := continued_body(limited, delivered[:cut], offering, profile):
+            overlap = OverlapFilter(delivered, again=again, stop=stop, guess_space=at_end)
             yield ResumeStrategy(continued, overlap, tokens_left)
 
 
@@ -89,6 +94,7 @@ class ResumedStream:
     """The rest of an answer; used like a `ServerStream`, and closed at the end.
 
     `open_stream` opens the stream of a request; its second argument tells whether the answer starts from its beginning.
+    `has_died` finds out whether the server has died, after a connection to it broke.
     """
 
     def __init__(
@@ -96,7 +102,9 @@ class ResumedStream:
         strategies: list[ResumeStrategy],
         resume: Resume,
         open_stream: Callable[[dict[str, Any], bool], AbstractContextManager[ServerStream]],
+        has_died: Callable[[], bool],
     ) -> None:
+        self._has_died = has_died
         self._strategies = strategies
         self._resume = resume
         self._open_stream = open_stream
@@ -126,14 +134,28 @@ class ResumedStream:
                 with self._open_stream(strategy.body, strategy.tokens_left is None) as stream:
                     self._current = strategy, stream
                     yield from self._new_deltas(strategy, stream)
-            except InvalidRequest:  # not the caller's mistake: another server accepted the same request
-                if strategy.overlap.new:
+            except FleetError as error:
+                if strategy.overlap.new or not self._is_refusal(error, strategy):
                     raise
                 continue
             if not strategy.overlap.differs:
                 return
         if self._strategies:
             raise StreamInterrupted("the MLX server's answer does not continue what was delivered", retryable=True)
+
+    def _is_refusal(self, error: FleetError, strategy: ResumeStrategy) -> bool:
+        """Return True if the server refuses this strategy, which says nothing about its health: the next one is tried.
+
+        It is not the caller's mistake either, since another server accepted the same request. Some servers answer 500
+        to what they do not know, or nothing at all.
+        """
+        if isinstance(error, InvalidRequest):
+            return True
+        if strategy.tokens_left is None:  # an ordinary request
+            return False
+        return type(error) in (ProviderError, MalformedOutput) or (
+            isinstance(error, ConnectionFailure) and not self._has_died()
+        )
 
     def _new_deltas(self, strategy: ResumeStrategy, stream: ServerStream) -> Iterator[list[Delta]]:
         overlap = strategy.overlap
@@ -144,14 +166,13 @@ class ResumedStream:
                     continue
                 if new_part := overlap.feed(delta):
                     new.append(new_part)
-                if overlap.differs or overlap.stopped:
+                if overlap.differs:
                     break
             if new:
                 yield new
-            if overlap.differs or overlap.stopped:
+            if overlap.differs:
                 return
-        if last := overlap.end():
-            yield [last]
+        overlap.end()
 
     def answer(self) -> ChatAnswer:
         """Return how the stream ended. Its usage is that of the whole answer."""

@@ -62,6 +62,8 @@ class ConnectionGuard:
     def __init__(self, limit: float) -> None:
         self.limit = limit
         """When the connection is cut: time.monotonic() seconds. The reader moves it by assignment."""
+        self.awaits: str | None = None
+        """The path of a request without any content yet: the server may be reading its prompt. None after that."""
         self.was_cut = threading.Event()
         self._lock = threading.Lock()
         self._connection: socket.socket | None = None
@@ -125,6 +127,12 @@ class TimeoutThread:
                 self._guards.discard(guard)
             guard.close()
 
+    @property
+    def awaited(self) -> set[str | None]:
+        """The paths of the requests that wait for their first content."""
+        with self._changed:
+            return {guard.awaits for guard in self._guards}
+
     def close(self) -> None:
         with self._changed:
             self._closed = True
@@ -183,6 +191,7 @@ class RequestTimer:
         may be busy with the content."""
         now = self._thread.last_content = time.monotonic()
         self._has_content = True
+        self.guard.awaits = None
         self.guard.limit = self._deadline
         return now
 

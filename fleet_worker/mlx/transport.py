@@ -7,11 +7,13 @@ import select
 import socket
 import ssl
 from collections.abc import Iterable
-from typing import Any, cast
+from pathlib import Path
+from typing import Any
 
 import httpcore
 import httpx
 
+from fleet_worker.certificates import TLS
 from fleet_worker.mlx.timeouts import ConnectionGuard
 
 
@@ -22,14 +24,16 @@ class Transport(httpx.HTTPTransport):
     connection just when the next request is sent, which then looks as if the server had died.
     """
 
-    def __init__(self, *, secure: bool) -> None:
-        # Loading certificates takes longer than everything else here.
-        self._pool = _NoPool(httpx.create_ssl_context(trust_env=False) if secure else None)
+    def __init__(self, tls: ssl.SSLContext | None) -> None:
+        self._pool = _NoPool(tls)
 
 
-def body_of(response: httpx.Response) -> httpx.SyncByteStream:
-    """Return the body as it arrives. `iter_raw` would be one more generator for every read."""
-    return cast("httpx.SyncByteStream", response.stream)
+def tls_context(url: httpx.URL, ca: Path | None) -> ssl.SSLContext | None:
+    """Return the context that verifies chain and host name of an https server: against this CA, or else against those
+    that browsers trust. Loading them takes longer than everything else here."""
+    if url.scheme != "https":
+        return None
+    return TLS(ca).context() if ca else httpx.create_ssl_context(trust_env=False)
 
 
 class _NoPool(httpcore.ConnectionPool):

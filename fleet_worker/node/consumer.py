@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +9,16 @@ from celery.worker import consumer
 from kombu import Message
 
 from fleet_worker.broker.connection import BROKER_ERRORS
+from fleet_worker.broker.door import NOT_JSON, Refused, read_json
+from fleet_worker.errors import InvalidRequest
+from fleet_worker.protocol.request import Address
 
-log = logging.getLogger(__name__)
+BEAT_PREFIX = "registry."
+TASK_PREFIXES = ("fleet.", BEAT_PREFIX)
+"""Of the tasks that can be called. Celery has some of its own."""
+NO_TASK = "it is no task"
+NO_ADDRESS = "it is a task without a request that could be answered"
+UNKNOWN_TASK = "its task is not one of this node"
 
 BROKEN_CONNECTION = (AttributeError, ValueError)
 """What Celery and py-amqp also raise when a connection breaks while it is set up: its socket is None, or closed."""
@@ -21,10 +28,10 @@ request, an eighth of what a node does at 300 requests a second."""
 
 
 class Consumer(consumer.Consumer):  # type: ignore[misc]
-    """Drops and logs a message that it cannot use, without quoting it: any Celery client may send one.
+    """Refuses a message that it cannot use: any Celery client may send one.
 
-    Celery logs up to 1,024 characters of the body, all headers, which may show the arguments, and the errors of
-    decoders, which hold what they could not decode.
+    By itself Celery would log up to 1,024 characters of the body, all headers, which may show the arguments, and the
+    errors of decoders, which hold what they could not decode; and it would end for some of them.
 
     It sends task events in batches, always from the thread of its event loop, on the connection that it reads from.
     """
@@ -38,34 +45,35 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
     # Messages
 
     def create_task_handler(self, *args: Any) -> Callable[[Message], None]:
-        """Return Celery's handler of messages. By itself it would end the worker for one that is no task."""
+        """Return Celery's handler of messages. It gets tasks of ours only, made anew from what was checked."""
         handle = super().create_task_handler(*args)
+        ours = frozenset(name for name in self.app.tasks if name.startswith(TASK_PREFIXES))
 
-        def handle_or_drop(message: Message) -> None:
-            try:
-                handle(message)
-            except BROKER_ERRORS:
-                raise
-            except Exception as error:
-                self.on_invalid_task(None, message, error)
+        def open_and_handle(message: Message) -> None:
+            if message.delivery_info.get("redelivered"):
+                message.channel.send_again(message)
+            else:
+                _make_task(message, ours)
+                try:
+                    handle(message)
+                except (*BROKER_ERRORS, Refused):
+                    raise
+                except Exception as error:
+                    raise Refused(NO_TASK, type(error).__name__) from error
 
-        return handle_or_drop
+        return open_and_handle
 
     def on_unknown_message(self, body: Any, message: Message) -> None:
-        super().on_unknown_message(None, _redacted(message))
+        raise Refused(NO_TASK)
 
     def on_unknown_task(self, body: Any, message: Message, exc: Exception) -> None:
-        message = _redacted(message)
-        # Celery reads both, and an error here would end the worker.
-        message.headers = {"id": None, "task": str(exc), **message.headers}
-        super().on_unknown_task(None, message, exc)
+        raise Refused(UNKNOWN_TASK)
 
     def on_invalid_task(self, body: Any, message: Message, exc: Exception) -> None:
-        log.error("Received invalid task message (%s): %d bytes, not shown", type(exc).__name__, len(message.body))
-        message.reject_log_error(log, self.connection_errors)
+        raise Refused(NO_TASK)
 
     def on_decode_error(self, message: Message, exc: Exception) -> None:
-        super().on_decode_error(_redacted(message), "not JSON")
+        raise Refused(NOT_JSON)
 
     # Events
 
@@ -94,8 +102,29 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
             self.event_dispatcher.flush()
 
 
-def _redacted(message: Message) -> Message:
-    headers = message.headers if isinstance(message.headers, dict) else {}
-    message.headers = {key: headers[key] for key in ("id", "task", "root_id") if key in headers}
-    message.body = f"{len(message.body)} bytes, not shown"
-    return message
+def _make_task(message: Message, ours: frozenset[str]) -> None:
+    """Replace everything that Celery reads of a message: its id and its arguments follow from the envelope alone.
+
+    So no sender decides about time limits, an ETA, callbacks or other tasks to call, and none needs to be trusted.
+
+    Raises:
+        Refused: it is no task of this node.
+    """
+    task = message.headers.get("task")
+    if not isinstance(task, str) or task not in ours:
+        raise Refused(UNKNOWN_TASK, task if isinstance(task, str) else "")
+    content = read_json(message.body)
+    args, kwargs, _ = content if isinstance(content, list) and len(content) == 3 else (None, None, None)
+    if not isinstance(args, list) or kwargs:
+        raise Refused(NO_TASK)
+    if task.startswith(BEAT_PREFIX):
+        task_id, args = task, []
+    else:
+        try:
+            (envelope,) = args
+            task_id = Address.of(envelope).request_id
+        except (ValueError, InvalidRequest):
+            raise Refused(NO_ADDRESS) from None
+    message.headers = {"id": task_id, "root_id": task_id, "task": task, "retries": 0, "ignore_result": True}
+    message.properties = {"correlation_id": task_id, "priority": message.properties.get("priority")}
+    message.content = args, {}, None

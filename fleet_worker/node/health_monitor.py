@@ -7,8 +7,9 @@ import threading
 import time
 from collections.abc import Callable
 
-from fleet_worker.errors import FleetError, RequestTimeout
+from fleet_worker.errors import FleetError, InstanceUnavailable, ModelNotServed, Overloaded, RequestTimeout
 from fleet_worker.mlx.client import MLXClient
+from fleet_worker.mlx.offering import Offering
 from fleet_worker.node.offered_models import OfferedModels
 from fleet_worker.node.readiness import Readiness
 from fleet_worker.node.running_attempts import RunningAttempts
@@ -18,6 +19,12 @@ log = logging.getLogger(__name__)
 
 CANARY_DEADLINE = 240.0
 """Seconds that a canary may take: the server may have to load the model for it."""
+DOUBT_DEADLINE = 3.0
+"""Seconds within which a canary has to work that is sent because of a doubt."""
+SILENT_FOR = 1.5
+"""Seconds without an answer and without content after which a server with work may be frozen."""
+LAST_CHANCE = 2.5
+"""Seconds in which a server that is only slow still answers `/health`."""
 CONFIRM_AFTER = 0.05
 """Seconds until a refused connection is tried again: a server with a full backlog refuses for a short time."""
 
@@ -41,7 +48,9 @@ class HealthMonitor:
         self._settings = settings
         self._changed = changed
         self._next_canary = 0.0
-        self._had_canary = self._canary_worked = False
+        self._had_canary = False
+        self._doubted_models: set[str] = set()
+        self._in_doubt_since: float | None = None
         self._next_models = time.monotonic() + settings.models_interval
         self._was_away = False
         self._wake = threading.Event()
@@ -53,6 +62,11 @@ class HealthMonitor:
 
     def check_now(self) -> None:
         """Do not wait for the next check: a request failed, or the node was changed."""
+        self._wake.set()
+
+    def check_model(self, model: str) -> None:
+        """Find out whether the server still has this model: it told a request that it has not."""
+        self._doubted_models.add(model)
         self._wake.set()
 
     def canary_now(self) -> None:
@@ -68,18 +82,29 @@ class HealthMonitor:
     def _run(self) -> None:
         while not self._closed:
             try:
-                self._check_health()
-                self._changed()
-                if self._canary_is_due():
-                    self._send_canary()
-                    self._changed()
-                if self._readiness.state.ready and time.monotonic() >= self._next_models:
-                    self._read_models()
-                    self._changed()
+                self._check()
             except Exception as error:
                 log.error("a check of the MLX server failed (%s), the next one follows", type(error).__name__)
             self._wake.wait(self._settings.probe_interval)
             self._wake.clear()
+
+    def _check(self) -> None:
+        self._check_health()
+        self._changed()
+        if self._is_frozen():
+            self._release_work()
+        if self._readiness.in_doubt(idle=self._running.busy_since is None):
+            self._settle_doubt()
+            self._changed()
+        elif self._canary_is_due():
+            self._send_canary()
+            self._changed()
+        while self._doubted_models:
+            self._settle_model(self._doubted_models.pop())
+            self._changed()
+        if self._readiness.state.ready and time.monotonic() >= self._next_models:
+            self._read_models()
+            self._changed()
 
     def _check_health(self) -> None:
         asked = time.monotonic()
@@ -112,11 +137,32 @@ class HealthMonitor:
             return self._mlx.health(timeout=self._settings.probe_timeout).ready
 
     def _expect_a_new_server(self) -> None:
-        """Read the models again, and send a canary at once unless the last one failed: it may be another server now."""
+        """Read the models again: it may be another server now."""
         self._was_away, self._next_models = False, 0.0
         self._models.forget_missing()
-        if self._canary_worked:
-            self._next_canary, self._canary_worked = 0.0, False
+
+    def _settle_doubt(self) -> None:
+        """Let a canary decide, while requests go on. If the server is too busy for it, the next check sends another."""
+        now = time.monotonic()
+        since = self._in_doubt_since = self._in_doubt_since or now
+        offering = self._models.for_canary() if self._settings.canary else None
+        failure = self._canary(offering, now + DOUBT_DEADLINE) if offering else None
+        too_busy = isinstance(failure, Overloaded) and self._running.busy_since is not None
+        if too_busy and time.monotonic() - since < DOUBT_DEADLINE:
+            return
+        self._in_doubt_since = None
+        self._readiness.content_received(self._mlx.last_content)  # of a request that the canary had to wait for
+        if offering is None or too_busy or isinstance(failure, RequestTimeout):
+            self._readiness.confirm_doubt()
+        else:
+            self._readiness.canary_ended(failure)
+
+    def _settle_model(self, model: str) -> None:
+        """Offer this model no more if the server tells a canary too that it does not have it."""
+        offering = self._models.available.get(model) if self._settings.canary else None
+        failure = self._canary(offering, time.monotonic() + DOUBT_DEADLINE) if offering else None
+        if offering is None or isinstance(failure, ModelNotServed):
+            self._models.lacks(model)
 
     def _canary_is_due(self) -> bool:
         """Never while requests run: their tokens prove more."""
@@ -124,21 +170,45 @@ class HealthMonitor:
         return self._settings.canary and idle and self._readiness.needs_canary and self._next_canary <= time.monotonic()
 
     def _send_canary(self) -> None:
-        """Ask for one token. The first canary after the start does not delay the next one."""
+        """Ask for one token. Only a canary that failed delays the next one, and not if it was the first of all."""
         offering = self._models.for_canary()
         if offering is None:
             return
         started = time.monotonic()
-        self._next_canary = started + self._settings.canary_interval if self._had_canary else started
+        failure = self._canary(offering, started + CANARY_DEADLINE)
+        self._next_canary = started + self._settings.canary_interval if failure and self._had_canary else started
         self._had_canary = True
-        failure = None
+        self._readiness.canary_ended(failure)
+
+    def _canary(self, offering: Offering, deadline: float) -> FleetError | None:
+        """Ask for one token; return why there was none."""
         try:
-            self._mlx.canary(offering, deadline=started + CANARY_DEADLINE)
+            self._mlx.canary(offering, deadline=deadline)
         except FleetError as error:
             log.warning("a canary failed: %s", error.message)
-            failure = error
-        self._canary_worked = failure is None
-        self._readiness.canary_ended(failure)
+            return error
+        return None
+
+    def _is_frozen(self) -> bool:
+        """Return whether neither the server nor any of its streams shows life, though a healthy one would.
+
+        A server that is only slow answers a last question with more time. Where `/health` is blocked while a prompt is
+        read, silence means nothing as long as one may be read.
+        """
+        if self._readiness.silence < SILENT_FOR or self._running.busy_since is None or self._mlx.may_be_blocked:
+            return False
+        asked = time.monotonic()
+        try:
+            self._mlx.health(timeout=LAST_CHANCE)
+        except FleetError:
+            return self._mlx.last_content < asked
+        return False
+
+    def _release_work(self) -> None:
+        """End all requests, so that other nodes go on with them."""
+        text = "the MLX server is frozen: it answers nothing, and none of its streams moves"
+        released = self._running.stop(lambda: InstanceUnavailable(text))
+        log.warning("%s; other nodes go on with what it had: %d", text, released)
 
     def _read_models(self) -> None:
         """Rarely: for each list, a server walks through its disk cache."""

@@ -10,7 +10,7 @@ from typing import Any
 from celery import Celery, signals
 from celery.worker.consumer.consumer import CONNECTION_ERROR, CONNECTION_RETRY
 
-from fleet_worker.broker.connection import place_of
+from fleet_worker.broker.connection import outage, place_of
 
 OUTAGE_LOGGED_EVERY = 60.0
 """Seconds between two lines about a broker that stays away."""
@@ -71,6 +71,7 @@ class OutageFilter:
         self._place = "?"
         self._away_since: float | None = None
         self._last_logged = 0.0
+        self._why = ""
 
     def filter(self, record: logging.LogRecord) -> bool:
         match record.msg, record.args:
@@ -92,19 +93,18 @@ class OutageFilter:
         self._place, self._away_since = place, None
 
     def _away(self, record: logging.LogRecord, error: BaseException) -> bool:
-        """Log only the kind of the error: its text may quote anything."""
-        now, kind, place = self._clock(), type(error.__cause__ or error).__name__, self._place
+        now, place, why = self._clock(), self._place, outage(error)
+        is_new = self._away_since is None or (why != self._why and not why.startswith("is away"))
         if self._away_since is None:
             self._away_since = now
-            _change_to_warning(
-                record, "the broker at %s is away (%s), and is tried again until it is back", place, kind
-            )
+        if is_new:
+            _change_to_warning(record, "the broker at %s %s; it is tried again until that is over", place, why)
         elif now - self._last_logged >= OUTAGE_LOGGED_EVERY:
             seconds = now - self._away_since
-            _change_to_warning(record, "the broker at %s is still away, for %.0f s now (%s)", place, seconds, kind)
+            _change_to_warning(record, "the broker at %s %s, for %.0f s now", place, why, seconds)
         else:
             return False
-        self._last_logged = now
+        self._last_logged, self._why = now, why
         return True
 
 

@@ -157,17 +157,17 @@ class Node:
         self.mlx.close()
 
     @contextmanager
-    def counting_failures(self, model: str, cancel_token: CancelToken) -> Iterator[None]:
+    def counting_failures(self, model: str, request_id: str, cancel_token: CancelToken) -> Iterator[None]:
         """Count an error within this block against the server, unless the request was cancelled."""
         try:
             yield
         except FleetError as error:
             if cancel_token.error is None:
                 if isinstance(error, ModelNotServed):
-                    self.models.lacks(model)
+                    self._monitor.check_model(model)
                 else:
-                    self._readiness.failed(error)
-                self._monitor.check_now()
+                    self._readiness.failed(error, request_id)
+                    self._monitor.check_now()
             raise
 
     def _update_lanes(self) -> None:

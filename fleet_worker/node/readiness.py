@@ -4,12 +4,16 @@ with a dead engine.
     starting ────── proof ──────> available <── health answers ── degraded (health answers late)
                                    │     ▲                            │
        refused, not ready, or      │     │ proof                      │ no answer and no content
-       FAILURES requests in a row  ▼     │                            ▼ for GIVE_UP_AFTER
+       a doubt that is confirmed   ▼     │                            ▼ for GIVE_UP_AFTER
                                   unavailable <───────────────────────
 
 Proof is a token of a request, or a canary that worked. A `degraded` instance is slow but alive, and takes no new work.
-An instance that stops sending tokens in the middle of work is degraded too, and needs a proof. `drained` overrides all
-of it: an operator, or the end of the node, wants it to take no work.
+
+A doubt: FAILURES attempts failed in a row, or work is in progress and no token comes. It may be the fault of these
+requests, so an instance in doubt goes on with its work, and a canary decides: it is a proof, or it confirms the doubt.
+It is sent at once if the attempts were of as many different requests, otherwise when no other request runs that could
+be the proof. An instance that was silent in the middle of work is then degraded, and needs a proof. `drained` overrides
+all of it: an operator, or the end of the node, wants it to take no work.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ from fleet_worker.protocol.status import Status
 GIVE_UP_AFTER = 10.0
 """Seconds without an answer and without content after which a late server counts as unavailable."""
 FAILURES = 3
-"""Requests in a row that fail by the server's fault, after which the instance needs a proof."""
+"""Failures in a row by the server's fault, after which the instance is in doubt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,26 +60,37 @@ class Readiness:
         self._lock = threading.Lock()
         self._unproven: tuple[Status, str] | None = ("starting", "not tried yet")
         """The status and reason until the next proof; None after a proof."""
+        self._doubt: tuple[Status, str] | None = None
+        """What they become if the canary confirms the doubt."""
         self._late_since: float | None = None
+        self._silent_since: float | None = None
+        """Since when neither `/health` has answered nor content has come."""
         self._health_ready = False
         self._last_content = 0.0
         self._last_fault = 0.0
         self._failures = 0
+        """In a row."""
+        self._failed: set[str] = set()
+        """The requests of these failures, at most FAILURES of them."""
         self._drained = self._ending = False
 
     # Observed by the tasks
 
-    def failed(self, error: FleetError) -> None:
-        """A request ended with this error."""
+    def failed(self, error: FleetError, request_id: str) -> None:
+        """An attempt at this request ended with this error."""
         with self._lock:
-            if isinstance(error, InstanceUnavailable):
+            if isinstance(error, InstanceUnavailable) and not _answered(error):
                 self._require_proof("unavailable", error.message)
+            elif isinstance(error, InstanceUnavailable):
+                self._suspect("unavailable", error.message)
             elif _is_fault_of_server(error):
-                self._failures += 1
                 self._last_fault = self._clock()
+                self._failures += 1
+                if len(self._failed) < FAILURES:
+                    self._failed.add(request_id)
                 if self._failures >= FAILURES:
                     reason = f"{self._failures} requests failed in a row, the last: {error.message}"
-                    self._require_proof("unavailable", reason)
+                    self._suspect("unavailable", reason)
 
     # Observed by the health monitor
 
@@ -83,13 +98,13 @@ class Readiness:
         """The server sent content at this time: a proof, if no fault came after it."""
         with self._lock:
             if at > self._last_content:
-                self._last_content, self._late_since = at, None
+                self._last_content, self._late_since, self._silent_since = at, None, None
                 if at > self._last_fault:
-                    self._failures, self._unproven = 0, None
+                    self._proved()
 
     def health_answered(self, ready: bool) -> None:
         with self._lock:
-            self._late_since, self._health_ready = None, ready
+            self._late_since, self._silent_since, self._health_ready = None, None, ready
             if not ready:
                 self._require_proof("unavailable", "the MLX server says that it is not ready")
 
@@ -99,12 +114,15 @@ class Readiness:
             if self._last_content >= asked:
                 return
             self._late_since = self._late_since or asked
+            self._silent_since = self._silent_since or asked
             if self._clock() - self._late_since >= GIVE_UP_AFTER:
                 self._require_proof("unavailable", "the MLX server does not answer")
 
     def connection_refused(self) -> None:
-        """Nothing listens at the server's address, or it closes the connection."""
+        """Nothing listens at the server's address, or it closes the connection. (A frozen server refuses too, once its
+        backlog is full.)"""
         with self._lock:
+            self._silent_since = self._silent_since or self._clock()
             self._late_since, self._health_ready = None, False
             self._require_proof("unavailable", "the MLX server does not accept connections")
 
@@ -112,18 +130,23 @@ class Readiness:
         """Requests have been running since this time; None if none runs."""
         with self._lock:
             if since is not None and self._clock() - max(since, self._last_content) > self._stall_after:
-                reason = f"no token for more than {self._stall_after:g} s while work is in progress"
-                self._require_proof("degraded", reason)
+                self._suspect("degraded", f"no token for more than {self._stall_after:g} s while work is in progress")
 
     def canary_ended(self, error: FleetError | None) -> None:
         """A canary worked (None), or failed with this error. Its own token is no proof then."""
         with self._lock:
             if error:
-                self._unproven = ("unavailable", f"a canary failed: {error.message}")
+                self._unproven, self._doubt = ("unavailable", f"a canary failed: {error.message}"), None
                 self._last_fault = self._clock()
             else:
-                self._failures = 0
-                self._unproven = self._late_since = None
+                self._late_since = self._silent_since = None
+                self._proved()
+
+    def confirm_doubt(self) -> None:
+        """A canary had no answer in time, or none can be sent."""
+        with self._lock:
+            if self._doubt:
+                self._require_proof(*self._doubt)
 
     # Ordered by an operator, or by the end of the node
 
@@ -147,6 +170,18 @@ class Readiness:
         """True if the server says that it is ready, and only a canary or a request can prove it."""
         return self._unproven is not None and self._late_since is None and self._health_ready
 
+    def in_doubt(self, *, idle: bool) -> bool:
+        """Return whether a canary has to decide now; unless the instance is idle, a request may be the proof."""
+        if self._doubt is None or self._unproven is not None or self._late_since is not None:
+            return False
+        return idle or not 0 < len(self._failed) < FAILURES
+
+    @property
+    def silence(self) -> float:
+        """Seconds since which neither `/health` has answered nor content has come; 0 if one of them did."""
+        since = self._silent_since
+        return 0.0 if since is None else self._clock() - since
+
     @property
     def state(self) -> State:
         with self._lock:
@@ -160,11 +195,25 @@ class Readiness:
                 return State("degraded", "the MLX server answers late")
             return State("available")
 
+    def _proved(self) -> None:
+        self._unproven = self._doubt = None
+        self._failures = 0
+        self._failed.clear()
+
+    def _suspect(self, status: Status, reason: str) -> None:
+        self._last_fault = self._clock()
+        self._doubt = self._doubt or (status, reason)
+
     def _require_proof(self, status: Status, reason: str) -> None:
         """Keep the first reason until it is disproved. Only `unavailable` may replace `degraded` or `starting`."""
-        self._last_fault = self._clock()
+        self._doubt, self._last_fault = None, self._clock()
         if self._unproven is None or (self._unproven[0] != "unavailable" and status == "unavailable"):
             self._unproven = (status, reason)
+
+
+def _answered(error: FleetError) -> bool:
+    """Return True if the server itself answered that it is not ready. It may say so to one request only."""
+    return "status" in error.metadata
 
 
 def _is_fault_of_server(error: FleetError) -> bool:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from fleet_worker.broker.control_commands import Command
 from fleet_worker.broker.control_listener import Subscription
+from fleet_worker.broker.door import Refused
 from fleet_worker.broker.topology import cancel_queue
 from fleet_worker.errors import InvalidRequest
 from fleet_worker.node.node import Node
 from fleet_worker.protocol.request import ControlMessage
-
-log = logging.getLogger(__name__)
 
 
 def subscription_of(node: Node) -> Subscription:
@@ -24,9 +22,8 @@ def subscription_of(node: Node) -> Subscription:
     def obey(message: Any) -> None:
         try:
             notice = ControlMessage.decode(message.body)
-        except InvalidRequest as error:
-            log.error("a notice of a router was dropped: %s", error)
-            return
+        except InvalidRequest:
+            raise Refused("it is no notice of a router") from None
         if notice.router:
             node.router_clocks.told(notice.router, notice.sent_at)
         if notice.node in (None, node.name):

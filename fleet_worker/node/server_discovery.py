@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential, wait_random
 
 from fleet_worker.errors import FleetError, InstanceUnavailable
-from fleet_worker.mlx.client import DEFAULT_URLS, Health, MLXClient
+from fleet_worker.mlx.client import DEFAULT_URLS, MLXClient
+from fleet_worker.mlx.health import Health
 from fleet_worker.settings import Instance
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ def find_server(instance: Instance, timeout: float) -> Server:
 def _ready_server(instance: Instance, urls: tuple[str, ...], timeout: float) -> tuple[str, Health]:
     for url in urls:
         with suppress(FleetError), closing(MLXClient(instance, url)) as client:
-            health = client.health()
+            health = client.identify()
             if health.ready:
                 return url, health
     where = " or ".join(urls)

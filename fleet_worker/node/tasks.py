@@ -12,7 +12,7 @@ from typing import Any
 import celery.worker.request as celery_request
 from celery import Celery
 
-from fleet_worker.broker.topology import REPLY_PREFIX, task_name
+from fleet_worker.broker.topology import task_name
 from fleet_worker.errors import (
     ConnectionFailure,
     Expired,
@@ -23,6 +23,7 @@ from fleet_worker.errors import (
     where,
 )
 from fleet_worker.mlx.offering import Offering, offering_for
+from fleet_worker.mlx.parameters import dropped_parameters
 from fleet_worker.mlx.timeouts import CancelToken
 from fleet_worker.node.node import Node
 from fleet_worker.node.reply_publisher import ReplyWriter
@@ -30,7 +31,7 @@ from fleet_worker.node.router_presence import not_listening
 from fleet_worker.protocol import clock
 from fleet_worker.protocol.openai import ChatParams, EmbedParams
 from fleet_worker.protocol.reply import ChatResponse, EmbedResponse, Timings
-from fleet_worker.protocol.request import FleetRequest
+from fleet_worker.protocol.request import Address, FleetRequest
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ def register_tasks(app: Celery, node: Node) -> None:
             if work and isinstance(work.request.params, ChatParams):
                 answer = node.mlx.chat(work.request.params, work.offering, **work.limits)
                 node.counters.generated(answer.usage.completion_tokens or 0)
-                work.respond(ChatResponse, **asdict(answer))
+                work.respond(ChatResponse, metadata=work.metadata(work.request.params), **asdict(answer))
 
     @task
     def stream_chat(envelope: dict[str, Any]) -> None:
@@ -63,14 +64,23 @@ def register_tasks(app: Celery, node: Node) -> None:
                     for deltas in stream:
                         node.counters.generated(len(deltas))
                         work.reply.put(deltas, stream.tokens)
-                work.respond(ChatResponse, **asdict(stream.answer()))
+                work.respond(ChatResponse, metadata=work.metadata(work.request.params), **asdict(stream.answer()))
 
     @task
     def embed(envelope: dict[str, Any]) -> None:
         with _accepted(node, envelope, "embed") as work:
             if work and isinstance(work.request.params, EmbedParams):
+                _check_dimensions(work.request.params.dimensions, work.offering.settings.dimensions)
                 vectors = node.mlx.embed(work.request.params.input, work.offering, **work.limits)
+                _check_dimensions(work.request.params.dimensions, vectors.dimensions)
                 work.respond(EmbedResponse, data=vectors.data, dimensions=vectors.dimensions, usage=vectors.usage)
+
+
+def _check_dimensions(wanted: int | None, dimensions: int | None) -> None:
+    """Refuse another number than the model's vectors have, if that is known."""
+    if wanted and dimensions and wanted != dimensions:
+        text = f"dimensions: this model's vectors have {dimensions} numbers, and are not shortened: leave it out"
+        raise InvalidRequest(text, param="dimensions")
 
 
 class Request(celery_request.Request):  # type: ignore[misc]
@@ -79,8 +89,9 @@ class Request(celery_request.Request):  # type: ignore[misc]
     They show the lane instead, whatever the sender put into the headers: any Celery client may send tasks.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __init__(self, message: Any, **options: Any) -> None:
+        # Celery would read the body again, in the thread of the task.
+        super().__init__(message, **{**options, "body": message.payload, "decoded": True})
         self._argsrepr, self._kwargsrepr = self.delivery_info["routing_key"] or "-", ""
 
     def info(self, safe: bool = False) -> dict[str, Any]:
@@ -110,6 +121,12 @@ class _Work:
     def limits(self) -> dict[str, Any]:
         return {"deadline": self.deadline, "cancel_token": self.cancel_token}
 
+    def metadata(self, params: ChatParams) -> dict[str, Any]:
+        """Return what is to be said about the request: which parameters had no influence."""
+        temperature = self.offering.settings.temperature if params.temperature is None else params.temperature
+        dropped = dropped_parameters(params, self.node.server_kind, temperature)
+        return {"dropped_parameters": dropped} if dropped else {}
+
     def respond(
         self,
         frame: type[ChatResponse] | type[EmbedResponse],
@@ -137,7 +154,7 @@ def _accepted(node: Node, envelope: Any, operation: str) -> Iterator[_Work | Non
 
     Yields None for an attempt that was delivered to this node before.
     """
-    request_id, attempt, reply_to = _address(envelope)
+    request_id, attempt, reply_to = Address.of(envelope)
     if not node.running.is_new(request_id, attempt):
         log.warning("an attempt was delivered a second time, and is not run again")
         yield None
@@ -146,7 +163,7 @@ def _accepted(node: Node, envelope: Any, operation: str) -> Iterator[_Work | Non
         try:
             with node.running.attempt(request_id, attempt, reply_to) as cancel_token, reply.cancelled_by(cancel_token):
                 work = _accept(node, envelope, operation, reply, cancel_token)
-                with node.counting_failures(work.offering.model, cancel_token):
+                with node.counting_failures(work.offering.model, request_id, cancel_token):
                     yield work
         except Exception as error:
             failure = error if isinstance(error, FleetError) else _unexpected(error)
@@ -160,15 +177,6 @@ def _accepted(node: Node, envelope: Any, operation: str) -> Iterator[_Work | Non
 def _unexpected(error: Exception) -> FleetError:
     log.error("a task failed: %s at %s", type(error).__name__, where(error))
     return ProviderError(f"the worker failed ({type(error).__name__}): see its log")
-
-
-def _address(envelope: Any) -> tuple[str, int, str]:
-    """Return request_id, attempt and reply_to: with them an error can be sent even if the rest is invalid."""
-    if isinstance(envelope, dict):
-        request_id, attempt, reply_to = (envelope.get(key) for key in ("request_id", "attempt", "reply_to"))
-        if isinstance(request_id, str) and isinstance(reply_to, str) and reply_to.startswith(REPLY_PREFIX):
-            return request_id, attempt if isinstance(attempt, int) else 1, reply_to
-    raise InvalidRequest("an envelope without request_id and reply_to: there is no router to answer")
 
 
 def _accept(node: Node, envelope: Any, operation: str, reply: ReplyWriter, cancel_token: CancelToken) -> _Work:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +17,9 @@ from fleet_worker.broker.connection import ANSWER_WITHIN, BROKER_ERRORS, connect
 from fleet_worker.broker.topology import transport_of
 from fleet_worker.errors import BrokerUnavailable
 from fleet_worker.ops.findings import Finding, Severity
+from fleet_worker.ops.tls_checks import encryption, is_loopback
 from fleet_worker.settings import Settings
+from fleet_worker.urls import secure, uses_tls
 
 SLOW = 0.05
 """Seconds; a longer round trip is a warning."""
@@ -28,7 +29,8 @@ def broker(settings: Settings) -> list[Finding]:
     ask = {"redis": _ask_redis, "amqp": _ask_rabbitmq}[transport_of(settings.broker_url)]
     try:
         with connected(settings) as connection:
-            return [*ask(connection, place_of(settings.broker_url)), *exposure(settings.broker_url)]
+            found = [*ask(connection, place_of(settings.broker_url)), *exposure(settings.broker_url)]
+            return [*found, *encryption(settings, connection)]
     except BrokerUnavailable as error:
         return [Finding("error", error.message, error.metadata["advice"])]
 
@@ -115,23 +117,16 @@ def redis_settings(info: Mapping[str, Any], save: str | None) -> Iterator[Findin
 def exposure(broker_url: str) -> Iterator[Finding]:
     """Check the protection of a broker that is not on this host."""
     url = urlsplit(broker_url)
-    if _is_loopback(url.hostname or "localhost"):
+    if is_loopback(url.hostname or "localhost"):
         return
     if not url.password:
         found = "broker_url has no password: everyone on the network can read and send requests"
         advice = "set a password at the broker, and in broker_url: scheme://USER:PASSWORD@..."
         yield Finding("warning", found, advice)
-    if url.scheme not in ("rediss", "amqps"):
+    if not uses_tls(broker_url):
         found = "no TLS: everyone on the network can read requests and replies"
-        secure = "amqps" if "amqp" in url.scheme else "rediss"
-        yield Finding("warning", found, f"set up TLS at the broker, and start broker_url with {secure}://")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+        advice = f"set up TLS at the broker, and start broker_url with {secure(url.scheme)}://"
+        yield Finding("warning", found, advice)
 
 
 def clock(settings: Settings, *, now: Callable[[], float] = time.time) -> list[Finding]:

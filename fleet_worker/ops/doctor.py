@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import resource
@@ -15,9 +14,9 @@ from importlib.metadata import version
 from urllib.parse import urlsplit
 
 from fleet_worker.broker.app import create_app
-from fleet_worker.config_file import config_path, nearest
+from fleet_worker.config_file import config_path
 from fleet_worker.errors import ConfigurationError
-from fleet_worker.host.parent_pipe import NODE_LOCK, PARENT_PIPE
+from fleet_worker.host.variables import mistyped
 from fleet_worker.ops.broker_checks import broker, clock, connected
 from fleet_worker.ops.clocks import ADVICE, clocks_of, described, wrong_clocks
 from fleet_worker.ops.findings import Finding, at_once
@@ -29,8 +28,6 @@ from fleet_worker.settings import Settings
 WITHIN = INSTANCES_WITHIN + 1
 """Seconds for everything."""
 OPEN_FILES = 1024  # a lower limit is a warning
-READ_ELSEWHERE = {"FLEET_CONFIG", PARENT_PIPE, NODE_LOCK, "FLEET_BROKER_PASSWORD", "FLEET_BROKER_ADDRESS"}
-"""FLEET_* variables that are no settings; docker/compose.yaml reads the last two."""
 SHOWN_NODES = 20  # names; of more nodes, only the number is told
 
 
@@ -59,20 +56,18 @@ def configuration(settings: Settings) -> Iterator[Finding]:
             "fine for a router; on a mini, set an instance's fleet = { enabled = true, respond_to_requests = true }"
         )
         yield Finding("warning", "no instance has opted in: no node can start", advice)
-    yield from _unread_variables()
-    if path and path.stat().st_mode & 0o004 and any(secret in path.read_text("utf-8") for secret in _secrets(settings)):
+    yield from (Finding("warning", found, "correct its name, or remove it") for found in mistyped(settings))
+    if (
+        path
+        and path.stat().st_mode & 0o004
+        and any(secret in path.read_text("utf-8-sig") for secret in _secrets(settings))
+    ):
         found = f"{path} contains a key or a password, and every user of this host can read it"
         yield Finding("warning", found, f"chmod o-r {path}")
-
-
-def _unread_variables() -> Iterator[Finding]:
-    """Find FLEET_* variables that nothing reads. `Settings` has refused wrong names after a __ already."""
-    variables = [f"FLEET_{field.upper()}" for field in Settings.model_fields]
-    for name in sorted(os.environ):
-        group = name.upper().partition("__")[0]
-        if group.startswith("FLEET_") and group not in {*variables, *READ_ELSEWHERE}:
-            found = f"the variable {name} is not read{nearest(name.upper(), variables)}"
-            yield Finding("warning", found, "correct its name, or remove it")
+    key = settings.broker_key
+    if key and key.stat().st_mode & 0o004:
+        found = f"{key} is the private key of broker_cert, and every user of this host can read it"
+        yield Finding("warning", found, f"chmod o-r {key}")
 
 
 def _secrets(settings: Settings) -> list[str]:

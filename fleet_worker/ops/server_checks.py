@@ -7,7 +7,8 @@ from contextlib import closing
 from functools import partial
 
 from fleet_worker.errors import FleetError, RequestTimeout, Unauthorized
-from fleet_worker.mlx.client import DEFAULT_URLS, Health, MLXClient
+from fleet_worker.mlx.client import DEFAULT_URLS, MLXClient
+from fleet_worker.mlx.health import Health
 from fleet_worker.mlx.offering import Offering, no_offerings_advice, offerings_of
 from fleet_worker.mlx.profiles import PROFILES, lacks_template
 from fleet_worker.ops.findings import Finding, at_once
@@ -33,7 +34,7 @@ def _instance(title: str, instance: Instance, provider: Mapping[str, bool]) -> I
     for url in (instance.base_url,) if instance.base_url else DEFAULT_URLS:
         with closing(MLXClient(_with_short_timeout(instance), url)) as client:
             try:
-                health = client.health()
+                health = client.identify()
             except FleetError as error:
                 silent.append(f"{url}: {_describe(error)}")
                 continue

@@ -42,7 +42,7 @@ def show(settings: Settings, *, as_json: bool = False, every: float | None = Non
         BrokerUnavailable: the broker does not answer. If a watch loses it, this is printed, and the watch goes on.
     """
     console = output()
-    with Router(settings) as router, closing(SnapshotCollector(settings, router.registry)) as collector:
+    with Router(settings, patient=False) as router, closing(SnapshotCollector(settings, router.registry)) as collector:
         time.sleep(ALL_ANSWERS_WITHIN)  # the host that answers last may be the only one that serves a lane
         if every is None:
             snapshot = collector.take()

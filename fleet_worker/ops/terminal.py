@@ -1,12 +1,15 @@
-"""What the commands of an operator print: tables on a terminal of any width, one line per row anywhere else."""
+"""What commands print: tables on a terminal of any width, one line per row anywhere else. And what they read."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 from rich.console import Console, ConsoleOptions, JustifyMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+from fleet_worker.errors import InvalidRequest
 
 FITS_A_TABLE = 72
 """Columns of a terminal; in a narrower one each row of a table becomes a paragraph."""
@@ -79,3 +82,16 @@ class Listing:
             if each.plain:
                 below.add_row(f"  {header}", each)
         yield below
+
+
+def standard_input() -> str:
+    """Return all of it. Raises `InvalidRequest` if it is not UTF-8."""
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError:
+        raise InvalidRequest("standard input is not UTF-8 text") from None
+
+
+def lines(text: str) -> list[str]:
+    """Split at line ends only: `str.splitlines` also splits at U+2028 and others, which belong to a text."""
+    return [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")]

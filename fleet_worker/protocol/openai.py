@@ -1,11 +1,15 @@
-"""The bodies of OpenAI requests, chat completions and embeddings, validated field by field."""
+"""The bodies of OpenAI requests, chat completions and embeddings, validated field by field.
+
+`openai_fields` says what is changed before.
+"""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from fleet_worker.protocol import openai_fields
 from fleet_worker.protocol.wire import WireModel
 
 Texts = Annotated[
@@ -13,14 +17,36 @@ Texts = Annotated[
     BeforeValidator(lambda texts: [texts] if isinstance(texts, str) else texts),
 ]
 """A list of texts that are not empty, or one text for a list of one."""
+StopTexts = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=1000)]],
+    BeforeValidator(lambda texts: [texts] if isinstance(texts, str) else texts),
+]
+"""As `Texts`; a node searches each of them in the answer."""
 
 
-class TextPart(WireModel):
+WAYS_OUT = {
+    "input": "send texts; LangChain does with check_embedding_ctx_length=False",
+    "n": "send the request once for each answer",
+    "role": "developer counts as system; the result of a tool has the role tool",
+}
+"""What to do about a refused field."""
+ReasoningEffort = Annotated[
+    Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"], AfterValidator(openai_fields.known_effort)
+]
+
+
+class _Part(WireModel):
+    """Other fields of a part, as `cache_control`, are dropped: no MLX server needs them."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class TextPart(_Part):
     type: Literal["text"]
     text: str = Field(repr=False)
 
 
-class ImageUrl(WireModel):
+class ImageUrl(_Part):
     url: str = Field(repr=False)
     detail: Literal["auto", "low", "high"] | None = None
 
@@ -29,17 +55,18 @@ class ImageUrl(WireModel):
     def _inline(cls, url: str) -> str:
         # mlx_lm.server would fetch http image URLs itself, even for text models: from inside the minis' network.
         if not url.startswith("data:image/"):
-            raise ValueError("images must be data:image/... URLs")
+            raise ValueError("is an address: put the image itself into a data:image/... URL, in base64")
         return url
 
 
-class ImagePart(WireModel):
+class ImagePart(_Part):
     type: Literal["image_url"]
     image_url: ImageUrl
 
 
 class Message(WireModel):
-    """One turn. Other fields that OpenAI clients copy from an answer are dropped: no MLX server needs them."""
+    """One turn. What an answer has beside its text and tool calls may be sent back (`refusal`, `annotations`, `audio`,
+    `reasoning`, `reasoning_content`), and is dropped, as all other fields are: no MLX server needs them."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -49,10 +76,15 @@ class Message(WireModel):
     tool_calls: list[dict[str, Any]] | None = Field(None, repr=False)
     tool_call_id: str | None = Field(None, repr=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _prepared(cls, message: Any) -> Any:
+        return openai_fields.prepared_message(message)
+
     @model_validator(mode="after")
     def _not_empty(self) -> Message:
-        if self.content is None and not (self.role == "assistant" and self.tool_calls):
-            raise ValueError("a message needs content")
+        if self.content is None and self.role != "assistant":
+            raise openai_fields.refused("content", "is missing: a string or a list of parts is needed")
         return self
 
 
@@ -61,7 +93,7 @@ class ChatTemplateKwargs(WireModel):
 
     enable_thinking: bool | None = None
     thinking_budget: int | None = Field(None, ge=0)
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = None
+    reasoning_effort: ReasoningEffort | None = None
 
 
 class ChatParams(WireModel):
@@ -82,16 +114,21 @@ class ChatParams(WireModel):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     seed: int | None = Field(None, ge=0, lt=2**32)
-    stop: Texts | None = Field(None, max_length=16, repr=False)
+    stop: StopTexts | None = Field(None, max_length=16, repr=False)
     tools: list[dict[str, Any]] | None = Field(None, repr=False)
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = Field(None, repr=False)
     parallel_tool_calls: bool | None = None
     response_format: dict[str, Any] | None = Field(None, repr=False)
     logit_bias: dict[str, float] | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = None
+    reasoning_effort: ReasoningEffort | None = None
     chat_template_kwargs: ChatTemplateKwargs | None = None
     n: Literal[1] | None = None
     user: str | None = Field(None, repr=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _prepared(cls, body: Any) -> Any:
+        return openai_fields.prepared_chat(body)
 
     @property
     def has_images(self) -> bool:
@@ -107,4 +144,11 @@ class EmbedParams(WireModel):
     """The body of an OpenAI embedding without `model`. Only texts: token ids have another meaning for each model."""
 
     input: Texts = Field(min_length=1, max_length=2048, repr=False)
+    dimensions: int | None = Field(None, ge=1)
+    """Only the number that the model has: vectors are not shortened."""
     user: str | None = Field(None, repr=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _prepared(cls, body: Any) -> Any:
+        return openai_fields.prepared_embedding(body)

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Final, Literal
+import re
+from typing import Annotated, Any, Final, Literal, NamedTuple
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from fleet_worker.errors import InvalidRequest
-from fleet_worker.protocol import clock
-from fleet_worker.protocol.openai import ChatParams, EmbedParams
-from fleet_worker.protocol.wire import BrokerMessage, WireModel, explain
+from fleet_worker.protocol import clock, json_values
+from fleet_worker.protocol.openai import WAYS_OUT, ChatParams, EmbedParams
+from fleet_worker.protocol.wire import BrokerMessage, WireModel, explain, field_names
 
 Operation = Literal["chat", "stream_chat", "embed"]
 Priority = Literal["critical", "high", "normal", "low"]
 
-MOST_LEVELS: Final = 100
-"""How deep the JSON of an envelope may be nested."""
+REQUEST_ID: Final = "[!-~]{1,200}"
+"""The pattern of a request's id: visible ASCII characters. It is logged, and shown in Flower."""
+REPLY_TO: Final = r"llm\.fleet\.reply\.[a-z0-9.-]+\.[1-9][0-9]{0,5}"
+"""The pattern of a reply queue's name. It ends with the seconds after which the queue expires."""
+LONGEST_NAME: Final = 255
+"""Characters of a queue's name: more are not possible in AMQP."""
+MOST_ATTEMPTS: Final = 1_000
+MOST_CANCELLED: Final = 1_000
+"""Requests that one message cancels."""
 LEGACY_KEYS = frozenset({"schema_version", "request_type", "fleet_correlation_id"})
 ATTEMPT_FIELDS = frozenset({"attempt", "reply_to", "expires_at", "resume"})
 """Fields that change with each attempt. They do not count for the size limit: a node that would accept the first
@@ -38,20 +46,46 @@ class Resume(WireModel):
     """Approximate number of tokens: servers send one or a few at a time."""
 
 
+class Address(NamedTuple):
+    """Where the reply to an attempt goes, and what it is a reply to."""
+
+    request_id: str
+    attempt: int
+    reply_to: str
+
+    @classmethod
+    def of(cls, envelope: Any) -> Address:
+        """Return the address of an envelope whose other fields need not be valid: with it, its router can be told so.
+
+        Raises:
+            InvalidRequest: a field is missing or not valid, so that there is no router to answer.
+        """
+        if not isinstance(envelope, dict):
+            raise InvalidRequest("an envelope is a JSON object")
+        request_id, attempt, reply_to = (envelope.get(key) for key in ("request_id", "attempt", "reply_to"))
+        if not (isinstance(request_id, str) and re.fullmatch(REQUEST_ID, request_id)):
+            raise InvalidRequest("an envelope without a request_id")
+        if not (type(attempt) is int and 1 <= attempt <= MOST_ATTEMPTS):
+            raise InvalidRequest("an envelope without the number of its attempt")
+        if not (isinstance(reply_to, str) and len(reply_to) <= LONGEST_NAME and re.fullmatch(REPLY_TO, reply_to)):
+            raise InvalidRequest("an envelope without a reply_to")
+        return cls(request_id, attempt, reply_to)
+
+
 class FleetRequest(WireModel):
     """The envelope of one attempt of a request."""
 
     protocol_version: Literal[2]
-    request_id: str = Field(min_length=1, max_length=200)
+    request_id: str = Field(pattern=f"^{REQUEST_ID}$")
     correlation_id: str = Field(min_length=1, max_length=200)
     idempotency_key: str = Field(min_length=1, max_length=200)
-    attempt: int = Field(ge=1)
+    attempt: int = Field(ge=1, le=MOST_ATTEMPTS)
     operation: Operation
     provider: Literal["mlx"]
     provider_instance: str = Field(min_length=1)
     model: str = Field(min_length=1, max_length=200)
     params: ChatParams | EmbedParams = Field(repr=False)
-    reply_to: str = Field(pattern=r"^llm\.fleet\.reply\.[a-z0-9.-]+\.[1-9][0-9]*$", max_length=255)
+    reply_to: str = Field(pattern=f"^{REPLY_TO}$", max_length=LONGEST_NAME)
     message_context: dict[str, Any] = Field(repr=False)
     caller: dict[str, Any] = Field(repr=False)
     trace_context: dict[str, Any] = Field(repr=False)
@@ -63,15 +97,6 @@ class FleetRequest(WireModel):
     priority: Priority
     resume: Resume | None = None
     """None if the answer starts from its beginning."""
-
-    @field_validator("message_context", "caller", "trace_context")
-    @classmethod
-    def _finite(cls, value: dict[str, Any]) -> dict[str, Any]:
-        try:
-            json.dumps(value, allow_nan=False)
-        except (TypeError, ValueError, RecursionError):
-            raise ValueError("only finite numbers, text, lists and objects") from None
-        return value
 
     @model_validator(mode="before")
     @classmethod
@@ -100,11 +125,13 @@ class FleetRequest(WireModel):
     @classmethod
     def build(cls, values: Any) -> FleetRequest:
         """Return the envelope with these fields; raises `InvalidRequest` if one is invalid."""
-        _check_structure(values)
+        json_values.check(values, field_names)
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise InvalidRequest(explain(error)) from None
+            text, param = explain(error, WAYS_OUT)
+            where: dict[str, Any] = {"param": param} if param else {}
+            raise InvalidRequest(text, **where) from None
 
     @classmethod
     def decode(cls, envelope: Any, *, max_bytes: int) -> FleetRequest:
@@ -138,32 +165,25 @@ class FleetRequest(WireModel):
         return min(self.timeout_seconds, self.expires_at - clock.now())
 
 
+AttemptId = tuple[Annotated[str, Field(pattern=f"^{REQUEST_ID}$")], Annotated[int, Field(ge=1, le=MOST_ATTEMPTS)]]
+"""The id of a request, and the number of an attempt."""
+
+
 class ControlMessage(BrokerMessage):
     """Cancels or confirms requests, or asks for replies to be sent again. It always tells the time of its router."""
 
-    node: str | None = None
+    node: Annotated[str, Field(max_length=LONGEST_NAME)] | None = None
     """The node that it is for; None for all nodes."""
-    cancelled: list[tuple[str, int]] = Field(default=[])
+    cancelled: list[AttemptId] = Field(default=[], max_length=MOST_CANCELLED)
     """Ids of cancelled requests, each with the number of the last attempt that is cancelled."""
-    missed: str | None = None
+    missed: Annotated[str, Field(pattern=f"^{REPLY_TO}$", max_length=LONGEST_NAME)] | None = None
     """A reply queue whose router was disconnected for a moment: what was sent to it last must be sent again."""
-    confirmed: list[tuple[str, int]] = Field(default=[])
+    confirmed: list[AttemptId] = Field(default=[], max_length=MOST_CANCELLED)
     """Requests, and the attempts of them that nodes asked about: they are still wanted."""
-    router: str | None = None
+    router: Annotated[str, Field(pattern=f"^{REPLY_TO}$", max_length=LONGEST_NAME)] | None = None
     """The reply queue of the router that sends this; None from an older version."""
     sent_at: float = 0.0
     """What the clock of that router showed."""
-
-
-def _check_structure(value: Any, levels: int = MOST_LEVELS) -> None:
-    """Refuse keys that are not text (JSON would change them to text), and deeper nesting than JSON libraries accept."""
-    if isinstance(value, dict | list | tuple):
-        if levels == 0:
-            raise InvalidRequest(f"the request is nested more than {MOST_LEVELS} levels deep")
-        if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
-            raise InvalidRequest("the request is not JSON: the keys of an object are text")
-        for part in value.values() if isinstance(value, dict) else value:
-            _check_structure(part, levels - 1)
 
 
 def _check_size(envelope: Any, max_bytes: int) -> None:
@@ -173,6 +193,7 @@ def _check_size(envelope: Any, max_bytes: int) -> None:
     try:
         size = len(json.dumps(envelope, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode())
     except (TypeError, ValueError, RecursionError):
+        json_values.check(envelope, field_names)
         raise InvalidRequest("the request is not JSON: only finite numbers, text, lists and objects") from None
     if size > max_bytes:
         raise InvalidRequest(f"the request is {size:,} bytes, the limit (max_body_bytes) is {max_bytes:,}")

@@ -6,10 +6,9 @@ import functools
 from typing import Final, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic_core import ErrorDetails
 
-from fleet_worker.config_file import nearest
 from fleet_worker.errors import InvalidRequest
+from fleet_worker.protocol import refusals
 
 PROTOCOL_VERSION: Final = 2
 
@@ -38,45 +37,17 @@ class BrokerMessage(ExtensibleModel):
         try:
             return cls.model_validate_json(body)
         except ValidationError as error:
-            raise InvalidRequest(f"not a valid {cls.__name__}: {explain(error)}") from None
+            raise InvalidRequest(f"not a valid {cls.__name__}: {explain(error)[0]}") from None
 
 
-def explain(error: ValidationError) -> str:
-    """Return where and why a message is invalid, without any value: it may be a prompt."""
-    details = error.errors(include_input=False, include_url=False, include_context=False)
-    details = [detail for detail in details if not _is_other_member(detail, details)]
-    shown = [f"{_path(detail) or 'request'}: {_reason(detail)}" for detail in details[:5]]
-    more = [f"and {len(details) - 5} more"] if len(details) > 5 else []
-    return "; ".join(shown + more)
-
-
-def _path(detail: ErrorDetails) -> str:
-    """Return the path, with our own field names only: keys of a caller's objects are data, and pydantic adds the names
-    of union members."""
-    path, unknown = detail["loc"], []
-    if detail["type"] == "extra_forbidden":
-        path, unknown = path[:-1], [str(path[-1])[:40]]  # a name, not a value
-    return ".".join([*(str(part) for part in path if isinstance(part, int) or part in _field_names()), *unknown])
-
-
-def _is_other_member(detail: ErrorDetails, details: list[ErrorDetails]) -> bool:
-    """Tell whether this only says that a list is not text, where another detail says what is wrong in the list."""
-    *place, member = detail["loc"] or ("",)
-    deeper = (other["loc"] for other in details if len(other["loc"]) > len(detail["loc"]))
-    return member == "str" and any(list(loc[: len(place)]) == place for loc in deeper)
-
-
-def _reason(detail: ErrorDetails) -> str:
-    if detail["type"] == "extra_forbidden":
-        name = str(detail["loc"][-1])
-        return "unknown field" + ("" if name in _field_names() else nearest(name, _field_names()))
-    if detail["type"].startswith("union_tag"):  # pydantic's text contains the value
-        return "is of an unknown type"
-    return detail["msg"].removeprefix("Value error, ")
+def explain(error: ValidationError, ways_out: dict[str, str] | None = None) -> tuple[str, str | None]:
+    """Return where and why a message is invalid, without any value, and the path of the first refused field."""
+    return refusals.explain(error, field_names(), ways_out or {})
 
 
 @functools.cache
-def _field_names() -> frozenset[str]:
+def field_names() -> frozenset[str]:
+    """Return the names of the fields of all messages."""
     models = [WireModel]
     for model in models:
         models += model.__subclasses__()

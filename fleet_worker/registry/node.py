@@ -200,5 +200,5 @@ class RegistryNode:
 
 def can_follow(settings: Settings, old: Settings) -> bool:
     """Return whether a registry node can apply these settings without a new process."""
-    parts = {"broker_url", "host", "state_dir", "registry"}
+    parts = {"broker_url", "broker_ca", "broker_cert", "broker_key", "host", "state_dir", "registry"}
     return settings.model_dump(include=parts) == old.model_dump(include=parts)

@@ -15,19 +15,30 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
+from fleet_worker.broker.door import Refused
 from fleet_worker.errors import InvalidRequest, ModelUnavailable
 from fleet_worker.protocol.registry_event import GONE, READINESS, Announcement, RegistryEvent
 from fleet_worker.protocol.status import InstanceStatus, ModelStatus
+from fleet_worker.registry.absence import away_for
+from fleet_worker.registry.memory_bound import MOST_BYTES, MemoryBound, memory_of
 
 log = logging.getLogger(__name__)
 
 INTERVALS_TO_LIVE = 3
+LONGEST_INTERVAL = 24 * 3600.0
+"""Seconds: a host that announces a longer interval is not believed."""
 FIRST_ANSWER_WITHIN = 0.3
 """Seconds after which a new router that has heard of no host concludes that there are no registry nodes."""
 QUIET = 0.15
 """Seconds without another answer after which `wait_for_answers` returns. A refusal waits longer."""
 ALL_ANSWERS_WITHIN = 1.0
 """Seconds after which every host has answered a router that asked."""
+NEAREST = 3
+"""Names that are told as the nearest."""
+MOST_LISTED = 8
+"""Names that the text of a refusal lists."""
 SWEEP_EVERY = 1.0
 """Seconds between two searches for what has expired: with a thousand hosts, one costs more than a message."""
 
@@ -55,7 +66,13 @@ class Offered:
 class Registry:
     """A live view of all instances and models. Thread-safe; no method waits for the broker."""
 
-    def __init__(self, *, ask: Callable[[], None] = lambda: None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        *,
+        ask: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+        most_bytes: int = MOST_BYTES,
+    ) -> None:
         self._ask = ask
         self._clock = clock
         self._changed = threading.Condition()  # its lock is reentrant
@@ -65,6 +82,8 @@ class Registry:
         self._asked_at = clock()
         self._heard_at: float | None = None
         self._next_sweep = 0.0
+        self._memory = MemoryBound(most_bytes)
+        self._was_full = False
 
     # --- For users ---
 
@@ -118,7 +137,11 @@ class Registry:
         with self._changed:
             ready = self._changed.wait_for(lambda: self.offerings(model, capability=capability, ready=True), timeout)
             if not ready:
-                raise _unavailable(f"no ready instance offers the model after {timeout:g} s", model, self._models)
+                known = {each.model for each in self._offered(None)}
+                why = "none of its instances is ready" if model in known else "no instance offers it"
+                nearest = _nearest(model, known)
+                names = f"; the nearest that exist: {', '.join(nearest)}" if nearest and model not in known else ""
+                raise ModelUnavailable(f"after {timeout:g} s {why}{names}", nearest=nearest, param="model")
             return ready
 
     def refresh(self) -> None:
@@ -164,60 +187,71 @@ class Registry:
 
     def away_for(self, model: str, capability: str, instance: str = "any", node: str | None = None) -> float | None:
         """Return for how many seconds nothing has been ready that offers this: 0 if something is, None if nothing was.
-
-        A host that has been silent for half of the time after which it is forgotten counts as away since it was heard.
-        """
+        Hosts that are forgotten count, too, until the next event is received."""
         with self._changed:
-            now = self._clock()
-            offered = (
-                (self._instances[key], offering)
-                for key, offering in self._models.get(model, {}).items()
-                if key in self._instances and capability in offering.capabilities
-            )
-            ages = [
-                _away_for(each, offering, now)
-                for each, offering in offered
-                if instance in ("any", each.name) and node in (None, each.node)
-            ]
-            return min(ages, default=None)
+            of_model = self._models.get(model, {}).items()
+            known = [(self._instances[key], each) for key, each in of_model if key in self._instances]
+        return away_for(known, capability, instance, node, now=self._clock())
 
     def receive(self, message: Any) -> None:
-        """Apply a broker message. An invalid one is logged and dropped: this thread receives all replies, too."""
-        try:
-            self.apply(Announcement.decode(message.body))
-        except InvalidRequest as error:
-            log.error("a registry message was dropped: %s", error)
-        except Exception as error:
-            log.error("a registry message was dropped (%s)", type(error).__name__)
+        """Apply a broker message.
 
-    def apply(self, announcement: Announcement) -> None:
-        """Learn what a host publishes, and tell subscribers what has changed."""
-        with self._changed:
-            self._heard_at = self._clock()
-            self._sweep()
-            changes = [event for event in announcement.events if self._apply_event(announcement, event)]
-            self._changed.notify_all()
-        for event in changes:
-            self._notify_subscribers(event)
+        Raises:
+            Refused: it is not valid. What it says before that is known then.
+        """
+        try:
+            announcement = Announcement.decode(message.body)
+            self.apply(announcement, memory_of(message.body) // max(1, len(announcement.events)))
+        except (InvalidRequest, ValidationError):
+            raise Refused("it is no event of a registry node") from None
+
+    def apply(self, announcement: Announcement, event_bytes: int = 0) -> None:
+        """Learn what a host publishes, and tell subscribers what has changed. Each event takes `event_bytes`
+        of memory."""
+        changes = []
+        try:
+            with self._changed:
+                self._heard_at = self._clock()
+                self._sweep()
+                for event in announcement.events:
+                    if self._apply_event(announcement, event, event_bytes):
+                        changes.append(event)
+        finally:
+            with self._changed:
+                self._changed.notify_all()
+            for event in changes:
+                self._notify_subscribers(event)
 
     # --- Inside ---
 
-    def _apply_event(self, announcement: Announcement, event: RegistryEvent) -> bool:
+    def _apply_event(self, announcement: Announcement, event: RegistryEvent, event_bytes: int) -> bool:
         """Keep what an event says; return whether it is a change that subscribers are told about."""
-        key, name = (announcement.host, event.instance), event.model
         now = self._clock()
-        expires_at = now + INTERVALS_TO_LIVE * announcement.interval
+        expires_at = now + INTERVALS_TO_LIVE * min(announcement.interval, LONGEST_INTERVAL)
+        instance = event.instance_status(announcement.host, heard_at=now, expires_at=expires_at)
+        key = instance.host, instance.name
+        if event.model == READINESS:
+            known: dict[tuple[str, str], Any] = self._instances
+            said: Any = instance
+        else:
+            said = event.model_status(expires_at=expires_at)
+            known = self._models.get(said.model, {})
         if event.status == GONE:
-            known = self._instances if name == READINESS else self._models.get(name, {})
+            self._memory.forget((*key, event.model))
             return known.pop(key, None) is not None
-        if name == READINESS:
-            before = self._instances.get(key)
-            instance = event.instance_status(announcement.host, heard_at=now, expires_at=expires_at)
-            self._instances[key] = instance
-            return before is None or (before.status, before.lanes) != (instance.status, instance.lanes)
-        models = self._models.setdefault(name, {})
-        model_before, models[key] = models.get(key), event.model_status(expires_at=expires_at)
-        return model_before != models[key]
+        if not self._memory.remember((*key, event.model), event_bytes):
+            self._log_full()
+            return False
+        before, known[key] = known.get(key), said
+        if event.model != READINESS:
+            self._models[said.model] = known
+            return bool(before != said)
+        return before is None or (before.status, before.lanes) != (said.status, said.lanes)
+
+    def _log_full(self) -> None:
+        if not self._was_full:
+            log.error("the registry is full: this router knows no more of what further hosts announce")
+        self._was_full = True
 
     def _sweep(self) -> None:
         """Free the memory of what has expired. Callers do not get it in any case."""
@@ -230,6 +264,8 @@ class Registry:
             self._models[name] = {key: each for key, each in known.items() if each.expires_at > now}
             if not self._models[name]:
                 del self._models[name]
+        of_models = ((*key, model) for model, known in self._models.items() for key in known)
+        self._memory.keep_only([*((*key, READINESS) for key in self._instances), *of_models])
 
     def _offered(self, model: str | None) -> Iterator[Offered]:
         """An offering exists while neither the model nor its instance has expired."""
@@ -254,15 +290,30 @@ class Registry:
         able = [each for each in of_model if capability in each.capabilities]
         fitting = [each for each in able if instance in ("any", each.instance.name)]
         if node and fitting:
-            why = f"that node does not offer {capability} with that model"
-            return _unavailable(why, node, {each.node for each in fitting})
+            return self._no_such_node(model, capability, node, {each.node for each in fitting})
         if able:
-            why = "no instance of that name offers this model"
-            return _unavailable(why, instance, {each.instance.name for each in able})
+            return self._no_such_instance(model, capability, instance, {each.instance.name for each in able})
+        fit = {each.model for each in self._offered(None) if capability in each.capabilities}
         if others := sorted({each for offered in of_model for each in offered.capabilities}):
-            return ModelUnavailable(f"{model} is in the fleet, but only for: {', '.join(others)}", nearest=[])
-        able_models = {each.model for each in self._offered(None) if capability in each.capabilities}
-        return _unavailable(f"no instance offers {capability} with that model", model, able_models)
+            listed = f"; for {capability} there are: {_listed(fit)}" if fit else f", and no model is for {capability}"
+            text = f"{model} is in the fleet, but only for: {', '.join(others)}{listed}"
+            return ModelUnavailable(text, nearest=_nearest(model, fit, at_least=0.0), param="model")
+        nearest = _nearest(model, fit)
+        names = f"; the nearest that exist: {', '.join(nearest)}" if nearest else ""
+        text = f"no instance offers {capability} with that model{names}; fleet-worker status lists all models"
+        return ModelUnavailable(text, nearest=nearest, param="model")
+
+    def _no_such_node(self, model: str, capability: str, node: str, able: set[str]) -> ModelUnavailable:
+        known = node in {each.node for each in self.instances()}
+        why = f"that node does not offer {capability} with {model}" if known else "no node of that name is known"
+        text = f"{why}; nodes that offer it: {_listed(able)}"
+        return ModelUnavailable(text, nearest=_nearest(node, able), param="node")
+
+    def _no_such_instance(self, model: str, capability: str, instance: str, able: set[str]) -> ModelUnavailable:
+        known = instance in {each.name for each in self.instances()}
+        why = f"no instance of that name offers {capability} with {model}" if known else "no instance has that name"
+        text = f"{why}; instances that offer it: {_listed(able)}"
+        return ModelUnavailable(text, nearest=_nearest(instance, able), param="instance")
 
     def _notify_subscribers(self, event: RegistryEvent) -> None:
         for callback in tuple(self._subscribers):
@@ -272,15 +323,18 @@ class Registry:
                 log.error("a subscriber of the registry failed: %s", type(error).__name__)
 
 
-def _away_for(instance: InstanceStatus, model: ModelStatus, now: float) -> float:
-    silent_for = now - instance.heard_at
-    if not instance.ready:
-        return silent_for + max(0.0, instance.status_age or 0.0)
-    is_there = model.status == "available" and 2 * silent_for < instance.expires_at - instance.heard_at
-    return 0.0 if is_there else silent_for
+def _nearest(name: str, existing: Iterable[str], *, at_least: float = 0.5) -> list[str]:
+    """Return the names most like this one, in any case, at most three: those that contain it or are contained in it
+    first. Never the name itself."""
+    wanted = name.lower()
+    others = {each.lower(): each for each in sorted(existing) if each != name}
+    parts = [lower for lower in others if min(len(lower), len(wanted)) > 2 and (wanted in lower or lower in wanted)]
+    alike = difflib.get_close_matches(wanted, others, n=NEAREST, cutoff=at_least)
+    return [others[lower] for lower in dict.fromkeys([*parts, *alike])][:NEAREST]
 
 
-def _unavailable(why: str, name: str, existing: Iterable[str]) -> ModelUnavailable:
-    nearest = difflib.get_close_matches(name, list(existing), n=3, cutoff=0.3)
-    names = f"; the nearest that exist: {', '.join(nearest)}" if nearest else ""
-    return ModelUnavailable(f"{why}{names}", nearest=nearest)
+def _listed(names: Iterable[str]) -> str:
+    """Return the first names, and how many more there are."""
+    names = sorted(names)
+    more = f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
+    return ", ".join(names[:MOST_LISTED]) + more

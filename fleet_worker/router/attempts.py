@@ -6,7 +6,7 @@
         │       │ its message is lost    │       │ its node is lost, or it failed in a way
         │       v                        │       v that another node may not
         └── pausing <────────────────────│───────┤
-       next attempt                      │       │ no attempt or no time is left, or it may kill another instance
+       next attempt                      │       │ no attempt or no time is left, or the request is to blame
                                          v       v
                        its last frame   ended <──┘ <──── given up, in any state
 
@@ -39,6 +39,7 @@ from fleet_worker.protocol.reply import (
     join,
 )
 from fleet_worker.protocol.request import FleetRequest, Resume
+from fleet_worker.router.blame import Blame
 
 OnInterrupt = Literal["resume", "fail"]
 State = Literal["waiting", "running", "pausing", "ended"]
@@ -131,6 +132,7 @@ class Attempts:
         self._max_attempts = max_attempts
         self._on_interrupt = on_interrupt
         self._deaths = 0
+        self._blame = Blame()
         self._next_seq = 0
         self._gap_since: float | None = None
         self._accepted: Accepted | None = None
@@ -201,7 +203,8 @@ class Attempts:
             self.waits_since = now
         pause = _pause_before(self.request.attempt + 1, error)
         retryable = error.retryable if retryable is None else retryable
-        if final := self._final(error, now + pause, retryable):
+        to_blame = None if self.delivered else self._blame.verdict(self.node, error)
+        if final := to_blame or self._final(error, now + pause, retryable):
             return [*effects, self._end(self._failure(final))]
         self.state = "pausing"
         return [*effects, RetryAfter(pause)]

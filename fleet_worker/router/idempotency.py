@@ -42,7 +42,8 @@ class IdempotencyCache:
             if known != fingerprint:
                 raise InvalidRequest(
                     "the idempotency_key belongs to a different request: its operation, model, instance, node, body or "
-                    "on_interrupt is not the same"
+                    "on_interrupt is not the same",
+                    param="idempotency_key",
                 )
             buffer = found and found.join(request.timeout_seconds)
             return (found, buffer) if found and buffer else None

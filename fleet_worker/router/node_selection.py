@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Collection
 
+from fleet_worker.mlx.parameters import may_be_refused, refused_parameter, unsupported
+from fleet_worker.protocol.openai import ChatParams
 from fleet_worker.protocol.request import FleetRequest
 from fleet_worker.registry.view import Registry
 
@@ -20,16 +22,25 @@ class NodeSelection:
 
         Return a node if the caller asked for an instance, or if a node that failed this request (`failed`) also
         consumes the lane. Choose at random, weighted by slots. If no other node is ready, use the lane all the same;
-        but a request for an instance waits for a node of that instance.
+        but a request for an instance waits for a node of that instance. A node whose server cannot do what a parameter
+        asks for counts as failed.
         """
-        wanted = request.provider_instance
+        wanted, failed = request.provider_instance, {*failed, *self._unable(request)}
         if wanted == "any":
             ready = self._nodes(request, ready=True) if failed else {}
             return _choose(ready.keys() - failed, ready)
         nodes = self._nodes(request)
         candidates = {node for node, (instance, _) in nodes.items() if instance == wanted}
         ready_ones = candidates & self._nodes(request, ready=True).keys()
-        return _choose((ready_ones - set(failed)) or ready_ones or candidates, nodes)
+        return _choose((ready_ones - failed) or ready_ones or candidates, nodes)
+
+    def require_able(self, request: FleetRequest, node: str | None) -> None:
+        """Raise `UnsupportedParameter` if no server that may take this request can do what a parameter asks for."""
+        if unable := self._unable(request):
+            wanted, nodes = request.provider_instance, self._nodes(request)
+            allowed = {each for each, (name, _) in nodes.items() if wanted in ("any", name) and node in (None, each)}
+            if allowed and allowed <= unable.keys():
+                raise unsupported(unable[min(allowed)], "no server that offers this model does")
 
     def waits_in_vain(self, request: FleetRequest, node: str) -> bool:
         """Return whether this node is not ready, while another node could take the request."""
@@ -45,6 +56,16 @@ class NodeSelection:
         if away_for == 0:
             return f"{what} is served, but what serves it is busy or cut off", 0.0
         return f"nobody has served {what} for {away_for:.0f} s", round(away_for, 3)
+
+    def _unable(self, request: FleetRequest) -> dict[str, str]:
+        """Return the nodes whose servers cannot do what a parameter asks for, with the name of that parameter."""
+        params = request.params
+        if not isinstance(params, ChatParams) or not may_be_refused(params):
+            return {}
+        temperature = params.temperature or 0.0  # of a request that names none, the node knows it
+        offered = self._registry.offerings(model=request.model, capability=request.operation)
+        refused = {each.node: refused_parameter(params, each.instance.server, temperature) for each in offered}
+        return {node: parameter for node, parameter in refused.items() if parameter}
 
     def _nodes(self, request: FleetRequest, ready: bool | None = None) -> dict[str, tuple[str, int]]:
         """Return instance and slots of each node that consumes the lane of this request, now or when it is ready."""

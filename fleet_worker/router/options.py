@@ -10,7 +10,7 @@ from typing import Any, Literal, TypedDict
 from fleet_worker.protocol.request import Priority
 from fleet_worker.router.attempts import OnInterrupt
 
-ReasoningEffort = Literal["none", "minimal", "low", "medium", "high"]
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class RequestOptions(TypedDict, total=False):
@@ -62,4 +62,5 @@ class ChatOptions(RequestOptions, total=False):
 class EmbedOptions(RequestOptions, total=False):
     """And the body of an OpenAI embedding."""
 
+    dimensions: int | None
     user: str | None

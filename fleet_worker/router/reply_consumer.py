@@ -13,6 +13,7 @@ from kombu import Connection, Consumer, Producer
 
 from fleet_worker.broker import presence
 from fleet_worker.broker.connection import Publisher, hear, is_away, open_channel, refuses, unavailable
+from fleet_worker.broker.door import Refused
 from fleet_worker.broker.reconnecting import ReconnectingThread
 from fleet_worker.broker.topology import ask_exchange, cancel_exchange, registry_queue, reply_queue, transport_of
 from fleet_worker.errors import Cancelled, InvalidRequest, where
@@ -58,18 +59,20 @@ class ReplyConsumer:
         """When it last began to consume, on this clock."""
         self._decided = threading.Event()
         """Set when it consumes, when the broker refuses, or when this is closed."""
+        self._patient = True
         self._failure: Exception | None = None
         """The last one before it consumed."""
         self._next_probe = 0.0
 
-    def start(self, timeout: float, *, waited: float = 0.0) -> None:
+    def start(self, timeout: float, *, waited: float = 0.0, patient: bool = True) -> None:
         """Consume, from now on.
 
         Raises:
             BrokerUnavailable: the broker did not answer within `timeout` seconds, of which `waited` are over already;
-                or it refuses, which is raised at once.
+                or it refuses, or without `patient` one try failed, which is raised at once.
             Cancelled: this was closed meanwhile.
         """
+        self._patient = patient
         if waited < timeout:
             self._link.start()
         self._decided.wait(timeout - waited)
@@ -77,8 +80,9 @@ class ReplyConsumer:
             raise Cancelled("the router was closed")
         if not self._link.worked.is_set():
             self._link.close()
-            said, cause = f"did not answer within {timeout:.3g} s", self._failure
-            retryable = cause is None or is_away(cause)
+            said = "cannot be used" if self._decided.is_set() else f"did not answer within {timeout:.3g} s"
+            cause = self._failure
+            retryable = (cause is None or is_away(cause)) and not self._decided.is_set()
             raise unavailable(self._broker_url, said, cause or "no answer", retryable=retryable)
 
     def close(self) -> None:
@@ -96,7 +100,7 @@ class ReplyConsumer:
     def _failed(self, error: Exception) -> None:
         if not self._link.worked.is_set():
             self._failure = error
-            if refuses(error):
+            if refuses(error) or not self._patient:
                 self._decided.set()
 
     def _listen(self, connection: Connection) -> None:
@@ -144,10 +148,9 @@ class ReplyConsumer:
         try:
             reply = Reply.decode(message.body)
         except InvalidRequest as error:
-            log.error("a message in the reply queue was dropped: %s", error)
-        else:
-            for frame in reply.frames:
-                self._dispatch(reply.node, frame)
+            raise Refused("it is no reply", str(error)) from None
+        for frame in reply.frames:
+            self._dispatch(reply.node, frame)
         message.ack()
 
     def _dispatch(self, node: str, frame: Frame) -> None:

@@ -52,8 +52,10 @@ class Router:
     `metadata["attempts"]` of an error, and `attempts` of an answer, list the nodes that it was tried on.
     """
 
-    def __init__(self, settings: Settings | None = None) -> None:
+    def __init__(self, settings: Settings | None = None, *, patient: bool = True) -> None:
+        """`patient`: while the broker is away, connecting is tried again for `router.connect_timeout` seconds."""
         self._settings = settings or Settings()
+        self._patient = patient
         self._registry = Registry(ask=self._ask)
         self._session: Session | None = None
         """Being opened, or open; closed if this router is."""
@@ -116,7 +118,7 @@ class Router:
         others: dict[str, Any] = {**options}
         on_interrupt: OnInterrupt = others.pop("on_interrupt", "resume")
         if on_interrupt not in get_args(OnInterrupt):
-            raise InvalidRequest('on_interrupt is "resume" or "fail"')
+            raise InvalidRequest('on_interrupt: must be "resume" or "fail"', param="on_interrupt")
         queue_timeout = self._queue_timeout(others.pop("queue_timeout", None))
         request, node = self._request(operation, model, body, **others)
 
@@ -130,7 +132,7 @@ class Router:
         if asked is None:
             return self._settings.router.queue_timeout
         if isinstance(asked, bool) or not isinstance(asked, int | float) or not asked > 0:
-            raise InvalidRequest("queue_timeout must be a number of seconds, more than 0")
+            raise InvalidRequest("queue_timeout: must be a number of seconds, more than 0", param="queue_timeout")
         return asked
 
     def _request(
@@ -153,9 +155,12 @@ class Router:
         limit = self._settings.router.max_timeout
         seconds = self._settings.router.timeout if timeout is None else timeout
         if not isinstance(seconds, int | float) or not 0 < seconds <= limit:
-            raise InvalidRequest(f"timeout must be more than 0 and at most {limit:g} seconds (router.max_timeout)")
+            text = f"timeout: must be a number of seconds, more than 0 and at most {limit:g} (router.max_timeout)"
+            raise InvalidRequest(text, param="timeout")
         if node is not None and not is_node_name(node):
-            raise InvalidRequest('node is the name of a node, as in "local@mini-7"')
+            raise InvalidRequest('node: must be the name of a node, as in "local@mini-7"', param="node")
+        if not isinstance(instance, str) or not instance:
+            raise InvalidRequest('instance: must be the name of an instance, or "any"', param="instance")
         request_id = str(uuid.uuid4())
         envelope = {
             "protocol_version": 2,
@@ -196,7 +201,7 @@ class Router:
             if self._closed:  # only now: `close` has seen the session, or is seen here
                 raise RuntimeError("this router is closed")
             if not self._session.is_open:
-                self._session.open(patience, waited=time.monotonic() - began)
+                self._session.open(patience, waited=time.monotonic() - began, patient=self._patient)
             return self._session
         except BaseException:
             if self._session and not self._session.is_open:

@@ -53,10 +53,10 @@ class Session:
         self.is_open = False
         self._closed = False
 
-    def open(self, timeout: float, *, waited: float = 0.0) -> None:
+    def open(self, timeout: float, *, waited: float = 0.0, patient: bool = True) -> None:
         """Consume the reply queue, from now on; raises what `ReplyConsumer.start` raises."""
         try:
-            self.replies.start(timeout, waited=waited)
+            self.replies.start(timeout, waited=waited, patient=patient)
         except BaseException:
             self.close()
             raise
@@ -87,13 +87,14 @@ class Session:
         buffer of its reader's own.
 
         Raises:
-            FleetError: it is refused (`ModelUnavailable`, `FleetSaturated`, `InvalidRequest` for a key of a different
-                request), or the broker did not take it.
+            FleetError: it is refused (`ModelUnavailable`, `UnsupportedParameter`, `FleetSaturated`, `InvalidRequest`
+                for a key of a different request), or the broker did not take it.
         """
         has_key = request.idempotency_key != request.request_id
         if has_key and (joined := self._cache.join(request, node, on_interrupt)):
             return joined
         self._registry.require_offered(request.model, request.operation, request.provider_instance, node)
+        self.nodes.require_able(request, node)
         left = deadline - time.monotonic()
         request = request.addressed_to(self.replies.name, left)
         started = InFlightRequest(request, node, self, on_interrupt=on_interrupt, queue_timeout=queue_timeout)

@@ -23,7 +23,7 @@ from fleet_worker.broker.queue_depth import SUBMITTED_AT
 from fleet_worker.broker.topology import Transport, cancel_exchange, priority, route_to, task_name
 from fleet_worker.errors import Cancelled, Expired
 from fleet_worker.protocol import clock
-from fleet_worker.protocol.request import ControlMessage, FleetRequest
+from fleet_worker.protocol.request import MOST_CANCELLED, ControlMessage, FleetRequest
 from fleet_worker.router.attempts import CancelOrphan
 from fleet_worker.router.scheduler import Scheduler
 
@@ -32,8 +32,6 @@ log = logging.getLogger(__name__)
 MAX_CONNECTIONS = 16
 IDLE_AFTER = 5.0
 """Seconds after which a connection that no thread uses is closed. To open one takes some milliseconds."""
-MAX_IN_ONE_MESSAGE = 1_000
-"""Requests that one message cancels."""
 
 
 class Submitter:
@@ -217,7 +215,7 @@ class CancelPublisher:
             self._told.add(node)
             known = node in self._wrong
             self._wrong[node] = None
-            if len(self._wrong) > MAX_IN_ONE_MESSAGE:
+            if len(self._wrong) > MOST_CANCELLED:
                 self._wrong.popitem(last=False)
         if not known:
             log.warning("%s took a request for expired that is not: compare the clocks (fleet-worker status)", node)
@@ -249,8 +247,8 @@ _Requests = dict[str | None, dict[str, int]]
 def _parts(requests: _Requests) -> Iterator[tuple[str | None, list[tuple[str, int]]]]:
     for node, by_id in requests.items():
         listed = list(by_id.items())
-        for first in range(0, len(listed), MAX_IN_ONE_MESSAGE):
-            yield node, listed[first : first + MAX_IN_ONE_MESSAGE]
+        for first in range(0, len(listed), MOST_CANCELLED):
+            yield node, listed[first : first + MOST_CANCELLED]
 
 
 def publish(producer: Producer, exchange: Exchange, body: bytes) -> None:

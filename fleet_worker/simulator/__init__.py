@@ -10,15 +10,14 @@ or as a process, which prints its address as one line of JSON and ends on SIGTER
 
     python -m fleet_worker.simulator --flavour mlx_lm --model sim-chat --ttft 0.02
 
-It validates `stop` of a request and then ignores it: no reply ends at a stop word.
-
-In reading order: server, machine, chats, texts, flavours, refusals, replies, chunks, answers.
+In reading order: server, machine, chats, texts, flavours, servers, refusals, replies, chunks, answers.
 """
 
-from fleet_worker.simulator.flavours import FLAVOURS, Flavour
+from fleet_worker.simulator.flavours import Flavour
 from fleet_worker.simulator.machine import Request
 from fleet_worker.simulator.replies import Fault
 from fleet_worker.simulator.server import SimulatedMLX
+from fleet_worker.simulator.servers import FLAVOURS
 from fleet_worker.simulator.texts import CHAT_TEMPLATE, embedding, reply_tokens
 
 __all__ = ["CHAT_TEMPLATE", "FLAVOURS", "Fault", "Flavour", "Request", "SimulatedMLX", "embedding", "reply_tokens"]

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from fleet_worker.simulator.flavours import FLAVOURS
 from fleet_worker.simulator.machine import Machine
 from fleet_worker.simulator.replies import Fault
 from fleet_worker.simulator.server import SimulatedMLX
+from fleet_worker.simulator.servers import FLAVOURS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -44,3 +44,8 @@ def mlx_openai_error(status: int, message: str) -> Answer:
 def mlx_openai_unknown(model: str) -> Answer:
     error = {"message": f"Model '{model}' not found. Available models: (none)", "type": "model_not_found", "code": 404}
     return answer(404, {"detail": {"error": error}})
+
+
+def rapid_unknown(model: str) -> Answer:
+    error = {"message": f"The model `{model}` does not exist.", "type": "not_found_error", "code": "model_not_found"}
+    return answer(404, {"error": {**error, "param": "model"}})

@@ -13,11 +13,11 @@ from typing import Any
 
 from fleet_worker.simulator.answers import Answer, answer
 from fleet_worker.simulator.chunks import DONE, Chunks, completion, tool_call
-from fleet_worker.simulator.flavours import mlx_lm_opening
 from fleet_worker.simulator.machine import Machine, Record
 from fleet_worker.simulator.refusals import Body, is_poison
 from fleet_worker.simulator.replies import ENDINGS, INTERRUPTIONS, Fault, Reply
-from fleet_worker.simulator.texts import reply_tokens
+from fleet_worker.simulator.servers import mlx_lm_opening
+from fleet_worker.simulator.texts import first_characters, reply_tokens, without
 
 PREFILL_STEP = 2048  # tokens between two keepalive comments of mlx_lm.server 0.32
 CLIENT_CHECK = 0.2  # seconds between two checks whether the client is still there
@@ -190,7 +190,7 @@ class Chat:
         limit = self.flavour.limit(self.body)
         thoughts = self._thoughts()
         calls = self.machine.tool_calls if self.body.get("tools") else ()
-        content, natural = ([], 0) if calls else self._content(limit)
+        content, natural = ([], 0) if calls else self._stopped(*self._content(limit))
         silent = sum(len(json.dumps(call)) // 4 for call in calls)
         cut = len(thoughts) + natural + silent >= limit
         tokens = [*thoughts, *content][: limit - 1 if cut and self.flavour.drops_last else limit]
@@ -225,6 +225,21 @@ class Chat:
         if rest:
             rest[0] = rest[0][left:] if self.flavour.keeps_space else rest[0][left:].removeprefix(" ")
         return rest, len(rest)
+
+    def _stopped(self, content: list[str], natural: int) -> tuple[list[str], int]:
+        """What a stop string of the request leaves of the content, and how many tokens there would be."""
+        stop = self.body.get("stop") or []
+        texts = [stop] if isinstance(stop, str) else stop
+        match self.flavour.stop:
+            case "cut":  # mlx_lm.server 0.32 finds it only if it begins and ends with a token, and else goes on
+                return [without(token, texts) for token in content], natural
+            case "ends":
+                whole = "".join(content)
+                end = min((at for text in texts if (at := whole.find(text)) >= 0), default=len(whole))
+                if end < len(whole):
+                    content = first_characters(content, end)
+                    return content, len(content)
+        return content, natural
 
     def _reply(self, messages: Sequence[Body], limit: int) -> list[str]:
         return reply_tokens(messages, limit, tokens=self.machine.tokens, separators=self.machine.separators)

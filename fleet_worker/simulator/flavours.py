@@ -1,14 +1,9 @@
-"""What differs between the MLX servers: one `Flavour` each, in one table.
-
-The facts are of mlx_lm.server 0.32, vllm-mlx 0.6, mlx-openai-server 1.8 and mlx-omni-server 0.5, as seen on the wire.
-`openai` is none of them: a plain, well-behaved server.
-"""
+"""What may differ between MLX servers, and how it is used. The servers themselves are in `servers`."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,23 +11,11 @@ from fleet_worker.simulator.answers import (
     Answer,
     answer,
     crashed,
-    mlx_openai_error,
-    mlx_openai_unknown,
-    openai_error,
     unprocessable,
 )
 from fleet_worker.simulator.refusals import (
     Body,
-    fastapi_refuses,
-    has_known_roles,
-    has_model,
-    has_only_text,
-    has_positive_max_tokens,
-    has_stop_list,
-    mlx_lm_refuses,
-    openai_refuses,
 )
-from fleet_worker.simulator.texts import CHAT_TEMPLATE
 
 ROUTES = {
     "/v1/chat/completions": ("POST", "chat"),
@@ -54,6 +37,7 @@ class Flavour:
 
     name: str
     slots: int = 32
+    server: str = "uvicorn"  # its name in a header
     http10: bool = False  # a connection a request, streams and errors end by EOF, paths match exactly
     ascii: bool = False  # streams are ASCII-escaped JSON; else raw UTF-8, U+2028 included
     embeddings: bool = True
@@ -95,6 +79,7 @@ class Flavour:
     no_input: Callable[[], Answer] = crashed
     refuses: Callable[[Body], Answer | None]
     continues: Callable[[Body], bool] = lambda body: False  # whether the last message is a partial reply to continue
+    stop: str = "ends"  # what a stop string does: "ends" the reply, is "cut" out of its tokens, or is "ignored"
     keeps_space: bool = False  # a continued reply keeps its leading space
     trims_partial: bool = True  # the chat template, which trims messages, renders the partial reply too
 
@@ -137,166 +122,3 @@ class Flavour:
         """The usage object of a chat reply."""
         usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
         return {**usage, "prompt_tokens_details": {"cached_tokens": cached}} if self.cached_tokens else usage
-
-
-# --- continuing a partial reply -------------------------------------------------------------------------------------
-
-
-def ends_with_assistant(body: Body) -> bool:
-    return bool(body["messages"]) and body["messages"][-1]["role"] == "assistant"
-
-
-def mlx_lm_continues(body: Body) -> bool:
-    """Whether the request brings the chat template of the model, changed so that it leaves the last turn open."""
-    template = (body.get("chat_template_kwargs") or {}).get("chat_template", "")
-    before, own, after = template.partition(CHAT_TEMPLATE)
-    return bool(ends_with_assistant(body) and own and "[:-1]" in before and '[-1]["content"]' in after)
-
-
-def mlx_lm_opening(body: Body) -> str:
-    """Return the partial reply, after the text that the chat template of the request puts before it."""
-    template = (body.get("chat_template_kwargs") or {}).get("chat_template", "")
-    before = re.search(r'\{\{ ("(?:[^"\\]|\\.)*") \+ ', template)
-    return (json.loads(before[1]) if before else "") + str(body["messages"][-1]["content"])
-
-
-def vllm_continues(body: Body) -> bool:
-    wish = body.get("chat_template_kwargs") or {}
-    open_end = wish.get("continue_final_message") is True and wish.get("add_generation_prompt") is False
-    return open_end and ends_with_assistant(body)
-
-
-def mlx_openai_continues(body: Body) -> bool:
-    return ends_with_assistant(body) and body["messages"][-1].get("partial") is True
-
-
-# --- the table ------------------------------------------------------------------------------------------------------
-
-
-def vllm_health(engine: str) -> Callable[[Sequence[str]], object]:
-    def health(models: Sequence[str]) -> object:
-        names = {"model_name": models[0], "available_models": list(models)}
-        return {"status": "healthy", "model_loaded": True, **names, "model_type": "llm", "engine_type": engine}
-
-    return health
-
-
-def vllm(name: str, *, slots: int, rejects: bool, stops_whole: bool, keeps_space: bool) -> Flavour:
-    """vllm-mlx 0.6: the Simple engine has one slot and refuses; the batched one queues."""
-    return Flavour(
-        name=name,
-        slots=slots,
-        rejects=rejects,
-        stops_whole=stops_whole,
-        heartbeats=True,
-        nulls=("usage", "generation_metadata"),
-        content_on_finish=True,
-        usage_on_finish=True,
-        limits=("max_tokens",),
-        default_max_tokens=32_768,
-        health=vllm_health("simple" if rejects else "batched"),
-        unknown_model=lambda model: answer(404, {"detail": f"The model `{model}` does not exist."}),
-        unknown_embedder=lambda model: answer(400, {"detail": f"Embedding model `{model}` is not available."}),
-        no_input=lambda: answer(400, {"detail": "Input must not be empty"}),
-        refuses=fastapi_refuses(has_model, has_positive_max_tokens, has_stop_list),
-        continues=vllm_continues,
-        keeps_space=keeps_space,
-    )
-
-
-MLX_LM = Flavour(
-    name="mlx_lm",
-    http10=True,
-    ascii=True,
-    embeddings=False,
-    swaps=True,
-    batches_by_model=True,
-    notices_leaving=False,
-    prefill_comments=True,
-    fingerprint=True,
-    opening=False,
-    role_in_deltas=True,
-    reasoning="reasoning",
-    tool_calls="whole",
-    usage_object="chat.completion",
-    cached_tokens=True,
-    after_error="nothing",
-    aliases=("/chat/completions",),
-    default_max_tokens=512,
-    error=lambda status, message: answer(status, {"error": message}),
-    not_json=lambda message: answer(400, {"error": message}),
-    unknown_model=lambda model: answer(404, {"error": NO_SNAPSHOT}),
-    no_messages=lambda: answer(404, {"error": "Cannot apply chat template to an empty conversation."}),
-    refuses=mlx_lm_refuses,
-    continues=mlx_lm_continues,
-    trims_partial=False,
-)
-
-MLX_OPENAI = Flavour(
-    name="mlx_openai",
-    ascii=True,
-    base64=True,
-    embedding_usage=False,
-    role_in_deltas=True,
-    null_finish=False,
-    tool_calls="whole",
-    says_length=False,
-    usage_on_finish=True,
-    usage_chunk=None,
-    cached_tokens=True,
-    after_error="finish",
-    limits=("max_tokens", "max_completion_tokens"),
-    default_max_tokens=1_000_000,
-    health=lambda models: {"status": "ok", "model_id": ", ".join(models), "model_status": "initialized"},
-    error=mlx_openai_error,
-    unknown_model=mlx_openai_unknown,
-    no_messages=lambda: mlx_openai_error(500, "list index out of range"),
-    no_input=lambda: mlx_openai_error(500, "list index out of range"),
-    refuses=fastapi_refuses(has_stop_list, has_known_roles),
-    continues=mlx_openai_continues,
-)
-
-OMNI = Flavour(
-    name="omni",
-    slots=1,
-    ascii=True,
-    freezes=True,
-    swaps=True,
-    opening=False,
-    role_in_deltas=True,
-    null_finish=False,
-    reasoning=None,
-    tool_calls="last",
-    says_length=False,
-    drops_last=True,
-    usage_chunk="finish",
-    after_error="nothing",
-    aliases=("/chat/completions", "/embeddings", "/models"),
-    has_health=False,
-    refuses=fastapi_refuses(has_model, has_only_text),
-    continues=ends_with_assistant,
-)
-
-OPENAI = Flavour(
-    name="openai",
-    stops_whole=True,
-    base64=True,
-    error=openai_error,
-    not_json=lambda message: openai_error(400, message),
-    unknown_model=lambda model: openai_error(404, f"The model '{model}' does not exist"),
-    no_messages=lambda: openai_error(400, "messages must not be empty"),
-    no_input=lambda: openai_error(400, "input must not be empty"),
-    refuses=openai_refuses,
-)
-
-FLAVOURS: Mapping[str, Flavour] = {
-    flavour.name: flavour
-    for flavour in (
-        MLX_LM,
-        vllm("vllm_simple", slots=1, rejects=True, stops_whole=False, keeps_space=False),
-        vllm("vllm_batched", slots=32, rejects=False, stops_whole=True, keeps_space=True),
-        MLX_OPENAI,
-        OMNI,
-        OPENAI,
-    )
-}

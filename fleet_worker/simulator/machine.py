@@ -10,9 +10,10 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
-from fleet_worker.simulator.flavours import FLAVOURS, Flavour
+from fleet_worker.simulator.flavours import Flavour
 from fleet_worker.simulator.refusals import Body
 from fleet_worker.simulator.replies import Fault
+from fleet_worker.simulator.servers import FLAVOURS
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,11 @@ def has_stop_list(body: Body) -> tuple[str, str] | None:
     return None if isinstance(body.get("stop"), list | None) else ("stop", "Input should be a valid list")
 
 
+def has_no_nulls(body: Body) -> tuple[str, str] | None:
+    wrong = next((name for name in ("max_tokens", "temperature", "top_p", "seed") if body.get(name, 0) is None), None)
+    return (wrong, "Input should be a valid number") if wrong else None
+
+
 def has_known_roles(body: Body) -> tuple[str, str] | None:
     known = {"system", "user", "assistant", "tool"}
     fine = all(message["role"] in known for message in body["messages"])
@@ -142,4 +147,16 @@ def openai_refuses(body: Body) -> Answer | None:
     for check in (has_messages, has_model, has_whole_max_tokens, has_positive_max_tokens):
         if problem := check(body):
             return openai_error(400, f"{problem[0]}: {problem[1]}")
+    return None
+
+
+def rapid_refuses(body: Body) -> Answer | None:
+    """rapid-mlx 0.16 names each field that it refuses, and crashes on the flags that continue a reply elsewhere."""
+    for check in (has_messages, has_whole_max_tokens, has_positive_max_tokens):
+        if problem := check(body):
+            return openai_error(400, f"Invalid request body: {problem[0]}: {problem[1]}")
+    if body.get("logit_bias"):
+        return openai_error(400, "logit_bias is not supported on this server")
+    if "add_generation_prompt" in (body.get("chat_template_kwargs") or {}):
+        return answer(500, {"error": {"message": "Internal server error"}})
     return None

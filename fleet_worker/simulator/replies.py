@@ -91,7 +91,9 @@ class Reply:
 
     def _head(self, status: int, headers: Sequence[tuple[str, str]]) -> None:
         self.started = True
-        version, server = ("1.0", "BaseHTTP/0.6 Python/3.12.11") if self.flavour.http10 else ("1.1", "uvicorn")
+        version, server = (
+            ("1.0", "BaseHTTP/0.6 Python/3.12.11") if self.flavour.http10 else ("1.1", self.flavour.server)
+        )
         lines = [f"HTTP/{version} {status} {HTTPStatus(status).phrase}", f"server: {server}"]
         lines += [f"{name}: {value}" for name, value in headers]
         self._writer.write("\r\n".join([*lines, "", ""]).encode())

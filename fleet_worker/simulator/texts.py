@@ -47,6 +47,24 @@ def reply_tokens(
     return [words[0].removeprefix(" "), *words[1:]] if words else []
 
 
+def first_characters(tokens: Sequence[str], length: int) -> list[str]:
+    """Return the tokens of the first characters of a text; the last one may be a part of a token."""
+    kept: list[str] = []
+    for token in tokens:
+        if length <= 0:
+            break
+        kept.append(token[:length])
+        length -= len(token)
+    return kept
+
+
+def without(token: str, texts: Sequence[str]) -> str:
+    """Return a token without these texts."""
+    for text in texts:
+        token = token.replace(text, "")
+    return token
+
+
 def embedding(text: str, dimensions: int = 384) -> list[float]:
     """The unit vector of this text: always the same one, and each number exact as a float32."""
     numbers = array("I", hashlib.shake_128(text.encode()).digest(4 * dimensions))

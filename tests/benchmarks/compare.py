@@ -24,7 +24,7 @@ import httpx
 
 from fleet_worker import Router, Settings
 from fleet_worker.host.child_process import ChildProcess, child, python
-from fleet_worker.mlx.chunks import EventParser
+from fleet_worker.mlx.events import EventParser
 from fleet_worker.testing import running_node
 from tests.benchmarks.table import Row, measure
 from tests.benchmarks.usage import cpu_seconds, rss_mb

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from fleet_worker import FleetError, ModelUnavailable, Router, Settings
+from fleet_worker import FleetError, InvalidRequest, ModelUnavailable, Router, Settings
 from fleet_worker.simulator import Fault
 from fleet_worker.testing import SimulatedMLX, running_host
 from tests.flow.conftest import work
@@ -171,8 +171,22 @@ def test_a_healthy_server_that_fails_every_request_is_left(router, servers):
     assert statuses(router)["one"] == "unavailable"
 
 
+def test_a_conversation_that_all_servers_refuse_costs_none_its_lanes(router, servers):
+    """And its caller is told that it is the request."""
+    for server in servers.values():
+        server.fail(Fault("status", status=500, contains="wizard", times=None))
+    served = {name: lanes(router, name) for name in servers}
+    for _ in range(8):
+        with pytest.raises(InvalidRequest, match="answered 500, on 2 nodes alike") as told:
+            router.chat("both", [{"role": "user", "content": "wizard"}], timeout=20)
+        assert {attempt["node"] for attempt in told.value.metadata["attempts"]} == {"one@test", "two@test"}
+        assert ask(router).node in ("one@test", "two@test")
+    assert {name: lanes(router, name) for name in servers} == served
+    assert set(statuses(router).values()) == {"available"}
+
+
 def test_a_server_that_falls_silent_in_the_middle_is_left(router, servers):
-    servers["one"].fail(Fault("freeze", at_token=3))
+    servers["one"].fail(Fault("freeze", at_token=0, times=None))
     with ThreadPoolExecutor(1) as pool:
         frozen = pool.submit(router.chat, "first", HELLO, max_tokens=50, timeout=4)
         wait_until(lambda: statuses(router)["one"] == "degraded")
@@ -183,7 +197,7 @@ def test_a_server_that_falls_silent_in_the_middle_is_left(router, servers):
 
 def test_only_the_lanes_of_a_model_that_is_gone_are_left(router, servers):
     one = servers["one"]
-    one.fail(Fault("status", status=404, body={"detail": "The model does not exist"}, contains="first"))
+    one.fail(Fault("status", status=404, body={"detail": "The model does not exist"}, contains="first", times=None))
     with pytest.raises(FleetError):
         ask(router, "first")
     wait_until(lambda: not any("first" in lane for lane in lanes(router, "one")))

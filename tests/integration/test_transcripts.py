@@ -13,7 +13,7 @@ import pytest
 from fleet_worker.demo.models import chat_model, platform_problem
 from fleet_worker.errors import ModelNotServed, UnsupportedCapability
 from fleet_worker.host.child_process import child, python
-from fleet_worker.mlx.client import Health
+from fleet_worker.mlx.health import Health
 from fleet_worker.testing import SimulatedMLX
 from tests.brokers import free_port, missing
 from tests.clients import Client, took_less_than

@@ -70,6 +70,26 @@ def up(program=""):
         assert is_gone(process)
 
 
+@pytest.mark.rest
+def test_a_variable_whose_name_is_mistyped_is_said_when_up_starts_and_reloads(configure, monkeypatch):
+    configure(local=1)
+    monkeypatch.setenv("FLEET_BROKER", "redis://:hush-hush@h/0")
+    monkeypatch.setenv("FLEET_INSTANCES__LOCL__API_KEY", "hush-hush")
+    lines = (
+        "the variable FLEET_BROKER is not read, the nearest that exists is FLEET_BROKER_URL",
+        "the variable FLEET_INSTANCES__LOCL__API_KEY is for an instance 'locl', which is not in the configuration, "
+        "the nearest that exists is local",
+    )
+    with up() as process:
+        for line in lines:
+            hear(process, line)
+        process.signal(signal.SIGHUP)
+        for line in lines:
+            hear(process, line, times=2)
+        stop(process)
+    assert "hush" not in process.output
+
+
 def hear(process, line, times=1):
     process.wait_for(lambda _: process.output.splitlines().count(line) >= times, WITHIN)
 

@@ -5,6 +5,7 @@ from importlib.metadata import version
 import pytest
 
 from tests.brokers import free_port
+from tests.clients import took_less_than
 from tests.commands import fleet_worker
 
 MODEL = "sim-chat"
@@ -90,12 +91,13 @@ def test_a_broker_that_is_not_there_is_named_without_its_password(line, monkeypa
     assert "hush" not in done.stderr
 
 
-def test_a_broker_that_does_not_run_is_told_with_its_cause(monkeypatch):
+@pytest.mark.parametrize("line", [f"chat {MODEL} Hello", f"embed {MODEL} a", "status", "status --watch"])
+def test_a_broker_that_does_not_run_is_told_at_once_with_its_cause(line, monkeypatch):
     monkeypatch.setenv("FLEET_BROKER_URL", f"redis://127.0.0.1:{free_port()}/0")
-    monkeypatch.setenv("FLEET_ROUTER__CONNECT_TIMEOUT", "0.5")
     monkeypatch.delenv("FLEET_CONFIG", raising=False)
-    words = ("does not run: nothing listens there (it did not answer within 0.5 s): start it", "which is not set")
-    assert_refused(fleet_worker(f"chat {MODEL} Hello"), 69, *words)
+    words = ("does not run: nothing listens there: start it", "which is not set")
+    with took_less_than(5):  # router.connect_timeout is 10 s
+        assert_refused(fleet_worker(line), 69, *words)
 
 
 def test_a_host_without_a_file_is_told_to_name_one(monkeypatch):

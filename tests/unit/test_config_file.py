@@ -55,6 +55,21 @@ def test_a_folder_is_no_configuration(tmp_path, monkeypatch):
     assert str(tmp_path) in refused()
 
 
+def test_a_file_may_begin_with_the_mark_that_some_editors_write(configure):
+    configure("\ufeffhost = 'mini-7'")
+    assert Settings().host == "mini-7"
+
+
+def test_a_file_without_end_is_not_read_into_memory(monkeypatch):
+    monkeypatch.setenv("FLEET_CONFIG", "/dev/zero")
+    assert refused() == "FLEET_CONFIG names /dev/zero, which is larger than 1,000,000 bytes"
+
+
+def test_deeply_nested_text_is_no_traceback(configure):
+    configure("host = " + "[" * 10_000)
+    assert "not valid TOML" in refused()
+
+
 @pytest.mark.parametrize("text", ["host = ", "host = 'a'\nhost = 'b'", b"host = '\xff'"])
 def test_a_file_that_is_not_toml_is_told_by_name(configure, text):
     configure(text)
@@ -67,6 +82,7 @@ def test_a_file_that_is_not_toml_is_told_by_name(configure, text):
     ("text", "place", "meant"),
     [
         ("wroker = 1", "wroker", "worker"),
+        ("broker = 1", "broker", "broker_url"),
         ("[router]\ntimout = 3", "router.timout", "timeout"),
         ("[instances.a]\nbase_uri = ''", "instances.a.base_uri", "base_url"),
         ("[instances.a.fleet]\nenable = true", "instances.a.fleet.enable", "enabled"),

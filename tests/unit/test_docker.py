@@ -1,15 +1,19 @@
 """The files in docker/, as far as they can be checked without an engine."""
 
+import contextlib
 import importlib.util
 import os
 import re
 import shutil
+import ssl
 import subprocess
 from importlib.metadata import entry_points
 
 import pytest
 from flower.options import options
 
+from fleet_worker.settings import Settings
+from tests import documents
 from tests.flower import ROOT, composed_commands, composed_options
 
 DOCKER = ROOT / "docker"
@@ -27,6 +31,33 @@ def test_every_command_starts_a_program_that_is_installed_in_its_image():
     broker, *fleet = composed_commands()
     assert broker[0] == "valkey-server"
     assert {command[0] for command in fleet} <= ours & {"celery", "fleet-worker"}
+
+
+def test_the_certificates_of_the_manual_can_be_made_and_prove_who_a_broker_is(tmp_path):
+    (code,) = (code for code in documents.snippets((DOCKER / "README.md").read_text("utf-8"), "sh") if "-x509" in code)
+    code = code.replace("broker.example", "localhost")
+    subprocess.run(["/bin/sh", "-ec", code], cwd=tmp_path, check=True, capture_output=True, timeout=30)
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(tmp_path / "broker.pem", tmp_path / "broker.key")
+    server.load_verify_locations(tmp_path / "ca.pem")
+    server.verify_mode = ssl.CERT_REQUIRED
+    files = {"broker_ca": "ca.pem", "broker_cert": "client.pem", "broker_key": "client.key"}
+    tls = Settings(broker_url="rediss://h", **{name: tmp_path / file for name, file in files.items()}).broker_tls
+    client = tls.context()
+    client.verify_flags |= ssl.VERIFY_X509_STRICT  # as newer versions of Python do by themselves
+    shaken_hands(client, server)
+
+
+def shaken_hands(client_context, server_context):
+    """Make the handshake in memory."""
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = client_context.wrap_bio(to_client, to_server, server_hostname="localhost")
+    server = server_context.wrap_bio(to_server, to_client, server_side=True)
+    for side in (client, server, client, server):
+        with contextlib.suppress(ssl.SSLWantReadError):
+            side.do_handshake()
+    assert client.getpeercert()
+    assert server.getpeercert()
 
 
 def test_flower_knows_every_option_and_can_read_its_value():

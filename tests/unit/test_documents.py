@@ -13,7 +13,7 @@ from flower.options import options as flower_options
 
 from fleet_worker import Router, Settings, errors, exit_codes
 from fleet_worker.cli import cli
-from fleet_worker.ops.doctor import READ_ELSEWHERE
+from fleet_worker.host.variables import READ_ELSEWHERE
 from fleet_worker.ops.snapshot import LaneStatus, Snapshot
 from fleet_worker.protocol.openai import ChatParams
 from fleet_worker.protocol.status import STATUSES, InstanceStatus
@@ -138,6 +138,11 @@ def test_the_manual_of_settings_shows_each_with_its_default():
     for heading, rows in documents.settings_tables().items():
         section = re.split(r"^## ", text.split(f"\n## {heading}\n")[1], maxsplit=1, flags=re.MULTILINE)[0]
         assert rows in section, heading
+
+
+def test_the_manual_of_settings_shows_what_each_server_does_with_a_parameter():
+    section = text_of("config/README.md").split("\n## Parameters of a chat\n")[1]
+    assert documents.parameters_table() in section
 
 
 @EACH

@@ -44,6 +44,8 @@ CODES_OF_THE_WIRE = {
     "cancelled",
     "expired",
     "queue_timeout",
+    "invalid_output",
+    "unsupported_parameter",
 }
 
 

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import re
 import socket
@@ -6,10 +7,12 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from fleet_worker.errors import ConfigurationError
-from fleet_worker.settings import Instance, Model, Settings
+from fleet_worker.settings import Instance, Model, RegistrySettings, RouterSettings, Settings, WorkerSettings
 
 SECRET = "swordfish"
 CONFIG = Path(__file__).parents[2] / "config"
@@ -217,6 +220,37 @@ def test_a_variable_that_should_be_json_and_is_not_is_told_by_its_place(monkeypa
     message = refused()
     assert name.split("_")[1].lower() in message.lower()
     assert SECRET not in message
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.dates() | st.times(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+"""What TOML can hold."""
+
+
+@given(anything, st.data())
+def test_whatever_a_value_is_it_is_used_or_refused_with_its_place(value, data):
+    groups = (Settings, Instance, Model, RouterSettings, WorkerSettings, RegistrySettings)
+    group = data.draw(st.sampled_from(groups))
+    table = {data.draw(st.sampled_from(sorted(group.model_fields))): value}
+    instance = {"models": {"m": table}} if group is Model else table
+    section = group.__name__.removesuffix("Settings").lower()
+    values = (
+        table
+        if group is Settings
+        else {"instances": {"local": instance}}
+        if section in ("instance", "model")
+        else {section: table}
+    )
+    with contextlib.suppress(ConfigurationError):
+        Settings(**values)
+
+
+def test_a_list_of_features_holds_names():
+    assert "features" in refused(features=[[True]])
+    assert "instances.local.features" in refused(instances={"local": {"features": [{}]}})
 
 
 # --- Secrets

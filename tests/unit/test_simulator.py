@@ -190,13 +190,13 @@ def test_chunk_shapes_differ_as_they_do():
     for flavour in FLAVOURS:
         with SimulatedMLX(flavour=flavour) as server:
             first[flavour] = chunks(server)[0]
-    assert {name for name, chunk in first.items() if deltas([chunk]) == [{"role": "assistant"}]} == {*UVICORN} - {
-        "omni"
-    }
+    assert {name for name, chunk in first.items() if deltas([chunk]) == [{"role": "assistant"}]} == {
+        *UVICORN, "rapid_mlx",
+    } - {"omni"}  # fmt: skip
     assert {name for name, chunk in first.items() if "finish_reason" in chunk["choices"][0]} == {
-        "mlx_lm", "vllm_simple", "vllm_batched", "openai",
+        "mlx_lm", "vllm_simple", "vllm_batched", "mlx_vlm", "openai",
     }  # fmt: skip
-    assert {name for name, chunk in first.items() if "usage" in chunk} == {"vllm_simple", "vllm_batched"}
+    assert {name for name, chunk in first.items() if "usage" in chunk} == {"vllm_simple", "vllm_batched", "mlx_vlm"}
     assert deltas([first["mlx_lm"]])[0].keys() == {"role", "content"}
 
 
@@ -284,8 +284,8 @@ def test_tool_calls_arrive_in_the_pieces_of_the_flavour(flavour):
         parts = [call for carrier in carriers for call in carrier["delta"]["tool_calls"]]
         assert json.loads("".join(part["function"]["arguments"] for part in parts)) == CALL["arguments"]
         assert parts[0]["function"]["name"] == "weather"
-        assert (len(parts) > 1) is (flavour in ("vllm_simple", "vllm_batched", "openai"))
-        assert (carriers[-1].get("finish_reason") == "tool_calls") is (flavour == "omni")
+        assert (len(parts) > 1) is (flavour in ("vllm_simple", "vllm_batched", "rapid_mlx", "openai"))
+        assert (carriers[-1].get("finish_reason") == "tool_calls") is (flavour in ("omni", "mlx_vlm"))
         assert items[-1]["choices"][0]["finish_reason"] == "tool_calls"
         assert post(server, stream=False, tools=TOOLS, max_tokens=100).json()["choices"][0]["message"]["tool_calls"]
 
@@ -467,7 +467,7 @@ def test_health_and_models_of_every_flavour():
             assert [model["id"] for model in http("GET", server.base_url + "/v1/models").json()["data"]] == ["a", "b"]
     assert status == {
         "mlx_lm": "ok", "vllm_simple": "healthy", "vllm_batched": "healthy", "mlx_openai": "ok", "omni": 404,
-        "openai": "ok",
+        "rapid_mlx": "healthy", "mlx_vlm": "healthy", "openai": "ok",
     }  # fmt: skip
     with SimulatedMLX(listed=[], faults=[Fault("empty_body", path="/v1/models")]) as server:
         assert http("GET", server.base_url + "/v1/models").content == b""

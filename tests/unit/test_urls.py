@@ -64,6 +64,101 @@ def test_a_list_of_brokers_is_refused_and_shows_no_password():
     assert "swordfish" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("given", "used"),
+    {"REDISS://h/0": "rediss://h/0", "ValKeys://h/0": "rediss://h/0", " amqps://h// ": "amqps://h//"}.items(),
+)
+def test_a_scheme_may_be_written_in_any_case(given, used):
+    assert Settings(broker_url=given).broker_url == used
+
+
+@pytest.mark.parametrize("scheme", ["rediss", "valkeys", "amqps"])
+@pytest.mark.parametrize(
+    ("query", "checks"),
+    {
+        "": (True, True),
+        "?": (True, True),
+        "?ssl_cert_reqs=required": (True, True),
+        "?ssl_cert_reqs=CERT_REQUIRED&ssl_check_hostname=true": (True, True),
+        "?ssl_cert_reqs=none": (False, True),
+        "?ssl_cert_reqs=CERT_NONE": (False, True),
+        "?ssl_check_hostname=False": (True, False),
+    }.items(),
+)
+def test_what_verifies_the_broker_is_on_unless_it_is_turned_off(scheme, query, checks):
+    tls = Settings(broker_url=f"{scheme}://h/0{query}").broker_tls
+    assert (tls.checks_chain, tls.checks_host) == checks
+
+
+@pytest.mark.parametrize("scheme", ["redis", "rediss", "valkeys", "amqp", "amqps", "pyamqp"])
+@pytest.mark.parametrize(
+    "name",
+    ["ssl_ca_certs", "ssl_certfile", "ssl_cert_req", "cacertfile", "verify", "heartbeat", "db", "ssl", "SSL_CERT_REQS"],
+)
+def test_a_parameter_that_is_not_known_is_named_with_those_that_are(scheme, name):
+    message = refused(broker_url=f"{scheme}://h/0?{name}=hush")
+    assert f"broker_url: the parameter {name} is not known; known are ssl_cert_reqs and ssl_check_hostname" in message
+    assert "broker_ca" in message
+    assert "hush" not in message
+
+
+@pytest.mark.parametrize(
+    ("query", "fault"),
+    {
+        "ssl_cert_reqs": "ssl_cert_reqs must be required or none",
+        "ssl_cert_reqs=": "ssl_cert_reqs must be required or none",
+        "ssl_cert_reqs=hush": "ssl_cert_reqs must be required or none",
+        "ssl_check_hostname=0": "ssl_check_hostname must be true or false",
+        "ssl_cert_reqs=required&ssl_cert_reqs=none": "ssl_cert_reqs is given twice",
+        "ssl_cert_reqs=none&foo=1": "the parameter foo is not known",
+        "%68ush%2F=1": "a parameter is not known",
+        "hu-sh-hush-hush-hush-hush-hush-hush-hush-hush-hush=1": "a parameter is not known",
+    }.items(),
+)
+def test_a_parameter_that_says_nothing_clear_is_refused(query, fault):
+    message = refused(broker_url=f"rediss://h/0?{query}")
+    assert fault in message
+    assert "hush" not in message
+
+
+@pytest.mark.parametrize("scheme", ["redis", "valkey", "amqp", "pyamqp"])
+def test_a_parameter_for_tls_does_not_turn_tls_on(scheme):
+    secure = "amqps" if "amqp" in scheme else "rediss"
+    message = refused(broker_url=f"{scheme}://h/0?ssl_cert_reqs=required")
+    assert f"begin it with {secure}://" in message
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://u:12?hush@h/0",
+        "rediss://u:12?hush=1@h/0",
+        "amqp://u:12/hush@h//",
+        "amqps://u:12#hush@h//",
+        "rediss://h/0#hush",
+    ],
+)
+def test_a_password_with_a_sign_of_a_url_is_not_taken_for_another_part(url):
+    message = refused(broker_url=url)
+    assert "%3F" in message
+    assert "hush" not in message
+
+
+@pytest.mark.parametrize(
+    "url", ["rediss://socket%3A%2F%2F%2Ftmp%2Fx", "amqps://%2Ftmp//", "redi\nss://h", "rediss://h\t/0"]
+)
+def test_a_host_is_plain_and_nothing_is_removed_from_a_url_in_silence(url):
+    """kombu would make a socket without TLS of the first."""
+    assert "broker_url" in refused(broker_url=url)
+
+
+@pytest.mark.parametrize("end", ["?verify=false", "/v1?hush=1", "#hush"])
+def test_a_server_has_no_parameters(end):
+    message = refused(instances={"local": {"base_url": f"https://h{end}"}})
+    assert "base_url: must not have a part behind ? or #" in message
+    assert "hush" not in message
+
+
 @pytest.mark.parametrize("end", ["", "/", "/v1", "/v1/", "//", "/v1//"])
 def test_v1_at_the_end_of_a_url_is_stripped(end):
     assert server("http://127.0.0.1:8080" + end) == "http://127.0.0.1:8080"

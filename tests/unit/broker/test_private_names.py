@@ -22,7 +22,10 @@ MORE_CONNECTIONS = "a node, or a control command, opens one connection more"
 ARGUMENTS = "arguments of tasks appear in events and Flower"
 QUOTED = "bad messages are quoted in the log"
 LANES = "no lane is joined or left"
+DOOR = "messages of strangers do not come through the door, and end nodes"
+BOUND = "a message of 500 MB is read into memory"
 LOG = "the log shows the user of broker_url, and the texts of errors"
+TRUST = "other CAs than broker_ca are trusted"
 SIGNALS = "signals do not end a node, or lose requests"
 
 USED = [
@@ -33,11 +36,33 @@ USED = [
     (REDIS, "Channel", "_disconnect_pools", ["Channel"], SHARED),
     (REDIS, "Channel", "async_pool", ["Channel"], SHARED),
     (REDIS, "Channel", "subclient", ["Channel"], SILENT),
-    (REDIS, "Channel", "_handle_message", ["Channel"], "who publishes on a router's channel ends its connection"),
-    (REDIS, "Channel", "_lookup", ["Channel"], GIVEN_BACK),
     (REDIS, "Channel", "_q_for_pri", ["Channel"], GIVEN_BACK),
-    (REDIS, "Channel", "_get_message_priority", ["Channel"], GIVEN_BACK),
     (REDIS, "Channel", "_expires", ["Channel"], GIVEN_BACK),
+    (REDIS, "Channel", "_brpop_read", ["Channel"], DOOR),
+    (REDIS, "Channel", "_receive_one", ["Channel"], DOOR),
+    (REDIS, "Channel", "_handle_message", ["Channel"], DOOR),
+    (REDIS, "Channel", "_fanout_to_queue", ["Channel"], DOOR),
+    (REDIS, "Channel", "_queue_cycle", ["Channel"], "a busy lane starves the others of its node"),
+    (REDIS, "Channel", "_in_poll", ["Channel", "MultiChannelPoller"], "nothing is received after the first message"),
+    (REDIS, "Channel", "_in_listen", ["Channel", "MultiChannelPoller"], "no cancels arrive after a lost connection"),
+    (REDIS, "Channel", "_connparams", ["Channel"], BOUND),
+    (REDIS, "Channel", "connection_class", ["Channel"], BOUND),
+    (VIRTUAL, "Channel", "Message", ["Channel", "Transport"], DOOR),
+    (VIRTUAL, "Transport", "_deliver", ["Transport"], DOOR),
+    ("kombu.message", "Message", "_decode", ["Message"], "kombu changes what callers send: objects with a __type__"),
+    ("kombu.transport.pyamqp", "Channel", "Message", ["Channel"], DOOR),
+    ("kombu.transport.pyamqp", "Transport", "Connection", ["Transport"], DOOR),
+    ("amqp.abstract_channel", "AbstractChannel", "dispatch_method", [], DOOR),
+    ("amqp.channel", "Channel", "no_ack_consumers", ["Channel"], DOOR),
+    ("amqp.channel", "Channel", "auto_decode", ["Channel"], DOOR),
+    ("amqp.method_framing", None, "frame_handler", [], BOUND),
+    ("amqp.connection", None, "frame_handler_cls", ["Connection"], BOUND),
+    ("redis._parsers.base", "_RESPBase", "_buffer", ["_RESPBase"], BOUND),
+    ("redis._parsers.base", "_RESPBase", "_sock", ["_RESPBase"], BOUND),
+    ("redis._parsers.socket", "SocketBuffer", "_buffer", ["SocketBuffer"], BOUND),
+    ("redis._parsers.socket", "SocketBuffer", "_read_from_socket", ["SocketBuffer"], BOUND),
+    ("redis.connection", "AbstractConnection", "_socket_read_size", ["AbstractConnection"], BOUND),
+    ("redis.connection", "AbstractConnection", "set_parser", ["AbstractConnection"], BOUND),
     (REDIS, "Channel", "priority_steps", ["Channel"], "waiting requests are counted wrongly"),
     (REDIS, "Channel", "get_table", ["Channel"], "status does not see lanes that no node offers any more"),
     (REDIS, "Transport", "register_with_event_loop", ["Transport"], LEAK),
@@ -46,6 +71,12 @@ USED = [
     (VIRTUAL, "QoS", "_on_collect", ["QoS"], LEAK),
     (VIRTUAL, "Channel", "_restore_at_beginning", ["QoS"], GIVEN_BACK),
     (VIRTUAL, "Channel", "do_restore", ["QoS"], "a lost connection starts all running tasks a second time"),
+    ("redis.connection", "SSLConnection", "_wrap_socket_with_ssl", ["SSLConnection"], TRUST),
+    ("redis.connection", "SSLConnection", "cert_reqs", ["SSLConnection"], TRUST),
+    ("redis.connection", "SSLConnection", "check_hostname", ["SSLConnection"], TRUST),
+    ("kombu.transport.redis", "Channel", "connection_class_ssl", ["Channel"], TRUST),
+    ("amqp.transport", "SSLTransport", "_wrap_socket", ["SSLTransport"], "a node asks for the passphrase of a key"),
+    ("amqp.connection", "Connection", "Transport", ["Connection"], "a node asks for the passphrase of a key"),
     ("redis.client", "PubSub", "check_health", ["PubSub"], SILENT),
     ("redis.client", None, "next_health_check", ["PubSub"], SILENT),
     ("redis.connection", "AbstractConnection", "next_health_check", ["AbstractConnection"], SILENT),

@@ -323,14 +323,6 @@ def test_a_blank_line_after_the_last_event_may_be_missing():
         assert client.ask().content == client.stream()[1]["content"] == "Hi"
 
 
-def test_an_answer_that_is_no_stream_is_no_answer():
-    whole = {"choices": [{"finish_reason": "stop", "message": {"content": "Hi"}}]}
-    with served("openai") as (server, client):
-        server.fail(Fault("status", status=200, body=whole))
-        with pytest.raises(ConnectionFailure):
-            client.ask()
-
-
 # --- Readers that leave
 
 

@@ -19,9 +19,10 @@ from fleet_worker.errors import (
     RequestTimeout,
     Unauthorized,
     UnsupportedCapability,
+    UnsupportedParameter,
 )
-from fleet_worker.mlx import client as client_module
-from fleet_worker.mlx.client import DEFAULT_URLS, Health
+from fleet_worker.mlx.client import DEFAULT_URLS
+from fleet_worker.mlx.health import Health
 from fleet_worker.protocol.reply import Usage
 from fleet_worker.simulator import FLAVOURS, Fault, embedding, reply_tokens
 from fleet_worker.testing import SimulatedMLX
@@ -62,11 +63,13 @@ def test_a_stream_says_in_pieces_what_a_chat_says_at_once(flavour):
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_an_answer_that_max_tokens_cut_says_length_whatever_its_server_says(flavour):
-    """mlx-openai-server and mlx-omni-server report "stop", and the second loses the last token."""
+    """mlx-openai-server and mlx-omni-server report "stop", and the second loses the last token: it is asked for one
+    more."""
     with served(flavour) as (_, client):
         answer = client.ask(max_tokens=8)
         assert answer.finish_reason == "length"
-        assert answer.content == "".join(reply_tokens(HELLO, 7 if flavour == "omni" else 8))
+        assert answer.content == "".join(reply_tokens(HELLO, 8))
+        assert answer.usage.completion_tokens == 8
         assert client.ask(max_tokens=40).finish_reason == "stop"
 
 
@@ -100,7 +103,7 @@ def test_cached_tokens_are_reported_where_a_server_counts_them(flavour):
         asked = [{"role": "user", "content": "one two three four"}]
         client.ask(asked)
         cached = client.ask(asked).usage.cached_tokens
-        assert cached == (3 if flavour in ("mlx_lm", "mlx_openai") else None)
+        assert cached == (3 if flavour in ("mlx_lm", "mlx_openai", "mlx_vlm") else None)
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
@@ -219,32 +222,61 @@ EVERYTHING = {
     "n": 1,
     "user": "somebody",
 }
-COMMON = {"messages", "model", "stream", "stream_options", "max_tokens", "temperature", "top_p", "stop", "tools"}
+COMMON = {"messages", "model", "stream", "stream_options", "max_tokens", "temperature", "top_p", "tools"}
+SAMPLING = {"top_k", "min_p", "repetition_penalty"}
+PENALTIES = {"presence_penalty", "frequency_penalty", "logit_bias"}
 KNOWN = {
-    "mlx_lm": {"top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "seed",
-               "chat_template_kwargs"},
-    "vllm_simple": {"top_k", "min_p", "presence_penalty", "repetition_penalty", "tool_choice", "response_format",
-                    "chat_template_kwargs"},
-    "mlx_openai": {"top_k", "min_p", "seed", "tool_choice", "response_format", "chat_template_kwargs"},
+    "mlx_lm": {*SAMPLING, *PENALTIES, "seed", "chat_template_kwargs"},
+    "vllm_simple": {*SAMPLING, *PENALTIES, "stop", "tool_choice", "response_format", "chat_template_kwargs"}
+    - {"frequency_penalty"},
+    "mlx_openai": {*SAMPLING, *PENALTIES, "response_format", "chat_template_kwargs"},
     "omni": {"response_format"},
-    "openai": {"presence_penalty", "frequency_penalty", "logit_bias", "seed", "tool_choice", "parallel_tool_calls",
-               "response_format", "reasoning_effort"},
+    "rapid_mlx": {*SAMPLING, *PENALTIES, "stop", "seed", "tool_choice", "response_format", "parallel_tool_calls",
+                  "reasoning_effort", "chat_template_kwargs"} - {"logit_bias"},
+    "mlx_vlm": {*SAMPLING, *PENALTIES, "seed", "tool_choice", "response_format", "reasoning_effort", "enable_thinking",
+                "context_management"},
+    "openai": {*PENALTIES, "stop", "seed", "tool_choice", "parallel_tool_calls", "response_format",
+               "reasoning_effort"},
 }  # fmt: skip
 KNOWN["vllm_batched"] = KNOWN["vllm_simple"]
+REFUSED = {
+    "vllm_simple": {"frequency_penalty"},
+    "vllm_batched": {"frequency_penalty"},
+    "omni": {*SAMPLING, *PENALTIES, "reasoning_effort", "chat_template_kwargs"},
+    "rapid_mlx": {"logit_bias"},
+    "openai": {*SAMPLING, "chat_template_kwargs"},
+}
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_a_server_gets_what_it_knows_and_one_canonical_model(flavour):
     """It gets no null, no string for `stop` and no role that it does not know, and it answers."""
+    refused = REFUSED.get(flavour, set())
     with served(flavour) as (server, client):
-        client.ask(**EVERYTHING)
+        client.ask(**{name: value for name, value in EVERYTHING.items() if name not in refused})
         (request,) = server.requests
         assert request.body.keys() == COMMON | KNOWN[flavour]
         assert request.model == "sim-chat"
         assert request.body["stream"] is True
         assert request.body["stream_options"] == {"include_usage": True}
-        assert (request.body["max_tokens"], request.body["temperature"], request.body["stop"]) == (9, 0, ["###"])
+        assert (request.body["max_tokens"], request.body["temperature"]) == (10 if flavour == "omni" else 9, 0)
+        assert request.body.get("stop", ["###"]) == ["###"]
         assert [message["role"] for message in request.body["messages"]] == ["system", "user"]
+
+
+@pytest.mark.parametrize(
+    ("flavour", "field"), [(flavour, field) for flavour in REFUSED for field in sorted(REFUSED[flavour])]
+)
+def test_what_a_server_cannot_do_is_refused_by_its_name(flavour, field):
+    """In chats and in streams, before anything is sent. Another instance may be able to."""
+    with served(flavour) as (server, client):
+        for ask in (client.ask, client.stream):
+            with pytest.raises(UnsupportedParameter) as raised:
+                ask(**{field: EVERYTHING[field]})
+            assert raised.value.metadata == {"param": field}
+            assert field in raised.value.message
+            assert raised.value.retryable
+        assert server.requests == []
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
@@ -295,7 +327,7 @@ def test_vectors_are_asked_for_as_base64_where_that_is_known(flavour):
     """vllm-mlx and mlx-omni-server always send numbers."""
     with served(flavour) as (server, client):
         client.vectors("a")
-        expected = "base64" if flavour in ("mlx_openai", "openai") else None
+        expected = "base64" if flavour in ("mlx_openai", "rapid_mlx", "openai") else None
         assert server.requests[0].body.get("encoding_format") == expected
 
 
@@ -358,7 +390,7 @@ def test_half_a_response_is_waited_for_until_the_deadline(framing):
 def test_a_server_shows_what_kind_it_is(flavour):
     """mlx-omni-server has no /health, and cannot be told from any other FastAPI server."""
     with served(flavour, client={"server": "openai"}) as (_, client):
-        engine = {"vllm_simple": "simple", "vllm_batched": "batched"}.get(flavour)
+        engine = {"vllm_simple": "simple", "vllm_batched": "batched", "rapid_mlx": "batched"}.get(flavour)
         assert client.health() == Health(True, KINDS[flavour] if flavour != "omni" else "openai", engine)
 
 
@@ -393,16 +425,15 @@ def test_health_is_the_status_and_the_body(status, body, ready):
         assert client.health().ready is ready
 
 
-def test_a_body_without_end_is_not_kept(monkeypatch):
+def test_a_body_without_end_is_not_kept():
     class Endless(httpx.SyncByteStream):
         def __iter__(self):
-            return iter(lambda: b"a", None)
+            return iter(lambda: b" " * 65_536, None)
 
-    monkeypatch.setattr(client_module, "_MAX_BODY_BYTES", 1000)
     transport = httpx.MockTransport(lambda _: httpx.Response(200, stream=Endless()))
     with closing(Client("http://a", transport=transport)) as client:
         for ask in (client.models, client.health, lambda: client.vectors("a")):
-            with pytest.raises(MalformedOutput, match="too large"):
+            with pytest.raises(MalformedOutput, match="more than"):
                 ask()
 
 

@@ -189,6 +189,12 @@ FAILURES = [
     ("openai: a full queue", 429, {"error": {"message": "queue is full", "code": "429"}}, Overloaded),
     ("openai: a chat to an embedding model", 400, {"error": {"message": "not a language model"}}, InvalidRequest),
     ("openai: a broken child", 500, {"error": {"message": "worker process died", "code": 500}}, ProviderError),
+    ("openai: a template that refuses", 500, {"error": {"message": "System role not supported"}}, InvalidRequest),
+    # mlx-vlm
+    ("vlm: a template", 500, {"detail": "Generation failed: System role not supported"}, InvalidRequest),
+    ("vlm: roles", 500, {"detail": "Conversation roles must alternate user/assistant/..."}, InvalidRequest),
+    ("vlm: no template", 500, {"detail": "Cannot use chat template functions because"}, InvalidRequest),
+    ("vlm: a failure that quotes", 500, {"detail": "OOM at 'generation thread died'"}, ProviderError),
     # mlx-omni-server
     ("omni: another model", 500, b"Internal Server Error", ProviderError),
     ("omni: an image", 422, {"detail": VALIDATION}, InvalidRequest),
@@ -226,7 +232,28 @@ def sent(body):
 def test_a_failure_of_a_server_means_one_error(status, body, expected):
     error = error_of_status(status, sent(body))
     assert type(error) is expected
-    assert error.retryable is (expected in RETRYABLE or status >= 500)
+    assert error.retryable is (expected in RETRYABLE or (status >= 500 and expected is not InvalidRequest))
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("System role not supported", "takes no system message: put its text into the first user message"),
+        ("System messages are not allowed!", "takes no system message: put its text into the first user message"),
+        ("After the optional system message, conversation roles must alternate", "alternate"),
+        ("Only user and assistant roles are supported!", "takes user and assistant messages only"),
+        ("This model only supports single tool-calls at once!", "one tool call"),
+        ("No user query found in messages.", "wants a user message"),
+        ("jinja2.exceptions.UndefinedError: 'dict object' has no attribute 'x'", "cannot make a prompt"),
+    ],
+)
+@pytest.mark.parametrize("status", [400, 404, 422, 500])
+def test_a_refusal_of_a_chat_template_is_told_in_our_words(status, said, told):
+    error = error_of_status(status, sent({"detail": f"{said} {SECRET}"}))
+    assert (type(error), error.metadata["param"], error.metadata["status"]) == (InvalidRequest, "messages", status)
+    assert error.message.startswith("the model's chat template ")
+    assert told in error.message
+    assert SECRET not in error.message
 
 
 @pytest.mark.parametrize(("status", "body"), [pytest.param(*case[:2], id=name) for name, *case in FAILURES])

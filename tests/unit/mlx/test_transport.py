@@ -1,36 +1,33 @@
 """How a client reaches its server: host names, TLS, and what it leaves open."""
 
 import ssl
-import subprocess
 import time
 from contextlib import closing
 
-import httpx
 import pytest
 
 from fleet_worker.errors import InstanceUnavailable
 from tests.clients import Client, answering, cancelled, said, served, took_less_than
+from tests.tls import LONG_AGO, Certificates
 
 HEAD = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n"
-CERTIFICATE = "-newkey rsa:2048 -nodes -days 1 -subj /CN=test -addext subjectAltName=IP:127.0.0.1"
 
 
 @pytest.fixture(scope="module")
-def tls(tmp_path_factory):
-    """The TLS context of a server, and the certificate file for its clients."""
-    folder = tmp_path_factory.mktemp("tls")
-    key, certificate = folder / "key.pem", folder / "certificate.pem"
-    command = ["openssl", "req", "-x509", *CERTIFICATE.split(), "-keyout", key, "-out", certificate]
-    subprocess.run(command, check=True, capture_output=True, timeout=30)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate, key)
-    return context, certificate
+def made(tmp_path_factory):
+    return Certificates(tmp_path_factory.mktemp("tls"))
 
 
 @pytest.fixture
-def trusted(tls, monkeypatch):
-    context = ssl.create_default_context(cafile=tls[1])
-    monkeypatch.setattr(httpx, "create_ssl_context", lambda **_: context)
+def tls(made):
+    """The TLS context of a server, whose certificate is for 127.0.0.1."""
+    return context_of(made.issue("mini", "127.0.0.1"))
+
+
+def context_of(pair):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*pair)
+    return context
 
 
 def test_a_host_may_have_several_addresses():
@@ -44,30 +41,48 @@ def test_a_host_that_does_not_exist_is_unavailable():
         client.ask()
 
 
-@pytest.mark.usefixtures("trusted")
-def test_a_chat_over_tls(tls):
-    with answering(HEAD + said("Hi"), tls[0]) as url, closing(Client(url)) as client:
+def test_a_chat_over_tls(made, tls):
+    with answering(HEAD + said("Hi"), tls) as url, closing(Client(url, ca=made.ca)) as client:
         assert client.ask().content == "Hi"
 
 
-@pytest.mark.usefixtures("trusted")
-def test_a_cancel_over_tls(tls):
+def test_a_cancel_over_tls(made, tls):
     """The connect timeout, which limits the handshake, has passed by then."""
     with (
-        answering(HEAD, tls[0]) as url,
-        closing(Client(url, clocks={"connect": 0.2})) as client,
+        answering(HEAD, tls) as url,
+        closing(Client(url, ca=made.ca, clocks={"connect": 0.2})) as client,
         cancelled(client.ask),
     ):
         time.sleep(0.3)
 
 
-def test_a_server_that_nobody_vouches_for_gets_no_request(tls):
+@pytest.mark.parametrize("ca", ["none", "ca", "other_ca"])
+@pytest.mark.parametrize("shown", ["good", "expired", "other host", "unknown CA"])
+def test_a_server_gets_no_request_unless_its_certificate_is_good(shown, ca, made):
+    """Without `ca`, only those that browsers trust are good."""
+    past = {"not_before": LONG_AGO.replace(year=2000), "not_after": LONG_AGO}
+    pair = {
+        "good": lambda: made.issue("good", "127.0.0.1"),
+        "expired": lambda: made.issue("expired", "127.0.0.1", **past),
+        "other host": lambda: made.issue("other-host", "mini.example"),
+        "unknown CA": lambda: made.issue("impostor", "127.0.0.1", by="other"),
+    }[shown]()
+    expected = {
+        ("ca", "good"): None,
+        ("ca", "expired"): "has a certificate that has expired, or whose CA has: renew it",
+        ("ca", "other host"): "has a certificate for another host: name the host in base_url",
+        ("other_ca", "unknown CA"): None,
+    }.get((ca, shown), "has a certificate of a CA that is not trusted here: set ca to")
+    trusted = {} if ca == "none" else {"ca": getattr(made, ca)}
     with (
-        answering(HEAD + said("Hi"), tls[0]) as url,
-        closing(Client(url, clocks={"connect": 0.1})) as client,
-        pytest.raises(InstanceUnavailable),
+        answering(HEAD + said("Hi"), context_of(pair)) as url,
+        closing(Client(url, clocks={"connect": 0.1}, **trusted)) as client,
     ):
-        client.ask()
+        if expected is None:
+            assert client.ask().content == "Hi"
+        else:
+            with pytest.raises(InstanceUnavailable, match=expected):
+                client.ask()
 
 
 def test_a_tls_handshake_has_the_time_of_connecting():

@@ -1,80 +1,196 @@
-"""Messages that Celery's consumer cannot use: it lives on, and the log does not quote them."""
+"""What Celery's consumer makes of a message: a task that was made anew from its envelope, or nothing."""
 
+import json
 from types import SimpleNamespace
 
 import celery.worker.consumer.consumer as celery_consumer
+import celery.worker.state
+import kombu
 import pytest
 from celery import Celery
-from kombu import Connection, Message
-from kombu.exceptions import DecodeError
+from kombu import Connection
 
-from fleet_worker.node.consumer import Consumer
+from fleet_worker.broker.door import NOT_JSON, OpenedMessage, Refused
+from fleet_worker.node.consumer import NO_ADDRESS, NO_TASK, UNKNOWN_TASK, Consumer
+from fleet_worker.node.tasks import Request
 
 SECRET, TASK = "swordfish", "fleet.chat"
+ENVELOPE = {"request_id": "r-1", "attempt": 1, "reply_to": "llm.fleet.reply.test.abc.60", "model": SECRET}
+HOSTILE = [
+    *({"timelimit": each} for each in (5, "x", [1, 2, 3], {"a": 1})),
+    *({"shadow": each} for each in ({"a": {}}, ["x"], 5, "celery.backend_cleanup")),
+    *({name: each} for name in ("eta", "expires") for each in ("2099-01-01", [SECRET], {SECRET: 1}, 1e300)),
+    *({"stamped_headers": each, "stamps": each} for each in (5, ["x"], {"x": 1})),
+    *({name: [SECRET]} for name in ("id", "root_id", "parent_id", "group", "retries", "lang", "utc", "ignore_result")),
+    {"chord": {}, "callbacks": ["x"], "errbacks": ["x"], "chain": [1], "reply_to": "x", "replaced_task_nesting": "x"},
+]
+
+
+class Message(OpenedMessage, kombu.Message):
+    pass
+
+
+@pytest.fixture(scope="module")
+def channel():
+    with Connection("memory://") as connection:
+        yield connection.default_channel
 
 
 @pytest.fixture
-def bad_message():
-    """Returns a function that makes a message of a body, with headers that repeat its arguments."""
-    with Connection("memory://") as connection:
-
-        def make(body, **changes):
-            headers = {"id": "r-1", "task": TASK, "argsrepr": SECRET, "kwargsrepr": SECRET, **changes}
-            channel = connection.default_channel
-            return Message(
-                body, 1, "application/json", "utf-8", headers=headers, accept={"application/json"}, channel=channel
-            )
-
-        yield make
+def started():
+    return []
 
 
-bare_consumer = object.__new__(Consumer)  # it needs no worker to complain
-bare_consumer.connection_errors = ()
-bare_consumer.event_dispatcher = bare_consumer.pool = bare_consumer.controller = None
-bare_consumer.app = Celery("test", broker="memory://", set_as_current=False)
+@pytest.fixture
+def failures():
+    """Errors of the pool that starts a task."""
+    return []
 
 
-def decode_error(body, message):
-    """The error of a decoder holds all that it could not decode."""
-    try:
-        message.decode()
-    except DecodeError as error:
-        bare_consumer.on_decode_error(message, error)
+@pytest.fixture
+def receive(channel, started, failures):
+    """What a worker does with a message of this body and these headers."""
+    with Celery("test", broker="memory://", set_as_current=False) as app:
+        app.conf.worker_send_task_events = False
+        app.Task.Request = Request
+
+        @app.task(name=TASK, shared=False)
+        def chat(envelope):
+            """Never runs."""
+
+        @app.task(name="registry.publish_models", shared=False)
+        def publish():
+            """Never runs."""
+
+        def start(function, args, **_):
+            if failures:
+                raise failures[0]
+            started.append(args)
+
+        controller = SimpleNamespace(state=SimpleNamespace(revoked=()), use_eventloop=False)
+        pool = SimpleNamespace(apply_async=start, is_green=False)
+        timer = SimpleNamespace(call_at=pytest.fail)
+        consumer = Consumer(
+            lambda request: request.execute_using_pool(pool), app=app, controller=controller, pool=pool, timer=timer
+        )
+        consumer.event_dispatcher = None
+        consumer.update_strategies()
+        handle = consumer.create_task_handler()
+
+        def receive(content, properties=None, **headers):
+            body = content if isinstance(content, bytes) else json.dumps(content).encode()
+            headers = {"id": "x", "task": TASK, "argsrepr": SECRET, "kwargsrepr": SECRET, **headers}
+            content = {"content_type": "application/json", "content_encoding": "utf-8", "properties": properties or {}}
+            came_by = {"exchange": "", "routing_key": "the lane"}
+            handle(Message(body, 1, headers=headers, delivery_info=came_by, channel=channel, **content))
+
+        yield receive
+    celery.worker.state.reset_state()
 
 
-def unknown_message(body, message):
-    bare_consumer.on_unknown_message(body, message)
+def refused(receive, *args, **headers):
+    with pytest.raises(Refused) as caught:
+        receive(*args, **headers)
+    assert SECRET not in f"{caught.value} {caught.value.kind} {caught.value.detail}"
+    return caught.value.kind
 
 
-def unknown_task(body, message):
-    bare_consumer.on_unknown_task(None, message, KeyError("fleet.unheard_of"))
-
-
-def unknown_task_without_id(body, message):
-    message.headers = {"argsrepr": SECRET}
-    unknown_task(body, message)
-
-
-def invalid_task(body, message):
-    bare_consumer.on_invalid_task(body, message, ValueError("not a task"))
+@pytest.mark.parametrize("headers", [{}, *HOSTILE])
+def test_a_task_is_made_anew_from_its_envelope(receive, started, headers):
+    receive([[ENVELOPE], {}, {"callbacks": ["x"], "chord": 5, "chain": [1]}], {"reply_to": "x"}, **headers)
+    ((task, task_id, request, body, content_type, content_encoding),) = started
+    assert (task, task_id, body, content_type, content_encoding) == (TASK, "r-1", ([ENVELOPE], {}, None), None, None)
+    assert {**request, "hostname": ""} == {
+        "id": "r-1",
+        "root_id": "r-1",
+        "task": TASK,
+        "retries": 0,
+        "ignore_result": True,
+        "properties": {"correlation_id": "r-1", "priority": None},
+        "correlation_id": "r-1",
+        "reply_to": None,
+        "delivery_info": {"exchange": "", "routing_key": "the lane", "priority": None, "redelivered": False},
+        "args": [ENVELOPE],
+        "kwargs": {},
+        "hostname": "",
+    }
 
 
 @pytest.mark.parametrize(
-    ("complain", "body", "said"),
+    "task", [["x"], {"x": 1}, None, 5, "", "fleet.unheard_of", "celery.backend_cleanup", "registry"]
+)
+def test_only_tasks_of_this_node_can_be_called(receive, started, task):
+    assert refused(receive, [[ENVELOPE], {}, {}], task=task) == UNKNOWN_TASK
+    assert not started
+
+
+def test_the_name_of_a_foreign_task_is_shown_in_part():
+    assert len(Refused(UNKNOWN_TASK, "n\u00e4me\n" * 10_000).detail) < 500
+
+
+@pytest.mark.parametrize("body", [b"", b"\xff", b"[", f"[{SECRET}".encode(), b"\x80\x04K\x05.", b"[" * 100_000])
+def test_what_is_not_json_is_no_task(receive, body):
+    assert refused(receive, body) == NOT_JSON
+
+
+@pytest.mark.parametrize(
+    "content",
     [
-        (decode_error, SECRET.encode() + b"\xff", "decode message body"),
-        (decode_error, f'["{SECRET}'.encode(), "decode message body"),
-        (unknown_message, f'"{SECRET}"'.encode(), "unknown message"),
-        (unknown_task, f'["{SECRET}"]'.encode(), "unregistered task of type 'fleet.unheard_of'"),
-        (unknown_task_without_id, f'["{SECRET}"]'.encode(), "unregistered task of type 'fleet.unheard_of'"),
-        (invalid_task, f'["{SECRET}"]'.encode(), "invalid task"),
+        *(None, 5, SECRET, {}, {"task": TASK, "id": "x", "args": [ENVELOPE], "kwargs": {}}, {"args": []}, []),
+        [1],
+        [[], {}],
+        [[ENVELOPE], {}],
+        [{"args": []}, {}, {}],
+        [[ENVELOPE], {SECRET: 1}, {}],
+        [5, {}, {}],
+        ["abc", 1, 2],
     ],
 )
-def test_a_message_that_cannot_be_used_is_logged_by_its_size_and_not_shown(caplog, bad_message, complain, body, said):
-    complain(body, bad_message(body))
-    assert said in caplog.text
-    assert f"{len(body)} bytes, not shown" in caplog.text
-    assert SECRET not in caplog.text
+def test_what_has_no_arguments_as_celery_sends_them_is_no_task(receive, started, content):
+    assert refused(receive, content) == NO_TASK
+    assert not started
+
+
+@pytest.mark.parametrize(
+    "args",
+    [*([], [1], [None], [[ENVELOPE]], [ENVELOPE, ENVELOPE], [{}])]
+    + [[{**ENVELOPE, "request_id": each}] for each in (None, 5, "", "a\nb", "x" * 201, "\u00e4", [SECRET], {"a": {}})]
+    + [[{**ENVELOPE, "attempt": each}] for each in (None, 0, -1, True, 1.0, "1", 10**30, [1])]
+    + [
+        [{**ENVELOPE, "reply_to": f"llm.fleet.reply.{each}"}]
+        for each in ("", ".nope", "x.nan", "x.0", "x.1e9", "x.9999999", "\u00e4.5", "x.5\n", "X.5", "x" * 300 + ".5")
+    ]
+    + [[{**ENVELOPE, "reply_to": each}] for each in (None, 5, [], "elsewhere", "llm.fleet.chat.model", "celery.5")],
+)
+def test_a_request_that_cannot_be_answered_takes_no_slot(receive, started, args):
+    assert refused(receive, [args, {}, {}]) == NO_ADDRESS
+    assert not started
+
+
+def test_a_beat_has_no_arguments(receive, started):
+    receive([[SECRET], {}, {}], task="registry.publish_models")
+    ((task, task_id, _, body, *_),) = started
+    assert (task, task_id, body) == ("registry.publish_models", "registry.publish_models", ([], {}, None))
+
+
+def test_the_arguments_are_those_that_were_sent(receive, started):
+    """kombu would make a UUID, bytes and a time of these."""
+    kinds = {"uuid": {"hex": "0" * 32}, "bytes": "x", "datetime": "2026-01-01", "nothing": 1, "decimal": "1.5"}
+    schemas = [{"__type__": kind, "__value__": value} for kind, value in kinds.items()]
+    sent = {**ENVELOPE, "params": {"tools": schemas, "big": 10**400, "small": 5e-324, "text": "\U0001f600\u0000"}}
+    receive([[sent], {}, {}])
+    assert started[0][3][0] == [sent]
+
+
+def test_a_broker_that_is_lost_meanwhile_is_not_a_bad_message(receive, failures):
+    failures.append(ConnectionResetError(SECRET))
+    with pytest.raises(ConnectionResetError):
+        receive([[ENVELOPE], {}, {}])
+
+
+def test_a_fault_of_celery_does_not_end_the_node(receive, failures):
+    failures.append(RuntimeError(SECRET))
+    assert refused(receive, [[ENVELOPE], {}, {}]) == NO_TASK
 
 
 def test_celery_has_the_methods_that_are_overridden():
@@ -82,61 +198,3 @@ def test_celery_has_the_methods_that_are_overridden():
     for method in ("on_unknown_message", "on_unknown_task", "on_invalid_task", "on_decode_error"):
         assert callable(getattr(celery_consumer.Consumer, method))
         assert getattr(Consumer, method) is not getattr(celery_consumer.Consumer, method)
-
-
-@pytest.fixture(scope="module")
-def receive():
-    """What a worker does with each message."""
-    with Celery("test", broker="memory://", set_as_current=False) as app:
-        app.conf.worker_send_task_events = False
-
-        @app.task(name=TASK, shared=False)
-        def chat(envelope):
-            """Never runs."""
-
-        controller = SimpleNamespace(state=SimpleNamespace(revoked=()), use_eventloop=False)
-        pool = SimpleNamespace(apply_async=pytest.fail, is_green=False)
-        timer = SimpleNamespace(call_at=pytest.fail)
-        consumer = Consumer(pytest.fail, app=app, controller=controller, pool=pool, timer=timer)
-        consumer.event_dispatcher = None
-        consumer.update_strategies()
-        yield consumer.create_task_handler()
-
-
-@pytest.mark.parametrize("body", [b"5", b"{}", b"[1]", b"[[], {}]"])
-def test_a_message_that_is_no_task_is_dropped(receive, bad_message, body, caplog):
-    """Celery would end the worker."""
-    message = bad_message(body)
-    receive(message)
-    assert message.acknowledged
-    assert f"{len(body)} bytes, not shown" in caplog.text
-
-
-def test_a_task_of_the_first_protocol_with_a_malformed_name_is_dropped(receive, bad_message, caplog):
-    message = bad_message(f'{{"task": ["{SECRET}"], "id": "r-1", "args": [], "kwargs": {{}}}}'.encode())
-    message.headers = {}
-    receive(message)
-    assert "invalid task" in caplog.text
-    assert SECRET not in caplog.text
-
-
-@pytest.mark.parametrize("header", ["eta", "expires", "task", "id"])
-@pytest.mark.parametrize("value", [[SECRET], {SECRET: SECRET}])
-def test_a_task_with_a_malformed_header_is_dropped_without_a_quotation(receive, bad_message, header, value, caplog):
-    receive(bad_message(b"[[1], {}, {}]", **{header: value}))
-    assert "invalid task" in caplog.text
-    assert SECRET not in caplog.text
-
-
-@pytest.mark.parametrize("header", ["eta", "expires"])
-def test_a_task_at_no_time_at_all_is_dropped_without_a_quotation(receive, bad_message, header, caplog):
-    receive(bad_message(b"[[1], {}, {}]", **{header: SECRET}))
-    assert "invalid task" in caplog.text
-    assert SECRET not in caplog.text
-
-
-def test_a_broker_that_is_lost_meanwhile_is_not_a_bad_message(receive, bad_message):
-    message = bad_message(b"[[1], {}, {}]")
-    message.decode = lambda: (_ for _ in ()).throw(ConnectionResetError())
-    with pytest.raises(ConnectionResetError):
-        receive(message)

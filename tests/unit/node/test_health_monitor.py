@@ -1,16 +1,24 @@
 """What the health monitor asks of one MLX server, how often, and what it makes of the answers."""
 
+import math
 import threading
 import time
 from types import SimpleNamespace
 
 import pytest
 
-from fleet_worker.errors import ConnectionFailure, InstanceUnavailable, ProviderError, RequestTimeout
-from fleet_worker.mlx.client import Health
+from fleet_worker.errors import (
+    ConnectionFailure,
+    InstanceUnavailable,
+    ModelNotServed,
+    Overloaded,
+    ProviderError,
+    RequestTimeout,
+)
+from fleet_worker.mlx.health import Health
 from fleet_worker.node import health_monitor as module
-from fleet_worker.node.health_monitor import CANARY_DEADLINE, HealthMonitor
-from fleet_worker.node.readiness import Readiness
+from fleet_worker.node.health_monitor import CANARY_DEADLINE, DOUBT_DEADLINE, LAST_CHANCE, SILENT_FOR, HealthMonitor
+from fleet_worker.node.readiness import FAILURES, Readiness
 from fleet_worker.settings import WorkerSettings
 
 WITHIN = 5.0
@@ -21,23 +29,28 @@ DOWN = InstanceUnavailable("nothing listens there")
 class Server:
     """What a client of a server would see; answers are set by the test."""
 
-    def __init__(self):
+    def __init__(self, now):
+        self.now = now
         self.asked = threading.Condition()
         self.checks = self.lists = 0
         self.ready = True
+        self.patience = set()
+        self.failing_below = math.inf
         self.failing = self.failing_once = self.canary_fails = self.list_fails = None
         self.canaries = []
         self.canary_begins, self.canary_ends = threading.Event(), threading.Event()
         self.canary_ends.set()
         self.last_content = 0.0
+        self.may_be_blocked = False
         self.unreachable = threading.Event()
 
     def health(self, timeout):
         with self.asked:
             self.checks += 1
             self.asked.notify_all()
+        self.patience.add(timeout)
         once, self.failing_once = self.failing_once, None
-        if error := once or self.failing:
+        if (error := once or self.failing) and timeout < self.failing_below:
             raise error
         return Health(ready=self.ready, server="mlx_lm")
 
@@ -47,6 +60,7 @@ class Server:
         self.canary_ends.wait(WITHIN)
         if self.canary_fails:
             raise self.canary_fails
+        self.last_content = self.now()
 
     def models(self):
         self.lists += 1
@@ -61,7 +75,15 @@ class Models:
     def __init__(self):
         self.offering = OFFERING
         self.lists = []
+        self.lost = []
         self.forgotten = 0
+
+    @property
+    def available(self):
+        return {"m": self.offering}
+
+    def lacks(self, model):
+        self.lost.append(model)
 
     def for_canary(self):
         return self.offering
@@ -73,14 +95,27 @@ class Models:
         self.forgotten += 1
 
 
+class Running:
+    """The requests that run."""
+
+    def __init__(self):
+        self.busy_since = None
+        self.stopped = []
+
+    def stop(self, error):
+        self.stopped.append(error())
+        self.busy_since = None
+        return 4
+
+
 class Watched:
     """A monitor of such a server, with a clock that the test turns."""
 
     def __init__(self, **settings):
         self.now = 1000.0
-        self.server = Server()
+        self.server = Server(now=lambda: self.now)
         self.readiness = Readiness(stall_after=20.0, clock=lambda: self.now)
-        self.models, self.running = Models(), SimpleNamespace(busy_since=None)
+        self.models, self.running = Models(), Running()
         self.changes = []
         self.on_change = lambda: None
         self.settings = WorkerSettings(**{"probe_interval": 0.002, "stall_after": 20, **settings})
@@ -160,14 +195,16 @@ def test_there_is_one_canary_for_free_and_then_one_an_interval(watched):
         assert watched.status == "available"
 
 
-def test_a_fault_after_a_good_start_is_followed_by_a_canary_at_once_and_the_next_one_has_to_wait(available):
-    available.readiness.failed(DOWN)
-    assert available.checked().canaries == 2
-    assert available.status == "available"
-    available.readiness.failed(DOWN)
-    assert available.checked(59).canaries == 2
+def test_a_fault_after_a_canary_that_worked_is_followed_by_one_at_once_and_by_a_second_one_a_minute_later(available):
+    for canaries in (2, 3, 4):
+        available.readiness.failed(DOWN, "r")
+        assert available.checked().canaries == canaries
+        assert available.status == "available"
+    available.server.canary_fails = ProviderError("500")
+    available.readiness.failed(DOWN, "r")
+    assert available.checked(59).canaries == 5
     assert available.status == "unavailable"
-    assert available.checked(1).canaries == 3
+    assert available.checked(60).canaries == 6
 
 
 def test_a_server_that_is_away_is_sent_none_and_one_at_once_when_it_is_back(available):
@@ -215,7 +252,7 @@ def test_without_canaries_health_is_the_proof(watched):
         assert watched.checked().status == "unavailable"
         watched.server.ready = True
         assert watched.checked().status == "available"
-        watched.on_change = lambda: watched.readiness.failed(DOWN)  # between a check and a canary
+        watched.on_change = lambda: watched.readiness.failed(DOWN, "r")  # between a check and a canary
         watched.checked()
     assert watched.canaries == 0
 
@@ -259,10 +296,160 @@ def test_what_the_server_delivers_counts_as_proof(watched):
 
 def test_silence_in_the_middle_of_work_degrades(available):
     available.running.busy_since = available.now
+    available.server.canary_fails = RequestTimeout("late")
     assert available.checked(20).status == "available"
     assert available.checked(0.1).status == "degraded"
     available.server.last_content = available.now + 0.5
     assert available.checked(1).status == "available"
+
+
+# --- Doubts
+
+
+def fail(watched):
+    for number in range(FAILURES):
+        watched.readiness.failed(ProviderError("500"), f"r{number}")
+
+
+def test_one_silent_request_is_not_taken_for_a_silent_server(available):
+    available.running.busy_since = available.now
+    assert available.checked(20.1).status == "available"
+    assert available.canaries == 2
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_requests_that_fail_beside_a_server_that_works_cost_a_canary_each_and_no_lane(available, busy):
+    available.running.busy_since = available.now if busy else None
+    del available.changes[:]
+    for canaries in range(2, 12):
+        fail(available)
+        assert available.checked().canaries == canaries
+    assert set(available.changes) == {"available"}
+
+
+def test_a_server_that_fails_a_canary_too_is_left_at_once(available):
+    available.running.busy_since = available.now
+    available.server.canary_fails = ProviderError("500")
+    fail(available)
+    assert available.checked().status == "unavailable"
+    assert available.canaries == 2  # it has work: the next one waits for its end
+
+
+def test_a_canary_that_is_late_confirms_the_doubt(available):
+    available.running.busy_since = available.now
+    available.server.canary_fails = RequestTimeout("late")
+    fail(available)
+    assert available.checked().readiness.state.reason == "3 requests failed in a row, the last: 500"
+
+
+def test_a_token_that_comes_while_a_canary_waits_ends_the_doubt(available):
+    """mlx_lm.server serves a request with a seed alone."""
+    available.running.busy_since = available.now
+    available.server.canary_fails = RequestTimeout("late")
+    available.server.canary_begins.clear()
+    available.server.canary_ends.clear()
+    del available.changes[:]
+    available.now += 1
+    fail(available)
+    assert available.server.canary_begins.wait(WITHIN)
+    available.server.last_content = available.now + 1
+    available.server.canary_ends.set()
+    available.checked()
+    assert set(available.changes) == {"available"}
+
+
+def test_a_server_that_is_too_busy_for_a_canary_is_asked_again_for_a_while(available):
+    """vllm-mlx's Simple engine has one slot, and refuses."""
+    available.running.busy_since = available.now
+    available.server.canary_fails = Overloaded("busy")
+    fail(available)
+    assert available.checked(1).checked(1).status == "available"
+    assert available.canaries > 3
+    available.server.canary_fails = None
+    assert available.checked().status == "available"
+    available.server.canary_fails = Overloaded("busy")
+    fail(available)
+    available.checked()
+    assert available.checked(DOUBT_DEADLINE).status == "unavailable"
+
+
+def test_without_canaries_silence_is_a_verdict_and_health_a_proof(watched):
+    watched.settings = WorkerSettings(canary=False, probe_interval=0.002)
+    with watched:
+        fail(watched.checked())
+        assert watched.checked().status == "available"
+        watched.running.busy_since = watched.now
+        watched.checked(20.1)
+        assert watched.changes[-1] == "degraded"
+        watched.running.busy_since = None
+        assert watched.checked().status == "available"
+    assert watched.canaries == 0
+
+
+@pytest.mark.parametrize(("answer", "lost"), [(None, []), (ProviderError("500"), []), (ModelNotServed("no"), ["m"])])
+def test_a_model_is_lost_when_the_server_denies_it_to_a_canary_too(available, answer, lost):
+    """What a server answers may quote a conversation."""
+    available.server.canary_fails = answer
+    available.monitor.check_model("m")
+    available.checked()
+    assert available.models.lost == lost
+    assert (available.status, available.canaries) == ("available", 2)
+
+
+# --- Frozen
+
+
+@pytest.fixture
+def silent(available):
+    """It has work, and nothing comes any more."""
+    available.now += 1
+    available.running.busy_since = available.now
+    available.server.last_content = available.now - 0.1
+    available.server.failing = RequestTimeout("late")
+    return available.checked()
+
+
+def test_a_frozen_server_loses_its_work_to_others(silent):
+    assert silent.running.stopped == []
+    (error,) = silent.checked(SILENT_FOR).running.stopped
+    assert isinstance(error, InstanceUnavailable)
+    assert error.retryable
+    assert "frozen" in error.message
+    assert LAST_CHANCE in silent.server.patience
+    assert silent.status == "degraded"
+    assert len(silent.checked(60).running.stopped) == 1
+
+
+def test_a_full_backlog_of_a_frozen_server_refuses(silent):
+    silent.server.failing = DOWN
+    silent.checked()
+    assert len(silent.checked(SILENT_FOR).running.stopped) == 1
+
+
+def test_a_slow_server_answers_with_more_time_and_keeps_its_work(silent):
+    silent.server.failing_below = LAST_CHANCE
+    assert silent.checked(60).running.stopped == []
+
+
+def test_a_stream_that_moves_keeps_all(silent):
+    for _ in range(5):
+        silent.server.last_content = silent.now
+        silent.checked(SILENT_FOR - 0.5)
+    assert silent.running.stopped == []
+
+
+def test_a_server_that_may_be_blocked_by_a_prompt_keeps_its_work(silent):
+    silent.server.may_be_blocked = True
+    assert silent.checked(60).running.stopped == []
+    silent.server.may_be_blocked = False
+    assert len(silent.checked().running.stopped) == 1
+
+
+def test_a_frozen_server_without_work_is_asked_no_last_question(available):
+    available.server.failing = RequestTimeout("late")
+    available.checked(60)
+    assert LAST_CHANCE not in available.server.patience
+    assert available.running.stopped == []
 
 
 # --- The list of models

@@ -258,7 +258,7 @@ def broker_log(caplog):
 
 def test_a_broker_that_goes_and_comes_back_is_two_lines(broker_log):
     assert broker_log.connects() == [("INFO", "connected to the broker at broker:6379")]
-    away = "the broker at broker:6379 is away (ConnectionResetError), and is tried again until it is back"
+    away = "the broker at broker:6379 is away (ConnectionResetError); it is tried again until that is over"
     assert broker_log.loses_it() == [("WARNING", away)]
     assert broker_log.fails(times=4) == []
     assert broker_log.connects() == [("WARNING", "the broker at broker:6379 is back after 8 s")]
@@ -266,7 +266,7 @@ def test_a_broker_that_goes_and_comes_back_is_two_lines(broker_log):
 
 
 def test_a_broker_that_was_never_there_is_one_line_too(broker_log):
-    away = "the broker at broker:6379 is away (OSError), and is tried again until it is back"
+    away = "the broker at broker:6379 is away (OSError); it is tried again until that is over"
     assert broker_log.fails(times=5) == [("WARNING", away)]
     assert broker_log.connects() == [("WARNING", "the broker at broker:6379 is back after 8 s")]
 
@@ -277,7 +277,7 @@ def test_a_broker_that_stays_away_is_a_line_a_minute(broker_log):
     lines = broker_log.fails(times=90)
     away_for = [OUTAGE_LOGGED_EVERY, 2 * OUTAGE_LOGGED_EVERY, 3 * OUTAGE_LOGGED_EVERY]
     assert lines == [
-        ("WARNING", f"the broker at broker:6379 is still away, for {seconds:g} s now (OSError)") for seconds in away_for
+        ("WARNING", f"the broker at broker:6379 is away (OSError), for {seconds:g} s now") for seconds in away_for
     ]
 
 

@@ -1,5 +1,7 @@
 """What was seen of an instance, and what follows from it."""
 
+import itertools
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -25,6 +27,7 @@ from fleet_worker.errors import (
 from fleet_worker.node.readiness import FAILURES, GIVE_UP_AFTER, Readiness
 
 STALL_AFTER = 20.0
+NUMBERS = itertools.count()
 
 
 class Watched(Readiness):
@@ -60,8 +63,21 @@ def available(watched):
 
 
 def failing(watched, *, times=FAILURES, error=None):
+    """So many different requests fail."""
     for _ in range(times):
-        watched.after(1).failed(error or ProviderError("it failed"))
+        watched.after(1).failed(error or ProviderError("it failed"), f"r{next(NUMBERS)}")
+
+
+def sick(watched):
+    """And no canary disproves it."""
+    failing(watched)
+    watched.confirm_doubt()
+
+
+def silent(watched, began):
+    """No token comes of work that runs since then, and none of a canary."""
+    watched.busy_since(began)
+    watched.confirm_doubt()
 
 
 # --- The diagram
@@ -147,8 +163,8 @@ def test_an_answer_in_between_begins_the_count_of_late_ones_anew(available):
     [
         (lambda seen: seen.connection_refused(), "the MLX server does not accept connections"),
         (lambda seen: seen.health_answered(False), "the MLX server says that it is not ready"),
-        (lambda seen: seen.failed(InstanceUnavailable("it is down")), "it is down"),
-        (failing, "3 requests failed in a row, the last: it failed"),
+        (lambda seen: seen.failed(InstanceUnavailable("it is down"), "r"), "it is down"),
+        (sick, "3 requests failed in a row, the last: it failed"),
     ],
 )
 def test_each_of_these_makes_it_unavailable_until_it_has_proved_itself(available, fault, reason):
@@ -181,6 +197,8 @@ def test_work_without_a_token_degrades_after_a_while(available):
     available.after(STALL_AFTER).busy_since(began)
     assert available.status == "available"
     available.after(0.1).busy_since(began)
+    assert (available.status, available.in_doubt(idle=False)) == ("available", True)
+    available.confirm_doubt()
     assert (available.status, available.state.reason) == (
         "degraded",
         "no token for more than 20 s while work is in progress",
@@ -191,7 +209,7 @@ def test_work_without_a_token_degrades_after_a_while(available):
 def test_a_stalled_one_has_to_prove_itself_when_its_work_is_over(available):
     began = available.now
     available.health_answered(True)
-    available.after(STALL_AFTER + 1).busy_since(began)
+    silent(available.after(STALL_AFTER + 1), began)
     available.after(1).busy_since(None)
     available.health_answered(True)
     assert available.status == "degraded"
@@ -202,7 +220,7 @@ def test_a_stalled_one_has_to_prove_itself_when_its_work_is_over(available):
 
 def test_a_token_ends_a_stall(available):
     began = available.now
-    available.after(STALL_AFTER + 1).busy_since(began)
+    silent(available.after(STALL_AFTER + 1), began)
     available.after(1).token()
     available.busy_since(began)
     assert available.status == "available"
@@ -228,12 +246,12 @@ def test_silence_is_counted_from_the_last_token_and_idle_time_is_not(available):
 )
 def test_dead_says_more_than_slow_and_slow_no_more_than_dead(available, dead):
     began = available.now
-    available.after(STALL_AFTER + 1).busy_since(began)
+    silent(available.after(STALL_AFTER + 1), began)
     assert available.status == "degraded"
     dead(available)
     assert available.status == "unavailable"
     reason = available.state.reason
-    available.after(1).busy_since(began)
+    silent(available.after(1), began)
     assert (available.status, available.state.reason) == ("unavailable", reason)
 
 
@@ -247,7 +265,7 @@ def test_a_late_one_that_is_then_refused_is_dead_and_no_longer_late(available):
 
 def test_a_stalled_one_that_is_late_as_well_needs_its_proof_when_it_answers(available):
     began = available.now
-    available.after(STALL_AFTER + 1).busy_since(began)
+    silent(available.after(STALL_AFTER + 1), began)
     available.health_late(available.now - 0.5)
     assert (available.status, available.needs_canary) == ("degraded", False)
     available.after(1).health_answered(True)
@@ -271,9 +289,90 @@ def test_a_stalled_one_that_is_late_as_well_needs_its_proof_when_it_answers(avai
 )
 def test_these_blame_the_server_if_nothing_else_happens(available, error):
     failing(available, times=FAILURES - 1, error=error)
-    assert available.status == "available"
+    assert not available.in_doubt(idle=False)
     failing(available, times=1, error=error)
-    assert available.status == "unavailable"
+    assert (available.status, available.in_doubt(idle=False)) == ("available", True)
+    available.confirm_doubt()
+    assert (available.status, available.in_doubt(idle=False)) == ("unavailable", False)
+
+
+def test_a_canary_decides_a_doubt(available):
+    for _ in range(5):
+        failing(available)
+        assert available.in_doubt(idle=False)
+        available.canary_ended(None)
+        assert (available.status, available.in_doubt(idle=False)) == ("available", False)
+    failing(available)
+    available.canary_ended(ProviderError("500"))
+    assert (available.status, available.state.reason) == ("unavailable", "a canary failed: 500")
+
+
+def test_a_token_of_another_request_ends_a_doubt(available):
+    failing(available)
+    available.after(0.1).token()
+    assert (available.status, available.in_doubt(idle=False)) == ("available", False)
+
+
+def test_one_request_that_fails_again_and_again_is_a_reason_to_ask_an_idle_server_only(available):
+    for _ in range(FAILURES):
+        assert not available.in_doubt(idle=True)
+        available.after(1).failed(ProviderError("500"), "the same")
+    assert available.in_doubt(idle=True)
+    assert not available.in_doubt(idle=False)
+    failing(available, times=FAILURES - 1)
+    assert available.in_doubt(idle=False)
+
+
+def test_a_server_that_tells_a_request_that_it_is_not_ready_is_in_doubt(available):
+    """It may tell so to that request only."""
+    available.failed(InstanceUnavailable("503", status=503), "r")
+    assert (available.status, available.in_doubt(idle=False)) == ("available", True)
+    available.confirm_doubt()
+    assert (available.status, available.state.reason) == ("unavailable", "503")
+
+
+def test_what_is_not_in_doubt_cannot_be_confirmed(available):
+    available.confirm_doubt()
+    assert available.status == "available"
+    failing(available)
+    available.after(1).token()
+    available.confirm_doubt()
+    assert available.status == "available"
+
+
+@pytest.mark.parametrize("worse", [lambda seen: seen.connection_refused(), lambda seen: seen.health_answered(False)])
+def test_what_is_known_to_be_away_is_not_in_doubt(available, worse):
+    failing(available)
+    worse(available)
+    assert (available.status, available.in_doubt(idle=False)) == ("unavailable", False)
+
+
+# --- Silence of health and of all streams
+
+
+def test_silence_begins_with_the_first_question_that_nobody_answers(available):
+    assert available.silence == 0
+    asked = available.now
+    available.after(0.5).health_late(asked)
+    available.after(0.5).health_late(available.now)
+    assert available.silence == 1.0
+    available.after(0.5).connection_refused()  # its backlog is full
+    assert available.after(0.5).silence == 2.0
+
+
+@pytest.mark.parametrize(
+    "sign",
+    [
+        lambda seen: seen.token(),
+        lambda seen: seen.health_answered(True),
+        lambda seen: seen.health_answered(False),
+        lambda seen: seen.canary_ended(None),
+    ],
+)
+def test_any_sign_of_life_ends_the_silence(available, sign):
+    available.health_late(available.now - 5)
+    sign(available.after(1))
+    assert available.silence == 0
 
 
 @pytest.mark.parametrize(
@@ -295,7 +394,7 @@ def test_these_say_nothing_about_the_server(available, error):
 
 
 def test_a_refused_connection_needs_no_second_one(available):
-    available.failed(InstanceUnavailable("it is down"))
+    available.failed(InstanceUnavailable("it is down"), "r")
     assert available.status == "unavailable"
 
 
@@ -314,9 +413,9 @@ def test_a_token_from_before_a_failure_does_not_begin_the_count_anew(available):
     """The monitor reports a token after the task has reported a failure that came later."""
     for _ in range(FAILURES):
         token = available.after(1).now
-        available.after(0.1).failed(ProviderError("after some of the answer"))
+        failing(available.after(0.1), times=1)
         available.content_received(token)
-    assert available.status == "unavailable"
+    assert available.in_doubt(idle=False)
 
 
 # --- What was seen late
@@ -327,9 +426,9 @@ def test_a_token_from_before_a_failure_does_not_begin_the_count_anew(available):
     [
         lambda seen: seen.connection_refused(),
         lambda seen: seen.health_answered(False),
-        lambda seen: seen.failed(InstanceUnavailable("it is down")),
+        lambda seen: seen.failed(InstanceUnavailable("it is down"), "r"),
         lambda seen: seen.canary_ended(ProviderError("500")),
-        failing,
+        sick,
     ],
 )
 def test_a_token_from_before_a_fault_disproves_nothing(available, fault):
@@ -473,11 +572,25 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(error=st.sampled_from([InstanceUnavailable("down"), ProviderError("500"), Expired("too late")]))
     def request_failed(self, error):
         self.later(0.01)
-        self.watched.failed(error)
+        before = self.watched.state
+        self.watched.failed(error, f"r{next(NUMBERS)}")
         if isinstance(error, ProviderError):
             self.blamed()
         if isinstance(error, InstanceUnavailable):
             assert not self.watched.state.ready
+        else:
+            assert self.watched.state == before
+
+    @rule()
+    def no_canary_can_tell(self):
+        self.later(0.01)
+        before, doubted = self.watched.state, self.watched.in_doubt(idle=True)
+        self.watched.confirm_doubt()
+        if doubted:
+            self.blamed()
+            assert not self.watched.state.ready
+        else:
+            assert self.watched.state == before
 
     @rule(seconds=st.sampled_from([1.0, 19.0, 21.0]), working=st.booleans())
     def work(self, seconds, working):
@@ -488,9 +601,8 @@ class AnyOrder(RuleBasedStateMachine):
         stalled = working and self.watched.now - max(since, self.newest) > STALL_AFTER
         if stalled:
             self.blamed()
-            assert not self.watched.state.ready
-        else:
-            assert self.watched.state == before
+            assert self.watched.in_doubt(idle=True) or not before.ready
+        assert self.watched.state == before
 
     @rule(ending=st.booleans())
     def drain(self, ending):

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from fleet_worker.broker.door import Refused
 from fleet_worker.node.remote_control import subscription_of
 from fleet_worker.protocol.request import ControlMessage
 
@@ -35,14 +36,28 @@ def test_what_is_cancelled_at_this_node_or_at_all_is_cancelled_and_nothing_else(
 
 
 def test_what_a_router_has_missed_is_published_again(receive, missed):
-    receive(b'{"missed": "its queue"}')
-    receive(b'{"node": "two@test", "missed": "another queue"}')
-    receive(b'{"node": "one@test", "missed": "its queue, here"}')
-    assert missed == ["its queue", "its queue, here"]
+    its, of_another, its_again = (f"llm.fleet.reply.{name}.60" for name in ("its", "another", "its.again"))
+    receive(ControlMessage(missed=its).encode())
+    receive(ControlMessage(node="two@test", missed=of_another).encode())
+    receive(ControlMessage(node="one@test", missed=its_again).encode())
+    assert missed == [its, its_again]
 
 
-def test_a_bad_notice_is_dropped_without_a_quotation(receive, cancelled, caplog):
-    receive(b'{"node": "one@test", "cancelled": [["secret", "many"]]}')
-    assert "a notice of a router was dropped" in caplog.text
-    assert "secret" not in caplog.text
-    assert cancelled == []
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(b"", b"[]", b"5", b"null", b'"secret"', b"\xff", b'{"cancelled": 5}', b'{"cancelled": [["secret", "many"]]}'),
+        *(b'{"cancelled": [["secret", 1, 1]]}', b'{"cancelled": [["secret", -1]]}', b'{"cancelled": [["", 1]]}'),
+        *(b'{"cancelled": [["secret", 1e300]]}', b'{"cancelled": [["secret", %s]]}' % (b"9" * 4000)),
+        b'{"cancelled": [["%s", 1]]}' % (b"secret" * 100),
+        b'{"cancelled": [%s["secret", 1]]}' % (b'["secret", 1],' * 1000),
+        *(b'{"missed": "%s"}' % name for name in (b"secret", b"llm.fleet.reply.x.nan", b"llm.fleet.reply.x.9999999")),
+        b'{"node": "%s"}' % (b"secret" * 100),
+        b"[" * 100_000,
+    ],
+)
+def test_a_bad_notice_is_dropped_without_a_quotation(receive, cancelled, missed, body):
+    with pytest.raises(Refused) as caught:
+        receive(body)
+    assert "secret" not in str(caught.value) + caught.value.detail
+    assert cancelled == missed == []

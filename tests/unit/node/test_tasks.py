@@ -104,6 +104,13 @@ def test_a_request_that_is_refused_ends_in_one_error_and_nothing_else(node, run,
     assert [frame.kind for frame in node.frames] == ["error"]
 
 
+def test_vectors_are_not_shortened(node, run):
+    run("embed", EMBED, {"input": "a", "dimensions": 384})
+    with pytest.raises(InvalidRequest, match="dimensions: this model's vectors have 384 numbers") as caught:
+        run("embed", EMBED, {"input": "a", "dimensions": 128}, attempt=2)
+    assert caught.value.param == "dimensions"
+
+
 def test_a_fault_of_the_worker_itself_ends_in_an_error_that_quotes_nothing(node, run, monkeypatch, caplog):
     monkeypatch.setattr(node.mlx, "chat", lambda *_, **__: int("a secret"))
     assert isinstance(refused(node, run), ProviderError)
@@ -197,6 +204,6 @@ def test_an_attempt_that_is_delivered_twice_is_answered_once(node, run):
 
 
 def test_a_message_without_an_address_ends_in_an_error_of_the_task_only(node, run):
-    with pytest.raises(InvalidRequest, match="no router to answer"):
+    with pytest.raises(InvalidRequest, match="without a reply_to"):
         run("chat", reply_to="elsewhere")
     assert node.frames == []

@@ -1,11 +1,14 @@
 """The bodies of chats and embeddings: what router and node accept and refuse."""
 
 import math
+import re
 
 import pytest
 from hypothesis import given
 
+from fleet_worker.errors import InvalidRequest
 from fleet_worker.protocol.openai import ChatParams
+from fleet_worker.protocol.reply import Delta, join
 from tests.envelopes import IMAGE, built, chat_params, decode, envelope, refused, refused_params, user
 
 
@@ -77,7 +80,6 @@ BAD_CHATS = {
     "a message of an unknown role": {"messages": [{"role": "wizard", "content": "Hi"}]},
     "a message without content": {"messages": [{"role": "user"}]},
     "a message whose content is null": {"messages": [user(None)]},
-    "an assistant that says and calls nothing": {"messages": [{"role": "assistant", "tool_calls": []}]},
     "content that is a number": {"messages": [user(5)]},
     "content that is an object": {"messages": [user({"type": "text", "text": "Hi"})]},
     "content in parts that are texts": {"messages": [user(["Hi"])]},
@@ -113,15 +115,12 @@ BAD_CHATS = {
     "too many stops": {"messages": [user()], "stop": ["a"] * 17},
     "top_k as large as a vocabulary": {"messages": [user()], "top_k": 151_936},
     "top_k just too large": {"messages": [user()], "top_k": 1001},
-    "top_k below nothing": {"messages": [user()], "top_k": -1},
+    "top_k below what vLLM takes": {"messages": [user()], "top_k": -2},
     "top_k that is a fraction": {"messages": [user()], "top_k": 1.5},
     "top_k that is true": {"messages": [user()], "top_k": True},
-    "max_tokens of nothing": {"messages": [user()], "max_tokens": 0},
-    "max_tokens below nothing": {"messages": [user()], "max_tokens": -1},
     "max_tokens without end": {"messages": [user()], "max_tokens": 10**30},
     "max_tokens as a text": {"messages": [user()], "max_tokens": "5"},
     "max_tokens as a float": {"messages": [user()], "max_tokens": 5.0},
-    "max_completion_tokens of nothing": {"messages": [user()], "max_completion_tokens": 0},
     "a temperature that is no number": {"messages": [user()], "temperature": math.nan},
     "an infinite temperature": {"messages": [user()], "temperature": math.inf},
     "a temperature below nothing": {"messages": [user()], "temperature": -0.1},
@@ -130,7 +129,6 @@ BAD_CHATS = {
     "a top_p of nothing": {"messages": [user()], "top_p": 0},
     "a top_p above all": {"messages": [user()], "top_p": 1.1},
     "an infinite penalty": {"messages": [user()], "repetition_penalty": math.inf},
-    "a seed below nothing": {"messages": [user()], "seed": -1},
     "a seed too large": {"messages": [user()], "seed": 2**32},
     "two answers": {"messages": [user()], "n": 2},
     "stream": {"messages": [user()], "stream": True},
@@ -196,6 +194,95 @@ GOOD_CHATS = {
 }
 
 
+WITHOUT_EFFECT = {
+    "store": True,
+    "metadata": {"a": "b"},
+    "service_tier": "auto",
+    "safety_identifier": "s",
+    "prompt_cache_key": "k",
+    "prompt_cache_retention": "24h",
+    "verbosity": "low",
+    "prediction": {"type": "content", "content": "x"},
+    "stream_options": {"include_usage": True},
+    "modalities": ["text"],
+    "logprobs": False,
+    "top_logprobs": 0,
+    "stream": False,
+    "functions": [],
+    "function_call": "none",
+    "max_tokens": -1,
+    "max_completion_tokens": 0,
+    "seed": -1,
+    "top_k": -1,
+}
+
+
+def said(operation, params):
+    return built(operation, params).encode()["params"]
+
+
+@pytest.mark.parametrize("name", WITHOUT_EFFECT)
+def test_what_has_no_effect_here_is_accepted_and_not_sent(name):
+    least = {"messages": [user()]}
+    assert said("chat", {**least, name: WITHOUT_EFFECT[name]}) == least
+    assert said("chat", {**least, name: None}) == least
+    assert decode(envelope(params={**least, name: WITHOUT_EFFECT[name]})).encode()["params"] == least
+
+
+@pytest.mark.parametrize("effort", ["xhigh", "max"])
+def test_an_effort_that_only_openai_knows_is_the_highest_that_all_know(effort):
+    params = {"messages": [user()], "reasoning_effort": effort, "chat_template_kwargs": {"reasoning_effort": effort}}
+    assert said("chat", params) == {
+        "messages": [user()],
+        "reasoning_effort": "high",
+        "chat_template_kwargs": {"reasoning_effort": "high"},
+    }
+
+
+def test_marks_for_another_cache_are_dropped():
+    mark = {"cache_control": {"type": "ephemeral"}}
+    tool = {"type": "function", "function": {"name": "f"}}
+    params = {"messages": [user([{"type": "text", "text": "a", **mark}])], "tools": [{**tool, **mark}]}
+    assert said("chat", params) == {"messages": [user([{"type": "text", "text": "a"}])], "tools": [tool]}
+
+
+HISTORY = {
+    "nothing": ({"content": None}, {}),
+    "nothing at all": ({}, {}),
+    "no calls": ({"content": "a", "tool_calls": []}, {"content": "a"}),
+    "an answer as OpenAI has it": (
+        {"content": "a", "refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": None},
+        {"content": "a"},
+    ),
+    "reasoning": ({"content": "a", "reasoning": "r", "reasoning_content": "r"}, {"content": "a"}),
+    "only reasoning": ({"content": None, "reasoning": "r"}, {}),
+    "a refusal": ({"content": [{"type": "refusal", "refusal": "no"}]}, {"content": [{"type": "text", "text": "no"}]}),
+    "a name": ({"content": "a", "name": "n"}, {"content": "a", "name": "n"}),
+}
+
+
+@pytest.mark.parametrize(("answer", "sent"), HISTORY.values(), ids=HISTORY)
+def test_every_answer_can_be_sent_back(answer, sent):
+    messages = [user(), {"role": "assistant", **answer}, user()]
+    assert said("chat", {"messages": messages})["messages"] == [user(), {"role": "assistant", **sent}, user()]
+
+
+def test_an_answer_of_this_fleet_can_be_sent_back_whole():
+    call = {"index": 0, "id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    for answer in (Delta(content="a"), Delta(reasoning="r"), Delta(tool_calls=[call]), Delta()):
+        whole = join([answer])
+        assert said("chat", {"messages": [user(), {"role": "assistant", **whole}]})
+        assert said("chat", {"messages": [user(), {"role": "assistant", **answer.model_dump()}]})
+
+
+@pytest.mark.parametrize("encoding", ["float", "base64"])
+def test_vectors_may_be_asked_for_in_either_form(encoding):
+    assert said("embed", {"input": "a", "encoding_format": encoding, "dimensions": 8}) == {
+        "input": ["a"],
+        "dimensions": 8,
+    }
+
+
 @pytest.mark.parametrize("params", GOOD_CHATS.values(), ids=GOOD_CHATS)
 def test_good_params_pass(params):
     assert decode(envelope(params=params)).params == built("chat", params).params
@@ -225,6 +312,74 @@ def test_a_refusal_says_where_in_the_words_of_openai(params, where):
     message = refused_params("chat", params)
     assert where in message
     assert not [word for word in ("tagged-union", "Value error", "list[", "dict[", "literal[") if word in message]
+
+
+HALF = "half a character at position 1"
+REFUSALS = [
+    ("chat", {"temperature": "hot"}, "temperature", "must be a number, not a string"),
+    ("chat", {"temperature": 3}, "temperature", "must be at most 2"),
+    ("chat", {"top_p": 0}, "top_p", "must be more than 0"),
+    ("chat", {"seed": 2**32}, "seed", "must be less than 4294967296"),
+    ("chat", {"max_tokens": 5.0}, "max_tokens", "must be an integer, not a decimal number"),
+    ("chat", {"max_tokens": True}, "max_tokens", "must be an integer, not a boolean"),
+    ("chat", {"parallel_tool_calls": "yes"}, "parallel_tool_calls", "must be true or false, not a string"),
+    ("chat", {"messages": []}, "messages", "must be a list that is not empty"),
+    ("chat", {"messages": None}, "messages", "is missing"),
+    ("chat", {"messages": [None]}, "messages.0", "must be an object, not null"),
+    ("chat", {"messages": [user(), user(5)]}, "messages.1.content", "must be a string or a list, not a number"),
+    ("chat", {"messages": [user(None)]}, "messages.0.content", "is missing: a string or a list of parts is needed"),
+    ("chat", {"messages": [{"content": "a"}]}, "messages.0.role", "is missing"),
+    ("chat", {"messages": [{"role": "function", "content": "a"}]}, "messages.0.role", "has the role tool"),
+    ("chat", {"messages": [user([{"type": "video"}])]}, "messages.0.content.0", "of these types: 'text', 'image_url'"),
+    ("chat", {"messages": [user("a\ud83d")]}, "messages.0.content", HALF),
+    ("chat", {"messages": [user([{"type": "text", "text": "a\ude00"}])]}, "messages.0.content.0.text", HALF),
+    ("chat", {"tools": [{"secret": "a\ud83d"}]}, "tools.0", HALF),
+    ("chat", {"tools": [{"a\ud83d": 1}]}, "tools.0", HALF),
+    ("chat", {"stop": ["a\ud83d"]}, "stop.0", HALF),
+    ("embed", {"input": ["a", "b\ud83d"]}, "input.1", HALF),
+    ("chat", {"tools": [{"a": math.nan}]}, "tools.0", "is a number that is not finite"),
+    ("chat", {"tools": [{"a": {1: 2}}]}, "tools.0", "has a key that is a number"),
+    ("chat", {"stop": {"a"}}, "stop", "is a Python set"),
+    ("chat", {"tool_choice": 5}, "tool_choice", "must be 'none', 'auto' or 'required' or an object, not a number"),
+    ("chat", {"reasoning_effort": "huge"}, "reasoning_effort", "not another string"),
+    ("chat", {"n": 2}, "n", "must be 1, not another number (send the request once for each answer)"),
+    ("chat", {"logprobs": True}, "logprobs", "answers come without log probabilities: leave it out"),
+    ("chat", {"top_logprobs": 5}, "top_logprobs", "leave it out"),
+    ("chat", {"functions": [{}]}, "functions", "use tools"),
+    ("chat", {"function_call": "auto"}, "function_call", "use tool_choice"),
+    ("chat", {"modalities": ["text", "audio"]}, "modalities", "answers are text"),
+    ("chat", {"stream": True}, "stream", "call stream_chat"),
+    ("chat", {"web_search_options": {}}, "web_search_options", "leave it out"),
+    ("chat", {"max_token": 5}, "max_token", "unknown field, the nearest that exists is max_tokens"),
+    ("embed", {"input": [1, 2]}, "input.0", "(send texts; LangChain does with check_embedding_ctx_length=False)"),
+    ("embed", {"input": ""}, "input.0", "must be a string that is not empty"),
+    ("embed", {"input": "a", "encoding_format": "int8"}, "encoding_format", "must be 'float' or 'base64'"),
+    ("embed", {"input": "a", "dimensions": 0}, "dimensions", "must be at least 1"),
+]
+
+
+@pytest.mark.parametrize(("operation", "params", "param", "told"), REFUSALS)
+def test_a_refusal_names_the_field_the_kind_and_the_way_out(operation, params, param, told):
+    whole = {"messages": [user()], **params} if operation == "chat" else params
+    with pytest.raises(InvalidRequest) as caught:
+        built(operation, whole)
+    error = caught.value
+    assert (error.param, error.metadata["param"]) == (param, param)
+    assert error.message.startswith(f"{param}: ")
+    assert told in error.message
+    with pytest.raises(InvalidRequest) as caught:
+        decode(envelope(operation=operation, params=whole))
+    assert (caught.value.param, caught.value.message) == (error.param, error.message)
+
+
+PYDANTIC = re.compile(
+    r"Input should|Field required|Value error|Extra inputs|valid |instance of|unable to|at least \d+ (item|character)"
+)
+
+
+@pytest.mark.parametrize(("operation", "params"), [pytest.param(kind, params, id=name) for kind, name, params in BAD])
+def test_no_refusal_is_in_the_words_of_a_library(operation, params):
+    assert not PYDANTIC.search(refused_params(operation, params))
 
 
 def test_a_refusal_is_short_whatever_was_sent():

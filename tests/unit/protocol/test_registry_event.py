@@ -161,7 +161,7 @@ def test_what_a_newer_version_adds_is_ignored():
         ({"interval": float("inf")}, "interval"),
         ({"events": {SECRET: 1}}, "events"),
         ({"events": [SECRET]}, "events.0"),
-        ({"events": [{}]}, "events.0.event_id: Field required"),
+        ({"events": [{}]}, "events.0.event_id: is missing"),
     ],
 )
 def test_what_is_known_has_to_be_right_and_the_text_says_where_it_is_not(wrong, where):

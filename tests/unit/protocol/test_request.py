@@ -314,7 +314,7 @@ def test_a_control_message_travels_whole():
 
 
 def test_what_a_newer_router_adds_is_ignored():
-    assert ControlMessage.decode(b'{"missed":"a","novelty":1}') == ControlMessage(missed="a")
+    assert ControlMessage.decode(b'{"node":"a","novelty":1}') == ControlMessage(node="a")
 
 
 def chat_refused(**params):
@@ -332,4 +332,6 @@ def test_an_unknown_field_is_told_with_the_nearest_that_exists():
 def test_an_image_that_is_not_inline_is_told_once():
     content = [{"type": "image_url", "image_url": {"url": "http://images/hush.png"}}]
     refusal = chat_refused(messages=[{"role": "user", "content": content}])
-    assert refusal == "messages.0.content.0.image_url.image_url.url: images must be data:image/... URLs"
+    assert refusal == (
+        "messages.0.content.0.image_url.url: is an address: put the image itself into a data:image/... URL, in base64"
+    )

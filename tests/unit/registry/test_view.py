@@ -1,13 +1,16 @@
 """The live view of a router: what is offered, for how long, and which requests it accepts."""
 
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 
 import pytest
 
+from fleet_worker.broker.door import Refused
 from fleet_worker.errors import ModelUnavailable
 from fleet_worker.protocol.registry_event import READINESS, Announcement, RegistryEvent
+from fleet_worker.registry.memory_bound import MemoryBound, memory_of
 from fleet_worker.registry.view import ALL_ANSWERS_WITHIN, FIRST_ANSWER_WITHIN, QUIET, Registry
 from tests.clients import took_less_than
 
@@ -331,7 +334,11 @@ def test_a_model_that_does_not_become_ready_is_waited_for_no_longer_than_asked(r
     say(registry, about_instance(status="unavailable"), about_model("qwen3-14b"), about_model("phi", capabilities=[]))
     with took_less_than(WITHIN), pytest.raises(ModelUnavailable, match=r"after 0\.05 s") as caught:
         registry.wait_for("qwen3-14b", 0.05)
-    assert caught.value.metadata == {"nearest": ["qwen3-14b"]}
+    assert caught.value.message == "after 0.05 s none of its instances is ready"
+    assert caught.value.metadata == {"nearest": [], "param": "model"}
+    with pytest.raises(ModelUnavailable, match="no instance offers it; the nearest that exist: qwen3-14b") as caught:
+        registry.wait_for("qwen3-14", 0.01)
+    assert caught.value.metadata["nearest"] == ["qwen3-14b"]
 
 
 def test_a_model_is_waited_for_with_a_capability(registry):
@@ -405,35 +412,106 @@ def test_a_refusal_names_the_nearest_models_and_not_what_was_asked_for(known):
         known.require_offered("qwen3-14", "chat")
     assert caught.value.metadata["nearest"] == ["qwen3-14b", "qwen3-8b"]
     assert caught.value.message == (
-        "no instance offers chat with that model; the nearest that exist: qwen3-14b, qwen3-8b"
+        "no instance offers chat with that model; the nearest that exist: qwen3-14b, qwen3-8b; fleet-worker status "
+        "lists all models"
     )
     with pytest.raises(ModelUnavailable) as caught:
         known.require_offered(SECRET, "chat")
-    assert caught.value.message == "no instance offers chat with that model"
+    assert caught.value.message == "no instance offers chat with that model; fleet-worker status lists all models"
     assert caught.value.metadata["nearest"] == []
 
 
 def test_a_refusal_names_the_nearest_nodes_if_one_is_asked_for(known):
     with pytest.raises(ModelUnavailable) as caught:
         known.require_offered("qwen3-14b", "chat", "any", "one@mimi")
-    assert caught.value.message.startswith(
-        "that node does not offer chat with that model; the nearest that exist: one@mini"
-    )
+    assert caught.value.message == "no node of that name is known; nodes that offer it: one@mini"
     assert caught.value.metadata["nearest"] == ["one@mini"]  # two@mini does not serve this model
 
 
 @pytest.mark.parametrize(
-    ("wanted", "said"),
+    ("wanted", "said", "param", "nearest"),
     [
-        (("minilm", "chat"), "minilm is in the fleet, but only for: embed"),
-        (("qwen3-14b", "chat", "onee"), "no instance of that name offers this model; the nearest that exist: one"),
-        (("minilx", "chat"), "no instance offers chat with that model"),  # minilm cannot chat
+        (
+            ("minilm", "chat"),
+            "minilm is in the fleet, but only for: embed; for chat there are: qwen3-14b, qwen3-8b",
+            "model",
+            ["qwen3-14b", "qwen3-8b"],
+        ),
+        (
+            ("qwen3-8b", "embed"),
+            "qwen3-8b is in the fleet, but only for: chat; for embed there are: minilm",
+            "model",
+            ["minilm"],
+        ),
+        (
+            ("qwen3-8b", "stream_chat"),
+            "qwen3-8b is in the fleet, but only for: chat, and no model is for stream_chat",
+            "model",
+            [],
+        ),
+        (
+            ("qwen3-14b", "chat", "onee"),
+            "no instance has that name; instances that offer it: one",
+            "instance",
+            ["one"],
+        ),
+        (
+            ("qwen3-8b", "chat", "xyz"),
+            "no instance has that name; instances that offer it: one, two",
+            "instance",
+            [],
+        ),
+        (
+            ("qwen3-14b", "chat", "two"),
+            "no instance of that name offers chat with qwen3-14b; instances that offer it: one",
+            "instance",
+            [],
+        ),
+        (
+            ("qwen3-14b", "chat", "any", "two@mini"),
+            "that node does not offer chat with qwen3-14b; nodes that offer it: one@mini",
+            "node",
+            ["one@mini"],
+        ),
+        (
+            ("minilx", "chat"),
+            "no instance offers chat with that model; fleet-worker status lists all models",  # minilm cannot chat
+            "model",
+            [],
+        ),
     ],
 )
-def test_a_refusal_tells_which_part_of_the_request_does_not_fit(known, wanted, said):
+def test_a_refusal_tells_which_part_of_the_request_does_not_fit_and_what_does(known, wanted, said, param, nearest):
     with pytest.raises(ModelUnavailable) as caught:
         known.require_offered(*wanted)
-    assert caught.value.message == said
+    assert (caught.value.message, caught.value.param) == (said, param)
+    assert sorted(caught.value.metadata["nearest"]) == nearest
+    assert not set(wanted) & set(caught.value.metadata["nearest"])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "nearest"),
+    [
+        ("qwen3", ["org/Qwen3-14B-4bit", "org/Qwen3-8B"]),
+        ("QWEN3-8B", ["org/Qwen3-8B", "org/Qwen3-14B-4bit"]),
+        ("org/qwen3-8b", ["org/Qwen3-8B", "org/Qwen3-14B-4bit"]),  # the right name in another case
+        ("gemma-3-12b", ["gemma-3-27b"]),
+        ("nothing-like-it", []),
+    ],
+)
+def test_the_nearest_names_are_those_that_a_person_would_name(registry, wanted, nearest):
+    say(registry, about_instance(), *map(about_model, ["org/Qwen3-8B", "org/Qwen3-14B-4bit", "gemma-3-27b", "phi"]))
+    with pytest.raises(ModelUnavailable) as caught:
+        registry.require_offered(wanted, "chat")
+    assert caught.value.metadata["nearest"] == nearest
+
+
+def test_a_refusal_lists_a_few_of_many_names(registry):
+    for number in range(20):
+        say(registry, about_instance(f"i{number:02}"), about_model("m", instance=f"i{number:02}"))
+    with pytest.raises(ModelUnavailable) as caught:
+        registry.require_offered("m", "chat", "nope")
+    assert "i00, i01, i02, i03, i04, i05, i06, i07 and 12 more" in caught.value.message
 
 
 @pytest.fixture
@@ -562,22 +640,110 @@ def message(body):
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"capacity": {"slots": SECRET}},
-        {"capacity": {"running": None}},
-        {"capacity": {"tokens_per_second": [SECRET]}},
-        {"offering": {"instance": "local", "model": "m", "limits": SECRET}},
-        {"offering": {"instance": "local", "model": "m", "capabilities": None}},
+        *({"capacity": {"slots": each}} for each in (SECRET, -1, 10**30, [1], None)),
+        *({"capacity": {"running": each}} for each in (None, -5, 1e300, {})),
+        *({"capacity": {"tokens_per_second": each}} for each in ([SECRET], -1.0, 1e300, "nan", "inf")),
+        *({"capacity": {"last_token_age": each}} for each in (["x"], {}, SECRET, -1, 1e300)),
+        *({"runtime": {"pid": each}} for each in (SECRET, -1, 2**40)),
+        *({"runtime": {name: each}} for name in ("node", "server", "version") for each in (["x"], 5, "x" * 256)),
+        *({"lane": each} for each in (["x" * 256],)),
+        *({"health": {"status": each}} for each in ("x" * 256,)),
+        *({"offering": {"instance": each, "model": READINESS}} for each in ("x" * 256,)),
+        {"offering": {"instance": "local", "model": "x" * 256}},
+        {"offering": {"instance": "local", "model": ["m"]}},
+        *(
+            {"offering": {"instance": "local", "model": "m", "limits": each}}
+            for each in (SECRET, {"x": [1]}, {"x": {}})
+        ),
+        *({"offering": {"instance": "local", "model": "m", "capabilities": each}} for each in (None, [[True]], [5])),
+        *({"offering": {"instance": "local", "model": "m", "features": each}} for each in (5, [[True]], ["x" * 256])),
     ],
 )
-def test_an_invalid_message_is_dropped_and_the_next_one_applied(registry, wrong, caplog):
-    """An exception would end the thread, which also receives all replies."""
-    event = about_instance().model_copy(update=wrong)
-    registry.receive(message(Announcement(v=1, host="strange", interval=15.0, events=[event]).encode()))
-    registry.receive(message(SECRET.encode()))
-    registry.receive(message(Announcement(v=1, host="mini", interval=15.0, events=[about_instance()]).encode()))
+def test_an_invalid_message_is_refused_and_the_next_one_applied(registry, wrong):
+    good = Announcement(v=1, host="mini", interval=15.0, events=[about_instance()])
+    bad = good.model_copy(update={"host": "strange", "events": [about_instance().model_copy(update=wrong)]})
+    with pytest.raises(Refused) as caught:
+        registry.receive(message(bad.encode()))
+    assert SECRET not in str(caught.value) + caught.value.detail
+    registry.receive(message(good.encode()))
     assert [state.host for state in registry.instances()] == ["mini"]
-    assert caplog.text.count("a registry message was dropped") == 2
-    assert SECRET not in caplog.text
+    assert not registry.models()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(SECRET.encode(), b"", b"[]", b"null", b"5", b"\xff", b"{}", b"[" * 100_000),
+        *(b'{"v": 1, "host": "h", "events": [], "interval": %s}' % each for each in (b"1e400", b"NaN", b"0", b'"x"')),
+        *(b'{"v": 1, "host": %s, "events": [], "interval": 1}' % each for each in (b"[]", b'"%s"' % (b"x" * 256))),
+        *(b'{"v": 1, "host": "h", "events": %s, "interval": 1}' % each for each in (b"[5]", b"{}", b"[[]]", b'"x"')),
+    ],
+)
+def test_what_is_no_announcement_is_refused(registry, body):
+    with pytest.raises(Refused):
+        registry.receive(message(body))
+
+
+def test_a_host_that_announces_an_endless_interval_is_forgotten_after_three_days(registry, clock):
+    registry.receive(message(b'{"v": 1, "host": "h", "interval": 1e300, "events": []}'))
+    say(registry, about_instance(), interval=1e300)
+    clock.turn(3 * 24 * 3600 - 1)
+    assert registry.instances()
+    clock.turn(2)
+    assert not registry.instances()
+
+
+def test_a_long_reason_is_kept_in_part(registry):
+    say(registry, about_instance(status="degraded", error="x" * 100_000))
+    assert len(registry.instances()[0].reason) == 1000
+
+
+def hear_of(registry, host, **about):
+    body = Announcement(v=1, host=host, interval=15.0, events=[about_instance(**about), about_model()]).encode()
+    registry.receive(message(body))
+    return body
+
+
+def test_invented_nodes_are_not_remembered_without_a_bound(clock, caplog):
+    registry = Registry(clock=clock, most_bytes=100_000)
+    hear_of(registry, "mini")
+    for number in range(1_000):
+        hear_of(registry, f"h{number}")
+    assert 10 < len(registry.instances()) < 100
+    assert caplog.text.count("the registry is full") == 1
+    hear_of(registry, "mini", status="degraded")
+    assert next(each.instance.status for each in registry.offerings("m") if each.host == "mini") == "degraded"
+    clock.turn(46)
+    for number in range(1_000):
+        hear_of(registry, f"another{number}")
+    assert 10 < len(registry.instances()) < 100
+    assert all(each.host.startswith("another") for each in registry.instances())
+
+
+@pytest.mark.parametrize("lanes", [[], ["x" * 200] * 20, [str(number) for number in range(500)]])
+def test_the_memory_of_what_is_known_is_estimated_well_enough(clock, lanes):
+    registry = Registry(clock=clock)
+    tracemalloc.start()
+    try:
+        estimated = sum(memory_of(hear_of(registry, f"h{number}", lane=lanes)) for number in range(30))
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert taken < 1.3 * estimated
+
+
+def test_what_is_gone_makes_room():
+    memory = MemoryBound(100)
+    assert memory.remember("a", 60)
+    assert not memory.remember("b", 50)
+    assert memory.remember("a", 40)
+    assert memory.remember("b", 60)
+    memory.forget("a")
+    memory.forget("never known")
+    assert memory.remember("c", 40)
+    memory.keep_only(["c"])
+    assert memory.remember("d", 60)
+    assert not memory.remember("e", 1)
 
 
 def test_many_threads_may_apply_and_ask_at_once(registry, news):

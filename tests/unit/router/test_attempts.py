@@ -16,7 +16,9 @@ from fleet_worker.errors import (
     NodeLost,
     Overloaded,
     PoisonSuspected,
+    ProviderError,
     ReplyLost,
+    RequestTimeout,
     StreamInterrupted,
 )
 from fleet_worker.protocol.reply import (
@@ -315,6 +317,69 @@ def test_the_wait_is_what_the_router_measured_whatever_a_node_says():
         wrong = answer.model_copy(update={"timings": answer.timings.model_copy(update={"queue_wait": said})})
         (given,) = read(effects_of(attempts, wrong, now=begun + 9.0))
         assert given.timings == answer.timings.model_copy(update={"queue_wait": 1.5})
+
+
+# --- Whose fault it is
+
+FAILED = ProviderError("the MLX server answered 500", retryable=True, status=500)
+BROKE = ConnectionFailure("broke")
+LATE = RequestTimeout("no content in time", retryable=True)
+
+
+def failing_on(attempts, *nodes, error=FAILED, others=()):
+    """Each node in turn accepts the request and fails; return what a reader gets."""
+    errors = [*others, *[error] * (len(nodes) - len(others))]
+    for attempt, (node, each) in enumerate(zip(nodes, errors, strict=True), 1):
+        given = fed(attempts, accepted(attempt), failure(1, each, attempt), node=node)
+        if given:
+            return given
+        attempts.next_attempt()
+    return []
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(FAILED, "invalid_request"), (BROKE, "invalid_request"), (LATE, "timeout")]
+)
+def test_a_request_that_two_nodes_fail_alike_is_to_blame(error, code):
+    attempts = attempts_of(max_attempts=9)
+    (given,) = failing_on(attempts, "a", "b", error=error)
+    assert (given.code, given.retryable, attempts.state) == (code, False, "ended")
+    assert error.message in given.message
+    assert "on 2 nodes alike" in given.message
+    assert [each["node"] for each in given.metadata["attempts"]] == ["a", "b"]
+    assert given.metadata.get("status") == error.metadata.get("status")
+
+
+def test_one_node_that_fails_again_and_again_is_no_proof():
+    attempts = attempts_of(max_attempts=3)
+    (given,) = failing_on(attempts, "a", "a", "a")
+    assert (given.code, len(attempts.history)) == ("provider_error", 3)
+
+
+def test_two_nodes_that_fail_differently_are_no_proof_and_two_of_three_are():
+    attempts = attempts_of(max_attempts=9)
+    assert failing_on(attempts, "a", "b", others=[BROKE]) == []
+    (given,) = fed(attempts, accepted(3), failure(1, BROKE, 3), node="c")
+    assert given.code == "invalid_request"
+
+
+@pytest.mark.parametrize(
+    "error", [DOWN, Overloaded("busy"), ReplyLost(retryable=True), InstanceUnavailable("not ready", status=503)]
+)
+def test_what_says_nothing_about_a_request_blames_none(error):
+    assert failing_on(attempts_of(max_attempts=9), "a", "b", "c", error=error) == []
+
+
+def test_what_kills_servers_is_poison_and_not_only_wrong():
+    (given,) = failing_on(attempts_of(max_attempts=9), "a", "b", error=ConnectionFailure("broke", instance_died=True))
+    assert given.code == PoisonSuspected.code
+
+
+def test_a_stream_that_has_begun_is_not_to_blame():
+    attempts = attempts_of(max_attempts=9)
+    fed(attempts, accepted(), deltas(1, "a"), failure(2, FAILED), node="a")
+    attempts.next_attempt()
+    assert fed(attempts, accepted(2), failure(1, FAILED, 2), node="b") == []
 
 
 # --- In the middle of a stream

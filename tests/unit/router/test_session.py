@@ -7,6 +7,8 @@ import pytest
 import redis
 
 from fleet_worker import Router, Settings
+from fleet_worker.errors import UnsupportedParameter
+from fleet_worker.protocol.openai import ChatParams
 from fleet_worker.router import session as session_module
 from fleet_worker.router import submitter as submitter_module
 from fleet_worker.router.node_selection import NodeSelection
@@ -93,20 +95,63 @@ def test_a_session_that_is_closed_leaves_nothing_at_the_broker(valkey, router):
 class Told:
     """A registry that says what a test has written: (instance, slots) by node. Without slots a node is not ready."""
 
-    def __init__(self, **nodes):
+    def __init__(self, *, servers=None, **nodes):
+        self.servers = servers or {}
         self.nodes = nodes
 
-    def offerings(self, *, model, capability, ready):
+    def offerings(self, *, model, capability, ready=None):
         assert (model, capability) == ("m", "chat")
         return [
-            SimpleNamespace(node=node, instance=SimpleNamespace(name=instance, slots=slots))
+            SimpleNamespace(
+                node=node,
+                instance=SimpleNamespace(name=instance, slots=slots, server=self.servers.get(node, "mlx_lm")),
+            )
             for node, (instance, slots) in self.nodes.items()
             if ready is None or ready == (slots != 0)
         ]
 
 
-def request(instance="any"):
-    return SimpleNamespace(model="m", operation="chat", provider_instance=instance)
+def request(instance="any", **params):
+    given = ChatParams.model_validate({"messages": [{"role": "user", "content": "Hi"}], **params})
+    return SimpleNamespace(model="m", operation="chat", provider_instance=instance, params=given)
+
+
+NODES = {"a": ("one", 1), "b": ("two", 1), "c": ("two", 1)}
+SERVERS = {"a": "mlx_lm", "b": "vllm_mlx", "c": "mlx_next"}
+
+
+@pytest.mark.parametrize(
+    ("params", "instance", "nodes"),
+    [
+        ({"top_k": 5}, "any", {None}),
+        ({"top_k": 5, "temperature": 0.7, "stop": ["a"], "user": "me"}, "any", {None}),
+        ({"frequency_penalty": 0.1}, "any", {"a", "c"}),
+        ({"frequency_penalty": 0.0}, "any", {None}),
+        ({"seed": 7, "temperature": 0.7}, "any", {"a", "c"}),
+        ({"seed": 7, "temperature": 0}, "any", {None}),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}}, "any", {"b", "c"}),
+        ({"response_format": {"type": "json_object"}}, "any", {None}),
+        ({"frequency_penalty": 0.1}, "two", {"c"}),
+    ],
+)
+def test_an_attempt_goes_to_a_node_whose_server_can_do_what_its_parameters_ask_for(params, instance, nodes):
+    """A kind of server that this version does not know can do everything, for all that it knows."""
+    selection = NodeSelection(Told(servers=SERVERS, **NODES))
+    selection.require_able(request(instance, **params), None)
+    assert {selection.node_for(request(instance, **params)) for _ in range(50)} == nodes
+
+
+@pytest.mark.parametrize(("instance", "node"), [("any", "b"), ("two", "b"), ("three", None)])
+def test_a_request_that_no_server_can_do_is_refused_by_the_name_of_its_parameter(instance, node):
+    selection = NodeSelection(Told(servers={**SERVERS, "d": "vllm_mlx"}, d=("three", 0), **NODES))
+    with pytest.raises(UnsupportedParameter) as raised:
+        selection.require_able(request(instance, frequency_penalty=0.1), node)
+    assert (raised.value.metadata, raised.value.retryable) == ({"param": "frequency_penalty"}, False)
+    selection.require_able(request(instance, presence_penalty=0.1), node)
+
+
+def test_a_request_for_a_node_that_nobody_knows_yet_is_not_refused():
+    NodeSelection(Told()).require_able(request(frequency_penalty=0.1), None)
 
 
 @pytest.mark.parametrize(

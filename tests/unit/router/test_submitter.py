@@ -142,11 +142,11 @@ def test_what_is_closed_lends_nothing_and_keeps_nothing():
 
 
 def test_cancels_that_come_together_are_published_together(monkeypatch):
-    monkeypatch.setattr(submitter_module, "MAX_IN_ONE_MESSAGE", 2)
+    monkeypatch.setattr(submitter_module, "MOST_CANCELLED", 2)
     later, messages = [], []
     nodes = SimpleNamespace(broadcast=lambda _, body: messages.append(ControlMessage.decode(body)))
     monkeypatch.setattr(clock, "now", lambda: 5.0)
-    cancels = CancelPublisher("replies", nodes, SimpleNamespace(soon=later.append))
+    cancels = CancelPublisher("llm.fleet.reply.a.60", nodes, SimpleNamespace(soon=later.append))
     for request_id, attempt in [("a", 1), ("b", 2), ("b", 1), ("c", 1)]:
         cancels.cancel(request_id, CancelOrphan("n", attempt))
     cancels.ask_again("n")
@@ -154,9 +154,9 @@ def test_cancels_that_come_together_are_published_together(monkeypatch):
     cancels.tell_time("m")
     assert len(later) == 1
     later.pop()()
-    time_of_router = {"router": "replies", "sent_at": 5.0}
+    time_of_router = {"router": "llm.fleet.reply.a.60", "sent_at": 5.0}
     assert messages == [
-        ControlMessage(node="n", missed="replies", **time_of_router),
+        ControlMessage(node="n", missed="llm.fleet.reply.a.60", **time_of_router),
         ControlMessage(node="n", cancelled=[("a", 1), ("b", 2)], **time_of_router),
         ControlMessage(node="n", cancelled=[("c", 1)], **time_of_router),
         ControlMessage(node="n", confirmed=[("e", 2)], **time_of_router),

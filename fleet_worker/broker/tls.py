@@ -1,0 +1,140 @@
+"""TLS with kombu's two transports: one way to make the context, and one to read what a handshake has verified.
+
+Celery and Flower get standard options (`broker_use_ssl`), so that whatever connects with them verifies, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import socket
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+from amqp.transport import SSLTransport
+from kombu import Connection
+from kombu.transport import pyamqp
+from redis import SSLConnection
+
+from fleet_worker.certificates import TLS, chain
+from fleet_worker.settings import Settings
+
+log = logging.getLogger(__name__)
+
+ALERT_WITHIN = 1.0
+"""Seconds in which a broker that refuses a client certificate has to say so."""
+
+
+def ssl_options(settings: Settings) -> dict[str, Any] | None:
+    """Return Celery's `broker_use_ssl`: the options of redis-py or of py-amqp. None without TLS."""
+    if not (tls := settings.broker_tls):
+        return None
+    ca, cert, key = (str(path) if path else None for path in (tls.ca, tls.cert, tls.key))
+    needs = ssl.CERT_REQUIRED if tls.checks_chain else ssl.CERT_NONE
+    url = urlsplit(settings.broker_url)
+    if url.scheme == "rediss":
+        files = {"ssl_ca_certs": ca, "ssl_certfile": cert, "ssl_keyfile": key}
+        return {**files, "ssl_cert_reqs": needs, "ssl_check_hostname": tls.authenticates}
+    # py-amqp checks the host name if it is told one; kombu would fill in None.
+    host = {"server_hostname": url.hostname or "localhost"} if tls.authenticates else {}
+    return {"ca_certs": ca, "certfile": cert, "keyfile": key, "cert_reqs": needs, **host}
+
+
+class RedisConnection(SSLConnection):
+    """redis-py's, with our context. Its own trusts the CAs of the system besides the one that was set."""
+
+    fleet_socket: ssl.SSLSocket | None = None
+    """The one that it used last."""
+
+    def connect(self) -> None:
+        with _clear_refusals(self._tls, (self.host, self.port), self.host):
+            super().connect()  # type: ignore[no-untyped-call]
+
+    def _wrap_socket_with_ssl(self, sock: Any) -> ssl.SSLSocket:
+        self.fleet_socket = secured = self._tls.context().wrap_socket(sock, server_hostname=self.host)
+        return secured
+
+    @property
+    def _tls(self) -> TLS:
+        checks_chain = self.cert_reqs != ssl.CERT_NONE
+        return TLS(self.ca_certs, self.certfile, self.keyfile, checks_chain, bool(self.check_hostname))
+
+
+class _AMQPSocket(SSLTransport):  # type: ignore[misc]
+    """py-amqp's, with our context. Its own asks on the terminal for the passphrase of a key."""
+
+    def _wrap_socket(self, sock: Any, **options: Any) -> ssl.SSLSocket:
+        # It makes the handshake itself, with a timeout.
+        return (
+            _tls_of(options)
+            .context()
+            .wrap_socket(sock, do_handshake_on_connect=False, server_hostname=options.get("server_hostname"))
+        )
+
+
+def _tls_of(options: dict[str, Any]) -> TLS:
+    checks_chain, checks_host = options["cert_reqs"] != ssl.CERT_NONE, "server_hostname" in options
+    return TLS(options["ca_certs"], options["certfile"], options["keyfile"], checks_chain, checks_host)
+
+
+class AMQPConnection(pyamqp.Connection):  # type: ignore[misc]
+    def connect(self, *args: Any) -> None:
+        host, _, port = self.host.rpartition(":")
+        with _clear_refusals(_tls_of(self.ssl), (host, int(port)), self.ssl.get("server_hostname")):
+            super().connect(*args)
+
+    def Transport(self, host: str, connect_timeout: float | None, ssl: Any, *timeouts: Any, **options: Any) -> Any:  # noqa: N802
+        read_timeout, write_timeout = timeouts
+        limits = {"connect_timeout": connect_timeout, "read_timeout": read_timeout, "write_timeout": write_timeout}
+        return _AMQPSocket(host, ssl=ssl, **limits, **options)
+
+
+class AMQPTransport(pyamqp.SSLTransport):  # type: ignore[misc]
+    Connection = AMQPConnection
+
+
+@contextmanager
+def _clear_refusals(tls: TLS, address: tuple[str, int], name: str | None) -> Iterator[None]:
+    """Raise the alert that tells why a broker refuses this client, instead of an error that only says that it did.
+
+    In TLS 1.3 the handshake has succeeded here before the broker looks at the certificate of a client. Its alert is
+    lost if the first bytes of the protocol are sent at that moment.
+    """
+    try:
+        yield
+    except Exception as error:
+        lost = (ConnectionResetError, BrokenPipeError, ssl.SSLEOFError)
+        if any(isinstance(each, lost) for each in chain(error)):
+            _listen_for_alert(tls, address, name)
+        raise
+
+
+def _listen_for_alert(tls: TLS, address: tuple[str, int], name: str | None) -> None:
+    """Make the handshake once more, and send nothing. Raises `ssl.SSLError` if an alert comes."""
+    plain = socket.create_connection(address, ALERT_WITHIN)
+    with contextlib.suppress(TimeoutError), plain, tls.context().wrap_socket(plain, server_hostname=name) as secured:
+        secured.recv(1)
+
+
+def socket_of(connection: Connection) -> Any:
+    """Return the `ssl.SSLSocket` of an open connection."""
+    if connection.transport.driver_type != "redis":
+        return connection.connection.sock
+    pool = connection.default_channel.pool
+    pooled = pool.get_connection()
+    pool.release(pooled)
+    return pooled.fleet_socket
+
+
+@functools.cache
+def warn_once(place: str) -> None:
+    """Log that the broker at this place is not authenticated: once in a process, whatever connects there."""
+    log.warning(
+        "the broker at %s is not authenticated: ssl_cert_reqs or ssl_check_hostname in broker_url turns that off, and "
+        "anybody on the network may pose as the broker",
+        place,
+    )

@@ -1,0 +1,47 @@
+"""Whether a request itself is the cause of its failures: two nodes failed with it in the same way."""
+
+from __future__ import annotations
+
+from fleet_worker.errors import (
+    FleetError,
+    InstanceUnavailable,
+    InvalidRequest,
+    Overloaded,
+    ProviderError,
+    RequestTimeout,
+)
+
+ALIKE_ON = 2
+"""The number of nodes that must fail alike."""
+
+
+class Blame:
+    """The failures of one request so far, none of which delivered anything."""
+
+    def __init__(self) -> None:
+        self._nodes: dict[tuple[str, str], set[str]] = {}
+        """By code and text of the error: the nodes that failed so."""
+
+    def verdict(self, node: str | None, error: FleetError) -> FleetError | None:
+        """Take one more failure; return the error that ends the request if it is to blame, or None."""
+        if node is None or not _may_be_caused(error):
+            return None
+        nodes = self._nodes.setdefault((error.code, error.message), set())
+        nodes.add(node)
+        if len(nodes) < ALIKE_ON:
+            return None
+        text = (
+            f"{error.message}, on {ALIKE_ON} nodes alike: the cause is most likely the request, so it is not tried on "
+            "another one; change its messages or its parameters"
+        )
+        if isinstance(error, RequestTimeout):
+            return RequestTimeout(text, **error.metadata)
+        return InvalidRequest(text, **{**error.metadata, "reason": error.code})
+
+
+def _may_be_caused(error: FleetError) -> bool:
+    """Return whether a request can make a healthy server fail so. What it can do by killing servers is counted as
+    deaths; a server that is away or busy says nothing about a request."""
+    if isinstance(error, InstanceUnavailable | Overloaded) or error.metadata.get("instance_died"):
+        return False
+    return isinstance(error, ProviderError) and error.retryable
