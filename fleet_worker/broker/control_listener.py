@@ -97,6 +97,7 @@ class ControlListener:
         while not self._thread.closed.is_set():
             hear(connection, 0.5)
             prove(connection, channel)
+            self._thread.works()
             if not has_commands and (has_commands := self._consume_commands(connection)):
                 self._connected(True, True)
 

@@ -236,6 +236,27 @@ def test_a_failure_of_a_server_means_one_error(status, body, expected):
 
 
 @pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"detail": VALIDATION}, "stop"),
+        ({"detail": [{"loc": ["body", "messages", 0, "content"]}]}, "messages"),
+        ({"error": {"message": "bad", "param": "top_p"}}, "top_p"),
+        ({"detail": [{"loc": ["body", SECRET]}]}, None),
+        ({"detail": [SECRET]}, None),
+        ({"detail": [{"loc": SECRET}]}, None),
+        ({"error": {"param": [SECRET]}}, None),
+        ({"error": SECRET}, None),
+        (SECRET, None),
+        ([SECRET], None),
+    ],
+)
+def test_a_refusal_names_the_field_that_the_server_names(body, field):
+    error = error_of_status(422, sent(body))
+    assert error.param == field
+    assert error.message == f"the MLX server refused {field or 'the request'} (422)"
+
+
+@pytest.mark.parametrize(
     ("said", "told"),
     [
         ("System role not supported", "takes no system message: put its text into the first user message"),
