@@ -138,6 +138,8 @@ _MISSING_MODEL = re.compile(
     r"cached snapshot|model_not_found|repository not found|repo[_ ]?id|model.{0,200}(does not exist|not found)",
     re.IGNORECASE | re.DOTALL,
 )
+_NOT_LOADED = re.compile(r"\W*detail\W*failed to load model", re.IGNORECASE)
+"""mlx-vlm's server answers 400 so if it cannot load the model that `backend` names."""
 _THREAD_DIED = re.compile(r"\W*((error|detail|message)\W*)*generation thread died", re.IGNORECASE)
 """At the beginning only: further behind it may be quoted from a conversation."""
 _TEMPLATE_REFUSALS: dict[str, str] = {
@@ -175,7 +177,7 @@ def error_of_status(status: int, body: bytes, *, retry_after: float | None = Non
         case 404:
             return _not_found(text)
         case 400 | 411 | 413 | 422:
-            return InvalidRequest(f"the MLX server refused the request ({status})", status=status)
+            return _refused(status, text)
         case 408 | 504:
             return RequestTimeout(f"the MLX server gave up ({status})", retryable=True)
         case 429 | 503 | 529:
@@ -193,6 +195,12 @@ def _template_refusal(text: str) -> str | None:
     if _MISSING_MODEL.search(text):
         return None
     return next((ours for theirs, ours in _TEMPLATE_REFUSALS.items() if re.search(theirs, text, re.IGNORECASE)), None)
+
+
+def _refused(status: int, text: str) -> FleetError:
+    if _NOT_LOADED.match(text):
+        return ModelNotServed("the MLX server cannot load the model that `backend` names")
+    return InvalidRequest(f"the MLX server refused the request ({status})", status=status)
 
 
 def _not_found(text: str) -> FleetError:
