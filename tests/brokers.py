@@ -175,7 +175,7 @@ class RabbitMQ:
     def secured(self) -> Iterator[Secured]:
         def show(pair: Pair) -> None:
             self._show(pair)
-            self._control("eval", "ssl:clear_pem_cache().")
+            self.control("eval", "ssl:clear_pem_cache().")
 
         yield Secured(f"amqps://guest:guest@localhost:{self._tls_port}//", self._certificates, show)
         show(self._certificates.server)

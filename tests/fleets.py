@@ -102,7 +102,7 @@ class Server(Part):
         self._port = free_port()
         self.base_url = f"http://127.0.0.1:{self._port}"
         given = [*(("model", each) for each in model), *options.items()]
-        flags = [word for key, value in given for word in (f"--{key.replace('_', '-')}", str(value))]
+        flags = [word for key, value in given for word in (f"--{key.replace('_', '-')}", *_argument(value))]
         command = python("-m", "fleet_worker.simulator", "--port", str(self._port), *flags)
         super().__init__(f"the MLX server {name}", command, says="base_url")
 
@@ -144,6 +144,11 @@ class Server(Part):
             return response.status, response.read()
         finally:
             connection.close()
+
+
+def _argument(value: object) -> list[str]:
+    """Of an option; one that is only on or off has none."""
+    return [] if value is True else [str(value)]
 
 
 def _asked(request: Mapping[str, Any]) -> bool:

@@ -151,6 +151,7 @@ class HealthMonitor:
         if too_busy and time.monotonic() - since < DOUBT_DEADLINE:
             return
         self._in_doubt_since = None
+        self._readiness.content_received(self._mlx.last_content)  # of a request that the canary had to wait for
         if offering is None or too_busy or isinstance(failure, RequestTimeout):
             self._readiness.confirm_doubt()
         else:
@@ -206,7 +207,7 @@ class HealthMonitor:
     def _release_work(self) -> None:
         """End all requests, so that other nodes go on with them."""
         text = "the MLX server is frozen: it answers nothing, and none of its streams moves"
-        released = self._running.stop(lambda: InstanceUnavailable(text, instance_died=True))
+        released = self._running.stop(lambda: InstanceUnavailable(text))
         log.warning("%s; other nodes go on with what it had: %d", text, released)
 
     def _read_models(self) -> None:

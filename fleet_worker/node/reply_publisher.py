@@ -47,6 +47,9 @@ REPLAY_MAX_BYTES = 16 * 1024 * 1024
 """Messages are kept for so many seconds, and together so many bytes, to be published again."""
 REPLAY_MESSAGE_BYTES = 1024 * 1024
 """Bytes up to which they are merged into one message."""
+MOST_FRAMES = 500
+LARGE_MESSAGE_BYTES = 4 * 1024 * 1024
+"""Frames of one message, and bytes from which on it has one frame only."""
 _NEVER = float("inf")
 
 
@@ -207,7 +210,7 @@ class ReplyPublisher:
     def _run(self) -> None:
         while not (self._closed.is_set() and not self._pending):
             for reply_to, frames in self._take().items():
-                self._publish(reply_to, frames)
+                self._publish_parts(reply_to, frames)
         self._publisher.close()
 
     def _take(self) -> dict[str, list[Frame]]:
@@ -243,9 +246,18 @@ class ReplyPublisher:
             alive = Alive(id=writer.id, attempt=writer.attempt, seq=writer.appended)
             self._pending.setdefault(writer.reply_to, []).append(alive)
 
-    def _publish(self, reply_to: str, frames: list[Frame]) -> None:
-        """Publish, however long the broker is away, unless the node ends."""
+    def _publish_parts(self, reply_to: str, frames: list[Frame]) -> None:
+        """Publish frames as one message, or as several: routers drop what is larger than any message should be."""
         body = Reply(v=PROTOCOL_VERSION, node=self.node, frames=frames).encode()
+        half = len(frames) // 2
+        if half and (len(frames) > MOST_FRAMES or len(body) > LARGE_MESSAGE_BYTES):
+            self._publish_parts(reply_to, frames[:half])
+            self._publish_parts(reply_to, frames[half:])
+        else:
+            self._publish(reply_to, body, bool(frames))
+
+    def _publish(self, reply_to: str, body: bytes, has_frames: bool) -> None:
+        """Publish, however long the broker is away, unless the node ends."""
         failures = 0
         while True:
             try:
@@ -259,7 +271,7 @@ class ReplyPublisher:
                     return
         if failures:
             log.warning("the broker is back, replies flow again")
-        if frames:
+        if has_frames:
             self._replay.add(reply_to, body)
 
     def _lost(self, reply_to: str, failures: int) -> list[tuple[str, bytes]]:

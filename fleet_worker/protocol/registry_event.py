@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import Field, TypeAdapter
 
 from fleet_worker.errors import PolicyError
-from fleet_worker.protocol.status import InstanceStatus, ModelStatus
+from fleet_worker.protocol.status import InstanceStatus, ModelStatus, Name
 from fleet_worker.protocol.wire import BrokerMessage, ExtensibleModel
 
 EventType = Literal["offering_available", "offering_unavailable", "offering_degraded", "offering_heartbeat"]
@@ -125,7 +125,7 @@ class Announcement(BrokerMessage):
     """
 
     v: Literal[1]
-    host: str
+    host: Name
     interval: float = Field(gt=0)
     events: list[RegistryEvent]
 

@@ -12,7 +12,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from fleet_worker.errors import FleetError
+from fleet_worker.protocol.request import MOST_ATTEMPTS
 from fleet_worker.protocol.wire import BrokerMessage, ExtensibleModel
+
+MOST_FRAMES = 20_000
+"""Frames of one message that a router reads. Nodes send fewer."""
+MOST_TOKENS = 2**53
 
 
 class Usage(ExtensibleModel):
@@ -63,9 +68,9 @@ class Attempt(ExtensibleModel):
 
 
 class _Frame(ExtensibleModel):
-    id: str
-    attempt: int
-    seq: int
+    id: str = Field(max_length=200)
+    attempt: int = Field(ge=0, le=MOST_ATTEMPTS)
+    seq: int = Field(ge=0, le=MOST_TOKENS)
     """Number of the frame in its attempt, from 0 and without gaps."""
 
 
@@ -82,7 +87,7 @@ class Deltas(_Frame):
 
     kind: Literal["deltas"] = "deltas"
     deltas: list[Delta]
-    tokens: int
+    tokens: int = Field(ge=0, le=MOST_TOKENS)
     """Approximate number of tokens of the answer so far, with those of earlier attempts."""
 
 
@@ -166,8 +171,8 @@ class Reply(BrokerMessage):
     """One message of a node to a router: the frames of all requests since its last message to that router."""
 
     v: Literal[2]
-    node: str
-    frames: list[Annotated[Frame, Field(discriminator="kind")]]
+    node: str = Field(max_length=255)
+    frames: list[Annotated[Frame, Field(discriminator="kind")]] = Field(max_length=MOST_FRAMES)
 
     @classmethod
     def merged(cls, bodies: Sequence[bytes]) -> bytes:

@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Annotated, Literal, get_args
+
+from pydantic import AfterValidator, Field
+
+SHOWN = 1_000
+"""Characters of a reason that are kept."""
+
+
+# The bounds of what arrives from another process.
+Name = Annotated[str, Field(max_length=255)]
+Reason = Annotated[str, AfterValidator(lambda text: text[:SHOWN])]
+Count = Annotated[int, Field(ge=0, le=1_000_000)]
+Measured = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 
 Status = Literal["starting", "available", "degraded", "unavailable", "drained"]
 STATUSES: tuple[Status, ...] = get_args(Status)
@@ -15,27 +27,27 @@ class InstanceStatus:
     router that received the status, and 0 elsewhere.
     """
 
-    host: str
-    name: str
+    host: Name
+    name: Name
     """The name of the instance, as in `local`."""
-    node: str = ""
+    node: Name = ""
     """The name of its node, as in `local@mini-7`."""
-    status: str
+    status: Name
     """One of `Status`, or what a newer host may send."""
-    reason: str = ""
+    reason: Reason = ""
     """Why it is not available; empty if it is."""
-    server: str = ""
+    server: Name = ""
     """The kind of MLX server, as in `mlx_lm`."""
-    version: str = ""
+    version: Name = ""
     """Of fleet-worker on that host."""
-    pid: int | None = None
+    pid: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     """The process id of the node; None if no node reports."""
-    slots: int = 0
-    running: int = 0
-    tokens_per_second: float = 0.0
-    last_token_age: float | None = None
+    slots: Count = 0
+    running: Count = 0
+    tokens_per_second: Measured = 0.0
+    last_token_age: Measured | None = None
     """Since it delivered a token, when it was reported; None if it has delivered none yet."""
-    lanes: tuple[str, ...] = ()
+    lanes: tuple[Name, ...] = ()
     """The lanes that its node consumes now."""
     heard_at: float = field(default=0.0, compare=False)
     expires_at: float = field(default=0.0, compare=False)
@@ -54,9 +66,9 @@ class InstanceStatus:
 class ModelStatus:
     """One model of one instance. Its `status` is that of the instance, or unavailable if the server lacks the model."""
 
-    model: str
-    capabilities: tuple[str, ...] = ()
-    features: tuple[str, ...] = ()
-    limits: dict[str, Any] = field(default_factory=dict)
-    status: str
+    model: Name
+    capabilities: tuple[Name, ...] = ()
+    features: tuple[Name, ...] = ()
+    limits: dict[Name, int | Measured | Name | None] = field(default_factory=dict)
+    status: Name
     expires_at: float = field(default=0.0, compare=False)

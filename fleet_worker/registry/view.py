@@ -15,13 +15,19 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
+from fleet_worker.broker.door import Refused
 from fleet_worker.errors import InvalidRequest, ModelUnavailable
 from fleet_worker.protocol.registry_event import GONE, READINESS, Announcement, RegistryEvent
 from fleet_worker.protocol.status import InstanceStatus, ModelStatus
+from fleet_worker.registry.memory_bound import MOST_BYTES, MemoryBound, memory_of
 
 log = logging.getLogger(__name__)
 
 INTERVALS_TO_LIVE = 3
+LONGEST_INTERVAL = 24 * 3600.0
+"""Seconds: a host that announces a longer interval is not believed."""
 FIRST_ANSWER_WITHIN = 0.3
 """Seconds after which a new router that has heard of no host concludes that there are no registry nodes."""
 QUIET = 0.15
@@ -59,7 +65,13 @@ class Offered:
 class Registry:
     """A live view of all instances and models. Thread-safe; no method waits for the broker."""
 
-    def __init__(self, *, ask: Callable[[], None] = lambda: None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        *,
+        ask: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+        most_bytes: int = MOST_BYTES,
+    ) -> None:
         self._ask = ask
         self._clock = clock
         self._changed = threading.Condition()  # its lock is reentrant
@@ -69,6 +81,8 @@ class Registry:
         self._asked_at = clock()
         self._heard_at: float | None = None
         self._next_sweep = 0.0
+        self._memory = MemoryBound(most_bytes)
+        self._was_full = False
 
     # --- For users ---
 
@@ -171,42 +185,64 @@ class Registry:
                 self._changed.wait(left)
 
     def receive(self, message: Any) -> None:
-        """Apply a broker message. An invalid one is logged and dropped: this thread receives all replies, too."""
-        try:
-            self.apply(Announcement.decode(message.body))
-        except InvalidRequest as error:
-            log.error("a registry message was dropped: %s", error)
-        except Exception as error:
-            log.error("a registry message was dropped (%s)", type(error).__name__)
+        """Apply a broker message.
 
-    def apply(self, announcement: Announcement) -> None:
-        """Learn what a host publishes, and tell subscribers what has changed."""
-        with self._changed:
-            self._heard_at = self._clock()
-            self._sweep()
-            changes = [event for event in announcement.events if self._apply_event(announcement, event)]
-            self._changed.notify_all()
-        for event in changes:
-            self._notify_subscribers(event)
+        Raises:
+            Refused: it is not valid. What it says before that is known then.
+        """
+        try:
+            announcement = Announcement.decode(message.body)
+            self.apply(announcement, memory_of(message.body) // max(1, len(announcement.events)))
+        except (InvalidRequest, ValidationError):
+            raise Refused("it is no event of a registry node") from None
+
+    def apply(self, announcement: Announcement, event_bytes: int = 0) -> None:
+        """Learn what a host publishes, and tell subscribers what has changed. Each event takes `event_bytes`
+        of memory."""
+        changes = []
+        try:
+            with self._changed:
+                self._heard_at = self._clock()
+                self._sweep()
+                for event in announcement.events:
+                    if self._apply_event(announcement, event, event_bytes):
+                        changes.append(event)
+        finally:
+            with self._changed:
+                self._changed.notify_all()
+            for event in changes:
+                self._notify_subscribers(event)
 
     # --- Inside ---
 
-    def _apply_event(self, announcement: Announcement, event: RegistryEvent) -> bool:
+    def _apply_event(self, announcement: Announcement, event: RegistryEvent, event_bytes: int) -> bool:
         """Keep what an event says; return whether it is a change that subscribers are told about."""
-        key, name = (announcement.host, event.instance), event.model
         now = self._clock()
-        expires_at = now + INTERVALS_TO_LIVE * announcement.interval
+        expires_at = now + INTERVALS_TO_LIVE * min(announcement.interval, LONGEST_INTERVAL)
+        instance = event.instance_status(announcement.host, heard_at=now, expires_at=expires_at)
+        key = instance.host, instance.name
+        if event.model == READINESS:
+            known: dict[tuple[str, str], Any] = self._instances
+            said: Any = instance
+        else:
+            said = event.model_status(expires_at=expires_at)
+            known = self._models.get(said.model, {})
         if event.status == GONE:
-            known = self._instances if name == READINESS else self._models.get(name, {})
+            self._memory.forget((*key, event.model))
             return known.pop(key, None) is not None
-        if name == READINESS:
-            before = self._instances.get(key)
-            instance = event.instance_status(announcement.host, heard_at=now, expires_at=expires_at)
-            self._instances[key] = instance
-            return before is None or (before.status, before.lanes) != (instance.status, instance.lanes)
-        models = self._models.setdefault(name, {})
-        model_before, models[key] = models.get(key), event.model_status(expires_at=expires_at)
-        return model_before != models[key]
+        if not self._memory.remember((*key, event.model), event_bytes):
+            self._log_full()
+            return False
+        before, known[key] = known.get(key), said
+        if event.model != READINESS:
+            self._models[said.model] = known
+            return bool(before != said)
+        return before is None or (before.status, before.lanes) != (said.status, said.lanes)
+
+    def _log_full(self) -> None:
+        if not self._was_full:
+            log.error("the registry is full: this router knows no more of what further hosts announce")
+        self._was_full = True
 
     def _sweep(self) -> None:
         """Free the memory of what has expired. Callers do not get it in any case."""
@@ -219,6 +255,8 @@ class Registry:
             self._models[name] = {key: each for key, each in known.items() if each.expires_at > now}
             if not self._models[name]:
                 del self._models[name]
+        of_models = ((*key, model) for model, known in self._models.items() for key in known)
+        self._memory.keep_only([*((*key, READINESS) for key in self._instances), *of_models])
 
     def _offered(self, model: str | None) -> Iterator[Offered]:
         """An offering exists while neither the model nor its instance has expired."""

@@ -438,9 +438,9 @@ def _listening_router(pipe: Pipe, broker_url: str) -> None:
 class _CountingRegistry(Registry):
     heard = 0
 
-    def apply(self, announcement: Announcement) -> None:
+    def apply(self, announcement: Announcement, event_bytes: int = 0) -> None:
         self.heard += 1
-        super().apply(announcement)
+        super().apply(announcement, event_bytes)
 
 
 def _asked(pipe: Pipe) -> Any:

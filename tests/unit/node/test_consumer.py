@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import celery.worker.consumer.consumer as celery_consumer
+import celery.worker.state
 import kombu
 import pytest
 from celery import Celery
@@ -84,6 +85,7 @@ def receive(channel, started, failures):
             handle(Message(body, 1, headers=headers, delivery_info=came_by, channel=channel, **content))
 
         yield receive
+    celery.worker.state.reset_state()
 
 
 def refused(receive, *args, **headers):

@@ -342,6 +342,22 @@ def test_a_canary_that_is_late_confirms_the_doubt(available):
     assert available.checked().readiness.state.reason == "3 requests failed in a row, the last: 500"
 
 
+def test_a_token_that_comes_while_a_canary_waits_ends_the_doubt(available):
+    """mlx_lm.server serves a request with a seed alone."""
+    available.running.busy_since = available.now
+    available.server.canary_fails = RequestTimeout("late")
+    available.server.canary_begins.clear()
+    available.server.canary_ends.clear()
+    del available.changes[:]
+    available.now += 1
+    fail(available)
+    assert available.server.canary_begins.wait(WITHIN)
+    available.server.last_content = available.now + 1
+    available.server.canary_ends.set()
+    available.checked()
+    assert set(available.changes) == {"available"}
+
+
 def test_a_server_that_is_too_busy_for_a_canary_is_asked_again_for_a_while(available):
     """vllm-mlx's Simple engine has one slot, and refuses."""
     available.running.busy_since = available.now

@@ -235,6 +235,26 @@ def clock(monkeypatch):
     return clock
 
 
+@pytest.mark.parametrize(
+    ("frames", "parts"),
+    [
+        ([], 1),
+        ([deltas(0)], 1),
+        ([deltas(seq) for seq in range(500)], 1),
+        ([deltas(seq) for seq in range(501)], 2),
+        ([deltas(seq, "x" * 40_000) for seq in range(8)], 4),
+        ([deltas(0), deltas(1, "x" * 1_000_000), deltas(2), deltas(3)], 3),
+    ],
+)
+def test_no_message_is_larger_than_routers_read(publisher, monkeypatch, frames, parts):
+    monkeypatch.setattr(module, "LARGE_MESSAGE_BYTES", 100_000)
+    bodies = []
+    monkeypatch.setattr(publisher._publisher, "publish", lambda body, **_: bodies.append(body))
+    publisher._publish_parts("queue", frames)
+    assert [frame for body in bodies for frame in Reply.decode(body).frames] == frames
+    assert len(bodies) == parts
+
+
 def test_many_messages_to_one_router_are_one_when_they_are_published_again(clock):
     buffer = ReplayBuffer()
     for reply_to, seq in [("a", 0), ("b", 0), ("a", 1), ("a", 2), ("b", 1)]:

@@ -273,3 +273,39 @@ def test_a_call_may_come_without_arguments():
     assert join([Delta(tool_calls=pieces)])["tool_calls"] == [
         {"id": "a", "type": "function", "function": {"name": "now", "arguments": ""}}
     ]
+
+
+HEAD = {"id": "r-1", "attempt": 1, "seq": 0}
+ACCEPTED = {**HEAD, "kind": "accepted", "instance": "local", "queue_wait": 0.0}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"id": each} for each in (None, 5, ["r-1"], "x" * 201)),
+        *({"attempt": each} for each in (None, "1", 1.5, -1, 1_001, 10**30)),
+        *({"seq": each} for each in (None, "0", -1, 10**30)),
+        *({"queue_wait": each} for each in (None, "0", [0])),
+        *({"kind": each} for each in (None, "", "unheard of", ["accepted"])),
+    ],
+)
+def test_a_frame_of_a_stranger_is_refused_without_a_quotation(wrong):
+    with pytest.raises(InvalidRequest) as caught:
+        Reply.decode(json.dumps({"v": 2, "node": "n", "frames": [{**ACCEPTED, **wrong, "instance": SECRET}]}).encode())
+    assert SECRET not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(b"", b"[]", b"null", b"5", b"\xff", b"{}", b"[" * 100_000, b'{"v": 2, "node": "n", "frames": 5}'),
+        *(b'{"v": %s, "node": "n", "frames": []}' % version for version in (b"1", b"3", b'"2"', b"[2]")),
+        *(b'{"v": 2, "node": %s, "frames": []}' % name for name in (b"5", b"null", b'"%s"' % (b"x" * 256))),
+        json.dumps({"v": 2, "node": "n", "frames": [{**HEAD, "kind": "alive"}] * 20_001}).encode(),
+        b'{"v": 2, "node": "n", "frames": [{"id": "r", "attempt": 1, "seq": 0, "kind": "accepted", "instance": "i",'
+        b' "queue_wait": 1e400}]}',
+    ],
+)
+def test_what_is_no_reply_is_refused(body):
+    with pytest.raises(InvalidRequest):
+        Reply.decode(body)

@@ -1,12 +1,15 @@
 """The live view of a router: what is offered, for how long, and which requests it accepts."""
 
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 
+from fleet_worker.broker.door import Refused
 from fleet_worker.errors import ModelUnavailable
 from fleet_worker.protocol.registry_event import READINESS, Announcement, RegistryEvent
+from fleet_worker.registry.memory_bound import MemoryBound, memory_of
 from fleet_worker.registry.view import ALL_ANSWERS_WITHIN, FIRST_ANSWER_WITHIN, QUIET, Registry
 from tests.clients import took_less_than
 
@@ -636,22 +639,110 @@ def message(body):
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"capacity": {"slots": SECRET}},
-        {"capacity": {"running": None}},
-        {"capacity": {"tokens_per_second": [SECRET]}},
-        {"offering": {"instance": "local", "model": "m", "limits": SECRET}},
-        {"offering": {"instance": "local", "model": "m", "capabilities": None}},
+        *({"capacity": {"slots": each}} for each in (SECRET, -1, 10**30, [1], None)),
+        *({"capacity": {"running": each}} for each in (None, -5, 1e300, {})),
+        *({"capacity": {"tokens_per_second": each}} for each in ([SECRET], -1.0, 1e300, "nan", "inf")),
+        *({"capacity": {"last_token_age": each}} for each in (["x"], {}, SECRET, -1, 1e300)),
+        *({"runtime": {"pid": each}} for each in (SECRET, -1, 2**40)),
+        *({"runtime": {name: each}} for name in ("node", "server", "version") for each in (["x"], 5, "x" * 256)),
+        *({"lane": each} for each in (["x" * 256],)),
+        *({"health": {"status": each}} for each in ("x" * 256,)),
+        *({"offering": {"instance": each, "model": READINESS}} for each in ("x" * 256,)),
+        {"offering": {"instance": "local", "model": "x" * 256}},
+        {"offering": {"instance": "local", "model": ["m"]}},
+        *(
+            {"offering": {"instance": "local", "model": "m", "limits": each}}
+            for each in (SECRET, {"x": [1]}, {"x": {}})
+        ),
+        *({"offering": {"instance": "local", "model": "m", "capabilities": each}} for each in (None, [[True]], [5])),
+        *({"offering": {"instance": "local", "model": "m", "features": each}} for each in (5, [[True]], ["x" * 256])),
     ],
 )
-def test_an_invalid_message_is_dropped_and_the_next_one_applied(registry, wrong, caplog):
-    """An exception would end the thread, which also receives all replies."""
-    event = about_instance().model_copy(update=wrong)
-    registry.receive(message(Announcement(v=1, host="strange", interval=15.0, events=[event]).encode()))
-    registry.receive(message(SECRET.encode()))
-    registry.receive(message(Announcement(v=1, host="mini", interval=15.0, events=[about_instance()]).encode()))
+def test_an_invalid_message_is_refused_and_the_next_one_applied(registry, wrong):
+    good = Announcement(v=1, host="mini", interval=15.0, events=[about_instance()])
+    bad = good.model_copy(update={"host": "strange", "events": [about_instance().model_copy(update=wrong)]})
+    with pytest.raises(Refused) as caught:
+        registry.receive(message(bad.encode()))
+    assert SECRET not in str(caught.value) + caught.value.detail
+    registry.receive(message(good.encode()))
     assert [state.host for state in registry.instances()] == ["mini"]
-    assert caplog.text.count("a registry message was dropped") == 2
-    assert SECRET not in caplog.text
+    assert not registry.models()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(SECRET.encode(), b"", b"[]", b"null", b"5", b"\xff", b"{}", b"[" * 100_000),
+        *(b'{"v": 1, "host": "h", "events": [], "interval": %s}' % each for each in (b"1e400", b"NaN", b"0", b'"x"')),
+        *(b'{"v": 1, "host": %s, "events": [], "interval": 1}' % each for each in (b"[]", b'"%s"' % (b"x" * 256))),
+        *(b'{"v": 1, "host": "h", "events": %s, "interval": 1}' % each for each in (b"[5]", b"{}", b"[[]]", b'"x"')),
+    ],
+)
+def test_what_is_no_announcement_is_refused(registry, body):
+    with pytest.raises(Refused):
+        registry.receive(message(body))
+
+
+def test_a_host_that_announces_an_endless_interval_is_forgotten_after_three_days(registry, clock):
+    registry.receive(message(b'{"v": 1, "host": "h", "interval": 1e300, "events": []}'))
+    say(registry, about_instance(), interval=1e300)
+    clock.turn(3 * 24 * 3600 - 1)
+    assert registry.instances()
+    clock.turn(2)
+    assert not registry.instances()
+
+
+def test_a_long_reason_is_kept_in_part(registry):
+    say(registry, about_instance(status="degraded", error="x" * 100_000))
+    assert len(registry.instances()[0].reason) == 1000
+
+
+def hear_of(registry, host, **about):
+    body = Announcement(v=1, host=host, interval=15.0, events=[about_instance(**about), about_model()]).encode()
+    registry.receive(message(body))
+    return body
+
+
+def test_invented_nodes_are_not_remembered_without_a_bound(clock, caplog):
+    registry = Registry(clock=clock, most_bytes=100_000)
+    hear_of(registry, "mini")
+    for number in range(1_000):
+        hear_of(registry, f"h{number}")
+    assert 10 < len(registry.instances()) < 100
+    assert caplog.text.count("the registry is full") == 1
+    hear_of(registry, "mini", status="degraded")
+    assert next(each.instance.status for each in registry.offerings("m") if each.host == "mini") == "degraded"
+    clock.turn(46)
+    for number in range(1_000):
+        hear_of(registry, f"another{number}")
+    assert 10 < len(registry.instances()) < 100
+    assert all(each.host.startswith("another") for each in registry.instances())
+
+
+@pytest.mark.parametrize("lanes", [[], ["x" * 200] * 20, [str(number) for number in range(500)]])
+def test_the_memory_of_what_is_known_is_estimated_well_enough(clock, lanes):
+    registry = Registry(clock=clock)
+    tracemalloc.start()
+    try:
+        estimated = sum(memory_of(hear_of(registry, f"h{number}", lane=lanes)) for number in range(30))
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert taken < 1.3 * estimated
+
+
+def test_what_is_gone_makes_room():
+    memory = MemoryBound(100)
+    assert memory.remember("a", 60)
+    assert not memory.remember("b", 50)
+    assert memory.remember("a", 40)
+    assert memory.remember("b", 60)
+    memory.forget("a")
+    memory.forget("never known")
+    assert memory.remember("c", 40)
+    memory.keep_only(["c"])
+    assert memory.remember("d", 60)
+    assert not memory.remember("e", 1)
 
 
 def test_many_threads_may_apply_and_ask_at_once(registry, news):
