@@ -2,5 +2,6 @@
 
 May import: `protocol`, `settings`, `errors`. Read in this order: `app`, `door` (what is done with every message before
 kombu or Celery interpret it), `redis_transport` with `bounded_socket`, `amqp_transport`, `tls`, `topology`,
-`connection`, `reconnecting`, `presence`, `control_listener`, `control_commands`, `queue_depth`.
+`refusal`, `connection`, `outage`, `reconnecting`, `presence`, `control_listener`, `control_commands`,
+`queue_depth`, `rehearsal`.
 """

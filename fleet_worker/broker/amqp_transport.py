@@ -13,6 +13,7 @@ from typing import Any
 
 import amqp
 from amqp import spec
+from amqp.exceptions import Blocked
 from amqp.method_framing import frame_handler
 from kombu.transport import pyamqp
 
@@ -100,6 +101,11 @@ class Connection(pyamqp.Connection):  # type: ignore[misc]
 
     def __init__(self, **options: Any) -> None:
         super().__init__(frame_handler=_bounded_frame_handler, **options)
+
+    def _on_blocked(self) -> None:
+        """Raise an error in whoever waits: RabbitMQ is short of memory or disk space, and reads nothing more that is
+        sent on this connection. By itself each publish would wait for its timeout."""
+        raise Blocked("the broker takes no messages")
 
 
 def _bounded_frame_handler(connection: Any, callback: Callable[..., object]) -> Callable[[Any], bool]:

@@ -92,6 +92,7 @@ class ControlListener:
         while not self._thread.closed.is_set():
             hear(connection, 0.5)
             prove(connection, channel)
+            self._thread.works()
             has_commands = has_commands or self._consume_commands(connection)
 
     def _consume_commands(self, connection: Connection) -> bool:

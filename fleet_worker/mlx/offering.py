@@ -149,13 +149,15 @@ def offering_for(request: FleetRequest, offerings: Mapping[str, Offering]) -> Of
     if offering is None:
         raise ModelNotServed("this instance does not serve the requested model", served=sorted(offerings)[:20])
     if request.operation not in offering.capabilities:
-        raise UnsupportedCapability(f"{offering.model} is served here for {', '.join(offering.capabilities)} only")
+        text = f"{offering.model} is served here for {', '.join(offering.capabilities)} only"
+        raise UnsupportedCapability(text, param="model")
     if not isinstance(params := request.params, ChatParams):
         return offering
     # vllm-mlx and mlx-openai-server silently drop images for a text model and answer 200.
     if params.has_images and not offering.features["vision"].value:
-        raise UnsupportedCapability(f"{offering.model} does not take images; if it does, set its feature vision = true")
+        text = f"{offering.model} does not take images; if it does, set its feature vision = true"
+        raise UnsupportedCapability(text, param="messages")
     tools = offering.features["tools"]
     if params.tools and not tools.value and tools.source != "default":
-        raise UnsupportedCapability(f"{offering.model} is configured without tools")
+        raise UnsupportedCapability(f"{offering.model} is configured without tools", param="tools")
     return offering

@@ -33,8 +33,6 @@ from fleet_worker.version import VERSION
 
 log = logging.getLogger(__name__)
 
-LANES_JOINED_WITHIN = 0.5
-"""Seconds to wait for lanes to be joined before the registry node is told; lanes that take longer are told later."""
 LANES_LEFT_WITHIN = 2.0
 """Seconds to wait for lanes to be left before the node counts as idle: the broker may be away."""
 
@@ -66,7 +64,9 @@ class Node:
         self.handed_over = 0
         """Requests that were handed over to other nodes since this one was drained."""
         self._lane_consumer = LaneConsumer(app, transport)
-        self._reported_lanes: frozenset[str] = frozenset()
+        self._lane_consumer.changed = self._on_lanes_changed
+        self._served: frozenset[str] = frozenset()
+        """The lanes that the log calls served."""
         self._updating = threading.Lock()
         """Held while the lanes follow, so that the last of two updates sees the newest facts."""
         self._readiness = Readiness(stall_after=settings.worker.stall_after)
@@ -82,7 +82,7 @@ class Node:
 
     @property
     def lanes(self) -> frozenset[str]:
-        """The lanes that it consumes now."""
+        """The lanes that it consumes now, as far as the broker has confirmed them."""
         return self._lane_consumer.lanes
 
     @property
@@ -175,24 +175,38 @@ class Node:
             left, joined = self._lane_consumer.wanted - wanted, wanted - self._lane_consumer.wanted
             if left or joined:
                 self._lane_consumer.consume(wanted)
-                self._log_lanes(left, joined)
-            if joined:  # lanes to leave are not reported any more, even before they are left
-                self._lane_consumer.wait_until_settled(LANES_JOINED_WITHIN)
-            if before != self.state or self._reported_lanes != self.lanes:
-                self._reported_lanes = self.lanes
+                self._log_left(left)
+            if left or before != self.state:  # lanes that are joined are told when the broker has confirmed them
                 self._status_client.send_now()
 
-    def _log_lanes(self, left: Iterable[str], joined: Iterable[str]) -> None:
-        for each in sorted(joined):
-            log.info("%s serves lane %s", self.name, each)
+    def _log_left(self, left: Iterable[str]) -> None:
+        self._served -= frozenset(left)
         level = logging.INFO if self.drained else logging.WARNING
         for each in sorted(left):
             log.log(level, "%s leaves lane %s: %s", self.name, each, self.state.reason or "the model is not there")
+
+    def _on_lanes_changed(self) -> None:
+        """Called in the thread of Celery's event loop when the broker has confirmed, refused or cancelled a lane."""
+        with self._updating:
+            joined = self.lanes - self._served
+            self._served |= joined
+        for each in sorted(joined):
+            log.info("%s serves lane %s", self.name, each)
         if joined:
             log.info("%s is ready, %d slot%s", self.name, self.slots, "" if self.slots == 1 else "s")
+        self._status_client.send_now()
+
+    def _confirmed_state(self) -> State:
+        """Return the state to publish: whatever its server can do, a node works only for lanes that the broker lets it
+        consume."""
+        if not self.state.ready or self.lanes or not self._lane_consumer.wanted:
+            return self.state
+        if refusal := self._lane_consumer.refusal:
+            return State("unavailable", f"the broker {refusal}")
+        return State("starting", "the broker has not confirmed its lanes yet")
 
     def _report(self) -> NodeReport:
-        state, last, available = self.state, self.mlx.last_content, self.models.available
+        state, last, available = self._confirmed_state(), self.mlx.last_content, self.models.available
         return NodeReport(
             instance=InstanceStatus(
                 host=self._host,

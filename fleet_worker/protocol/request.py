@@ -180,13 +180,17 @@ class ControlMessage(BrokerMessage):
 
 
 def _check_size(envelope: Any, max_bytes: int) -> None:
-    """Refuse what is not JSON (NaN is not), or is more than `max_bytes` of it without the `ATTEMPT_FIELDS`."""
+    """Refuse what is not JSON (NaN is not), and more than `max_bytes` or `MOST_VALUES` of it without the
+    `ATTEMPT_FIELDS`."""
     if isinstance(envelope, dict):
         envelope = {name: value for name, value in envelope.items() if name not in ATTEMPT_FIELDS}
     try:
-        size = len(json.dumps(envelope, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode())
+        text = json.dumps(envelope, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode()
     except (TypeError, ValueError, RecursionError):
         json_values.check(envelope, field_names)
         raise InvalidRequest("the request is not JSON: only finite numbers, text, lists and objects") from None
-    if size > max_bytes:
-        raise InvalidRequest(f"the request is {size:,} bytes, the limit (max_body_bytes) is {max_bytes:,}")
+    if len(text) > max_bytes:
+        raise InvalidRequest(f"the request is {len(text):,} bytes, the limit (max_body_bytes) is {max_bytes:,}")
+    if json_values.has_more_values(text, json_values.MOST_VALUES):
+        limit = f"{json_values.MOST_VALUES:,}"
+        raise InvalidRequest(f"the request has more than {limit} numbers, strings, lists and objects: split it")

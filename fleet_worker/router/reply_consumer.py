@@ -116,6 +116,7 @@ class ReplyConsumer:
         self._decided.set()
         while not self._link.closed.is_set():
             self._probe(channel)
+            self._link.works()
             before = time.monotonic()
             hear(connection, 1.0)
             self.clock += min(time.monotonic() - before, MAX_TICK)

@@ -80,7 +80,7 @@ KINDS = {
     "429": ([status(429)], {"overloaded"}, "busy (429)"),
     "504": ([status(504)], {"timeout"}, "gave up (504), on 2 nodes alike"),
     "a reset": ([Fault("reset", times=None)], {"invalid_request"}, "broke, on 2 nodes alike"),
-    "an empty reply": ([Fault("empty_reply", times=None)], {"invalid_request"}, "broke, on 2 nodes alike"),
+    "an empty reply": ([Fault("empty_reply", times=None)], {"invalid_request"}, ", on 2 nodes alike"),
     "an error in a stream": ([Fault("early_error", times=None)], {"invalid_request"}, "answered 500"),
     "a reset after some tokens": (
         [Fault("reset", at_token=3, times=None)],

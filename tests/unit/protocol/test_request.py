@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fleet_worker.errors import InvalidRequest
 from fleet_worker.protocol.openai import ChatParams, EmbedParams
 from fleet_worker.protocol.request import ControlMessage, FleetRequest, Resume
-from tests.envelopes import IMAGE, built, decode, envelope, envelopes, refused, refused_params, user
+from tests.envelopes import IMAGE, LARGE, built, decode, envelope, envelopes, refused, refused_params, user
 
 SECRET = "swordfish"
 
@@ -333,3 +333,36 @@ def test_an_image_that_is_not_inline_is_told_once():
     assert refusal == (
         "messages.0.content.0.image_url.url: is an address: put the image itself into a data:image/... URL, in base64"
     )
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("messages", [1] * 20_000),
+        ("messages", [{}] * 20_000),
+        ("messages", [{**user(), "content": [{}] * 20_000}]),
+        ("tools", [1] * 20_000),
+        ("stop", [1] * 20_000),
+    ],
+)
+def test_of_a_list_of_wrong_values_the_first_is_named(field, value):
+    """pydantic describes each, which for a megabyte of them takes seconds and a gigabyte."""
+    error = refused_params("chat", {"messages": [user()], field: value})
+    assert error.startswith(field)
+    assert "; " not in error
+    assert "more" not in error
+
+
+def test_very_many_unknown_fields_are_counted():
+    error = refused_params("chat", {"messages": [user()], **{f"field{number}": 1 for number in range(5_000)}})
+    assert error == "5,000 of its fields are wrong"
+
+
+@pytest.mark.parametrize("value", [[1] * 60_000, [{}] * 60_000, {str(number): 1 for number in range(60_000)}])
+def test_a_request_of_very_many_values_is_refused_by_router_and_node_alike(value):
+    """A node could check it only with a second of work; before, it dropped some of these without an answer."""
+    request = envelope(caller={"values": value})
+    text = "the request has more than 50,000 numbers, strings, lists and objects: split it"
+    assert refused(request) == text
+    with pytest.raises(InvalidRequest, match=text):
+        FleetRequest.build(request).check_size(LARGE)
