@@ -41,7 +41,9 @@ pytestmark = pytest.mark.timeout(1800 if FULL else 150)
 def made(broker):
     """Three nodes, two of which could carry all that a test asks for at a time."""
     env = {"FLEET_WORKER__DRAIN_GRACE": "1"}
-    with Fleet(broker.url, FLAVOURS, slots=AT_ONCE * 2 // 3, natural=NATURAL, env=env, token_interval=INTERVAL) as fleet:
+    with Fleet(
+        broker.url, FLAVOURS, slots=AT_ONCE * 2 // 3, natural=NATURAL, env=env, token_interval=INTERVAL
+    ) as fleet:
         yield fleet
 
 
