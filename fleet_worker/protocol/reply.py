@@ -187,13 +187,18 @@ def join(deltas: Iterable[Delta]) -> dict[str, Any]:
     content: list[str] = []
     reasoning: list[str] = []
     calls: dict[int, dict[str, Any]] = {}
+    arguments: dict[int, list[str]] = {}
     for delta in deltas:
         if delta.content:
             content.append(delta.content)
         if delta.reasoning:
             reasoning.append(delta.reasoning)
         for fragment in delta.tool_calls or ():
-            _extend_call(calls.setdefault(fragment.get("index", len(calls)), {}), fragment)
+            index = fragment.get("index", len(calls))
+            _extend_call(calls.setdefault(index, {}), fragment)
+            arguments.setdefault(index, []).append((fragment.get("function") or {}).get("arguments") or "")
+    for index, parts in arguments.items():
+        calls[index]["function"]["arguments"] = "".join(parts)
     return {
         "content": "".join(content) or None,
         "reasoning": "".join(reasoning) or None,
@@ -209,7 +214,6 @@ def _extend_call(call: dict[str, Any], fragment: dict[str, Any]) -> None:
     function = call.setdefault("function", {"name": "", "arguments": ""})
     given = fragment.get("function") or {}
     function["name"] += given.get("name") or ""
-    function["arguments"] += given.get("arguments") or ""
 
 
 def pack_vector(vector: array[float]) -> str:

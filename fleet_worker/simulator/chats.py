@@ -14,8 +14,9 @@ from typing import Any
 from fleet_worker.simulator.answers import Answer, answer
 from fleet_worker.simulator.chunks import DONE, Chunks, completion, tool_call
 from fleet_worker.simulator.machine import Machine, Record
+from fleet_worker.simulator.manners import ENDINGS
 from fleet_worker.simulator.refusals import Body, is_poison
-from fleet_worker.simulator.replies import ENDINGS, INTERRUPTIONS, Fault, Reply
+from fleet_worker.simulator.replies import INTERRUPTIONS, Fault, Reply
 from fleet_worker.simulator.servers import mlx_lm_opening
 from fleet_worker.simulator.texts import first_characters, json_tokens, reply_tokens, without
 
@@ -47,7 +48,7 @@ class Chat:
     ) -> None:
         self.machine, self.engine, self.flavour = machine, machine.engine, machine.behaviour
         self.reply, self.record, self.body, self.fault = reply, record, body, fault
-        self.streamed = body.get("stream") is True
+        self.streamed = body.get("stream") is True and not (fault and fault.kind == "unstreamed")
         self.model = str(body.get("model") or "default_model")
         self._struck = False
         self._first_token = 0.0  # when it is due
