@@ -413,6 +413,8 @@ def test_a_dead_generation_thread_is_told_by_newer_servers_only():
         (200, {"status": "ok"}, True),
         (200, {"status": "healthy"}, True),
         (200, {"status": "unhealthy"}, False),
+        (200, {"status": "healthy", "ready": False, "state": "loading"}, False),
+        (200, {"status": "healthy", "ready": True, "state": "ready"}, True),
         (200, {"status": "loading"}, False),
         (503, {"status": "unhealthy", "model_status": "no_models"}, False),
         (500, "Internal Server Error", False),
