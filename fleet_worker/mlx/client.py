@@ -29,6 +29,7 @@ from tenacity import (
 
 from fleet_worker.errors import (
     ConfigurationError,
+    ConnectionFailure,
     FleetError,
     InstanceUnavailable,
     RequestTimeout,
@@ -229,11 +230,11 @@ class MLXClient:
         for is_last_try in (False, True):
             try:
                 return not self.health(timeout=deadline - time.monotonic()).ready
-            except RequestTimeout:
-                return False
-            except FleetError:
+            except (InstanceUnavailable, ConnectionFailure):
                 if not is_last_try:
                     time.sleep(_RECHECK_AFTER)
+            except FleetError:  # it answers, however badly, or is late
+                return False
         return True
 
     def _timer(self, deadline: float, cancel_token: CancelToken | None = None) -> RequestTimer:
