@@ -66,8 +66,8 @@ def of_broker(node):
     return [line for line in list(node.lines) if any(word in line for word in words) and "INFO" not in line]
 
 
-def ask(url, mlx):
-    with Router(Settings(broker_url=url)) as router:
+def ask(url, mlx, **settings):
+    with Router(Settings(broker_url=url, router=settings)) as router:
         router.registry.require_offered = lambda *_: None  # there is no registry node
         return router.chat(mlx.models[0], HELLO, max_tokens=1, timeout=20)
 
@@ -134,9 +134,8 @@ def test_a_valkey_that_takes_nothing_for_now(valkey, mlx, begin, end, named):
     try:
         found = check_broker(Settings(broker_url=valkey.url))
         assert any(finding.severity == "error" and named in finding.found for finding in found), found
-        settings = Settings(broker_url=valkey.url, router={"connect_timeout": 2})
-        with pytest.raises(BrokerUnavailable, match=named), Router(settings):
-            pass
+        with pytest.raises(BrokerUnavailable, match=named):
+            ask(valkey.url, mlx, connect_timeout=2)
         assert_refused_then_served(valkey.url, mlx, named, lambda: valkey.client.execute_command(*end))
     finally:
         valkey.client.execute_command(*end)
@@ -163,9 +162,8 @@ def test_a_rabbitmq_that_blocks_publishers(rabbitmq, mlx):
     rabbitmq.control("set_vm_memory_high_watermark", "0.000001")
     until(lambda: "memory" in rabbitmq.control("eval", "rabbit_alarm:get_alarms()."), 10)
     named = "it is short of memory or of disk space"
-    settings = Settings(broker_url=rabbitmq.url, router={"connect_timeout": 2})
-    with pytest.raises(BrokerUnavailable, match=named), Router(settings):
-        pass
+    with pytest.raises(BrokerUnavailable, match=named):
+        ask(rabbitmq.url, mlx, connect_timeout=2)
     assert_refused_then_served(
         rabbitmq.url, mlx, named, lambda: rabbitmq.control("set_vm_memory_high_watermark", "0.6"), 15.0
     )
