@@ -13,10 +13,11 @@ from typing import Any
 
 import amqp
 from amqp import spec
+from amqp.exceptions import Blocked
 from amqp.method_framing import frame_handler
 from kombu.transport import pyamqp
 
-from fleet_worker.broker import tls
+from fleet_worker.broker import amqp_socket
 from fleet_worker.broker.door import FOREIGN, MOST_FANOUT_BYTES, OpenedMessage, Refused
 
 REDELIVERED = "fleet-redelivered"
@@ -95,11 +96,16 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]
         message.ack()
 
 
-class Connection(pyamqp.Connection):  # type: ignore[misc]
+class Connection(amqp_socket.Connection):
     Channel = Channel
 
     def __init__(self, **options: Any) -> None:
         super().__init__(frame_handler=_bounded_frame_handler, **options)
+
+    def _on_blocked(self) -> None:
+        """Raise an error in whoever waits: RabbitMQ is short of memory or disk space, and reads nothing more that is
+        sent on this connection. By itself each publish would wait for its timeout."""
+        raise Blocked("the broker takes no messages")
 
 
 def _bounded_frame_handler(connection: Any, callback: Callable[..., object]) -> Callable[[Any], bool]:
@@ -148,9 +154,5 @@ class Transport(pyamqp.Transport):  # type: ignore[misc]
     Connection = Connection
 
 
-class _SSLConnection(Connection, tls.AMQPConnection):
-    pass
-
-
-class SSLTransport(tls.AMQPTransport):
-    Connection = _SSLConnection
+class SSLTransport(pyamqp.SSLTransport):  # type: ignore[misc]
+    Connection = Connection

@@ -23,7 +23,7 @@ from kombu.transport import pyamqp, redis
 from kombu.utils.collections import HashedSeq
 
 from fleet_worker.broker import amqp_transport, redis_transport, tls
-from fleet_worker.broker.connection import ANSWER_WITHIN, HEARTBEAT, place_of
+from fleet_worker.broker.connection import ANSWER_WITHIN, HEARTBEAT, hang_up, place_of
 from fleet_worker.broker.door import Door
 from fleet_worker.broker.topology import CONTROL_EXCHANGE, EVENT_EXCHANGE, transport_of
 from fleet_worker.settings import Settings
@@ -88,7 +88,13 @@ class _Mailbox(Mailbox):  # type: ignore[misc]
     @contextmanager
     def producer_or_acquire(self, producer: Any = None, channel: Any = None) -> Iterator[Any]:
         """Send a command on the channel on which its replies arrive. Celery opens one more connection for it."""
-        yield producer or kombu.Producer(channel, auto_declare=False)
+        yield producer or _OneTry(channel, auto_declare=False)
+
+
+class _OneTry(kombu.Producer):  # type: ignore[misc]
+    def publish(self, *args: Any, **options: Any) -> Any:
+        """Publish once. kombu tries it for ever while RabbitMQ takes no messages."""
+        return super().publish(*args, **{**options, "retry": False})
 
 
 class _Control(Control):  # type: ignore[misc]
@@ -98,8 +104,11 @@ class _Control(Control):  # type: ignore[misc]
         """Ask with a connection that is closed afterwards. One of Celery's pool would stay open."""
         if connection:
             return super().broadcast(*args, connection=connection, **options)
-        with self.app.connection_for_write() as connection:
+        connection = self.app.connection_for_write()
+        try:
             return super().broadcast(*args, connection=connection, **options)
+        finally:
+            hang_up(connection)
 
 
 class _Dispatcher(EventDispatcher):  # type: ignore[misc]

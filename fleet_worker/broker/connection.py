@@ -19,14 +19,13 @@ from redis.exceptions import (
     AuthenticationError,
     AuthorizationError,
     NoPermissionError,
-    OutOfMemoryError,
-    ReadOnlyError,
     RedisError,
     ResponseError,
 )
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from fleet_worker.broker.refusal import refusal
 from fleet_worker.certificates import OF_BROKER, chain, explain, is_lasting
 from fleet_worker.errors import BrokerUnavailable
 
@@ -53,12 +52,6 @@ _CAUSES: tuple[tuple[type[BaseException], str, str], ...] = (
         "does not let this user into this virtual host",
         "correct the end of broker_url, or the user's rights",
     ),
-    (
-        OutOfMemoryError,
-        "has no room for more: its maxmemory is reached",
-        "raise it, or see by fleet-worker status what waits",
-    ),
-    (ReadOnlyError, "takes nothing: it is the replica of another", "name that other one in broker_url"),
     (ResponseError, "refuses what a node asks of it", "give the user its rights, and check the end of broker_url"),
     (ConnectionRefusedError, "does not run: nothing listens there", "start it, or correct broker_url"),
     (socket.gaierror, "is on a host that cannot be found", "correct broker_url, or the DNS of this host"),
@@ -109,7 +102,7 @@ def refuses(error: BaseException) -> bool:
 
 def outage(error: BaseException) -> str:
     """Return why a connection failed, for a log: "is away (ConnectionResetError)", or what somebody has to correct."""
-    if not is_away(error) and (known := _found(error)):
+    if (refusal(error) or not is_away(error)) and (known := _found(error)):
         return f"{known[0]}: {known[1]}"
     return f"is away ({type(_cause(error)).__name__})"
 
@@ -143,6 +136,8 @@ def unavailable(
 
 def _found(error: BaseException) -> tuple[str, str] | None:
     """Return what is wrong, and what to do."""
+    if refused := refusal(error):
+        return refused.found, refused.advice
     if tls := explain(error, OF_BROKER):
         return tls
     causes = tuple(chain(error))

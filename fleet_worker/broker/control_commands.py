@@ -19,6 +19,7 @@ from kombu.exceptions import InconsistencyError
 from kombu.utils.limits import TokenBucket
 from pydantic import Field
 
+from fleet_worker.broker.door import Refused
 from fleet_worker.errors import InvalidRequest, where
 from fleet_worker.protocol.wire import BrokerMessage, ExtensibleModel
 
@@ -28,11 +29,15 @@ LOOKS = ("ping", "stats", "conf", "active_queues", "registered", "active", "rese
 """Commands of Celery that only look. Flower and `celery status` ask for them; none shows the arguments of a request."""
 EVENTS_ARE_ON = "enable_events"
 """Flower sends this command every five seconds. Nodes always send task events, so it changes nothing."""
-MOST_BYTES = 256 * 1024
 MOST_NODES = 5_000
-"""Bounds of one command, and of its `destination`."""
+"""Names in the `destination` of one command."""
 COMMANDS_A_SECOND, COMMANDS_AT_ONCE = 50, 200
 """More commands to one node than that are dropped. Flower sends eight at once, `drain --wait` four a second."""
+
+NO_COMMAND = "it is no control command"
+PATTERN = "it is a control command with a pattern: name its nodes, or *@HOST"
+TOO_FAST = "control commands come too fast"
+NOT_OBEYED = "a node does not obey this control command"
 
 Command = Callable[[Any], Any]
 """Is called with the state of Celery's worker. Returns the reply, which is JSON."""
@@ -68,26 +73,25 @@ class ControlCommands:
         self._commands = {name: Panel.data[name] for name in (*LOOKS, EVENTS_ARE_ON)} | dict(commands)
         self._addresses = {node_name, f"*@{node_name.rpartition('@')[2]}"}
         self._allowed = TokenBucket(COMMANDS_A_SECOND, COMMANDS_AT_ONCE)
-        self._logged: set[str] = set()
 
     def receive(self, message: Any) -> None:
-        """Obey one message, whatever it is.
+        """Obey one message.
 
         Raises:
+            Refused: it is no command, or one that is not obeyed; then the reply says so.
             one of BROKER_ERRORS: the reply could not be published.
         """
         command = _decode(message.body)
-        if command is None:
-            self._log_once("a control command was dropped: it is no valid message")
-            return
         if not self._is_addressed(command):
             return
         if not self._allowed.can_consume():
-            self._log_once("control commands come too fast, and some are dropped")
-            return
-        reply = self._obey(command.method)
+            raise Refused(TOO_FAST)
+        is_known = command.method in self._commands
+        reply = self._run(command.method) if is_known else {"error": f"{NOT_OBEYED}; it obeys: {self._known()}"}
         if command.reply_to and command.ticket and command.reply_to.exchange == self._reply_exchange:
             self._reply(reply, command.reply_to.routing_key, command.ticket)
+        if not is_known:
+            raise Refused(NOT_OBEYED, command.method)
 
     @property
     def _reply_exchange(self) -> str:
@@ -97,21 +101,18 @@ class ControlCommands:
         """A node is addressed by its name, by `*@HOST`, or with all others. kombu's patterns are not obeyed: with a
         regular expression of a stranger this thread may never be done."""
         if command.pattern:
-            self._log_once("a control command with a pattern was dropped: name its nodes, or *@HOST")
-            return False
+            raise Refused(PATTERN)
         return not command.destination or not self._addresses.isdisjoint(command.destination)
 
-    def _obey(self, method: str) -> Any:
-        if method not in self._commands:
-            if method in Panel.data:
-                self._log_once(f"the control command {method} was refused")
-            known = ", ".join(sorted(self._commands.keys() - {EVENTS_ARE_ON}))
-            return {"error": f"a node does not obey this command; it obeys: {known}"}
+    def _run(self, method: str) -> Any:
         try:
             return self._commands[method](self.state)
         except Exception as error:
             log.error("the control command %s failed: %s at %s", method, type(error).__name__, where(error))
             return {"error": f"the command failed ({type(error).__name__}): see the node's log"}
+
+    def _known(self) -> str:
+        return ", ".join(sorted(self._commands.keys() - {EVENTS_ARE_ON}))
 
     def _reply(self, reply: Any, routing_key: str, ticket: str) -> None:
         """Publish on our own channel. kombu would reconnect without an error, and nothing would be received then."""
@@ -126,16 +127,9 @@ class ControlCommands:
                 retry=False,
             )
 
-    def _log_once(self, text: str) -> None:
-        if text not in self._logged:
-            self._logged.add(text)
-            log.warning("%s (this is logged once)", text)
 
-
-def _decode(body: Any) -> _CommandMessage | None:
-    if not isinstance(body, bytes | str) or len(body) > MOST_BYTES:
-        return None
+def _decode(body: bytes) -> _CommandMessage:
     try:
         return _CommandMessage.decode(body)
-    except (InvalidRequest, UnicodeError):
-        return None
+    except InvalidRequest:
+        raise Refused(NO_COMMAND) from None

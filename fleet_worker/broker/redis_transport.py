@@ -7,6 +7,7 @@ names of kombu that are used here are checked by tests/unit/broker/test_private_
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import threading
 from itertools import count
@@ -15,6 +16,7 @@ from typing import Any
 
 from kombu.transport import redis, virtual
 from redis import BlockingConnectionPool, ConnectionPool
+from redis.exceptions import ResponseError
 
 from fleet_worker.broker import tls
 from fleet_worker.broker.bounded_socket import Bounded, BoundedConnection
@@ -103,6 +105,12 @@ class Channel(redis.Channel):  # type: ignore[misc]
         if not hasattr(pool, "fleet_client"):
             pool.fleet_client = super()._create_client(asynchronous)
         return pool.fleet_client
+
+    def maybe_refresh_binding_expiry(self) -> None:
+        """Do it later if it is refused. kombu logs a traceback every second then; what is refused is known from
+        others."""
+        with contextlib.suppress(ResponseError):
+            super().maybe_refresh_binding_expiry()
 
     # Messages come in
 

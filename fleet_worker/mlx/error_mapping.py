@@ -33,6 +33,7 @@ from fleet_worker.errors import (
 )
 from fleet_worker.mlx.body import body_of
 from fleet_worker.mlx.timeouts import RequestTimer
+from fleet_worker.protocol.openai import ChatParams, EmbedParams
 
 _ERRORS: dict[type[Exception], tuple[type[FleetError], str]] = {
     httpx.ConnectError: (InstanceUnavailable, "the MLX server does not accept connections"),
@@ -59,6 +60,8 @@ def error_of_exception(exception: Exception, timer: RequestTimer) -> FleetError:
 
 _BODY_BYTES = 64 * 1024
 _BODY_SECONDS = 1.0
+_LONGEST_PAUSE = 3600.0
+"""Seconds; of what a server asks for in `retry-after`."""
 
 
 def error_of_response(response: httpx.Response, timer: RequestTimer) -> FleetError:
@@ -81,7 +84,7 @@ def _seconds(text: str | None) -> float | None:
         seconds = float(text or "")
     except ValueError:  # an HTTP date
         return None
-    return seconds if math.isfinite(seconds) and seconds >= 0 else None
+    return min(seconds, _LONGEST_PAUSE) if math.isfinite(seconds) and seconds >= 0 else None
 
 
 _STATUS_OF_CODE = {
@@ -131,6 +134,7 @@ def _fields_of(error: Any) -> dict[str, Any]:
     return error if isinstance(error, dict) else {}
 
 
+_FIELDS = [*ChatParams.model_fields, *EmbedParams.model_fields]
 _CONTEXT = re.compile(
     r"context.{0,20}(length|window)|maximum context|too many tokens|prompt is too long", re.IGNORECASE
 )
@@ -138,6 +142,8 @@ _MISSING_MODEL = re.compile(
     r"cached snapshot|model_not_found|repository not found|repo[_ ]?id|model.{0,200}(does not exist|not found)",
     re.IGNORECASE | re.DOTALL,
 )
+_NOT_LOADED = re.compile(r"\W*detail\W*failed to load model", re.IGNORECASE)
+"""What mlx-vlm's server answers with status 400."""
 _THREAD_DIED = re.compile(r"\W*((error|detail|message)\W*)*generation thread died", re.IGNORECASE)
 """At the beginning only: further behind it may be quoted from a conversation."""
 _TEMPLATE_REFUSALS: dict[str, str] = {
@@ -175,7 +181,7 @@ def error_of_status(status: int, body: bytes, *, retry_after: float | None = Non
         case 404:
             return _not_found(text)
         case 400 | 411 | 413 | 422:
-            return InvalidRequest(f"the MLX server refused the request ({status})", status=status)
+            return _refusal(status, text, body)
         case 408 | 504:
             return RequestTimeout(f"the MLX server gave up ({status})", retryable=True)
         case 429 | 503 | 529:
@@ -183,6 +189,21 @@ def error_of_status(status: int, body: bytes, *, retry_after: float | None = Non
         case 502:
             return InstanceUnavailable("the proxy in front of the MLX server does not reach it (502)", status=502)
     return ProviderError(f"the MLX server answered {status}", retryable=status >= 500, status=status)
+
+
+def _refusal(status: int, text: str, body: bytes) -> FleetError:
+    """Name the field that the server names, if it is one of ours: FastAPI does in `loc`, OpenAI in `param`."""
+    if _NOT_LOADED.match(text):
+        return ModelNotServed("the MLX server cannot load the model that `backend` names")
+    report: Any = None
+    with contextlib.suppress(ValueError, RecursionError):
+        report = json.loads(body)
+    detail = report.get("detail") if isinstance(report, dict) else None
+    first = detail[0] if isinstance(detail, list) and detail else None
+    place = first.get("loc") if isinstance(first, dict) else [_fields_of(report).get("param")]
+    named = next((part for part in place if part in _FIELDS), None) if isinstance(place, list) else None
+    where: dict[str, Any] = {"param": named} if named else {}
+    return InvalidRequest(f"the MLX server refused {named or 'the request'} ({status})", status=status, **where)
 
 
 def _template_refusal(text: str) -> str | None:
@@ -201,7 +222,7 @@ def _not_found(text: str) -> FleetError:
     if _MISSING_ROUTE.fullmatch(text):
         return UnsupportedCapability("the MLX server has no such endpoint")
     # mlx_lm.server answers 404 to everything that its chat template or tokenizer cannot process
-    return InvalidRequest("the MLX server could not make a prompt of these messages (404)")
+    return InvalidRequest("the MLX server could not make a prompt of these messages (404)", param="messages")
 
 
 def _unready_or_busy(status: int, text: str, retry_after: float | None) -> FleetError:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 from celery.worker import consumer
+from celery.worker import state as celery_state
 from kombu import Message
 
 from fleet_worker.broker.app import door_of
-from fleet_worker.broker.connection import BROKER_ERRORS
+from fleet_worker.broker.connection import BROKER_ERRORS, is_away
 from fleet_worker.broker.door import EMPTY, NOT_JSON, Refused, read_json
+from fleet_worker.broker.outage import REFUSED_BACK_OFF
+from fleet_worker.broker.refusal import refusal
 from fleet_worker.errors import InvalidRequest
 from fleet_worker.protocol.request import Address
 
@@ -26,6 +30,8 @@ BROKEN_CONNECTION = (AttributeError, ValueError)
 FLUSH_AFTER = 0.2
 """Seconds for which task events gather. Celery publishes them in each turn of its event loop: three messages for every
 request, an eighth of what a node does at 300 requests a second."""
+STEADY_AFTER = 5.0
+"""Seconds after which a connection that breaks was not refused from its beginning."""
 
 
 class Consumer(consumer.Consumer):  # type: ignore[misc]
@@ -38,6 +44,8 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
     """
 
     _is_flush_due = False
+    _refusals = 0
+    _connected_at = 0.0
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -76,6 +84,34 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
 
     def on_decode_error(self, message: Message, exc: Exception) -> None:
         raise Refused(NOT_JSON)
+
+    # Reconnecting
+
+    def connect(self) -> Any:
+        connection = super().connect()
+        self._connected_at = time.monotonic()
+        return connection
+
+    def on_connection_error_before_connected(self, exc: Exception) -> None:
+        super().on_connection_error_before_connected(exc)
+        self._pause(exc)
+
+    def on_connection_error_after_connected(self, exc: Exception) -> None:
+        super().on_connection_error_after_connected(exc)
+        self._pause(exc)
+
+    def _pause(self, error: Exception) -> None:
+        """Wait longer and longer while the broker refuses something. By itself Celery tries again at once, some ten
+        times a second. A broker that is away is tried again at once: `connect` has pauses of its own."""
+        if is_away(error) and not refusal(error):
+            return
+        if self._connected_at and time.monotonic() - self._connected_at >= STEADY_AFTER:
+            self._refusals = 0
+        self._connected_at = 0.0
+        ends = time.monotonic() + REFUSED_BACK_OFF[min(self._refusals, len(REFUSED_BACK_OFF) - 1)]
+        self._refusals += 1
+        while time.monotonic() < ends and celery_state.should_stop is None:  # Celery has no event for that
+            time.sleep(0.05)
 
     # Events
 

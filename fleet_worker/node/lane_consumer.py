@@ -1,21 +1,26 @@
-"""Joins and leaves lanes while the worker runs."""
+"""Joins and leaves lanes while the worker runs, and knows which of them the broker has confirmed."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from celery import Celery, bootsteps
 
+from fleet_worker.broker.connection import outage
+from fleet_worker.broker.rehearsal import confirm_lane, rehearse_replies
 from fleet_worker.broker.topology import Transport, lane_queue
 
 log = logging.getLogger(__name__)
 
-TRY_AGAIN_AFTER = 2.0
-"""Seconds until a lane that could not be joined is tried again."""
+CHECK_EVERY = 0.5
+"""Seconds between two looks at what is consumed: somebody may have cancelled a consumer."""
+REFUSED_BACK_OFF = (0.5, 1.0, 2.0, 5.0)
+"""Seconds before each further try to join a lane that is refused; the last one from then on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +35,10 @@ class _Target:
 class LaneConsumer:
     """Makes Celery's consumer consume a set of lanes, none at first. Safe for all threads.
 
-    A lane that cannot be joined is tried again: when the broker is back, and every `TRY_AGAIN_AFTER` seconds if it
-    refuses. Within a second after a lane was left nothing more is taken from it; a message that is taken in that
-    second goes back to it.
+    A lane that cannot be joined is tried again: when the broker is back, and after growing pauses if it refuses. A lane
+    whose consumer was lost, since its queue was deleted or somebody cancelled it, is joined again within a second.
+    Within a second after a lane was left nothing more is taken from it; a message that is taken in that second goes
+    back to it.
     """
 
     def __init__(self, app: Celery, transport: Transport) -> None:
@@ -40,9 +46,17 @@ class LaneConsumer:
         self._transport = transport
         self._target = _Target()
         self._joined: frozenset[str] = frozenset()
-        self._refused: frozenset[str] = frozenset()
+        self._refused: dict[str, str] = {}
+        self._refusals = 0
+        """Tries in a row in which a lane was refused."""
+        self._lost: set[str] = set()
+        """Lanes that the broker has cancelled."""
+        self._can_reply = False
+        """Whether the broker lets this connection do what a request needs besides its lane."""
         self._consumer: Any = None
         self._timer: Any = None
+        self.changed: Callable[[], object] = lambda: None
+        """Called in the thread of the event loop when `lanes` or `refusal` has changed."""
         app.steps["consumer"].add(self._step())
 
     @property
@@ -52,8 +66,13 @@ class LaneConsumer:
 
     @property
     def lanes(self) -> frozenset[str]:
-        """Those of them that have been joined; none while the broker is away."""
+        """Those of them that the broker has confirmed; none while it is away."""
         return self._joined & self.wanted
+
+    @property
+    def refusal(self) -> str | None:
+        """Why the broker refuses a lane that is wanted: words that follow "the broker"."""
+        return next((reason for name, reason in self._refused.items() if name in self.wanted), None)
 
     def consume(self, lanes: Iterable[str]) -> None:
         """Consume these lanes and no others."""
@@ -79,8 +98,9 @@ class LaneConsumer:
 
             def stop(self, consumer: Any) -> None:
                 """Let Celery join no lanes by itself: it would join the old ones, all or none."""
-                lane_consumer._joined = frozenset()
                 lane_consumer._app.amqp.queues.deselect(list(lane_consumer._app.amqp.queues))
+                lane_consumer._lost, lane_consumer._can_reply = set(), False
+                lane_consumer._note(frozenset(), lane_consumer._refused)
 
         return Lanes
 
@@ -97,44 +117,80 @@ class LaneConsumer:
             return
         target = self._target
         try:
-            for name in self._consuming() - target.lanes:
+            for name in (self._consuming() - target.lanes) | self._take_lost():
                 self._consumer.cancel_task_queue(name)
             refused = self._join(sorted(target.lanes - self._consuming()))
-            self._joined = self._consuming()
+            joined = self._consuming()
         # Nothing is consumed any more. A closed channel of kombu has lost what it needs: AttributeError.
         except (*self._consumer.channel_errors, AttributeError) as error:
             raise ConnectionResetError(f"the broker closed the channel ({type(error).__name__})") from error
         target.fulfilled.set()
-        self._log_refused(refused)
-        if refused:
-            self._apply_in(TRY_AGAIN_AFTER)
+        self._refusals = self._refusals + 1 if refused else 0
+        self._apply_in(REFUSED_BACK_OFF[min(self._refusals, len(REFUSED_BACK_OFF)) - 1] if refused else CHECK_EVERY)
+        self._note(joined, refused)
 
     def _consuming(self) -> frozenset[str]:
         return frozenset(filter(self._consumer.task_consumer.consuming_from, self._app.amqp.queues))
 
-    def _join(self, lanes: list[str]) -> dict[str, Exception]:
+    def _take_lost(self) -> frozenset[str]:
+        lost, self._lost = self._lost, set()
+        return self._consuming() & lost
+
+    def _join(self, lanes: list[str]) -> dict[str, str]:
         """Join these lanes; return those that the broker refuses, and why.
 
         RabbitMQ closes the channel for a queue that exists with other arguments, and with the channel everything that
         it consumes. So each queue is first declared on a channel of its own.
         """
-        refused: dict[str, Exception] = {}
+        refused: dict[str, str] = {}
         if lanes:
             with self._consumer.connection.channel() as channel:
+                try:
+                    self._prove_replies(channel)
+                except self._consumer.channel_errors as error:
+                    return dict.fromkeys(lanes, outage(error))
                 for name in lanes:
                     queue = lane_queue(name, self._transport)
                     try:
                         queue(channel).declare()
+                        confirm_lane(channel, queue)
                     except self._consumer.channel_errors as error:
-                        refused[name] = error
+                        refused[name] = outage(error)
                     else:
                         self._app.amqp.queues.add(queue)
                         self._consumer.add_task_queue(name)
+                        self._watch(name)
         return refused
 
-    def _log_refused(self, refused: dict[str, Exception]) -> None:
-        for name in sorted(refused.keys() - self._refused):
-            log.warning("lane %s cannot be joined, and is tried again: %s", name, type(refused[name]).__name__)
-        for name in sorted(self._refused & self.lanes):
+    def _prove_replies(self, channel: Any) -> None:
+        """A node that could take requests and not reply would be the fastest way to lose them."""
+        if not self._can_reply:
+            rehearse_replies(channel, self._transport)
+            self._can_reply = True
+
+    def _watch(self, name: str) -> None:
+        """Have RabbitMQ tell when it cancels this consumer: its queue was deleted, or moved to another host. By itself
+        Celery would close the connection then, and RabbitMQ deliver again all that runs."""
+        if self._transport == "amqp":
+            task_consumer = self._consumer.task_consumer
+            tag = task_consumer._active_tags[name]
+            task_consumer.channel.cancel_callbacks[tag] = partial(self._on_cancelled, name)
+
+    def _on_cancelled(self, name: str, tag: str) -> None:
+        self._lost.add(name)
+        self._note(self._joined - {name}, self._refused)
+        self._apply_in(0.0)
+
+    def _note(self, joined: frozenset[str], refused: dict[str, str]) -> None:
+        """Log what the broker refuses and did not refuse before, and tell what has changed."""
+        new = [name for name in sorted(refused) if refused[name] != self._refused.get(name)]
+        for reason in sorted({refused[name] for name in new}):
+            names = [name for name in new if refused[name] == reason]
+            what = f"lane {names[0]}" if len(names) == 1 else f"each of {len(names)} lanes"
+            log.warning("%s cannot be joined, and is tried again: the broker %s", what, reason)
+        for name in sorted(self._refused.keys() & joined):
             log.warning("lane %s is joined now", name)
-        self._refused = frozenset(refused)
+        before, self._joined = (self._joined, self._refused), joined
+        self._refused = refused
+        if before != (joined, refused):
+            self.changed()

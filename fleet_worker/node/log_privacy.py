@@ -11,9 +11,13 @@ from celery import Celery, signals
 from celery.worker.consumer.consumer import CONNECTION_ERROR, CONNECTION_RETRY
 
 from fleet_worker.broker.connection import outage, place_of
+from fleet_worker.broker.refusal import refusal
 
 OUTAGE_LOGGED_EVERY = 60.0
 """Seconds between two lines about a broker that stays away."""
+REFUSED_AGAIN_WITHIN = 10.0
+"""Seconds in which a broker that refused something is not called back when it can be connected to: it will refuse the
+same again."""
 _CONNECTION = "celery.worker.consumer.connection"
 _CONNECTED = "Connected to %s"
 _LOWEST_LEVELS = {
@@ -63,7 +67,8 @@ def _set_levels(loglevel: int | str | None = None, **_: Any) -> None:
 class OutageFilter:
     """Filters what Celery logs of its connection: at each try three lines, with the user of broker_url.
 
-    An outage becomes one line when the broker goes, one every minute, and one when it is back.
+    An outage becomes one line when the broker goes, one every minute, and one when it is back. What the broker refuses
+    is one line that names it, and one every minute.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -72,25 +77,32 @@ class OutageFilter:
         self._away_since: float | None = None
         self._last_logged = 0.0
         self._why = ""
+        self._refused_at = float("-inf")
+        """When a connection that had been made was refused something."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         match record.msg, record.args:
             case str(message), (str(url),) if message == _CONNECTED:
-                self._connected(record, place_of(url))
+                return self._connected(record, place_of(url))
             case str(message), (str(url), BaseException() as error, _) if message == CONNECTION_ERROR:
                 self._place = place_of(url)
                 return self._away(record, error)
             case _, (str(message), BaseException() as error) if message == CONNECTION_RETRY:
+                if refusal(error):
+                    self._refused_at = self._clock()
                 return self._away(record, error)
         return True
 
-    def _connected(self, record: logging.LogRecord, place: str) -> None:
+    def _connected(self, record: logging.LogRecord, place: str) -> bool:
+        if self._clock() - self._refused_at < REFUSED_AGAIN_WITHIN:
+            return False
         if self._away_since is None:
             record.msg, record.args = "connected to the broker at %s", (place,)
         else:
             seconds = self._clock() - self._away_since
             _change_to_warning(record, "the broker at %s is back after %.0f s", place, seconds)
         self._place, self._away_since = place, None
+        return True
 
     def _away(self, record: logging.LogRecord, error: BaseException) -> bool:
         now, place, why = self._clock(), self._place, outage(error)

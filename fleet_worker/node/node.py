@@ -13,15 +13,17 @@ from typing import Any
 from celery import Celery
 from celery.worker import state as celery_state
 
-from fleet_worker.broker.topology import direct_lane, lane, transport_of
-from fleet_worker.errors import FleetError, InstanceUnavailable, ModelNotServed
+from fleet_worker.broker.topology import direct_lane, lane, old_lane, transport_of
+from fleet_worker.errors import FleetError, InstanceUnavailable, ModelNotServed, Overloaded, ProviderError
 from fleet_worker.mlx.offering import Offering
 from fleet_worker.mlx.timeouts import CancelToken
+from fleet_worker.node.confirmations import Confirmations
 from fleet_worker.node.health_monitor import HealthMonitor
 from fleet_worker.node.lane_consumer import LaneConsumer
 from fleet_worker.node.offered_models import OfferedModels
 from fleet_worker.node.readiness import Readiness, State
 from fleet_worker.node.reply_publisher import ReplyPublisher
+from fleet_worker.node.router_clocks import RouterClocks
 from fleet_worker.node.router_presence import RouterPresence
 from fleet_worker.node.running_attempts import RunningAttempts
 from fleet_worker.node.server_discovery import Server
@@ -33,8 +35,6 @@ from fleet_worker.version import VERSION
 
 log = logging.getLogger(__name__)
 
-LANES_JOINED_WITHIN = 0.5
-"""Seconds to wait for lanes to be joined before the registry node is told; lanes that take longer are told later."""
 LANES_LEFT_WITHIN = 2.0
 """Seconds to wait for lanes to be left before the node counts as idle: the broker may be away."""
 
@@ -58,6 +58,8 @@ class Node:
         self.models = OfferedModels(settings, self.instance, server.kind, server.models)
         self.running = RunningAttempts()
         self.counters = Counters()
+        self.router_clocks = RouterClocks()
+        self.confirmations = Confirmations()
         self.publisher = ReplyPublisher(app.connection_for_write, name, max_pending=settings.worker.max_pending)
         self.presence = RouterPresence(
             app.connection_for_read, transport, self.running, abandoned_after=settings.worker.abandoned_after
@@ -66,7 +68,9 @@ class Node:
         self.handed_over = 0
         """Requests that were handed over to other nodes since this one was drained."""
         self._lane_consumer = LaneConsumer(app, transport)
-        self._reported_lanes: frozenset[str] = frozenset()
+        self._lane_consumer.changed = self._on_lanes_changed
+        self._served: frozenset[str] = frozenset()
+        """The lanes that the log calls served."""
         self._updating = threading.Lock()
         """Held while the lanes follow, so that the last of two updates sees the newest facts."""
         self._readiness = Readiness(stall_after=settings.worker.stall_after)
@@ -82,7 +86,7 @@ class Node:
 
     @property
     def lanes(self) -> frozenset[str]:
-        """The lanes that it consumes now."""
+        """The lanes that it consumes now, as far as the broker has confirmed them."""
         return self._lane_consumer.lanes
 
     @property
@@ -154,12 +158,15 @@ class Node:
 
     @contextmanager
     def counting_failures(self, model: str, request_id: str, cancel_token: CancelToken) -> Iterator[None]:
-        """Count an error within this block against the server, unless the request was cancelled."""
+        """Count an error within this block against the server, unless the request was cancelled, or had to share the
+        only slot: that is told as `disturbed`."""
         try:
             yield
         except FleetError as error:
             if cancel_token.error is None:
-                if isinstance(error, ModelNotServed):
+                if self.slots == 1 and type(error) in (ProviderError, Overloaded) and self.mlx.may_be_occupied:
+                    error.metadata["disturbed"] = True
+                elif isinstance(error, ModelNotServed):
                     self._monitor.check_model(model)
                 else:
                     self._readiness.failed(error, request_id)
@@ -171,28 +178,42 @@ class Node:
         with self._updating:
             before, self.state = self.state, self._readiness.state
             models = self.models.available
-            wanted = frozenset(lanes_of(self.name, models) if self.state.ready and models else ())
+            wanted = frozenset(lanes_of(self.name, models, self.settings) if self.state.ready and models else ())
             left, joined = self._lane_consumer.wanted - wanted, wanted - self._lane_consumer.wanted
             if left or joined:
                 self._lane_consumer.consume(wanted)
-                self._log_lanes(left, joined)
-            if joined:  # lanes to leave are not reported any more, even before they are left
-                self._lane_consumer.wait_until_settled(LANES_JOINED_WITHIN)
-            if before != self.state or self._reported_lanes != self.lanes:
-                self._reported_lanes = self.lanes
+                self._log_left(left)
+            if left or before != self.state:  # lanes that are joined are told when the broker has confirmed them
                 self._status_client.send_now()
 
-    def _log_lanes(self, left: Iterable[str], joined: Iterable[str]) -> None:
-        for each in sorted(joined):
-            log.info("%s serves lane %s", self.name, each)
+    def _log_left(self, left: Iterable[str]) -> None:
+        self._served -= frozenset(left)
         level = logging.INFO if self.drained else logging.WARNING
         for each in sorted(left):
             log.log(level, "%s leaves lane %s: %s", self.name, each, self.state.reason or "the model is not there")
+
+    def _on_lanes_changed(self) -> None:
+        """Called in the thread of Celery's event loop when the broker has confirmed, refused or cancelled a lane."""
+        with self._updating:
+            joined = self.lanes - self._served
+            self._served |= joined
+        for each in sorted(joined):
+            log.info("%s serves lane %s", self.name, each)
         if joined:
             log.info("%s is ready, %d slot%s", self.name, self.slots, "" if self.slots == 1 else "s")
+        self._status_client.send_now()
+
+    def _confirmed_state(self) -> State:
+        """Return the state to publish: whatever its server can do, a node works only for lanes that the broker lets it
+        consume."""
+        if not self.state.ready or self.lanes or not self._lane_consumer.wanted:
+            return self.state
+        if refusal := self._lane_consumer.refusal:
+            return State("unavailable", f"the broker {refusal}")
+        return State("starting", "the broker has not confirmed its lanes yet")
 
     def _report(self) -> NodeReport:
-        state, last, available = self.state, self.mlx.last_content, self.models.available
+        state, last, available = self._confirmed_state(), self.mlx.last_content, self.models.available
         return NodeReport(
             instance=InstanceStatus(
                 host=self._host,
@@ -238,7 +259,8 @@ def _fixed(settings: Settings, name: str) -> dict[str, Any]:
     }
 
 
-def lanes_of(node_name: str, offerings: dict[str, Offering]) -> list[str]:
+def lanes_of(node_name: str, offerings: dict[str, Offering], settings: Settings) -> list[str]:
     """Return the lanes of a node: one for each capability and model, and its direct lane."""
-    shared = {lane(each, offering.model) for offering in offerings.values() for each in offering.capabilities}
-    return [*sorted(shared), direct_lane(node_name)]
+    names = (lane, old_lane) if settings.worker.old_lanes else (lane,)
+    work = [(each, offering.model) for offering in offerings.values() for each in offering.capabilities]
+    return [*sorted({name(*each) for name in names for each in work}), direct_lane(node_name)]

@@ -16,7 +16,9 @@ from typing import Any
 
 from kombu import Connection
 
-from fleet_worker.broker.connection import BACK_OFF, Publisher
+from fleet_worker.broker.connection import Publisher
+from fleet_worker.broker.outage import Outage
+from fleet_worker.broker.refusal import refusal
 from fleet_worker.broker.topology import reply_queue
 from fleet_worker.errors import FleetError, RequestTimeout
 from fleet_worker.mlx.timeouts import CancelToken
@@ -41,7 +43,8 @@ GAP_PER_REQUEST = 0.0003
 frame. At 32 streams of 50 tokens/s a gap of 5 ms makes 3,500 messages of 20,000, for a third of the CPU."""
 HEARTBEAT_EVERY = 1.0
 TRIES = 5
-"""Tries until a message that the broker refuses is dropped: it may be too large. A broker that is away has no limit."""
+"""Tries until a message that the broker refuses is dropped: it may be too large. A broker that is away, or that refuses
+everybody for now, has no limit."""
 REPLAY_WINDOW = 5.0
 REPLAY_MAX_BYTES = 16 * 1024 * 1024
 """Messages are kept for so many seconds, and together so many bytes, to be published again."""
@@ -74,10 +77,11 @@ class ReplyWriter:
         with cancel_token.on_cancel(self._publisher.wake_up):
             yield
 
-    def accept(self, **fields: Any) -> None:
-        """Tell the router which instance accepted the attempt. It may wait for the next frame, to travel with it."""
+    def accept(self, *, at_once: bool = False, **fields: Any) -> None:
+        """Tell the router which instance accepted the attempt. Unless it is to be told at once, this may wait for the
+        next frame, to travel with it."""
         self._wait_for_room()
-        self._publisher.append(self, Accepted(**self._next(), **fields), delay=LONGEST_GAP)
+        self._publisher.append(self, Accepted(**self._next(), **fields), delay=0.0 if at_once else LONGEST_GAP)
 
     def put(self, deltas: list[Delta], tokens: int) -> None:
         """Append deltas, with which the answer has about so many tokens; the first ones are published at once.
@@ -134,6 +138,7 @@ class ReplyPublisher:
         """Reply queues of routers that may have missed the last messages."""
         self._closed = threading.Event()
         self._publisher = Publisher(connect)
+        self._outage = Outage("replies: the broker", log)
         self._thread = threading.Thread(target=self._run, name="fleet-replies", daemon=True)
         self._thread.start()
 
@@ -269,8 +274,7 @@ class ReplyPublisher:
                 failures += 1
                 if not self._retry_later(error, failures):
                     return
-        if failures:
-            log.warning("the broker is back, replies flow again")
+        self._outage.works()
         if has_frames:
             self._replay.add(reply_to, body)
 
@@ -286,10 +290,9 @@ class ReplyPublisher:
     def _retry_later(self, error: Exception, failures: int) -> bool:
         """Wait before the next try; return False if there should be none."""
         self._publisher.drop()
-        if failures == 1:
-            log.warning("replies wait: the broker is away (%s)", type(error).__name__)
-        closing = self._closed.wait(BACK_OFF[min(failures, len(BACK_OFF)) - 1])
-        refused = not isinstance(error, self._publisher.connection_errors)
+        closing = self._closed.wait(self._outage.failed(error))
+        known = refusal(error)
+        refused = not isinstance(error, self._publisher.connection_errors) and not (known and known.passes)
         if failures < TRIES or not (closing or refused):
             return True
         log.error("replies were given up: %s", "the node ends" if closing else f"refused, {type(error).__name__}")

@@ -35,6 +35,7 @@ _NEEDED = {
     "greater_than_equal": "at least {ge:.17g}",
     "less_than": "less than {lt:.17g}",
     "less_than_equal": "at most {le:.17g}",
+    "string_pattern_mismatch": "a string of the form that such names have",
     "string_too_short": "a string that is not empty",
     "string_too_long": "a string of at most {max_length} characters",
     "too_short": "a list that is not empty",
@@ -43,7 +44,16 @@ _NEEDED = {
     "union_tag_not_found": "an object with a type",
 }
 """By type of pydantic's error, with the names of its context."""
-_RIGHT_KIND = ("greater_than", "less_than", "finite_number", "string_too", "too_", "union_tag", "int_from_float")
+_RIGHT_KIND = (
+    "greater_than",
+    "less_than",
+    "finite_number",
+    "string_pattern",
+    "string_too",
+    "too_",
+    "union_tag",
+    "int_from_float",
+)
 """The beginning of the types of errors for which a value of the right kind is given."""
 
 

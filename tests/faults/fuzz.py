@@ -14,6 +14,7 @@ import argparse
 import collections
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -44,6 +45,8 @@ GROWTH = 64 * MB
 """The most that a process may grow by, at any moment."""
 CPU_OF_ONE = 0.050
 """Seconds of a node's time that one message may cost."""
+GOOD = re.compile(r"\] Task (fleet\.\w+|registry\.\w+)\[\S+\] (received|succeeded|raised expected)")
+"""Lines about tasks that were done."""
 MOST_COMPLAINTS = 500
 """Lines about bad messages that a process may log, however many there are."""
 
@@ -56,21 +59,26 @@ class Outcome:
     impossible: int = 0
     answered: Counter[str] = field(default_factory=Counter)
     growth: dict[str, int] = field(default_factory=dict)
-    complaints: dict[str, int] = field(default_factory=dict)
+    complaints: dict[str, Counter[str]] = field(default_factory=dict)
     seconds: float = 0.0
     costs: list[tuple[float, float, int, str]] = field(default_factory=list)
     """With `--each`: seconds of CPU, MB at most, the message's number, what it was and where."""
+    jumps: list[tuple[int, str]] = field(default_factory=list)
+    """By how many bytes a process became larger than ever before, and after which messages."""
     problems: list[str] = field(default_factory=list)
 
     def lines(self) -> Iterator[str]:
         yield f"{self.sent.total()} messages in {self.seconds:.0f} s ({self.impossible} that this broker cannot carry)"
         yield f"real requests: {dict(sorted(self.answered.items()))}"
         yield f"growth in MB: { {name: round(size / MB, 1) for name, size in self.growth.items()} }"
-        yield f"lines logged: {self.complaints}"
+        yield f"lines logged: { {name: lines.total() for name, lines in self.complaints.items()} }"
+        for name, lines in self.complaints.items():
+            yield from (f"    {name}: {number} {line.strip()}" for line, number in lines.most_common(3) if number > 20)
         for seconds, grown, number, what in sorted(self.costs, reverse=True)[:5]:
             yield f"CPU    {seconds * 1000:7.1f} ms, {grown:6.1f} MB  {number} {what}"
         for seconds, grown, number, what in sorted(self.costs, key=lambda cost: -cost[1])[:5]:
             yield f"memory {seconds * 1000:7.1f} ms, {grown:6.1f} MB  {number} {what}"
+        yield from (f"    +{size / MB:.0f} MB {what}" for size, what in sorted(self.jumps, reverse=True)[:8])
         yield from (f"PROBLEM {problem}" for problem in self.problems)
 
 
@@ -102,10 +110,12 @@ class Victims:
     def ended(self) -> list[str]:
         return [process.report_end() for process in self.processes.values() if process.ended]
 
-    def complaints(self) -> dict[str, int]:
-        """By process: the lines that it logged, apart from those about the tasks that it did."""
+    def complaints(self) -> dict[str, Counter[str]]:
+        """By process: the lines that it logged, without what differs in them, apart from those about good tasks."""
         return {
-            name: sum("] Task fleet." not in line and "] Task registry." not in line for line in process.lines)
+            name: Counter(
+                re.sub(r"[\d:,.-]+|'.*?'", "*", line)[:100] for line in process.lines if not GOOD.search(line)
+            )
             for name, process in self.processes.items()
         }
 
@@ -151,6 +161,7 @@ class Fuzz:
         self._app = create_app(Settings(broker_url=broker.url))
         self._target: Target = TARGETS[broker.name](broker.url, them.reply_to)
         self._waiting = Waiting(self._app, broker.url)
+        self._grown: dict[str, int] = {}
 
     def close(self) -> None:
         self._target.close()
@@ -161,7 +172,13 @@ class Fuzz:
         """Send the messages of these numbers, and wait until they were taken; return whether all is well."""
         for number in numbers:
             self._send(message(self._seed, number, self._samples))
-        return self._look(f"messages {numbers[0]} to {numbers[-1]}")
+        is_well = self._look(f"messages {numbers[0]} to {numbers[-1]}")
+        grown = self._victims.growth()
+        for name, size in grown.items():
+            if (jump := size - self._grown.get(name, 0)) > 3 * MB:
+                self._outcome.jumps.append((jump, f"in {name} after messages {numbers[0]} to {numbers[-1]}"))
+        self._grown = grown
+        return is_well
 
     def send_each(self, numbers: Iterable[int]) -> bool:
         """Send them one after the other, and note what each has cost the processes."""
@@ -264,8 +281,8 @@ def judge(outcome: Outcome, them: Victims) -> None:
         if size > GROWTH:
             outcome.problems.append(f"{name} grew by {size / MB:.0f} MB")
     for name, lines in outcome.complaints.items():
-        if lines > MOST_COMPLAINTS:
-            outcome.problems.append(f"{name} logged {lines} lines")
+        if lines.total() > MOST_COMPLAINTS:
+            outcome.problems.append(f"{name} logged {lines.total()} lines")
     outcome.problems += [f"ended: {each}" for each in ended if not outcome.problems]
 
 

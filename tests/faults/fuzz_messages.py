@@ -18,11 +18,12 @@ from tests.faults.fuzz_samples import NOBODY, Sample
 MB = 1024 * 1024
 INFLATED = 128 * MB
 """Bytes that a bomb becomes."""
-LARGE = 2 * MB
+LARGE = {"@large@": 2 * MB, "@giant@": 40 * MB}
+"""Texts that are replaced in the JSON by one of so many bytes."""
 DEEP = (60, 150, 1_100, 20_000)
 """Levels of nesting; Python's JSON accepts about a thousand."""
-DEEP_MARK, LARGE_MARK = "@deep-{}@", "@large@"
-"""Texts that are replaced in the JSON: no library writes what they stand for."""
+DEEP_MARK = "@deep-{}@"
+"""A text that is replaced in the JSON by nested lists, which no library writes."""
 
 TEXTS = (
     *("", "x", "\0", "é\u2028", "\ud800", "one@test", "fleet.chat", "sim-chat", "r-1", "-1", "1e999", "NaN", "[1]"),
@@ -133,9 +134,10 @@ def message(seed: int, number: int, samples: Mapping[str, Sample]) -> Message:
         kind, name = kinds[number % len(kinds)], recipes[number // len(kinds)]
     else:
         kind, name = draw.choice(kinds), draw.choices(recipes, [RECIPES[each][0] for each in recipes])[0]
-    changed = RECIPES[name][1](draw, copy.deepcopy(samples[kind]))
+    sample = replace(copy.deepcopy(samples[kind]), body=samples[kind].body.replace(b"r-1", b"r-%d" % number))
+    changed = RECIPES[name][1](draw, sample)
     if isinstance(changed, bytes):
-        return Message(kind, name, samples[kind], changed)
+        return Message(kind, name, sample, changed)
     return Message(kind, name, changed, copies=2 if name == "twice" else 1)
 
 
@@ -145,8 +147,9 @@ def as_json(value: Any) -> bytes:
     for levels in DEEP:
         if (mark := json.dumps(DEEP_MARK.format(levels))) in text:
             text = text.replace(mark, "[" * levels + "]" * levels, 1).replace(mark, "0")
-    if LARGE_MARK in text:
-        text = text.replace(LARGE_MARK, "L" * LARGE, 1)
+    for mark, size in LARGE.items():
+        if mark in text:
+            text = text.replace(mark, "L" * size, 1).replace(mark, "")
     return text.encode()
 
 
@@ -160,9 +163,9 @@ def change_body(draw: random.Random, sample: Sample) -> Sample:
 def change_beside(draw: random.Random, sample: Sample) -> Sample:
     """Headers and properties."""
     if draw.random() < 0.6 and isinstance(sample.headers, dict):
-        sample.headers |= {draw.choice(TASK_HEADERS): draw.choice(VALUES) for _ in range(draw.randint(1, 3))}
+        sample.headers |= {draw.choice(TASK_HEADERS): _any(draw) for _ in range(draw.randint(1, 3))}
     else:
-        names = {draw.choice(PROPERTIES): draw.choice(VALUES) for _ in range(draw.randint(1, 2))}
+        names = {draw.choice(PROPERTIES): _any(draw) for _ in range(draw.randint(1, 2))}
         sample.properties = {**sample.properties, **names}
     return sample
 
@@ -205,21 +208,21 @@ def encode(draw: random.Random, sample: Sample) -> Sample:
     if encoding in ("utf-16", "utf-32", "utf-7", "utf-8-sig", "cp037"):
         body = body.decode().encode(encoding)
     if draw.random() < 0.2:
-        encoding = draw.choice(VALUES)
+        encoding = _any(draw)
     if draw.random() < 0.2:
-        content_type = draw.choice(VALUES)
+        content_type = _any(draw)
     return replace(sample, body=body, content_encoding=encoding, content_type=content_type)
 
 
 def other_body(draw: random.Random, sample: Sample) -> Sample:
     """A body that is something else, or none."""
     others: tuple[Callable[[], bytes], ...] = (
-        lambda: as_json(draw.choice(VALUES)),
-        lambda: as_json([draw.choice(VALUES) for _ in range(draw.randint(0, 4))]),
-        lambda: as_json([[json.loads(sample.body)], {}, {name: draw.choice(VALUES) for name in EMBEDS}]),
-        lambda: as_json([[draw.choice(VALUES)], {draw.choice(TEXTS): 1}, draw.choice(VALUES)]),
-        lambda: as_json({"task": "fleet.chat", "id": draw.choice(VALUES), "args": draw.choice(VALUES), "kwargs": {}}),
-        lambda: as_json({"method": draw.choice(METHODS), "arguments": draw.choice(VALUES)}),
+        lambda: as_json(_any(draw)),
+        lambda: as_json([_any(draw) for _ in range(draw.randint(0, 4))]),
+        lambda: as_json([[json.loads(sample.body)], {}, {name: _any(draw) for name in EMBEDS}]),
+        lambda: as_json([[_any(draw)], {draw.choice(TEXTS): 1}, _any(draw)]),
+        lambda: as_json({"task": "fleet.chat", "id": _any(draw), "args": _any(draw), "kwargs": {}}),
+        lambda: as_json({"method": draw.choice(METHODS), "arguments": _any(draw)}),
         lambda: draw.randbytes(draw.randint(0, 60)),
         lambda: _damaged(draw, sample.body),
         lambda: b"\xef\xbb\xbf" + sample.body,
@@ -237,7 +240,7 @@ def other_task(draw: random.Random, sample: Sample) -> Sample:
     embed = {name: draw.choice((None, [1], ["x"], [{"task": "celery.chord"}], VALUES[7], {"a": 1})) for name in EMBEDS}
     arguments = draw.choice(([], [1], [{}], json.loads(sample.body)))
     headers = {"id": draw.choice(TEXTS), "task": draw.choice(("fleet.chat", "fleet.embed", *TEXTS)), "lang": "py"}
-    return replace(sample, body=as_json([arguments, {}, embed]), headers={**headers, "eta": draw.choice(VALUES)})
+    return replace(sample, body=as_json([arguments, {}, embed]), headers={**headers, "eta": _any(draw)})
 
 
 def order(draw: random.Random, sample: Sample) -> Sample:
@@ -266,31 +269,35 @@ def replace_all(draw: random.Random, sample: Sample) -> bytes:
         b"\xff\xfe",
         b"[" * 100_000,
         b'{"a":' * 50_000,
-        b"x" * LARGE,
+        b"x" * 300_000,
         b"NaN",
     )
-    return draw.choice((draw.choice(raw), as_json(draw.choice(VALUES)), draw.randbytes(draw.randint(1, 200))))
+    return draw.choice((draw.choice(raw), as_json(_any(draw)), draw.randbytes(draw.randint(1, 200))))
 
 
 def change_stored(draw: random.Random, sample: Sample) -> bytes:
     """Anything in what kombu wrote."""
     stored = sample.stored()
     if draw.random() < 0.5:
-        stored[draw.choice(sorted(stored))] = draw.choice(VALUES)
+        stored[draw.choice(sorted(stored))] = _any(draw)
     return as_json(_changed(draw, stored, draw.randint(1, 3)))
 
 
 def enlarge(draw: random.Random, sample: Sample) -> Sample:
-    """One text of megabytes, somewhere."""
-    where = draw.choice(("body", "headers", "properties", "other"))
+    """One text of megabytes, somewhere; or very many values."""
+    large = draw.choices(list(LARGE), (9, 1))[0]
+    where = draw.choice(("body", "headers", "properties", "many", "other"))
     if where == "headers":
-        sample.headers = {**sample.headers, draw.choice(TASK_HEADERS): LARGE_MARK}
+        sample.headers = {**sample.headers, draw.choice(TASK_HEADERS): large}
     elif where == "properties":
-        sample.properties = {**sample.properties, draw.choice(PROPERTIES): LARGE_MARK}
+        sample.properties = {**sample.properties, draw.choice(PROPERTIES): large}
+    elif where == "many":
+        part = draw.choice((b"1,", b"[],", b'"",', b"{},", b'{"a":{}},'))
+        sample.body = b"[[" + part * draw.choice((90_000, 1_000_000)) + b"1], {}, {}]"
     elif where == "other":
-        sample.body = b"x" * LARGE
+        sample.body = b"x" * LARGE[large]
     else:
-        sample.body = as_json(_changed(draw, json.loads(sample.body), 1, (LARGE_MARK,)))
+        sample.body = as_json(_changed(draw, json.loads(sample.body), 1, (large,)))
     return sample
 
 
@@ -311,22 +318,26 @@ RECIPES: Mapping[str, tuple[float, Recipe]] = {
 """By name: how often it is drawn, and what it does."""
 
 
+def _any(draw: random.Random) -> Any:
+    return copy.deepcopy(draw.choice(VALUES))
+
+
 def _changed(draw: random.Random, value: Any, times: int, values: tuple[Any, ...] = VALUES) -> Any:
     """Return JSON with so many places replaced, left out, added, or wrapped."""
     for _ in range(times):
         places = list(_places(value))
         if not places or draw.random() < 0.02:
-            return draw.choice(values)
+            return copy.deepcopy(draw.choice(values))
         parent, key = draw.choice(places)
         what = draw.randrange(5)
         if what == 0 and len(values) > 1:
             del parent[key]
         elif what == 1 and isinstance(parent, dict):
-            parent[draw.choice(TEXTS)] = draw.choice(values)
+            parent[draw.choice(TEXTS)] = copy.deepcopy(draw.choice(values))
         elif what == 2:
             parent[key] = [parent[key]]
         else:
-            parent[key] = draw.choice(values)
+            parent[key] = copy.deepcopy(draw.choice(values))
     return value
 
 

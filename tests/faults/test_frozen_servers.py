@@ -63,3 +63,16 @@ def test_a_prompt_that_a_frozen_server_reads_is_read_elsewhere(broker, router):
         assert told.gap < GIVEN_AWAY_WITHIN + 1
         assert router.chat(fleet.model, conversation("more"), max_tokens=2, timeout=20).node != fleet.node_name(victim)
         fleet.servers[victim].thaw()
+
+
+def test_the_only_server_goes_on_itself_when_it_thaws(broker, router):
+    with Fleet(broker.url, {"one": "mlx_lm"}, natural=100, token_interval=0.05) as fleet:
+        fleet.wait_until_ready(router, ["one"])
+        for _ in range(2):
+            with Crowd(router, fleet, at_once=2, streams=2) as crowd:
+                crowd.wait_for_pieces(20)
+                fleet.servers["one"].freeze()
+                time.sleep(GIVEN_AWAY_WITHIN)
+                fleet.servers["one"].thaw()
+            figures = report(f"the only server frozen, {broker.name}", crowd.told)
+            assert all(one.identical and len(one.attempts) == 2 for one in crowd.told), figures

@@ -142,7 +142,7 @@ def test_a_frozen_broker_is_noticed_and_costs_no_frame(broker, caplog):
         broker.signal(signal.SIGSTOP)
         try:
             until(
-                lambda: "replies wait" in caplog.text and "the reply queue: the broker is away" in caplog.text,
+                lambda: all(f"{who}: the broker is away" in caplog.text for who in ("replies", "the reply queue")),
                 NOTICED_WITHIN,
             )
         finally:

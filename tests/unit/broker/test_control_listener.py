@@ -51,16 +51,6 @@ def test_its_commands_are_not_those_of_other_workers_of_the_process(listener):
     assert "where" not in Panel.data
 
 
-def test_a_message_that_is_no_command_does_no_harm(app, listener, caplog):
-    with app.connection_for_write() as connection:
-        producer = connection.Producer(exchange=app.control.mailbox.exchange, serializer="json")
-        for nonsense in ("secret", ["secret"], None, {"method": ["secret"]}, {"secret": 1}):
-            producer.publish(nonsense)
-    assert ask(app, "where") == [{NAME: NAME}]
-    assert "a control command was dropped" in caplog.text
-    assert "secret" not in caplog.text
-
-
 @pytest.mark.parametrize("clock", ["9", None, 1.5, [9], True])
 def test_a_reply_with_any_clock_ends_no_command_line(app, clock):
     """kombu gives the clock of each reply to this function."""

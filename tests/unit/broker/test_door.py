@@ -62,7 +62,7 @@ def test_a_size_that_no_message_of_ours_has(item):
 
 @pytest.mark.parametrize(
     "item",
-    [b"[", b"\xff", b"{'a': 1}", b"[" * 100_000, b"\x80\x04K\x05.", b"\xef\xbb\xbf{}", b'"\\ud83d"', b"{}{}", b"01"],
+    [b"[", b"\xff", b"{'a': 1}", b"[" * 40_000, b"\x80\x04K\x05.", b"\xef\xbb\xbf{}", b'"\\ud83d"', b"{}{}", b"01"],
 )
 def test_what_is_not_json(item):
     assert refused(item) == NOT_JSON

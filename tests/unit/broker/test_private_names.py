@@ -22,10 +22,12 @@ MORE_CONNECTIONS = "a node, or a control command, opens one connection more"
 ARGUMENTS = "arguments of tasks appear in events and Flower"
 QUOTED = "bad messages are quoted in the log"
 LANES = "no lane is joined or left"
+CANCELLED = "a lane whose queue was deleted is joined again late"
 DOOR = "messages of strangers do not come through the door, and end nodes"
 BOUND = "a message of 500 MB is read into memory"
 LOG = "the log shows the user of broker_url, and the texts of errors"
 TRUST = "other CAs than broker_ca are trusted"
+SPINS = "a network that is cut in the middle of a frame stops a node"
 SIGNALS = "signals do not end a node, or lose requests"
 
 USED = [
@@ -36,6 +38,7 @@ USED = [
     (REDIS, "Channel", "_disconnect_pools", ["Channel"], SHARED),
     (REDIS, "Channel", "async_pool", ["Channel"], SHARED),
     (REDIS, "Channel", "subclient", ["Channel"], SILENT),
+    (REDIS, "Channel", "maybe_refresh_binding_expiry", ["Transport"], "a full broker fills the log with tracebacks"),
     (REDIS, "Channel", "_q_for_pri", ["Channel"], GIVEN_BACK),
     (REDIS, "Channel", "_expires", ["Channel"], GIVEN_BACK),
     (REDIS, "Channel", "_brpop_read", ["Channel"], DOOR),
@@ -76,6 +79,10 @@ USED = [
     ("redis.connection", "SSLConnection", "check_hostname", ["SSLConnection"], TRUST),
     ("kombu.transport.redis", "Channel", "connection_class_ssl", ["Channel"], TRUST),
     ("amqp.transport", "SSLTransport", "_wrap_socket", ["SSLTransport"], "a node asks for the passphrase of a key"),
+    ("amqp.transport", "SSLTransport", "_shutdown_transport", ["_AbstractTransport"], "a frozen broker is waited for"),
+    ("amqp.transport", "SSLTransport", "_read", ["SSLTransport", "_AbstractTransport"], SPINS),
+    ("amqp.transport", "TCPTransport", "_read", ["TCPTransport", "_AbstractTransport"], SPINS),
+    ("amqp.transport", "TCPTransport", "raise_on_initial_eintr", ["TCPTransport", "SSLTransport"], SPINS),
     ("amqp.connection", "Connection", "Transport", ["Connection"], "a node asks for the passphrase of a key"),
     ("redis.client", "PubSub", "check_health", ["PubSub"], SILENT),
     ("redis.client", None, "next_health_check", ["PubSub"], SILENT),
@@ -89,6 +96,13 @@ USED = [
         "replies in a lost connection are not repeated",
     ),
     ("redis.connection", "Connection", "update_current_socket_timeout", [], "operators wait long for a frozen broker"),
+    (
+        "amqp.connection",
+        "Connection",
+        "_on_blocked",
+        ["Connection"],
+        "a RabbitMQ that is short of memory is waited for in silence",
+    ),
     ("kombu.connection", "Connection", "get_transport_cls", ["Connection"], "none of the above is in effect"),
     (
         "kombu.connection",
@@ -124,6 +138,17 @@ USED = [
     (CONSUMER, "Consumer", "add_task_queue", [], LANES),
     (CONSUMER, "Consumer", "cancel_task_queue", [], LANES),
     (CONSUMER, "Consumer", "call_soon", [], LANES),
+    (
+        "kombu.messaging",
+        "Consumer",
+        "_active_tags",
+        ["Consumer"],
+        CANCELLED,
+    ),
+    ("amqp.channel", None, "cancel_callbacks", ["Channel"], CANCELLED),
+    (CONSUMER, "Consumer", "connect", [], "a node asks a broker that refuses it ten times a second"),
+    (CONSUMER, "Consumer", "on_connection_error_before_connected", ["Consumer"], "see above"),
+    (CONSUMER, "Consumer", "on_connection_error_after_connected", ["Consumer"], "see above"),
     (CONSUMER, "Consumer", "create_task_handler", [], "a message that is no task ends the worker"),
     (CONSUMER, "Consumer", "on_unknown_message", ["Consumer"], QUOTED),
     (CONSUMER, "Consumer", "on_unknown_task", ["Consumer"], QUOTED),

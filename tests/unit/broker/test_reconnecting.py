@@ -23,7 +23,8 @@ def link(used):
             link.works()
         if len(used) < 5:
             raise ConnectionError
-        link.closed.wait(10)
+        while not link.closed.wait(0.05):
+            link.works()
 
     link = ReconnectingThread("something", lambda: Connection("memory://"), use)
     yield link

@@ -198,6 +198,9 @@ FAILURES = [
     # mlx-omni-server
     ("omni: another model", 500, b"Internal Server Error", ProviderError),
     ("omni: an image", 422, {"detail": VALIDATION}, InvalidRequest),
+    ("mlx-vlm: another model", 400, {"detail": "Failed to load model: Cannot find an appropriate"}, ModelNotServed),
+    ("mlx-vlm: a text about it", 400, {"detail": "no: Failed to load model"}, InvalidRequest),
+    ("rapid-mlx: another model", 404, {"error": {"message": "The model `a` does not exist."}}, ModelNotServed),
     # any of them, and proxies in front of them
     ("fastapi: no such route", 404, {"detail": "Not Found"}, UnsupportedCapability),
     ("fastapi: no such route, without spaces", 404, b'{"detail":"Not Found"}', UnsupportedCapability),
@@ -233,6 +236,27 @@ def test_a_failure_of_a_server_means_one_error(status, body, expected):
     error = error_of_status(status, sent(body))
     assert type(error) is expected
     assert error.retryable is (expected in RETRYABLE or (status >= 500 and expected is not InvalidRequest))
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"detail": VALIDATION}, "stop"),
+        ({"detail": [{"loc": ["body", "messages", 0, "content"]}]}, "messages"),
+        ({"error": {"message": "bad", "param": "top_p"}}, "top_p"),
+        ({"detail": [{"loc": ["body", SECRET]}]}, None),
+        ({"detail": [SECRET]}, None),
+        ({"detail": [{"loc": SECRET}]}, None),
+        ({"error": {"param": [SECRET]}}, None),
+        ({"error": SECRET}, None),
+        (SECRET, None),
+        ([SECRET], None),
+    ],
+)
+def test_a_refusal_names_the_field_that_the_server_names(body, field):
+    error = error_of_status(422, sent(body))
+    assert error.param == field
+    assert error.message == f"the MLX server refused {field or 'the request'} (422)"
 
 
 @pytest.mark.parametrize(

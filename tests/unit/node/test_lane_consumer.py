@@ -5,8 +5,11 @@ import sys
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import pytest
+from amqp.exceptions import AccessRefused
 from celery import Celery
 from kombu import Connection
+from redis.exceptions import NoPermissionError
 
 from fleet_worker.broker.topology import lane
 from fleet_worker.node import lane_consumer as module
@@ -26,6 +29,26 @@ class Consumer:
         self.add_task_queue = self.joined.add
         self.cancel_task_queue = self.joined.discard
         self.call_soon = lambda *_: None
+        self.timer = SimpleNamespace(call_after=self._call_after)
+        self.next_look = None
+
+    def _call_after(self, seconds, act):
+        self.next_look = seconds
+        return SimpleNamespace(cancel=lambda: None)
+
+
+@pytest.fixture(autouse=True)
+def broker(monkeypatch):
+    """What the broker refuses: by lane, or with the key "replies"."""
+    refused = {}
+
+    def answer(name):
+        if error := refused.get(name):
+            raise error
+
+    monkeypatch.setattr(module, "confirm_lane", lambda channel, queue: answer(queue.name))
+    monkeypatch.setattr(module, "rehearse_replies", lambda channel, transport: answer("replies"))
+    return refused
 
 
 def new_lane_consumer(connection):
@@ -71,3 +94,88 @@ def test_what_is_wanted_while_something_else_is_being_done_never_counts_as_done(
             assert joined == {SECOND}
             assert lane_consumer.wait_until_settled(0)
     assert number > 20
+
+
+@pytest.fixture
+def consuming():
+    """A consumer of two lanes."""
+    with Connection("memory://") as connection:
+        lane_consumer, joined = new_lane_consumer(connection)
+        lane_consumer._consumer.channel_errors += (NoPermissionError, AccessRefused)
+        lane_consumer.changes = []
+        lane_consumer.changed = lambda: lane_consumer.changes.append(lane_consumer.lanes)
+        lane_consumer.consume([FIRST, SECOND])
+        yield lane_consumer, joined
+
+
+NO_KEY = NoPermissionError("No permissions to access a key")
+
+
+def test_nothing_counts_as_joined_before_the_broker_has_confirmed_it(consuming):
+    lane_consumer, _ = consuming
+    assert lane_consumer.lanes == frozenset()
+    lane_consumer._apply()
+    assert lane_consumer.lanes == {FIRST, SECOND}
+    assert lane_consumer.changes == [{FIRST, SECOND}]
+
+
+def test_a_lane_whose_consumer_somebody_cancelled_is_joined_again_within_a_second(consuming):
+    lane_consumer, joined = consuming
+    lane_consumer._apply()
+    joined.discard(FIRST)
+    assert lane_consumer._consumer.next_look <= 1.0
+    lane_consumer._apply()
+    assert joined == {FIRST, SECOND}
+
+
+def test_a_lane_that_the_broker_cancelled_is_not_reported_until_it_is_joined_again(consuming):
+    lane_consumer, joined = consuming
+    lane_consumer._apply()
+    lane_consumer._on_cancelled(FIRST, "tag")
+    assert lane_consumer.lanes == {SECOND}
+    assert lane_consumer._consumer.next_look == 0.0
+    lane_consumer._apply()
+    assert joined == lane_consumer.lanes == {FIRST, SECOND}
+    assert lane_consumer.changes == [{FIRST, SECOND}, {SECOND}, {FIRST, SECOND}]
+
+
+def test_a_lane_that_is_refused_harms_no_other_and_is_tried_after_growing_pauses(consuming, broker, caplog):
+    lane_consumer, joined = consuming
+    broker[FIRST] = NO_KEY
+    pauses = []
+    for _ in range(6):
+        lane_consumer._apply()
+        pauses.append(lane_consumer._consumer.next_look)
+    assert joined == lane_consumer.lanes == {SECOND}
+    assert lane_consumer.refusal.startswith("does not allow its user keys of our names")
+    assert pauses == [0.5, 1.0, 2.0, 5.0, 5.0, 5.0]
+    assert len(caplog.messages) == 1
+    broker.clear()
+    lane_consumer._apply()
+    assert lane_consumer.lanes == {FIRST, SECOND}
+    assert (lane_consumer.refusal, lane_consumer._consumer.next_look) == (None, 0.5)
+    assert caplog.messages[1:] == [f"lane {FIRST} is joined now"]
+
+
+def test_a_node_that_could_not_reply_joins_no_lane(consuming, broker, caplog):
+    lane_consumer, joined = consuming
+    said = "ACCESS_REFUSED - access to queue 'llm.fleet.cancel.%012x' in vhost '/' refused for user 'n'"
+    for number in range(5):
+        broker["replies"] = AccessRefused(said % number, (50, 20))
+        lane_consumer._apply()
+    assert joined == set()
+    assert lane_consumer.refusal.startswith("does not allow its user Queue.bind of queue llm.fleet.cancel.*: ")
+    assert len(caplog.messages) == 1
+
+
+def test_replies_are_proved_once_for_a_connection(consuming, broker):
+    lane_consumer, joined = consuming
+    lane_consumer._apply()
+    broker["replies"] = NO_KEY
+    joined.clear()
+    lane_consumer._apply()
+    assert joined == {FIRST, SECOND}
+    lane_consumer._step().stop(None, lane_consumer._consumer)
+    joined.clear()
+    lane_consumer._apply()
+    assert joined == set()

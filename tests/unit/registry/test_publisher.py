@@ -172,7 +172,7 @@ def test_rounds_that_fail_are_counted_and_logged_once(publisher, host, heard, ca
         host.told_of(2 * number)  # the second time with a new connection
     until(lambda: publisher.failures == 5)
     assert len(caplog.records) == 1
-    assert "cannot be published (ConnectionRefusedError)" in caplog.text
+    assert "cannot be published and are dropped: the broker is away (ConnectionRefusedError)" in caplog.text
     host.away = False
     publisher.publish("b")
     assert hosts(heard(2)) == ["a", "b"]
