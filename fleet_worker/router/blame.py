@@ -44,9 +44,12 @@ class Blame:
 
 def _may_be_caused(error: FleetError) -> bool:
     """Return whether a request can make a healthy server fail so. What it can do by killing servers is counted as
-    deaths; a server that is away or busy says nothing about a request, unless it froze with it."""
+    deaths; a server that is away or busy, or had other work in its only slot, says nothing about a request, unless it
+    froze with it."""
     if error.metadata.get("instance_frozen"):
         return True
-    if isinstance(error, InstanceUnavailable | Overloaded) or error.metadata.get("instance_died"):
+    if isinstance(error, InstanceUnavailable | Overloaded):
+        return False
+    if error.metadata.get("instance_died") or error.metadata.get("disturbed"):
         return False
     return isinstance(error, ProviderError) and error.retryable
