@@ -68,7 +68,7 @@ def server(request):
         pytest.skip(f"{PYTHONS[kind]} does not name a Python with this server")
     port, folder = free_port(), str(chat_model(lambda *_: None))
     with child(kind, command(kind, python, folder, port), QUIET) as process:
-        process.wait_for("Application startup complete", 300)
+        process.wait_for("Uvicorn running on", 300)
         yield Server(kind, f"http://127.0.0.1:{port}", folder)
 
 
