@@ -149,6 +149,14 @@ def test_json_follows_its_schema(flavour):
                 ask(response_format=SCHEMA)
 
 
+@pytest.mark.parametrize("named", [None, [], {}, "a", {"schema": None}, {"schema": []}, {"schema": True}, {"name": 5}])
+def test_what_is_no_schema_asks_for_json_only(named):
+    with served("openai") as (server, client):
+        server.fail(Fault("status", status=200, body=said("[1]"), times=2))
+        wanted = {"type": "json_schema", **({} if named is None else {"json_schema": named})}
+        assert answered(client, response_format=wanted)[0] == "[1]"
+
+
 @EACH
 def test_json_that_max_tokens_cut_says_so(flavour):
     wanted = JSON if flavour == "mlx_lm" else SCHEMA
