@@ -12,21 +12,24 @@ from fleet_worker.broker.tls import clear_refusals
 from fleet_worker.certificates import TLS
 
 
+_read_plain, _read_secure = TCPTransport._read, SSLTransport._read  # called nine times for each message
+
+
 class Socket(TCPTransport):  # type: ignore[misc]
-    def _read(self, n: int, initial: bool = False, *args: Any) -> bytes:
+    def _read(self, n: int, initial: bool = False) -> Any:
         """Give up if the rest of a frame has not arrived when an event loop reads; it goes on when that has.
 
         py-amqp tries again without a pause and without an end: a network that is cut in the middle of a frame would
         stop a node for as long, heartbeats included.
         """
-        return super()._read(n, True, *args)  # type: ignore[no-any-return]
+        return _read_plain(self, n, True)
 
 
 class SecureSocket(SSLTransport):  # type: ignore[misc]
     """With our context, too: py-amqp's own asks on the terminal for the passphrase of a key."""
 
-    def _read(self, n: int, initial: bool = False, *args: Any) -> bytes:
-        return super()._read(n, True, *args)  # type: ignore[no-any-return]
+    def _read(self, n: int, initial: bool = False) -> Any:
+        return _read_secure(self, n, True)
 
     def _shutdown_transport(self) -> None:
         """Do not end TLS in order: that would wait for an answer, and the broker may be frozen."""
