@@ -11,7 +11,6 @@ from kombu.transport import pyamqp
 from fleet_worker.broker.tls import clear_refusals
 from fleet_worker.certificates import TLS
 
-
 _read_plain, _read_secure = TCPTransport._read, SSLTransport._read  # called nine times for each message
 
 
@@ -41,9 +40,8 @@ class SecureSocket(SSLTransport):  # type: ignore[misc]
 
 class Connection(pyamqp.Connection):  # type: ignore[misc]
     def connect(self, *args: Any) -> None:
-        host, _, port = self.host.rpartition(":")
-        tls = _tls_of(self.ssl) if self.ssl else None
-        with clear_refusals(tls, (host, int(port)), (self.ssl or {}).get("server_hostname")):
+        tls, name = (_tls_of(self.ssl), self.ssl.get("server_hostname")) if self.ssl else (None, None)
+        with clear_refusals(tls, self.host, name):
             super().connect(*args)
 
     def Transport(  # noqa: N802
