@@ -30,7 +30,10 @@ class Usage(ExtensibleModel):
 
 
 class Timings(ExtensibleModel):
-    """Seconds: `queue_wait` from submission to acceptance, `ttft` (first token) and `duration` from acceptance."""
+    """Seconds: `queue_wait` from submission to acceptance, `ttft` (first token) and `duration` from acceptance.
+
+    No two of them are measured with the clocks of two hosts: the router measures `queue_wait`, the node the others.
+    """
 
     queue_wait: float
     ttft: float | None = None
@@ -80,6 +83,9 @@ class Accepted(_Frame):
     kind: Literal["accepted"] = "accepted"
     instance: str
     queue_wait: float
+    """Seconds, as far as the node knows the clock of the router. The router measures it itself."""
+    asks: Literal[True] | None = None
+    """True if the router should confirm that it wants the attempt, or cancel it. Both tell the node the time."""
 
 
 class Deltas(_Frame):

@@ -8,6 +8,7 @@ import json
 from array import array
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 from pydantic_core import to_json
@@ -47,6 +48,38 @@ def reply_tokens(
     return [words[0].removeprefix(" "), *words[1:]] if words else []
 
 
+def json_tokens(response_format: Mapping[str, Any]) -> list[str]:
+    """Return the tokens of some JSON that follows this format."""
+    schema = (response_format.get("json_schema") or {}).get("schema") or {"type": "object"}
+    text = json.dumps(_example(schema))
+    return [text[at : at + 4] for at in range(0, len(text), 4)]
+
+
+def _example(schema: Any) -> Any:
+    """Return a value of the simplest schemas: constants, choices, types, and objects of these."""
+    schema = schema if isinstance(schema, dict) else {}
+    for key in ("const", "default"):
+        if key in schema:
+            return schema[key]
+    if choices := schema.get("enum"):
+        return choices[0]
+    if choices := schema.get("anyOf"):
+        return _example(choices[0])
+    kind = schema.get("type")
+    match kind[0] if isinstance(kind, list) else kind:
+        case "object":
+            return {name: _example(each) for name, each in (schema.get("properties") or {}).items()}
+        case "array":
+            return [_example(schema.get("items"))]
+        case "integer" | "number":
+            return 1
+        case "boolean":
+            return True
+        case "null":
+            return None
+    return "sea"
+
+
 def first_characters(tokens: Sequence[str], length: int) -> list[str]:
     """Return the tokens of the first characters of a text; the last one may be a part of a token."""
     kept: list[str] = []
@@ -58,11 +91,26 @@ def first_characters(tokens: Sequence[str], length: int) -> list[str]:
     return kept
 
 
-def without(token: str, texts: Sequence[str]) -> str:
-    """Return a token without these texts."""
-    for text in texts:
-        token = token.replace(text, "")
-    return token
+def first_of(texts: Sequence[str], whole: str) -> int | None:
+    """Return where the first of these texts begins in another one."""
+    return min((at for text in texts if (at := whole.find(text)) >= 0), default=None)
+
+
+def whole_tokens(tokens: Sequence[str], texts: Sequence[str]) -> list[str]:
+    """Return those of the texts that begin and end with a token where they first occur."""
+    ends = {0, *accumulate(map(len, tokens))}
+    places = {text: "".join(tokens).find(text) for text in texts}
+    return [text for text, at in places.items() if at in ends and at + len(text) in ends]
+
+
+def without(tokens: Sequence[str], texts: Sequence[str]) -> list[str]:
+    """Return the tokens without these texts, wherever they begin."""
+    whole = "".join(tokens)
+    places = [(at, at + len(text)) for text in texts if (at := whole.find(text)) >= 0]
+    left = [not any(start <= at < end for start, end in places) for at in range(len(whole))]
+    ends = list(accumulate(map(len, tokens)))
+    spans = zip([0, *ends], ends, strict=False)
+    return ["".join(whole[at] for at in range(start, end) if left[at]) for start, end in spans]
 
 
 def embedding(text: str, dimensions: int = 384) -> list[float]:

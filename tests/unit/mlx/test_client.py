@@ -276,7 +276,7 @@ def test_what_a_server_cannot_do_is_refused_by_its_name(flavour, field):
     with served(flavour) as (server, client):
         for ask in (client.ask, client.stream):
             with pytest.raises(UnsupportedParameter) as raised:
-                ask(**{field: EVERYTHING[field]})
+                ask(**{field: EVERYTHING[field]}, temperature=0.5)
             assert raised.value.metadata == {"param": field}
             assert field in raised.value.message
             assert raised.value.retryable
@@ -413,6 +413,8 @@ def test_a_dead_generation_thread_is_told_by_newer_servers_only():
         (200, {"status": "ok"}, True),
         (200, {"status": "healthy"}, True),
         (200, {"status": "unhealthy"}, False),
+        (200, {"status": "healthy", "ready": False, "state": "loading"}, False),
+        (200, {"status": "healthy", "ready": True, "state": "ready"}, True),
         (200, {"status": "loading"}, False),
         (503, {"status": "unhealthy", "model_status": "no_models"}, False),
         (500, "Internal Server Error", False),
@@ -579,6 +581,22 @@ def test_a_server_that_says_that_it_is_not_ready_has_died_and_one_that_does_not_
         unaware.engine.die()
         assert client.has_died()
         assert not of_unaware.has_died()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("status", path="/health", status=302, headers={"location": "/"}),
+        Fault("status", path="/health", status=404),
+        Fault("status", path="/health", status=200, body="<"),
+        Fault("flood", path="/health"),
+    ],
+    ids=["redirect", "missing", "page", "flood"],
+)
+def test_a_server_that_answers_health_badly_has_not_died(fault):
+    with served("openai") as (server, client):
+        server.fail(fault)
+        assert client.has_died() is (fault.body == "<")
 
 
 def test_a_server_that_is_late_is_busy_and_not_dead():
