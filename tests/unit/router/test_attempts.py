@@ -372,6 +372,13 @@ def test_what_says_nothing_about_a_request_blames_none(error):
     assert failing_on(attempts_of(max_attempts=9), "a", "b", "c", error=error) == []
 
 
+def test_a_connection_that_breaks_a_little_later_breaks_alike_and_another_status_is_another_failure():
+    (given,) = failing_on(attempts_of(max_attempts=9), "a", "b", others=[BROKE, ConnectionFailure("it broke off")])
+    assert given.code == "invalid_request"
+    other = ProviderError("the MLX server answered 501", retryable=True, status=501)
+    assert failing_on(attempts_of(max_attempts=9), "a", "b", others=[FAILED, other]) == []
+
+
 def test_one_of_the_two_nodes_may_have_had_other_work():
     assert failing_on(attempts_of(max_attempts=9), "a", "b", error=DISTURBED) == []
     for errors in ([DISTURBED, FAILED], [FAILED, DISTURBED]):
