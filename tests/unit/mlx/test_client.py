@@ -233,7 +233,7 @@ KNOWN = {
     "mlx_lm": {*SAMPLING, *PENALTIES, "seed", "chat_template_kwargs"},
     "vllm_simple": {*SAMPLING, *PENALTIES, "stop", "tool_choice", "response_format", "chat_template_kwargs"}
     - {"frequency_penalty"},
-    "mlx_openai": {*SAMPLING, *PENALTIES, "response_format", "chat_template_kwargs"},
+    "mlx_openai": {*SAMPLING, *PENALTIES, "tool_choice", "response_format", "chat_template_kwargs"},
     "omni": {"response_format"},
     "rapid_mlx": {*SAMPLING, *PENALTIES, "stop", "seed", "tool_choice", "response_format", "parallel_tool_calls",
                   "reasoning_effort", "chat_template_kwargs"} - {"logit_bias"},
