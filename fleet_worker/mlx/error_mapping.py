@@ -60,6 +60,8 @@ def error_of_exception(exception: Exception, timer: RequestTimer) -> FleetError:
 
 _BODY_BYTES = 64 * 1024
 _BODY_SECONDS = 1.0
+_LONGEST_PAUSE = 3600.0
+"""Seconds; of what a server asks for in `retry-after`."""
 
 
 def error_of_response(response: httpx.Response, timer: RequestTimer) -> FleetError:
@@ -82,7 +84,7 @@ def _seconds(text: str | None) -> float | None:
         seconds = float(text or "")
     except ValueError:  # an HTTP date
         return None
-    return seconds if math.isfinite(seconds) and seconds >= 0 else None
+    return min(seconds, _LONGEST_PAUSE) if math.isfinite(seconds) and seconds >= 0 else None
 
 
 _STATUS_OF_CODE = {

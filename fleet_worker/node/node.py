@@ -14,7 +14,7 @@ from celery import Celery
 from celery.worker import state as celery_state
 
 from fleet_worker.broker.topology import direct_lane, lane, old_lane, transport_of
-from fleet_worker.errors import FleetError, InstanceUnavailable, ModelNotServed
+from fleet_worker.errors import FleetError, InstanceUnavailable, ModelNotServed, Overloaded, ProviderError
 from fleet_worker.mlx.offering import Offering
 from fleet_worker.mlx.timeouts import CancelToken
 from fleet_worker.node.confirmations import Confirmations
@@ -158,12 +158,15 @@ class Node:
 
     @contextmanager
     def counting_failures(self, model: str, request_id: str, cancel_token: CancelToken) -> Iterator[None]:
-        """Count an error within this block against the server, unless the request was cancelled."""
+        """Count an error within this block against the server, unless the request was cancelled, or had to share the
+        only slot: that is told as `disturbed`."""
         try:
             yield
         except FleetError as error:
             if cancel_token.error is None:
-                if isinstance(error, ModelNotServed):
+                if self.slots == 1 and type(error) in (ProviderError, Overloaded) and self.mlx.may_be_occupied:
+                    error.metadata["disturbed"] = True
+                elif isinstance(error, ModelNotServed):
                     self._monitor.check_model(model)
                 else:
                     self._readiness.failed(error, request_id)

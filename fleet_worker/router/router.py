@@ -154,7 +154,7 @@ class Router:
         """Return the envelope, without its reply queue and deadline, and the only node that may have it."""
         limit = self._settings.router.max_timeout
         seconds = self._settings.router.timeout if timeout is None else timeout
-        if not isinstance(seconds, int | float) or not 0 < seconds <= limit:
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= limit:
             text = f"timeout: must be a number of seconds, more than 0 and at most {limit:g} (router.max_timeout)"
             raise InvalidRequest(text, param="timeout")
         if node is not None and not is_node_name(node):

@@ -229,6 +229,8 @@ class Chat:
             left -= len(rest.pop(0))
         if rest:
             rest[0] = rest[0][left:] if self.flavour.keeps_space else rest[0][left:].removeprefix(" ")
+        if self.machine.drift is not None:
+            rest[self.machine.drift :] = reversed(rest[self.machine.drift :])
         return rest, len(rest)
 
     def _stopped(self, content: list[str], natural: int) -> tuple[list[str], int]:

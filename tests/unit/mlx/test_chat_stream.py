@@ -209,6 +209,7 @@ def test_a_busy_server_may_say_so_in_a_stream():
         (429, {"retry-after": "Wed, 21 Oct 2026 07:28:00 GMT"}, {}),
         (429, {"retry-after": "nan"}, {}),
         (429, {"retry-after": "inf"}, {}),
+        (429, {"retry-after": "1e300"}, {"retry_after": 3600.0}),
         (429, {"retry-after": "-1"}, {}),
         (429, {}, {}),
     ],

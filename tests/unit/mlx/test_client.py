@@ -583,6 +583,22 @@ def test_a_server_that_says_that_it_is_not_ready_has_died_and_one_that_does_not_
         assert not of_unaware.has_died()
 
 
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("status", path="/health", status=302, headers={"location": "/"}),
+        Fault("status", path="/health", status=404),
+        Fault("status", path="/health", status=200, body="<"),
+        Fault("flood", path="/health"),
+    ],
+    ids=["redirect", "missing", "page", "flood"],
+)
+def test_a_server_that_answers_health_badly_has_not_died(fault):
+    with served("openai") as (server, client):
+        server.fail(fault)
+        assert client.has_died() is (fault.body == "<")
+
+
 def test_a_server_that_is_late_is_busy_and_not_dead():
     with served("vllm_batched") as (server, client), took_less_than(1):
         server.fail(Fault("slow_headers", path="/health", seconds=30))

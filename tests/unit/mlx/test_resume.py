@@ -76,6 +76,18 @@ def test_an_answer_that_was_cut_anywhere_begins_again_at_temperature_0(continuin
         assert len(server.requests) == len(lengths)
 
 
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("drift", [0, 1, 3, 12])
+def test_no_server_makes_another_text_of_an_answer_at_temperature_0(continuing, flavour, drift):
+    """Most servers drop the space before the first word, so the text that is sent back has other tokens than the one
+    that was generated, and the rest of it differs, sooner or later."""
+    with continuing(flavour, drift=drift) as (_, client):
+        for count in (2, 9, 15):
+            assert joined(client, after(count))[0] == WHOLE
+        if flavour in CONTINUING and drift > 1:
+            assert joined(client, after(9), temperature=WARM)[0] != WHOLE
+
+
 @pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.rest)])
 @pytest.mark.parametrize("flavour", CONTINUING)
 def test_a_warm_answer_that_was_cut_anywhere_goes_on(continuing, flavour, step):

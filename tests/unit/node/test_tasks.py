@@ -5,7 +5,7 @@ import time
 import pytest
 
 from fleet_worker.broker.app import create_app
-from fleet_worker.errors import FleetError, InstanceUnavailable, InvalidRequest, ProviderError
+from fleet_worker.errors import FleetError, InstanceUnavailable, InvalidRequest, ProviderError, RequestTimeout
 from fleet_worker.node import confirmations
 from fleet_worker.node.confirmations import Confirmations
 from fleet_worker.node.node import Node
@@ -15,6 +15,7 @@ from fleet_worker.node.server_discovery import find_server
 from fleet_worker.node.tasks import register_tasks
 from fleet_worker.protocol import clock
 from fleet_worker.settings import Settings
+from fleet_worker.simulator import Fault
 from fleet_worker.testing import SimulatedMLX
 from tests.clients import took_less_than
 
@@ -23,17 +24,22 @@ HELLO = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5}
 
 
 @pytest.fixture(scope="module")
-def node_and_tasks():
+def mlx():
     with SimulatedMLX(flavour="vllm_batched", models=[CHAT, EMBED]) as mlx:
-        opted_in = {"enabled": True, "respond_to_requests": True}
-        instance = {"base_url": mlx.base_url, "models": {CHAT: {}, EMBED: {}}, "fleet": opted_in}
-        settings = Settings(instances={"one": instance}, broker_url="redis://127.0.0.1:1")
-        app = create_app(settings)
-        node = Node(app, settings, "one@test", find_server(settings.instances["one"], 5))
-        register_tasks(app, node)
-        yield node, app.tasks
-        node.close()
-        app.close()
+        yield mlx
+
+
+@pytest.fixture(scope="module")
+def node_and_tasks(mlx):
+    opted_in = {"enabled": True, "respond_to_requests": True}
+    instance = {"base_url": mlx.base_url, "models": {CHAT: {}, EMBED: {}}, "fleet": opted_in}
+    settings = Settings(instances={"one": instance}, broker_url="redis://127.0.0.1:1")
+    app = create_app(settings)
+    node = Node(app, settings, "one@test", find_server(settings.instances["one"], 5))
+    register_tasks(app, node)
+    yield node, app.tasks
+    node.close()
+    app.close()
 
 
 @pytest.fixture
@@ -109,6 +115,28 @@ def test_vectors_are_not_shortened(node, run):
     with pytest.raises(InvalidRequest, match="dimensions: this model's vectors have 384 numbers") as caught:
         run("embed", EMBED, {"input": "a", "dimensions": 128}, attempt=2)
     assert caught.value.param == "dimensions"
+
+
+def test_a_failure_beside_a_canary_or_what_is_left_of_another_request_is_told_as_such(node, mlx, run, monkeypatch):
+    """Its server has one slot. vllm-mlx's Simple engine answers 500 to a second request."""
+    counted = []
+    monkeypatch.setattr(node._readiness, "failed", lambda error, request_id: counted.append(error))
+
+    def failure(attempt):
+        mlx.fail(Fault("status", status=500))
+        with pytest.raises(ProviderError) as caught:
+            run("chat", attempt=attempt)
+        return caught.value.metadata.get("disturbed", False)
+
+    assert not failure(1)
+    monkeypatch.setattr(node.mlx, "_canary_runs", True)
+    assert failure(2)
+    monkeypatch.setattr(node.mlx, "_canary_runs", False)
+    assert not failure(3)
+    with mlx.held(at_token=1), pytest.raises(RequestTimeout):
+        run("chat", attempt=4, timeout_seconds=0.2, expires_at=clock.now() + 0.2)
+    assert failure(5)
+    assert len(counted) == 3  # with the timeout
 
 
 def test_a_fault_of_the_worker_itself_ends_in_an_error_that_quotes_nothing(node, run, monkeypatch, caplog):

@@ -324,6 +324,7 @@ def test_the_wait_is_what_the_router_measured_whatever_a_node_says():
 FAILED = ProviderError("the MLX server answered 500", retryable=True, status=500)
 BROKE = ConnectionFailure("broke")
 LATE = RequestTimeout("no content in time", retryable=True)
+DISTURBED = ProviderError("the MLX server answered 500", retryable=True, status=500, disturbed=True)
 
 
 def failing_on(attempts, *nodes, error=FAILED, others=()):
@@ -364,7 +365,8 @@ def test_two_nodes_that_fail_differently_are_no_proof_and_two_of_three_are():
 
 
 @pytest.mark.parametrize(
-    "error", [DOWN, Overloaded("busy"), ReplyLost(retryable=True), InstanceUnavailable("not ready", status=503)]
+    "error",
+    [DOWN, Overloaded("busy"), ReplyLost(retryable=True), InstanceUnavailable("not ready", status=503), DISTURBED],
 )
 def test_what_says_nothing_about_a_request_blames_none(error):
     assert failing_on(attempts_of(max_attempts=9), "a", "b", "c", error=error) == []
@@ -373,6 +375,14 @@ def test_what_says_nothing_about_a_request_blames_none(error):
 def test_what_kills_servers_is_poison_and_not_only_wrong():
     (given,) = failing_on(attempts_of(max_attempts=9), "a", "b", error=ConnectionFailure("broke", instance_died=True))
     assert given.code == PoisonSuspected.code
+
+
+def test_two_servers_that_freeze_with_a_request_are_enough_and_one_that_does_twice_is_not():
+    """The only server of a fleet may freeze now and then."""
+    froze = InstanceUnavailable("frozen", instance_frozen=True)
+    (given,) = failing_on(attempts_of(max_attempts=9), "a", "b", error=froze)
+    assert given.code == PoisonSuspected.code
+    assert failing_on(attempts_of(max_attempts=9), "a", "a", error=froze) == []
 
 
 def test_a_stream_that_has_begun_is_not_to_blame():
