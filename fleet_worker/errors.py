@@ -14,6 +14,7 @@ FleetError
 ├── Unauthorized                the MLX server refused the worker's key
 ├── Cancelled                   the caller cancelled the request
 ├── Expired                     the deadline passed before the work began
+│   └── QueueTimeout            no node took the request within its queue_timeout
 ├── FleetSaturated              too many requests wait for that model already
 ├── NodeLost                    the node that ran the request sends no more heartbeats
 ├── PoisonSuspected             two MLX servers died while they ran the request
@@ -58,6 +59,7 @@ __all__ = [
     "PoisonSuspected",
     "PolicyError",
     "ProviderError",
+    "QueueTimeout",
     "ReplyLost",
     "ReplyOverflow",
     "RequestTimeout",
@@ -154,7 +156,12 @@ class Cancelled(FleetError):
 
 
 class Expired(FleetError):
-    """The deadline passed before the work began."""
+    """The deadline passed before the work began. `metadata["away_for"]` is for how many seconds nobody has been there
+    who could do it: 0 if somebody is, None if that is unknown."""
+
+
+class QueueTimeout(Expired):
+    """No node took the request within its queue_timeout."""
 
 
 class FleetSaturated(FleetError):

@@ -56,6 +56,8 @@ class RouterSettings(Group):
     """Seconds for a whole request that names no timeout."""
     max_timeout: float = Field(3600.0, gt=0, le=3600)
     """Seconds that a caller may ask for at most."""
+    queue_timeout: float = Field(3600.0, gt=0)
+    """Seconds that a request may wait for a node, at first and after each interruption. Its `timeout` counts, too."""
     max_attempts: int = Field(3, ge=1, le=10)
     """Number of attempts for one request, if it fails in a way that another node may not."""
     lost_after: float = Field(5.0, ge=2)
@@ -99,6 +101,8 @@ class WorkerSettings(Group):
     """Seconds between two requests for the server's list of models."""
     max_pending: int = Field(10_000, ge=1)
     """Number of reply frames that may wait for the broker. Beyond it the tasks wait, and so do the MLX servers."""
+    old_lanes: bool = False
+    """Serve also the lanes of version 0.1.0, of models with other characters than a-z, 0-9 and `-` in their names."""
     drain_grace: float = Field(30.0, ge=0)
     """Seconds that running requests have to end when a node is stopped. Then other nodes continue them."""
     abandoned_after: float = Field(18.0, ge=5)

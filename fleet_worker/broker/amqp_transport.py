@@ -17,7 +17,7 @@ from amqp.exceptions import Blocked
 from amqp.method_framing import frame_handler
 from kombu.transport import pyamqp
 
-from fleet_worker.broker import tls
+from fleet_worker.broker import amqp_socket
 from fleet_worker.broker.door import FOREIGN, MOST_FANOUT_BYTES, OpenedMessage, Refused
 
 REDELIVERED = "fleet-redelivered"
@@ -96,7 +96,7 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]
         message.ack()
 
 
-class Connection(pyamqp.Connection):  # type: ignore[misc]
+class Connection(amqp_socket.Connection):
     Channel = Channel
 
     def __init__(self, **options: Any) -> None:
@@ -154,9 +154,5 @@ class Transport(pyamqp.Transport):  # type: ignore[misc]
     Connection = Connection
 
 
-class _SSLConnection(Connection, tls.AMQPConnection):
-    pass
-
-
-class SSLTransport(tls.AMQPTransport):
-    Connection = _SSLConnection
+class SSLTransport(pyamqp.SSLTransport):  # type: ignore[misc]
+    Connection = Connection

@@ -31,7 +31,7 @@ class ControlListener:
     """Receives while a worker of this application runs, from before it takes work until it has ended.
 
     `commands` are for this node only, and not for other workers of the process. What is sent while the broker is away
-    is lost.
+    is lost. `connected` is called when that changes: with whether it receives, and whether it receives commands, too.
     """
 
     def __init__(
@@ -40,13 +40,17 @@ class ControlListener:
         node_name: str,
         subscription: Subscription,
         commands: Mapping[str, Command],
+        connected: Callable[[bool, bool], object] = lambda connected, has_commands: None,
     ) -> None:
         self._app = app
         self._name = node_name
         self._transport = transport_of(app.conf.broker_url)
         self._new_queue, self._receive = subscription
+        self._connected = connected
         self._commands = ControlCommands(app, node_name, commands)
-        self._thread = ReconnectingThread("remote control", app.connection_for_read, self._listen)
+        self._thread = ReconnectingThread(
+            "remote control", app.connection_for_read, self._listen, lambda _: connected(False, False)
+        )
         app.steps["consumer"].add(self._step())
 
     def start(self) -> None:
@@ -89,11 +93,13 @@ class ControlListener:
         has_commands = self._consume_commands(connection)
         hear(connection, 0.01)  # only now kombu's Redis transport subscribes
         self._thread.works()
+        self._connected(True, has_commands)
         while not self._thread.closed.is_set():
             hear(connection, 0.5)
             prove(connection, channel)
             self._thread.works()
-            has_commands = has_commands or self._consume_commands(connection)
+            if not has_commands and (has_commands := self._consume_commands(connection)):
+                self._connected(True, True)
 
     def _consume_commands(self, connection: Connection) -> bool:
         """Return False if RabbitMQ refuses for now: a lost connection of this node may still own the control queue."""

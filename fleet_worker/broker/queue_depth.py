@@ -11,12 +11,13 @@ from typing import Any
 from amqp.exceptions import NotFound
 from celery import Celery
 
+from fleet_worker.broker.broker_clock import BrokerClock
 from fleet_worker.broker.connection import BROKER_ERRORS, connect, unavailable
 from fleet_worker.broker.topology import EXCHANGE, Transport, direct_lane
 from fleet_worker.settings import REGISTRY
 
 SUBMITTED_AT = "submitted_at"
-"""The header of a request with the time when this attempt was submitted: epoch seconds."""
+"""The header of a request with the time when this attempt was submitted, by the broker's clock (`broker_clock`)."""
 MOST_LANES = 1_000
 BATCH = 100
 """Lanes in one question to Redis."""
@@ -100,6 +101,7 @@ def _chosen(lanes: Iterable[str]) -> list[str]:
 def _ask_redis(channel: Any, lanes: list[str], deadline: float) -> Iterator[tuple[str, Waiting]]:
     with channel.conn_or_acquire() as client:
         ask = client.register_script(_DEPTH_AND_OLDEST)
+        now = BrokerClock().now(channel)
         for first in range(0, len(lanes), BATCH):
             if time.monotonic() > deadline:
                 return
@@ -109,7 +111,7 @@ def _ask_redis(channel: Any, lanes: list[str], deadline: float) -> Iterator[tupl
                     ask(keys=[channel._q_for_pri(name, step) for step in channel.priority_steps], client=pipe)
                 answers = pipe.execute()
             for name, (depth, oldest) in zip(batch, answers, strict=True):
-                yield name, Waiting(depth, max(0.0, time.time() - float(oldest)) if oldest else None)
+                yield name, Waiting(depth, max(0.0, now - float(oldest)) if oldest else None)
 
 
 def _ask_rabbitmq(channel: Any, lanes: list[str], deadline: float) -> Iterator[tuple[str, Waiting]]:

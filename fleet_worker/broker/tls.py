@@ -15,9 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
-from amqp.transport import SSLTransport
 from kombu import Connection
-from kombu.transport import pyamqp
 from redis import SSLConnection
 
 from fleet_worker.certificates import TLS, chain
@@ -39,7 +37,7 @@ def ssl_options(settings: Settings) -> dict[str, Any] | None:
     if url.scheme == "rediss":
         files = {"ssl_ca_certs": ca, "ssl_certfile": cert, "ssl_keyfile": key}
         return {**files, "ssl_cert_reqs": needs, "ssl_check_hostname": tls.authenticates}
-    # py-amqp checks the host name if it is told one; kombu would fill in None.
+    # py-amqp checks the host name if it is told one; for None, kombu would fill in that of the URL.
     host = {"server_hostname": url.hostname or "localhost"} if tls.authenticates else {}
     return {"ca_certs": ca, "certfile": cert, "keyfile": key, "cert_reqs": needs, **host}
 
@@ -51,7 +49,7 @@ class RedisConnection(SSLConnection):
     """The one that it used last."""
 
     def connect(self) -> None:
-        with _clear_refusals(self._tls, (self.host, self.port), self.host):
+        with clear_refusals(self._tls, (self.host, self.port), self.host):
             super().connect()  # type: ignore[no-untyped-call]
 
     def _wrap_socket_with_ssl(self, sock: Any) -> ssl.SSLSocket:
@@ -64,41 +62,8 @@ class RedisConnection(SSLConnection):
         return TLS(self.ca_certs, self.certfile, self.keyfile, checks_chain, bool(self.check_hostname))
 
 
-class _AMQPSocket(SSLTransport):  # type: ignore[misc]
-    """py-amqp's, with our context. Its own asks on the terminal for the passphrase of a key."""
-
-    def _wrap_socket(self, sock: Any, **options: Any) -> ssl.SSLSocket:
-        # It makes the handshake itself, with a timeout.
-        return (
-            _tls_of(options)
-            .context()
-            .wrap_socket(sock, do_handshake_on_connect=False, server_hostname=options.get("server_hostname"))
-        )
-
-
-def _tls_of(options: dict[str, Any]) -> TLS:
-    checks_chain, checks_host = options["cert_reqs"] != ssl.CERT_NONE, "server_hostname" in options
-    return TLS(options["ca_certs"], options["certfile"], options["keyfile"], checks_chain, checks_host)
-
-
-class AMQPConnection(pyamqp.Connection):  # type: ignore[misc]
-    def connect(self, *args: Any) -> None:
-        host, _, port = self.host.rpartition(":")
-        with _clear_refusals(_tls_of(self.ssl), (host, int(port)), self.ssl.get("server_hostname")):
-            super().connect(*args)
-
-    def Transport(self, host: str, connect_timeout: float | None, ssl: Any, *timeouts: Any, **options: Any) -> Any:  # noqa: N802
-        read_timeout, write_timeout = timeouts
-        limits = {"connect_timeout": connect_timeout, "read_timeout": read_timeout, "write_timeout": write_timeout}
-        return _AMQPSocket(host, ssl=ssl, **limits, **options)
-
-
-class AMQPTransport(pyamqp.SSLTransport):  # type: ignore[misc]
-    Connection = AMQPConnection
-
-
 @contextmanager
-def _clear_refusals(tls: TLS, address: tuple[str, int], name: str | None) -> Iterator[None]:
+def clear_refusals(tls: TLS | None, address: tuple[str, int], name: str | None) -> Iterator[None]:
     """Raise the alert that tells why a broker refuses this client, instead of an error that only says that it did.
 
     In TLS 1.3 the handshake has succeeded here before the broker looks at the certificate of a client. Its alert is
@@ -108,7 +73,7 @@ def _clear_refusals(tls: TLS, address: tuple[str, int], name: str | None) -> Ite
         yield
     except Exception as error:
         lost = (ConnectionResetError, BrokenPipeError, ssl.SSLEOFError)
-        if any(isinstance(each, lost) for each in chain(error)):
+        if tls and any(isinstance(each, lost) for each in chain(error)):
             _listen_for_alert(tls, address, name)
         raise
 

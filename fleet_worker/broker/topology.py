@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import uuid
 from typing import Any, Literal, get_args
@@ -20,6 +21,8 @@ LONGEST_EXPIRY = 999_999
 CONTROL_EXCHANGE = "llm.fleet.control"
 EVENT_EXCHANGE = "llm.fleet.events"
 """Of Celery's remote control and of its events: Celery's own names are those of every Celery application."""
+LONGEST_SLUG = 200
+"""Characters, so that the name of a lane is no longer than the 255 bytes of RabbitMQ."""
 LANE_EXPIRES = 24 * 3600.0
 """Seconds until an unused lane is deleted: longer than any request lives. All nodes of a lane may be away that long."""
 
@@ -32,14 +35,26 @@ def task_name(operation: str) -> str:
     return f"fleet.{operation}"
 
 
-def slug(model: str) -> str:
-    """`mlx-community/Qwen3-14B_4bit` -> `mlx-community-qwen3-14b-4bit`. Two models may share a slug, and so a lane:
-    nodes check the model of each request."""
-    return re.sub(r"[^a-z0-9]+", "-", model.lower()).strip("-")
+def slug(name: str) -> str:
+    """`mlx-community/Qwen3-14B_4bit` -> `mlx-community-qwen3-14b-4bit`. Two names may have the same slug."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def lane(operation: str, model: str) -> str:
-    """Return the lane of one capability of one model."""
+    """Return the lane of one capability of one model; no two models share one.
+
+    `qwen3-8b` -> `llm.fleet.chat.qwen3-8b`. A name that differs from its slug is told apart by a hash, after a
+    character that no slug has: `qwen3:8b` -> `llm.fleet.chat.qwen3-8b_9a4b1bd5`.
+    """
+    readable = slug(model)
+    if readable != model or len(readable) > LONGEST_SLUG:
+        hashed = hashlib.sha256(model.encode("utf-8", "surrogatepass")).hexdigest()
+        readable = f"{readable[:LONGEST_SLUG].strip('-')}_{hashed[:8]}"
+    return f"{EXCHANGE.name}.{operation}.{readable}"
+
+
+def old_lane(operation: str, model: str) -> str:
+    """Return the lane that version 0.1.0 used, which models with the same slug shared."""
     return f"{EXCHANGE.name}.{operation}.{slug(model)}"
 
 

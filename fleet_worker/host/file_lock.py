@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
+import zlib
 from pathlib import Path
 from typing import IO
 
@@ -16,6 +18,13 @@ class Held(Exception):
     def __init__(self, path: Path, pid: int | None) -> None:
         super().__init__(f"{path.name} is held by process {pid or '(unknown)'}")
         self.pid = pid
+
+
+def file_name(name: str) -> str:
+    """Return a name for a file that no other name has, also on macOS, where names of different case are one file."""
+    if re.fullmatch(r"[a-z0-9@._-]*", name):
+        return name
+    return f"{name}~{zlib.crc32(name.encode()):08x}"
 
 
 def hold(path: Path) -> IO[str]:

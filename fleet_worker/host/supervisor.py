@@ -21,7 +21,7 @@ from typing import Any
 from fleet_worker import exit_codes
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.host.child_process import python
-from fleet_worker.host.file_lock import Held, hold, holder, open_lock
+from fleet_worker.host.file_lock import Held, file_name, hold, holder, open_lock
 from fleet_worker.host.node_process import NEVER, Backoff, NodeProcess
 from fleet_worker.host.parent_pipe import NODE_LOCK, PARENT_PIPE, parent_pipe
 from fleet_worker.host.variables import mistyped
@@ -124,7 +124,7 @@ class Supervisor:
 
     def _start(self, node_name: str) -> subprocess.Popen[bytes]:
         """Start a process that leads its own group, and holds the lock on the node's name until it ends."""
-        with open_lock(self._settings.state_dir / f"node-{node_name}.lock") as lock:
+        with open_lock(self._settings.state_dir / f"node-{file_name(node_name)}.lock") as lock:
             return subprocess.Popen(  # noqa: S603 - our own command line
                 self._command(node_name),
                 stdin=subprocess.DEVNULL,

@@ -25,6 +25,8 @@ _MOST_TOKENS = 1_000_000
 """Of one answer; as many as a request may ask for."""
 _MOST_CHARACTERS = 8_000_000
 """Of one answer."""
+_MOST_IDLE_BYTES = 16 * 1024 * 1024
+"""Of heartbeats in a row. A server sends a few bytes of them in a second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,7 @@ class ServerStream:
         self._chunks = ChunkReader(splitter)
         self._finish_reason = "stop"
         self._is_finishing = False
+        self._idle_bytes = 0
         self._first: float | None = None
         self._last = timer.started
 
@@ -101,10 +104,20 @@ class ServerStream:
                 return
             if chunks.finish_reason is not None:
                 self._limit_rest()
-            elif chunks.moved:  # comments and other heartbeats are no sign of progress
+            elif chunks.moved:
                 self._timer.restart_gap()
+                self._idle_bytes = 0
+            else:
+                self._no_progress(len(received))
             if chunks.tokens > _MOST_TOKENS or chunks.characters > _MOST_CHARACTERS:
                 raise MalformedOutput("the MLX server sends an answer that is too large")
+
+    def _no_progress(self, size: int) -> None:
+        """Take so many bytes of comments and other heartbeats, or of a part of an event."""
+        self._timer.check()
+        self._idle_bytes += size
+        if self._idle_bytes > _MOST_IDLE_BYTES:
+            raise MalformedOutput("the MLX server sends heartbeats without end")
 
     def _limit_rest(self) -> None:
         if not self._is_finishing:

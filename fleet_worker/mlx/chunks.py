@@ -202,11 +202,22 @@ def _unusual(delta: dict[str, Any], content: Any, reasoning: Any, calls: Any) ->
         return delta.get("refusal"), reasoning, calls or (legacy and [{"type": "function", "function": legacy}])
     if not isinstance(content, list):
         return content, reasoning, calls
-    texts = [part["text"] for part in content if part["type"] in ("text", "output_text")]
-    thoughts = [part.get("text") or part["thinking"] for part in content if part["type"] in ("reasoning", "thinking")]
-    if len(texts) + len(thoughts) != len(content):
-        raise TypeError("only texts are expected")
-    return "".join(texts), (reasoning or "") + "".join(thoughts), calls
+    text, thoughts = _texts_of(content)
+    return text, (reasoning or "") + thoughts, calls
+
+
+def _texts_of(parts: list[dict[str, Any]]) -> tuple[str, str]:
+    """Return the text and the reasoning in a list of parts; mistral's reasoning is a list of parts itself."""
+    text = thoughts = ""
+    for part in parts:
+        if part["type"] in ("text", "output_text"):
+            text += part["text"]
+        elif part["type"] in ("reasoning", "thinking"):
+            inner = part.get("text") or part["thinking"]
+            thoughts += inner if isinstance(inner, str) else _texts_of(inner)[0]
+        else:
+            raise TypeError("only texts are expected")
+    return text, thoughts
 
 
 def parse_usage(usage: Any) -> Usage:

@@ -29,6 +29,7 @@ from tenacity import (
 
 from fleet_worker.errors import (
     ConfigurationError,
+    ConnectionFailure,
     FleetError,
     InstanceUnavailable,
     RequestTimeout,
@@ -59,6 +60,8 @@ _MAX_VECTOR_BYTES = 256 * 1024
 """Enough for 8,192 dimensions in JSON."""
 _DEATH_CHECK_SECONDS = 0.5
 """How long `has_died` may take."""
+_OCCUPIED_FOR = 1.0
+"""Seconds; a server notices within 0.9 s that a client has left."""
 _RECHECK_AFTER = 0.05
 """Seconds until a server that refused a connection is asked again: it also refuses for a moment when it is busy."""
 
@@ -84,6 +87,7 @@ class MLXClient:
             cookies=CookieJar(policy=DefaultCookiePolicy(allowed_domains=())),  # a server could send them without end
         )
         self._timeouts = TimeoutThread()
+        self._canary_runs = False
         self.url = base_url
         self.unreachable = threading.Event()
         """Set by the health monitor while the server refuses connections: requests then fail at the first refusal."""
@@ -166,11 +170,21 @@ class MLXClient:
 
     def canary(self, offering: Offering, *, deadline: float, cancel_token: CancelToken | None = None) -> None:
         """Ask for one token, or one vector, to find out whether the server works; raise a `FleetError` if not."""
-        if "embed" in offering.capabilities:
-            self.embed(["canary"], offering, deadline=deadline, cancel_token=cancel_token)
-            return
-        params = ChatParams.model_validate(_CANARY)
-        self.chat(params, offering, deadline=deadline, cancel_token=cancel_token)
+        self._canary_runs = True
+        try:
+            if "embed" in offering.capabilities:
+                self.embed(["canary"], offering, deadline=deadline, cancel_token=cancel_token)
+            else:
+                params = ChatParams.model_validate(_CANARY)
+                self.chat(params, offering, deadline=deadline, cancel_token=cancel_token)
+        finally:
+            self._canary_runs = False
+
+    @property
+    def may_be_occupied(self) -> bool:
+        """Return whether the server may still work on a request that was cut, or on a canary. One that has a single
+        slot fails others meanwhile: vllm-mlx's Simple engine answers with an error 500."""
+        return self._canary_runs or time.monotonic() - self._timeouts.last_leftover < _OCCUPIED_FOR
 
     @property
     def last_content(self) -> float:
@@ -229,11 +243,11 @@ class MLXClient:
         for is_last_try in (False, True):
             try:
                 return not self.health(timeout=deadline - time.monotonic()).ready
-            except RequestTimeout:
-                return False
-            except FleetError:
+            except (InstanceUnavailable, ConnectionFailure):
                 if not is_last_try:
                     time.sleep(_RECHECK_AFTER)
+            except FleetError:  # it answers, however badly, or is late
+                return False
         return True
 
     def _timer(self, deadline: float, cancel_token: CancelToken | None = None) -> RequestTimer:

@@ -48,7 +48,7 @@ def parse_vectors(answer: dict[str, Any], count: int, dimensions: int | None) ->
         if len(entries) != count:
             raise MalformedOutput(f"the MLX server sent {len(entries)} vectors for {count} inputs")
         embeddings = [entry["embedding"] for entry in _in_order(entries)]
-        vectors = [unpack_vector(each) if isinstance(each, str) else array("f", each) for each in embeddings]
+        vectors = [unpack_vector(each) if isinstance(each, str) else _vector(each) for each in embeddings]
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
         raise MalformedOutput("the MLX server's embeddings are not a list of vectors") from None
     expected = dimensions or len(vectors[0])
@@ -58,6 +58,12 @@ def parse_vectors(answer: dict[str, Any], count: int, dimensions: int | None) ->
         if not math.isfinite(sum(vector)):
             raise MalformedOutput("the MLX server sent a vector that is not finite")
     return [pack_vector(vector) for vector in vectors], expected
+
+
+def _vector(numbers: list[float]) -> array[float]:
+    if type(numbers) is not list:
+        raise TypeError("a vector is a list of numbers")
+    return array("f", numbers)
 
 
 def _in_order(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -77,10 +77,13 @@ class EnforcedStream:
         self._rules = rules
         self._stop = StopStrings(rules.stop, delivered=delivered)
         self._content: list[str] = []
+        self._held_back = 0
+        """Number of deltas whose text is held back, at least in parts."""
 
     @property
     def tokens(self) -> int:
-        return self._stream.tokens
+        """Number of tokens of the answer so far, without those whose text is held back: they may never be delivered."""
+        return self._stream.tokens - self._held_back
 
     def __iter__(self) -> Iterator[list[Delta]]:
         """Raises what the stream raises, and `InvalidOutput` at the end of an answer that breaks a rule."""
@@ -89,12 +92,14 @@ class EnforcedStream:
                 yield new
             if self._stop.found:
                 return
+        self._held_back = 0
         if last := Delta.of(self._kept(self._stop.end()), None, None):
             yield [last]
         self._rules.check("".join(self._content), self._stream.answer().finish_reason)
 
     def _followed(self, delta: Delta) -> Delta | None:
         content = self._kept(self._stop.feed(delta.content or ""))
+        self._held_back = self._held_back + 1 if self._stop.holds_back else 0
         calls = delta.tool_calls
         if calls and self._rules.single_call:
             calls = [fragment for fragment in calls if not fragment.get("index")]
@@ -108,7 +113,7 @@ class EnforcedStream:
     def answer(self) -> ChatAnswer:
         """Return how the stream ended, without its text."""
         answer = self._stream.answer()
-        return _stopped(answer, self.tokens) if self._stop.found else answer
+        return _stopped(answer, self._stream.tokens) if self._stop.found else answer
 
 
 def read_whole(stream: AnswerStream, rules: Rules, *, starts_in_reasoning: bool) -> ChatAnswer:

@@ -60,6 +60,8 @@ def error_of_exception(exception: Exception, timer: RequestTimer) -> FleetError:
 
 _BODY_BYTES = 64 * 1024
 _BODY_SECONDS = 1.0
+_LONGEST_PAUSE = 3600.0
+"""Seconds; of what a server asks for in `retry-after`."""
 
 
 def error_of_response(response: httpx.Response, timer: RequestTimer) -> FleetError:
@@ -82,7 +84,7 @@ def _seconds(text: str | None) -> float | None:
         seconds = float(text or "")
     except ValueError:  # an HTTP date
         return None
-    return seconds if math.isfinite(seconds) and seconds >= 0 else None
+    return min(seconds, _LONGEST_PAUSE) if math.isfinite(seconds) and seconds >= 0 else None
 
 
 _STATUS_OF_CODE = {
@@ -140,6 +142,8 @@ _MISSING_MODEL = re.compile(
     r"cached snapshot|model_not_found|repository not found|repo[_ ]?id|model.{0,200}(does not exist|not found)",
     re.IGNORECASE | re.DOTALL,
 )
+_NOT_LOADED = re.compile(r"\W*detail\W*failed to load model", re.IGNORECASE)
+"""What mlx-vlm's server answers with status 400."""
 _THREAD_DIED = re.compile(r"\W*((error|detail|message)\W*)*generation thread died", re.IGNORECASE)
 """At the beginning only: further behind it may be quoted from a conversation."""
 _TEMPLATE_REFUSALS: dict[str, str] = {
@@ -177,7 +181,7 @@ def error_of_status(status: int, body: bytes, *, retry_after: float | None = Non
         case 404:
             return _not_found(text)
         case 400 | 411 | 413 | 422:
-            return _refusal(status, body)
+            return _refusal(status, text, body)
         case 408 | 504:
             return RequestTimeout(f"the MLX server gave up ({status})", retryable=True)
         case 429 | 503 | 529:
@@ -187,8 +191,10 @@ def error_of_status(status: int, body: bytes, *, retry_after: float | None = Non
     return ProviderError(f"the MLX server answered {status}", retryable=status >= 500, status=status)
 
 
-def _refusal(status: int, body: bytes) -> InvalidRequest:
+def _refusal(status: int, text: str, body: bytes) -> FleetError:
     """Name the field that the server names, if it is one of ours: FastAPI does in `loc`, OpenAI in `param`."""
+    if _NOT_LOADED.match(text):
+        return ModelNotServed("the MLX server cannot load the model that `backend` names")
     report: Any = None
     with contextlib.suppress(ValueError, RecursionError):
         report = json.loads(body)

@@ -39,6 +39,8 @@ ALIASES = {
     "reasoning": "thinking",
 }
 """Other names of features in the settings."""
+_MOST_REPORTED = 1000
+"""A lane of its own for each is too much for a broker, and no mini serves so many."""
 _REQUIRED_FEATURE: dict[Capability, str] = {"chat": "completion", "stream_chat": "streaming", "embed": "embedding"}
 
 # `e5` and `gte` only as separate words: both occur inside hashes.
@@ -77,11 +79,12 @@ def offerings_of(instance: Instance, provider: Mapping[str, bool], reported: Ite
     lists of the instance allow. `provider` are features of all models.
 
     What a server reports is only a hint: mlx_lm.server lists the disk cache of its host, or an absolute path, of which
-    only the last part becomes the public name.
+    only the last part becomes the public name. Of a catalogue of more than 1,000 models, none is offered.
     """
     reported = list(reported)
-    found = {_public_name(backend): Model(backend=backend) for backend in reported}
-    models = instance.models or {name: model for name, model in found.items() if instance.allows(name)}
+    found = {_public_name(backend): Model(backend=backend) for backend in reported if _public_name(backend)}
+    allowed = {name: model for name, model in found.items() if instance.allows(name)}
+    models = instance.models or (allowed if len(allowed) <= _MOST_REPORTED else {})
     offerings = {}
     for name, model in models.items():
         features = features_of(name, model, instance, provider)
@@ -128,7 +131,10 @@ def no_offerings_advice(table: str, instance: Instance) -> str:
     if not instance.capabilities:
         return "fleet.capabilities names nothing that usage allows: correct one of them"
     if not instance.models:
-        return f"list its models under [{table}.models], or check model_whitelist and model_blacklist"
+        return (
+            f"list its models under [{table}.models], or check model_whitelist and model_blacklist: they should leave "
+            f"between 1 and {_MOST_REPORTED:,} of the models that the server reports"
+        )
     names, capabilities = ", ".join(map(repr, instance.models)), ", ".join(instance.capabilities)
     features = ", ".join(f"{_REQUIRED_FEATURE[each]} = true" for each in instance.capabilities)
     first = next(iter(instance.models))

@@ -90,23 +90,23 @@ def sent_fields(kind: str) -> frozenset[str]:
     return frozenset(re.split("[:.]", row)[0] for row in sent)
 
 
-def refused_parameter(params: ChatParams, kind: str, temperature: float) -> str | None:
-    """Return the name of a parameter that this kind of server cannot do; None if it can do all of them.
-
-    A kind that is not in the table, of a newer version, can do everything as far as is known.
-    """
-    if kind not in KINDS:
-        return None
-    refused = (field for field, row in _asked(params, temperature) if treatment(row, kind) == "refused")
-    return next(refused, None)
-
-
 def may_be_refused(params: ChatParams) -> bool:
     """Return False if no kind of server refuses these parameters. It is quick: most requests have only those."""
     return not params.model_fields_set <= _NEVER_REFUSED
 
 
 _NEVER_REFUSED = {"messages", "n", *(row for row, cells in TABLE.items() if "refused" not in cells)}
+
+
+def refused_parameter(params: ChatParams, kind: str, temperature: float) -> str | None:
+    """Return the name of a parameter that this kind of server cannot do; None if it can do all of them.
+
+    A kind that is not in the table, of a newer version, can do everything as far as is known.
+    """
+    if kind not in KINDS or not may_be_refused(params):
+        return None
+    refused = (field for field, row in _asked(params, temperature) if treatment(row, kind) == "refused")
+    return next(refused, None)
 
 
 def check_parameters(params: ChatParams, kind: str, temperature: float) -> None:

@@ -111,6 +111,11 @@ def chat_body(params: ChatParams, offering: Offering, profile: ServerProfile) ->
     given["max_tokens"] = max_tokens + (profile.length_shortfall or 0)
     if params.tool_choice == "none" and "tool_choice" not in profile.fields:
         given.pop("tools", None)
+    if not params.tools:  # OpenAI's own server refuses all of these then
+        given.pop("tools", None)
+        given.pop("parallel_tool_calls", None)
+        if params.tool_choice in ("auto", "none"):
+            given.pop("tool_choice")
     if offering.reasons:  # a server would find them in the reasoning, too
         given.pop("stop", None)
     given.pop("chat_template_kwargs", None)

@@ -45,7 +45,8 @@ def resume_strategies(
 
     At temperature 0 the server starts over, and what equals the delivered text is dropped. Continuing would be quicker,
     but not exact: the tokens of the delivered text are not always those that were generated. Servers drop the space
-    before the first word, for example, so that the same text begins with another token.
+    before the first word, for example, so that the same text begins with another token. Their number is not exact
+    either: the server itself tells where the answer ends.
 
     At any other temperature the server continues before the last word that was delivered, or at the end of the text.
 
@@ -53,14 +54,14 @@ def resume_strategies(
         StreamInterrupted: there is no strategy; retryable if another server may have one.
     """
     body = chat_body(params, offering, profile)
-    tokens_left = body["max_tokens"] - (profile.length_shortfall or 0) - resume.tokens
-    if tokens_left <= 0:
-        return []
     if (params.response_format or {}).get("type", "text") != "text":
         raise StreamInterrupted("an answer in JSON is not continued")
     if body["temperature"] == 0:
         overlap = OverlapFilter("", again=resume.content, reasoning=resume.reasoning, stop=params.stop or ())
         return [ResumeStrategy(body, overlap, None)]
+    tokens_left = body["max_tokens"] - (profile.length_shortfall or 0) - resume.tokens
+    if tokens_left <= 0:
+        return []
     strategies = list(_continuations(body, offering, profile, resume.content, tokens_left, params.stop or ()))
     if not strategies:
         # No server can continue reasoning alone.

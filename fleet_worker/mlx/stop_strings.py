@@ -26,6 +26,10 @@ class StopStrings:
             self.feed(delivered[-longest:])
             self.found, self._held_back = False, ""
 
+    @property
+    def holds_back(self) -> bool:
+        return bool(self._held_back)
+
     def feed(self, piece: str) -> str:
         """Return the text that is certain by now: empty once a stop string was found."""
         if self.found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
 import struct
 import threading
@@ -111,6 +112,8 @@ class TimeoutThread:
         self._closed = False
         self.last_content = 0.0
         """When content last arrived for any request: time.monotonic() seconds."""
+        self.last_leftover = -math.inf
+        """When a request was last cut: the server may work on it for a moment longer."""
         self._thread = threading.Thread(target=self._run, name="fleet-timeouts", daemon=True)
         self._thread.start()
 
@@ -125,6 +128,8 @@ class TimeoutThread:
         finally:
             with self._changed:
                 self._guards.discard(guard)
+            if guard.was_cut.is_set() and guard.awaits != "/health":
+                self.last_leftover = time.monotonic()
             guard.close()
 
     @property

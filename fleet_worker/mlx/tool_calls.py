@@ -10,8 +10,11 @@ from fleet_worker.errors import MalformedOutput
 
 _MOST_CALLS = 1000
 """In one answer. A model writes a few."""
+_TOO_MANY = f"the MLX server sent more than {_MOST_CALLS} tool calls in one answer"
 _MOST_CHARACTERS = 4_000_000
-"""Of the arguments of all calls."""
+"""Of the names and arguments of all calls."""
+_LONGEST_NAME = 1000
+_MOST_ATTEMPTS = 100
 
 
 @dataclass(slots=True, eq=False)
@@ -20,10 +23,13 @@ class _Call:
     id: str | None
     name: str = ""
     arguments: list[str] = field(default_factory=list)
+    _attempts: int = 0
 
-    @property
     def is_complete(self) -> bool:
-        """Its arguments are a whole JSON value."""
+        """Its arguments are a whole JSON value, as far as a few attempts can tell."""
+        self._attempts += 1
+        if self._attempts > _MOST_ATTEMPTS:
+            return False
         try:
             json.loads("".join(self.arguments))
         except (ValueError, RecursionError):
@@ -51,7 +57,7 @@ class ToolCalls:
 
         Raises:
             TypeError, AttributeError: they are no fragments of tool calls.
-            MalformedOutput: there are too many calls, or their arguments are too large.
+            MalformedOutput: there are too many calls, or they are too large.
         """
         begun = len(self._calls)
         return [self._numbered(fragment, begun) for fragment in fragments]
@@ -66,9 +72,9 @@ class ToolCalls:
             call.name += name
         if arguments:
             call.arguments.append(arguments)
-            self._size += len(arguments)
-            if self._size > _MOST_CHARACTERS:
-                raise MalformedOutput("the MLX server sent arguments of tool calls that are too large")
+        self._size += len(name) + len(arguments)
+        if self._size > _MOST_CHARACTERS or len(call.name) > _LONGEST_NAME:
+            raise MalformedOutput("the MLX server sent names or arguments of tool calls that are too large")
         others = {key: value for key, value in fragment.items() if key != "id"}
         identity = {"id": call.id} if call.id else {}
         return {**identity, **others, "index": call.index, "function": function}
@@ -88,6 +94,8 @@ class ToolCalls:
             call.id = call_id
             self._by_id[call_id] = call
         self._by_index[call.index if index is None else index] = call
+        if len(self._by_index) > _MOST_CALLS:
+            raise MalformedOutput(_TOO_MANY)
         return call
 
     def _begins(
@@ -96,18 +104,18 @@ class ToolCalls:
         """Tell whether another call begins, and not `last` goes on."""
         if call_id and last.id:
             # Some servers make up an id for every fragment, but then the number is the same and the name is left out.
-            return index is None or bool(name) or last.is_complete
+            return index is None or bool(name) or (bool(arguments) and last.is_complete())
         if not name:
             return False
-        if last.index >= begun:  # of the same delta
-            return True
+        if index is None and (last.index >= begun or not last.arguments):
+            return last.index >= begun or name != last.name
         if not last.arguments:
-            return index is None and name != last.name
-        return name != last.name or (bool(arguments) and last.is_complete)
+            return False
+        return name != last.name or (bool(arguments) and last.is_complete())
 
     def _new(self, call_id: str | None) -> _Call:
         if len(self._calls) >= _MOST_CALLS:
-            raise MalformedOutput(f"the MLX server sent more than {_MOST_CALLS} tool calls in one answer")
+            raise MalformedOutput(_TOO_MANY)
         call = _Call(len(self._calls), call_id)
         self._calls.append(call)
         if call_id:

@@ -25,6 +25,8 @@ SILENT_FOR = 1.5
 """Seconds without an answer and without content after which a server with work may be frozen."""
 LAST_CHANCE = 2.5
 """Seconds in which a server that is only slow still answers `/health`."""
+CHECKS_APART = 0.05
+"""Seconds between the beginnings of two checks at least, however many requests fail."""
 CONFIRM_AFTER = 0.05
 """Seconds until a refused connection is tried again: a server with a full backlog refuses for a short time."""
 
@@ -81,11 +83,13 @@ class HealthMonitor:
 
     def _run(self) -> None:
         while not self._closed:
+            earliest = time.monotonic() + min(self._settings.probe_interval, CHECKS_APART)
             try:
                 self._check()
             except Exception as error:
                 log.error("a check of the MLX server failed (%s), the next one follows", type(error).__name__)
             self._wake.wait(self._settings.probe_interval)
+            time.sleep(max(0.0, earliest - time.monotonic()))
             self._wake.clear()
 
     def _check(self) -> None:
@@ -207,7 +211,7 @@ class HealthMonitor:
     def _release_work(self) -> None:
         """End all requests, so that other nodes go on with them."""
         text = "the MLX server is frozen: it answers nothing, and none of its streams moves"
-        released = self._running.stop(lambda: InstanceUnavailable(text))
+        released = self._running.stop(lambda: InstanceUnavailable(text, instance_frozen=True))
         log.warning("%s; other nodes go on with what it had: %d", text, released)
 
     def _read_models(self) -> None:

@@ -7,7 +7,6 @@ import os
 import signal
 import threading
 import time
-import uuid
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -22,10 +21,6 @@ from fleet_worker.settings import Settings
 
 log = logging.getLogger(__name__)
 
-NAMESAKES_ANSWER_WITHIN = 2.0
-"""Seconds in which the processes of a node's name have to answer."""
-NAMESAKES_ASKED = 5
-"""How often they are asked, until this process gets its own answer: Celery may not listen yet to the first question."""
 HANDED_OVER_WITHIN = 3.0
 """Seconds in which the requests that still run after the grace have to end."""
 HAND_OVER_EVERY = 0.1
@@ -76,7 +71,6 @@ class Lifecycle:
         self._worker = worker
         self._node = node
         self._grace = grace
-        self._process, self._began = uuid.uuid4().hex, time.monotonic()
         self._ended = threading.Event()
         self._is_ready = False
         self._reloads = False
@@ -92,13 +86,12 @@ class Lifecycle:
         self._reloads |= startup.reloads
         signal.signal(signal.SIGTERM, lambda *_: self._end(0, asked=True))
 
-    def process(self, state: Any) -> list[Any]:
-        """A control command: return an id of this process, and its age in seconds."""
-        return [self._process, self._age()]
+    def name_is_taken(self) -> None:
+        """End: another process has the name of this node."""
+        self._end(exit_codes.CONFIGURATION)
 
     def _on_ready(self, **_: Any) -> None:
         self._node.start()
-        _in_thread(self._leave_if_name_is_taken)
         self._is_ready = True
         if self._reloads:
             _in_thread(self._reload)
@@ -121,29 +114,6 @@ class Lifecycle:
             self._node.close()
             self._ended.set()
             log.info("%s ended", self._node.name)
-
-    def _leave_if_name_is_taken(self) -> None:
-        """End if an older process has the same name: to all others the two would be one node. Celery only warns."""
-        name = self._node.name
-        for _ in range(NAMESAKES_ASKED):
-            age = self._age()
-            try:
-                answers = self._worker.app.control.broadcast(
-                    "process", destination=[name], reply=True, limit=2, timeout=NAMESAKES_ANSWER_WITHIN
-                )
-                ages: dict[str, float] = dict(answer[name] for answer in answers or ())
-            except Exception as error:
-                log.warning("whether there is another %s could not be asked (%s)", name, type(error).__name__)
-                break
-            answered = ages.pop(self._process, None) is not None
-            if max(ages.values(), default=0.0) > age:
-                log.critical("another node is named %s: give the instance, or the host, a name of its own", name)
-                self._end(exit_codes.CONFIGURATION)
-            if ages or answered:
-                break
-
-    def _age(self) -> float:
-        return time.monotonic() - self._began
 
     def _reload(self) -> None:
         """Follow the configuration without touching running requests, or end if that needs a new process."""

@@ -13,15 +13,17 @@ from typing import Any
 from celery import Celery
 from celery.worker import state as celery_state
 
-from fleet_worker.broker.topology import direct_lane, lane, transport_of
-from fleet_worker.errors import FleetError, InstanceUnavailable, ModelNotServed
+from fleet_worker.broker.topology import direct_lane, lane, old_lane, transport_of
+from fleet_worker.errors import FleetError, InstanceUnavailable, ModelNotServed, Overloaded, ProviderError
 from fleet_worker.mlx.offering import Offering
 from fleet_worker.mlx.timeouts import CancelToken
+from fleet_worker.node.confirmations import Confirmations
 from fleet_worker.node.health_monitor import HealthMonitor
 from fleet_worker.node.lane_consumer import LaneConsumer
 from fleet_worker.node.offered_models import OfferedModels
 from fleet_worker.node.readiness import Readiness, State
 from fleet_worker.node.reply_publisher import ReplyPublisher
+from fleet_worker.node.router_clocks import RouterClocks
 from fleet_worker.node.router_presence import RouterPresence
 from fleet_worker.node.running_attempts import RunningAttempts
 from fleet_worker.node.server_discovery import Server
@@ -56,6 +58,8 @@ class Node:
         self.models = OfferedModels(settings, self.instance, server.kind, server.models)
         self.running = RunningAttempts()
         self.counters = Counters()
+        self.router_clocks = RouterClocks()
+        self.confirmations = Confirmations()
         self.publisher = ReplyPublisher(app.connection_for_write, name, max_pending=settings.worker.max_pending)
         self.presence = RouterPresence(
             app.connection_for_read, transport, self.running, abandoned_after=settings.worker.abandoned_after
@@ -154,12 +158,15 @@ class Node:
 
     @contextmanager
     def counting_failures(self, model: str, request_id: str, cancel_token: CancelToken) -> Iterator[None]:
-        """Count an error within this block against the server, unless the request was cancelled."""
+        """Count an error within this block against the server, unless the request was cancelled, or had to share the
+        only slot: that is told as `disturbed`."""
         try:
             yield
         except FleetError as error:
             if cancel_token.error is None:
-                if isinstance(error, ModelNotServed):
+                if self.slots == 1 and type(error) in (ProviderError, Overloaded) and self.mlx.may_be_occupied:
+                    error.metadata["disturbed"] = True
+                elif isinstance(error, ModelNotServed):
                     self._monitor.check_model(model)
                 else:
                     self._readiness.failed(error, request_id)
@@ -171,7 +178,7 @@ class Node:
         with self._updating:
             before, self.state = self.state, self._readiness.state
             models = self.models.available
-            wanted = frozenset(lanes_of(self.name, models) if self.state.ready and models else ())
+            wanted = frozenset(lanes_of(self.name, models, self.settings) if self.state.ready and models else ())
             left, joined = self._lane_consumer.wanted - wanted, wanted - self._lane_consumer.wanted
             if left or joined:
                 self._lane_consumer.consume(wanted)
@@ -252,7 +259,8 @@ def _fixed(settings: Settings, name: str) -> dict[str, Any]:
     }
 
 
-def lanes_of(node_name: str, offerings: dict[str, Offering]) -> list[str]:
+def lanes_of(node_name: str, offerings: dict[str, Offering], settings: Settings) -> list[str]:
     """Return the lanes of a node: one for each capability and model, and its direct lane."""
-    shared = {lane(each, offering.model) for offering in offerings.values() for each in offering.capabilities}
-    return [*sorted(shared), direct_lane(node_name)]
+    names = (lane, old_lane) if settings.worker.old_lanes else (lane,)
+    work = [(each, offering.model) for offering in offerings.values() for each in offering.capabilities]
+    return [*sorted({name(*each) for name in names for each in work}), direct_lane(node_name)]

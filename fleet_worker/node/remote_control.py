@@ -24,9 +24,13 @@ def subscription_of(node: Node) -> Subscription:
             notice = ControlMessage.decode(message.body)
         except InvalidRequest:
             raise Refused("it is no notice of a router") from None
+        if notice.router:
+            node.router_clocks.told(notice.router, notice.sent_at)
         if notice.node in (None, node.name):
             for request_id, attempt in notice.cancelled:
                 node.running.cancel(request_id, attempt)
+            for request_id, attempt in notice.confirmed:
+                node.confirmations.confirm(request_id, attempt)
             if notice.missed:
                 node.publisher.publish_again(notice.missed)
 

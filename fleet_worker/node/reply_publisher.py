@@ -77,10 +77,11 @@ class ReplyWriter:
         with cancel_token.on_cancel(self._publisher.wake_up):
             yield
 
-    def accept(self, **fields: Any) -> None:
-        """Tell the router which instance accepted the attempt. It may wait for the next frame, to travel with it."""
+    def accept(self, *, at_once: bool = False, **fields: Any) -> None:
+        """Tell the router which instance accepted the attempt. Unless it is to be told at once, this may wait for the
+        next frame, to travel with it."""
         self._wait_for_room()
-        self._publisher.append(self, Accepted(**self._next(), **fields), delay=LONGEST_GAP)
+        self._publisher.append(self, Accepted(**self._next(), **fields), delay=0.0 if at_once else LONGEST_GAP)
 
     def put(self, deltas: list[Delta], tokens: int) -> None:
         """Append deltas, with which the answer has about so many tokens; the first ones are published at once.

@@ -28,6 +28,7 @@ from fleet_worker.mlx.timeouts import CancelToken
 from fleet_worker.node.node import Node
 from fleet_worker.node.reply_publisher import ReplyWriter
 from fleet_worker.node.router_presence import not_listening
+from fleet_worker.protocol import clock
 from fleet_worker.protocol.openai import ChatParams, EmbedParams
 from fleet_worker.protocol.reply import ChatResponse, EmbedResponse, Timings
 from fleet_worker.protocol.request import Address, FleetRequest
@@ -100,16 +101,21 @@ class Request(celery_request.Request):  # type: ignore[misc]
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """One accepted attempt. `started` and `deadline` are `time.monotonic()` seconds, `queue_wait` is seconds."""
+    """One accepted attempt. `started` and `deadline` are `time.monotonic()` seconds."""
 
     node: Node
     request: FleetRequest
     offering: Offering
     reply: ReplyWriter
     cancel_token: CancelToken
-    queue_wait: float
     started: float
     deadline: float
+
+    @property
+    def queue_wait(self) -> float:
+        """Seconds. The time of a router that was new when this was accepted has come meanwhile."""
+        age = self.node.router_clocks.age(self.request)
+        return 0.0 if age is None else max(0.0, age - (time.monotonic() - self.started))
 
     @property
     def limits(self) -> dict[str, Any]:
@@ -130,14 +136,15 @@ class _Work:
         **fields: Any,
     ) -> None:
         """End the reply with a frame of these fields and timings, and count the request."""
+        queue_wait = self.queue_wait
         self.node.counters.request(
             self.request.operation,
-            queue_wait_seconds=self.queue_wait,
+            queue_wait_seconds=queue_wait,
             ttft_seconds=ttft,
             tokens_per_second=tokens_per_second,
         )
         duration = time.monotonic() - self.started
-        timings = Timings(queue_wait=self.queue_wait, duration=duration, ttft=ttft, tokens_per_second=tokens_per_second)
+        timings = Timings(queue_wait=queue_wait, duration=duration, ttft=ttft, tokens_per_second=tokens_per_second)
         self.reply.end(frame, instance=self.node.instance, model=self.offering.model, timings=timings, **fields)
 
 
@@ -184,14 +191,40 @@ def _accept(node: Node, envelope: Any, operation: str, reply: ReplyWriter, cance
     if request.provider_instance not in ("any", node.instance):
         raise InstanceUnavailable(f"the request is for another instance than {node.instance}, which received it")
     offering = offering_for(request, node.models.by_name)
-    started, queue_wait, remaining = time.monotonic(), request.queue_wait, request.remaining
-    if remaining <= 0:
-        raise Expired(f"the request waited {queue_wait:.1f} s in its lane, longer than its timeout")
+    started, age = time.monotonic(), node.router_clocks.age(request)
+    if age is not None and age >= request.timeout_seconds:
+        raise _expired(age)
     # The message may have been taken just before the lanes were left. A drained node still serves it: its server works.
     if node.state.status == "unavailable":
         raise InstanceUnavailable(f"the instance is not available: {node.state.reason}")
     if not node.presence.listens(request.reply_to):
         raise not_listening()
-    reply.deadline = started + remaining
-    reply.accept(instance=node.instance, queue_wait=queue_wait)
-    return _Work(node, request, offering, reply, cancel_token, queue_wait, started, started + remaining)
+    reply.deadline = started + request.timeout_seconds - (age or 0.0)
+    _tell_accepted(node, request, age, reply, cancel_token)
+    return _Work(node, request, offering, reply, cancel_token, started, reply.deadline)
+
+
+def _tell_accepted(
+    node: Node, request: FleetRequest, age: float | None, reply: ReplyWriter, cancel_token: CancelToken
+) -> None:
+    """Tell the router that this node has accepted the attempt. If it may not want it any more, wait for its answer.
+
+    Our clock is only a reason to ask: alone it says nothing about a request of a router whose clock is not known.
+
+    Raises:
+        FleetError: the router does not want it, or it has expired, as far as anybody can tell.
+    """
+    accepted: dict[str, Any] = {"instance": node.instance, "queue_wait": age or 0.0}
+    seeming_age = clock.now() - request.submitted_at if age is None else age
+    seems_expired = seeming_age >= request.timeout_seconds
+    if not seems_expired and not node.confirmations.may_be_cancelled(seeming_age):
+        reply.accept(**accepted, asks=node.router_clocks.is_to_ask(request.reply_to) or None)
+        return
+    with node.confirmations.asked(request.request_id, request.attempt, cancel_token) as is_confirmed:
+        reply.accept(**accepted, asks=True, at_once=True)
+        if not is_confirmed() and seems_expired:
+            raise _expired(seeming_age)
+
+
+def _expired(age: float) -> Expired:
+    return Expired(f"the request waited {age:.1f} s in its lane, longer than its timeout")

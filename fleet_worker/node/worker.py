@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from functools import partial
 from typing import Any, NoReturn
 
 import celery.apps.worker as celery_worker
@@ -12,7 +13,7 @@ from celery.concurrency import get_implementation
 
 from fleet_worker.broker.control_commands import Command
 from fleet_worker.broker.control_listener import ControlListener
-from fleet_worker.broker.topology import lane_queue, transport_of
+from fleet_worker.broker.topology import is_node_name, lane_queue, transport_of
 from fleet_worker.errors import ConfigurationError, FleetError, where
 from fleet_worker.exit_codes import CONFIGURATION, INTERRUPTED, RESTART, SOFTWARE, UNAVAILABLE
 from fleet_worker.host.parent_pipe import attach_to_parent
@@ -20,6 +21,7 @@ from fleet_worker.node import node as inference_node
 from fleet_worker.node.consumer import Consumer
 from fleet_worker.node.lifecycle import Lifecycle, Startup
 from fleet_worker.node.log_privacy import begin_log, drop_beats, protect_logs
+from fleet_worker.node.name_claim import NameClaim
 from fleet_worker.node.node import Node, lanes_of
 from fleet_worker.node.remote_control import commands_of, subscription_of
 from fleet_worker.node.server_discovery import find_server
@@ -66,15 +68,16 @@ class Worker(celery_worker.Worker):  # type: ignore[misc]
         try:
             begin_log(self.app, self.hostname, options)
             attach_to_parent(self.hostname, grace=self.settings.worker.killed_after)
-            _check_name_is_free(self.app, self.settings, self.hostname)
             node = _create_node(self.app, self.settings, self.hostname)
             lifecycle = Lifecycle(self, node, grace=self.settings.worker.drain_grace)
-            commands: dict[str, Command] = {"process": lifecycle.process}
+            claim = NameClaim(self.app, node.name, lifecycle.name_is_taken)
+            commands: dict[str, Command] = {"process": claim.process}
             if isinstance(node, RegistryNode):
-                subscription = node.subscription
+                subscription, connected = node.subscription, claim.connected
             else:
                 subscription, commands = subscription_of(node), {**commands, **commands_of(node)}
-            ControlListener(self.app, node.name, subscription, commands)
+                connected = partial(_connected, node, claim)
+            ControlListener(self.app, node.name, subscription, commands, connected)
             lifecycle.begin(startup)
         except ConfigurationError as error:
             _give_up(
@@ -127,7 +130,10 @@ def _node_name(settings: Settings, worker_name: str) -> str:
         known = ", ".join(sorted(serving))
         unknown = "" if name == "celery" else f'no instance "{name}" has opted in; '
         raise ConfigurationError(f"{unknown}name one that has opted in, as in -n NAME@%h: {known}")
-    return f"{name}@{settings.host if 'host' in settings.model_fields_set else as_host(host)}"
+    node_name = f"{name}@{settings.host if 'host' in settings.model_fields_set else as_host(host)}"
+    if not is_node_name(node_name):
+        raise ConfigurationError("the name of the node is too long: give the instance, or the host, a shorter one")
+    return node_name
 
 
 def _can_follow(new: Settings, old: Settings, node_name: str) -> bool:
@@ -135,20 +141,9 @@ def _can_follow(new: Settings, old: Settings, node_name: str) -> bool:
     return registry_node.can_follow(new, old) if name == REGISTRY else inference_node.can_follow(new, old, name)
 
 
-def _check_name_is_free(app: Celery, settings: Settings, node_name: str) -> None:
-    """Raise `ConfigurationError` if another node has this name.
-
-    Only on RabbitMQ, where Celery would end with a traceback: its control queue is exclusive. On Redis the node itself
-    notices when it is ready (`Lifecycle`).
-    """
-    if transport_of(settings.broker_url) != "amqp":
-        return
-    try:
-        taken = app.control.ping(destination=[node_name], limit=1, timeout=0.7)
-    except Exception:  # the broker is away, and Celery will wait for it
-        return
-    if taken:
-        raise ConfigurationError(f"another node is named {node_name}: give the instance, or the host, another name")
+def _connected(node: Node, claim: NameClaim, connected: bool, has_commands: bool) -> None:
+    node.confirmations.connected(connected)
+    claim.connected(connected, has_commands)
 
 
 def _create_node(app: Celery, settings: Settings, node_name: str) -> Node | RegistryNode:
@@ -163,7 +158,7 @@ def _create_node(app: Celery, settings: Settings, node_name: str) -> Node | Regi
     # requests a second.
     sys.setswitchinterval(0.001)
     app.conf.worker_concurrency = node.slots
-    lanes, transport = lanes_of(node_name, node.models.by_name), transport_of(settings.broker_url)
+    lanes, transport = lanes_of(node_name, node.models.by_name, settings), transport_of(settings.broker_url)
     app.conf.task_queues = [lane_queue(each, transport) for each in lanes]
     app.amqp.queues.deselect(lanes)  # joined when the instance has proved that it works
     return node

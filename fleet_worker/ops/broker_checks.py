@@ -130,7 +130,7 @@ def exposure(broker_url: str) -> Iterator[Finding]:
 
 
 def clock(settings: Settings, *, now: Callable[[], float] = time.time) -> list[Finding]:
-    """Compare the clock of this host with that of the broker: hosts compare deadlines."""
+    """Compare the clock of this host with that of the broker. Those of hosts are compared by `doctor.fleet`."""
     if transport_of(settings.broker_url) == "amqp":
         advice = "turn on NTP on every host"
         return [Finding("ok", "not compared: RabbitMQ does not tell the time", advice)]
@@ -154,5 +154,5 @@ def agreement(ahead: float) -> Finding:
     found = f"{abs(ahead):.2f} s {'ahead of' if ahead > 0 else 'behind'} the broker"
     if severity == "ok":
         return Finding(severity, found)
-    advice = "turn on NTP here and at the broker: if clocks differ, requests expire too early or too late"
+    advice = "turn on NTP here and at the broker: if clocks differ, logs cannot be compared, and certificates may fail"
     return Finding(severity, found, advice)

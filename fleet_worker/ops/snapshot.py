@@ -10,6 +10,7 @@ from typing import Any
 from fleet_worker.broker.app import create_app
 from fleet_worker.broker.queue_depth import Waiting, waiting
 from fleet_worker.broker.topology import direct_lane, lane, transport_of
+from fleet_worker.ops.clocks import clocks_of, wrong_clocks
 from fleet_worker.protocol.status import InstanceStatus
 from fleet_worker.registry.view import Offered, Registry
 from fleet_worker.settings import Settings
@@ -40,6 +41,11 @@ class Snapshot:
     taken_at: float
     """time.monotonic()"""
 
+    @property
+    def wrong_clocks(self) -> dict[str, float]:
+        """By host, "" for this one: by how many seconds a clock is ahead of what most clocks show."""
+        return wrong_clocks(clocks_of(self.instances))
+
     def models_of(self, instance: InstanceStatus) -> list[Offered]:
         key = instance.host, instance.name
         return [each for each in self.models if (each.host, each.instance.name) == key]
@@ -52,8 +58,9 @@ class Snapshot:
 
     def as_json(self) -> dict[str, list[dict[str, Any]]]:
         """Return what `fleet-worker status --json` prints. All ages are seconds."""
+        wrong = self.wrong_clocks
         return {
-            "instances": [self._instance(each) for each in self.instances],
+            "instances": [self._instance(each, wrong.get(each.host, 0.0)) for each in self.instances],
             "models": [
                 {
                     "model": each.model,
@@ -70,7 +77,7 @@ class Snapshot:
             "lanes": [asdict(each) for each in self.lanes],
         }
 
-    def _instance(self, instance: InstanceStatus) -> dict[str, Any]:
+    def _instance(self, instance: InstanceStatus, clock_ahead: float) -> dict[str, Any]:
         token_age = self.token_age(instance)
         return {
             "host": instance.host,
@@ -89,6 +96,7 @@ class Snapshot:
             "server": instance.server,
             "version": instance.version,
             "heard_age": round(self.taken_at - instance.heard_at, 3),
+            "clock_ahead": round(clock_ahead, 3),
         }
 
 

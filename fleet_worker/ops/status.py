@@ -16,6 +16,7 @@ from rich.text import Text
 
 from fleet_worker.broker.topology import direct_lane
 from fleet_worker.errors import BrokerUnavailable
+from fleet_worker.ops.clocks import ADVICE, described
 from fleet_worker.ops.snapshot import LaneStatus, Snapshot, SnapshotCollector
 from fleet_worker.ops.terminal import Listing, cell, count, output
 from fleet_worker.registry.view import ALL_ANSWERS_WITHIN
@@ -134,6 +135,8 @@ def _instances(snapshot: Snapshot) -> Iterator[RenderableType]:
     for each in snapshot.instances:
         if each.reason:
             yield cell(f"{each.node} is {each.status}: {each.reason}", COLOURS.get(each.status, "red"))
+    for found in described(snapshot.wrong_clocks):
+        yield cell(f"{found}: {ADVICE}", "yellow")
 
 
 def _lanes(lanes: list[LaneStatus]) -> RenderableType:

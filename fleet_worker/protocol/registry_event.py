@@ -38,7 +38,7 @@ _SENSITIVE_ENDS = ("_key", "_secret", "_token", "_password")
 
 class RegistryEvent(ExtensibleModel):
     """`offering` is what is offered; `health` is `{ready, status, checked, error?}`; `capacity` has `slots`, `running`,
-    `tokens_per_second` and `last_token_age` (seconds); `lane` lists the lanes that the node consumes.
+    `tokens_per_second`, `last_token_age` and `status_age` (seconds); `lane` lists the lanes that the node consumes.
     """
 
     event_id: str
@@ -82,6 +82,8 @@ class RegistryEvent(ExtensibleModel):
         live = instance.pid is not None
         runtime: dict[str, Any] = {"node": instance.node, "host": instance.host, "version": instance.version}
         capacity: dict[str, Any] = {"slots": instance.slots, "running": instance.running}
+        if instance.status_age is not None:
+            capacity["status_age"] = instance.status_age
         if live:
             runtime |= {"server": instance.server, "pid": instance.pid}
             capacity["tokens_per_second"] = instance.tokens_per_second
@@ -112,8 +114,17 @@ class RegistryEvent(ExtensibleModel):
     def instance_status(self, host: str, *, heard_at: float, expires_at: float) -> InstanceStatus:
         """The inverse of `about`. Missing fields get defaults: other versions, and other programs, publish less."""
         known = {"host": host, "name": self.instance, "status": self.status, "reason": self.health.get("error", "")}
-        times = {"heard_at": heard_at, "expires_at": expires_at}
+        times = {"heard_at": heard_at, "expires_at": expires_at, "clock_ahead": self._clock_ahead}
         return _INSTANCE.validate_python({**self.runtime, **self.capacity, **known, "lanes": self.lane, **times})
+
+    @property
+    def _clock_ahead(self) -> float | None:
+        """Events are sent at once. Hosts whose clocks differ from each other are found by it (`ops.clocks`)."""
+        try:
+            occurred_at = datetime.fromisoformat(self.occurred_at)
+        except ValueError:
+            return None
+        return None if occurred_at.tzinfo is None else (occurred_at - datetime.now(UTC)).total_seconds()
 
     def model_status(self, *, expires_at: float) -> ModelStatus:
         return _MODEL.validate_python({**self.offering, "status": self.status, "expires_at": expires_at})

@@ -30,7 +30,10 @@ class Usage(ExtensibleModel):
 
 
 class Timings(ExtensibleModel):
-    """Seconds: `queue_wait` from submission to acceptance, `ttft` (first token) and `duration` from acceptance."""
+    """Seconds: `queue_wait` from submission to acceptance, `ttft` (first token) and `duration` from acceptance.
+
+    No two of them are measured with the clocks of two hosts: the router measures `queue_wait`, the node the others.
+    """
 
     queue_wait: float
     ttft: float | None = None
@@ -80,6 +83,9 @@ class Accepted(_Frame):
     kind: Literal["accepted"] = "accepted"
     instance: str
     queue_wait: float
+    """Seconds, as far as the node knows the clock of the router. The router measures it itself."""
+    asks: Literal[True] | None = None
+    """True if the router should confirm that it wants the attempt, or cancel it. Both tell the node the time."""
 
 
 class Deltas(_Frame):
@@ -187,13 +193,18 @@ def join(deltas: Iterable[Delta]) -> dict[str, Any]:
     content: list[str] = []
     reasoning: list[str] = []
     calls: dict[int, dict[str, Any]] = {}
+    arguments: dict[int, list[str]] = {}
     for delta in deltas:
         if delta.content:
             content.append(delta.content)
         if delta.reasoning:
             reasoning.append(delta.reasoning)
         for fragment in delta.tool_calls or ():
-            _extend_call(calls.setdefault(fragment.get("index", len(calls)), {}), fragment)
+            index = fragment.get("index", len(calls))
+            _extend_call(calls.setdefault(index, {}), fragment)
+            arguments.setdefault(index, []).append((fragment.get("function") or {}).get("arguments") or "")
+    for index, parts in arguments.items():
+        calls[index]["function"]["arguments"] = "".join(parts)
     return {
         "content": "".join(content) or None,
         "reasoning": "".join(reasoning) or None,
@@ -209,7 +220,6 @@ def _extend_call(call: dict[str, Any], fragment: dict[str, Any]) -> None:
     function = call.setdefault("function", {"name": "", "arguments": ""})
     given = fragment.get("function") or {}
     function["name"] += given.get("name") or ""
-    function["arguments"] += given.get("arguments") or ""
 
 
 def pack_vector(vector: array[float]) -> str:

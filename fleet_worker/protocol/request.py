@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from typing import Annotated, Any, Final, Literal, NamedTuple
 
 from pydantic import Field, ValidationError, model_validator
 
 from fleet_worker.errors import InvalidRequest
-from fleet_worker.protocol import json_values
+from fleet_worker.protocol import clock, json_values
 from fleet_worker.protocol.openai import WAYS_OUT, ChatParams, EmbedParams
 from fleet_worker.protocol.wire import BrokerMessage, WireModel, explain, field_names
 
@@ -94,7 +93,7 @@ class FleetRequest(WireModel):
     timeout_seconds: float = Field(gt=0)
     """The timeout that the caller set for the whole request."""
     expires_at: float
-    """When that timeout is over: seconds since the epoch."""
+    """When that timeout is over, by the clock of the router (`protocol.clock`)."""
     priority: Priority
     resume: Resume | None = None
     """None if the answer starts from its beginning."""
@@ -153,30 +152,38 @@ class FleetRequest(WireModel):
     def addressed_to(self, reply_to: str, seconds: float | None = None) -> FleetRequest:
         """Return the envelope with this reply queue, expiring in so many seconds (default: after the whole timeout)."""
         seconds = self.timeout_seconds if seconds is None else seconds
-        return self.model_copy(update={"reply_to": reply_to, "expires_at": time.time() + seconds})
+        return self.model_copy(update={"reply_to": reply_to, "expires_at": clock.now() + seconds})
 
     @property
-    def queue_wait(self) -> float:
-        """Seconds since the request was submitted, as far as the clocks of two hosts agree."""
-        return max(0.0, time.time() - (self.expires_at - self.timeout_seconds))
+    def submitted_at(self) -> float:
+        """When its caller submitted it, by the clock of the router."""
+        return self.expires_at - self.timeout_seconds
 
     @property
     def remaining(self) -> float:
-        """Seconds until the deadline; never more than the caller allowed, however wrong a clock is."""
-        return min(self.timeout_seconds, self.expires_at - time.time())
+        """Seconds until the deadline, in the process of the router only."""
+        return min(self.timeout_seconds, self.expires_at - clock.now())
+
+
+AttemptId = tuple[Annotated[str, Field(pattern=f"^{REQUEST_ID}$")], Annotated[int, Field(ge=1, le=MOST_ATTEMPTS)]]
+"""The id of a request, and the number of an attempt."""
 
 
 class ControlMessage(BrokerMessage):
-    """Cancels requests, or asks for replies to be sent again."""
+    """Cancels or confirms requests, or asks for replies to be sent again. It always tells the time of its router."""
 
     node: Annotated[str, Field(max_length=LONGEST_NAME)] | None = None
     """The node that it is for; None for all nodes."""
-    cancelled: list[
-        tuple[Annotated[str, Field(pattern=f"^{REQUEST_ID}$")], Annotated[int, Field(ge=1, le=MOST_ATTEMPTS)]]
-    ] = Field(default=[], max_length=MOST_CANCELLED)
+    cancelled: list[AttemptId] = Field(default=[], max_length=MOST_CANCELLED)
     """Ids of cancelled requests, each with the number of the last attempt that is cancelled."""
     missed: Annotated[str, Field(pattern=f"^{REPLY_TO}$", max_length=LONGEST_NAME)] | None = None
     """A reply queue whose router was disconnected for a moment: what was sent to it last must be sent again."""
+    confirmed: list[AttemptId] = Field(default=[], max_length=MOST_CANCELLED)
+    """Requests, and the attempts of them that nodes asked about: they are still wanted."""
+    router: Annotated[str, Field(pattern=f"^{REPLY_TO}$", max_length=LONGEST_NAME)] | None = None
+    """The reply queue of the router that sends this; None from an older version."""
+    sent_at: float = 0.0
+    """What the clock of that router showed."""
 
 
 def _check_size(envelope: Any, max_bytes: int) -> None:

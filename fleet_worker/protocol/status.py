@@ -49,6 +49,10 @@ class InstanceStatus:
     """Since it delivered a token, when it was reported; None if it has delivered none yet."""
     lanes: tuple[Name, ...] = ()
     """The lanes that its node consumes now."""
+    status_age: float | None = field(default=None, compare=False)
+    """Since it has this status, when it was reported; None from an older version."""
+    clock_ahead: float | None = field(default=None, compare=False)
+    """Seconds by which the clock of its host was ahead of that of the router that received this; None if unknown."""
     heard_at: float = field(default=0.0, compare=False)
     expires_at: float = field(default=0.0, compare=False)
 

@@ -4,29 +4,37 @@ from __future__ import annotations
 
 import logging
 import random
-from datetime import timedelta
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from celery.beat import Scheduler
 from celery.schedules import schedule
+
+from fleet_worker.protocol import clock
 
 log = logging.getLogger(__name__)
 
 
 class Jittered(schedule):  # type: ignore[misc]
     """Every `seconds`, plus or minus a fifth, so that a thousand hosts that were started together do not publish
-    together.
+    together. A correction of the host's clock changes nothing: set back by an hour, beat would be silent for an hour.
     """
 
-    def __init__(self, seconds: float, **kwargs: Any) -> None:
+    def __init__(self, seconds: float, *, nowfun: Callable[[], datetime] | None = None, **kwargs: Any) -> None:
         self._seconds = seconds
-        super().__init__(timedelta(seconds=seconds * random.uniform(0.1, 1.0)), **kwargs)  # noqa: S311 - spreads load
+        first = timedelta(seconds=seconds * random.uniform(0.1, 1.0))  # noqa: S311 - spreads load
+        super().__init__(first, nowfun=nowfun or _now, **kwargs)
 
     def is_due(self, last_run_at: Any) -> Any:
         answer = super().is_due(last_run_at)
         if answer.is_due:
             self.run_every = timedelta(seconds=self._seconds * random.uniform(0.8, 1.2))  # noqa: S311 - spreads load
         return answer
+
+
+def _now() -> datetime:
+    return datetime.fromtimestamp(clock.now(), UTC)
 
 
 class QuietScheduler(Scheduler):  # type: ignore[misc]

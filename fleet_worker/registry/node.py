@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,8 @@ class RegistryNode:
         """Seconds between two rounds of each kind. Other intervals need a new process."""
         self._models: dict[str, tuple[ModelStatus, ...]] = {}
         """Of each instance, as its node reported them last."""
+        self._since: dict[str, tuple[str, float]] = {}
+        """By instance: its status, and since when (time.monotonic()) it has that."""
         self._published: dict[tuple[str, str], str] = {}
         """The status that routers know, by instance and model."""
         self._ending = False
@@ -153,8 +156,9 @@ class RegistryNode:
         """First what is not offered any more, since the configuration or the server has changed; then the rest."""
         offered: dict[tuple[str, str], tuple[InstanceStatus, ModelStatus | None]] = {}
         for report in self._reports():
+            instance = self._with_age(report.instance)
             for model in (None,) if kind == "readiness" else report.models:
-                offered[report.instance.name, model.model if model else READINESS] = report.instance, model
+                offered[instance.name, model.model if model else READINESS] = instance, model
         for name, model_name in self._published.keys() - offered.keys():
             if (model_name == READINESS) == (kind == "readiness"):
                 gone = self._without_node(name, GONE, "it is not offered any more")
@@ -162,6 +166,15 @@ class RegistryNode:
                 yield RegistryEvent.about(gone, model)
         for key, (instance, model) in offered.items():
             yield RegistryEvent.about(instance, model, known=self._published.get(key))
+
+    def _with_age(self, instance: InstanceStatus) -> InstanceStatus:
+        """In the thread of the publisher only."""
+        now = time.monotonic()
+        status, since = self._since.get(instance.name, ("", now))
+        if status != instance.status:
+            self._since[instance.name] = instance.status, now
+            since = now
+        return replace(instance, status_age=round(now - since, 3))
 
     def _reports(self) -> list[NodeReport]:
         """Return one report for each instance that has opted in, also for those whose nodes do not report now."""

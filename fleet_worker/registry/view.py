@@ -21,6 +21,7 @@ from fleet_worker.broker.door import Refused
 from fleet_worker.errors import InvalidRequest, ModelUnavailable
 from fleet_worker.protocol.registry_event import GONE, READINESS, Announcement, RegistryEvent
 from fleet_worker.protocol.status import InstanceStatus, ModelStatus
+from fleet_worker.registry.absence import away_for
 from fleet_worker.registry.memory_bound import MOST_BYTES, MemoryBound, memory_of
 
 log = logging.getLogger(__name__)
@@ -183,6 +184,14 @@ class Registry:
                         return
                     raise self._refusal(model, capability, instance, node)
                 self._changed.wait(left)
+
+    def away_for(self, model: str, capability: str, instance: str = "any", node: str | None = None) -> float | None:
+        """Return for how many seconds nothing has been ready that offers this: 0 if something is, None if nothing was.
+        Hosts that are forgotten count, too, until the next event is received."""
+        with self._changed:
+            of_model = self._models.get(model, {}).items()
+            known = [(self._instances[key], each) for key, each in of_model if key in self._instances]
+        return away_for(known, capability, instance, node, now=self._clock())
 
     def receive(self, message: Any) -> None:
         """Apply a broker message.

@@ -28,8 +28,8 @@ REORDERED_WITHIN = 1.0
 """Seconds within which requests may enter and leave a lane in another order than they were sent in."""
 SMOOTHING = 0.2
 """The weight of the newest queue wait in the average."""
-RETRY_AFTER_MIN, RETRY_AFTER_MAX, RETRY_AFTER_UNKNOWN = 0.1, 60.0, 1.0
-"""Bounds of `retry_after` in seconds, and its value while no request of this router was accepted from that lane."""
+RETRY_AFTER_MIN, RETRY_AFTER_MAX = 1.0, 60.0
+"""Bounds of `retry_after` in seconds."""
 
 
 @dataclass(slots=True)
@@ -43,6 +43,8 @@ class _Lane:
     """Smoothed seconds."""
     full_since: float | None = None
     """Time of the first answer that said so, if all since have said the same."""
+    room_at: float = float("-inf")
+    """When there is room again for all that were refused so far, and come back when they were told to."""
     accepted_at: float = float("-inf")
     """When a node last accepted a request of this router."""
     latest_accepted: dict[Priority, float] = field(default_factory=dict)
@@ -170,6 +172,7 @@ class Admission:
     def _saturated(self, lane: str, known: _Lane) -> FleetSaturated:
         retry_after = self._room_after(known)
         capability, _, model = lane.removeprefix(f"{EXCHANGE.name}.").partition(".")
+        model = model.partition("_")[0] or "that model"  # without the hash
         subject = "that node" if capability == "node" else f"{capability} of {model}"
         text = (
             f"{known.depth} requests wait for {subject}, and no more than {self._max_waiting} may "
@@ -179,10 +182,10 @@ class Admission:
 
     def _room_after(self, known: _Lane) -> float:
         """Estimate by Little's law: if `depth` requests wait `queue_wait` seconds each, depth / queue_wait leave per
-        second. But a lane that is full for longer than that will stay full for as long again."""
+        second. Whoever is refused after another one is told to come later, one after the other. But a lane that is full
+        for longer than that will stay full for as long again."""
         depth, now = known.depth or 1, time.monotonic()
-        estimate = RETRY_AFTER_UNKNOWN
-        if known.queue_wait is not None:
-            estimate = (depth - self._max_waiting + 1) * known.queue_wait / depth
+        seconds_each = known.queue_wait / depth if known.queue_wait else RETRY_AFTER_MIN / self._max_waiting
+        known.room_at = max(known.room_at, now + (depth - self._max_waiting) * seconds_each) + seconds_each
         full_for = now - max(known.full_since or now, known.accepted_at)
-        return round(min(max(estimate, full_for, RETRY_AFTER_MIN), RETRY_AFTER_MAX), 3)
+        return round(min(max(known.room_at - now, full_for, RETRY_AFTER_MIN), RETRY_AFTER_MAX), 3)

@@ -24,7 +24,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fleet_worker.errors import FleetError, NodeLost, PoisonSuspected, ReplyLost, StreamInterrupted
+from fleet_worker.errors import Expired, FleetError, NodeLost, PoisonSuspected, ReplyLost, StreamInterrupted
 from fleet_worker.protocol.openai import ChatParams
 from fleet_worker.protocol.reply import (
     Accepted,
@@ -46,6 +46,8 @@ State = Literal["waiting", "running", "pausing", "ended"]
 
 MAX_DEATHS = 2
 """If so many instances died while they had a request, the request is taken for the cause."""
+RETRY_AFTER_MIN = 1.0
+"""Seconds that a caller is told to wait at least, whatever a busy server has asked the router for."""
 GAP_CLOSES_WITHIN = 1.5
 """Seconds to wait for a missing frame after a later one has arrived."""
 
@@ -87,7 +89,22 @@ class AskAgain:
     node: str
 
 
-Effect = Deliver | End | RetryAfter | CancelOrphan | AskAgain
+@dataclass(frozen=True, slots=True)
+class TellTime:
+    """Tell this node what the clock of the router shows: it judges by another one."""
+
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class Confirm:
+    """Tell this node that it may begin: this attempt is wanted."""
+
+    node: str
+    attempt: int
+
+
+Effect = Deliver | End | RetryAfter | CancelOrphan | AskAgain | TellTime | Confirm
 
 
 class Attempts:
@@ -111,6 +128,7 @@ class Attempts:
         self.last: ChatResponse | EmbedResponse | Failure | None = None
         """The frame with which it ended."""
         self._deadline = deadline
+        self._began = deadline - request.timeout_seconds
         self._max_attempts = max_attempts
         self._on_interrupt = on_interrupt
         self._deaths = 0
@@ -118,7 +136,13 @@ class Attempts:
         self._next_seq = 0
         self._gap_since: float | None = None
         self._accepted: Accepted | None = None
+        self.waits_since = self._began
+        """Since when it waits for a node, while none has it."""
+        self._queue_wait = 0.0
+        """Seconds from the submission of the request until a node accepted the present attempt."""
         self._resumes = False
+        self._wrongly_expired = 0
+        """Attempts that do not count: a node dropped them as expired, by a wrong clock."""
 
     def wants(self, node: str, frame: Frame) -> bool:
         """Return whether this frame belongs to the present attempt and comes from the node that has it."""
@@ -144,11 +168,12 @@ class Attempts:
         if isinstance(frame, Deltas):
             return [self._deliver(frame)]
         if isinstance(frame, Failure):
-            return self.fail(frame.error(), now, orphaned=False)
+            return self._take_failure(node, frame.error(), now)
         if isinstance(frame, Accepted):
-            self._accepted = frame
-            return []
-        return [self._end(frame)]
+            self._accepted, self._queue_wait = frame, max(0.0, now - self._began)
+            return [Confirm(node, self.request.attempt)] if frame.asks else []
+        timings = frame.timings.model_copy(update={"queue_wait": round(self._queue_wait, 6)})
+        return [self._end(frame.model_copy(update={"timings": timings}))]
 
     def node_lost(self, now: float) -> list[Effect]:
         """The node sent nothing for too long."""
@@ -159,17 +184,27 @@ class Attempts:
         died, or its target node is gone."""
         return self.fail(NodeLost("no node took the request: its message, or the node that it was for, is gone"), now)
 
-    def fail(self, error: FleetError, now: float, *, orphaned: bool = True) -> list[Effect]:
-        """End this attempt. If `orphaned`, a node may still work on it."""
+    @property
+    def is_last(self) -> bool:
+        """Return whether the present attempt is the last one that may be made."""
+        return self.request.attempt - self._wrongly_expired >= self._max_attempts
+
+    def fail(
+        self, error: FleetError, now: float, *, orphaned: bool = True, retryable: bool | None = None
+    ) -> list[Effect]:
+        """End this attempt. If `orphaned`, a node may still work on it. `retryable` overrules the error."""
         effects = self._close_attempt(error.code, orphaned=orphaned)
         self._deaths += error.metadata.get("instance_died") is True or (
             isinstance(error, NodeLost) and self.node is not None
         )
         if self.node:
             self.failed.add(self.node)
+        if self._accepted:
+            self.waits_since = now
         pause = _pause_before(self.request.attempt + 1, error)
+        retryable = error.retryable if retryable is None else retryable
         to_blame = None if self.delivered else self._blame.verdict(self.node, error)
-        if final := to_blame or self._final(error, now + pause):
+        if final := to_blame or self._final(error, now + pause, retryable):
             return [*effects, self._end(self._failure(final))]
         self.state = "pausing"
         return [*effects, RetryAfter(pause)]
@@ -202,6 +237,13 @@ class Attempts:
         present = [self._present(code)] if self.state in ("waiting", "running") else []
         return [attempt.model_dump() for attempt in [*self.history, *present]]
 
+    def _take_failure(self, node: str, error: FleetError, now: float) -> list[Effect]:
+        """If a node says that the request has expired, and our clock that it has not, the next attempt costs none."""
+        if not isinstance(error, Expired) or now >= self._deadline:
+            return self.fail(error, now, orphaned=False)
+        self._wrongly_expired += 1
+        return [TellTime(node), *self.fail(error, now, orphaned=False, retryable=True)]
+
     def _gap(self, node: str, now: float) -> list[Effect]:
         """Frames after a missing one are dropped: the node sends all of them again when it is asked to."""
         if self._gap_since is None:
@@ -220,9 +262,10 @@ class Attempts:
 
     def _end(self, frame: ChatResponse | EmbedResponse | Failure) -> End:
         if isinstance(frame, Failure):
-            frame = frame.model_copy(
-                update={"metadata": {**frame.metadata, "attempts": [each.model_dump() for each in self.history]}}
-            )
+            metadata = {**frame.metadata, "attempts": [each.model_dump() for each in self.history]}
+            if isinstance(asked := metadata.get("retry_after"), int | float):
+                metadata["retry_after"] = max(asked, RETRY_AFTER_MIN)
+            frame = frame.model_copy(update={"metadata": metadata})
         else:
             self._close_attempt(None, orphaned=False)
             frame = frame.model_copy(update={"attempts": self.history})
@@ -243,13 +286,13 @@ class Attempts:
         characters = sum(len(delta.content or "") for delta in self._deltas())
         return Attempt(attempt=self.request.attempt, node=self.node, error=code, delivered=characters)
 
-    def _final(self, error: FleetError, next_at: float) -> FleetError | None:
+    def _final(self, error: FleetError, next_at: float, retryable: bool) -> FleetError | None:
         """Return the error that ends the request, or None if there is another attempt, at that time."""
         if self._deaths >= MAX_DEATHS:
             return PoisonSuspected(
                 f"{self._deaths} instances died, or fell silent, with this request: it is not tried on another one"
             )
-        if not error.retryable or self.request.attempt >= self._max_attempts or next_at >= self._deadline:
+        if not retryable or self.is_last or next_at >= self._deadline:
             return error
         if self.delivered and self._on_interrupt == "fail":
             return error

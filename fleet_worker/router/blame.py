@@ -7,6 +7,7 @@ from fleet_worker.errors import (
     InstanceUnavailable,
     InvalidRequest,
     Overloaded,
+    PoisonSuspected,
     ProviderError,
     RequestTimeout,
 )
@@ -30,6 +31,8 @@ class Blame:
         nodes.add(node)
         if len(nodes) < ALIKE_ON:
             return None
+        if error.metadata.get("instance_frozen"):
+            return PoisonSuspected(f"{ALIKE_ON} MLX servers froze with this request: it is not tried on another one")
         text = (
             f"{error.message}, on {ALIKE_ON} nodes alike: the cause is most likely the request, so it is not tried on "
             "another one; change its messages or its parameters"
@@ -41,7 +44,12 @@ class Blame:
 
 def _may_be_caused(error: FleetError) -> bool:
     """Return whether a request can make a healthy server fail so. What it can do by killing servers is counted as
-    deaths; a server that is away or busy says nothing about a request."""
-    if isinstance(error, InstanceUnavailable | Overloaded) or error.metadata.get("instance_died"):
+    deaths; a server that is away or busy, or had other work in its only slot, says nothing about a request, unless it
+    froze with it."""
+    if error.metadata.get("instance_frozen"):
+        return True
+    if isinstance(error, InstanceUnavailable | Overloaded):
+        return False
+    if error.metadata.get("instance_died") or error.metadata.get("disturbed"):
         return False
     return isinstance(error, ProviderError) and error.retryable

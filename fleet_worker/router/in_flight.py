@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Iterable
 from typing import Protocol
 
 from fleet_worker.broker.topology import direct_lane, lane
-from fleet_worker.errors import BrokerUnavailable, Cancelled, Expired, FleetError, ReplyOverflow, RequestTimeout
+from fleet_worker.errors import (
+    BrokerUnavailable,
+    Cancelled,
+    Expired,
+    FleetError,
+    QueueTimeout,
+    ReplyOverflow,
+    RequestTimeout,
+)
 from fleet_worker.protocol.reply import Accepted, Failure, Frame
 from fleet_worker.protocol.request import FleetRequest
 from fleet_worker.router.admission import Admission
-from fleet_worker.router.attempts import AskAgain, Attempts, CancelOrphan, Deliver, Effect, End, OnInterrupt, RetryAfter
+from fleet_worker.router.attempts import (
+    AskAgain,
+    Attempts,
+    CancelOrphan,
+    Confirm,
+    Deliver,
+    Effect,
+    End,
+    OnInterrupt,
+    RetryAfter,
+    TellTime,
+)
 from fleet_worker.router.node_selection import NodeSelection
 from fleet_worker.router.reply_buffer import ReplyBuffer
 from fleet_worker.router.reply_consumer import ReplyConsumer
@@ -50,9 +70,16 @@ class InFlightRequest:
     """
 
     def __init__(
-        self, request: FleetRequest, node: str | None, session: OpenSession, *, on_interrupt: OnInterrupt = "resume"
+        self,
+        request: FleetRequest,
+        node: str | None,
+        session: OpenSession,
+        *,
+        on_interrupt: OnInterrupt = "resume",
+        queue_timeout: float = math.inf,
     ) -> None:
         self._session = session
+        self._queue_timeout = queue_timeout
         self._node = node
         """The only node that its caller allows."""
         self._deadline = time.monotonic() + request.remaining
@@ -136,14 +163,12 @@ class InFlightRequest:
             if self._attempts.node or self._attempts.delivered:
                 text = f"the answer was not complete within its timeout of {seconds:g} s"
                 return RequestTimeout(text, attempts=self._attempts.report(RequestTimeout.code))
-            if self._node:
-                why = f"{self._node} did not take the request within its timeout of {seconds:g} s: it is busy or away"
-            else:
-                why = (
-                    f"no node took the request within its timeout of {seconds:g} s: none serves "
-                    f"{self.request.operation} of that model, or all are busy or cut off"
-                )
-            return Expired(why, attempts=self._attempts.report(Expired.code))
+            return self._not_taken(Expired, f"timeout of {seconds:g} s")
+
+    def _not_taken(self, kind: type[Expired], limit: str) -> Expired:
+        why, away_for = self._session.nodes.why_waiting(self.request, self._node)
+        text = f"no node took the request within its {limit}: {why}"
+        return kind(text, away_for=away_for, attempts=self._attempts.report(kind.code))
 
     # Submission and replies
 
@@ -154,7 +179,7 @@ class InFlightRequest:
         if isinstance(last, Failure):  # it was given up already
             raise last.error()
         try:
-            self._send(request, self._session.settings.connect_timeout)
+            self._send(request, min(self._session.settings.connect_timeout, self._queue_timeout))
         except FleetError as error:
             self.give_up(error)
             if isinstance(self._attempts.last, Failure):
@@ -163,6 +188,7 @@ class InFlightRequest:
             self.give_up(Cancelled("the request was not sent"))
             raise
         self._check_at(self._submitted_at + self._queued_check_every)
+        self._limit_wait()
 
     def receive(self, node: str, frame: Frame) -> bool:
         """Take a frame of this request; return False if its attempt is not wanted any more."""
@@ -170,9 +196,11 @@ class InFlightRequest:
             if not self._attempts.wants(node, frame):
                 return False
             self._heard_at = self._session.replies.clock
+            now = time.monotonic()
             if isinstance(frame, Accepted) and frame.seq == 0:
-                self._session.admission.accepted(self.lane, frame.queue_wait, self.request.priority, self._submitted_at)
-            self._carry_out(self._attempts.take(node, frame, time.monotonic()))
+                sent_at = self._submitted_at
+                self._session.admission.accepted(self.lane, now - sent_at, self.request.priority, sent_at)
+            self._carry_out(self._attempts.take(node, frame, now))
             return True
 
     def give_up(self, error: FleetError) -> None:
@@ -192,10 +220,15 @@ class InFlightRequest:
                     self._session.ended(self.request.request_id)
                 case RetryAfter(seconds):
                     self._session.scheduler.at(time.monotonic() + seconds, self._retry)
+                    self._limit_wait()
                 case CancelOrphan():
                     self._session.cancels.cancel(self.request.request_id, effect)
                 case AskAgain(node):
-                    self._session.cancels.ask_again(self._session.replies.name, node)
+                    self._session.cancels.ask_again(node)
+                case Confirm(node, attempt):
+                    self._session.cancels.confirm(self.request.request_id, attempt, node)
+                case TellTime(node):
+                    self._session.cancels.tell_time(node)
 
     def _deliver(self, frame: Frame) -> None:
         for buffer in self._readers:
@@ -212,12 +245,25 @@ class InFlightRequest:
 
     def _send(self, request: FleetRequest, patience: float) -> None:
         self._missing_since = None
+        self._submitted_at = time.monotonic()  # a node may accept it before this returns
         try:
             self._session.submitter.submit(request, self.lane, patience=patience)
         finally:
             self._submitted_at = time.monotonic()
 
+    def _limit_wait(self) -> None:
+        ends = self._attempts.waits_since + self._queue_timeout
+        if ends < self._deadline:
+            self._session.scheduler.at(ends, self._end_wait)
+
     # In the scheduler thread
+
+    def _end_wait(self) -> None:
+        """Give up if no node has taken the request in all that time. A node may have had it meanwhile."""
+        with self._lock:
+            is_over = time.monotonic() >= self._attempts.waits_since + self._queue_timeout
+            if is_over and self._attempts.state in ("waiting", "pausing"):
+                self.give_up(self._not_taken(QueueTimeout, f"queue_timeout of {self._queue_timeout:g} s"))
 
     def _retry(self) -> None:
         with self._lock:
@@ -278,8 +324,8 @@ class InFlightRequest:
 
     def _is_stranded(self, request: FleetRequest) -> bool:
         """Return whether it waits for a chosen node that is gone, while another one could take the next attempt."""
-        target, last = self._target, self._session.settings.max_attempts
-        return target is not None and request.attempt < last and self._session.nodes.waits_in_vain(request, target)
+        target, is_last = self._target, self._attempts.is_last
+        return target is not None and not is_last and self._session.nodes.waits_in_vain(request, target)
 
     def _message_lost(self, request: FleetRequest, now: float) -> None:
         with self._lock:

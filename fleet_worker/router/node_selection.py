@@ -47,6 +47,16 @@ class NodeSelection:
         ready, wanted = self._nodes(request, ready=True), request.provider_instance
         return node not in ready and (wanted == "any" or any(wanted == instance for instance, _ in ready.values()))
 
+    def why_waiting(self, request: FleetRequest, node: str | None) -> tuple[str, float | None]:
+        """Return why no node takes this request (or not this `node`), and `Registry.away_for`."""
+        what = node or f"{request.operation} of that model"
+        away_for = self._registry.away_for(request.model, request.operation, request.provider_instance, node)
+        if away_for is None:
+            return f"no host reports a node for {what}", None
+        if away_for == 0:
+            return f"{what} is served, but what serves it is busy or cut off", 0.0
+        return f"nobody has served {what} for {away_for:.0f} s", round(away_for, 3)
+
     def _unable(self, request: FleetRequest) -> dict[str, str]:
         """Return the nodes whose servers cannot do what a parameter asks for, with the name of that parameter."""
         params = request.params

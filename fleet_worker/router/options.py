@@ -17,6 +17,7 @@ class RequestOptions(TypedDict, total=False):
     """How a request is treated; described at `Router`."""
 
     timeout: float | None
+    queue_timeout: float | None
     priority: Priority
     instance: str
     node: str | None

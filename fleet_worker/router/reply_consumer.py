@@ -17,6 +17,7 @@ from fleet_worker.broker.door import Refused
 from fleet_worker.broker.reconnecting import ReconnectingThread
 from fleet_worker.broker.topology import ask_exchange, cancel_exchange, registry_queue, reply_queue, transport_of
 from fleet_worker.errors import Cancelled, InvalidRequest, where
+from fleet_worker.protocol import clock
 from fleet_worker.protocol.reply import Frame, Reply
 from fleet_worker.protocol.request import ControlMessage
 from fleet_worker.protocol.wire import PROTOCOL_VERSION
@@ -130,7 +131,8 @@ class ReplyConsumer:
         self._registry.note_asked()
         publish(Producer(channel), ask_exchange(), b"{}")
         if self._link.worked.is_set():
-            publish(Producer(channel), cancel_exchange(), ControlMessage(missed=self.name).encode())
+            notice = ControlMessage(missed=self.name, router=self.name, sent_at=clock.now())
+            publish(Producer(channel), cancel_exchange(), notice.encode())
 
     def _leave(self, consumer: Consumer, channel: Any) -> None:
         consumer.cancel()

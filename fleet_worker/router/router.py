@@ -13,6 +13,7 @@ from typing import Any, Self, Unpack, cast, get_args
 from fleet_worker.broker.connection import unavailable
 from fleet_worker.broker.topology import is_node_name, reply_name
 from fleet_worker.errors import InvalidRequest
+from fleet_worker.protocol import clock
 from fleet_worker.protocol.reply import ChatResponse, EmbedResponse
 from fleet_worker.protocol.request import FleetRequest, Operation, Priority
 from fleet_worker.registry.view import Registry
@@ -35,6 +36,8 @@ class Router:
     Options of every request, beside the fields of the OpenAI body (see `options`):
 
     - `timeout`: seconds until the deadline of the whole request; default `router.timeout`.
+    - `queue_timeout`: seconds that it may wait until a node takes it, at first and after each interruption; default
+      `router.queue_timeout`. Then it ends with `QueueTimeout`, which tells since when nobody is there.
     - `priority`: "critical", "high", "normal" (the default) or "low".
     - `instance`: only instances of that name; default "any". `node`: only that node, as in "local@mini-7".
     - `caller`, `message_context`, `trace_context`: JSON objects that travel with the request.
@@ -116,12 +119,21 @@ class Router:
         on_interrupt: OnInterrupt = others.pop("on_interrupt", "resume")
         if on_interrupt not in get_args(OnInterrupt):
             raise InvalidRequest('on_interrupt: must be "resume" or "fail"', param="on_interrupt")
+        queue_timeout = self._queue_timeout(others.pop("queue_timeout", None))
         request, node = self._request(operation, model, body, **others)
 
         def start(deadline: float) -> tuple[InFlightRequest, ReplyBuffer]:
-            return self._connected(deadline).start(request, node, on_interrupt, deadline)
+            session = self._connected(deadline)
+            return session.start(request, node, on_interrupt, deadline, queue_timeout=queue_timeout)
 
         return Call(start, request.timeout_seconds)
+
+    def _queue_timeout(self, asked: float | None) -> float:
+        if asked is None:
+            return self._settings.router.queue_timeout
+        if isinstance(asked, bool) or not isinstance(asked, int | float) or not asked > 0:
+            raise InvalidRequest("queue_timeout: must be a number of seconds, more than 0", param="queue_timeout")
+        return asked
 
     def _request(
         self,
@@ -142,7 +154,7 @@ class Router:
         """Return the envelope, without its reply queue and deadline, and the only node that may have it."""
         limit = self._settings.router.max_timeout
         seconds = self._settings.router.timeout if timeout is None else timeout
-        if not isinstance(seconds, int | float) or not 0 < seconds <= limit:
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= limit:
             text = f"timeout: must be a number of seconds, more than 0 and at most {limit:g} (router.max_timeout)"
             raise InvalidRequest(text, param="timeout")
         if node is not None and not is_node_name(node):
@@ -167,7 +179,7 @@ class Router:
             "trace_context": trace_context or {},
             "signed_token": None,
             "timeout_seconds": float(seconds),
-            "expires_at": time.time() + seconds,
+            "expires_at": clock.now() + seconds,
             "priority": priority,
         }
         request = FleetRequest.build(envelope)

@@ -21,7 +21,7 @@ class Scheduler:
     """Calls functions at given times (time.monotonic() seconds), one after the other. They should not take long."""
 
     def __init__(self) -> None:
-        self._schedule = sched.scheduler(time.monotonic)
+        self._schedule = sched.scheduler(time.monotonic, lambda seconds: None)  # which never waits: see `_sleep`
         self._changed: queue.SimpleQueue[None] = queue.SimpleQueue()
         """Not an Event, which is not reentrant: the garbage collector may schedule something at any time."""
         self._sleeps_until = NEVER

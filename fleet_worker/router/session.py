@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from typing import cast
@@ -38,11 +39,12 @@ class Session:
         transport = transport_of(settings.broker_url)
         self.submitter = Submitter(self._app, transport)
         self.admission = Admission(self.submitter.producer, transport, max_waiting=self.settings.max_waiting)
-        self.cancels = CancelPublisher(self.submitter, self.scheduler)
+        name = reply_name(settings.host, self.settings.reply_expires)
+        self.cancels = CancelPublisher(name, self.submitter, self.scheduler)
         self.replies = ReplyConsumer(
             self._app.connection_for_read,
             settings.broker_url,
-            reply_name(settings.host, self.settings.reply_expires),
+            name,
             self.receive,
             registry,
         )
@@ -73,7 +75,13 @@ class Session:
         self._app.close()
 
     def start(
-        self, request: FleetRequest, node: str | None, on_interrupt: OnInterrupt, deadline: float
+        self,
+        request: FleetRequest,
+        node: str | None,
+        on_interrupt: OnInterrupt,
+        deadline: float,
+        *,
+        queue_timeout: float = math.inf,
     ) -> tuple[InFlightRequest, ReplyBuffer]:
         """Submit a request, or join the one in flight, or answered, that has its idempotency key. Return it with a
         buffer of its reader's own.
@@ -89,7 +97,7 @@ class Session:
         self.nodes.require_able(request, node)
         left = deadline - time.monotonic()
         request = request.addressed_to(self.replies.name, left)
-        started = InFlightRequest(request, node, self, on_interrupt=on_interrupt)
+        started = InFlightRequest(request, node, self, on_interrupt=on_interrupt, queue_timeout=queue_timeout)
         self.admission.admit(started.lane)
         buffer = cast(ReplyBuffer, started.join(left))  # it cannot have failed yet
         if has_key and (joined := self._cache.add(started, node, on_interrupt)):

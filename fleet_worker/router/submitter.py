@@ -7,7 +7,7 @@ import logging
 import math
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from functools import partial
 
@@ -17,10 +17,12 @@ from kombu import Connection, Exchange, Producer
 from kombu.exceptions import LimitExceeded
 from tenacity import Retrying, retry_if_exception, stop_before_delay, wait_exponential, wait_random
 
+from fleet_worker.broker.broker_clock import BrokerClock
 from fleet_worker.broker.connection import ANSWER_WITHIN, BROKER_ERRORS, CLOSE_WITHIN, connect, is_away, unavailable
 from fleet_worker.broker.queue_depth import SUBMITTED_AT
 from fleet_worker.broker.topology import Transport, cancel_exchange, priority, route_to, task_name
 from fleet_worker.errors import Cancelled, Expired
+from fleet_worker.protocol import clock
 from fleet_worker.protocol.request import MOST_CANCELLED, ControlMessage, FleetRequest
 from fleet_worker.router.attempts import CancelOrphan
 from fleet_worker.router.scheduler import Scheduler
@@ -47,6 +49,7 @@ class Submitter:
         self._idle: deque[tuple[float, Connection]] = deque()
         """Since when each is idle; the last one is used first."""
         self._lock = threading.Lock()
+        self._broker_clock = BrokerClock()
 
     def submit(self, request: FleetRequest, lane: str, *, patience: float) -> None:
         """Send this attempt of a request into a lane. When this returns, the broker has it.
@@ -153,7 +156,7 @@ class Submitter:
                 **route_to(lane, self._transport),
                 priority=priority(request.priority, self._transport),
                 # From this the age of a lane's oldest request is known without its body being read.
-                headers={SUBMITTED_AT: time.time()},
+                headers={SUBMITTED_AT: self._broker_clock.now(producer.channel)},
                 # These are shown in events and in Flower: the lane, never the arguments.
                 argsrepr=lane,
                 kwargsrepr="",
@@ -170,14 +173,21 @@ class CancelPublisher:
     an attempt whose missing frame does not come again fails.
     """
 
-    def __init__(self, submitter: Submitter, scheduler: Scheduler) -> None:
+    def __init__(self, reply_to: str, submitter: Submitter, scheduler: Scheduler) -> None:
+        self._reply_to = reply_to
         self._submitter = submitter
         self._scheduler = scheduler
         self._lock = threading.Lock()
-        self._cancelled: dict[str | None, dict[str, int]] = {}
-        """By node: requests, each with the last attempt that is cancelled."""
-        self._missed: dict[str, str] = {}
-        """By node: the reply queue that lacks a frame."""
+        self._cancelled: _Requests = {}
+        """Each with the last attempt that is cancelled."""
+        self._confirmed: _Requests = {}
+        """Each with the attempt that is wanted."""
+        self._missed: set[str | None] = set()
+        """Nodes of which a frame never arrived."""
+        self._told: set[str | None] = set()
+        """Nodes that only need the time."""
+        self._wrong: OrderedDict[str, None] = OrderedDict()
+        """Nodes that were logged to have judged by a wrong clock."""
 
     def cancel(self, request_id: str, orphan: CancelOrphan) -> None:
         """Cancel this attempt and all earlier ones of that request."""
@@ -186,29 +196,59 @@ class CancelPublisher:
             requests = self._cancelled.setdefault(orphan.node, {})
             requests[request_id] = max(orphan.attempt, requests.get(request_id, 0))
 
-    def ask_again(self, reply_to: str, node: str) -> None:
-        """Ask a node to send again what it sent last into this reply queue: a frame of it never arrived."""
+    def confirm(self, request_id: str, attempt: int, node: str) -> None:
+        """Answer a node that has asked whether this attempt is still wanted: it is."""
         with self._lock:
             self._schedule()
-            self._missed[node] = reply_to
+            self._confirmed.setdefault(node, {})[request_id] = attempt
+
+    def ask_again(self, node: str) -> None:
+        """Ask a node to send again what it sent last into our reply queue: a frame of it never arrived."""
+        with self._lock:
+            self._schedule()
+            self._missed.add(node)
+
+    def tell_time(self, node: str) -> None:
+        """Tell the time to a node that took a request for expired."""
+        with self._lock:
+            self._schedule()
+            self._told.add(node)
+            known = node in self._wrong
+            self._wrong[node] = None
+            if len(self._wrong) > MOST_CANCELLED:
+                self._wrong.popitem(last=False)
+        if not known:
+            log.warning("%s took a request for expired that is not: compare the clocks (fleet-worker status)", node)
 
     def _schedule(self) -> None:
-        if not (self._cancelled or self._missed):
+        if not (self._cancelled or self._confirmed or self._missed or self._told):
             self._scheduler.soon(self._publish)
 
     def _publish(self) -> None:
         with self._lock:
-            cancelled, missed, self._cancelled, self._missed = self._cancelled, self._missed, {}, {}
-        messages = [ControlMessage(node=node, missed=reply_to) for node, reply_to in missed.items()]
-        for node, requests in cancelled.items():
-            listed = list(requests.items())
-            parts = (listed[first : first + MOST_CANCELLED] for first in range(0, len(listed), MOST_CANCELLED))
-            messages += [ControlMessage(node=node, cancelled=part) for part in parts]
+            cancelled, confirmed, missed, told = self._cancelled, self._confirmed, self._missed, self._told
+            self._cancelled, self._confirmed, self._missed, self._told = {}, {}, set(), set()
+        messages = [ControlMessage(node=node, missed=self._reply_to) for node in missed]
+        messages += [ControlMessage(node=node, cancelled=part) for node, part in _parts(cancelled)]
+        messages += [ControlMessage(node=node, confirmed=part) for node, part in _parts(confirmed)]
+        messages += [ControlMessage(node=node) for node in told]
         try:
             for message in messages:
-                self._submitter.broadcast(cancel_exchange(), message.encode())
+                timed = message.model_copy(update={"router": self._reply_to, "sent_at": clock.now()})
+                self._submitter.broadcast(cancel_exchange(), timed.encode())
         except Exception as error:
             log.debug("a cancel was not published: %s", type(error).__name__)
+
+
+_Requests = dict[str | None, dict[str, int]]
+"""By node (None for all): requests, each with an attempt."""
+
+
+def _parts(requests: _Requests) -> Iterator[tuple[str | None, list[tuple[str, int]]]]:
+    for node, by_id in requests.items():
+        listed = list(by_id.items())
+        for first in range(0, len(listed), MOST_CANCELLED):
+            yield node, listed[first : first + MOST_CANCELLED]
 
 
 def publish(producer: Producer, exchange: Exchange, body: bytes) -> None:

@@ -10,7 +10,7 @@ or as a process, which prints its address as one line of JSON and ends on SIGTER
 
     python -m fleet_worker.simulator --flavour mlx_lm --model sim-chat --ttft 0.02
 
-In reading order: server, machine, chats, texts, flavours, servers, refusals, replies, chunks, answers.
+In reading order: server, machine, chats, texts, flavours, servers, refusals, replies, manners, chunks, answers.
 """
 
 from fleet_worker.simulator.flavours import Flavour

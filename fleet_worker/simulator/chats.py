@@ -14,10 +14,11 @@ from typing import Any
 from fleet_worker.simulator.answers import Answer, answer
 from fleet_worker.simulator.chunks import DONE, Chunks, completion, tool_call
 from fleet_worker.simulator.machine import Machine, Record
+from fleet_worker.simulator.manners import ENDINGS
 from fleet_worker.simulator.refusals import Body, is_poison
-from fleet_worker.simulator.replies import ENDINGS, INTERRUPTIONS, Fault, Reply
+from fleet_worker.simulator.replies import INTERRUPTIONS, Fault, Reply
 from fleet_worker.simulator.servers import mlx_lm_opening
-from fleet_worker.simulator.texts import first_characters, reply_tokens, without
+from fleet_worker.simulator.texts import first_characters, json_tokens, reply_tokens, without
 
 PREFILL_STEP = 2048  # tokens between two keepalive comments of mlx_lm.server 0.32
 CLIENT_CHECK = 0.2  # seconds between two checks whether the client is still there
@@ -47,7 +48,7 @@ class Chat:
     ) -> None:
         self.machine, self.engine, self.flavour = machine, machine.engine, machine.behaviour
         self.reply, self.record, self.body, self.fault = reply, record, body, fault
-        self.streamed = body.get("stream") is True
+        self.streamed = body.get("stream") is True and not (fault and fault.kind == "unstreamed")
         self.model = str(body.get("model") or "default_model")
         self._struck = False
         self._first_token = 0.0  # when it is due
@@ -211,6 +212,10 @@ class Chat:
 
     def _content(self, limit: int) -> tuple[list[str], int]:
         """The visible tokens, as far as the limit allows, and how many there would be without one."""
+        wanted = self.body.get("response_format") or {}
+        if wanted.get("type") in self.flavour.json_formats:
+            whole = json_tokens(wanted)
+            return whole[:limit], len(whole)
         whole = self._reply(self.body["messages"], limit)
         if not self.flavour.continues(self.body):
             return whole, self.machine.tokens
@@ -224,6 +229,8 @@ class Chat:
             left -= len(rest.pop(0))
         if rest:
             rest[0] = rest[0][left:] if self.flavour.keeps_space else rest[0][left:].removeprefix(" ")
+        if self.machine.drift is not None:
+            rest[self.machine.drift :] = reversed(rest[self.machine.drift :])
         return rest, len(rest)
 
     def _stopped(self, content: list[str], natural: int) -> tuple[list[str], int]:

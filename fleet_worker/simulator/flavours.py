@@ -80,6 +80,7 @@ class Flavour:
     refuses: Callable[[Body], Answer | None]
     continues: Callable[[Body], bool] = lambda body: False  # whether the last message is a partial reply to continue
     stop: str = "ends"  # what a stop string does: "ends" the reply, is "cut" out of its tokens, or is "ignored"
+    json_formats: tuple[str, ...] = ("json_object", "json_schema")  # the types of response_format that it follows
     keeps_space: bool = False  # a continued reply keeps its leading space
     trims_partial: bool = True  # the chat template, which trims messages, renders the partial reply too
 

@@ -64,6 +64,7 @@ class Machine:
     token_interval: float = 0.0  # seconds between tokens; 0: as fast as it goes
     tokens_per_write: int = 8  # when the interval is 0
     tokens: int = 32  # the natural length of a reply
+    drift: int | None = None  # after so many tokens a continued reply differs: real ones do, as their tokens differ
     stamped: bool = False  # every token is the monotonic time at which it was written, in seconds
     separators: bool = False  # replies contain U+2028 and its like
     reasoning: Sequence[str] = ()  # tokens of reasoning before every reply

@@ -1,7 +1,7 @@
 """One reply of a simulated MLX server on the wire, whole, or broken on purpose in a chosen way.
 
 A fault is a small function in one of the tables below, by the moment it strikes: `ANSWERS` before the reply,
-`INTERRUPTIONS` at a token, `ENDINGS` in the last events, `WRITES` in the bytes of every event, `VECTORS` in embeddings.
+`INTERRUPTIONS` at a token, `WRITES` in the bytes of every event. Those that only change what is sent are in `manners`.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ import asyncio
 import json
 import socket
 import struct
+import zlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from typing import Any
 
 from fleet_worker.simulator.answers import Answer
-from fleet_worker.simulator.chunks import DONE, Chunks
+from fleet_worker.simulator.chunks import Chunks
 from fleet_worker.simulator.flavours import Flavour
+from fleet_worker.simulator.manners import ENDINGS, EVENTS, VECTORS
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +64,13 @@ class Reply:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, flavour: Flavour) -> None:
         self.flavour = flavour
         self.started = False
+        self._sent = False  # an event
         self.on_end: Callable[[], None] = lambda: None  # called just before the last bytes of a complete reply
         self.closes = flavour.http10  # the connection ends with this reply
         self.writes: Callable[[Reply, Sequence[bytes]], list[bytes]] | None = None
         self.pause = 0.0  # between two writes of one event
+        self.manner: Callable[[Sequence[bytes], bool], list[bytes]] | None = None  # the events sent in their place
+        self.gzip: Any = None  # compresses what is sent
         self.kill: Callable[[], None] = lambda: None  # the whole server
         self._reader, self._writer = reader, writer
 
@@ -76,12 +81,13 @@ class Reply:
 
     async def whole(self, answer: Answer, *, sized: bool = False) -> None:
         """Send a complete response. mlx_lm.server 0.32 names the length of a chat reply only, and of no error."""
+        body = self.gzip.compress(answer.body) + self.gzip.flush() if self.gzip else answer.body
         headers = [("content-type", answer.content_type), *answer.headers]
         if sized or not self.flavour.http10:
-            headers.append(("content-length", str(len(answer.body))))
+            headers.append(("content-length", str(len(body))))
         self.on_end()
         self._head(answer.status, headers)
-        self._writer.write(answer.body)
+        self._writer.write(body)
         await self._writer.drain()
 
     def start_stream(self) -> None:
@@ -95,11 +101,15 @@ class Reply:
             ("1.0", "BaseHTTP/0.6 Python/3.12.11") if self.flavour.http10 else ("1.1", self.flavour.server)
         )
         lines = [f"HTTP/{version} {status} {HTTPStatus(status).phrase}", f"server: {server}"]
-        lines += [f"{name}: {value}" for name, value in headers]
+        lines += [f"{name}: {value}" for name, value in headers] + ["content-encoding: gzip"] * bool(self.gzip)
         self._writer.write("\r\n".join([*lines, "", ""]).encode())
 
     async def send(self, events: Sequence[bytes]) -> None:
         """Send some events of the stream, and wait while the client is slower than we are."""
+        if self.manner:
+            events, self._sent = self.manner(events, not self._sent), True
+        if self.gzip:
+            events = [self.gzip.compress(b"".join(events)) + self.gzip.flush(zlib.Z_FULL_FLUSH)]
         if self.writes is None:
             self._writer.write(self.framed(events))
         else:
@@ -184,6 +194,29 @@ async def status(reply: Reply, fault: Fault) -> bool:
     return True
 
 
+async def unstreamed(reply: Reply, fault: Fault) -> bool:
+    """The whole completion as JSON, though a stream was asked for."""
+    return False
+
+
+async def gzip(reply: Reply, fault: Fault) -> bool:
+    """The stream is compressed, though nobody asked for that."""
+    reply.gzip = zlib.compressobj(wbits=31)
+    return False
+
+
+async def flood(reply: Reply, fault: Fault) -> bool:
+    """A body without end, which repeats `body`; compressed for the code "gzip": a megabyte for a thousand bytes."""
+    piece = (fault.body or " ").encode()
+    piece *= 1 + 2**20 // len(piece)
+    if fault.code == "gzip":
+        await gzip(reply, fault)
+    reply.start_stream()
+    while not reply.left:
+        await reply.send([piece])
+    return True
+
+
 async def thread_death(reply: Reply, fault: Fault) -> bool:
     """The generation thread ends before the request is read; the reply is that of a server without one."""
     return False
@@ -232,10 +265,12 @@ async def heartbeat_only(reply: Reply, fault: Fault, chunks: Chunks) -> bool:
 
 
 async def error_event(reply: Reply, fault: Fault, chunks: Chunks) -> bool:
-    """An error object inside the 200 stream, then what this server sends after one; unstreamed, a plain error."""
+    """An error object inside the 200 stream, or the event `body`; then what this server sends after one. Unstreamed, a
+    plain error."""
     if not reply.started:
         return await status(reply, fault)
-    await reply.finish(chunks.error(fault.message, fault.code))
+    given = isinstance(fault.body, str)
+    await reply.finish([fault.body.encode()] if given else chunks.error(fault.message, fault.code))
     return True
 
 
@@ -254,18 +289,6 @@ async def garbage(reply: Reply, fault: Fault, chunks: Chunks) -> bool:
         return True
     await reply.send([b"data: " + broken + b"\n\n"])
     return False
-
-
-# --- the last events --------------------------------------------------------------------------------------------------
-
-
-def done_without_finish(finish: list[bytes]) -> list[bytes]:
-    """vllm-mlx 0.4 ends a failed stream so."""
-    return [DONE]
-
-
-def finish_without_done(finish: list[bytes]) -> list[bytes]:
-    return finish
 
 
 # --- the writes of some events ----------------------------------------------------------------------------------------
@@ -301,35 +324,15 @@ def cr(reply: Reply, events: Sequence[bytes]) -> list[bytes]:
     return [reply.framed([event.replace(b"\n", b"\r") for event in events])]
 
 
-# --- the vectors ------------------------------------------------------------------------------------------------------
-
-
-def wrong_count(vectors: list[list[float]]) -> list[list[float]]:
-    return vectors[:-1]
-
-
-def wrong_dimension(vectors: list[list[float]]) -> list[list[float]]:
-    return [*vectors[:-1], vectors[-1][:-1]]
-
-
-def nan(vectors: list[list[float]]) -> list[list[float]]:
-    return [*vectors[:-1], [float("nan"), *vectors[-1][1:]]]
-
-
 ANSWERS: Mapping[str, Callable[[Reply, Fault], Awaitable[bool]]] = {
-    function.__name__: function for function in (empty_reply, empty_body, slow_headers, status, thread_death)
+    function.__name__: function
+    for function in (empty_reply, empty_body, slow_headers, status, unstreamed, gzip, flood, thread_death)
 }
 INTERRUPTIONS: Mapping[str, Callable[[Reply, Fault, Chunks], Awaitable[bool]]] = {
     function.__name__: function
     for function in (eof, reset, death, truncate, freeze, heartbeat_only, error_event, early_error, garbage)
 }
-ENDINGS: Mapping[str, Callable[[list[bytes]], list[bytes]]] = {
-    function.__name__: function for function in (done_without_finish, finish_without_done)
-}
 WRITES: Mapping[str, Callable[[Reply, Sequence[bytes]], list[bytes]]] = {
     function.__name__: function for function in (drip, split, join, crlf, cr)
 }
-VECTORS: Mapping[str, Callable[[list[list[float]]], list[list[float]]]] = {
-    function.__name__: function for function in (wrong_count, wrong_dimension, nan)
-}
-TABLES: tuple[Mapping[str, object], ...] = (ANSWERS, INTERRUPTIONS, ENDINGS, WRITES, VECTORS)
+TABLES: tuple[Mapping[str, object], ...] = (ANSWERS, INTERRUPTIONS, ENDINGS, WRITES, EVENTS, VECTORS)

@@ -14,7 +14,8 @@ from pydantic_core import from_json
 from fleet_worker.simulator.answers import Answer, answer
 from fleet_worker.simulator.chats import Chat
 from fleet_worker.simulator.machine import Engine, Machine, Record
-from fleet_worker.simulator.replies import ANSWERS, VECTORS, WRITES, Fault, Reply
+from fleet_worker.simulator.manners import EVENTS, VECTORS
+from fleet_worker.simulator.replies import ANSWERS, WRITES, Fault, Reply
 from fleet_worker.simulator.texts import embedding, encoded_embedding
 
 TURNS_TO_BEGIN = 5
@@ -172,6 +173,7 @@ class Exchange:
         self.record.fault = fault.kind
         if fault.kind in WRITES:
             self.reply.writes, self.reply.pause = WRITES[fault.kind], fault.seconds
+        self.reply.manner = EVENTS.get(fault.kind)
         if fault.kind == "thread_death":
             self.machine.engine.die()
         return fault.kind in ANSWERS and await ANSWERS[fault.kind](self.reply, fault)

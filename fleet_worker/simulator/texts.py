@@ -47,6 +47,38 @@ def reply_tokens(
     return [words[0].removeprefix(" "), *words[1:]] if words else []
 
 
+def json_tokens(response_format: Mapping[str, Any]) -> list[str]:
+    """Return the tokens of some JSON that follows this format."""
+    schema = (response_format.get("json_schema") or {}).get("schema") or {"type": "object"}
+    text = json.dumps(_example(schema))
+    return [text[at : at + 4] for at in range(0, len(text), 4)]
+
+
+def _example(schema: Any) -> Any:
+    """Return a value of the simplest schemas: constants, choices, types, and objects of these."""
+    schema = schema if isinstance(schema, dict) else {}
+    for key in ("const", "default"):
+        if key in schema:
+            return schema[key]
+    if choices := schema.get("enum"):
+        return choices[0]
+    if choices := schema.get("anyOf"):
+        return _example(choices[0])
+    kind = schema.get("type")
+    match kind[0] if isinstance(kind, list) else kind:
+        case "object":
+            return {name: _example(each) for name, each in (schema.get("properties") or {}).items()}
+        case "array":
+            return [_example(schema.get("items"))]
+        case "integer" | "number":
+            return 1
+        case "boolean":
+            return True
+        case "null":
+            return None
+    return "sea"
+
+
 def first_characters(tokens: Sequence[str], length: int) -> list[str]:
     """Return the tokens of the first characters of a text; the last one may be a part of a token."""
     kept: list[str] = []

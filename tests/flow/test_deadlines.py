@@ -37,6 +37,13 @@ def test_work_that_expired_in_its_lane_never_reaches_the_server(slow, router, br
     assert len(work(slow)) == 2
 
 
+@pytest.mark.parametrize("expired_for", [1.0, 3600.0])
+def test_what_has_expired_does_not_start_though_its_router_may_say_nothing(slow, caller, expired_for):
+    request_id = caller.submit(CHAT, timeout=10.0, expires_at=time.time() - expired_for)
+    assert caller.last(request_id).code == "expired"
+    assert work(slow) == []
+
+
 def test_running_work_is_stopped_at_its_deadline(slow, router):
     started = time.monotonic()
     with pytest.raises(RequestTimeout):
@@ -79,7 +86,6 @@ def test_a_malformed_envelope_is_answered_and_never_reaches_the_server(slow, rou
     for field, value in faults.items():
         failure = _answer_to(router, {field: value})
         assert failure.code == "invalid_request", field
-    assert _answer_to(router, {"expires_at": time.time() - 1}).code == "expired"
     assert _answer_to(router, {"model": "SIM.chat"}).code == "model_not_served"
     with Router(Settings(broker_url=broker.url, router={"max_attempts": 1})) as once:
         assert _answer_to(once, {"provider_instance": "other"}).code == "instance_unavailable"

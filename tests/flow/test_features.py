@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from fleet_worker.errors import UnsupportedParameter
 from fleet_worker.testing import SimulatedMLX, running_node
 from tests.flow.conftest import work
 
@@ -65,8 +66,22 @@ def test_the_answer_to_a_tool_call_goes_back(router, able):
 
 
 def test_structured_output_is_asked_for_where_the_server_knows_it(router, able):
-    router.chat(able.models[0], QUESTION, response_format=SCHEMA, max_tokens=20, timeout=20)
-    assert work(able)[-1].body.get("response_format") == (None if able.flavour == "mlx_lm" else SCHEMA)
+    [model] = able.models
+    if able.flavour == "mlx_lm":
+        with pytest.raises(UnsupportedParameter) as raised:
+            router.chat(model, QUESTION, response_format=SCHEMA, max_tokens=20, timeout=20)
+        assert raised.value.metadata["param"] == "response_format"
+        return
+    reply = router.chat(model, QUESTION, response_format=SCHEMA, max_tokens=20, timeout=20)
+    assert json.loads(reply.content) == {}
+    assert work(able)[-1].body["response_format"] == SCHEMA
+
+
+def test_a_reply_names_the_parameters_that_had_no_influence(router, able):
+    [model] = able.models
+    reply = router.chat(model, QUESTION, user="me", seed=7, temperature=0, max_tokens=3, timeout=20)
+    assert reply.metadata == {"dropped_parameters": ["user"] if able.flavour == "mlx_lm" else ["user", "seed"]}
+    assert router.chat(model, QUESTION, max_tokens=3, timeout=20).metadata == {}
 
 
 def test_reasoning_is_kept_apart(router, able):

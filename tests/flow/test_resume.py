@@ -25,12 +25,14 @@ def resume(monkeypatch):
     return with_what_was_delivered
 
 
-def test_a_node_sends_the_rest_of_an_answer(node, router, mlx, resume):
+@pytest.mark.parametrize(("temperature", "last"), [(0, "user"), (0.7, "assistant")])
+def test_a_node_sends_the_rest_of_an_answer(node, router, mlx, resume, temperature, last):
+    """At temperature 0 its server generates all of it again, else it continues the text."""
     resume(content="".join(TOKENS[:10]), tokens=10)
-    with router.stream_chat(CHAT, HELLO, temperature=0, timeout=20) as stream:
+    with router.stream_chat(CHAT, HELLO, temperature=temperature, timeout=20) as stream:
         assert [delta.content for delta in stream] == TOKENS[10:]
     assert stream.response.usage.completion_tokens == 32
-    assert work(mlx)[-1].body["messages"][-1]["role"] == "assistant"
+    assert work(mlx)[-1].body["messages"][-1]["role"] == last
 
 
 def test_a_node_that_cannot_go_on_says_so_before_it_asks_its_server(node, router, mlx, resume):

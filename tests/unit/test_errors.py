@@ -43,6 +43,7 @@ CODES_OF_THE_WIRE = {
     "malformed_output",
     "cancelled",
     "expired",
+    "queue_timeout",
     "invalid_output",
     "unsupported_parameter",
 }

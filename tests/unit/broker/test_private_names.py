@@ -27,6 +27,7 @@ DOOR = "messages of strangers do not come through the door, and end nodes"
 BOUND = "a message of 500 MB is read into memory"
 LOG = "the log shows the user of broker_url, and the texts of errors"
 TRUST = "other CAs than broker_ca are trusted"
+SPINS = "a network that is cut in the middle of a frame stops a node"
 SIGNALS = "signals do not end a node, or lose requests"
 
 USED = [
@@ -78,6 +79,10 @@ USED = [
     ("redis.connection", "SSLConnection", "check_hostname", ["SSLConnection"], TRUST),
     ("kombu.transport.redis", "Channel", "connection_class_ssl", ["Channel"], TRUST),
     ("amqp.transport", "SSLTransport", "_wrap_socket", ["SSLTransport"], "a node asks for the passphrase of a key"),
+    ("amqp.transport", "SSLTransport", "_shutdown_transport", ["_AbstractTransport"], "a frozen broker is waited for"),
+    ("amqp.transport", "SSLTransport", "_read", ["SSLTransport", "_AbstractTransport"], SPINS),
+    ("amqp.transport", "TCPTransport", "_read", ["TCPTransport", "_AbstractTransport"], SPINS),
+    ("amqp.transport", "TCPTransport", "raise_on_initial_eintr", ["TCPTransport", "SSLTransport"], SPINS),
     ("amqp.connection", "Connection", "Transport", ["Connection"], "a node asks for the passphrase of a key"),
     ("redis.client", "PubSub", "check_health", ["PubSub"], SILENT),
     ("redis.client", None, "next_health_check", ["PubSub"], SILENT),

@@ -7,8 +7,8 @@ import redis.asyncio
 from flower.utils.broker import Broker
 from kombu.transport.pyamqp import Transport as AMQPTransport
 
+from fleet_worker.broker.amqp_transport import SSLTransport
 from fleet_worker.broker.app import create_app
-from fleet_worker.broker.tls import AMQPTransport as OurAMQPTransport
 from fleet_worker.broker.tls import ssl_options, warn_once
 from fleet_worker.settings import Settings
 from tests.tls import Certificates
@@ -64,7 +64,7 @@ def test_kombu_sees_no_parameter_of_the_url_and_each_connection_has_the_options(
     for connection in (app.connection_for_read(), app.connection_for_write(), app.connection_for_read().clone()):
         assert connection.ssl == app.conf.broker_use_ssl != {}
     if "amqp" in url:
-        assert isinstance(app.connection_for_read().transport, OurAMQPTransport)
+        assert isinstance(app.connection_for_read().transport, SSLTransport)
 
 
 def test_connections_with_other_certificates_are_not_equal_so_kombu_pools_them_apart():

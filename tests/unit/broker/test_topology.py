@@ -10,6 +10,7 @@ from fleet_worker.broker.topology import (
     direct_lane,
     lane,
     lane_queue,
+    old_lane,
     priority,
     reply_name,
     reply_queue,
@@ -59,13 +60,55 @@ def test_the_words_of_a_lane_are_four_whatever_the_model_is_called(model):
 
 
 def test_a_lane_names_the_work_and_a_direct_lane_the_worker():
-    assert lane("stream_chat", "Qwen3 14B") == "llm.fleet.stream_chat.qwen3-14b"
+    assert lane("stream_chat", "qwen3-14b") == "llm.fleet.stream_chat.qwen3-14b"
     assert direct_lane("local@mini-7") == "llm.fleet.node.local@mini-7"
 
 
 def test_the_longest_model_name_makes_a_lane_that_rabbitmq_can_carry():
     longest = max(getattr(rule, "max_length", 0) for rule in FleetRequest.model_fields["model"].metadata)
-    assert len(lane("stream_chat", "m" * longest)) <= LONGEST_ROUTING_KEY
+    for letter in ("m", "M", "m-", "é", "模", "\u0130", "\ud83d\ude00"):
+        name = lane("stream_chat", (letter * longest)[:longest])
+        assert len(name.encode()) <= LONGEST_ROUTING_KEY
+        assert re.fullmatch(r"llm\.fleet\.stream_chat\.[a-z0-9_-]+", name)
+
+
+def test_a_plain_name_keeps_its_lane_and_one_like_it_gets_another():
+    assert lane("chat", "qwen3-8b") == old_lane("chat", "qwen3-8b") == "llm.fleet.chat.qwen3-8b"
+    assert re.fullmatch(r"llm\.fleet\.chat\.qwen3-8b_[0-9a-f]{8}", lane("chat", "qwen3:8b"))
+    assert old_lane("chat", "qwen3:8b") == "llm.fleet.chat.qwen3-8b"
+
+
+NAMES = [
+    "qwen3:8b",
+    "qwen3-8b",
+    "Qwen3-8B",
+    "qwen3_8b",
+    "qwen3--8b",
+    "-qwen3-8b",
+    "qwen3.8b",
+    "qwen3 8b",
+    "org/qwen3-8b",
+]
+OTHERS = ["通义千问", "文心一言", "модель", "ΜΟΝΤΈΛΟ", "é", "e\u0301", "😀", "-", "--", "*", "#", "a.#", "a.*"]
+
+
+def test_no_two_models_share_a_lane():
+    names = [
+        *NAMES,
+        *OTHERS,
+        *(lane("chat", name).rpartition(".")[2] for name in [*NAMES, *OTHERS] if name != "qwen3-8b"),
+    ]
+    assert len({lane("chat", name) for name in names}) == len(names)
+
+
+@given(st.text(min_size=1, max_size=200), st.text(min_size=1, max_size=200))
+def test_two_names_have_one_lane_only_if_they_are_the_same(one, other):
+    assert (lane("chat", one) == lane("chat", other)) == (one == other)
+
+
+@given(st.text(alphabet="aA-_:. ", min_size=1, max_size=4), st.text(alphabet="aA-_:. ", min_size=1, max_size=4))
+def test_names_that_hardly_differ_have_different_lanes(one, other):
+    assert (lane("chat", one) == lane("chat", other)) == (one == other)
 
 
 @pytest.mark.parametrize("transport", ["redis", "amqp"])

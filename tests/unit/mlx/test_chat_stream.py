@@ -1,5 +1,7 @@
 """Chat streams that fail: every fault of the simulated server, the timeouts, and readers that stop reading."""
 
+import json
+import time
 import traceback
 from contextlib import closing
 
@@ -16,15 +18,19 @@ from fleet_worker.errors import (
     RequestTimeout,
     UnsupportedCapability,
 )
-from fleet_worker.mlx import error_mapping
+from fleet_worker.mlx import chat_stream, error_mapping
+from fleet_worker.protocol.request import Resume
 from fleet_worker.simulator import FLAVOURS, Fault, reply_tokens
+from fleet_worker.simulator.manners import EVENTS
 from fleet_worker.simulator.replies import TABLES
-from tests.clients import HELLO, Client, answering, said, served, took_less_than
+from tests.clients import HELLO, Client, answering, cancelled, said, served, took_less_than
 
 SECRET = "swordfish"
 PRIVATE = [{"role": "user", "content": f"My password is {SECRET}."}]
 UVICORN = sorted(set(FLAVOURS) - {"mlx_lm"})
 WHOLE = "".join(reply_tokens(HELLO, 100))
+TOOLS = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in ("weather", "time")]
+DONE = "data: [DONE]\n\n"
 GAP, FIRST, DEADLINE = r"clocks\.gap", r"clocks\.first_content", "the deadline passed"
 """The part of a `RequestTimeout`'s text that names the limit."""
 
@@ -43,15 +49,39 @@ BROKEN = {
     "garbage": MalformedOutput,
     "done_without_finish": ConnectionFailure,
     "finish_without_done": ConnectionFailure,
+    "tokenless": ProviderError,
+    "flood": MalformedOutput,
 }
 SILENT = {"slow_headers", "thread_death", "freeze", "heartbeat_only"}
-HARMLESS = {"drip", "split", "join", "crlf", "cr"}
-OF_VECTORS = {"wrong_count", "wrong_dimension", "nan"}
+SEGMENTS = {"drip", "split", "join", "crlf", "cr"}
+ODD = {
+    "unstreamed",
+    "gzip",
+    "runs_on",
+    "empty_data",
+    "pings",
+    "bom",
+    "done_twice",
+    "halves",
+    "cut_utf8",
+    "messages",
+    "texts",
+    "parts",
+    "nulls",
+    "two_choices",
+    "renumbered",
+    "odd_usage",
+    "shouted_finish",
+}
+"""Manners that are not by the book, and clear nevertheless."""
+ODD_CALLS = {kind for kind in EVENTS if kind.startswith("calls_")}
+OF_VECTORS = {"wrong_count", "wrong_dimension", "nan", "no_vector"}
 
 
 def test_every_fault_of_the_simulated_server_is_expected_here():
     elsewhere = {"death"}  # it ends the whole server, so no second request is possible
-    assert {kind for table in TABLES for kind in table} == {*BROKEN, *SILENT, *HARMLESS, *OF_VECTORS, *elsewhere}
+    known = {*BROKEN, *SILENT, *SEGMENTS, *ODD, *ODD_CALLS, *OF_VECTORS, *elsewhere}
+    assert {kind for table in TABLES for kind in table} == known
 
 
 @pytest.mark.parametrize("at_token", [0, 5])
@@ -67,9 +97,38 @@ def test_a_broken_answer_is_one_error_for_a_chat_and_a_stream(flavour, kind, at_
             with pytest.raises(FleetError) as raised:
                 ask(PRIVATE)
             assert type(raised.value) is BROKEN[kind]
-            assert raised.value.retryable is (kind != "garbage")
+            assert raised.value.retryable is (kind not in ("garbage", "flood"))
             assert SECRET not in told(raised.value)
         assert [request.fault for request in server.requests] == [kind, kind]
+
+
+@pytest.mark.parametrize("kind", sorted(ODD))
+@pytest.mark.parametrize("flavour", ["mlx_lm", "vllm_batched"])
+def test_an_odd_manner_changes_nothing_of_the_answer(flavour, kind):
+    with served(flavour) as (server, client):
+        server.fail(Fault(kind, times=2))
+        answer = client.ask()
+        _, whole, end = client.stream()
+        assert answer.content == whole["content"] == WHOLE
+        assert answer.finish_reason == end.finish_reason == "stop"
+        assert [request.fault for request in server.requests] == [kind, kind]
+
+
+@pytest.mark.parametrize("kind", sorted(ODD_CALLS))
+@pytest.mark.parametrize("flavour", ["mlx_lm", "vllm_batched", "omni"])
+def test_an_odd_manner_changes_nothing_of_a_tool_call(flavour, kind):
+    calls = [
+        {"name": "weather", "arguments": {"city": "Zürich"}},
+        {"name": "weather", "arguments": {"city": "東京"}},
+        {"name": "time", "arguments": {}},
+    ]
+    with served(flavour, tool_calls=calls) as (server, client):
+        server.fail(Fault(kind, times=2))
+        for asked in (client.ask(tools=TOOLS).tool_calls, client.stream(tools=TOOLS)[1]["tool_calls"]):
+            assert [call["function"]["name"] for call in asked] == [call["name"] for call in calls]
+            assert [json.loads(call["function"]["arguments"]) for call in asked] == [
+                call["arguments"] for call in calls
+            ]
 
 
 def test_a_plain_openai_server_need_not_say_done():
@@ -150,6 +209,7 @@ def test_a_busy_server_may_say_so_in_a_stream():
         (429, {"retry-after": "Wed, 21 Oct 2026 07:28:00 GMT"}, {}),
         (429, {"retry-after": "nan"}, {}),
         (429, {"retry-after": "inf"}, {}),
+        (429, {"retry-after": "1e300"}, {"retry_after": 3600.0}),
         (429, {"retry-after": "-1"}, {}),
         (429, {}, {}),
     ],
@@ -321,6 +381,111 @@ def test_a_blank_line_after_the_last_event_may_be_missing():
     with served() as (server, client):
         server.fail(Fault("status", status=200, body=said("Hi").rstrip("\n"), times=2))
         assert client.ask().content == client.stream()[1]["content"] == "Hi"
+
+
+@pytest.mark.parametrize("after", ["", ": heartbeat\n\n", 'data: {"choices": [{"delta": {}}]}\n\n'])
+@pytest.mark.parametrize("kind", ["mlx_lm", "openai"])
+def test_a_server_that_says_that_it_has_finished_and_does_not_end_is_left(kind, after, monkeypatch):
+    monkeypatch.setattr(chat_stream, "_FINISH_SECONDS", 0.1)
+    stream = f"HTTP/1.1 200 OK\r\n\r\n{said('Hi').removesuffix(DONE)}{after}"
+    with answering(stream) as url, closing(Client(url, server=kind)) as client, took_less_than(5):
+        assert client.ask().content == client.stream()[1]["content"] == "Hi"
+
+
+def test_a_server_that_finishes_just_before_the_deadline_is_in_time():
+    stream = f"HTTP/1.1 200 OK\r\n\r\n{said('Hi').removesuffix(DONE)}"
+    with answering(stream) as url, closing(Client(url)) as client, took_less_than(5):
+        assert client.ask(seconds=0.3).content == "Hi"
+
+
+def test_a_request_that_is_cancelled_after_the_finish_reason_is_cancelled():
+    stream = f"HTTP/1.1 200 OK\r\n\r\n{said('Hi').removesuffix(DONE)}"
+    with answering(stream) as url, closing(Client(url)) as client, cancelled(client.ask):
+        time.sleep(0.1)
+
+
+@pytest.mark.rest
+def test_an_answer_of_a_hundred_thousand_pieces():
+    with served("openai") as (server, client):
+        server.fail(Fault("status", status=200, body=said(*"ab" * 50_000)))
+        assert client.ask().content == "ab" * 50_000
+
+
+@pytest.mark.parametrize(
+    "piece", [": c\n\n", "data:\n\n", "event: ping\ndata: {}\n\n", 'data: {"choices": []}\n\n', "\n", "x\n"]
+)
+def test_heartbeats_without_end_are_no_answer(piece, monkeypatch):
+    monkeypatch.setattr(chat_stream, "_MOST_IDLE_BYTES", 200_000)
+    with served("openai") as (server, client):
+        server.fail(Fault("flood", body=piece))
+        with pytest.raises(MalformedOutput, match="heartbeats"):
+            client.ask()
+
+
+@pytest.mark.parametrize(
+    "delta",
+    [{"content": "x" * 9000}, {"reasoning": "x" * 9000}, {"tool_calls": [{"function": {"arguments": "x" * 9000}}]}],
+)
+def test_text_without_end_is_no_answer(delta):
+    with served("openai") as (server, client):
+        server.fail(Fault("flood", body=f"data: {json.dumps({'choices': [{'delta': delta}]})}\n\n"))
+        with pytest.raises(MalformedOutput, match="too large"):
+            client.ask()
+
+
+def test_pieces_without_end_are_no_answer(monkeypatch):
+    monkeypatch.setattr(chat_stream, "_MOST_TOKENS", 10_000)
+    with served("openai") as (server, client):
+        server.fail(Fault("flood", body=said("a").split("\n\n")[0] + "\n\n"))
+        with pytest.raises(MalformedOutput, match="too large"):
+            client.ask()
+
+
+def test_json_that_breaks_off_is_a_connection_that_broke():
+    whole = json.dumps({"choices": [{"finish_reason": "stop", "message": {"content": "Hi"}}]})
+    with served("openai") as (server, client):
+        server.fail(*(Fault("status", status=200, body=whole[:size]) for size in (1, 20, len(whole) - 1)))
+        for _ in range(3):
+            with pytest.raises(ConnectionFailure):
+                client.ask()
+        server.fail(Fault("status", status=200, body=f"\ufeff\n{whole}\n"))
+        assert client.ask().content == "Hi"
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ({"error": {"message": "no", "code": 400}}, InvalidRequest),
+        ({"detail": "no"}, ProviderError),
+        ({"object": "error", "message": "full", "code": 429}, Overloaded),
+        ({"hello": 1}, MalformedOutput),
+        ("<html></html>", MalformedOutput),
+    ],
+)
+def test_what_comes_instead_of_a_stream_is_what_it_says(body, expected):
+    with served("mlx_openai") as (server, client):
+        server.fail(Fault("status", status=200, body=body, times=2))
+        for ask in (client.ask, client.stream):
+            with pytest.raises(FleetError) as raised:
+                ask()
+            assert type(raised.value) is expected
+
+
+def test_tokens_that_are_no_text_are_tokens_nevertheless():
+    """mlx_lm.server drops a tool call that max_tokens cut, and sends half a character as nothing."""
+    stream = said().replace('"choices"', '"usage": {"completion_tokens": 3}, "choices"')
+    with served() as (server, client):
+        server.fail(Fault("status", status=200, body=stream, times=2))
+        assert client.ask().content is None
+        assert client.stream()[1]["content"] is None
+
+
+def test_nothing_may_be_left_of_an_answer_that_is_continued():
+    """Its last frame was lost."""
+    with served("vllm_batched") as (server, client):
+        resume = Resume(content=WHOLE, tokens=32)
+        server.fail(Fault("status", status=200, body=said()))
+        assert client.stream(resume=resume, temperature=1)[1]["content"] is None
 
 
 # --- Readers that leave

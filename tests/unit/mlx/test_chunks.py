@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from fleet_worker.errors import (
     ContextLengthExceeded,
     FleetError,
+    InstanceUnavailable,
     InvalidRequest,
     MalformedOutput,
     ModelNotServed,
@@ -72,6 +73,87 @@ def test_every_piece_stays_a_piece():
     assert ChunkReader().read([event({"content": text}) for text in "abc"]) == [Delta(content=text) for text in "abc"]
 
 
+TEXTS = [{"content": "Hi"}, {"content": " there"}]
+SAID = [Delta(content="Hi"), Delta(content=" there")]
+
+
+def choices(*choices, **more):
+    return json.dumps({"choices": choices, **more}).encode()
+
+
+@pytest.mark.parametrize("key", ["delta", "message"])
+def test_text_may_be_in_a_message_for_a_delta(key):
+    assert read(*(choices({key: {"role": "assistant", **text}}) for text in TEXTS))[1] == SAID
+
+
+def test_text_may_be_that_of_a_completion():
+    assert read(*(choices({"text": text["content"]}) for text in TEXTS), choices({"text": ""}))[1] == SAID
+
+
+@pytest.mark.parametrize("delta", [{"delta": {}}, {"delta": None}, {}])
+@pytest.mark.parametrize("whole", [{"message": {"content": "Hi there"}}, {"text": "Hi there"}])
+def test_a_whole_message_after_its_deltas_is_not_said_again(whole, delta):
+    deltas = [event({"role": "assistant"}), *map(event, TEXTS)]
+    reader, said = read(*deltas, choices({**delta, **whole, "finish_reason": "stop"}))
+    assert (said, reader.finish_reason) == (SAID, "stop")
+
+
+def test_content_may_be_a_list_of_parts():
+    """Mistral's thinking is a list of parts in a part."""
+    parts = [{"type": "text", "text": "H"}, {"type": "output_text", "text": "i"}]
+    thinking = {"type": "thinking", "thinking": [{"type": "text", "text": "Hm"}]}
+    assert read(event({"content": parts}))[1] == [Delta(content="Hi")]
+    assert read(event({"content": [thinking, *parts]}))[1] == [Delta(content="Hi", reasoning="Hm")]
+    assert read(event({"content": [{"type": "reasoning", "text": "Hm"}]}))[1] == [Delta(reasoning="Hm")]
+    assert read(event({"content": []}))[1] == []
+
+
+def test_a_refusal_of_the_model_is_text():
+    assert read(event({"content": None, "refusal": "I will not."}))[1] == [Delta(content="I will not.")]
+
+
+def test_a_function_call_is_a_tool_call():
+    """As OpenAI named it before there were several."""
+    pieces = [{"name": "f", "arguments": ""}, {"arguments": '{"x":'}, {"arguments": "1}"}]
+    said = join(read(*(event({"content": None, "function_call": piece}) for piece in pieces))[1])
+    assert said["tool_calls"] == [call("f", '{"x":1}')]
+
+
+def test_one_of_several_choices_is_read():
+    """We ask for one. Its number may be another than 0, and need not be said."""
+    other = {"index": 1, "delta": {"content": "no"}, "finish_reason": "length"}
+    mine = [{"index": 0, "delta": text} for text in TEXTS]
+    assert read(choices(other, mine[0]), choices(other), choices(mine[1], other))[1] == SAID
+    assert read(choices({**mine[0], "index": 7}), choices({**mine[1], "index": 7}))[1] == SAID
+    assert read(choices({**mine[0], "index": None}), choices(mine[1]), choices(other))[1] == SAID
+    reader, _ = read(choices(mine[0]), choices(other))
+    assert reader.finish_reason is None
+
+
+# --- Half characters
+
+
+def test_half_a_pair_of_surrogates_is_joined_with_its_other_half():
+    first, second = (b'{"choices": [{"delta": {"content": "%b"}}]}' % text for text in (rb"hi \ud83d", rb"\ude00 yo"))
+    for splitter in (None, ReasoningSplitter()):
+        assert join(read(first, second, splitter=splitter)[1])["content"] == "hi 😀 yo"
+        assert join(read(first, event({}), splitter=splitter)[1])["content"] == "hi �"
+        assert join(read(first, event({"content": "."}), splitter=splitter)[1])["content"] == "hi �."
+
+
+@pytest.mark.parametrize("field", ["content", "reasoning", "reasoning_content"])
+def test_a_half_at_the_end_of_all_is_replaced(field):
+    half = b'{"choices": [{"delta": {"%b": "a\xe2\x82"}}]}' % field.encode()
+    assert join(read(half)[1])["content" if field == "content" else "reasoning"] == "a�"
+
+
+def test_arguments_of_tool_calls_may_be_cut_in_a_character():
+    pieces = [rb"{\"x\":\"\ud83d", rb"\ude00\"}"]
+    fragment = b'{"choices": [{"delta": {"tool_calls": [{"index": 0, "function": {"arguments": "%b"}}]}}]}'
+    (whole,) = join(read(*(fragment % piece for piece in pieces))[1])["tool_calls"]
+    assert json.loads(whole["function"]["arguments"]) == {"x": "😀"}
+
+
 # --- How it ends
 
 
@@ -98,6 +180,81 @@ def test_nothing_after_done_is_read():
     assert reader.done
 
 
+@pytest.mark.parametrize("done", [b"[DONE]", b" [DONE] ", b"[done]", b'"[DONE]"'])
+def test_done_is_spelled_in_several_ways(done):
+    reader = ChunkReader()
+    assert reader.read([event({"content": "a"}), done, event({"content": "b"}), done]) == [Delta(content="a")]
+    assert reader.done
+
+
+def test_text_after_the_finish_reason_is_not_part_of_the_answer():
+    """Usage is, and an error is one. A server that goes on and on is not read to its end."""
+    reader, deltas = read(
+        event({"content": "a"}, "stop"), event({"content": "b"}, "length"), event({}, usage={"total_tokens": 2})
+    )
+    assert (deltas, reader.finish_reason, reader.usage.total_tokens) == ([Delta(content="a")], "stop", 2)
+    with pytest.raises(ProviderError):
+        reader.read([b'{"error": "late"}'])
+    assert not reader.overruns
+    reader.read([event({"content": "b"})] * 1000)
+    assert reader.overruns
+
+
+@pytest.mark.parametrize("reason", [None, "", "null", "None", "NONE", 0, False])
+def test_a_finish_reason_may_be_said_to_be_none(reason):
+    assert read(event({"content": "a"}, reason))[0].finish_reason is None
+
+
+def test_the_case_of_a_finish_reason_does_not_matter():
+    assert read(event({"content": "a"}, "STOP"))[0].finish_reason == "stop"
+
+
+HEARTBEATS = [b" ", b"\t", b"ping", b"Heartbeat", b"keepalive", b"{}", b'{"type": "ping"}', b'{"choices": []}']
+
+
+@pytest.mark.parametrize("heartbeat", HEARTBEATS)
+def test_heartbeats_say_nothing_and_are_no_progress(heartbeat):
+    reader = ChunkReader()
+    assert (reader.read([heartbeat]), reader.moved) == ([], False)
+    assert (reader.read([heartbeat, event({})]), reader.moved) == ([], True)
+    assert (reader.read([heartbeat]), reader.moved) == ([], False)
+
+
+# --- An answer in one piece
+
+
+def completion(message, **choice):
+    return choices({"index": 0, "message": {"role": "assistant", **message}, **choice}, usage={"completion_tokens": 3})
+
+
+def test_a_whole_completion_is_an_answer():
+    """Its finish_reason may be missing: it is whole."""
+    for end in ({"finish_reason": "length"}, {"finish_reason": None}, {}):
+        reader = ChunkReader(ReasoningSplitter())
+        said = reader.read_whole(completion({"content": "Hi", "reasoning": "Hm"}, **end))
+        assert said == [Delta(content="Hi", reasoning="Hm")]
+        assert (reader.finish_reason, reader.done) == (end.get("finish_reason") or "stop", True)
+        assert reader.usage == Usage(completion_tokens=3)
+
+
+def test_half_of_a_completion_is_none():
+    reader = ChunkReader()
+    assert reader.read_whole(completion({"content": "Hi"})[:50]) == []
+    assert (reader.finish_reason, reader.done) == (None, False)
+
+
+@pytest.mark.parametrize("body", [b"{}", b"[]", b'"Hi"', b'{"choices": []}', b'{"data": [1]}'])
+def test_other_json_is_no_answer(body):
+    with pytest.raises(MalformedOutput):
+        ChunkReader().read_whole(body)
+
+
+def test_a_web_page_is_no_answer_and_another_server_may_have_one():
+    with pytest.raises(MalformedOutput, match="base_url") as raised:
+        ChunkReader().read_whole(b"<!doctype html><html>...")
+    assert raised.value.retryable
+
+
 def test_a_chunk_without_choices_says_nothing():
     """Such chunks have usage, or are pings, or are of a kind that we do not know."""
     assert read(b'{"choices": []}', b'{"choices": null}', b"{}", b'{"type": "ping"}')[1] == []
@@ -111,6 +268,8 @@ def test_a_chunk_without_choices_says_nothing():
         ({"prompt_tokens": 1, "prompt_tokens_details": {"cached_tokens": 5}}, Usage(prompt_tokens=1, cached_tokens=5)),
         ({"prompt_tokens": None, "completion_tokens": 2}, Usage(completion_tokens=2)),
         ({"prompt_tokens": "1", "completion_tokens": 2.0, "total_tokens": True}, Usage()),
+        ({"prompt_tokens": -1, "completion_tokens": 2**31, "total_tokens": 10**400}, Usage()),
+        ({"prompt_tokens": float("nan"), "completion_tokens": float("inf"), "total_tokens": 0}, Usage(total_tokens=0)),
         ({"prompt_tokens_details": None}, Usage()),
         ({"prompt_tokens_details": [5]}, Usage()),
         ({"queue_seconds": 5}, Usage()),
@@ -203,6 +362,11 @@ def test_a_call_may_leave_out_everything():
         b'{"choices": [{"delta": [1]}]}',
         event({"content": 5}),
         event({"content": ["a"]}),
+        event({"content": [{"type": "image_url", "image_url": "x"}]}),
+        event({"content": [{"type": "text"}]}),
+        event({"content": [{"type": "text", "text": 5}]}),
+        b'{"choices": [{"message": "Hi"}]}',
+        b'{"choices": [{"text": 5}]}',
         event({"reasoning": {"a": 1}}),
         event({"tool_calls": 5}),
         event({"tool_calls": [5]}),
@@ -277,6 +441,32 @@ def test_an_error_in_a_stream_is_known_by_its_code(error, expected):
         read(event({"content": "a"}, "stop", error=error))
     assert type(raised.value) is expected
     assert raised.value.retryable is (expected in (ProviderError, Overloaded))
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({"error": {"message": "full", "code": 429}}, Overloaded),
+        ({"error": {"error": {"code": "429"}}}, Overloaded),
+        ({"error": '{"code": 429}'}, Overloaded),
+        ({"detail": "Internal Server Error"}, ProviderError),
+        ({"detail": {"error": {"code": 429}}}, Overloaded),
+        ({"detail": [{"loc": ["body", "stop"], "msg": "Input should be a valid list"}]}, InvalidRequest),
+        ({"object": "error", "message": "no", "type": "BadRequestError", "code": 400}, InvalidRequest),
+        ({"object": "error", "message": "no", "type": "BadRequestError"}, InvalidRequest),
+        ({"object": "error", "message": "maximum context length is 10", "code": 400}, ContextLengthExceeded),
+        ({"type": "error", "message": "no"}, ProviderError),
+        ({"status": "error"}, ProviderError),
+        ({"errors": ["no"]}, ProviderError),
+        ({"code": 503, "message": "loading"}, InstanceUnavailable),
+    ],
+)
+def test_an_error_has_many_forms(said, expected):
+    """In a stream, and in the place of one."""
+    for fail in (read, ChunkReader().read_whole):
+        with pytest.raises(FleetError) as raised:
+            fail(json.dumps(said).encode())
+        assert type(raised.value) is expected
 
 
 def test_an_error_that_is_null_is_none():

@@ -7,12 +7,16 @@ import threading
 import time
 from array import array
 from contextlib import ExitStack, closing, contextmanager, suppress
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 import pytest
 
 from fleet_worker.errors import (
     ConfigurationError,
+    ConnectionFailure,
+    FleetError,
     InstanceUnavailable,
     MalformedOutput,
     ProviderError,
@@ -409,6 +413,8 @@ def test_a_dead_generation_thread_is_told_by_newer_servers_only():
         (200, {"status": "ok"}, True),
         (200, {"status": "healthy"}, True),
         (200, {"status": "unhealthy"}, False),
+        (200, {"status": "healthy", "ready": False, "state": "loading"}, False),
+        (200, {"status": "healthy", "ready": True, "state": "ready"}, True),
         (200, {"status": "loading"}, False),
         (503, {"status": "unhealthy", "model_status": "no_models"}, False),
         (500, "Internal Server Error", False),
@@ -417,12 +423,135 @@ def test_a_dead_generation_thread_is_told_by_newer_servers_only():
         (200, "fine, thanks", True),
         (200, ["engine_type"], True),
         (200, "", True),
+        (200, "<!DOCTYPE html><html>fine, thanks</html>", False),
+        (200, "\n<html></html>", False),
+        (200, {"status": ["ok"], "engine_type": {"a": 1}}, True),
     ],
 )
 def test_health_is_the_status_and_the_body(status, body, ready):
     with served("openai") as (server, client):
         server.fail(Fault("status", path="/health", status=status, body=body))
         assert client.health().ready is ready
+
+
+def test_a_server_that_is_met_for_the_first_time_may_be_another_program():
+    """`python -m http.server` listens at port 8000 and answers 404, as a server without `/health` does."""
+    with served("openai") as (server, client):
+        page, routeless = "<html></html>", Fault("status", path="/health", status=404, body="<html></html>", times=None)
+        server.fail(Fault("status", path="/health", status=200, body=page))
+        assert not client.identify().ready
+        server.fail(routeless)
+        assert client.identify() == Health(ready=True, server="openai")
+        for status, body in ((404, page), (200, page), (200, "fine"), (501, "")):
+            server.fail(Fault("status", path="/v1/models", status=status, body=body))
+            with pytest.raises(InstanceUnavailable, match="no MLX server"):
+                client.identify()
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_every_server_is_recognised_as_one(flavour):
+    with served(flavour, api_key="sesame") as (_, client):
+        assert client.identify().ready
+
+
+def test_a_server_of_web_pages_is_no_server(web_server):
+    with closing(Client(web_server)) as client, pytest.raises(InstanceUnavailable, match="no MLX server"):
+        client.identify()
+
+
+@pytest.fixture
+def web_server():
+    """The URL of what `python -m http.server` runs."""
+    handler = partial(SimpleHTTPRequestHandler, directory="/nowhere")
+    handler.func.log_message = lambda *_: None
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=[0.01])
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_a_redirect_is_not_followed(status):
+    """Not even to another path: a request, its prompt and its key are only for the server that was configured."""
+    with served("openai", client={"api_key": "sesame"}) as (server, client), served("openai") as (other, _):
+        for target in (other.base_url, server.base_url, "//elsewhere", ""):
+            for path, ask in EACH_PATH.items():
+                server.fail(Fault("status", path=path, status=status, headers={"location": target + path}))
+                with pytest.raises(ConfigurationError, match="redirect"):
+                    ask(client)
+        assert other.requests == []
+        assert len(server.requests) == 4 * len(EACH_PATH)
+
+
+def test_a_redirect_to_nowhere_is_an_error_too():
+    with served("openai") as (server, client):
+        server.fail(Fault("status", path="/health", status=302, headers={"location": "http://[::1"}))
+        with pytest.raises(ConnectionFailure):
+            client.health()
+
+
+EACH_PATH = {
+    "/health": Client.health,
+    "/v1/models": Client.models,
+    "/v1/embeddings": lambda client: client.vectors("a"),
+    "/v1/chat/completions": Client.ask,
+}
+
+
+def test_a_compressed_answer_is_read_though_nobody_asked_for_it():
+    with served("vllm_batched") as (server, client):
+        for path, ask in EACH_PATH.items():
+            expected = ask(client)
+            server.fail(Fault("gzip", path=path))
+            answer = ask(client)
+            assert getattr(answer, "content", answer) == getattr(expected, "content", expected)
+            assert server.requests[-1].fault == "gzip"
+
+
+@pytest.mark.parametrize("code", [500, "gzip"])
+def test_a_flood_is_left_soon(code):
+    """Compressed, a thousand bytes of it are a million."""
+    with served("openai") as (server, client), took_less_than(10):
+        for path, ask in EACH_PATH.items():
+            server.fail(Fault("flood", path=path, code=code))
+            with pytest.raises(MalformedOutput, match=r"more than|too large"):
+                ask(client)
+
+
+@pytest.mark.parametrize("encoding", ["br", "zstd", "gzip, gzip", "gzip", "deflate"])
+def test_what_cannot_be_decoded_is_malformed(encoding):
+    with served("openai") as (server, client):
+        for path, ask in EACH_PATH.items():
+            server.fail(Fault("status", path=path, status=200, body="oops", headers={"content-encoding": encoding}))
+            with pytest.raises(MalformedOutput, match="compress"):
+                ask(client)
+            server.fail(Fault("status", path=path, status=503, body="oops", headers={"content-encoding": encoding}))
+            with pytest.raises(FleetError):
+                assert ask(client).ready
+
+
+def test_no_cookie_is_kept():
+    """A server could send new ones with every answer."""
+    with served("openai") as (server, client):
+        server.fail(Fault("status", path="/health", status=200, body="", headers={"set-cookie": "a=b; Path=/"}))
+        client.health()
+        client.health()
+        assert "cookie" not in server.requests[-1].headers
+
+
+@pytest.mark.parametrize(
+    "head", ["x: " + "y" * 200_000, "HTTP/1.1 100 Continue\r\n\r\n" * 50_000, "\r\n".join(["x: y"] * 50_000)]
+)
+def test_headers_without_end_are_refused(head):
+    with (
+        answering(f"HTTP/1.1 200 OK\r\n{head}\r\n\r\n{{}}") as url,
+        closing(Client(url, clocks={"connect": 1})) as client,
+        took_less_than(5),
+        pytest.raises(ConnectionFailure, match="valid HTTP"),
+    ):
+        client.health()
 
 
 def test_a_body_without_end_is_not_kept():
@@ -452,6 +581,22 @@ def test_a_server_that_says_that_it_is_not_ready_has_died_and_one_that_does_not_
         unaware.engine.die()
         assert client.has_died()
         assert not of_unaware.has_died()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("status", path="/health", status=302, headers={"location": "/"}),
+        Fault("status", path="/health", status=404),
+        Fault("status", path="/health", status=200, body="<"),
+        Fault("flood", path="/health"),
+    ],
+    ids=["redirect", "missing", "page", "flood"],
+)
+def test_a_server_that_answers_health_badly_has_not_died(fault):
+    with served("openai") as (server, client):
+        server.fail(fault)
+        assert client.has_died() is (fault.body == "<")
 
 
 def test_a_server_that_is_late_is_busy_and_not_dead():
@@ -498,6 +643,12 @@ def test_a_server_may_list_nothing_or_an_empty_body():
     ("body", "models"),
     [
         ({"data": [{"id": "a"}, {"id": 5}, {}, "b", None, {"id": "c"}]}, ["a", "c"]),
+        ({"data": [{"id": "a"}, {"id": "a"}, {"id": ""}, {"id": "b" * 257}, {"id": "c\n"}, {"id": ["d"]}]}, ["a"]),
+        ({"data": [{"id": str(each)} for each in range(10_000)]}, [str(each) for each in range(10_000)]),
+        ({"error": "busy"}, ProviderError),
+        ({"error": {"code": 401}}, Unauthorized),
+        ({"detail": "no"}, ProviderError),
+        ([{"id": "a"}], MalformedOutput),
         ({"data": {}}, MalformedOutput),
         ({"data": None}, MalformedOutput),
         ({}, MalformedOutput),

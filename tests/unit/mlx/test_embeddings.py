@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleet_worker.errors import MalformedOutput
-from fleet_worker.mlx.embeddings import parse_vectors
+from fleet_worker.errors import FleetError, InvalidRequest, MalformedOutput, Overloaded, ProviderError
+from fleet_worker.mlx.embeddings import answer_of, parse_vectors
 
 
 def answer(*embeddings):
@@ -94,6 +94,7 @@ def test_a_vector_that_is_not_finite_is_refused(embedding):
         ["a", "b"],
         [None, 1],
         [[1, 2]],
+        {"0": 1, "1": 2},
         "!!!!",
         "AAA",
         "AAAA",
@@ -113,6 +114,27 @@ def test_what_is_no_vector_is_refused(embedding):
 def test_an_answer_that_is_none_is_refused(reply):
     with pytest.raises(MalformedOutput):
         parse_vectors(reply, 1, None)
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (b"", MalformedOutput),
+        (b"<html>", MalformedOutput),
+        (b"[]", MalformedOutput),
+        (b'{"error": "busy"}', ProviderError),
+        (b'{"error": {"code": 429}}', Overloaded),
+        (b'{"detail": [{"loc": ["input"]}]}', InvalidRequest),
+    ],
+)
+def test_an_answer_with_status_200_may_be_an_error(body, expected):
+    with pytest.raises(FleetError) as raised:
+        answer_of(body)
+    assert type(raised.value) is expected
+
+
+def test_what_is_said_beside_the_vectors_does_not_matter():
+    assert answer_of(b'{"data": [], "error": null, "detail": "fast"}')["data"] == []
 
 
 floats = st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=3, max_size=3)

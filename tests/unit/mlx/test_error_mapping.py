@@ -198,6 +198,9 @@ FAILURES = [
     # mlx-omni-server
     ("omni: another model", 500, b"Internal Server Error", ProviderError),
     ("omni: an image", 422, {"detail": VALIDATION}, InvalidRequest),
+    ("mlx-vlm: another model", 400, {"detail": "Failed to load model: Cannot find an appropriate"}, ModelNotServed),
+    ("mlx-vlm: a text about it", 400, {"detail": "no: Failed to load model"}, InvalidRequest),
+    ("rapid-mlx: another model", 404, {"error": {"message": "The model `a` does not exist."}}, ModelNotServed),
     # any of them, and proxies in front of them
     ("fastapi: no such route", 404, {"detail": "Not Found"}, UnsupportedCapability),
     ("fastapi: no such route, without spaces", 404, b'{"detail":"Not Found"}', UnsupportedCapability),

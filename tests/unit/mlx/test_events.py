@@ -170,3 +170,72 @@ def test_a_long_stream_of_small_events_has_no_limit():
     stream = EventParser()
     events = b"data: " + b"x" * 1000 + b"\n\n"
     assert sum(len(stream.feed(events * 1000)) for _ in range(10)) == 10_000
+
+
+# --- What is not by the book
+
+
+def test_events_without_data_are_left_out():
+    assert parsed([b"data:\n\ndata: \n\ndata: a\n\ndata\n\n"]) == [b"a"]
+
+
+@pytest.mark.parametrize("cut", range(1, 8))
+def test_a_byte_order_mark_is_no_part_of_the_first_line(cut):
+    stream = "\ufeffdata: a\n\n".encode()
+    assert parsed([stream[:cut], stream[cut:]]) == [b"a"]
+
+
+def test_white_space_before_a_field_is_none_of_it():
+    assert parsed([b" data: a\n\n\xef\xbb\xbfevent: error\n data: b\n\n"]) == [b"a", b'{"error":"b"}']
+
+
+@pytest.mark.parametrize("kind", ["ping", "PING", "heartbeat", "keepalive", "keep-alive"])
+def test_an_event_that_is_a_heartbeat_by_its_type_says_nothing(kind):
+    assert parsed([f"event: {kind}\ndata: what?\n\nevent: {kind}\n\ndata: a\n\n".encode()]) == [b"a"]
+
+
+def test_other_types_mean_nothing():
+    assert parsed([b"event: message\ndata: a\n\nevent:chunk\ndata: b\n\n"]) == [b"a", b"b"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "data"),
+    [
+        (b"event: error\ndata: boom", "boom"),
+        (b"data: boom\nevent: error", "boom"),
+        (b'event:error\ndata: {"code": 429}', '{"code": 429}'),
+        (b"event: server_error\ndata: bo\ndata: om", "bo\nom"),
+        (b"event: Error", ""),
+        (b"event: error\ndata: \xff", "\ufffd"),
+    ],
+)
+def test_an_event_that_is_an_error_by_its_type_is_one(lines, data):
+    (error, after) = parsed([lines + b"\n\ndata: a\n\n"])
+    assert (json.loads(error), after) == ({"error": data}, b"a")
+
+
+@pytest.mark.parametrize(
+    "body", ['{"a": "\n\ndata: b\n\n"}', "[1,\r\n2]", '"text"', "<html>\n\n</html>", '\ufeff {"a":\n1}']
+)
+def test_a_body_that_is_no_event_stream_is_one_event(body):
+    for size in (1, 3, 1000):
+        stream, sent = EventParser(), body.encode()
+        assert [event for at in range(0, len(sent), size) for event in stream.feed(sent[at : at + size])] == []
+        assert stream.is_whole
+        assert stream.end() == [body.lstrip("\ufeff ").encode()]
+
+
+@pytest.mark.parametrize("start", ["data: ", ":", "event: x\n", "\n\n", "id: 1\n", "x\n"])
+def test_a_body_that_begins_with_a_line_is_an_event_stream(start):
+    stream = EventParser()
+    stream.feed(start.encode() + b"a\n\n")
+    assert not stream.is_whole
+
+
+@pytest.mark.parametrize("start", [b"data: ", b"data: x\ndata: ", b"{", b": ", b" "])
+def test_what_never_ends_costs_no_more_than_the_limit(start):
+    """Time, too: what has arrived is not copied for each piece of a line."""
+    stream = EventParser()
+    stream.feed(start)
+    with pytest.raises(MalformedOutput, match="too large"):
+        list(map(stream.feed, [b" " * 100] * (2 * MAX_EVENT_BYTES // 100)))

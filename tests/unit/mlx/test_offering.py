@@ -358,3 +358,16 @@ def test_a_model_belongs_on_the_lanes_of_what_it_can_do(name, expected):
 
 def test_a_model_that_does_not_stream_has_no_stream_lane():
     assert offerings(models={"m": {"features": {"streaming": False}}})["m"].capabilities == ("chat",)
+
+
+def test_a_catalogue_is_not_offered_as_a_whole():
+    """10,000 models would be 20,000 lanes. What is listed, or left by the whitelist, is offered."""
+    catalogue = [f"org/model-{at}" for at in range(10_000)]
+    assert offerings(*catalogue) == {}
+    assert offerings(*catalogue, model_whitelist=["model-77"]).keys() == {each for each in catalogue if "-77" in each}
+    assert offerings(*catalogue, models={"mine": {"backend": catalogue[-1]}}).keys() == {"mine"}
+    assert len(offerings(*catalogue[:1000])) == 1000
+
+
+def test_a_model_without_a_name_is_not_offered():
+    assert offerings("/", "/models/a").keys() == {"a"}

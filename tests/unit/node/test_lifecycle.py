@@ -10,7 +10,7 @@ from celery.worker import state as celery_state
 
 from fleet_worker.exit_codes import CONFIGURATION, RESTART
 from fleet_worker.node import lifecycle as module
-from fleet_worker.node.lifecycle import HANDED_OVER_WITHIN, NAMESAKES_ASKED, Lifecycle
+from fleet_worker.node.lifecycle import HANDED_OVER_WITHIN, Lifecycle
 from tests.clients import took_less_than, until
 
 
@@ -79,47 +79,6 @@ def test_who_asks_a_node_to_end_says_with_which_exit_code_whatever_its_own_reaso
     for exit_with, by in reasons:
         life._end(exit_with, **by)
     assert exit_code(life, worker) == code
-
-
-class Control:
-    """The processes of a name that answer, round by round; `None` is the one that asks."""
-
-    def __init__(self, *rounds):
-        self.rounds = [*rounds]
-
-    def ask(self, node):
-        self.life = Lifecycle(SimpleNamespace(app=SimpleNamespace(control=self)), node, grace=0)
-        self.life._leave_if_name_is_taken()
-        return self.life
-
-    def broadcast(self, command, **options):
-        own = [self.life._process, self.life._age()]
-        return [{"one@test": process or own} for process in self.rounds.pop(0)]
-
-
-ELDER, YOUNGER = ["elder", 1e6], ["younger", 0.0]
-
-
-@pytest.mark.parametrize(
-    "rounds",
-    [
-        [[ELDER, None]],
-        [[None, ELDER]],
-        pytest.param([[ELDER]], id="asked before Celery listens"),
-        pytest.param([[], [ELDER, None]], id="both were too late for the first question"),
-    ],
-)
-def test_a_node_leaves_when_an_elder_process_has_its_name(worker, rounds):
-    life = Control(*rounds).ask(Node())
-    assert exit_code(life, life._worker) == CONFIGURATION
-
-
-@pytest.mark.parametrize("rounds", [[[None]], [[], [], [None]], [[]] * NAMESAKES_ASKED, [[None, YOUNGER]], [[YOUNGER]]])
-def test_a_node_that_is_alone_or_the_elder_one_goes_on(worker, rounds):
-    control = Control(*rounds)
-    control.ask(Node())
-    assert control.rounds == []
-    assert celery_state.should_stop is None
 
 
 def test_of_two_reloads_at_once_the_one_that_has_read_the_newer_configuration_is_the_last(worker, monkeypatch):

@@ -5,30 +5,41 @@ import time
 import pytest
 
 from fleet_worker.broker.app import create_app
-from fleet_worker.errors import FleetError, InstanceUnavailable, InvalidRequest, ProviderError
+from fleet_worker.errors import FleetError, InstanceUnavailable, InvalidRequest, ProviderError, RequestTimeout
+from fleet_worker.node import confirmations
+from fleet_worker.node.confirmations import Confirmations
 from fleet_worker.node.node import Node
 from fleet_worker.node.readiness import State
+from fleet_worker.node.router_clocks import RouterClocks
 from fleet_worker.node.server_discovery import find_server
 from fleet_worker.node.tasks import register_tasks
+from fleet_worker.protocol import clock
 from fleet_worker.settings import Settings
+from fleet_worker.simulator import Fault
 from fleet_worker.testing import SimulatedMLX
+from tests.clients import took_less_than
 
 CHAT, EMBED = "sim-chat", "sim-embed"
 HELLO = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5}
 
 
 @pytest.fixture(scope="module")
-def node_and_tasks():
+def mlx():
     with SimulatedMLX(flavour="vllm_batched", models=[CHAT, EMBED]) as mlx:
-        opted_in = {"enabled": True, "respond_to_requests": True}
-        instance = {"base_url": mlx.base_url, "models": {CHAT: {}, EMBED: {}}, "fleet": opted_in}
-        settings = Settings(instances={"one": instance}, broker_url="redis://127.0.0.1:1")
-        app = create_app(settings)
-        node = Node(app, settings, "one@test", find_server(settings.instances["one"], 5))
-        register_tasks(app, node)
-        yield node, app.tasks
-        node.close()
-        app.close()
+        yield mlx
+
+
+@pytest.fixture(scope="module")
+def node_and_tasks(mlx):
+    opted_in = {"enabled": True, "respond_to_requests": True}
+    instance = {"base_url": mlx.base_url, "models": {CHAT: {}, EMBED: {}}, "fleet": opted_in}
+    settings = Settings(instances={"one": instance}, broker_url="redis://127.0.0.1:1")
+    app = create_app(settings)
+    node = Node(app, settings, "one@test", find_server(settings.instances["one"], 5))
+    register_tasks(app, node)
+    yield node, app.tasks
+    node.close()
+    app.close()
 
 
 @pytest.fixture
@@ -45,7 +56,7 @@ def run(node_and_tasks, request):
     """Returns a function that runs a task for an envelope of the wire, with changes."""
 
     def run(task, model=CHAT, params=HELLO, **changes):
-        expires_at = time.time() + 20
+        expires_at = clock.now() + 20
         envelope = {"protocol_version": 2, "operation": task, "provider": "mlx", "provider_instance": "any"}
         envelope |= {"request_id": request.node.name, "correlation_id": "c", "idempotency_key": "k", "attempt": 1}
         envelope |= {"model": model, "params": params, "reply_to": "llm.fleet.reply.test.60", "priority": "normal"}
@@ -106,12 +117,111 @@ def test_vectors_are_not_shortened(node, run):
     assert caught.value.param == "dimensions"
 
 
+def test_a_failure_beside_a_canary_or_what_is_left_of_another_request_is_told_as_such(node, mlx, run, monkeypatch):
+    """Its server has one slot. vllm-mlx's Simple engine answers 500 to a second request."""
+    counted = []
+    monkeypatch.setattr(node._readiness, "failed", lambda error, request_id: counted.append(error))
+
+    def failure(attempt):
+        mlx.fail(Fault("status", status=500))
+        with pytest.raises(ProviderError) as caught:
+            run("chat", attempt=attempt)
+        return caught.value.metadata.get("disturbed", False)
+
+    assert not failure(1)
+    monkeypatch.setattr(node.mlx, "_canary_runs", True)
+    assert failure(2)
+    monkeypatch.setattr(node.mlx, "_canary_runs", False)
+    assert not failure(3)
+    with mlx.held(at_token=1), pytest.raises(RequestTimeout):
+        run("chat", attempt=4, timeout_seconds=0.2, expires_at=clock.now() + 0.2)
+    assert failure(5)
+    assert len(counted) == 3  # with the timeout
+
+
 def test_a_fault_of_the_worker_itself_ends_in_an_error_that_quotes_nothing(node, run, monkeypatch, caplog):
     monkeypatch.setattr(node.mlx, "chat", lambda *_, **__: int("a secret"))
     assert isinstance(refused(node, run), ProviderError)
     assert [frame.kind for frame in node.frames] == ["accepted", "error"]
     assert "ValueError at" in caplog.text
     assert "secret" not in caplog.text + node.frames[-1].message
+
+
+# --- Clocks
+
+
+REPLY_TO = "llm.fleet.reply.test.60"
+
+
+@pytest.fixture
+def connected(node, monkeypatch):
+    """A node that hears routers, since so many seconds, and knows the clock of none."""
+
+    def connected(since=1000.0, answer=None):
+        monkeypatch.setattr(node, "router_clocks", RouterClocks())
+        monkeypatch.setattr(node, "confirmations", Confirmations())
+        monkeypatch.setattr(confirmations, "ANSWER_WITHIN", 0.1 if answer is None else 10.0)
+        node.confirmations.hears_since = time.monotonic() - since
+
+        def append(writer, frame, delay):
+            node.frames.append(frame)
+            if answer and frame.kind == "accepted" and frame.asks:
+                answer(node, frame)
+
+        monkeypatch.setattr(node.publisher, "append", append)
+        return node
+
+    return connected
+
+
+@pytest.mark.parametrize("skew", [-3600.0, -90.0, 90.0, 3600.0])
+def test_a_wrong_clock_costs_no_request_and_shows_in_no_figure(connected, run, skew):
+    """The clock of the router is so far ahead of the one of the node."""
+
+    def confirm(node, frame):
+        node.router_clocks.told(REPLY_TO, clock.now() + skew)
+        node.confirmations.confirm(frame.id, frame.attempt)
+
+    node = connected(answer=confirm)
+    for attempt in (1, 2):
+        run("chat", attempt=attempt, expires_at=clock.now() + skew + 20 - 3)  # it has waited for 3 s
+        waited = [frame.timings.queue_wait for frame in node.frames if frame.kind == "response"]
+        assert waited == [pytest.approx(3.0, abs=1)] * attempt
+    assert [frame.asks for frame in node.frames if frame.kind == "accepted"] == [True, None]
+
+
+def test_what_has_expired_by_the_clock_of_its_router_is_dropped_before_it_starts(connected, run):
+    node = connected()
+    node.router_clocks.told(REPLY_TO, clock.now() + 3600)
+    assert refused(node, run, expires_at=clock.now() + 3600 - 1).code == "expired"
+    assert [frame.kind for frame in node.frames] == ["error"]
+
+
+def cancel(node, frame):
+    node.running.cancel(frame.id, frame.attempt)
+
+
+@pytest.mark.parametrize("answer", [None, cancel])
+def test_what_seems_to_have_expired_does_not_start_before_its_router_has_confirmed_it(connected, run, answer):
+    node = connected(answer=answer)
+    with took_less_than(5.0):
+        assert refused(node, run, expires_at=clock.now() - 1).code == ("cancelled" if answer else "expired")
+    assert [frame.kind for frame in node.frames] == ["accepted", "error"]
+
+
+def test_what_was_submitted_before_the_node_heard_cancels_does_not_start_if_it_was_cancelled(connected, run):
+    for knows in (False, True):
+        node = connected(since=1.0, answer=cancel)
+        if knows:
+            node.router_clocks.told(REPLY_TO, clock.now())
+        assert refused(node, run, attempt=1 + knows, expires_at=clock.now() + 15).code == "cancelled"
+
+
+def test_a_router_that_does_not_answer_gets_what_has_not_expired(connected, run):
+    node = connected(since=1.0)
+    with took_less_than(3.0):
+        run("chat", expires_at=clock.now() + 15)
+    assert node.frames[-1].kind == "response"
 
 
 def test_an_attempt_that_is_delivered_twice_is_answered_once(node, run):

@@ -85,6 +85,21 @@ def test_a_server_that_is_down_is_an_error_and_does_not_affect_the_others():
     assert "does not accept connections" in down.found
 
 
+@pytest.mark.parametrize("models", [{"sim-chat": {}}, {}])
+def test_a_web_server_is_no_mlx_server(models):
+    """`python -m http.server`, and one that sends a page for whatever is asked."""
+    with SimulatedMLX(flavour="openai") as mlx:
+        for status in (404, 200):
+            mlx.fail(*(Fault("status", path=path, status=status, body="<html>") for path in ("/health", "/v1/models")))
+            assert_complaint(examined(base_url=mlx.base_url, models=models), "error", "no MLX server", mlx.base_url)
+
+
+def test_a_server_that_redirects_is_an_error():
+    with SimulatedMLX(flavour="openai") as mlx:
+        mlx.fail(Fault("status", path="/health", status=307, headers={"location": "http://elsewhere/health"}))
+        assert_complaint(examined(base_url=mlx.base_url), "error", "redirect")
+
+
 def test_a_frozen_server_is_an_error_in_time():
     """Its host accepts the connection, and nothing answers."""
     with closing(socket.create_server(("127.0.0.1", 0))) as frozen:

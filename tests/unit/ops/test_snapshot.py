@@ -54,6 +54,7 @@ def test_its_keys_are_those_that_are_documented():
                 "server": "mlx_lm",
                 "version": "0.1.0",
                 "heard_age": 2.0,
+                "clock_ahead": 0.0,
             }
         ],
         "models": [

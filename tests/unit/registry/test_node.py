@@ -2,11 +2,13 @@
 
 import random
 import tempfile
+import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 
 import pytest
+from celery.beat import ScheduleEntry
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,6 +20,7 @@ from fleet_worker.registry.beat import Jittered, QuietScheduler
 from fleet_worker.registry.node import NO_NODE, RegistryNode
 from fleet_worker.registry.status_socket import NodeReport
 from fleet_worker.settings import Settings
+from tests.clients import until
 
 OPTED_IN = {"enabled": True, "respond_to_requests": True}
 KEY = "hunter2"
@@ -143,7 +146,7 @@ def test_an_instance_without_a_node_is_unavailable(host):
         "checked": False,
         "error": NO_NODE,
     }
-    assert event.capacity == {"slots": 2, "running": 0}
+    assert event.capacity == {"slots": 2, "running": 0, "status_age": 0.0}
     assert (event.runtime["node"], event.runtime["host"]) == ("talk@mini", "mini")
     assert event.lane == []
     assert event.metadata["live"] is False
@@ -154,10 +157,34 @@ def test_an_instance_is_what_its_node_reports(host):
     event_type, event = host.told("readiness")[TALK]
     assert event_type == "available"
     assert event.health == {"ready": True, "status": "available", "checked": True}
-    assert event.capacity == {"slots": 4, "running": 1, "tokens_per_second": 31.5, "last_token_age": 0.25}
+    figures = {"tokens_per_second": 31.5, "last_token_age": 0.25, "status_age": 0.0}
+    assert event.capacity == {"slots": 4, "running": 1, **figures}
+
     assert (event.runtime["server"], event.runtime["pid"]) == ("mlx_lm", 7)
     assert event.lane == ["lane"]
     assert event.metadata["live"] is True
+
+
+def test_a_router_learns_since_when_an_instance_has_its_status(host, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(registry_node_module.time, "monotonic", lambda: now[0])
+    ages = []
+    for status, seconds in [("available", 5), ("available", 5), ("unavailable", 60), ("unavailable", 1)]:
+        host.nodes = [report(status=status)]
+        ages.append(host.told("readiness")[TALK][1].capacity["status_age"])
+        now[0] += seconds
+    assert ages == [0.0, 5.0, 0.0, 60.0]
+
+
+@pytest.mark.parametrize("step", [3600.0, -3600.0])
+def test_beats_go_on_when_the_clock_of_the_host_is_corrected(step, monkeypatch):
+    seconds = 0.05
+    schedule = Jittered(seconds, app=create_app(Settings()))
+    entry = ScheduleEntry("beat", "task", schedule=schedule, app=create_app(Settings()))
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + step)
+    until(lambda: entry.is_due().is_due, 1)
+    assert abs((schedule.now() - entry.last_run_at).total_seconds()) < 5
 
 
 def test_what_has_not_changed_is_a_heartbeat(host):

@@ -23,7 +23,7 @@ from fleet_worker.registry.prometheus import HostCollector, MetricsServer
 from fleet_worker.registry.status_socket import NodeReport
 from tests.clients import took_less_than
 
-CHAT = ModelStatus(model="Qwen3 14B", capabilities=("chat", "stream_chat"), status="available")
+CHAT = ModelStatus(model="qwen3-14b", capabilities=("chat", "stream_chat"), status="available")
 EMBED = ModelStatus(model="minilm", capabilities=("embed",), status="available")
 LANES = ["llm.fleet.chat.qwen3-14b", "llm.fleet.node.local@mini", "llm.fleet.stream_chat.qwen3-14b"]
 NODE = {"node": "local@mini"}

@@ -2,6 +2,7 @@
 
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -764,3 +765,48 @@ def test_many_threads_may_apply_and_ask_at_once(registry, news):
     assert registry.models(ready=True) == [f"m{host}" for host in hosts]
     assert sum(event.model == READINESS for event in news) == len(hosts) * 50
     assert sum(event.model != READINESS for event in news) == len(hosts)
+
+
+# --- Since when nobody is there
+
+
+def test_it_tells_since_when_nobody_serves_what_is_known(registry, clock):
+    assert registry.away_for("m", "chat") is None
+    say(registry, about_instance(), about_model())
+    assert registry.away_for("m", "chat") == 0.0
+    assert registry.away_for("m", "embed") is None
+    assert registry.away_for("m", "chat", instance="other") is None
+    down = {"status": "unavailable", "capacity": {"status_age": 30.0}}
+    say(registry, about_instance(**down), about_model(status="unavailable"))
+    clock.turn(10)
+    assert registry.away_for("m", "chat") == 40.0
+    say(registry, about_instance("second"), about_model(instance="second"))
+    assert registry.away_for("m", "chat") == 0.0
+    assert registry.away_for("m", "chat", instance="local") == 40.0
+
+
+def test_a_host_that_fell_silent_is_away_since_it_was_heard(registry, clock):
+    say(registry, about_instance(), about_model())
+    clock.turn(20)
+    assert registry.away_for("m", "chat") == 0.0
+    clock.turn(3)
+    assert registry.away_for("m", "chat") == 23.0
+    clock.turn(60)  # it is forgotten
+    assert registry.offerings("m") == []
+    assert registry.away_for("m", "chat") == 83.0
+
+
+# --- Clocks
+
+
+@pytest.mark.parametrize("ahead", [-3600.0, 0.0, 90.0])
+def test_it_knows_how_wrong_the_clock_of_a_host_is(registry, ahead):
+    at = datetime.now(UTC) + timedelta(seconds=ahead)
+    say(registry, about_instance().model_copy(update={"occurred_at": at.isoformat()}))
+    assert registry.instances()[0].clock_ahead == pytest.approx(ahead, abs=1)
+
+
+@pytest.mark.parametrize("occurred_at", ["", "yesterday", "2026-01-01T00:00:00", "9999-12-31T23:59:59+99:99"])
+def test_a_time_that_is_none_says_nothing_about_a_clock(registry, occurred_at):
+    say(registry, about_instance().model_copy(update={"occurred_at": occurred_at}))
+    assert registry.instances()[0].clock_ahead is None

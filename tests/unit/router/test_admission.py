@@ -163,18 +163,46 @@ def test_a_lane_that_was_quick_before_it_jammed_is_expected_to_stay_full_for_as_
         expected.append(told.refused().metadata["retry_after"])
     told.accepted(LANE, 0.0, "normal", 0.0)
     expected.append(told.refused().metadata["retry_after"])
-    assert expected == [0.1, 3.0, 7.0, 0.1]
+    assert expected == [1.0, 3.0, 7.0, 1.0]
     told.depths[LANE], told.now = 9, told.now + 5
     told.admit(LANE)
     told.depths[LANE], told.now = 10, told.now + 5
-    assert told.refused().metadata["retry_after"] == 0.1
+    assert told.refused().metadata["retry_after"] == 1.0
 
 
-@pytest.mark.parametrize(("queue_wait", "retry_after"), [(0.0, 0.1), (3600.0, 60.0)])
+@pytest.mark.parametrize(("queue_wait", "retry_after"), [(0.0, 1.0), (3600.0, 60.0)])
 def test_nobody_is_sent_away_for_no_time_or_for_ever(told, queue_wait, retry_after):
     told.accepted(LANE, queue_wait, "normal", told.now)
     told.depths[LANE] = 10
     assert told.refused().metadata["retry_after"] == retry_after
+
+
+@pytest.mark.parametrize("queue_wait", [None, 5.0])
+def test_the_more_are_refused_the_later_the_next_one_is_told_to_come(told, queue_wait):
+    """They do not come back all at once; and once they had time to, the next one waits no longer than the first."""
+    if queue_wait:
+        told.accepted(LANE, queue_wait, "normal", told.now)
+    told.depths[LANE] = 10
+    told.refused()
+    expected = [told.refused().metadata["retry_after"] for _ in range(200)]
+    assert expected == sorted(expected)
+    assert 1.0 == expected[0] < expected[100] < expected[-1] <= 60.0
+    told.depths[LANE] = 9
+    told.now += 120
+    told.admit(LANE)
+    told.depths[LANE] = 10
+    told.now += 1
+    assert told.refused().metadata["retry_after"] == 1.0
+
+
+def test_a_lane_that_is_fuller_takes_longer(told):
+    expected = []
+    for depth in (10, 100, 300):
+        told.depths[LANE] = depth
+        expected.append(told.refused().metadata["retry_after"])
+        told.now += 0.5
+    assert expected == sorted(expected)
+    assert expected[0] < expected[-1]
 
 
 def test_the_depth_is_asked_now_each_time(told):

@@ -9,6 +9,7 @@ from fleet_worker.broker.topology import reply_name
 from fleet_worker.errors import (
     Cancelled,
     ConnectionFailure,
+    Expired,
     FleetError,
     InstanceUnavailable,
     InvalidRequest,
@@ -37,9 +38,11 @@ from fleet_worker.router.attempts import (
     AskAgain,
     Attempts,
     CancelOrphan,
+    Confirm,
     Deliver,
     End,
     RetryAfter,
+    TellTime,
 )
 
 WORDS = [f" word{number}" for number in range(6)]
@@ -86,8 +89,8 @@ def head(attempt, seq):
     return {"id": "r", "attempt": attempt, "seq": seq}
 
 
-def accepted(attempt=1):
-    return Accepted(**head(attempt, 0), instance="i", queue_wait=0.0)
+def accepted(attempt=1, **fields):
+    return Accepted(**head(attempt, 0), **{"instance": "i", "queue_wait": 0.0, **fields})
 
 
 def deltas(seq, *texts, attempt=1, tokens=None):
@@ -272,11 +275,56 @@ def test_a_busy_server_is_left_alone_for_as_long_as_it_asks():
     assert effects_of(attempts, failure(0, Overloaded("busy", retry_after=7.0))) == [RetryAfter(7.0)]
 
 
+# --- A node whose clock is wrong
+
+EXPIRED = Expired("the request waited 3600.0 s in its lane, longer than its timeout")
+
+
+def test_a_node_that_drops_a_request_as_expired_before_its_deadline_costs_no_attempt():
+    attempts = attempts_of(max_attempts=2)
+    for attempt in range(1, 8):
+        tell, retry = effects_of(attempts, failure(0, EXPIRED, attempt=attempt))
+        assert tell == TellTime("a")
+        assert isinstance(retry, RetryAfter)
+        assert attempts.failed == {"a"}
+        assert not attempts.is_last
+        attempts.next_attempt()
+    assert isinstance(effects_of(attempts, failure(0, DOWN, attempt=8))[-1], RetryAfter)
+    attempts.next_attempt()
+    assert attempts.is_last
+    assert read(effects_of(attempts, failure(0, DOWN, attempt=9)))[0].code == DOWN.code
+
+
+def test_what_has_expired_by_the_clock_of_the_router_too_ends():
+    for now, deadline in ((10.0, 10.0), (10.0, 10.05)):  # and when no time is left for another attempt
+        attempts = attempts_of(deadline=deadline)
+        (given,) = read(effects_of(attempts, failure(0, EXPIRED), now=now))
+        assert (given.code, given.retryable) == ("expired", False)
+
+
+def test_a_node_that_asks_whether_its_attempt_is_wanted_is_told():
+    attempts = attempts_of()
+    assert effects_of(attempts, accepted(asks=True)) == [Confirm("a", 1)]
+    assert effects_of(attempts, accepted(asks=True)) == []  # delivered twice
+
+
+def test_the_wait_is_what_the_router_measured_whatever_a_node_says():
+    for said in (-5.0, 3600.0):
+        attempts = attempts_of(deadline=1000.0)
+        begun = 1000.0 - attempts.request.timeout_seconds
+        effects_of(attempts, accepted(queue_wait=said), now=begun + 1.5)
+        answer = response(1)
+        wrong = answer.model_copy(update={"timings": answer.timings.model_copy(update={"queue_wait": said})})
+        (given,) = read(effects_of(attempts, wrong, now=begun + 9.0))
+        assert given.timings == answer.timings.model_copy(update={"queue_wait": 1.5})
+
+
 # --- Whose fault it is
 
 FAILED = ProviderError("the MLX server answered 500", retryable=True, status=500)
 BROKE = ConnectionFailure("broke")
 LATE = RequestTimeout("no content in time", retryable=True)
+DISTURBED = ProviderError("the MLX server answered 500", retryable=True, status=500, disturbed=True)
 
 
 def failing_on(attempts, *nodes, error=FAILED, others=()):
@@ -317,7 +365,8 @@ def test_two_nodes_that_fail_differently_are_no_proof_and_two_of_three_are():
 
 
 @pytest.mark.parametrize(
-    "error", [DOWN, Overloaded("busy"), ReplyLost(retryable=True), InstanceUnavailable("not ready", status=503)]
+    "error",
+    [DOWN, Overloaded("busy"), ReplyLost(retryable=True), InstanceUnavailable("not ready", status=503), DISTURBED],
 )
 def test_what_says_nothing_about_a_request_blames_none(error):
     assert failing_on(attempts_of(max_attempts=9), "a", "b", "c", error=error) == []
@@ -326,6 +375,14 @@ def test_what_says_nothing_about_a_request_blames_none(error):
 def test_what_kills_servers_is_poison_and_not_only_wrong():
     (given,) = failing_on(attempts_of(max_attempts=9), "a", "b", error=ConnectionFailure("broke", instance_died=True))
     assert given.code == PoisonSuspected.code
+
+
+def test_two_servers_that_freeze_with_a_request_are_enough_and_one_that_does_twice_is_not():
+    """The only server of a fleet may freeze now and then."""
+    froze = InstanceUnavailable("frozen", instance_frozen=True)
+    (given,) = failing_on(attempts_of(max_attempts=9), "a", "b", error=froze)
+    assert given.code == PoisonSuspected.code
+    assert failing_on(attempts_of(max_attempts=9), "a", "a", error=froze) == []
 
 
 def test_a_stream_that_has_begun_is_not_to_blame():

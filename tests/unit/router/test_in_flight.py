@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fleet_worker.errors import BrokerUnavailable, Cancelled, InvalidRequest, ReplyOverflow
+from fleet_worker.errors import BrokerUnavailable, Cancelled, Expired, InvalidRequest, QueueTimeout, ReplyOverflow
 from fleet_worker.protocol.reply import Alive, Deltas
 from fleet_worker.router.attempts import Attempts, CancelOrphan
 from fleet_worker.router.idempotency import IdempotencyCache
@@ -59,6 +59,8 @@ class Fleet:
         self.ended = []
         self.sent = []
         self.missed = []
+        self.confirmed = []
+        self.told = []
         self.first = self.target = None
         self.ready = True
         self.refusal = None
@@ -72,10 +74,13 @@ class Fleet:
             cancels=SimpleNamespace(
                 ask_again=lambda *what: self.missed.append(what),
                 cancel=lambda _, orphan: self.cancelled.append(orphan),
+                confirm=lambda *what: self.confirmed.append(what),
+                tell_time=lambda *what: self.told.append(what),
             ),
             submitter=SimpleNamespace(submit=self._submit),
             nodes=SimpleNamespace(
                 node_for=lambda request, *failed: self.target if failed else self.first,
+                why_waiting=lambda *_: ("nobody has served it for 7 s", 7.0),
                 waits_in_vain=lambda *_: not self.ready,
             ),
             ended=self.ended.append,
@@ -452,10 +457,77 @@ def test_who_is_told_that_it_is_too_late_is_told_the_attempts_too(fleet):
     ]
 
 
-def test_the_wait_in_the_lane_is_told(fleet):
-    in_flight = fleet.submit()
+# --- A request that waits for too long
+
+
+def waiting(fleet, seconds=0.05, **options):
+    """A request whose time to wait is over as soon as the scheduler is asked."""
+    in_flight = fleet.submit(queue_timeout=seconds, **options)
+    time.sleep(seconds)
+    return in_flight
+
+
+def test_a_request_that_no_node_takes_in_time_ends_with_why_and_is_cancelled(fleet):
+    waiting(fleet)
+    fleet.later.now()
+    (given,) = fleet.read()
+    assert given.code == "queue_timeout"
+    assert given.message == (
+        "no node took the request within its queue_timeout of 0.05 s: nobody has served it for 7 s"
+    )
+    assert given.metadata["away_for"] == 7.0
+    assert [each["error"] for each in given.metadata["attempts"]] == ["queue_timeout"]
+    assert fleet.cancelled == [CancelOrphan(None, 1)]
+    assert isinstance(given.error(), QueueTimeout)
+    assert isinstance(given.error(), Expired)
+
+
+def test_a_request_that_a_node_has_taken_waits_no_more(fleet):
+    in_flight = waiting(fleet)
     in_flight.receive("a", accepted())
-    assert [what[:3] for what in fleet.accepted] == [("llm.fleet.stream_chat.m", 0.0, "normal")]
+    fleet.later.now()
+    assert fleet.read() == []
+
+
+def test_after_an_interruption_it_may_wait_as_long_again(fleet):
+    in_flight = waiting(fleet)
+    in_flight.receive("a", accepted())
+    in_flight.receive("a", failure(1, DOWN))
+    fleet.later.now()  # what was due before, and the next attempt
+    assert fleet.read() == []
+    assert fleet.sent[-1][0] == 2
+    time.sleep(0.05)
+    in_flight._end_wait()
+    assert fleet.read()[-1].code == "queue_timeout"
+
+
+def test_attempts_that_no_node_has_taken_do_not_prolong_the_wait(fleet):
+    in_flight = waiting(fleet)
+    in_flight.receive("a", failure(0, DOWN))
+    fleet.later.now()
+    assert fleet.read()[-1].code == "queue_timeout"
+
+
+def test_the_wait_in_the_lane_is_measured_by_the_clock_of_the_router_alone(fleet):
+    in_flight = fleet.submit()
+    time.sleep(0.02)
+    in_flight.receive("a", accepted(queue_wait=3600.0))
+    ((lane, wait, priority, sent_at),) = fleet.accepted
+    assert (lane, priority, sent_at) == ("llm.fleet.stream_chat.m", "normal", in_flight._submitted_at)
+    assert 0.02 <= wait < 5
+
+
+def test_a_node_may_accept_a_request_before_its_submission_has_returned(fleet):
+    fleet.session.submitter.submit = lambda *_, **options: in_flight.receive("a", accepted())
+    in_flight = InFlightRequest(request().addressed_to("replies"), None, fleet.session)
+    in_flight.submit()
+    assert 0 <= fleet.accepted[0][1] < 5
+
+
+def test_a_node_that_asks_is_told_that_its_attempt_is_wanted(fleet):
+    in_flight = fleet.submit()
+    in_flight.receive("a", accepted(asks=True))
+    assert fleet.confirmed == [(in_flight.request.request_id, 1, "a")]
 
 
 def test_a_node_is_asked_once_for_what_it_sent_and_never_arrived(fleet):
@@ -463,7 +535,7 @@ def test_a_node_is_asked_once_for_what_it_sent_and_never_arrived(fleet):
     in_flight.receive("a", accepted())
     in_flight.receive("a", deltas(2, "b"))
     in_flight.receive("a", deltas(3, "c"))
-    assert fleet.missed == [("replies", "a")]
+    assert fleet.missed == [("a",)]
     for seq, letter in enumerate("abc", start=1):
         in_flight.receive("a", deltas(seq, letter))
     assert said(fleet.read()) == "abc"

@@ -31,7 +31,7 @@ def test_every_field_of_a_body_is_an_option_of_the_same_type(options, model):
 def test_the_other_options_are_those_of_a_request():
     parameters = inspect.signature(Router._request, eval_str=True).parameters.values()
     taken = {each.name: each.annotation for each in parameters if each.kind is each.KEYWORD_ONLY}
-    assert get_type_hints(RequestOptions) == {**taken, "on_interrupt": OnInterrupt}
+    assert get_type_hints(RequestOptions) == {**taken, "on_interrupt": OnInterrupt, "queue_timeout": float | None}
 
 
 def test_no_option_is_required():

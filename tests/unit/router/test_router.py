@@ -525,6 +525,32 @@ def test_what_no_node_can_be_named_is_refused_before_anything_is_sent(fleet, ask
     assert fleet.requests == []
 
 
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"timeout": 0}, "timeout"),
+        ({"timeout": True}, "timeout"),
+        ({"timeout": "60"}, "timeout"),
+        ({"timeout": float("nan")}, "timeout"),
+        ({"node": "one"}, "node"),
+        ({"instance": ""}, "instance"),
+        ({"instance": 5}, "instance"),
+        ({"on_interrupt": "retry"}, "on_interrupt"),
+        ({"priority": "urgent"}, "priority"),
+        ({"caller": "me"}, "caller"),
+        ({"trace_context": {"a": float("inf")}}, "trace_context"),
+        ({"idempotency_key": "k" * 201}, "idempotency_key"),
+        ({"temperature": "hot"}, "temperature"),
+    ],
+    ids=str,
+)
+def test_every_refusal_names_the_option(fleet, ask, options, param):
+    with pytest.raises(InvalidRequest) as caught:
+        ask(fleet, **options)
+    assert (caught.value.param, fleet.requests) == (param, [])
+    assert caught.value.message.startswith(f"{param}: ")
+
+
 def away():
     return Router(Settings(broker_url=f"redis://127.0.0.1:{free_port()}/0"))
 

@@ -11,6 +11,7 @@ from kombu.exceptions import LimitExceeded
 from fleet_worker import BrokerUnavailable, Cancelled, Expired, Router, Settings
 from fleet_worker.broker.app import create_app
 from fleet_worker.broker.topology import transport_of
+from fleet_worker.protocol import clock
 from fleet_worker.protocol.request import ControlMessage
 from fleet_worker.router import submitter as submitter_module
 from fleet_worker.router.attempts import CancelOrphan
@@ -87,7 +88,7 @@ def test_what_the_broker_refuses_is_not_tried_again():
 
 def test_nothing_is_sent_after_the_deadline(monkeypatch):
     request = request_of()
-    monkeypatch.setattr(time, "time", lambda: request.expires_at)
+    monkeypatch.setattr(clock, "now", lambda: request.expires_at)
     with pytest.raises(Expired):
         submitter_of(f"redis://127.0.0.1:{free_port()}/0").submit(request, LANE, patience=1.0)
 
@@ -144,16 +145,22 @@ def test_cancels_that_come_together_are_published_together(monkeypatch):
     monkeypatch.setattr(submitter_module, "MOST_CANCELLED", 2)
     later, messages = [], []
     nodes = SimpleNamespace(broadcast=lambda _, body: messages.append(ControlMessage.decode(body)))
-    cancels = CancelPublisher(nodes, SimpleNamespace(soon=later.append))
+    monkeypatch.setattr(clock, "now", lambda: 5.0)
+    cancels = CancelPublisher("llm.fleet.reply.a.60", nodes, SimpleNamespace(soon=later.append))
     for request_id, attempt in [("a", 1), ("b", 2), ("b", 1), ("c", 1)]:
         cancels.cancel(request_id, CancelOrphan("n", attempt))
-    cancels.ask_again("llm.fleet.reply.a.60", "n")
+    cancels.ask_again("n")
+    cancels.confirm("e", 2, "n")
+    cancels.tell_time("m")
     assert len(later) == 1
     later.pop()()
+    time_of_router = {"router": "llm.fleet.reply.a.60", "sent_at": 5.0}
     assert messages == [
-        ControlMessage(node="n", missed="llm.fleet.reply.a.60"),
-        ControlMessage(node="n", cancelled=[("a", 1), ("b", 2)]),
-        ControlMessage(node="n", cancelled=[("c", 1)]),
+        ControlMessage(node="n", missed="llm.fleet.reply.a.60", **time_of_router),
+        ControlMessage(node="n", cancelled=[("a", 1), ("b", 2)], **time_of_router),
+        ControlMessage(node="n", cancelled=[("c", 1)], **time_of_router),
+        ControlMessage(node="n", confirmed=[("e", 2)], **time_of_router),
+        ControlMessage(node="m", **time_of_router),
     ]
     cancels.cancel("d", CancelOrphan(None, 1))
     assert len(later) == 1

@@ -1,0 +1,56 @@
+"""Connections to RabbitMQ on which no read is without an end, and with our TLS."""
+
+from __future__ import annotations
+
+import ssl
+from typing import Any
+
+from amqp.transport import SSLTransport, TCPTransport
+from kombu.transport import pyamqp
+
+from fleet_worker.broker.tls import clear_refusals
+from fleet_worker.certificates import TLS
+
+
+class Socket(TCPTransport):  # type: ignore[misc]
+    def _read(self, n: int, initial: bool = False, *args: Any) -> bytes:
+        """Give up if the rest of a frame has not arrived when an event loop reads; it goes on when that has.
+
+        py-amqp tries again without a pause and without an end: a network that is cut in the middle of a frame would
+        stop a node for as long, heartbeats included.
+        """
+        return super()._read(n, True, *args)  # type: ignore[no-any-return]
+
+
+class SecureSocket(SSLTransport):  # type: ignore[misc]
+    """With our context, too: py-amqp's own asks on the terminal for the passphrase of a key."""
+
+    def _read(self, n: int, initial: bool = False, *args: Any) -> bytes:
+        return super()._read(n, True, *args)  # type: ignore[no-any-return]
+
+    def _shutdown_transport(self) -> None:
+        """Do not end TLS in order: that would wait for an answer, and the broker may be frozen."""
+
+    def _wrap_socket(self, sock: Any, **options: Any) -> ssl.SSLSocket:
+        context, name = _tls_of(options).context(), options.get("server_hostname")
+        return context.wrap_socket(sock, do_handshake_on_connect=False, server_hostname=name)  # it makes it afterwards
+
+
+class Connection(pyamqp.Connection):  # type: ignore[misc]
+    def connect(self, *args: Any) -> None:
+        host, _, port = self.host.rpartition(":")
+        tls = _tls_of(self.ssl) if self.ssl else None
+        with clear_refusals(tls, (host, int(port)), (self.ssl or {}).get("server_hostname")):
+            super().connect(*args)
+
+    def Transport(  # noqa: N802
+        self, host: str, connect_timeout: float | None, ssl: Any, read_timeout: Any, write_timeout: Any, **options: Any
+    ) -> Any:
+        limits = {"connect_timeout": connect_timeout, "read_timeout": read_timeout, "write_timeout": write_timeout}
+        return (SecureSocket if ssl else Socket)(host, ssl=ssl, **limits, **options)
+
+
+def _tls_of(options: dict[str, Any]) -> TLS:
+    """Return what the options stand for that `tls.ssl_options` has made."""
+    checks_chain, checks_host = options["cert_reqs"] != ssl.CERT_NONE, "server_hostname" in options
+    return TLS(options["ca_certs"], options["certfile"], options["keyfile"], checks_chain, checks_host)
