@@ -56,9 +56,9 @@ class Connection(kombu.Connection):  # type: ignore[misc]
         return _TRANSPORTS.get(kombu_transport, kombu_transport)
 
     def __eqhash__(self) -> HashedSeq:
-        """Be equal to no connection of another application, or with other certificates: kombu has one pool for all that
-        are equal."""
-        return HashedSeq(type(self), repr(self.ssl), *super().__eqhash__())
+        """Be equal to no connection of another application, which may have other certificates: kombu has one pool for
+        all that are equal. Each application has a type of its own."""
+        return HashedSeq(type(self), *super().__eqhash__())
 
     def ensure_connection(self, *args: Any, **options: Any) -> Any:
         """Connect as kombu does, with a limit to its pauses. Celery has no setting for them: a worker whose broker is
