@@ -182,7 +182,8 @@ class RabbitMQ:
             self.control("eval", "ssl:clear_pem_cache().")
 
         yield Secured(f"amqps://guest:guest@localhost:{self._tls_port}//", self._certificates, show)
-        show(self._certificates.server)
+        if self._shown.cert.read_bytes() != self._certificates.server.cert.read_bytes():
+            show(self._certificates.server)
 
     def __enter__(self) -> Self:
         epmd = [*self._chroot, "/usr/bin/epmd"] if self._chroot else [shutil.which("epmd") or "epmd"]

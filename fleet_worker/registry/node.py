@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from celery import Celery
 from celery.beat import Service
 
+from fleet_worker.broker.app import door_of
 from fleet_worker.broker.control_listener import Subscription
 from fleet_worker.broker.queue_depth import waiting
 from fleet_worker.broker.topology import ask_queue, direct_lane, lane_queue, transport_of
@@ -116,6 +117,7 @@ class RegistryNode:
                 self._reports,
                 publisher=self._publisher,
                 waiting=lambda lanes: waiting(self._app, self._transport, lanes),
+                dropped=lambda: {self.name: door_of(self._app).dropped},
             ),
         )
 

@@ -24,7 +24,7 @@ from fleet_worker.testing import SimulatedMLX
 from tests.brokers import free_port
 from tests.clients import Client
 
-pytestmark = pytest.mark.timeout(600)  # some 10 tokens a second on two cores
+pytestmark = [pytest.mark.rest, pytest.mark.timeout(600)]  # some 10 tokens a second on two cores
 
 QUESTION = [{"role": "user", "content": "Write a poem about the sea and a storm."}]
 LENGTH = 16

@@ -372,6 +372,13 @@ def test_what_says_nothing_about_a_request_blames_none(error):
     assert failing_on(attempts_of(max_attempts=9), "a", "b", "c", error=error) == []
 
 
+def test_one_of_the_two_nodes_may_have_had_other_work():
+    assert failing_on(attempts_of(max_attempts=9), "a", "b", error=DISTURBED) == []
+    for errors in ([DISTURBED, FAILED], [FAILED, DISTURBED]):
+        (given,) = failing_on(attempts_of(max_attempts=9), "a", "b", others=errors)
+        assert given.code == "invalid_request"
+
+
 def test_what_kills_servers_is_poison_and_not_only_wrong():
     (given,) = failing_on(attempts_of(max_attempts=9), "a", "b", error=ConnectionFailure("broke", instance_died=True))
     assert given.code == PoisonSuspected.code
