@@ -25,7 +25,7 @@ from kombu.utils.collections import HashedSeq
 
 from fleet_worker.broker import amqp_transport, redis_transport, tls
 from fleet_worker.broker.connection import ANSWER_WITHIN, HEARTBEAT, hang_up, place_of
-from fleet_worker.broker.door import Door
+from fleet_worker.broker.door import REPLY_SPARE_BYTES, SPARE_BYTES, Door
 from fleet_worker.broker.topology import CONTROL_EXCHANGE, EVENT_EXCHANGE, transport_of
 from fleet_worker.settings import Settings
 from fleet_worker.urls import without_parameters
@@ -148,7 +148,8 @@ def create_app(settings: Settings, *, is_node: bool = False) -> Celery:
     if settings.broker_tls and not settings.broker_tls.authenticates:
         tls.warn_once(place_of(settings.broker_url))
     shared_socket = redis_transport.SharedSocket() if is_node else None
-    amqp = partial(_AMQP, Door(settings.max_body_bytes), shared_socket)
+    spare = SPARE_BYTES if is_node else REPLY_SPARE_BYTES
+    amqp = partial(_AMQP, Door(settings.max_body_bytes + spare), shared_socket)
     app = Celery("fleet_worker", set_as_current=False, amqp=amqp, control=_Control, events=_Events)
     app.conf.update(
         broker_url=without_parameters(settings.broker_url),

@@ -17,9 +17,7 @@ DOOR_BYTES = 1_000
 
 @pytest.fixture
 def door():
-    door = Door(0)
-    door.most_bytes = DOOR_BYTES
-    return door
+    return Door(DOOR_BYTES)
 
 
 @pytest.fixture
