@@ -7,7 +7,6 @@ FleetError
 │   ├── ContextLengthExceeded
 │   ├── UnsupportedCapability
 │   └── UnsupportedParameter
-├── InvalidOutput               the model's answer is not the JSON that was asked for
 ├── ModelNotServed              this instance does not serve that model
 ├── ModelUnavailable            no instance of the fleet offers that model
 ├── PolicyError                 not allowed here
@@ -27,6 +26,7 @@ FleetError
     ├── RequestTimeout
     ├── ConnectionFailure
     └── MalformedOutput
+        └── InvalidOutput       the model's answer is not the JSON that was asked for
 
 An error is sent as data (`code`, `message`, `retryable`, `metadata`) and rebuilt by the receiver as the same class:
 the code is the name of the class in snake_case.
@@ -131,10 +131,6 @@ class UnsupportedParameter(InvalidRequest):
     """The MLX server cannot do what a parameter asks for; `metadata["param"]` is its name."""
 
 
-class InvalidOutput(FleetError):
-    """The model's answer is not the JSON that `response_format` asks for."""
-
-
 class ModelNotServed(FleetError):
     """The instance does not serve that model."""
 
@@ -220,6 +216,10 @@ class ConnectionFailure(ProviderError):
 
 class MalformedOutput(ProviderError):
     """The MLX server sent an answer that does not follow the protocol."""
+
+
+class InvalidOutput(MalformedOutput):
+    """The model's answer is not the JSON that `response_format` asks for."""
 
 
 def where(error: Exception) -> str:

@@ -92,7 +92,7 @@ class WorkerSettings(Group):
     probe_timeout: float = Field(0.5, gt=0, le=60)
     """Seconds after which an answer is late. The node then takes no new work until there is one."""
     stall_after: float = Field(20.0, gt=0)
-    """Seconds without a token, while requests run, after which the node takes no new work."""
+    """Seconds without a token, while requests run, after which a canary decides whether the node takes new work."""
     canary: bool = True
     """Send a request for one token, at start and after a failure, to prove that the server works."""
     canary_interval: float = Field(60.0, ge=1)

@@ -11,22 +11,24 @@ from kombu.transport import pyamqp
 from fleet_worker.broker.tls import clear_refusals
 from fleet_worker.certificates import TLS
 
+_read_plain, _read_secure = TCPTransport._read, SSLTransport._read  # called nine times for each message
+
 
 class Socket(TCPTransport):  # type: ignore[misc]
-    def _read(self, n: int, initial: bool = False, *args: Any) -> bytes:
+    def _read(self, n: int, initial: bool = False) -> Any:
         """Give up if the rest of a frame has not arrived when an event loop reads; it goes on when that has.
 
         py-amqp tries again without a pause and without an end: a network that is cut in the middle of a frame would
         stop a node for as long, heartbeats included.
         """
-        return super()._read(n, True, *args)  # type: ignore[no-any-return]
+        return _read_plain(self, n, True)
 
 
 class SecureSocket(SSLTransport):  # type: ignore[misc]
     """With our context, too: py-amqp's own asks on the terminal for the passphrase of a key."""
 
-    def _read(self, n: int, initial: bool = False, *args: Any) -> bytes:
-        return super()._read(n, True, *args)  # type: ignore[no-any-return]
+    def _read(self, n: int, initial: bool = False) -> Any:
+        return _read_secure(self, n, True)
 
     def _shutdown_transport(self) -> None:
         """Do not end TLS in order: that would wait for an answer, and the broker may be frozen."""
@@ -38,9 +40,8 @@ class SecureSocket(SSLTransport):  # type: ignore[misc]
 
 class Connection(pyamqp.Connection):  # type: ignore[misc]
     def connect(self, *args: Any) -> None:
-        host, _, port = self.host.rpartition(":")
-        tls = _tls_of(self.ssl) if self.ssl else None
-        with clear_refusals(tls, (host, int(port)), (self.ssl or {}).get("server_hostname")):
+        tls, name = (_tls_of(self.ssl), self.ssl.get("server_hostname")) if self.ssl else (None, None)
+        with clear_refusals(tls, self.host, name):
             super().connect(*args)
 
     def Transport(  # noqa: N802

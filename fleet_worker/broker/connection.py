@@ -162,6 +162,15 @@ def open_channel(connection: Connection) -> Any:
     return channel
 
 
+def call_when_opened_again(channel: Any, method: Callable[[Any], object]) -> None:
+    """Have redis-py call a bound method when it opens the socket of short commands again, which it does between two
+    commands without an error. An error of the method is raised by the command. RabbitMQ always raises one."""
+    if isinstance(channel, RedisChannel):
+        pooled = channel.pool.get_connection()
+        pooled.register_connect_callback(method)
+        channel.pool.release(pooled)
+
+
 def hear(connection: Connection, timeout: float) -> None:
     """Wait at most `timeout` seconds for one message, and call its consumer."""
     with contextlib.suppress(TimeoutError):
@@ -244,10 +253,7 @@ class Publisher:
         # Nothing here has a priority: on Redis a queue would be four lists to expire instead of one.
         connection.transport_options = {**connection.transport_options, "priority_steps": [0]}
         channel = open_channel(connection)
-        if isinstance(channel, RedisChannel):
-            pooled = channel.pool.get_connection()
-            pooled.register_connect_callback(self._opened_again)
-            channel.pool.release(pooled)
+        call_when_opened_again(channel, self._opened_again)
         return Producer(channel, auto_declare=False)
 
     def _opened_again(self, connection: Any) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from kombu import Exchange, Producer, Queue
+from kombu import Consumer, Exchange, Producer, Queue
 from kombu.transport.redis import Channel as RedisChannel
 
 from fleet_worker.broker import presence
@@ -120,10 +120,13 @@ class _OnRedis:
             lane.delete()
 
     def subscribe(self, queue: Queue) -> None:
-        pubsub = self._channel.subclient
-        pubsub.psubscribe(self._topic(queue.exchange))
-        if pubsub.connection.can_read(SUBSCRIBED_WITHIN):
-            pubsub.parse_response()
+        """To the real one, on a socket of its own: Redis allows a pattern only if the very same one is granted."""
+        with self._channel.connection.client.channel() as channel:
+            Consumer(channel, [queue], no_ack=True).consume()
+            pubsub = channel.subclient
+            pubsub.psubscribe(*channel._get_subscribe_topics(queue.name))
+            if pubsub.connection.can_read(SUBSCRIBED_WITHIN):
+                pubsub.parse_response()
 
     def announce(self, exchange: Exchange, body: bytes) -> None:
         with self._channel.conn_or_acquire() as client:

@@ -49,7 +49,7 @@ class RedisConnection(SSLConnection):
     """The one that it used last."""
 
     def connect(self) -> None:
-        with clear_refusals(self._tls, (self.host, self.port), self.host):
+        with clear_refusals(self._tls, f"{self.host}:{self.port}", self.host):
             super().connect()  # type: ignore[no-untyped-call]
 
     def _wrap_socket_with_ssl(self, sock: Any) -> ssl.SSLSocket:
@@ -63,8 +63,9 @@ class RedisConnection(SSLConnection):
 
 
 @contextmanager
-def clear_refusals(tls: TLS | None, address: tuple[str, int], name: str | None) -> Iterator[None]:
+def clear_refusals(tls: TLS | None, place: str, name: str | None) -> Iterator[None]:
     """Raise the alert that tells why a broker refuses this client, instead of an error that only says that it did.
+    `place` is HOST:PORT, `name` the one that its certificate must have.
 
     In TLS 1.3 the handshake has succeeded here before the broker looks at the certificate of a client. Its alert is
     lost if the first bytes of the protocol are sent at that moment.
@@ -74,13 +75,14 @@ def clear_refusals(tls: TLS | None, address: tuple[str, int], name: str | None) 
     except Exception as error:
         lost = (ConnectionResetError, BrokenPipeError, ssl.SSLEOFError)
         if tls and any(isinstance(each, lost) for each in chain(error)):
-            _listen_for_alert(tls, address, name)
+            _listen_for_alert(tls, place, name)
         raise
 
 
-def _listen_for_alert(tls: TLS, address: tuple[str, int], name: str | None) -> None:
+def _listen_for_alert(tls: TLS, place: str, name: str | None) -> None:
     """Make the handshake once more, and send nothing. Raises `ssl.SSLError` if an alert comes."""
-    plain = socket.create_connection(address, ALERT_WITHIN)
+    host, _, port = place.rpartition(":")
+    plain = socket.create_connection((host.strip("[]"), int(port)), ALERT_WITHIN)
     with contextlib.suppress(TimeoutError), plain, tls.context().wrap_socket(plain, server_hostname=name) as secured:
         secured.recv(1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable
@@ -11,6 +12,8 @@ from typing import Any
 
 from fleet_worker.settings import Model
 
+_MOST_FOLDERS = 100
+"""Of those that a server reports."""
 _HUB = "~/.cache/huggingface/hub"
 
 
@@ -42,18 +45,28 @@ def find_chat_template(model: Model, backend: str, reported: Iterable[str]) -> C
     settings names, or else `backend`; `chat_template` may also be the file itself. The folder of `default_model` is the
     one in the server's command line, which is the absolute path among the models that the server `reported`.
     """
-    if model.chat_template is None and backend == "default_model":
-        names = [name for name in reported if Path(name).is_absolute()]
-    else:
-        names = [model.chat_template or backend]
-    return next(filter(None, map(_template_at, names)), None)
+    if model.chat_template is not None:
+        return _template_at(model.chat_template)
+    names = [backend]
+    if backend == "default_model":
+        names = [name for name in reported if name.startswith("/")][:_MOST_FOLDERS]
+    # A server may report any name, "/etc/passwd" too: only a folder's own template is read, never the path itself.
+    return next(filter(None, (_template_in(_folder(name)) for name in names)), None)
 
 
 def _template_at(name: str) -> ChatTemplate | None:
-    path = Path(name).expanduser()
-    if text := _text(path):
+    if text := _text(Path(name)):
         return ChatTemplate(text, text)
-    return _template_in(path if path.is_dir() else _snapshot(name))
+    return _template_in(_folder(name))
+
+
+def _folder(name: str) -> Path:
+    """Return the folder of this name, or else the one of a repository of this name in the cache."""
+    with contextlib.suppress(OSError, RuntimeError, ValueError):  # too long, of an unknown user, with a NUL
+        path = Path(name).expanduser()
+        if path.is_dir():
+            return path
+    return _snapshot(name)
 
 
 def _snapshot(repository: str) -> Path:
@@ -81,6 +94,6 @@ def _template_in(folder: Path) -> ChatTemplate | None:
 
 def _text(path: Path) -> str | None:
     try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError, ValueError):  # ValueError: not a valid path
+        return path.expanduser().read_text("utf-8")
+    except (OSError, UnicodeDecodeError, ValueError, RuntimeError):  # not a valid path, or of an unknown user
         return None

@@ -61,8 +61,8 @@ class Rules:
             raise InvalidOutput("the model's answer is not JSON", param="response_format") from None
         if self.json_format.get("type") == "json_object" and not isinstance(value, dict):
             raise InvalidOutput("the model's answer is not a JSON object", param="response_format")
-        schema = (self.json_format.get("json_schema") or {}).get("schema")
-        if schema is not None and not fits_schema(value, schema):
+        named = self.json_format.get("json_schema")
+        if isinstance(named, dict) and not fits_schema(value, named.get("schema")):
             raise InvalidOutput("the model's answer does not follow the schema", param="response_format")
 
 

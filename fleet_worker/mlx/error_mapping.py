@@ -219,7 +219,7 @@ def _template_refusal(text: str) -> str | None:
 def _not_found(text: str) -> FleetError:
     if _MISSING_MODEL.search(text):
         return ModelNotServed("the MLX server does not have the model that `backend` names")
-    if _MISSING_ROUTE.fullmatch(text):
+    if _MISSING_ROUTE.fullmatch(text) or text.lstrip().startswith("<"):  # a web page
         return UnsupportedCapability("the MLX server has no such endpoint")
     # mlx_lm.server answers 404 to everything that its chat template or tokenizer cannot process
     return InvalidRequest("the MLX server could not make a prompt of these messages (404)", param="messages")

@@ -44,7 +44,7 @@ class CharacterJoiner:
         if isinstance(value, str):
             return self._joined_text(value, path)
         if isinstance(value, dict):
-            return {key: self.joined(each, *path, key) for key, each in value.items()}
+            return {_without_halves(key): self.joined(each, *path, key) for key, each in value.items()}
         if isinstance(value, list):
             return [self.joined(each, *path, at) for at, each in enumerate(value)]
         return value

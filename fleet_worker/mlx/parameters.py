@@ -76,6 +76,8 @@ _CHANGES_NOTHING: Mapping[str, Any] = {
     "n": 1,
 }
 """Values that ask for what a server does anyway. They are sent where the field is, and else left out."""
+_ONLY_DRAWS = ("seed", "top_k", "min_p")
+"""What has no influence at temperature 0, where nothing is drawn at random."""
 
 
 def treatment(row: str, kind: str) -> Treatment:
@@ -123,11 +125,17 @@ def unsupported(parameter: str, servers: str) -> UnsupportedParameter:
     return UnsupportedParameter(text, param=parameter)
 
 
+_MAY_BE_DROPPED = {*_ONLY_DRAWS, *(row for row, cells in TABLE.items() if "dropped" in cells)}
+
+
 def dropped_parameters(params: ChatParams, kind: str, temperature: float) -> list[str]:
     """Return the names of the parameters that are given, and that nothing is done with."""
+    if params.model_fields_set.isdisjoint(_MAY_BE_DROPPED):
+        return []
     dropped = [field for field, row in _asked(params, temperature) if treatment(row, kind) == "dropped"]
-    if params.seed is not None and temperature == 0 and treatment("seed", kind) == "refused":
-        dropped.append("seed")
+    if temperature == 0:
+        given = params.model_dump(include=set(_ONLY_DRAWS), exclude_none=True)
+        dropped += [field for field in given if treatment(field, kind) == "refused"]
     return dropped
 
 
@@ -141,11 +149,9 @@ def _asked(params: ChatParams, temperature: float) -> Iterator[tuple[str, str]]:
 
 
 def _asks(field: str, value: Any, temperature: float) -> bool:
-    if field in _CHANGES_NOTHING:
-        return bool(value != _CHANGES_NOTHING[field])
-    if field == "seed":
-        return temperature > 0
-    return bool(value != {})
+    if field in _ONLY_DRAWS and temperature == 0:
+        return False
+    return bool(value != _CHANGES_NOTHING.get(field, {}))
 
 
 def _row(field: str, value: Any) -> str:

@@ -27,6 +27,7 @@ from fleet_worker.errors import (
     ConfigurationError,
     FleetError,
     InstanceUnavailable,
+    InvalidOutput,
     ProviderError,
     RequestTimeout,
     Unauthorized,
@@ -220,4 +221,6 @@ def _is_fault_of_server(error: FleetError) -> bool:
     """Return True for errors that a healthy server may cause once, and only a failing one in a row."""
     if isinstance(error, RequestTimeout):
         return error.retryable  # a timeout of the server, not the caller's deadline
+    if isinstance(error, InvalidOutput):  # the model is to blame, or what it was asked
+        return False
     return isinstance(error, ProviderError | Unauthorized | ConfigurationError)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from kombu import Connection
 
-from fleet_worker.broker.connection import hear, open_channel
+from fleet_worker.broker.connection import call_when_opened_again, hear, open_channel
 from fleet_worker.broker.presence import Sight, look_for
 from fleet_worker.broker.reconnecting import ReconnectingThread
 from fleet_worker.broker.topology import Transport
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 CHECK_EVERY = 0.75
 """Seconds between two questions about the routers that requests run for, and for which an answer is used again."""
-GONE_AFTER = 0.6
+GONE_AFTER = 0.75
 """Seconds without a connection after which a router counts as dead. One that reconnects needs 0.1 to 0.3 s."""
 DOUBT_EVERY = 0.2
 """Seconds between two questions about a router that is not connected."""
@@ -114,11 +114,11 @@ class RouterPresence:
 
     def _answer(self, connection: Connection) -> None:
         channel = open_channel(connection)
+        call_when_opened_again(channel, self._forget)
         with self._changed:
-            self._seen.clear()  # from before an outage
             self._questions.clear()
-            self._trusted_until = 0.0 if self._trusted_until is None else time.monotonic() + TRUSTED_FOR
             self._is_connected = True
+        self._forget(channel)
         try:
             next_check = time.monotonic()
             while not self._thread.closed.is_set():
@@ -135,6 +135,12 @@ class RouterPresence:
             with self._changed:
                 self._is_connected = False
                 self._changed.notify_all()
+
+    def _forget(self, _: object) -> None:
+        """The connection is a new one: routers may have lost theirs, too."""
+        with self._changed:
+            self._seen = {}
+            self._trusted_until = 0.0 if self._trusted_until is None else time.monotonic() + TRUSTED_FOR
 
     def _next_questions(self, until: float) -> set[str]:
         """Wait for questions of tasks, at most until then, or until a router that is not connected is due again."""

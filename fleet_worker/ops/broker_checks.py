@@ -17,6 +17,7 @@ from fleet_worker.broker.connection import ANSWER_WITHIN, BROKER_ERRORS, connect
 from fleet_worker.broker.topology import transport_of
 from fleet_worker.errors import BrokerUnavailable
 from fleet_worker.ops.findings import Finding, Severity
+from fleet_worker.ops.rights_checks import rights
 from fleet_worker.ops.tls_checks import encryption, is_loopback
 from fleet_worker.settings import Settings
 from fleet_worker.urls import secure, uses_tls
@@ -26,11 +27,12 @@ SLOW = 0.05
 
 
 def broker(settings: Settings) -> list[Finding]:
-    ask = {"redis": _ask_redis, "amqp": _ask_rabbitmq}[transport_of(settings.broker_url)]
+    transport = transport_of(settings.broker_url)
+    ask = {"redis": _ask_redis, "amqp": _ask_rabbitmq}[transport]
     try:
         with connected(settings) as connection:
-            found = [*ask(connection, place_of(settings.broker_url)), *exposure(settings.broker_url)]
-            return [*found, *encryption(settings, connection)]
+            found = [*ask(connection, place_of(settings.broker_url)), *rights(connection, transport)]
+            return [*found, *exposure(settings.broker_url), *encryption(settings, connection)]
     except BrokerUnavailable as error:
         return [Finding("error", error.message, error.metadata["advice"])]
 

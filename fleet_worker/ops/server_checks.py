@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
+from urllib.parse import urlsplit
 
 from fleet_worker.errors import FleetError, RequestTimeout, Unauthorized
 from fleet_worker.mlx.client import DEFAULT_URLS, MLXClient
@@ -12,6 +13,7 @@ from fleet_worker.mlx.health import Health
 from fleet_worker.mlx.offering import Offering, no_offerings_advice, offerings_of
 from fleet_worker.mlx.profiles import PROFILES, lacks_template
 from fleet_worker.ops.findings import Finding, at_once
+from fleet_worker.ops.tls_checks import is_loopback
 from fleet_worker.settings import Instance, Settings
 
 ANSWER_WITHIN = 5.0  # seconds
@@ -57,14 +59,25 @@ def _describe(error: FleetError) -> str:
 def _server(instance: Instance, url: str, health: Health) -> Iterator[Finding]:
     name = " ".join(filter(None, (health.server, health.engine)))
     if health.ready:
-        yield Finding("ok", f"{name} server at {url} answers")
+        verified = "; chain and host name of its certificate are verified" if url.startswith("https:") else ""
+        yield Finding("ok", f"{name} server at {url} answers{verified}")
     else:
         advice = "restart it, unless it is loading a model: mlx_lm.server stays so when its generation thread has died"
         yield Finding("error", f"{name} server at {url} says that it is not ready", advice)
+    yield from exposure(url)
     yield from identity(instance.server, health.server)
     if instance.limits.concurrency > 1 and (health.engine == "simple" or instance.server == "omni"):
         found = f"{instance.limits.concurrency} slots for a server that runs one request at a time"
         advice = "set limits.concurrency = 1, or start vllm-mlx with --continuous-batching"
+        yield Finding("warning", found, advice)
+
+
+def exposure(url: str) -> Iterator[Finding]:
+    """Check the protection of a server that is not on this host."""
+    parts = urlsplit(url)
+    if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
+        found = "no TLS: everyone on the network can read requests, answers and api_key"
+        advice = "put a proxy with TLS in front of it, and set an https:// base_url; ca names the file of its CA"
         yield Finding("warning", found, advice)
 
 

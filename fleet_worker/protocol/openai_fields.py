@@ -77,6 +77,8 @@ def prepared_message(message: Any) -> Any:
     message = dict(message)
     if message.get("tool_calls") == []:
         del message["tool_calls"]
+    if message.get("content") is None and isinstance(message.get("refusal"), str):
+        message["content"] = message["refusal"]
     if isinstance(parts := message.get("content"), list):
         message["content"] = [_as_text(part) for part in parts]
     return message

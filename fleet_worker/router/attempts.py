@@ -125,6 +125,8 @@ class Attempts:
         """The attempts that are over."""
         self.delivered: list[Deltas] = []
         """What the readers got of a stream, from all attempts."""
+        self._characters = 0
+        self._has_tool_calls = False
         self.last: ChatResponse | EmbedResponse | Failure | None = None
         """The frame with which it ended."""
         self._deadline = deadline
@@ -258,6 +260,9 @@ class Attempts:
             self._resumes = False
             frame = frame.model_copy(update={"deltas": [Delta(resumed=True), *frame.deltas]})
         self.delivered.append(frame)
+        # Counted now: ten long streams may fail at once, in the thread that reads the replies of all others.
+        self._characters += sum(len(delta.content or "") for delta in frame.deltas)
+        self._has_tool_calls = self._has_tool_calls or any(delta.tool_calls for delta in frame.deltas)
         return Deliver(frame)
 
     def _end(self, frame: ChatResponse | EmbedResponse | Failure) -> End:
@@ -283,8 +288,7 @@ class Attempts:
         return [CancelOrphan(self.node, self.request.attempt)] if orphaned else []
 
     def _present(self, code: str | None) -> Attempt:
-        characters = sum(len(delta.content or "") for delta in self._deltas())
-        return Attempt(attempt=self.request.attempt, node=self.node, error=code, delivered=characters)
+        return Attempt(attempt=self.request.attempt, node=self.node, error=code, delivered=self._characters)
 
     def _final(self, error: FleetError, next_at: float, retryable: bool) -> FleetError | None:
         """Return the error that ends the request, or None if there is another attempt, at that time."""
@@ -304,7 +308,7 @@ class Attempts:
         """A model can continue text, but not half a tool call or half a JSON document."""
         params = self.request.params
         free_text = isinstance(params, ChatParams) and (params.response_format or {}).get("type", "text") == "text"
-        return free_text and not any(delta.tool_calls for delta in self._deltas())
+        return free_text and not self._has_tool_calls
 
     def _resume(self) -> Resume:
         whole = join(self._deltas())

@@ -20,16 +20,17 @@ class Blame:
     """The failures of one request so far, none of which delivered anything."""
 
     def __init__(self) -> None:
-        self._nodes: dict[tuple[str, str], set[str]] = {}
-        """By code and text of the error: the nodes that failed so."""
+        self._nodes: dict[tuple[str, str], dict[str, bool]] = {}
+        """By code and text of the error: the nodes that failed so, and whether their server had other work in its only
+        slot each time. That proves nothing for itself."""
 
     def verdict(self, node: str | None, error: FleetError) -> FleetError | None:
         """Take one more failure; return the error that ends the request if it is to blame, or None."""
         if node is None or not _may_be_caused(error):
             return None
-        nodes = self._nodes.setdefault((error.code, error.message), set())
-        nodes.add(node)
-        if len(nodes) < ALIKE_ON:
+        nodes = self._nodes.setdefault((error.code, error.message), {})
+        nodes[node] = nodes.get(node, True) and error.metadata.get("disturbed") is True
+        if len(nodes) < ALIKE_ON or all(nodes.values()):
             return None
         if error.metadata.get("instance_frozen"):
             return PoisonSuspected(f"{ALIKE_ON} MLX servers froze with this request: it is not tried on another one")
@@ -44,12 +45,11 @@ class Blame:
 
 def _may_be_caused(error: FleetError) -> bool:
     """Return whether a request can make a healthy server fail so. What it can do by killing servers is counted as
-    deaths; a server that is away or busy, or had other work in its only slot, says nothing about a request, unless it
-    froze with it."""
+    deaths; a server that is away or busy says nothing about a request, unless it froze with it."""
     if error.metadata.get("instance_frozen"):
         return True
     if isinstance(error, InstanceUnavailable | Overloaded):
         return False
-    if error.metadata.get("instance_died") or error.metadata.get("disturbed"):
+    if error.metadata.get("instance_died"):
         return False
     return isinstance(error, ProviderError) and error.retryable

@@ -25,7 +25,7 @@ class NodeSelection:
         but a request for an instance waits for a node of that instance. A node whose server cannot do what a parameter
         asks for counts as failed.
         """
-        wanted, failed = request.provider_instance, {*failed, *self._unable(request)}
+        wanted, failed = request.provider_instance, {*failed, *self._unable(request, temperature=1.0)}
         if wanted == "any":
             ready = self._nodes(request, ready=True) if failed else {}
             return _choose(ready.keys() - failed, ready)
@@ -36,7 +36,7 @@ class NodeSelection:
 
     def require_able(self, request: FleetRequest, node: str | None) -> None:
         """Raise `UnsupportedParameter` if no server that may take this request can do what a parameter asks for."""
-        if unable := self._unable(request):
+        if unable := self._unable(request, temperature=0.0):
             wanted, nodes = request.provider_instance, self._nodes(request)
             allowed = {each for each, (name, _) in nodes.items() if wanted in ("any", name) and node in (None, each)}
             if allowed and allowed <= unable.keys():
@@ -57,12 +57,15 @@ class NodeSelection:
             return f"{what} is served, but what serves it is busy or cut off", 0.0
         return f"nobody has served {what} for {away_for:.0f} s", round(away_for, 3)
 
-    def _unable(self, request: FleetRequest) -> dict[str, str]:
-        """Return the nodes whose servers cannot do what a parameter asks for, with the name of that parameter."""
+    def _unable(self, request: FleetRequest, *, temperature: float) -> dict[str, str]:
+        """Return the nodes whose servers cannot do what a parameter asks for, with the name of that parameter.
+
+        `temperature` is taken for that of a request that names none: only the nodes know what their models have then.
+        """
         params = request.params
         if not isinstance(params, ChatParams) or not may_be_refused(params):
             return {}
-        temperature = params.temperature or 0.0  # of a request that names none, the node knows it
+        temperature = temperature if params.temperature is None else params.temperature
         offered = self._registry.offerings(model=request.model, capability=request.operation)
         refused = {each.node: refused_parameter(params, each.instance.server, temperature) for each in offered}
         return {node: parameter for node, parameter in refused.items() if parameter}

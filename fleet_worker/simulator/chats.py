@@ -18,7 +18,7 @@ from fleet_worker.simulator.manners import ENDINGS
 from fleet_worker.simulator.refusals import Body, is_poison
 from fleet_worker.simulator.replies import INTERRUPTIONS, Fault, Reply
 from fleet_worker.simulator.servers import mlx_lm_opening
-from fleet_worker.simulator.texts import first_characters, json_tokens, reply_tokens, without
+from fleet_worker.simulator.texts import first_characters, first_of, json_tokens, reply_tokens, whole_tokens, without
 
 PREFILL_STEP = 2048  # tokens between two keepalive comments of mlx_lm.server 0.32
 CLIENT_CHECK = 0.2  # seconds between two checks whether the client is still there
@@ -237,16 +237,14 @@ class Chat:
         """What a stop string of the request leaves of the content, and how many tokens there would be."""
         stop = self.body.get("stop") or []
         texts = [stop] if isinstance(stop, str) else stop
-        match self.flavour.stop:
-            case "cut":  # mlx_lm.server 0.32 finds it only if it begins and ends with a token, and else goes on
-                return [without(token, texts) for token in content], natural
-            case "ends":
-                whole = "".join(content)
-                end = min((at for text in texts if (at := whole.find(text)) >= 0), default=len(whole))
-                if end < len(whole):
-                    content = first_characters(content, end)
-                    return content, len(content)
-        return content, natural
+        if self.flavour.stop == "ignored":
+            return content, natural
+        ending = texts if self.flavour.stop == "ends" else whole_tokens(content, texts)
+        end = first_of(ending, "".join(content))
+        if end is not None:
+            content = first_characters(content, end)
+            return content, len(content)
+        return without(content, texts) if self.flavour.stop == "cut" else content, natural
 
     def _reply(self, messages: Sequence[Body], limit: int) -> list[str]:
         return reply_tokens(messages, limit, tokens=self.machine.tokens, separators=self.machine.separators)

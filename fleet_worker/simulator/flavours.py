@@ -79,7 +79,9 @@ class Flavour:
     no_input: Callable[[], Answer] = crashed
     refuses: Callable[[Body], Answer | None]
     continues: Callable[[Body], bool] = lambda body: False  # whether the last message is a partial reply to continue
-    stop: str = "ends"  # what a stop string does: "ends" the reply, is "cut" out of its tokens, or is "ignored"
+    # What a stop string does: it "ends" the reply; it ends it if it is made of whole tokens, and is else "cut" out of
+    # the text, or without effect ("tokens"); or it is "ignored".
+    stop: str = "ends"
     json_formats: tuple[str, ...] = ("json_object", "json_schema")  # the types of response_format that it follows
     keeps_space: bool = False  # a continued reply keeps its leading space
     trims_partial: bool = True  # the chat template, which trims messages, renders the partial reply too

@@ -8,6 +8,7 @@ import json
 from array import array
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 from pydantic_core import to_json
@@ -90,11 +91,26 @@ def first_characters(tokens: Sequence[str], length: int) -> list[str]:
     return kept
 
 
-def without(token: str, texts: Sequence[str]) -> str:
-    """Return a token without these texts."""
-    for text in texts:
-        token = token.replace(text, "")
-    return token
+def first_of(texts: Sequence[str], whole: str) -> int | None:
+    """Return where the first of these texts begins in another one."""
+    return min((at for text in texts if (at := whole.find(text)) >= 0), default=None)
+
+
+def whole_tokens(tokens: Sequence[str], texts: Sequence[str]) -> list[str]:
+    """Return those of the texts that begin and end with a token where they first occur."""
+    ends = {0, *accumulate(map(len, tokens))}
+    places = {text: "".join(tokens).find(text) for text in texts}
+    return [text for text, at in places.items() if at in ends and at + len(text) in ends]
+
+
+def without(tokens: Sequence[str], texts: Sequence[str]) -> list[str]:
+    """Return the tokens without these texts, wherever they begin."""
+    whole = "".join(tokens)
+    places = [(at, at + len(text)) for text in texts if (at := whole.find(text)) >= 0]
+    left = [not any(start <= at < end for start, end in places) for at in range(len(whole))]
+    ends = list(accumulate(map(len, tokens)))
+    spans = zip([0, *ends], ends, strict=False)
+    return ["".join(whole[at] for at in range(start, end) if left[at]) for start, end in spans]
 
 
 def embedding(text: str, dimensions: int = 384) -> list[float]:

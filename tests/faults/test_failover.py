@@ -103,7 +103,7 @@ def median_gap(told):
 
 
 def seconds_of(told):
-    delivered = max(attempt.delivered for attempt in told.attempts)
+    delivered = max(attempt.delivered for attempt in told.attempts if attempt.error)
     return delivered / len(told.expected) * NATURAL * INTERVAL
 
 

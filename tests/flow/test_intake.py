@@ -1,5 +1,6 @@
 """A node keeps to its lanes, whatever RabbitMQ does to them. (On Redis a lane is but a name.)"""
 
+import time
 import uuid
 
 import pytest
@@ -73,11 +74,20 @@ def test_a_channel_that_the_broker_closes_costs_no_token_and_no_lane(impatient, 
         assert router.chat(model, HELLO, max_tokens=1, timeout=10).node == "kept@test"
 
 
-def test_a_lane_that_was_deleted_is_joined_again(broker, mlx, router):
+def test_a_lane_that_was_deleted_is_joined_again_within_a_second_and_what_runs_goes_on(broker, mlx, router):
+    """Without a new connection, which would let RabbitMQ deliver again what runs."""
     (model,) = mlx.models
-    with running_node(broker.url, "kept@test", base_url=mlx.base_url, models={model: {}}) as node:
-        assert router.chat(model, HELLO, max_tokens=1, timeout=10).node == "kept@test"
-        before = len(node.lines)
-        broker.delete_queue(lane("chat", model))
-        until(lambda: any("Started consuming" in line for line in list(node.lines)[before:]), 10)
-        assert router.chat(model, HELLO, max_tokens=1, timeout=10).node == "kept@test"
+    slots = {"models": {model: {}}, "limits": {"concurrency": 2}}
+    with running_node(broker.url, "kept@test", base_url=mlx.base_url, **slots) as node, mlx.held(at_token=3):
+        with router.stream_chat(model, HELLO, max_tokens=5, timeout=30) as stream:
+            next(stream)
+            before = len(node.lines)
+            broker.delete_queue(lane("chat", model))
+            deleted = time.monotonic()
+            until(lambda: any("Started consuming" in line for line in list(node.lines)[before:]), 10)
+            assert time.monotonic() - deleted < 1.0
+            mlx.release()
+            assert router.chat(model, HELLO, max_tokens=1, timeout=10).node == "kept@test"
+            list(stream)
+        assert len(stream.response.attempts) == 1
+        assert not [line for line in list(node.lines)[before:] if "is away" in line or "a second time" in line]

@@ -24,7 +24,7 @@ from fleet_worker.testing import SimulatedMLX
 from tests.brokers import free_port
 from tests.clients import Client
 
-pytestmark = pytest.mark.timeout(600)  # some 10 tokens a second on two cores
+pytestmark = [pytest.mark.rest, pytest.mark.timeout(600)]  # some 10 tokens a second on two cores
 
 QUESTION = [{"role": "user", "content": "Write a poem about the sea and a storm."}]
 LENGTH = 16
@@ -38,7 +38,6 @@ class Server:
     kind: str
     url: str
     model: str
-    real: bool
 
     def ask(self, **body):
         given = {"model": self.model, "messages": QUESTION, "max_tokens": 3, "temperature": 0, **body}
@@ -57,20 +56,20 @@ def command(kind, python, folder, port):
     return [python, "-m", "mlx_vlm.server", "--model", folder, *options]
 
 
-@pytest.fixture(scope="module", params=[(kind, real) for kind in PYTHONS for real in (False, True)], ids=str)
+@pytest.fixture(scope="module", params=[f"{kind}-{which}" for kind in PYTHONS for which in ("simulated", "real")])
 def server(request):
-    kind, real = request.param
-    if not real:
+    kind, _, which = request.param.partition("-")
+    if which == "simulated":
         with SimulatedMLX(flavour=kind, models=["sim-chat"], tokens=60) as simulated:
-            yield Server(kind, simulated.base_url, "sim-chat", real=False)
+            yield Server(kind, simulated.base_url, "sim-chat")
         return
     python = os.environ.get(PYTHONS[kind])
     if not python or platform_problem():
         pytest.skip(f"{PYTHONS[kind]} does not name a Python with this server")
     port, folder = free_port(), str(chat_model(lambda *_: None))
     with child(kind, command(kind, python, folder, port), QUIET) as process:
-        process.wait_for("Application startup complete", 300)
-        yield Server(kind, f"http://127.0.0.1:{port}", folder, real=True)
+        process.wait_for("Uvicorn running on", 300)
+        yield Server(kind, f"http://127.0.0.1:{port}", folder)
 
 
 @pytest.fixture(scope="module")

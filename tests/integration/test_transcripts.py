@@ -294,6 +294,21 @@ def test_a_chat_and_a_stream_say_the_same(url):
     assert message == {"role": "assistant", "content": text}
 
 
+def test_a_stop_string_ends_a_stream_only_if_it_is_made_of_whole_tokens(url):
+    """Else its text is cut out, and the rest follows."""
+    pieces = pieces_of(url, max_tokens=9)
+    whole = "".join(pieces)
+    assert "".join(pieces_of(url, max_tokens=9, stop=[pieces[3]])) == "".join(pieces[:3])
+    for stop in (pieces[3][2:], pieces[2][2:] + pieces[3][:3]):
+        assert "".join(pieces_of(url, max_tokens=9, stop=[stop])) == whole.replace(stop, "", 1)
+
+
+def pieces_of(url, **asked):
+    events = talk(url, "POST", CHAT, chat(stream=True, **asked)).events
+    deltas = [event["choices"][0]["delta"] for event in events if event != "[DONE]"]
+    return [delta["content"] for delta in deltas if delta.get("content")]
+
+
 # --- Our client with it
 
 
@@ -345,6 +360,13 @@ def test_our_client_sends_nothing_that_it_refuses(client):
         user="me",
     )
     assert answer.usage.completion_tokens == 2
+
+
+def test_our_client_ends_at_stop_strings(client):
+    whole = client.ask(QUESTION, max_tokens=9, seconds=120).content
+    for stop in (whole[6:12], whole[-3:]):
+        answer = client.ask(QUESTION, max_tokens=9, stop=["never", stop], seconds=120)
+        assert (answer.content, answer.finish_reason) == (whole[: whole.index(stop)], "stop")
 
 
 def test_our_client_stops_it_by_leaving(client):

@@ -299,6 +299,26 @@ def test_a_tool_call_cut_by_max_tokens_vanishes():
         assert text_of(chunks(server)) == "".join(reply_tokens(HELLO, 8))
 
 
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_stop_string_does_what_it_does_there(flavour):
+    """In the middle of a token, and as a whole token."""
+    tokens = reply_tokens(HELLO, 8)
+    whole, inside = "".join(tokens), tokens[4][1:]
+    before = [whole[: whole.index(stop)] for stop in (inside, tokens[4])]
+    expected = {
+        "mlx_lm": [whole.replace(inside, "", 1), before[1]],
+        "mlx_openai": [whole, before[1]],
+        "omni": [whole] * 2,
+        "mlx_vlm": [whole] * 2,
+    }.get(flavour, before)
+    with SimulatedMLX(flavour=flavour) as server:
+        got = [
+            text_of(chunks(server, stop=[stop], max_tokens=9 if flavour == "omni" else 8))
+            for stop in (inside, tokens[4])
+        ]
+    assert got == expected
+
+
 CONTINUING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "mlx_lm": ({"chat_template_kwargs": {"chat_template": LEFT_OPEN}}, {}),
     "vllm_simple": (OPEN_END, {}),

@@ -38,6 +38,7 @@ USED = [
     (REDIS, "Channel", "_disconnect_pools", ["Channel"], SHARED),
     (REDIS, "Channel", "async_pool", ["Channel"], SHARED),
     (REDIS, "Channel", "subclient", ["Channel"], SILENT),
+    (REDIS, "Channel", "_get_subscribe_topics", ["Channel"], "a missing right to subscribe is found late"),
     (REDIS, "Channel", "maybe_refresh_binding_expiry", ["Transport"], "a full broker fills the log with tracebacks"),
     (REDIS, "Channel", "_q_for_pri", ["Channel"], GIVEN_BACK),
     (REDIS, "Channel", "_expires", ["Channel"], GIVEN_BACK),

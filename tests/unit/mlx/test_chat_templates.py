@@ -124,3 +124,20 @@ def test_a_model_may_have_none(tmp_path, config):
 
 def test_templates_that_are_code_are_none(tmp_path):
     assert of(str(folder_with(tmp_path / "model", chat_template_type="deepseek_v32"))) is None
+
+
+def test_no_file_is_read_because_a_server_names_it(tmp_path):
+    """It would be sent to that server as a template. And /dev/zero never ends."""
+    secret = tmp_path / "id_rsa"
+    secret.write_text("secret")
+    for name in (str(secret), "/dev/zero", "/dev/stdin"):
+        assert of(name) is None
+        assert of("default_model", reported=[name]) is None
+    assert of("mine", chat_template=str(secret)) == "secret"
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/x", "a" * 256, "/" + "a" * 300, "a\0b", "/", ".."])
+def test_a_name_that_cannot_be_a_path_has_no_template(name):
+    assert of(name) is None
+    assert of("default_model", reported=[name]) is None
+    assert of("mine", chat_template=name) is None

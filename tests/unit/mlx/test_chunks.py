@@ -17,6 +17,7 @@ from fleet_worker.errors import (
     ProviderError,
 )
 from fleet_worker.mlx.chunks import ChunkReader, parse_usage
+from fleet_worker.mlx.events import EventParser
 from fleet_worker.mlx.reasoning import ReasoningSplitter
 from fleet_worker.protocol.reply import Delta, Usage, join
 
@@ -406,6 +407,26 @@ def test_whatever_a_server_sends_is_read_or_refused_and_what_is_read_joins(said,
         return
     join(read_deltas)
     assert isinstance(reader.finish_reason, str | None)
+
+
+texts = st.sampled_from([b"a", b"<think>", rb"\ud83d", rb"\ude00", b"\xf0\x9f", b"\x98\x80", b"\xff", b'"'])
+lines = st.builds(
+    lambda field, text: b'data: {"choices": [{"delta": {"%b": "%b"}}]}\n\n' % (field, text),
+    st.sampled_from([b"content", b"reasoning", b"role", b"\xc3"]),
+    texts,
+)
+
+
+@given(st.lists(lines | st.binary(max_size=9) | st.sampled_from([b"\n\n", b"event: error\n", b"data: "]), max_size=8))
+def test_whatever_the_bytes_of_a_stream_are_what_is_read_can_be_sent(stream):
+    events, reader = EventParser(), ChunkReader(ReasoningSplitter())
+    try:
+        said = [delta for received in stream for delta in reader.read(events.feed(received))]
+        said += reader.read(events.end())
+    except FleetError:
+        return
+    for delta in said + reader.end():
+        delta.model_dump_json()
 
 
 # --- Errors inside a 200

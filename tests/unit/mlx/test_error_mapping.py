@@ -203,6 +203,7 @@ FAILURES = [
     ("rapid-mlx: another model", 404, {"error": {"message": "The model `a` does not exist."}}, ModelNotServed),
     # any of them, and proxies in front of them
     ("fastapi: no such route", 404, {"detail": "Not Found"}, UnsupportedCapability),
+    ("a web server: no such route", 404, b"<!DOCTYPE HTML><p>Error code: 404</p>", UnsupportedCapability),
     ("fastapi: no such route, without spaces", 404, b'{"detail":"Not Found"}', UnsupportedCapability),
     ("an empty refusal", 400, b"", InvalidRequest),
     ("an empty failure", 500, b"", ProviderError),

@@ -67,6 +67,11 @@ def test_each_text_of_a_chunk_waits_for_its_own_half():
     assert not joiner.waiting
 
 
+def test_keys_have_no_halves_either():
+    joined = CharacterJoiner().joined(parse_odd_json(b'{"\xff": {"\\ud83d": 1}}'))
+    assert joined == {"�": {"�": 1}}
+
+
 @given(st.lists(st.binary(max_size=6), max_size=5))
 def test_whatever_the_bytes_are_the_text_can_be_sent(pieces):
     kept = [piece.translate(None, b'"\\') for piece in pieces]

@@ -89,7 +89,10 @@ ACCOUNTED = {
         text in json.dumps(body) for text in (value, {"none": "enable_thinking"}.get(value, "low"))
     ),
     "chat_template_kwargs": lambda value, body, rules, dropped: all(name in json.dumps(body) for name in value),
-    "seed": lambda value, body, rules, dropped: body.get("seed") == value or "seed" in dropped,
+    **{
+        field: lambda value, body, rules, dropped, field=field: body.get(field) == value or field in dropped
+        for field in ("seed", "top_k", "min_p")
+    },
     "user": lambda value, body, rules, dropped: "user" in dropped,
 }
 """Whether something is done with a parameter; others are sent as they are."""
@@ -139,11 +142,14 @@ def test_values_that_change_nothing_are_never_refused(kind):
 
 
 @EACH
-def test_a_seed_changes_nothing_at_temperature_0(kind):
-    refuses = treatment("seed", kind) == "refused"
-    assert refused_parameter(params_of(seed=7), kind, 0.0) is None
-    assert refused_parameter(params_of(seed=7), kind, 0.7) == ("seed" if refuses else None)
-    assert dropped_parameters(params_of(seed=7), kind, 0.0) == (["seed"] if refuses else [])
+@pytest.mark.parametrize(("field", "value"), [("seed", 7), ("top_k", 5), ("min_p", 0.1)])
+def test_what_a_draw_depends_on_has_no_influence_at_temperature_0(kind, field, value):
+    refuses = treatment(field, kind) == "refused"
+    params = params_of(**{field: value})
+    assert refused_parameter(params, kind, 0.0) is None
+    assert refused_parameter(params, kind, 0.7) == (field if refuses else None)
+    assert dropped_parameters(params, kind, 0.0) == ([field] if refuses else [])
+    assert dropped_parameters(params, kind, 0.7) == []
 
 
 @EACH

@@ -7,9 +7,10 @@ import celery.worker.consumer.consumer as celery_consumer
 import celery.worker.state
 import kombu
 import pytest
-from celery import Celery
 from kombu import Connection
 
+from fleet_worker import Settings
+from fleet_worker.broker.app import create_app
 from fleet_worker.broker.door import NOT_JSON, OpenedMessage, Refused
 from fleet_worker.node.consumer import NO_ADDRESS, NO_TASK, UNKNOWN_TASK, Consumer
 from fleet_worker.node.tasks import Request
@@ -50,8 +51,8 @@ def failures():
 @pytest.fixture
 def receive(channel, started, failures):
     """What a worker does with a message of this body and these headers."""
-    with Celery("test", broker="memory://", set_as_current=False) as app:
-        app.conf.worker_send_task_events = False
+    with create_app(Settings()) as app:
+        app.conf.update(broker_url="memory://", worker_send_task_events=False)
         app.Task.Request = Request
 
         @app.task(name=TASK, shared=False)

@@ -108,7 +108,7 @@ def test_all_streams_of_a_frozen_server_go_elsewhere(flavour):
 @pytest.mark.parametrize(("flavour", "goes"), [also("mlx_lm", True), also("vllm_batched", True), ("openai", False)])
 def test_a_prompt_that_is_read_is_given_away_only_where_health_answers_meanwhile(flavour, goes):
     with monitored(flavour) as server:
-        server.mlx.ttft = 1.5
+        server.mlx.ttft = 1.0
         with server.stream("long"):
             until(lambda: server.mlx.counters["running"] == 1)
             server.freeze()

@@ -15,6 +15,7 @@ from fleet_worker.errors import (
     ContextLengthExceeded,
     Expired,
     InstanceUnavailable,
+    InvalidOutput,
     InvalidRequest,
     MalformedOutput,
     ModelNotServed,
@@ -22,7 +23,9 @@ from fleet_worker.errors import (
     PolicyError,
     ProviderError,
     RequestTimeout,
+    StreamInterrupted,
     Unauthorized,
+    UnsupportedParameter,
 )
 from fleet_worker.node.readiness import FAILURES, GIVE_UP_AFTER, Readiness
 
@@ -381,6 +384,9 @@ def test_any_sign_of_life_ends_the_silence(available, sign):
         RequestTimeout("the deadline passed"),
         Expired("it waited too long"),
         InvalidRequest("wrong"),
+        UnsupportedParameter("seed"),
+        InvalidOutput("no JSON"),
+        StreamInterrupted("it differs"),
         ContextLengthExceeded("too long"),
         ModelNotServed("another model"),
         PolicyError("not allowed"),

@@ -12,6 +12,8 @@ from fleet_worker.settings import Settings
 from fleet_worker.testing import embedded_broker
 from tests.brokers import free_port
 
+ALLOWED = ("ok", "lets its user do all")
+
 GOOD = {
     "maxmemory_policy": "noeviction",
     "maxmemory": 0,
@@ -137,23 +139,33 @@ def test_the_quickest_answer_tells_the_time_best(url):
 @pytest.mark.parametrize(
     ("forbidden", "expected"),
     {
-        "-info": [("ok", "Redis or Valkey"), ("warning", "cannot be read by this user")],
-        "-config": [("ok", "Valkey 9")],
+        "-info": [("ok", "Redis or Valkey"), ("warning", "cannot be read by this user"), ALLOWED],
+        "-config": [("ok", "Valkey 9"), ALLOWED],
+        "-brpop": [("ok", "Valkey 9"), ("warning", "persistence"), ("error", "BRPOP, so nobody can take a request")],
+        "-publish -pubsub": [
+            ("ok", "Valkey 9"),
+            ("warning", "persistence"),
+            ("error", "the command PUBSUB NUMSUB, so nobody can see whether a router listens"),
+            (
+                "error",
+                "the command PUBLISH, so nobody can publish registry events, ask for the status",
+            ),
+        ],
     }.items(),
 )
 def test_a_user_may_not_be_allowed_to_ask(forbidden, expected, url, client):
     """As with hosted brokers."""
     everything = {"keys": "*", "channels": "*", "categories": ["+@all"]}
-    client.acl_setuser("limited", enabled=True, passwords=["+hush"], commands=[forbidden], **everything)
+    client.acl_setuser("limited", enabled=True, passwords=["+hush"], commands=forbidden.split(), **everything)
     assert_found(broker(Settings(broker_url=url.replace("//", "//limited:hush@"))), expected)
 
 
 def test_a_broker_that_loses_work_is_reported(url, client):
-    assert_found(broker(Settings(broker_url=url)), [("ok", "Valkey"), ("warning", "persistence")])
+    assert_found(broker(Settings(broker_url=url)), [("ok", "Valkey"), ("warning", "persistence"), ALLOWED])
     client.config_set("maxmemory-policy", "allkeys-lru")
     client.config_set("save", "60 1")
     try:
-        assert_found(broker(Settings(broker_url=url)), [("ok", "Valkey"), ("error", "maxmemory-policy")])
+        assert_found(broker(Settings(broker_url=url)), [("ok", "Valkey"), ("error", "maxmemory-policy"), ALLOWED])
     finally:
         client.config_set("maxmemory-policy", "noeviction")
         client.config_set("save", "")

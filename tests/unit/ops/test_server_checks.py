@@ -8,12 +8,13 @@ import pytest
 
 from fleet_worker.mlx.client import DEFAULT_URLS
 from fleet_worker.ops.findings import Finding
-from fleet_worker.ops.server_checks import identity, instances
+from fleet_worker.ops.server_checks import exposure, identity, instances
 from fleet_worker.settings import Settings
 from fleet_worker.simulator import FLAVOURS, Fault
 from fleet_worker.testing import SimulatedMLX
 from tests.brokers import free_port
 from tests.clients import KINDS
+from tests.tls import Certificates, Proxy
 
 OPTED_IN = {"enabled": True, "respond_to_requests": True, "capabilities": ["chat", "stream_chat"]}
 TABLE = "[instances.local.models]"
@@ -237,3 +238,29 @@ def test_a_key_that_cannot_be_sent_is_an_error():
     (finding,) = examined(base_url="http://127.0.0.1:1", api_key="hüsh")
     assert isinstance(finding, Finding)
     assert (finding.severity, "api_key" in finding.found, "hüsh" in finding.found) == ("error", True, False)
+
+
+@pytest.mark.parametrize(
+    ("url", "is_exposed"),
+    {
+        "http://127.0.0.1:8080": False,
+        "http://[::1]:8080": False,
+        "http://localhost": False,
+        "https://mini": False,
+        "http://mini": True,
+        "http://10.0.0.5:8080": True,
+    }.items(),
+)
+def test_a_server_on_the_network_has_tls(url, is_exposed):
+    assert [finding.severity for finding in exposure(url)] == ["warning"] * is_exposed
+
+
+def test_a_server_with_tls_is_verified_and_said_to_be(tmp_path):
+    made = Certificates(tmp_path)
+    with SimulatedMLX(models=["sim-chat"]) as mlx, Proxy(made, mlx.port) as proxy:
+        server = {"base_url": f"https://localhost:{proxy.port}", "models": {"sim-chat": TEMPLATE}}
+        found = [finding.found for finding in examined(**server, ca=made.ca) if finding.severity == "ok"]
+        assert found[0].endswith("answers; chain and host name of its certificate are verified")
+        (finding,) = examined(**server, ca=made.other_ca, clocks={"connect": 0.2})
+    assert finding.severity == "error"
+    assert "has a certificate of a CA that is not trusted here: set ca to" in finding.found

@@ -257,6 +257,7 @@ HISTORY = {
     "reasoning": ({"content": "a", "reasoning": "r", "reasoning_content": "r"}, {"content": "a"}),
     "only reasoning": ({"content": None, "reasoning": "r"}, {}),
     "a refusal": ({"content": [{"type": "refusal", "refusal": "no"}]}, {"content": [{"type": "text", "text": "no"}]}),
+    "a refusal beside no content": ({"content": None, "refusal": "no"}, {"content": "no"}),
     "a name": ({"content": "a", "name": "n"}, {"content": "a", "name": "n"}),
 }
 

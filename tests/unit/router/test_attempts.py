@@ -372,6 +372,13 @@ def test_what_says_nothing_about_a_request_blames_none(error):
     assert failing_on(attempts_of(max_attempts=9), "a", "b", "c", error=error) == []
 
 
+def test_one_of_the_two_nodes_may_have_had_other_work():
+    assert failing_on(attempts_of(max_attempts=9), "a", "b", error=DISTURBED) == []
+    for errors in ([DISTURBED, FAILED], [FAILED, DISTURBED]):
+        (given,) = failing_on(attempts_of(max_attempts=9), "a", "b", others=errors)
+        assert given.code == "invalid_request"
+
+
 def test_what_kills_servers_is_poison_and_not_only_wrong():
     (given,) = failing_on(attempts_of(max_attempts=9), "a", "b", error=ConnectionFailure("broke", instance_died=True))
     assert given.code == PoisonSuspected.code
@@ -652,3 +659,22 @@ class AnyOrder(RuleBasedStateMachine):
 
 TestAnyOrder = AnyOrder.TestCase
 TestAnyOrder.settings = settings(stateful_step_count=40)
+
+
+def test_the_end_of_a_long_attempt_costs_no_more_than_that_of_a_short_one():
+    """Ten long streams may fail at once, in the thread that reads the replies of all others."""
+
+    class Unread(list):
+        def __iter__(self):
+            raise AssertionError("all that was delivered is read again")
+
+    of = request()
+    attempts = Attempts(of, deadline=100.0, max_attempts=3)
+    attempts.take("n", Accepted(id=of.request_id, attempt=1, seq=0, instance="i", queue_wait=0.0), 0.0)
+    for seq in (1, 2):
+        frame = Deltas(id=of.request_id, attempt=1, seq=seq, deltas=[Delta(content="word ")], tokens=seq)
+        attempts.take("n", frame, 0.0)
+    attempts.delivered = Unread(attempts.delivered)
+    attempts.fail(ConnectionFailure("it broke"), 0.0)
+    assert attempts.history[-1].delivered == len("word word ")
+    assert attempts.state == "pausing"

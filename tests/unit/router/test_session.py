@@ -129,6 +129,7 @@ SERVERS = {"a": "mlx_lm", "b": "vllm_mlx", "c": "mlx_next"}
         ({"frequency_penalty": 0.0}, "any", {None}),
         ({"seed": 7, "temperature": 0.7}, "any", {"a", "c"}),
         ({"seed": 7, "temperature": 0}, "any", {None}),
+        ({"seed": 7}, "any", {"a", "c"}),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}}, "any", {"b", "c"}),
         ({"response_format": {"type": "json_object"}}, "any", {None}),
         ({"frequency_penalty": 0.1}, "two", {"c"}),
@@ -148,6 +149,13 @@ def test_a_request_that_no_server_can_do_is_refused_by_the_name_of_its_parameter
         selection.require_able(request(instance, frequency_penalty=0.1), node)
     assert (raised.value.metadata, raised.value.retryable) == ({"param": "frequency_penalty"}, False)
     selection.require_able(request(instance, presence_penalty=0.1), node)
+
+
+def test_a_request_without_a_temperature_is_left_to_the_nodes_whose_models_may_have_0():
+    selection = NodeSelection(Told(servers={"b": "vllm_mlx"}, b=("two", 1)))
+    selection.require_able(request(seed=7), None)
+    with pytest.raises(UnsupportedParameter):
+        selection.require_able(request(seed=7, temperature=0.5), None)
 
 
 def test_a_request_for_a_node_that_nobody_knows_yet_is_not_refused():

@@ -1,0 +1,223 @@
+"""An account that lacks a right, and a broker that takes nothing for now: a node names it in one line, is not ready
+meanwhile, and goes on by itself when it may."""
+
+import re
+import shlex
+import tempfile
+import time
+import uuid
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import redis
+
+from fleet_worker import BrokerUnavailable, Router, Settings
+from fleet_worker.host.child_process import child
+from fleet_worker.host.supervisor import node_command
+from fleet_worker.ops.broker_checks import broker as check_broker
+from fleet_worker.simulator import reply_tokens
+from fleet_worker.testing import SimulatedMLX, running_host, worker_toml
+from tests.brokers import RabbitMQ, Valkey
+from tests.clients import HELLO, until
+
+pytestmark = [pytest.mark.rest, pytest.mark.timeout(120)]
+
+MANUAL = Path(__file__).parents[2] / "docker" / "README.md"
+LINES_IN_TEN_SECONDS = 6
+
+
+@pytest.fixture(scope="module")
+def valkey():
+    with Valkey() as broker, redis.Redis.from_url(broker.url) as client:
+        broker.client = client
+        yield broker
+
+
+@pytest.fixture(scope="module")
+def rabbitmq():
+    with RabbitMQ() as broker:
+        broker.control("add_user", "fleet", "PASSWORD")
+        yield broker
+
+
+@pytest.fixture(scope="module")
+def mlx():
+    with SimulatedMLX(models=[f"allowed-{uuid.uuid4().hex[:8]}"]) as mlx:
+        yield mlx
+
+
+def as_user(broker):
+    return broker.url.replace("guest:guest@", "").replace("//", "//fleet:PASSWORD@", 1)
+
+
+@contextmanager
+def a_node(url, mlx):
+    with tempfile.TemporaryDirectory(prefix="fleet-host-") as folder:
+        config = Path(folder, "worker.toml")
+        config.write_text(worker_toml("allowed", {"base_url": mlx.base_url, "models": {mlx.models[0]: {}}}), "utf-8")
+        environment = {"FLEET_CONFIG": str(config), "FLEET_BROKER_URL": url, "FLEET_STATE_DIR": folder}
+        with child("allowed@test", node_command("allowed@test"), environment) as node:
+            yield node
+
+
+def of_broker(node):
+    """What its log says of the broker."""
+    words = ("the broker", "could not be asked")
+    return [line for line in list(node.lines) if any(word in line for word in words) and "INFO" not in line]
+
+
+def ask(url, mlx, **settings):
+    with Router(Settings(broker_url=url, router=settings)) as router:
+        router.registry.require_offered = lambda *_: None  # there is no registry node
+        return router.chat(mlx.models[0], HELLO, max_tokens=1, timeout=20)
+
+
+def assert_refused_then_served(url, mlx, named, allow, ready_within=8.0):
+    with a_node(url, mlx) as node:
+        until(lambda: any(named in line for line in of_broker(node)), 15)
+        time.sleep(6)
+        assert len(of_broker(node)) <= LINES_IN_TEN_SECONDS, of_broker(node)
+        assert not any("is ready" in line or "Traceback" in line for line in list(node.lines))
+        allow()
+        node.wait_for("is ready", ready_within)
+        assert ask(url, mlx).node == "allowed@test"
+        assert len(of_broker(node)) <= 2 * LINES_IN_TEN_SECONDS, of_broker(node)
+
+
+def manual(begins):
+    """The command of the manual."""
+    return next(line for line in MANUAL.read_text("utf-8").splitlines() if line.startswith(begins))
+
+
+ALL = ["~*", "&*", "+@all"]
+LACKS = {
+    "channels": (["~*", "+@all"], "channels of our names"),
+    "keys": (["~other", "&*", "+@all"], "keys of our names"),
+    "writing": (["%R~*", "&*", "+@all"], "keys of our names"),
+    "BRPOP": ([*ALL, "-brpop"], "the command BRPOP"),
+    "PUBLISH": ([*ALL, "-publish"], "the command PUBLISH"),
+    "PUBSUB": ([*ALL, "-pubsub"], "the command PUBSUB NUMSUB"),
+    "scripts": ([*ALL, "-@scripting"], "the command EVALSHA"),
+    "everything": ([], "the command PING"),
+}
+
+
+def set_user(valkey, rules):
+    valkey.client.execute_command("ACL", "SETUSER", "fleet", "reset", "on", ">PASSWORD", *rules)
+
+
+@pytest.mark.parametrize(("rules", "named"), LACKS.values(), ids=LACKS)
+def test_a_user_of_valkey_that_lacks_a_right(valkey, mlx, rules, named):
+    set_user(valkey, rules)
+    found = check_broker(Settings(broker_url=as_user(valkey)))
+    assert any(finding.severity == "error" and named in finding.found for finding in found), found
+    if named != "the command PUBSUB NUMSUB":  # only a node uses it
+        with pytest.raises(BrokerUnavailable, match=named):
+            ask(as_user(valkey), mlx)
+    assert_refused_then_served(as_user(valkey), mlx, named, lambda: set_user(valkey, ALL))
+
+
+NOTHING_FOR_NOW = {
+    "a replica": (("REPLICAOF", "127.0.0.1", "1"), ("REPLICAOF", "NO", "ONE"), "it is the replica of another"),
+    "no memory": (("CONFIG", "SET", "maxmemory", "1"), ("CONFIG", "SET", "maxmemory", "0"), "its maxmemory is reached"),
+    "no replicas": (
+        ("CONFIG", "SET", "min-replicas-to-write", "1"),
+        ("CONFIG", "SET", "min-replicas-to-write", "0"),
+        "it has too few replicas",
+    ),
+}
+
+
+@pytest.mark.parametrize(("begin", "end", "named"), NOTHING_FOR_NOW.values(), ids=NOTHING_FOR_NOW)
+def test_a_valkey_that_takes_nothing_for_now(valkey, mlx, begin, end, named):
+    valkey.client.execute_command(*begin)
+    try:
+        found = check_broker(Settings(broker_url=valkey.url))
+        assert any(finding.severity == "error" and named in finding.found for finding in found), found
+        with pytest.raises(BrokerUnavailable, match=named):
+            ask(valkey.url, mlx, connect_timeout=2)
+        assert_refused_then_served(valkey.url, mlx, named, lambda: valkey.client.execute_command(*end))
+    finally:
+        valkey.client.execute_command(*end)
+
+
+PERMISSIONS = {
+    "configure": (("^$", ".*", ".*"), "Exchange.declare of exchange llm.fleet"),
+    "write": ((".*", "^$", ".*"), "Queue.bind of queue llm."),
+    "read": ((".*", ".*", "^$"), "Queue.bind of exchange llm."),
+    "replies": ((".*", "llm", ".*"), "Basic.publish of exchange amq.default"),
+}
+
+
+@pytest.mark.parametrize(("permissions", "named"), PERMISSIONS.values(), ids=PERMISSIONS)
+def test_a_user_of_rabbitmq_that_lacks_a_permission(rabbitmq, mlx, permissions, named):
+    rabbitmq.control("set_permissions", "fleet", *permissions)
+    found = check_broker(Settings(broker_url=as_user(rabbitmq)))
+    assert any(finding.severity == "error" and named in finding.found for finding in found), found
+    allow = ("set_permissions", "fleet", ".*", ".*", ".*")
+    assert_refused_then_served(as_user(rabbitmq), mlx, named, lambda: rabbitmq.control(*allow))
+
+
+def test_a_rabbitmq_that_blocks_publishers(rabbitmq, mlx):
+    rabbitmq.control("set_vm_memory_high_watermark", "0.000001")
+    until(lambda: "memory" in rabbitmq.control("eval", "rabbit_alarm:get_alarms()."), 10)
+    named = "it is short of memory or of disk space"
+    with pytest.raises(BrokerUnavailable, match=named):
+        ask(rabbitmq.url, mlx, connect_timeout=2)
+    assert_refused_then_served(
+        rabbitmq.url, mlx, named, lambda: rabbitmq.control("set_vm_memory_high_watermark", "0.6"), 15.0
+    )
+
+
+def serves(url, mlx):
+    instances = {"allowed": {"base_url": mlx.base_url, "models": {mlx.models[0]: {}}}}
+    with running_host(url, instances) as host, Router(Settings(broker_url=url)) as router:
+        router.registry.wait_for(mlx.models[0], 20)
+        assert router.chat(mlx.models[0], HELLO, max_tokens=1, timeout=20).node == "allowed@test"
+        found = check_broker(Settings(broker_url=url))
+        assert not [finding for finding in found if finding.severity == "error"]
+        assert not [line for process in host.values() for line in process.lines if "not allow" in line]
+
+
+def test_the_rights_of_the_manual_are_enough_in_valkey(valkey, mlx):
+    valkey.client.execute_command("ACL", "DELUSER", "fleet")
+    valkey.client.execute_command(*manual("ACL SETUSER fleet").split())
+    serves(as_user(valkey), mlx)
+
+
+def test_the_rights_of_the_manual_are_enough_in_rabbitmq(rabbitmq, mlx):
+    rabbitmq.control(*shlex.split(manual("rabbitmqctl set_permissions"))[1:])
+    serves(as_user(rabbitmq), mlx)
+
+
+def test_a_right_that_is_taken_away_from_a_node_that_works_is_named_and_comes_back(valkey, mlx):
+    set_user(valkey, ALL)
+    with a_node(as_user(valkey), mlx) as node:
+        node.wait_for("is ready", 20)
+        set_user(valkey, [*ALL, "-brpop"])
+        valkey.drop_connections()
+        node.wait_for("the command BRPOP", 10)
+        time.sleep(5)
+        assert len(of_broker(node)) <= LINES_IN_TEN_SECONDS, of_broker(node)
+        set_user(valkey, ALL)
+        node.wait_for(re.compile("lane .* is joined now").search, 10)
+
+
+def test_a_node_whose_replies_are_refused_leaves_its_lanes_and_its_stream_loses_no_token(valkey):
+    """The broker is full for two seconds in the middle of a stream."""
+    model = f"full-{uuid.uuid4().hex[:8]}"
+    with SimulatedMLX(models=[model], token_interval=0.02, tokens=1000) as mlx, a_node(valkey.url, mlx) as node:
+        node.wait_for("is ready", 20)
+        with Router(Settings(broker_url=valkey.url)) as router:
+            router.registry.require_offered = lambda *_: None
+            with router.stream_chat(model, HELLO, max_tokens=200, timeout=30) as stream:
+                pieces = [next(stream).content for _ in range(10)]
+                valkey.client.config_set("maxmemory", "1")
+                node.wait_for("cannot be joined", 5)
+                time.sleep(2)
+                valkey.client.config_set("maxmemory", "0")
+                pieces += [delta.content for delta in stream]
+        assert pieces == reply_tokens(HELLO, 200, tokens=1000)
+        assert [attempt.error for attempt in stream.response.attempts] == [None]
+        node.wait_for("is joined now", 10)

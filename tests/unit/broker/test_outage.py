@@ -1,0 +1,78 @@
+"""One line for each failure, growing pauses, and no line that a broker is back which fails again at once."""
+
+import logging
+
+import pytest
+from redis.exceptions import NoPermissionError
+
+from fleet_worker.broker.outage import LOGGED_EVERY, REFUSED_BACK_OFF, STEADY_AFTER, Outage
+
+AWAY, REFUSED = ConnectionResetError(), NoPermissionError("No permissions to access a channel")
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def outage(clock):
+    return Outage("replies: the broker", logging.getLogger("tests.outage"), clock=clock)
+
+
+def test_a_broker_that_goes_and_comes_back_is_two_lines(outage, clock, caplog):
+    pauses = [outage.failed(AWAY) for _ in range(8)]
+    assert pauses == sorted(pauses)
+    assert pauses[-1] == 2.0
+    outage.works()
+    assert len(caplog.messages) == 1
+    clock.now += STEADY_AFTER
+    outage.works()
+    assert caplog.messages == [
+        "replies: the broker is away (ConnectionResetError)",
+        "replies: the broker is back",
+    ]
+    assert outage.failed(AWAY) == pauses[0]
+
+
+def test_what_is_refused_after_each_connection_is_one_line_and_pauses_grow(outage, clock, caplog):
+    pauses = []
+    for _ in range(9):
+        outage.works()
+        clock.now += 0.1
+        pauses.append(outage.failed(REFUSED))
+        clock.now += 0.1
+    assert pauses == [*REFUSED_BACK_OFF, REFUSED_BACK_OFF[-1], REFUSED_BACK_OFF[-1]]
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith("replies: the broker does not allow its user channels of our names: ")
+
+
+def test_another_reason_is_another_line_and_the_same_one_comes_every_minute(outage, clock, caplog):
+    outage.failed(AWAY)
+    outage.failed(REFUSED)
+    assert len(caplog.messages) == 2
+    clock.now += LOGGED_EVERY
+    outage.failed(REFUSED)
+    assert len(caplog.messages) == 3
+
+
+def test_a_quiet_one_logs_only_what_is_refused(clock, caplog):
+    outage = Outage("routers: the broker", logging.getLogger("tests.outage"), is_quiet=lambda: True, clock=clock)
+    outage.failed(AWAY)
+    assert caplog.messages == []
+    outage.failed(REFUSED)
+    assert len(caplog.messages) == 1
+
+
+def test_a_broker_that_never_failed_is_not_called_back(outage, clock, caplog):
+    for _ in range(3):
+        outage.works()
+        clock.now += STEADY_AFTER
+    assert caplog.messages == []
