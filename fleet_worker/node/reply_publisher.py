@@ -138,6 +138,8 @@ class ReplyPublisher:
         self._closed = threading.Event()
         self._publisher = Publisher(connect)
         self._outage = Outage("replies: the broker", log)
+        self.refused: Callable[[], object] = lambda: None
+        """Called in the thread of the publisher whenever the broker refuses a reply."""
         self._thread = threading.Thread(target=self._run, name="fleet-replies", daemon=True)
         self._thread.start()
 
@@ -290,7 +292,8 @@ class ReplyPublisher:
         """Wait before the next try; return False if there should be none."""
         self._publisher.drop()
         closing = self._closed.wait(self._outage.failed(error))
-        known = refusal(error)
+        if known := refusal(error):
+            self.refused()
         refused = not isinstance(error, self._publisher.connection_errors) and not (known and known.passes)
         if failures < TRIES or not (closing or refused):
             return True
