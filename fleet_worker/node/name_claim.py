@@ -25,8 +25,9 @@ from celery import Celery
 
 log = logging.getLogger(__name__)
 
-ANSWERED_WITHIN = 2.0
-"""Seconds that the processes of that name have for an answer."""
+ANSWERED_WITHIN = 0.5
+"""Seconds that the processes of that name have for an answer. A process should be settled before another can begin; an
+answer that comes later is asked for again."""
 ASKED_AGAIN_AFTER = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Seconds between two questions until one is enough; the last one from then on."""
 
