@@ -12,7 +12,7 @@ from typing import Any
 import celery.worker.request as celery_request
 from celery import Celery
 
-from fleet_worker.broker.door import REPLY_SPARE_BYTES
+from fleet_worker.broker.door import REPLY_SPARE_BYTES, Refused
 from fleet_worker.broker.topology import task_name
 from fleet_worker.errors import (
     ConnectionFailure,
@@ -35,6 +35,8 @@ from fleet_worker.protocol.reply import ChatResponse, EmbedResponse, Timings
 from fleet_worker.protocol.request import Address, FleetRequest
 
 log = logging.getLogger(__name__)
+
+DELIVERED_AGAIN = "an attempt was delivered a second time"
 
 ROOM_FOR_THE_REST = 64 * 1024
 """Bytes of a reply besides its vectors, at most."""
@@ -168,7 +170,7 @@ def _accepted(node: Node, envelope: Any, operation: str) -> Iterator[_Work | Non
     """
     request_id, attempt, reply_to = Address.of(envelope)
     if not node.running.is_new(request_id, attempt):
-        log.warning("an attempt was delivered a second time, and is not run again")
+        node.door.drop(Refused(DELIVERED_AGAIN))
         yield None
         return
     with node.publisher.reply(request_id, attempt, reply_to) as reply:

@@ -65,7 +65,9 @@ class RegistryNode:
         self._published: dict[tuple[str, str], str] = {}
         """The status that routers know, by instance and model."""
         self._ending = False
-        self._publisher = RegistryPublisher(app.connection_for_write, self._transport, self._announcements)
+        self._publisher = RegistryPublisher(
+            app.connection_for_write, self._transport, self._announcements, self._on_first_round
+        )
         self.status_server = StatusServer(socket_path(settings.state_dir, host), self._publish_all)
         self._metrics = None if settings.registry.metrics_port is None else self._serve(settings.registry.metrics_port)
         self._schedule()
@@ -80,7 +82,6 @@ class RegistryNode:
         beat = Service(self._app, max_interval=1, scheduler_cls=QuietScheduler)
         threading.Thread(target=beat.start, name="fleet-beat", daemon=True).start()
         self._publish_all()
-        log.info("%s is ready, and publishes the status of %s", self.name, ", ".join(self._settings.serving()))
         if self._metrics:
             log.info("%s serves metrics at %s", self.name, self._metrics.url)
 
@@ -119,6 +120,10 @@ class RegistryNode:
                 dropped=lambda: {self.name: door_of(self._app).dropped},
             ),
         )
+
+    def _on_first_round(self) -> None:
+        if not self._ending:
+            log.info("%s is ready, and publishes the status of %s", self.name, ", ".join(self._settings.serving()))
 
     # --- The Celery worker ---
 
