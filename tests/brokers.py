@@ -9,7 +9,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,9 +85,13 @@ class Valkey:
         with redis.Redis.from_url(self.url, single_connection_client=True) as client:
             return {each["id"] for each in client.client_list()} - {str(client.client_id())}
 
-    def drop_connections(self) -> None:
+    def drop_connections(self, ids: Iterable[str] | None = None) -> None:
+        """Drop these, or all but those that only subscribe."""
         with redis.Redis.from_url(self.url) as client:
-            client.client_kill_filter(_type="normal", skipme=True)
+            if ids is None:
+                client.client_kill_filter(_type="normal", skipme=True)
+            for each in ids or ():
+                client.client_kill_filter(_id=each)
 
     def endless_reply_queues(self) -> list[str]:
         """Reply queues that no time to live will remove."""
@@ -178,7 +182,8 @@ class RabbitMQ:
             self.control("eval", "ssl:clear_pem_cache().")
 
         yield Secured(f"amqps://guest:guest@localhost:{self._tls_port}//", self._certificates, show)
-        show(self._certificates.server)
+        if self._shown.cert.read_bytes() != self._certificates.server.cert.read_bytes():
+            show(self._certificates.server)
 
     def __enter__(self) -> Self:
         epmd = [*self._chroot, "/usr/bin/epmd"] if self._chroot else [shutil.which("epmd") or "epmd"]
@@ -201,8 +206,11 @@ class RabbitMQ:
         """The ids of all open connections."""
         return set(self.control("list_connections", "pid", "--no-table-headers", "--silent").split())
 
-    def drop_connections(self) -> None:
-        self.control("close_all_connections", "dropped by a test")
+    def drop_connections(self, ids: Iterable[str] | None = None) -> None:
+        if ids is None:
+            self.control("close_all_connections", "dropped by a test")
+        for each in ids or ():
+            self.control("close_connection", each, "dropped by a test")
 
     def endless_reply_queues(self) -> list[str]:
         queues = json.loads(self.control("list_queues", "name", "arguments", "--formatter", "json", "--silent"))

@@ -6,6 +6,7 @@ generation from a dead worker.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -13,7 +14,7 @@ from typing import Any
 
 import kombu
 from celery import Celery
-from celery.app.amqp import AMQP
+from celery.app.amqp import AMQP, task_message
 from celery.app.control import Control
 from celery.app.events import Events
 from celery.events.dispatcher import EventDispatcher
@@ -24,7 +25,7 @@ from kombu.utils.collections import HashedSeq
 
 from fleet_worker.broker import amqp_transport, redis_transport, tls
 from fleet_worker.broker.connection import ANSWER_WITHIN, HEARTBEAT, hang_up, place_of
-from fleet_worker.broker.door import Door
+from fleet_worker.broker.door import REPLY_SPARE_BYTES, SPARE_BYTES, Door
 from fleet_worker.broker.topology import CONTROL_EXCHANGE, EVENT_EXCHANGE, transport_of
 from fleet_worker.settings import Settings
 from fleet_worker.urls import without_parameters
@@ -55,9 +56,9 @@ class Connection(kombu.Connection):  # type: ignore[misc]
         return _TRANSPORTS.get(kombu_transport, kombu_transport)
 
     def __eqhash__(self) -> HashedSeq:
-        """Be equal to no connection of another application, or with other certificates: kombu has one pool for all that
-        are equal."""
-        return HashedSeq(type(self), repr(self.ssl), *super().__eqhash__())
+        """Be equal to no connection of another application, which may have other certificates: kombu has one pool for
+        all that are equal. Each application has a type of its own."""
+        return HashedSeq(type(self), *super().__eqhash__())
 
     def ensure_connection(self, *args: Any, **options: Any) -> Any:
         """Connect as kombu does, with a limit to its pauses. Celery has no setting for them: a worker whose broker is
@@ -73,6 +74,14 @@ class _AMQP(AMQP):  # type: ignore[misc]
         super().__init__(app)
         shared = {"door": door, "shared_socket": shared_socket}
         self.Connection = self.BrokerConnection = type("Connection", (Connection,), shared)
+
+    def as_task_v2(self, *args: Any, **options: Any) -> Any:
+        """Return a task whose arguments are JSON in UTF-8. kombu would write six bytes for each character that is not
+        ASCII: a text could be too large a message that is none."""
+        task = super().as_task_v2(*args, **options)
+        body = json.dumps(task.body, ensure_ascii=False, separators=(",", ":")).encode()
+        properties = {**task.properties, "content_type": "application/json", "content_encoding": "utf-8"}
+        return task_message(task.headers, properties, body, task.sent_event)
 
 
 class _Clock(LamportClock):  # type: ignore[misc]
@@ -139,7 +148,8 @@ def create_app(settings: Settings, *, is_node: bool = False) -> Celery:
     if settings.broker_tls and not settings.broker_tls.authenticates:
         tls.warn_once(place_of(settings.broker_url))
     shared_socket = redis_transport.SharedSocket() if is_node else None
-    amqp = partial(_AMQP, Door(settings.max_body_bytes), shared_socket)
+    spare = SPARE_BYTES if is_node else REPLY_SPARE_BYTES
+    amqp = partial(_AMQP, Door(settings.max_body_bytes + spare), shared_socket)
     app = Celery("fleet_worker", set_as_current=False, amqp=amqp, control=_Control, events=_Events)
     app.conf.update(
         broker_url=without_parameters(settings.broker_url),

@@ -30,9 +30,8 @@ SPARE_BYTES = 2 * 1024 * 1024
 """Bytes by which a message in a lane may exceed `max_body_bytes`: an attempt carries what earlier ones delivered."""
 REPLY_SPARE_BYTES = 8 * 1024 * 1024
 """Bytes by which a message in a reply queue may exceed `max_body_bytes`: vectors take more room than their texts."""
-MOST_VALUES = 200_000
-MOST_FANOUT_VALUES = 50_000
-"""JSON values in one message, and in one of a fanout: each may take 250 bytes of memory."""
+MOST_VALUES = 51_000
+"""JSON values in one message: each may take 250 bytes of memory, and a microsecond. A request has up to 50,000."""
 SHORT = 1_000
 """Characters of a header's value. Longer ones, and those that are no text, number or truth value, are left out."""
 MOST_HEADERS = 50
@@ -63,12 +62,11 @@ class Refused(Exception):
 class Door:
     """The door of one application. Thread-safe.
 
-    `max_body_bytes` is that of the settings. Other sizes are those of the largest bodies that come through.
+    `most_bytes` is the size of the largest body that comes through.
     """
 
-    def __init__(self, max_body_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self.most_request_bytes = max_body_bytes + SPARE_BYTES
-        self.most_bytes = max_body_bytes + REPLY_SPARE_BYTES
+    def __init__(self, most_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.most_bytes = most_bytes
         self._clock = clock
         self._lock = threading.Lock()
         self._dropped: Counter[str] = Counter()
@@ -101,8 +99,10 @@ class Door:
         Raises:
             Refused: it is not such an object, or `check` refuses it.
         """
-        _check_size(item, wrapped_bytes(most_bytes))
+        if len(item) > wrapped_bytes(most_bytes):
+            raise Refused(EMPTY)
         body, rest = _without_body(item)
+        _check_size(rest, most_bytes)
         wrapped = read_json(rest)
         if not isinstance(wrapped, dict):
             raise Refused(FOREIGN)
@@ -193,8 +193,7 @@ def _decode_base64(body: Any) -> bytes:
 def _check_size(body: bytes, most_bytes: int) -> None:
     if not 0 < len(body) <= most_bytes:
         raise Refused(EMPTY)
-    most_values = MOST_VALUES if most_bytes > MOST_FANOUT_BYTES else MOST_FANOUT_VALUES
-    if len(body) > most_values and has_more_values(body, most_values):
+    if len(body) > MOST_VALUES and has_more_values(body, MOST_VALUES):
         raise Refused(TOO_MANY_VALUES)
 
 

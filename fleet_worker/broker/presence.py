@@ -12,7 +12,9 @@ from typing import Any, Literal
 
 from amqp.exceptions import NotFound
 from kombu.transport.redis import Channel as RedisChannel
+from redis.exceptions import ResponseError
 
+from fleet_worker.broker.refusal import refusal
 from fleet_worker.broker.topology import Transport, listening_key
 
 Sight = Literal["here", "silent", "away"]
@@ -34,10 +36,14 @@ def appear(channel: Any, reply_to: str) -> None:
 
 def stay(channel: Any, reply_to: str) -> None:
     """Show that a router still listens: at least every other second. Raises an error if the broker does not answer, or
-    if the reply queue is gone."""
+    if the reply queue is gone; not if it takes nothing for now, since a router that reconnected would count as dead."""
     if isinstance(channel, RedisChannel):
         with channel.conn_or_acquire() as client:
-            client.set(listening_key(reply_to), SUBSCRIBES, ex=PRESENCE)
+            try:
+                client.set(listening_key(reply_to), SUBSCRIBES, ex=PRESENCE)
+            except ResponseError as error:
+                if not ((refused := refusal(error)) and refused.passes):
+                    raise
     else:
         channel.queue_declare(reply_to, passive=True)
 

@@ -12,6 +12,7 @@ from pydantic_core import from_json
 from fleet_worker.errors import MalformedOutput
 
 _PIECE_BYTES = 64 * 1024
+_MOST_CONTAINERS = 100_000
 _GZIP_OR_ZLIB = 47
 """`wbits` of zlib: the header says which of the two it is."""
 
@@ -62,9 +63,24 @@ def read_body(response: httpx.Response, limit: int) -> bytes:
 
 
 def json_object(content: bytes) -> dict[str, Any] | None:
-    """Return this JSON object, or None if it is something else."""
+    """Return this JSON object, or None if it is something else.
+
+    Raises:
+        MalformedOutput: it has so many objects that they would fill the memory.
+    """
+    check_containers(content)
     try:
         parsed = from_json(content)
     except ValueError:
         return None
     return parsed if isinstance(parsed, dict) else None
+
+
+def check_containers(content: bytes) -> None:
+    """Refuse JSON with more than 100,000 lists and objects: each takes 3 bytes of it, and 70 in memory.
+
+    Raises:
+        MalformedOutput: it has more.
+    """
+    if len(content) > _PIECE_BYTES and content.count(b"{") + content.count(b"[") > _MOST_CONTAINERS:
+        raise MalformedOutput(f"the MLX server sent JSON with more than {_MOST_CONTAINERS:,} lists and objects")

@@ -51,7 +51,7 @@ class Rules:
     def check(self, content: str | None, finish_reason: str) -> None:
         """Raise `InvalidOutput` if a complete answer is not the JSON that was asked for.
 
-        An answer that `max_tokens` cut, or that is a tool call, need not be JSON.
+        One that `max_tokens` or a stop string cut need not be JSON.
         """
         if self.json_format is None or finish_reason != "stop":
             return
@@ -77,6 +77,7 @@ class EnforcedStream:
         self._rules = rules
         self._stop = StopStrings(rules.stop, delivered=delivered)
         self._content: list[str] = []
+        self._has_calls = False
         self._held_back = 0
         """Number of deltas whose text is held back, at least in parts."""
 
@@ -95,14 +96,18 @@ class EnforcedStream:
         self._held_back = 0
         if last := Delta.of(self._kept(self._stop.end()), None, None):
             yield [last]
-        self._rules.check("".join(self._content), self._stream.answer().finish_reason)
+        if not self._has_calls:
+            self._rules.check("".join(self._content), self._stream.answer().finish_reason)
 
     def _followed(self, delta: Delta) -> Delta | None:
+        if self._stop.found:
+            return None
         content = self._kept(self._stop.feed(delta.content or ""))
         self._held_back = self._held_back + 1 if self._stop.holds_back else 0
-        calls = delta.tool_calls
+        calls = None if self._stop.found else delta.tool_calls
         if calls and self._rules.single_call:
             calls = [fragment for fragment in calls if not fragment.get("index")]
+        self._has_calls = self._has_calls or bool(calls)
         return Delta.of(content, delta.reasoning, calls)
 
     def _kept(self, content: str) -> str:
@@ -135,15 +140,16 @@ def read_whole(stream: AnswerStream, rules: Rules, *, starts_in_reasoning: bool)
     if whole["content"] and not whole["reasoning"]:
         visible, reasoning = split_reasoning(whole["content"], starts_inside=starts_in_reasoning)
         whole |= {"content": visible or None, "reasoning": reasoning or None}
-    answer = stream.answer()
-    if rules.stop:
-        found = StopStrings(rules.stop)
-        whole["content"] = (found.feed(whole["content"] or "") + found.end()) or None
-        answer = _stopped(answer, stream.tokens) if found.found else answer
     if rules.single_call:
         del whole["tool_calls"][1:]
-    rules.check(whole["content"], answer.finish_reason)
-    return replace(answer, **whole)
+    visible_stop = StopStrings(rules.stop)
+    whole["content"] = (visible_stop.feed(whole["content"] or "") + visible_stop.end()) or None
+    answer = replace(stream.answer(), **whole)
+    if visible_stop.found:
+        return _stopped(answer, stream.tokens)
+    if not answer.tool_calls:
+        rules.check(answer.content, answer.finish_reason)
+    return answer
 
 
 def _stopped(answer: ChatAnswer, tokens: int) -> ChatAnswer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic_core import to_json
 
 from fleet_worker.errors import MalformedOutput
+from fleet_worker.mlx.body import check_containers
 
 MAX_EVENT_BYTES = 4 * 1024 * 1024
 """Of one event, or of an answer that is no stream: a million tokens in one piece."""
@@ -39,7 +40,7 @@ class EventParser:
         """Return the data of each event that is now complete.
 
         Raises:
-            MalformedOutput: an event is larger than 4 MiB.
+            MalformedOutput: an event is larger than 4 MiB, or would be in memory.
         """
         if not self._begun:
             self._begin(received)
@@ -51,6 +52,7 @@ class EventParser:
                 return self._collect(received)
             received = bytes(self._incomplete + received)
             self._incomplete = b""
+            check_containers(received)
         end = 1 + max(received.rfind(b"\n"), received.rfind(b"\r", 0, len(received) - 1))
         events = self._events(received[:end])
         if end < len(received):
@@ -62,6 +64,7 @@ class EventParser:
     def end(self) -> list[bytes]:
         """Return the last event, if the server closed without the blank line that ends it."""
         rest, self._incomplete = bytes(self._incomplete), b""
+        check_containers(rest)
         return [rest.lstrip(_BLANK)] if self.is_whole else self._events(rest + b"\n\n")
 
     def _collect(self, received: bytes) -> list[bytes]:
@@ -91,7 +94,7 @@ class EventParser:
             elif line:
                 self._read_field(line)
             elif self._data or self._type:
-                data = self._data[0] if len(self._data) == 1 else b"\n".join(self._data)
+                data = self._data[0] if len(self._data) == 1 else self._joined()
                 if self._type:
                     data = self._typed(data)
                 if data:
@@ -99,6 +102,11 @@ class EventParser:
                 self._data = []
                 self._data_size = 0
         return events
+
+    def _joined(self) -> bytes:
+        data = b"\n".join(self._data)
+        check_containers(data)
+        return data
 
     def _read_field(self, line: bytes) -> None:
         """Read a line that does not begin with `data:`: a comment, another field, or one after a byte order mark."""

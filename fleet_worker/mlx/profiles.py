@@ -29,7 +29,8 @@ class ServerProfile:
     lists_models: bool = False
     """`/v1/models` lists all that it serves. (mlx_lm.server lists what is in the disk cache.)"""
     constants: Mapping[str, Any] = field(default_factory=dict)
-    """What every request to it must say. (mlx-vlm's server would summarise a long conversation before it answers.)"""
+    """What every request to it must say. (mlx-vlm's server would summarise a long conversation before it answers;
+    mlx-openai-server would tell its chat template that no tool may be called.)"""
     continues_by: Literal["flags", "partial", "always", "template"] | None = None
     """How it is told to continue the last message instead of answering it: by flags of transformers' chat templates, by
     `partial` in the message, not at all since it always does, or by a chat template that leaves the turn open. None if
@@ -58,6 +59,7 @@ PROFILES: dict[str, ServerProfile] = {
             length_shortfall=0,
             base64_vectors=True,
             lists_models=True,
+            constants={"tool_choice": "auto"},
             continues_by="partial",
             health_waits_for=frozenset(),
         ),

@@ -10,9 +10,8 @@ from celery.worker import consumer
 from celery.worker import state as celery_state
 from kombu import Message
 
-from fleet_worker.broker.app import door_of
 from fleet_worker.broker.connection import BROKER_ERRORS, is_away
-from fleet_worker.broker.door import EMPTY, NOT_JSON, Refused, read_json
+from fleet_worker.broker.door import NOT_JSON, Refused, read_json
 from fleet_worker.broker.outage import REFUSED_BACK_OFF
 from fleet_worker.broker.refusal import refusal
 from fleet_worker.errors import InvalidRequest
@@ -57,13 +56,12 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
         """Return Celery's handler of messages. It gets tasks of ours only, made anew from what was checked."""
         handle = super().create_task_handler(*args)
         ours = frozenset(name for name in self.app.tasks if name.startswith(TASK_PREFIXES))
-        most_bytes = door_of(self.app).most_request_bytes
 
         def open_and_handle(message: Message) -> None:
             if message.delivery_info.get("redelivered"):
                 message.channel.send_again(message)
             else:
-                _make_task(message, ours, most_bytes)
+                _make_task(message, ours)
                 try:
                     handle(message)
                 except (*BROKER_ERRORS, Refused):
@@ -140,7 +138,7 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
             self.event_dispatcher.flush()
 
 
-def _make_task(message: Message, ours: frozenset[str], most_bytes: int) -> None:
+def _make_task(message: Message, ours: frozenset[str]) -> None:
     """Replace everything that Celery reads of a message: its id and its arguments follow from the envelope alone.
 
     So no sender decides about time limits, an ETA, callbacks or other tasks to call, and none needs to be trusted.
@@ -151,8 +149,6 @@ def _make_task(message: Message, ours: frozenset[str], most_bytes: int) -> None:
     task = message.headers.get("task")
     if not isinstance(task, str) or task not in ours:
         raise Refused(UNKNOWN_TASK, task if isinstance(task, str) else "")
-    if len(message.body) > most_bytes:
-        raise Refused(EMPTY)
     content = read_json(message.body)
     args, kwargs, _ = content if isinstance(content, list) and len(content) == 3 else (None, None, None)
     if not isinstance(args, list) or kwargs:

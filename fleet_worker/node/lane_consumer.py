@@ -53,6 +53,7 @@ class LaneConsumer:
         """Lanes that the broker has cancelled."""
         self._can_reply = False
         """Whether the broker lets this connection do what a request needs besides its lane."""
+        self._is_doubted = False
         self._consumer: Any = None
         self._timer: Any = None
         self.changed: Callable[[], object] = lambda: None
@@ -78,6 +79,12 @@ class LaneConsumer:
         """Consume these lanes and no others."""
         self._target = _Target(frozenset(lanes))
         if self._consumer:
+            self._consumer.call_soon(self._apply_in, 0.0)
+
+    def doubt(self) -> None:
+        """A reply was refused: leave all lanes, and join them again when the broker takes replies."""
+        if self._can_reply and self._consumer:
+            self._is_doubted = True
             self._consumer.call_soon(self._apply_in, 0.0)
 
     def wait_until_settled(self, timeout: float) -> bool:
@@ -117,7 +124,7 @@ class LaneConsumer:
             return
         target = self._target
         try:
-            for name in (self._consuming() - target.lanes) | self._take_lost():
+            for name in (self._consuming() - target.lanes) | self._take_lost() | self._take_doubted():
                 self._consumer.cancel_task_queue(name)
             refused = self._join(sorted(target.lanes - self._consuming()))
             joined = self._consuming()
@@ -135,6 +142,12 @@ class LaneConsumer:
     def _take_lost(self) -> frozenset[str]:
         lost, self._lost = self._lost, set()
         return self._consuming() & lost
+
+    def _take_doubted(self) -> frozenset[str]:
+        if not self._is_doubted:
+            return frozenset()
+        self._is_doubted = self._can_reply = False
+        return self._consuming()
 
     def _join(self, lanes: list[str]) -> dict[str, str]:
         """Join these lanes; return those that the broker refuses, and why.

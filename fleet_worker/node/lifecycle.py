@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -91,6 +92,7 @@ class Lifecycle:
         self._end(exit_codes.CONFIGURATION)
 
     def _on_ready(self, **_: Any) -> None:
+        _collect_garbage_often()
         self._node.start()
         self._is_ready = True
         if self._reloads:
@@ -165,6 +167,17 @@ class Lifecycle:
         while not idle and time.monotonic() < ends:
             node.hand_over()
             idle = node.wait_until_idle(HAND_OVER_EVERY)
+
+
+def _collect_garbage_often() -> None:
+    """Leave out of garbage collections what is in memory now: it stays until the end.
+
+    Python collects in full when the new objects are a quarter of the old ones. Of each failed task Celery leaves 100 kB
+    in cycles, so a node grew by 60 MB before (measured); and a full collection takes a tenth of the time now.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.collect()  # from now on the old ones are none
 
 
 def _read_settings() -> Settings:

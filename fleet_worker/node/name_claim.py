@@ -15,6 +15,7 @@ does not have it has lost if another one answers.
 from __future__ import annotations
 
 import logging
+import random
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -24,10 +25,15 @@ from celery import Celery
 
 log = logging.getLogger(__name__)
 
-ANSWERED_WITHIN = 2.0
-"""Seconds that the processes of that name have for an answer."""
+ANSWERED_WITHIN = 0.5
+"""Seconds that the processes of that name have for an answer. A process should be settled before another can begin; an
+answer that comes later is asked for again."""
 ASKED_AGAIN_AFTER = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Seconds between two questions until one is enough; the last one from then on."""
+
+
+SPREAD = 5.0
+"""Seconds within which the nodes of a fleet ask after an outage of the broker: each question reaches all of them."""
 
 
 class NameClaim:
@@ -58,16 +64,18 @@ class NameClaim:
             self._is_connected, self._hears_questions = connected, hears_questions
             self._heard += connected
         if connected:
-            self._begin_to_ask()
+            pause = random.uniform(0.0, SPREAD) if self._is_settled else 0.0  # noqa: S311 - spreads load
+            self._begin_to_ask(pause)
 
-    def _begin_to_ask(self) -> None:
+    def _begin_to_ask(self, pause: float = 0.0) -> None:
         with self._lock:
             if self._is_asking or self._has_lost:
                 return
             self._is_asking = True
-        threading.Thread(target=self._ask_until_settled, name="fleet-name", daemon=True).start()
+        threading.Thread(target=self._ask_until_settled, args=(pause,), name="fleet-name", daemon=True).start()
 
-    def _ask_until_settled(self) -> None:
+    def _ask_until_settled(self, pause: float) -> None:
+        threading.Event().wait(pause)
         questions = 0
         while not self._is_decided():
             threading.Event().wait(ASKED_AGAIN_AFTER[min(questions, len(ASKED_AGAIN_AFTER) - 1)])

@@ -13,6 +13,7 @@ from typing import Any
 from celery import Celery
 from celery.worker import state as celery_state
 
+from fleet_worker.broker.app import door_of
 from fleet_worker.broker.topology import direct_lane, lane, old_lane, transport_of
 from fleet_worker.errors import FleetError, InstanceUnavailable, ModelNotServed, Overloaded, ProviderError
 from fleet_worker.mlx.offering import Offering
@@ -58,6 +59,7 @@ class Node:
         self.models = OfferedModels(settings, self.instance, server.kind, server.models)
         self.running = RunningAttempts()
         self.counters = Counters()
+        self.door = door_of(app)
         self.router_clocks = RouterClocks()
         self.confirmations = Confirmations()
         self.publisher = ReplyPublisher(app.connection_for_write, name, max_pending=settings.worker.max_pending)
@@ -69,6 +71,7 @@ class Node:
         """Requests that were handed over to other nodes since this one was drained."""
         self._lane_consumer = LaneConsumer(app, transport)
         self._lane_consumer.changed = self._on_lanes_changed
+        self.publisher.refused = self._lane_consumer.doubt
         self._served: frozenset[str] = frozenset()
         """The lanes that the log calls served."""
         self._updating = threading.Lock()
@@ -235,7 +238,7 @@ class Node:
                 for name, each in self.models.by_name.items()
             ),
             reply_lag=self.publisher.take_lag(),
-            counters=self.counters.report(),
+            counters={**self.counters.report(), "dropped": self.door.dropped},
         )
 
     def _tokens_per_second(self) -> float:

@@ -48,11 +48,10 @@ everybody for now, has no limit."""
 REPLAY_WINDOW = 5.0
 REPLAY_MAX_BYTES = 16 * 1024 * 1024
 """Messages are kept for so many seconds, and together so many bytes, to be published again."""
-REPLAY_MESSAGE_BYTES = 1024 * 1024
+REPLAY_MESSAGE_BYTES = 256 * 1024
 """Bytes up to which they are merged into one message."""
-MOST_FRAMES = 500
-LARGE_MESSAGE_BYTES = 4 * 1024 * 1024
-"""Frames of one message, and bytes from which on it has one frame only."""
+MOST_FRAMES, LARGE_MESSAGE_BYTES = 500, 384 * 1024
+"""Frames and bytes of one message that has several frames: no more JSON values than routers read."""
 _NEVER = float("inf")
 
 
@@ -139,6 +138,8 @@ class ReplyPublisher:
         self._closed = threading.Event()
         self._publisher = Publisher(connect)
         self._outage = Outage("replies: the broker", log)
+        self.refused: Callable[[], object] = lambda: None
+        """Called in the thread of the publisher whenever the broker refuses a reply."""
         self._thread = threading.Thread(target=self._run, name="fleet-replies", daemon=True)
         self._thread.start()
 
@@ -291,7 +292,8 @@ class ReplyPublisher:
         """Wait before the next try; return False if there should be none."""
         self._publisher.drop()
         closing = self._closed.wait(self._outage.failed(error))
-        known = refusal(error)
+        if known := refusal(error):
+            self.refused()
         refused = not isinstance(error, self._publisher.connection_errors) and not (known and known.passes)
         if failures < TRIES or not (closing or refused):
             return True

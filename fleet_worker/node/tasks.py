@@ -12,6 +12,7 @@ from typing import Any
 import celery.worker.request as celery_request
 from celery import Celery
 
+from fleet_worker.broker.door import REPLY_SPARE_BYTES, Refused
 from fleet_worker.broker.topology import task_name
 from fleet_worker.errors import (
     ConnectionFailure,
@@ -34,6 +35,11 @@ from fleet_worker.protocol.reply import ChatResponse, EmbedResponse, Timings
 from fleet_worker.protocol.request import Address, FleetRequest
 
 log = logging.getLogger(__name__)
+
+DELIVERED_AGAIN = "an attempt was delivered a second time"
+
+ROOM_FOR_THE_REST = 64 * 1024
+"""Bytes of a reply besides its vectors, at most."""
 
 
 def register_tasks(app: Celery, node: Node) -> None:
@@ -72,6 +78,7 @@ def register_tasks(app: Celery, node: Node) -> None:
             if work and isinstance(work.request.params, EmbedParams):
                 _check_dimensions(work.request.params.dimensions, work.offering.settings.dimensions)
                 vectors = node.mlx.embed(work.request.params.input, work.offering, **work.limits)
+                _check_reply_size(sum(map(len, vectors.data)), node.settings.max_body_bytes + REPLY_SPARE_BYTES)
                 _check_dimensions(work.request.params.dimensions, vectors.dimensions)
                 work.respond(EmbedResponse, data=vectors.data, dimensions=vectors.dimensions, usage=vectors.usage)
 
@@ -81,6 +88,13 @@ def _check_dimensions(wanted: int | None, dimensions: int | None) -> None:
     if wanted and dimensions and wanted != dimensions:
         text = f"dimensions: this model's vectors have {dimensions} numbers, and are not shortened: leave it out"
         raise InvalidRequest(text, param="dimensions")
+
+
+def _check_reply_size(size: int, most: int) -> None:
+    """Raise `InvalidRequest` for vectors that the router would drop as too large a message."""
+    if size > most - ROOM_FOR_THE_REST:
+        text = f"the embeddings are {size:,} bytes, more than a reply may be: send fewer texts at a time"
+        raise InvalidRequest(text)
 
 
 class Request(celery_request.Request):  # type: ignore[misc]
@@ -156,7 +170,7 @@ def _accepted(node: Node, envelope: Any, operation: str) -> Iterator[_Work | Non
     """
     request_id, attempt, reply_to = Address.of(envelope)
     if not node.running.is_new(request_id, attempt):
-        log.warning("an attempt was delivered a second time, and is not run again")
+        node.door.drop(Refused(DELIVERED_AGAIN))
         yield None
         return
     with node.publisher.reply(request_id, attempt, reply_to) as reply:

@@ -68,6 +68,7 @@ class Worker(celery_worker.Worker):  # type: ignore[misc]
         try:
             begin_log(self.app, self.hostname, options)
             attach_to_parent(self.hostname, grace=self.settings.worker.killed_after)
+            _check_name_is_free(self.app, self.hostname)
             node = _create_node(self.app, self.settings, self.hostname)
             lifecycle = Lifecycle(self, node, grace=self.settings.worker.drain_grace)
             claim = NameClaim(self.app, node.name, lifecycle.name_is_taken)
@@ -139,6 +140,17 @@ def _node_name(settings: Settings, worker_name: str) -> str:
 def _can_follow(new: Settings, old: Settings, node_name: str) -> bool:
     name = node_name.partition("@")[0]
     return registry_node.can_follow(new, old) if name == REGISTRY else inference_node.can_follow(new, old, name)
+
+
+def _check_name_is_free(app: Celery, node_name: str) -> None:
+    """Raise `ConfigurationError` if another process of this name answers: it began earlier, settled or not. What begins
+    at the same time is left to `NameClaim`."""
+    try:
+        taken = app.control.ping(destination=[node_name], limit=1, timeout=0.5)
+    except Exception:  # the broker is away, and Celery will wait for it
+        return
+    if taken:
+        raise ConfigurationError(f"another node is named {node_name}: give the instance, or the host, another name")
 
 
 def _connected(node: Node, claim: NameClaim, connected: bool, has_commands: bool) -> None:

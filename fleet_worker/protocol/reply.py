@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from fleet_worker.errors import FleetError
-from fleet_worker.protocol.request import MOST_ATTEMPTS
+from fleet_worker.protocol.request import LONGEST_ID, MOST_ATTEMPTS
 from fleet_worker.protocol.wire import BrokerMessage, ExtensibleModel
 
 MOST_FRAMES = 20_000
@@ -71,8 +71,8 @@ class Attempt(ExtensibleModel):
 
 
 class _Frame(ExtensibleModel):
-    id: str = Field(max_length=200)
-    attempt: int = Field(ge=0, le=MOST_ATTEMPTS)
+    id: str = Field(min_length=1, max_length=LONGEST_ID)
+    attempt: int = Field(ge=1, le=MOST_ATTEMPTS)
     seq: int = Field(ge=0, le=MOST_TOKENS)
     """Number of the frame in its attempt, from 0 and without gaps."""
 

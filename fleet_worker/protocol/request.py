@@ -16,7 +16,8 @@ from fleet_worker.protocol.wire import BrokerMessage, WireModel, explain, field_
 Operation = Literal["chat", "stream_chat", "embed"]
 Priority = Literal["critical", "high", "normal", "low"]
 
-REQUEST_ID: Final = "[!-~]{1,200}"
+LONGEST_ID: Final = 200
+REQUEST_ID: Final = f"[!-~]{{1,{LONGEST_ID}}}"
 """The pattern of a request's id: visible ASCII characters. It is logged, and shown in Flower."""
 REPLY_TO: Final = r"llm\.fleet\.reply\.[a-z0-9.-]+\.[1-9][0-9]{0,5}"
 """The pattern of a reply queue's name. It ends with the seconds after which the queue expires."""
@@ -165,7 +166,9 @@ class FleetRequest(WireModel):
         return min(self.timeout_seconds, self.expires_at - clock.now())
 
 
-AttemptId = tuple[Annotated[str, Field(pattern=f"^{REQUEST_ID}$")], Annotated[int, Field(ge=1, le=MOST_ATTEMPTS)]]
+AttemptId = tuple[
+    Annotated[str, Field(min_length=1, max_length=LONGEST_ID)], Annotated[int, Field(ge=1, le=MOST_ATTEMPTS)]
+]
 """The id of a request, and the number of an attempt."""
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from celery import Celery
 from celery.beat import Service
 
+from fleet_worker.broker.app import door_of
 from fleet_worker.broker.control_listener import Subscription
 from fleet_worker.broker.queue_depth import waiting
 from fleet_worker.broker.topology import ask_queue, direct_lane, lane_queue, transport_of
@@ -64,7 +65,9 @@ class RegistryNode:
         self._published: dict[tuple[str, str], str] = {}
         """The status that routers know, by instance and model."""
         self._ending = False
-        self._publisher = RegistryPublisher(app.connection_for_write, self._transport, self._announcements)
+        self._publisher = RegistryPublisher(
+            app.connection_for_write, self._transport, self._announcements, self._on_first_round
+        )
         self.status_server = StatusServer(socket_path(settings.state_dir, host), self._publish_all)
         self._metrics = None if settings.registry.metrics_port is None else self._serve(settings.registry.metrics_port)
         self._schedule()
@@ -79,7 +82,6 @@ class RegistryNode:
         beat = Service(self._app, max_interval=1, scheduler_cls=QuietScheduler)
         threading.Thread(target=beat.start, name="fleet-beat", daemon=True).start()
         self._publish_all()
-        log.info("%s is ready, and publishes the status of %s", self.name, ", ".join(self._settings.serving()))
         if self._metrics:
             log.info("%s serves metrics at %s", self.name, self._metrics.url)
 
@@ -115,8 +117,13 @@ class RegistryNode:
                 self._reports,
                 publisher=self._publisher,
                 waiting=lambda lanes: waiting(self._app, self._transport, lanes),
+                dropped=lambda: {self.name: door_of(self._app).dropped},
             ),
         )
+
+    def _on_first_round(self) -> None:
+        if not self._ending:
+            log.info("%s is ready, and publishes the status of %s", self.name, ", ".join(self._settings.serving()))
 
     # --- The Celery worker ---
 

@@ -81,7 +81,9 @@ class MetricsServer:
 
 class HostCollector:
     """Collects the metrics of a host. `reports` returns one report per instance, `waiting` asks the broker for the
-    depths of lanes. If a part fails, its metrics are missing, and one log line says so.
+    depths of lanes, `dropped` counts the messages that the registry node dropped: `{its name: {reason: number}}`.
+
+    If a part fails, its metrics are missing, and one log line says so.
     """
 
     def __init__(
@@ -90,8 +92,10 @@ class HostCollector:
         *,
         publisher: RegistryPublisher,
         waiting: Callable[[list[str]], Mapping[str, Waiting]],
+        dropped: Callable[[], Mapping[str, Mapping[str, int]]] = dict,
     ) -> None:
         self._reports = reports
+        self._dropped = dropped
         self._publisher = publisher
         self._waiting = _Cached(waiting)
         self._failing: set[str] = set()
@@ -100,12 +104,14 @@ class HostCollector:
         """Called by the client library, in a thread for each scrape."""
         reports = self._reports()
         live = [report for report in reports if report.instance.pid is not None]
+        dropped = {report.instance.node: report.counters.get("dropped", {}) for report in live}
         parts = {  # generators: each begins below, where it may fail
             "registry": self._registry(),
             "instances": _instances(reports),
             "gauges": _gauges(live),
             "counts": _counts(live),
             "histograms": _histograms(live),
+            "dropped": _dropped(dropped, self._dropped()),
             "lanes": _lanes(reports),
             "queues": self._queues(reports),
         }
@@ -196,6 +202,15 @@ def _counts(live: list[NodeReport]) -> Iterator[Metric]:
         for code, count in {**_NO_ERRORS, **counters["errors"]}.items():
             errors.add_metric([node, code], count)
     yield from (tokens, requests, errors)
+
+
+def _dropped(*by_node: Mapping[str, Mapping[str, int]]) -> Iterator[Metric]:
+    text = "Messages that were no messages of this fleet."
+    family = CounterMetricFamily("fleet_dropped_messages", text, labels=["node", "reason"])
+    for node, reasons in (each for mapping in by_node for each in mapping.items()):
+        for reason, count in reasons.items():
+            family.add_metric([node, reason], count)
+    yield family
 
 
 def _histograms(live: list[NodeReport]) -> Iterator[Metric]:

@@ -30,10 +30,13 @@ class RegistryPublisher:
         connect: Callable[[], Connection],
         transport: Transport,
         announcements: Callable[[frozenset[str]], Iterable[tuple[str, Announcement]]],
+        begun: Callable[[], object] = lambda: None,
     ) -> None:
         self._publisher = Publisher(connect)
         self._exchange = registry_exchange(transport)
         self._announcements = announcements
+        self._begun = begun
+        """Called once, when the broker has taken the first round."""
         self._wanted: frozenset[str] = frozenset()
         self._changed = threading.Condition()
         self._closed = False
@@ -88,6 +91,8 @@ class RegistryPublisher:
             if self._failed:
                 log.warning("registry events are published again")
             self._failed = frozenset()
+            if self.published_at is None:
+                self._begun()
             self.published_at = time.monotonic()
 
     def _publish_all(self, kinds: frozenset[str]) -> None:

@@ -30,6 +30,9 @@ from fleet_worker.router.scheduler import Scheduler
 log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 16
+MOST_WAITING = 10_000
+"""Cancels that may wait to be published. Anybody may send replies to requests that do not exist; what does exist is
+cancelled again."""
 IDLE_AFTER = 5.0
 """Seconds after which a connection that no thread uses is closed. To open one takes some milliseconds."""
 
@@ -180,6 +183,8 @@ class CancelPublisher:
         self._lock = threading.Lock()
         self._cancelled: _Requests = {}
         """Each with the last attempt that is cancelled."""
+        self._waiting = 0
+        """Cancels since the last message."""
         self._confirmed: _Requests = {}
         """Each with the attempt that is wanted."""
         self._missed: set[str | None] = set()
@@ -193,6 +198,9 @@ class CancelPublisher:
         """Cancel this attempt and all earlier ones of that request."""
         with self._lock:
             self._schedule()
+            if self._waiting >= MOST_WAITING:
+                return
+            self._waiting += 1
             requests = self._cancelled.setdefault(orphan.node, {})
             requests[request_id] = max(orphan.attempt, requests.get(request_id, 0))
 
@@ -228,6 +236,7 @@ class CancelPublisher:
         with self._lock:
             cancelled, confirmed, missed, told = self._cancelled, self._confirmed, self._missed, self._told
             self._cancelled, self._confirmed, self._missed, self._told = {}, {}, set(), set()
+            self._waiting = 0
         messages = [ControlMessage(node=node, missed=self._reply_to) for node in missed]
         messages += [ControlMessage(node=node, cancelled=part) for node, part in _parts(cancelled)]
         messages += [ControlMessage(node=node, confirmed=part) for node, part in _parts(confirmed)]

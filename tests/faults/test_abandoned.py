@@ -4,6 +4,7 @@ FAULTS=full pytest -s tests/faults/test_abandoned.py
 """
 
 import os
+import signal
 import time
 
 import pytest
@@ -133,3 +134,35 @@ def test_what_a_killed_router_had_asked_for_stops_and_what_it_had_queued_never_s
         assert begun(fleet) == before + 2 * SLOTS + 1
     print(f"{KILLED} routers killed, {broker.name}: their servers stopped within {max(took):.1f} s")
     assert max(took) <= KILLED_WITHIN
+
+
+@pytest.mark.rest
+def test_a_router_that_is_frozen_for_three_seconds_loses_no_request(fleet, broker):
+    """It goes on where it was: no attempt is stopped, so none is begun anew."""
+    before = begun(fleet)
+    command = python("-c", ASKING, broker.url, fleet.model, str(2 * SLOTS))
+    with child("router", command) as asking:
+        until(lambda: sum(server.running for server in fleet.servers.values()) == 2 * SLOTS, 20)
+        asking.signal(signal.SIGSTOP)
+        time.sleep(3.0)
+        asking.signal(signal.SIGCONT)
+        time.sleep(2.0)
+        assert sum(server.running for server in fleet.servers.values()) == 2 * SLOTS
+        assert begun(fleet) == before + 2 * SLOTS
+        asking.signal(signal.SIGKILL)
+        until(lambda: idle(fleet), KILLED_WITHIN)
+
+
+@pytest.mark.rest
+def test_a_router_that_loses_its_connections_loses_no_request(fleet, broker):
+    before, others = begun(fleet), broker.connections()
+    command = python("-c", ASKING, broker.url, fleet.model, str(2 * SLOTS))
+    with child("router", command) as asking:
+        until(lambda: sum(server.running for server in fleet.servers.values()) == 2 * SLOTS, 20)
+        for _ in range(3):
+            broker.drop_connections(broker.connections() - others)
+            time.sleep(1.2)
+        assert sum(server.running for server in fleet.servers.values()) == 2 * SLOTS
+        assert begun(fleet) == before + 2 * SLOTS
+        asking.signal(signal.SIGKILL)
+        until(lambda: idle(fleet), KILLED_WITHIN)

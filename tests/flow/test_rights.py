@@ -16,6 +16,7 @@ from fleet_worker import BrokerUnavailable, Router, Settings
 from fleet_worker.host.child_process import child
 from fleet_worker.host.supervisor import node_command
 from fleet_worker.ops.broker_checks import broker as check_broker
+from fleet_worker.simulator import reply_tokens
 from fleet_worker.testing import SimulatedMLX, running_host, worker_toml
 from tests.brokers import RabbitMQ, Valkey
 from tests.clients import HELLO, until
@@ -201,3 +202,22 @@ def test_a_right_that_is_taken_away_from_a_node_that_works_is_named_and_comes_ba
         assert len(of_broker(node)) <= LINES_IN_TEN_SECONDS, of_broker(node)
         set_user(valkey, ALL)
         node.wait_for(re.compile("lane .* is joined now").search, 10)
+
+
+def test_a_node_whose_replies_are_refused_leaves_its_lanes_and_its_stream_loses_no_token(valkey):
+    """The broker is full for two seconds in the middle of a stream."""
+    model = f"full-{uuid.uuid4().hex[:8]}"
+    with SimulatedMLX(models=[model], token_interval=0.02, tokens=1000) as mlx, a_node(valkey.url, mlx) as node:
+        node.wait_for("is ready", 20)
+        with Router(Settings(broker_url=valkey.url)) as router:
+            router.registry.require_offered = lambda *_: None
+            with router.stream_chat(model, HELLO, max_tokens=200, timeout=30) as stream:
+                pieces = [next(stream).content for _ in range(10)]
+                valkey.client.config_set("maxmemory", "1")
+                node.wait_for("cannot be joined", 5)
+                time.sleep(2)
+                valkey.client.config_set("maxmemory", "0")
+                pieces += [delta.content for delta in stream]
+        assert pieces == reply_tokens(HELLO, 200, tokens=1000)
+        assert [attempt.error for attempt in stream.response.attempts] == [None]
+        node.wait_for("is joined now", 10)

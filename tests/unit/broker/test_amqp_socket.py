@@ -1,9 +1,9 @@
 """Sockets to RabbitMQ in an event loop, where a read must not wait."""
 
+import select
 import socket
 import ssl
 import struct
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -47,12 +47,12 @@ def test_a_frame_whose_rest_is_missing_is_not_waited_for_and_read_when_the_rest_
     """py-amqp would try again without a pause, as long as the network is cut."""
     ours, theirs = pair
     theirs.sendall(FRAME[:cut])
-    time.sleep(0.05)
+    assert select.select([ours.sock], [], [], 5)[0]
     for _ in range(3):
         with took_less_than(1), pytest.raises(TimeoutError):
             read(ours)
     theirs.sendall(FRAME[cut:] + FRAME)
-    time.sleep(0.05)
+    assert select.select([ours.sock], [], [], 5)[0]
     for _ in range(2):
         channel, payload = read(ours)[1:]
         assert (channel, bytes(payload)) == (7, b"x" * 20)

@@ -1,4 +1,6 @@
-"""The Celery application of a node: how it sends events."""
+"""The Celery application: how it sends tasks and events."""
+
+import json
 
 import pytest
 from kombu import Connection
@@ -40,3 +42,20 @@ def test_an_event_that_was_not_sent_waits_for_the_next_connection(dispatcher):
 
 def test_events_are_sent_on_the_channel_that_is_open_already(dispatcher):
     assert dispatcher.producer.channel is dispatcher.connection.default_channel
+
+
+def test_a_task_is_sent_as_compact_json_in_utf_8():
+    """Escaped, these characters would take twice to three times as many bytes."""
+    args = [{"text": "\u4f60\u597d \U0001f600 \u00e4", "big": 10**40}]
+    with create_app(Settings()) as app:
+        app.conf.broker_url = "memory://"
+        with app.connection_for_write() as connection:
+            queue = connection.SimpleQueue("lane")
+            options = {"queue": queue.queue, "exchange_type": "direct", "connection": connection, "retry": False}
+            app.send_task("fleet.chat", args=args, task_id="r-1", **options)
+            message = queue.get(timeout=5)
+    body = bytes(message.body)
+    assert json.loads(body) == [args, {}, {"callbacks": None, "errbacks": None, "chain": None, "chord": None}]
+    assert body.startswith('[[{"text":"\u4f60\u597d \U0001f600 \u00e4"'.encode())
+    assert (message.content_type, message.content_encoding) == ("application/json", "utf-8")
+    assert message.headers["task"] == "fleet.chat"

@@ -233,7 +233,7 @@ KNOWN = {
     "mlx_lm": {*SAMPLING, *PENALTIES, "seed", "chat_template_kwargs"},
     "vllm_simple": {*SAMPLING, *PENALTIES, "stop", "tool_choice", "response_format", "chat_template_kwargs"}
     - {"frequency_penalty"},
-    "mlx_openai": {*SAMPLING, *PENALTIES, "response_format", "chat_template_kwargs"},
+    "mlx_openai": {*SAMPLING, *PENALTIES, "tool_choice", "response_format", "chat_template_kwargs"},
     "omni": {"response_format"},
     "rapid_mlx": {*SAMPLING, *PENALTIES, "stop", "seed", "tool_choice", "response_format", "parallel_tool_calls",
                   "reasoning_effort", "chat_template_kwargs"} - {"logit_bias"},
@@ -645,6 +645,7 @@ def test_a_server_may_list_nothing_or_an_empty_body():
         ({"data": [{"id": "a"}, {"id": 5}, {}, "b", None, {"id": "c"}]}, ["a", "c"]),
         ({"data": [{"id": "a"}, {"id": "a"}, {"id": ""}, {"id": "b" * 257}, {"id": "c\n"}, {"id": ["d"]}]}, ["a"]),
         ({"data": [{"id": str(each)} for each in range(10_000)]}, [str(each) for each in range(10_000)]),
+        ({"data": [{}] * 150_000}, MalformedOutput),
         ({"error": "busy"}, ProviderError),
         ({"error": {"code": 401}}, Unauthorized),
         ({"detail": "no"}, ProviderError),

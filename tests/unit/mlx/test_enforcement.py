@@ -1,5 +1,6 @@
 """Stop strings, JSON and single tool calls hold for every kind of server, in chats and in streams."""
 
+import json
 import time
 
 import pytest
@@ -167,9 +168,22 @@ def test_json_that_max_tokens_cut_says_so(flavour):
         assert answered(client, response_format=wanted, max_tokens=1)[2] == "length"
 
 
+def test_json_that_a_stop_string_cut_is_the_callers_wish():
+    with served("mlx_lm") as (server, client):
+        server.fail(Fault("status", status=200, body=said('{"a": ', "1}"), times=2))
+        assert answered(client, response_format=JSON, stop=["1"]) == ('{"a": ', None, "stop")
+
+
 def test_a_tool_call_need_not_be_json():
     with served("openai", tool_calls=CALLS) as (_, client):
         assert client.ask(tools=TOOLS, response_format=JSON, max_tokens=200).finish_reason == "tool_calls"
+    with served("openai") as (server, client):  # some servers say "stop" at its end
+        call = {"index": 0, "id": "c", "function": {"name": "f", "arguments": "{}"}}
+        chunks = [{"delta": {"tool_calls": [call]}}, {"delta": {}, "finish_reason": "stop"}]
+        body = "".join(f"data: {json.dumps({'choices': [chunk]})}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
+        server.fail(Fault("status", status=200, body=body, times=2))
+        assert client.ask(tools=TOOLS, response_format=JSON).tool_calls
+        assert client.stream(tools=TOOLS, response_format=JSON)[1]["tool_calls"]
 
 
 @pytest.mark.parametrize(

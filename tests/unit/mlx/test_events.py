@@ -239,3 +239,12 @@ def test_what_never_ends_costs_no_more_than_the_limit(start):
     stream.feed(start)
     with pytest.raises(MalformedOutput, match="too large"):
         list(map(stream.feed, [b" " * 100] * (2 * MAX_EVENT_BYTES // 100)))
+
+
+@pytest.mark.parametrize("containers", [b"{},", b"[],", b'{"a":[]},'])
+@pytest.mark.parametrize("start", [b"data: [", b"[", b"data: [\ndata:"])
+def test_an_event_that_would_be_much_larger_in_memory_is_refused(start, containers):
+    """4 MB of `[],` are 90 MB of lists."""
+    stream, sent = EventParser(), start + containers * 300_000 + b"1]\n\n"
+    with pytest.raises(MalformedOutput, match="lists and objects"):
+        [*map(stream.feed, (sent[at : at + 65_536] for at in range(0, len(sent), 65_536))), stream.end()]

@@ -64,6 +64,12 @@ def test_mlx_vlm_does_not_summarise_a_long_conversation():
     assert body_for("mlx_vlm")["context_management"] == []
 
 
+def test_mlx_openai_may_call_tools():
+    """It takes "none" for the default."""
+    assert body_for("mlx_openai", tools=TOOLS)["tool_choice"] == "auto"
+    assert "tools" not in body_for("mlx_openai", tools=TOOLS, tool_choice="none")
+
+
 def test_a_server_of_a_model_that_reasons_is_not_sent_stop_strings():
     """It would find them in the reasoning."""
     assert body_for("openai", stop=["a"])["stop"] == ["a"]

@@ -11,11 +11,10 @@ from kombu import Connection
 
 from fleet_worker import Settings
 from fleet_worker.broker.app import create_app
-from fleet_worker.broker.door import EMPTY, NOT_JSON, SPARE_BYTES, OpenedMessage, Refused
+from fleet_worker.broker.door import NOT_JSON, OpenedMessage, Refused
 from fleet_worker.node.consumer import NO_ADDRESS, NO_TASK, UNKNOWN_TASK, Consumer
 from fleet_worker.node.tasks import Request
 
-MAX_BODY_BYTES = 1024
 SECRET, TASK = "swordfish", "fleet.chat"
 ENVELOPE = {"request_id": "r-1", "attempt": 1, "reply_to": "llm.fleet.reply.test.abc.60", "model": SECRET}
 HOSTILE = [
@@ -52,7 +51,7 @@ def failures():
 @pytest.fixture
 def receive(channel, started, failures):
     """What a worker does with a message of this body and these headers."""
-    with create_app(Settings(max_body_bytes=MAX_BODY_BYTES)) as app:
+    with create_app(Settings()) as app:
         app.conf.update(broker_url="memory://", worker_send_task_events=False)
         app.Task.Request = Request
 
@@ -124,11 +123,6 @@ def test_a_task_is_made_anew_from_its_envelope(receive, started, headers):
 def test_only_tasks_of_this_node_can_be_called(receive, started, task):
     assert refused(receive, [[ENVELOPE], {}, {}], task=task) == UNKNOWN_TASK
     assert not started
-
-
-def test_a_request_that_is_larger_than_its_largest_attempt_is_not_read(receive):
-    text = "x" * (MAX_BODY_BYTES + SPARE_BYTES)
-    assert refused(receive, [[{**ENVELOPE, "text": text}], {}, {}]) == EMPTY
 
 
 def test_the_name_of_a_foreign_task_is_shown_in_part():

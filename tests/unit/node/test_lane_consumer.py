@@ -179,3 +179,17 @@ def test_replies_are_proved_once_for_a_connection(consuming, broker):
     joined.clear()
     lane_consumer._apply()
     assert joined == set()
+
+
+def test_a_node_whose_reply_is_refused_leaves_all_lanes_until_the_broker_takes_replies(consuming, broker):
+    """Else it would take requests, and nobody would get their answers."""
+    lane_consumer, joined = consuming
+    lane_consumer._apply()
+    broker["replies"] = NO_KEY
+    lane_consumer.doubt()
+    lane_consumer._apply()
+    assert joined == lane_consumer.lanes == set()
+    assert lane_consumer.refusal
+    broker.clear()
+    lane_consumer._apply()
+    assert joined == lane_consumer.lanes == {FIRST, SECOND}

@@ -1,5 +1,6 @@
 """How a worker process ends; the node, and Celery, only do what a test says."""
 
+import gc
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,7 @@ from celery.worker import state as celery_state
 
 from fleet_worker.exit_codes import CONFIGURATION, RESTART
 from fleet_worker.node import lifecycle as module
-from fleet_worker.node.lifecycle import HANDED_OVER_WITHIN, Lifecycle
+from fleet_worker.node.lifecycle import HANDED_OVER_WITHIN, Lifecycle, _collect_garbage_often
 from tests.clients import took_less_than, until
 
 
@@ -100,3 +101,13 @@ def test_of_two_reloads_at_once_the_one_that_has_read_the_newer_configuration_is
         for reload in [pool.submit(life._reload) for _ in range(2)]:
             reload.add_done_callback(lambda _: newer_followed.set())
     assert node.followed == ["older", "newer"]
+
+
+def test_what_a_node_has_in_memory_when_it_is_ready_is_left_out_of_garbage_collections():
+    """Else a full collection is due only after so many new objects that failed tasks take 60 MB."""
+    try:
+        _collect_garbage_often()
+        assert gc.get_freeze_count() > 10_000
+        assert gc.get_count()[2] <= 1
+    finally:
+        gc.unfreeze()

@@ -50,6 +50,7 @@ class Broker:
 def fast(monkeypatch):
     monkeypatch.setattr(module, "ANSWERED_WITHIN", 0.02)
     monkeypatch.setattr(module, "ASKED_AGAIN_AFTER", (0.005, 0.01))
+    monkeypatch.setattr(module, "SPREAD", 0.01)
 
 
 @pytest.mark.parametrize("has_one_queue", [False, True])

@@ -7,6 +7,7 @@ import pytest
 from fleet_worker.broker.app import create_app
 from fleet_worker.errors import FleetError, InstanceUnavailable, InvalidRequest, ProviderError, RequestTimeout
 from fleet_worker.node import confirmations
+from fleet_worker.node import tasks as tasks_module
 from fleet_worker.node.confirmations import Confirmations
 from fleet_worker.node.node import Node
 from fleet_worker.node.readiness import State
@@ -108,6 +109,13 @@ def test_a_request_that_is_refused_ends_in_one_error_and_nothing_else(node, run,
     with pytest.raises(error):
         raise refused(node, run, **changes)
     assert [frame.kind for frame in node.frames] == ["error"]
+
+
+def test_vectors_that_are_larger_than_a_reply_may_be_are_refused(node, run, monkeypatch):
+    monkeypatch.setattr(tasks_module, "REPLY_SPARE_BYTES", 69_000 - node.settings.max_body_bytes)
+    with pytest.raises(InvalidRequest, match="send fewer texts at a time"):
+        run("embed", EMBED, {"input": ["a"] * 3})
+    run("embed", EMBED, {"input": "a"}, attempt=2)
 
 
 def test_vectors_are_not_shortened(node, run):

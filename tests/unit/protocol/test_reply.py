@@ -38,7 +38,7 @@ def packed(vector):
 USAGE = Usage(prompt_tokens=3, completion_tokens=2, total_tokens=5)
 TIMINGS = Timings(queue_wait=0.1, ttft=0.2, duration=0.3, tokens_per_second=9.5)
 ends = {"node": "local@mini-7", "instance": "local", "model": "m", "usage": USAGE, "timings": TIMINGS}
-heads = st.fixed_dictionaries({"id": texts, "attempt": st.integers(1, 99), "seq": st.integers(0, 2**40)})
+heads = st.fixed_dictionaries({"id": texts.filter(bool), "attempt": st.integers(1, 99), "seq": st.integers(0, 2**40)})
 deltas = st.builds(
     Delta,
     content=st.none() | texts,
@@ -282,8 +282,8 @@ ACCEPTED = {**HEAD, "kind": "accepted", "instance": "local", "queue_wait": 0.0}
 @pytest.mark.parametrize(
     "wrong",
     [
-        *({"id": each} for each in (None, 5, ["r-1"], "x" * 201)),
-        *({"attempt": each} for each in (None, "1", 1.5, -1, 1_001, 10**30)),
+        *({"id": each} for each in (None, 5, ["r-1"], "", "x" * 201)),
+        *({"attempt": each} for each in (None, "1", 1.5, 0, 1_001, 10**30)),
         *({"seq": each} for each in (None, "0", -1, 10**30)),
         *({"queue_wait": each} for each in (None, "0", [0])),
         *({"kind": each} for each in (None, "", "unheard of", ["accepted"])),

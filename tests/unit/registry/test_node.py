@@ -61,7 +61,7 @@ def report(instance="talk", *, models=(TALKER,), **facts):
 class Told:
     """Instead of a publisher: what it was asked to publish."""
 
-    def __init__(self, connect, transport, announcements):
+    def __init__(self, connect, transport, announcements, begun):
         self.kinds = []
         self.closed = False
 

@@ -372,3 +372,15 @@ def test_scrapes_are_not_logged(caplog, capsys):
     with caplog.at_level(logging.DEBUG), serving(collector(report())) as url:
         scrape(url)
     assert (caplog.records, capsys.readouterr().err) == ([], "")
+
+
+def test_messages_that_were_dropped_are_counted_for_each_node_by_reason():
+    counters = Counters()
+    counters.report = lambda: {**Counters().report(), "dropped": {"it is compressed": 3}}
+    publisher = SimpleNamespace(failures=0, published_at=None)
+    of_registry = {"registry@mini": {"it is no task": 1}}
+    reports = [report("local", counters=counters), report("other")]
+    found = HostCollector(lambda: reports, publisher=publisher, waiting=lambda lanes: {}, dropped=lambda: of_registry)
+    scraped = look(found)
+    assert scraped.of("fleet_dropped_messages_total", node="local@mini", reason="it is compressed") == 3
+    assert scraped.of("fleet_dropped_messages_total", node="registry@mini", reason="it is no task") == 1

@@ -1,3 +1,4 @@
+import json
 import socket
 import threading
 import time
@@ -12,6 +13,7 @@ from fleet_worker import BrokerUnavailable, Cancelled, Expired, Router, Settings
 from fleet_worker.broker.app import create_app
 from fleet_worker.broker.topology import transport_of
 from fleet_worker.protocol import clock
+from fleet_worker.protocol.reply import Reply
 from fleet_worker.protocol.request import ControlMessage
 from fleet_worker.router import submitter as submitter_module
 from fleet_worker.router.attempts import CancelOrphan
@@ -164,3 +166,18 @@ def test_cancels_that_come_together_are_published_together(monkeypatch):
     ]
     cancels.cancel("d", CancelOrphan(None, 1))
     assert len(later) == 1
+
+
+def test_what_strangers_reply_to_invented_requests_is_cancelled_within_bounds():
+    later, messages = [], []
+    nodes = SimpleNamespace(broadcast=lambda _, body: messages.append(ControlMessage.decode(body)))
+    cancels = CancelPublisher("llm.fleet.reply.a.60", nodes, SimpleNamespace(soon=later.append))
+    frames = [{"id": f"\u00e4\n{number}", "attempt": 1, "seq": 0, "kind": "alive"} for number in range(15_000)]
+    reply = Reply.decode(json.dumps({"v": 2, "node": "n" * 255, "frames": frames}).encode())
+    for frame in reply.frames:
+        cancels.cancel(frame.id, CancelOrphan(reply.node, frame.attempt))
+    later.pop()()
+    assert sum(len(message.cancelled) for message in messages) == 10_000
+    cancels.cancel("r-1", CancelOrphan(None, 1))
+    later.pop()()
+    assert messages[-1].cancelled == [("r-1", 1)]
