@@ -20,15 +20,15 @@ class Blame:
     """The failures of one request so far, none of which delivered anything."""
 
     def __init__(self) -> None:
-        self._nodes: dict[tuple[str, object], dict[str, bool]] = {}
-        """By code of the error and HTTP status, if there is one: the nodes that failed so, and whether their server had other work in its only
-        slot each time. That proves nothing for itself."""
+        self._nodes: dict[tuple[str, str], dict[str, bool]] = {}
+        """By code of the error and HTTP status, if there is one: the nodes that failed so, and whether their server had
+        other work in its only slot each time. That proves nothing for itself."""
 
     def verdict(self, node: str | None, error: FleetError) -> FleetError | None:
         """Take one more failure; return the error that ends the request if it is to blame, or None."""
         if node is None or not _may_be_caused(error):
             return None
-        nodes = self._nodes.setdefault((error.code, error.metadata.get("status")), {})
+        nodes = self._nodes.setdefault((error.code, str(error.metadata.get("status"))), {})
         nodes[node] = nodes.get(node, True) and error.metadata.get("disturbed") is True
         if len(nodes) < ALIKE_ON or all(nodes.values()):
             return None
