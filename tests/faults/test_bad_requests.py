@@ -127,7 +127,9 @@ def test_servers_with_one_slot_that_refuse_a_second_request_are_not_in_the_way_o
         errors, delay = beside(router, fleet, lambda: list(stream(router, fleet, messages)))
         told = Counter(error.code for error in errors)
         print(f"{kind}, one slot: the slowest of {GOOD} took {delay:.2f} s longer than usual; {dict(told)}")
-        assert told.keys() <= codes
+        # If both nodes had other work in their slots each time, nothing is known about the request.
+        assert told.keys() <= {*codes, "provider_error"}
+        assert told["provider_error"] < BAD / 4
         assert delay < 2.0
 
 
