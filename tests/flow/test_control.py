@@ -105,7 +105,7 @@ def test_what_runs_for_a_router_that_is_gone_is_stopped_and_what_waits_never_sta
         gone.leave()
         left = time.monotonic()
         assert isinstance(caller.last(mine, seconds=ABANDONED_AFTER + 10), ChatResponse)
-        assert time.monotonic() - left >= ABANDONED_AFTER
+        assert time.monotonic() - left < 4
     assert not asked(mlx, "asked by a dead router")
     assert isinstance(caller.last(listened), ChatResponse)
 
