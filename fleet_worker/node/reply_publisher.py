@@ -43,8 +43,7 @@ GAP_PER_REQUEST = 0.0003
 frame. At 32 streams of 50 tokens/s a gap of 5 ms makes 3,500 messages of 20,000, for a third of the CPU."""
 HEARTBEAT_EVERY = 1.0
 TRIES = 5
-"""Tries until a message that the broker refuses is dropped: it may be too large. A broker that is away, or that refuses
-everybody for now, has no limit."""
+"""Tries until a message that the broker refuses for good is dropped: it may be too large."""
 REPLAY_WINDOW = 5.0
 REPLAY_MAX_BYTES = 16 * 1024 * 1024
 """Messages are kept for so many seconds, and together so many bytes, to be published again."""
@@ -138,8 +137,7 @@ class ReplyPublisher:
         self._closed = threading.Event()
         self._publisher = Publisher(connect)
         self._outage = Outage("replies: the broker", log)
-        self.refused: Callable[[], object] = lambda: None
-        """Called in the thread of the publisher whenever the broker refuses a reply."""
+        self.refused: Callable[[], object] = lambda: None  # called in its thread when the broker refuses a reply
         self._thread = threading.Thread(target=self._run, name="fleet-replies", daemon=True)
         self._thread.start()
 
@@ -295,10 +293,9 @@ class ReplyPublisher:
         if known := refusal(error):
             self.refused()
         refused = not isinstance(error, self._publisher.connection_errors) and not (known and known.passes)
-        if failures < TRIES or not (closing or refused):
-            return True
-        log.error("replies were given up: %s", "the node ends" if closing else f"refused, {type(error).__name__}")
-        return False
+        if is_over := failures >= TRIES and (closing or refused):
+            log.error("replies were given up: %s", "the node ends" if closing else f"refused, {type(error).__name__}")
+        return not is_over
 
 
 class ReplayBuffer:
