@@ -159,7 +159,9 @@ def test_a_node_whose_network_was_cut_hears_cancels_again(broker, relay):
     def hears(number):
         with create_app(Settings(broker_url=broker.url)).connection_for_write() as connection:
             body = ControlMessage(cancelled=[("r", number)]).encode()
-            Producer(connection, cancel_exchange()).publish(body, content_type="application/json")
+            Producer(connection, cancel_exchange()).publish(
+                body, content_type="application/json", content_encoding="utf-8"
+            )
         with suppress(queue.Empty):
             return cancelled.get(timeout=0.2) == body
 

@@ -15,7 +15,7 @@ import redis
 
 from fleet_worker.host.child_process import ChildProcess
 from fleet_worker.settings import Settings
-from fleet_worker.simulator import embedding, reply_tokens
+from fleet_worker.simulator import Fault, embedding, reply_tokens
 from fleet_worker.testing import SimulatedMLX, running_node, worker_toml
 from tests.brokers import Valkey, free_port
 from tests.commands import fleet_worker
@@ -214,8 +214,9 @@ def test_a_model_that_nobody_serves_is_said_when_time_is_up(line, node):
     assert_refused(call(f"{line} --timeout 1.5"), 69, "no node took the request", "1.5 s")
 
 
-def test_a_request_that_a_node_refuses_has_one_line_too(node):
-    assert_refused(call("chat SIM.chat Hello --timeout 15"), 1, "does not serve")
+def test_a_request_that_a_server_refuses_has_one_line_too(node, mlx):
+    mlx.fail(Fault("status", status=400))
+    assert_refused(call(f"chat {CHAT} Hello --timeout 15"), 64, "refused the request (400)")
 
 
 def test_a_reader_that_leaves_is_no_error_to_talk_about(node, mlx):

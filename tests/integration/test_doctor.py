@@ -99,9 +99,10 @@ def test_where_all_is_well_every_check_has_one_good_word(configured, broker_url,
     configured('host = "mini"', **instance)
     with running_node(broker_url, "local@mini", **instance):
         code, lines = doctor()
-    assert (code, [line.split()[0] for line in lines]) == (0, ["ok"] * len(CHECKS)), lines
-    for line, check in zip(lines, CHECKS, strict=True):
-        assert line.split(maxsplit=1)[1].startswith(check.__name__.replace("_", " "))
+    assert (code, {line.split()[0] for line in lines}) == (0, {"ok"}), lines
+    said = iter(lines)
+    for check in CHECKS:
+        assert any(line.split(maxsplit=1)[1].startswith(check.__name__.replace("_", " ")) for line in said), lines
     assert lines[1].endswith(" ms")
     assert "Valkey" in lines[1]
     assert "nodes that answer: 1 (local@mini)" in lines[-1]

@@ -343,10 +343,8 @@ def test_a_message_that_is_no_request_of_ours_leaves_no_trace(fleet, node, word)
         sent = [send(f"fleet.{name}", args=[{"prompt": word}]) for name in ("chat", "embed", "unheard_of")]
         sent += [send("fleet.chat", kwargs={"prompt": word})]
     fleet.settle(node)
-    tasks = fleet.flower.api("tasks")
-    assert {tasks[each]["state"] for each in sent} == {"FAILURE"}
-    for complaint in ("Can't decode message body", "Received invalid task message", "deleted unknown message"):
-        assert complaint in fleet.output(node)
+    assert fleet.flower.api("tasks").keys().isdisjoint(sent)
+    assert fleet.output(node).count("a message was dropped: ") >= 3
     assert fleet.leaks(node, word) == []
 
 
@@ -364,19 +362,12 @@ def test_a_message_that_waits_shows_its_lane_outside_of_its_body(fleet, node, wo
 
 
 def test_what_a_node_says_of_the_tasks_that_it_has_shows_no_arguments(fleet, node, word):
-    with other_client(fleet, node) as send:
-        arguments = {"args": [{"prompt": word}], "kwargs": {"prompt": word}}
-        scheduled, reserved = (send("fleet.chat", **arguments, countdown=seconds) for seconds in (3600, 3))
-    fleet.flower.eventually(lambda: len(fleet.inspect(node, "scheduled")) == 2)
     fleet.mlx.fail(Fault("freeze", at_token=1))
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(fleet.router.chat, CHAT, **everywhere(word) | {"timeout": 60}, node=node)
         try:
-            # The time of the second one comes, but the slot is taken.
-            fleet.flower.eventually(lambda: [task["id"] for task in fleet.inspect(node, "reserved")] == [reserved])
-            assert [entry["request"]["id"] for entry in fleet.inspect(node, "scheduled")] == [scheduled]
-            active = fleet.inspect(node, "active")[0]["id"]
-            known = fleet.inspect(node, "query_task", [active, reserved, scheduled])
+            fleet.flower.eventually(lambda: fleet.inspect(node, "active"))
+            known = fleet.inspect(node, "query_task", [fleet.inspect(node, "active")[0]["id"]])
             assert known.keys() == {"error"}
             assert fleet.leaks(node, word, said=[repr(known)]) == []
         finally:
