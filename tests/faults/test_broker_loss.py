@@ -56,6 +56,7 @@ def mlx():
         yield mlx
 
 
+@pytest.mark.rest
 def test_streams_of_a_broker_that_is_lost_again_and_again_lose_and_repeat_no_token(broker, mlx, router):
     (model,), over = mlx.models, threading.Event()
 

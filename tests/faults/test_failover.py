@@ -81,14 +81,15 @@ def test_a_node_killed_at_a_random_token_costs_no_stream_anything_but_a_pause(fl
     told = rounds(fleet, router, draw, lambda name: fleet.nodes[name].kill())
     figures = report(f"node killed {ROUNDS} times, {broker.name}", told)
     assert all(one.identical for one in told), figures
-    assert 0 < median_gap(told) <= LOST_AFTER + 1.0, figures
+    assert median_gap(told) <= LOST_AFTER + 1.0, figures
 
 
+@pytest.mark.rest
 def test_a_server_killed_at_a_random_token_costs_no_stream_anything_but_a_pause(fleet, router, broker, draw):
     told = rounds(fleet, router, draw, lambda name: fleet.servers[name].kill())
     figures = report(f"MLX server killed {ROUNDS} times, {broker.name}", told)
     assert all(one.identical for one in told), figures
-    assert 0 < median_gap(told) <= 1.5, figures
+    assert median_gap(told) <= 1.5, figures
 
 
 def last_words(fleet):
@@ -97,9 +98,13 @@ def last_words(fleet):
 
 
 def median_gap(told):
-    """Without the time that the other server takes to generate again what was delivered."""
+    """Without the time that the other server takes to generate again what was delivered, if it has to.
+
+    Below zero where most of them did not have to.
+    """
     gaps = sorted(one.gap - seconds_of(one) for one in told if one.interrupted)
-    return gaps[len(gaps) // 2] if gaps else 0.0
+    assert gaps, "nothing was interrupted"
+    return gaps[len(gaps) // 2]
 
 
 def seconds_of(told):

@@ -60,6 +60,7 @@ def test_a_scrape_does_not_wait_for_a_frozen_broker_and_a_killed_node_is_gone():
             until(url, lambda seen: not seen[("fleet_instance_ready", NODE)] and ("fleet_slots", NODE) not in seen)
 
 
+@pytest.mark.rest
 def test_metrics_do_not_wait_for_a_broker_that_is_away(configured):
     port = free_port()
     with child("registry", REGISTRY, {**configured, "FLEET_REGISTRY__METRICS_PORT": str(port)}) as process:
@@ -69,6 +70,7 @@ def test_metrics_do_not_wait_for_a_broker_that_is_away(configured):
     assert (seen[("fleet_broker_up",)], seen[("fleet_instance_ready", NODE)]) == (0, 0)
 
 
+@pytest.mark.rest
 def test_a_port_that_is_taken_and_a_missing_package_are_told_in_one_line(configured, tmp_path):
     package = tmp_path / "missing" / "prometheus_client"
     package.mkdir(parents=True)

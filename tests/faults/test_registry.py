@@ -101,6 +101,7 @@ def test_killed_routers_leave_nothing_behind(settled, broker, router):
     wait_until(lambda: not grown(), 20)
 
 
+@pytest.mark.rest
 def test_killed_nodes_leave_their_lanes_with_the_work_in_them_and_nothing_else(settled, servers, broker, router):
     before = broker.inventory()
     for name in servers:

@@ -59,6 +59,7 @@ def test_a_cancel_is_heard_while_a_node_ends(broker, mlx):
         assert caller.last(running).code == "cancelled"
 
 
+@pytest.mark.rest
 def test_a_node_that_ends_under_load_forgets_nothing(broker, mlx):
     """Each request is tried once, and some are on their way to the node when it leaves."""
     slots = {"base_url": mlx.base_url, "models": {CHAT: {}}, "limits": {"concurrency": 2}}
@@ -75,6 +76,7 @@ def test_a_node_that_ends_under_load_forgets_nothing(broker, mlx):
         assert {caller.node(each) for each in requests} == {"one@test", "two@test"}
 
 
+@pytest.mark.rest
 def test_a_node_without_a_broker_obeys(mlx):
     with Valkey() as broker, running_node(broker.url, base_url=mlx.base_url, models={CHAT: {}}) as node:
         broker.stop()

@@ -174,6 +174,7 @@ def test_a_node_whose_network_was_cut_hears_cancels_again(broker, relay):
         control.close(5.0)
 
 
+@pytest.mark.rest
 def test_a_node_without_requests_keeps_the_connection_on_which_it_asks_about_routers(broker, monkeypatch):
     monkeypatch.setattr(router_presence, "CHECK_EVERY", 0.3)
     app, opened = app_of(broker.url), []

@@ -86,7 +86,6 @@ def frozen(broker):
         broker.signal(signal.SIGCONT)
 
 
-@pytest.mark.both_brokers
 def test_a_broker_that_is_frozen_for_a_moment_has_one_copy_then(broker, waiting):
     with ThreadPoolExecutor(4) as pool:
         with frozen(broker):

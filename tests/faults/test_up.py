@@ -84,6 +84,7 @@ def delivered(stream):
     return stream.response.content == "".join(reply_tokens(HELLO, TOKENS, tokens=1000))
 
 
+@pytest.mark.rest
 def test_when_up_is_killed_its_nodes_finish_their_work_and_end_and_another_up_waits_for_that(up, router, mlx):
     with up() as killed, mlx.held(at_token=5):
         killed.wait_for("local@mini is ready", WITHIN)

@@ -59,7 +59,6 @@ def busy(router, mlx):
         yield stream
 
 
-@pytest.mark.both_brokers
 def test_what_is_more_urgent_is_taken_first(node, mlx, router):
     levels = ["low", "normal", "critical", "high", "normal", "low", "high", "critical"]
     before = len(work(mlx))
@@ -114,6 +113,7 @@ def test_a_router_refuses_what_is_too_much_before_it_is_sent(node, mlx, broker):
         assert list(router.stream_chat(MODEL, HELLO, **options))
 
 
+@pytest.mark.rest
 def test_a_message_that_vanished_is_missed_in_a_lane_that_is_never_empty(node, mlx, broker):
     patient = {"accept_timeout": 1.0}
     with (

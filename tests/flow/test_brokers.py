@@ -37,7 +37,6 @@ def paced(broker):
         yield mlx
 
 
-@pytest.mark.both_brokers
 def test_a_broker_restart_under_a_running_stream_costs_no_token(paced, broker, router):
     with router.stream_chat(paced.models[0], HELLO, max_tokens=200, timeout=50) as stream:
         pieces = []

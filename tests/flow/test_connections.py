@@ -18,6 +18,7 @@ def mlx():
         yield server
 
 
+@pytest.mark.rest
 def test_an_idle_node_and_an_idle_registry_node_hold_four_connections_each(broker, mlx):
     """After a request, control commands, and a router that asked for the registry."""
     others = broker.connections()

@@ -61,7 +61,6 @@ def run(broker, draining, monkeypatch, capsys):
     return run
 
 
-@pytest.mark.both_brokers
 def test_two_hundred_requests_while_a_node_is_drained_again_and_again(draining, caller, model):
     """Each is tried once, so that one that a node took and forgot would be missing."""
     requests = []

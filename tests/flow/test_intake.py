@@ -61,6 +61,7 @@ def impatient(broker):
     broker.set_env("channel_tick_interval", 60_000)
 
 
+@pytest.mark.rest
 def test_a_channel_that_the_broker_closes_costs_no_token_and_no_lane(impatient, mlx):
     (model,) = mlx.models
     with (

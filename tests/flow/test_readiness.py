@@ -185,6 +185,7 @@ def test_a_conversation_that_all_servers_refuse_costs_none_its_lanes(router, ser
     assert set(statuses(router).values()) == {"available"}
 
 
+@pytest.mark.rest
 def test_a_server_that_falls_silent_in_the_middle_is_left(router, servers):
     servers["one"].fail(Fault("freeze", at_token=0, times=None))
     with ThreadPoolExecutor(1) as pool:

@@ -53,6 +53,7 @@ def counted(connections):
         thread.join()
 
 
+@pytest.mark.rest
 def test_a_router_holds_three_connections_and_one_for_each_thread_that_submits(connections, unchecked):
     model = f"m-{uuid.uuid4().hex[:8]}"
     assert len(connections()) <= 3

@@ -2,6 +2,8 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+
 from fleet_worker.testing import SimulatedMLX, running_host
 from tests.flow.conftest import CHAT, work
 from tests.flow.test_readiness import HELLO, wait_until
@@ -9,6 +11,7 @@ from tests.flow.test_readiness import HELLO, wait_until
 QUICK = {"FLEET_WORKER__CANARY_INTERVAL": "1", "FLEET_REGISTRY__READINESS_INTERVAL": "1"}
 
 
+@pytest.mark.rest
 def test_a_request_for_an_instance_waits_for_it_whoever_else_is_there(broker, router):
     with SimulatedMLX(models=[CHAT]) as one, SimulatedMLX(models=[CHAT]) as two, ThreadPoolExecutor(1) as pool:
         instances = {

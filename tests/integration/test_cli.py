@@ -337,6 +337,7 @@ def test_a_debug_log_shows_no_secret(broker_url, mlx, configured):
         process.wait_for("succeeded", WITHIN)
 
 
+@pytest.mark.rest
 def test_a_worker_without_its_broker_waits_for_it_and_shows_no_secret(mlx, configured, monkeypatch):
     place = f"127.0.0.1:{free_port()}"
     monkeypatch.setenv("FLEET_BROKER_URL", f"redis://operator:{PASSWORD}@{place}/0")

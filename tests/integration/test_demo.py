@@ -177,6 +177,7 @@ def test_even_a_demo_that_is_killed_leaves_no_process(folder):
     assert_no_process_left(family)
 
 
+@pytest.mark.rest
 @pytest.mark.parametrize(("part", "name"), PARTS.items())
 def test_a_part_that_dies_ends_all_of_it_with_a_clear_message(part, name, folder):
     with started(SIMULATED) as (process, output):
