@@ -70,12 +70,14 @@ def on_rabbitmq(nodeid):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """With `-n`: the tests of a file run in one process, and all tests on RabbitMQ, which takes seconds to start."""
+    """With `-n`: the tests of a file run in one process, and so do all of a folder that are on RabbitMQ, which takes
+    seconds to start."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            return "rabbitmq" if on_rabbitmq(nodeid) else nodeid.partition("::")[0]
+            file = nodeid.partition("::")[0]
+            return f"rabbitmq {Path(file).parent}" if on_rabbitmq(nodeid) else file
 
     config.option.loadscopereorder = False
     return ByFile(config, log)

@@ -23,8 +23,8 @@ class StopStrings:
         self._held_back = ""
         if delivered:
             longest = max(map(len, stop), default=0)
-            self.feed(delivered[-longest:])
-            self.found, self._held_back = False, ""
+            for search in self._searches:
+                search.skip(delivered[-longest:])
 
     @property
     def holds_back(self) -> bool:
@@ -72,6 +72,11 @@ class _Search:
             if self.matched == len(self.text):
                 return at
         return 0
+
+    def skip(self, piece: str) -> None:
+        """Search on after this piece, whatever is complete in it."""
+        for character in piece:
+            self.matched = self._next(self.matched, character)
 
     def _next(self, matched: int, character: str) -> int:
         while matched and (matched == len(self.text) or self.text[matched] != character):

@@ -10,7 +10,11 @@ from tests.fleets import Crowd, Fleet, conversation, read, report, until
 GIVEN_AWAY_WITHIN = 8.0
 """Seconds, from the last token of the frozen server to the first one of another."""
 
-pytestmark = [pytest.mark.rest, pytest.mark.timeout(120)]
+pytestmark = [
+    pytest.mark.rest,
+    pytest.mark.timeout(120),
+    pytest.mark.parametrize("broker", ["valkey"], indirect=True),  # no broker differs in this
+]
 
 
 @pytest.fixture

@@ -42,6 +42,7 @@ def expected(text, stop, delivered=""):
 @example(text="abcd", stop=["abcd", "bc"], lengths=[1], delivered="")
 @example(text="aaab", stop=["aab"], lengths=[1], delivered="")
 @example(text="ab", stop=["aaab"], lengths=[1], delivered="aa")
+@example(text="#", stop=["##", "aaa"], lengths=[1], delivered="##a")
 def test_a_text_ends_before_the_stop_string_that_is_complete_first(text, stop, lengths, delivered):
     assert fed(text, stop, lengths, delivered) == expected(text, stop, delivered)
 
