@@ -11,7 +11,7 @@ from typing import Any
 
 from celery import Celery, bootsteps
 
-from fleet_worker.broker.connection import outage
+from fleet_worker.broker.faults import describe
 from fleet_worker.broker.rehearsal import confirm_lane, rehearse_replies
 from fleet_worker.broker.topology import Transport, lane_queue
 
@@ -161,14 +161,14 @@ class LaneConsumer:
                 try:
                     self._prove_replies(channel)
                 except self._consumer.channel_errors as error:
-                    return dict.fromkeys(lanes, outage(error))
+                    return dict.fromkeys(lanes, describe(error))
                 for name in lanes:
                     queue = lane_queue(name, self._transport)
                     try:
                         queue(channel).declare()
                         confirm_lane(channel, queue)
                     except self._consumer.channel_errors as error:
-                        refused[name] = outage(error)
+                        refused[name] = describe(error)
                     else:
                         self._app.amqp.queues.add(queue)
                         self._consumer.add_task_queue(name)

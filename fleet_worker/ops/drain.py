@@ -17,7 +17,8 @@ from pydantic import TypeAdapter, ValidationError
 from fleet_worker import exit_codes
 from fleet_worker.broker import connection as connections
 from fleet_worker.broker.app import create_app
-from fleet_worker.broker.connection import BROKER_ERRORS, connect, unavailable
+from fleet_worker.broker.connection import connect
+from fleet_worker.broker.faults import BROKER_ERRORS, unavailable
 from fleet_worker.errors import InvalidRequest
 from fleet_worker.ops.terminal import count
 from fleet_worker.registry.view import ALL_ANSWERS_WITHIN

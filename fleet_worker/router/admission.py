@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from kombu import Producer
 
 from fleet_worker.broker import queue_depth
-from fleet_worker.broker.connection import BROKER_ERRORS
+from fleet_worker.broker.faults import BROKER_ERRORS
 from fleet_worker.broker.topology import EXCHANGE, Transport
 from fleet_worker.errors import Cancelled, FleetSaturated
 from fleet_worker.protocol.request import Priority

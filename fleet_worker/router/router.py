@@ -10,7 +10,7 @@ import time
 import uuid
 from typing import Any, Self, Unpack, cast, get_args
 
-from fleet_worker.broker.connection import unavailable
+from fleet_worker.broker.faults import unavailable
 from fleet_worker.broker.topology import is_node_name, reply_name
 from fleet_worker.errors import InvalidRequest
 from fleet_worker.protocol import clock

@@ -18,7 +18,8 @@ from kombu.exceptions import LimitExceeded
 from tenacity import Retrying, retry_if_exception, stop_before_delay, wait_exponential, wait_random
 
 from fleet_worker.broker.broker_clock import BrokerClock
-from fleet_worker.broker.connection import ANSWER_WITHIN, BROKER_ERRORS, CLOSE_WITHIN, connect, is_away, unavailable
+from fleet_worker.broker.connection import ANSWER_WITHIN, CLOSE_WITHIN, connect
+from fleet_worker.broker.faults import BROKER_ERRORS, is_away, unavailable
 from fleet_worker.broker.queue_depth import SUBMITTED_AT
 from fleet_worker.broker.topology import Transport, cancel_exchange, priority, route_to, task_name
 from fleet_worker.errors import Cancelled, Expired
