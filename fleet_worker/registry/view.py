@@ -19,7 +19,7 @@ from fleet_worker.broker.door import Refused
 from fleet_worker.errors import InvalidRequest, ModelUnavailable
 from fleet_worker.protocol.registry_event import GONE, READINESS, Announcement, RegistryEvent
 from fleet_worker.protocol.status import InstanceStatus, ModelStatus
-from fleet_worker.registry.alternatives import no_such_model, refusal
+from fleet_worker.registry.alternatives import nearest, no_such_model, refusal
 from fleet_worker.registry.memory_bound import MOST_BYTES, MemoryBound, memory_of
 from fleet_worker.registry.offered import Offered, away_for, fits
 
@@ -112,11 +112,10 @@ class Registry:
         with self._changed:
             ready = self._changed.wait_for(lambda: self.offerings(model, capability=capability, ready=True), timeout)
             if not ready:
-                if any(self._offered(model)):
-                    raise ModelUnavailable(
-                        f"after {timeout:g} s none of its instances is ready", nearest=[], param="model"
-                    )
-                raise no_such_model(model, self.models(), f"after {timeout:g} s no instance offers it")
+                if model not in (known := self.models()):
+                    raise no_such_model(model, known, f"after {timeout:g} s no instance offers it")
+                text = f"after {timeout:g} s none of its instances is ready"
+                raise ModelUnavailable(text, nearest=nearest(model, known), param="model")
             return ready
 
     def refresh(self) -> None:
