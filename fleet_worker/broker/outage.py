@@ -38,6 +38,8 @@ class Outage:
         self._is_quiet = is_quiet
         self._clock = clock
         self.failures = 0
+        self._tries = 0
+        """Since it last worked, or was refused."""
         self._reason = ""
         """The last one that was logged."""
         self._logged_at = 0.0
@@ -46,7 +48,7 @@ class Outage:
     def failed(self, error: BaseException) -> float:
         """Log the failure, unless that was done. Return the seconds to wait before the next try."""
         self.works(begins=False)
-        self._works_since = None
+        had_worked, self._works_since = self._works_since is not None, None
         refused, now = refusal(error) or needs_operator(error), self._clock()
         reason = describe(error)
         is_new = reason != self._reason or now - self._logged_at >= LOGGED_EVERY
@@ -55,7 +57,9 @@ class Outage:
             self._log.warning("%s %s", self._subject, reason)
         pauses = REFUSED_BACK_OFF if refused else BACK_OFF
         self.failures += 1
-        return pauses[min(self.failures, len(pauses)) - 1]
+        # A connection that worked for a moment is lost, not refused: it is tried again at once, however often.
+        self._tries = 1 if had_worked and not refused else self._tries + 1
+        return pauses[min(self._tries, len(pauses)) - 1]
 
     def works(self, *, begins: bool = True) -> None:
         """The connection works: to be called now and then, as long as it does."""
