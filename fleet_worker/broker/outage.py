@@ -40,6 +40,8 @@ class Outage:
         self.failures = 0
         self._failing_since = 0.0
         self._works_since: float | None = None
+        self._tries = 0
+        """Since it last worked, or was refused."""
         self._reason = ""
         """The last one that was logged."""
         self._logged_at = 0.0
@@ -47,7 +49,7 @@ class Outage:
     def failed(self, error: BaseException) -> float:
         """Log the failure, unless that was done. Return the seconds to wait before the next try."""
         self.works(begins=False)
-        self._works_since = None
+        had_worked, self._works_since = self._works_since is not None, None
         refused, now, reason = refusal(error) or needs_operator(error), self._clock(), describe(error)
         if not self.failures:
             self._failing_since = now
@@ -57,7 +59,9 @@ class Outage:
             self._log.warning("%s %s%s; it is tried again", self._subject, reason, since)
             self._reason, self._logged_at = reason, now
         pauses = REFUSED_BACK_OFF if refused else BACK_OFF
-        return pauses[min(self.failures, len(pauses)) - 1]
+        # A connection that worked for a moment is lost, not refused: it is tried again at once, however often.
+        self._tries = 1 if had_worked and not refused else self._tries + 1
+        return pauses[min(self._tries, len(pauses)) - 1]
 
     def works(self, *, begins: bool = True) -> None:
         """The connection works: to be called now and then, as long as it does."""

@@ -45,6 +45,16 @@ def test_a_broker_that_goes_and_comes_back_is_two_lines(outage, clock, caplog):
     assert outage.failed(AWAY) == pauses[0]
 
 
+def test_a_connection_that_is_lost_again_and_again_is_tried_again_at_once_each_time(outage, clock, caplog):
+    outage.failed(AWAY)
+    for _ in range(9):
+        outage.works()
+        clock.now += 0.5
+        assert outage.failed(AWAY) == 0.05
+    assert len(caplog.messages) == 1
+    assert outage.failed(AWAY) == 0.1
+
+
 def test_what_is_refused_after_each_connection_is_one_line_and_pauses_grow(outage, clock, caplog):
     pauses = []
     for _ in range(9):
