@@ -29,8 +29,8 @@ from fleet_worker.settings import REGISTRY, Settings
 
 log = logging.getLogger(__name__)
 
-ALLOCATOR = {"MALLOC_ARENA_MAX": "2"}
-"""For Linux: glibc keeps freed memory for each of the many threads of a node, unless it is told not to."""
+ALLOCATOR = {"MALLOC_ARENA_MAX": "1"}
+"""For Linux: otherwise glibc keeps freed memory for each of the many threads of a node."""
 
 
 def node_command(node_name: str) -> list[str]:
