@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from kombu import Connection
 
-from fleet_worker.broker.connection import call_when_opened_again, hear, open_channel
+from fleet_worker.broker.connection import call_when_opened_again, open_channel, receive
 from fleet_worker.broker.presence import Sight, look_for
 from fleet_worker.broker.reconnecting import ReconnectingThread
 from fleet_worker.broker.topology import Transport
@@ -74,7 +74,7 @@ class RouterPresence:
         self._is_connected = False
         self._trusted_until: float | None = None
         """Until when routers that were not seen yet count as listening; None before the first connection."""
-        self._thread = ReconnectingThread("routers", connect, self._answer)
+        self._thread = ReconnectingThread("routers", connect, self._keep_asking)
 
     def start(self) -> None:
         self._thread.start()
@@ -112,7 +112,7 @@ class RouterPresence:
     def _trusts(self, seen: _Seen) -> bool:
         return not seen.was_here and time.monotonic() < (self._trusted_until or 0.0)
 
-    def _answer(self, connection: Connection) -> None:
+    def _keep_asking(self, connection: Connection) -> None:
         channel = open_channel(connection)
         call_when_opened_again(channel, self._forget)
         with self._changed:
@@ -127,7 +127,7 @@ class RouterPresence:
                     asked |= self._running.routers
                     next_check = time.monotonic() + CHECK_EVERY
                     if self._transport == "amqp":  # or RabbitMQ would close a connection on which nothing is asked
-                        hear(connection, 0.01)
+                        receive(connection, 0.01)
                         connection.heartbeat_check()
                 if asked:
                     self._learn(look_for(channel, self._transport, asked))
