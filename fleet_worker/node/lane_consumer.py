@@ -18,7 +18,7 @@ from fleet_worker.broker.topology import Transport, lane_queue
 log = logging.getLogger(__name__)
 
 CHECK_EVERY = 0.5
-"""Seconds between two looks at what is consumed: somebody may have cancelled a consumer."""
+"""Seconds between two checks of what is consumed: somebody may have cancelled a consumer."""
 REFUSED_BACK_OFF = (0.5, 1.0, 2.0, 5.0)
 """Seconds before each further try to join a lane that is refused; the last one from then on."""
 
@@ -50,10 +50,9 @@ class LaneConsumer:
         self._refusals = 0
         """Tries in a row in which a lane was refused."""
         self._lost: set[str] = set()
-        """Lanes that the broker has cancelled."""
+        """Lanes to leave, and to join again: the broker has cancelled them, or refused a reply."""
         self._can_reply = False
         """Whether the broker lets this connection do what a request needs besides its lane."""
-        self._is_doubted = False
         self._consumer: Any = None
         self._timer: Any = None
         self.changed: Callable[[], object] = lambda: None
@@ -81,11 +80,10 @@ class LaneConsumer:
         if self._consumer:
             self._consumer.call_soon(self._apply_in, 0.0)
 
-    def doubt(self) -> None:
-        """A reply was refused: leave all lanes, and join them again when the broker takes replies."""
+    def reply_refused(self) -> None:
+        """Leave all lanes, and join them again when the broker takes replies."""
         if self._can_reply and self._consumer:
-            self._is_doubted = True
-            self._consumer.call_soon(self._apply_in, 0.0)
+            self._consumer.call_soon(self._leave_all)
 
     def wait_until_settled(self, timeout: float) -> bool:
         """Wait up to `timeout` seconds until the last `consume` is applied; the broker may be away."""
@@ -107,7 +105,7 @@ class LaneConsumer:
                 """Let Celery join no lanes by itself: it would join the old ones, all or none."""
                 lane_consumer._app.amqp.queues.deselect(list(lane_consumer._app.amqp.queues))
                 lane_consumer._lost, lane_consumer._can_reply = set(), False
-                lane_consumer._note(frozenset(), lane_consumer._refused)
+                lane_consumer._update(frozenset(), lane_consumer._refused)
 
         return Lanes
 
@@ -123,8 +121,9 @@ class LaneConsumer:
         if not self._consumer.task_consumer:  # the worker ends
             return
         target = self._target
+        lost, self._lost = self._lost, set()
         try:
-            for name in (self._consuming() - target.lanes) | self._take_lost() | self._take_doubted():
+            for name in (self._consuming() - target.lanes) | (self._consuming() & lost):
                 self._consumer.cancel_task_queue(name)
             refused = self._join(sorted(target.lanes - self._consuming()))
             joined = self._consuming()
@@ -134,20 +133,15 @@ class LaneConsumer:
         target.fulfilled.set()
         self._refusals = self._refusals + 1 if refused else 0
         self._apply_in(REFUSED_BACK_OFF[min(self._refusals, len(REFUSED_BACK_OFF)) - 1] if refused else CHECK_EVERY)
-        self._note(joined, refused)
+        self._update(joined, refused)
 
     def _consuming(self) -> frozenset[str]:
         return frozenset(filter(self._consumer.task_consumer.consuming_from, self._app.amqp.queues))
 
-    def _take_lost(self) -> frozenset[str]:
-        lost, self._lost = self._lost, set()
-        return self._consuming() & lost
-
-    def _take_doubted(self) -> frozenset[str]:
-        if not self._is_doubted:
-            return frozenset()
-        self._is_doubted = self._can_reply = False
-        return self._consuming()
+    def _leave_all(self) -> None:
+        self._can_reply = False
+        self._lost |= self._target.lanes
+        self._apply_in(0.0)
 
     def _join(self, lanes: list[str]) -> dict[str, str]:
         """Join these lanes; return those that the broker refuses, and why.
@@ -191,10 +185,10 @@ class LaneConsumer:
 
     def _on_cancelled(self, name: str, tag: str) -> None:
         self._lost.add(name)
-        self._note(self._joined - {name}, self._refused)
+        self._update(self._joined - {name}, self._refused)
         self._apply_in(0.0)
 
-    def _note(self, joined: frozenset[str], refused: dict[str, str]) -> None:
+    def _update(self, joined: frozenset[str], refused: dict[str, str]) -> None:
         """Log what the broker refuses and did not refuse before, and tell what has changed."""
         new = [name for name in sorted(refused) if refused[name] != self._refused.get(name)]
         for reason in sorted({refused[name] for name in new}):
