@@ -86,7 +86,7 @@ def test_a_file_without_a_certificate_is_named(name, text, tmp_path):
 
 def test_a_key_that_belongs_to_another_certificate_is_named(made):
     cert, key = made.client.cert, made.server.key
-    text = f"configuration: broker_key: {key} does not belong to the certificate in {cert} (broker_cert)"
+    text = f"broker_key: {key} does not belong to the certificate in {cert} (broker_cert)"
     assert refused(broker_cert=cert, broker_key=key) == text
 
 
