@@ -18,6 +18,8 @@ _NO_CHUNK = "the MLX server sent a chunk that is not a chat completion chunk"
 _MOST_TOKENS = 2**31
 _DONE = (b"[DONE]", b'"[DONE]"')
 _NO_CHOICE = object()
+_ANSWERS = ("content", "reasoning", "reasoning_content", "tool_calls")
+"""Fields of a message that are part of the answer."""
 _AFTER_FINISH = 100
 """Chunks that may follow the one with the finish_reason: a server that sends more does not stop by itself."""
 
@@ -124,10 +126,13 @@ class ChunkReader:
             if (len(choices) > 1 or choice.get("index") != self._choice) and not (choice := self._followed(choices)):
                 return None
             self.moved = True
+            delta = choice.get("delta") or self._without_delta(choice)
             if finish_reason := choice.get("finish_reason"):
                 self._finish(finish_reason)
-            delta = choice.get("delta") or self._without_delta(choice)
-            return self._normalised(delta) if delta else None
+            read = self._normalised(delta) if delta else None
+            if (read is None or finish_reason) and (error := choice.get("error") or (delta and delta.get("error"))):
+                raise error_of_event(error)
+            return read
         except (TypeError, KeyError, IndexError, AttributeError, ValueError, RecursionError):
             raise MalformedOutput(_NO_CHUNK) from None
 
@@ -164,7 +169,7 @@ class ChunkReader:
         message = choice.get("message") or {"content": choice.get("text")}
         if self.has_tokens and not self._by_message:
             return None
-        self._by_message = bool(message.get("content"))
+        self._by_message = self._by_message or any(message.get(name) for name in _ANSWERS)
         return message
 
     def _normalised(self, delta: dict[str, Any]) -> Delta | None:
