@@ -127,11 +127,9 @@ class ChunkReader:
                 return None
             self.moved = True
             delta = choice.get("delta") or self._without_delta(choice)
-            if finish_reason := choice.get("finish_reason"):
-                self._finish(finish_reason)
             read = self._normalised(delta) if delta else None
-            if (read is None or finish_reason) and (error := choice.get("error") or (delta and delta.get("error"))):
-                raise error_of_event(error)
+            if read is None or choice.get("finish_reason"):
+                self._finish(choice, delta or {})
             return read
         except (TypeError, KeyError, IndexError, AttributeError, ValueError, RecursionError):
             raise MalformedOutput(_NO_CHUNK) from None
@@ -159,8 +157,11 @@ class ChunkReader:
             self._choice = 0 if 0 in indexes else indexes[0]
         return next((choice for choice in choices if choice.get("index") in (self._choice, None)), None)
 
-    def _finish(self, reason: Any) -> None:
-        reason = str(reason).lower()
+    def _finish(self, choice: dict[str, Any], delta: dict[str, Any]) -> None:
+        """Read how the choice ended, if it did: with an error, whatever its finish_reason is, or with that."""
+        if error := choice.get("error") or delta.get("error"):
+            raise error_of_event(error)
+        reason = str(choice.get("finish_reason") or "null").lower()
         if reason not in ("null", "none"):
             self.finish_reason, self._choice = reason, _NO_CHOICE
 
