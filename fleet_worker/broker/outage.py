@@ -69,7 +69,7 @@ class Outage:
         if self._works_since is None:
             self._works_since = now if begins else None
         elif self.failures and now - self._works_since >= STEADY_AFTER:
-            self.failures = 0
+            self.failures = self._tries = 0
             if self._reason:
                 self._log.warning("%s is back after %.0f s", self._subject, self._works_since - self._failing_since)
                 self._reason = ""

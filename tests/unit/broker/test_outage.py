@@ -65,6 +65,10 @@ def test_what_is_refused_after_each_connection_is_one_line_and_pauses_grow(outag
     assert pauses == [*REFUSED_BACK_OFF, REFUSED_BACK_OFF[-1], REFUSED_BACK_OFF[-1]]
     assert len(caplog.messages) == 1
     assert caplog.messages[0].startswith("replies: the broker does not allow its user channels of our names: ")
+    outage.works()
+    clock.now += STEADY_AFTER
+    outage.works()
+    assert outage.failed(REFUSED) == pauses[0]
 
 
 def test_a_broker_that_stays_away_is_a_line_a_minute_whatever_the_error(outage, clock, caplog):
