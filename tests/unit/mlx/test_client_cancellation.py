@@ -112,13 +112,13 @@ def test_a_server_in_its_prefill(flavour, ask, monkeypatch):
 @pytest.mark.parametrize("flavour", ["mlx_lm", "vllm_batched"])
 def test_a_server_in_which_it_is_queueing(flavour, ask):
     """mlx_lm.server sends no headers before it is a request's turn. The request that runs is not disturbed."""
-    with served(flavour, slots=1, tokens_per_write=1, tokens=30) as (server, client), client.open() as first:
+    with served(flavour, slots=1, token_interval=0.01, tokens=10) as (server, client), client.open() as first:
         arrived = iter(first)
         with server.held(at_token=1):
             received = len(next(arrived))
             with cancelled(ask, client):
                 server.wait_for(lambda it: it.counters["requests"] == 2)
-        assert received + sum(map(len, arrived)) == 30
+        assert received + sum(map(len, arrived)) == 10
         server.wait_for(lambda it: it.counters["disconnected"] == 1)
         assert server.requests[1].generated == 0
 
