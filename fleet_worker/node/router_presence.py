@@ -33,7 +33,7 @@ TRUSTED_FOR = 10.0
 """Seconds after an outage of the broker in which a router that was not seen since counts as listening: it has to
 reconnect, too."""
 SETTLED_AFTER = 2.0
-"""Seconds after an outage from which it counts that a router is seen: not all connections are lost at the same moment."""
+"""Seconds after an outage from which it counts that a router is seen: connections are lost one after the other."""
 
 
 @dataclass(slots=True)
