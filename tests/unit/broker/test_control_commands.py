@@ -1,4 +1,4 @@
-"""Which commands of Celery's remote control a node obeys, from whom, and what it replies. No broker, but for what expires in it."""
+"""Which commands of Celery's remote control a node obeys, from whom, and what it replies. One test needs a broker."""
 
 import contextlib
 import json
