@@ -94,7 +94,7 @@ def reply_name(host: str, expires: float) -> str:
 def reply_queue(name: str) -> Queue:
     """Return the reply queue of one router. Its arguments follow from its name.
 
-    On Redis nodes have to declare it, too: only a publisher that has done so sets the time to live of its list.
+    On Redis nodes set the time to live of its list.
 
     On RabbitMQ its router declares it. It is durable, since RabbitMQ may refuse queues that are neither durable nor
     exclusive, and an exclusive one is deleted, with the replies in it, whenever its router reconnects. Only one
@@ -102,8 +102,13 @@ def reply_queue(name: str) -> Queue:
     would go to its dead connection.
     """
     one_reader = {"x-single-active-consumer": True}
-    expires = float(name.rpartition(".")[2])
-    return Queue(name, Exchange(""), routing_key=name, durable=True, expires=expires, queue_arguments=one_reader)
+    arguments = {"expires": expiry(name), "queue_arguments": one_reader}
+    return Queue(name, Exchange(""), routing_key=name, durable=True, **arguments)
+
+
+def expiry(reply_to: str) -> float:
+    """Return the seconds after which this reply queue expires."""
+    return float(reply_to.rpartition(".")[2])
 
 
 def registry_exchange(transport: Transport) -> Exchange:

@@ -2,5 +2,5 @@
 
 May import: `registry`, `broker`, `protocol`, `settings`, `errors`. Read in this order: `router`, `options`, `call`,
 `session`, `in_flight`, `attempts`, `blame`, `node_selection`, `admission`, `submitter`, `reply_consumer`,
-`reply_buffer`, `scheduler`, `idempotency`.
+`reply_buffer`, `wakeups`, `scheduler`, `idempotency`.
 """

@@ -126,17 +126,17 @@ class InFlightRequest:
         """Add a reader that waits at most `timeout` seconds. Return its buffer, which gets the whole answer from its
         beginning; None if the request has failed."""
         deadline, room = time.monotonic() + timeout, self._session.settings.max_buffered
+        wakeups = self._session.replies.wakeups
         with self._lock:
             self._drop_left()
             past, last = self._attempts.delivered, self._attempts.last
             if last and not self.answered:
                 return None
-            buffer = ReplyBuffer(deadline=deadline, max_buffered=room + sum(len(frame.deltas) for frame in past))
-            for frame in past:
+            room += sum(len(frame.deltas) for frame in past)
+            buffer = ReplyBuffer(wakeups, deadline=deadline, max_buffered=room)
+            for frame in (*past, last) if last else past:
                 buffer.put(frame)
-            if last:
-                buffer.put(last)
-            else:
+            if not last:
                 self._readers.append(buffer)
         return buffer
 

@@ -7,11 +7,9 @@ status. Only their connections are shared: what many nodes push at one moment is
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import gc
 import heapq
-import json
 import socket
 import time
 from array import array
@@ -26,9 +24,10 @@ from kombu import Connection, Consumer, Message
 
 from fleet_worker import Settings
 from fleet_worker.broker.app import create_app
-from fleet_worker.broker.connection import hear
+from fleet_worker.broker.connection import receive
 from fleet_worker.broker.topology import lane, lane_queue, listening_key, reply_queue, transport_of
-from fleet_worker.node.reply_publisher import GAP_PER_REQUEST, HEARTBEAT_EVERY, LONGEST_GAP
+from fleet_worker.node.outbox import GAP_PER_REQUEST, GAP_PER_WAITING_MESSAGE, LONGEST_GAP, LONGEST_GAP_BEHIND
+from fleet_worker.node.reply_publisher import HEARTBEAT_EVERY
 from fleet_worker.node.router_presence import CHECK_EVERY
 from fleet_worker.protocol.reply import Accepted, Alive, ChatResponse, Delta, Deltas, Frame, Reply, Timings, Usage
 from fleet_worker.protocol.wire import PROTOCOL_VERSION
@@ -122,12 +121,13 @@ class Mini:
         self.tokens: list[int] = []
         """The numbers of the pending ones."""
         self.backlog = 0
-        """Messages that waited for the router when this node pushed last."""
+        """Messages that waited for the router when this node learned that last."""
         self.next_push = 0.0
 
     def gap(self) -> float:
         """Seconds from one push to the next, as those of a real node."""
-        return min(LONGEST_GAP, len(self.streams) * GAP_PER_REQUEST)
+        behind = min(LONGEST_GAP_BEHIND, self.backlog * GAP_PER_WAITING_MESSAGE)
+        return max(min(LONGEST_GAP, len(self.streams) * GAP_PER_REQUEST), behind)
 
     def add(self, reply_to: str, frame: Frame) -> None:
         self.pending.setdefault(reply_to, []).append(frame)
@@ -161,7 +161,7 @@ def _asked_for(connection: Connection, queue: Any, load: Load, minis: list[Mini]
     deadline = time.monotonic() + ARRIVE_WITHIN
     with Consumer(connection.channel(), [queue], on_message=accept):
         while len(streams) < load.all_streams and time.monotonic() < deadline:
-            hear(connection, 0.1)
+            receive(connection, 0.1)
     if len(streams) < load.all_streams:
         raise RuntimeError(f"{len(streams)} of {load.all_streams} streams were asked for")
     return streams
@@ -205,7 +205,10 @@ def _answer(streams: list[Stream], load: Load, minis: list[Mini], wire: Wire) ->
             mini.next_push = now + mini.gap()
         waiting.difference_update(ready)
         wire.push(bodies)
-        wire.ask(reply_queues, sum(1 for _ in _due(asks, now, CHECK_EVERY)))
+        asking = list(_due(asks, now, CHECK_EVERY))
+        if (waiting_there := wire.ask(reply_queues, len(asking))) is not None:
+            for number in asking:
+                minis[number].backlog = waiting_there
         messages += len(bodies)
         next_one = heap[0][0] if heap and not waiting else 0.0
         time.sleep(max(0.0, max(next_one, now + TICK) - time.monotonic()))
@@ -229,8 +232,8 @@ class Wire(Protocol):
     def push(self, bodies: list[tuple[Mini, str, bytes]]) -> None:
         """Publish each body to its reply queue, all of them with one write; tell each node the backlog there."""
 
-    def ask(self, reply_queues: Iterable[str], times: int) -> None:
-        """Ask so many times whether these routers listen."""
+    def ask(self, reply_queues: Iterable[str], times: int) -> int | None:
+        """Ask so many times whether these routers listen; return how many messages wait, if that is told then."""
 
 
 class RedisWire:
@@ -238,7 +241,6 @@ class RedisWire:
 
     def __init__(self, broker_url: str, connection: Connection) -> None:
         self._url = urlsplit(broker_url)
-        self._envelope = _Envelope(connection)
         self._socket, self._asking = self._connected(), self._connected()
         self._asking.setblocking(False)
         self._received = b""
@@ -250,7 +252,7 @@ class RedisWire:
         for _, reply_to, body in bodies:
             expires = str(round(1000 * reply_queue(reply_to).expires))
             commands += [
-                _command(b"LPUSH", reply_to.encode(), self._envelope.encoded(reply_to, body)),
+                _command(b"LPUSH", reply_to.encode(), body),
                 _command(b"PEXPIRE", reply_to.encode(), expires.encode()),
             ]
         self._socket.sendall(b"".join(commands))
@@ -279,28 +281,6 @@ class RedisWire:
         return [int(line[1:]) for line in lines[:count]]
 
 
-class _Envelope:
-    """How a reply travels on Redis, which has no headers: as kombu wraps it, made once for each reply queue."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._channel = connection.channel()
-        self._made: dict[str, tuple[bytes, bytes]] = {}
-
-    def encoded(self, reply_to: str, body: bytes) -> bytes:
-        if reply_to not in self._made:
-            self._made[reply_to] = self._make(reply_to)
-        before, after = self._made[reply_to]
-        return before + base64.b64encode(body) + after
-
-    def _make(self, reply_to: str) -> tuple[bytes, bytes]:
-        mark = b"body"
-        json_in_utf8 = {"content_type": "application/json", "content_encoding": "utf-8"}
-        message = self._channel.prepare_message(mark, properties={"delivery_mode": 1}, **json_in_utf8)
-        self._channel._inplace_augment_message(message, "", reply_to)
-        before, _, after = json.dumps(message).encode().partition(base64.b64encode(mark))
-        return before, after
-
-
 def _command(*parts: bytes) -> bytes:
     return b"*%d\r\n" % len(parts) + b"".join(b"$%d\r\n%s\r\n" % (len(part), part) for part in parts)
 
@@ -321,7 +301,6 @@ class AmqpWire:
             )
             self._channel.basic_publish(message, routing_key=reply_to)
 
-    def ask(self, reply_queues: Iterable[str], times: int) -> None:
-        for name in reply_queues:
-            for _ in range(times):
-                self._channel.queue_declare(name, passive=True)
+    def ask(self, reply_queues: Iterable[str], times: int) -> int | None:
+        asked = [self._channel.queue_declare(name, passive=True) for name in reply_queues for _ in range(times)]
+        return asked[-1].message_count if asked else None

@@ -8,12 +8,13 @@ import time
 import pytest
 
 from fleet_worker.router.reply_buffer import ReplyBuffer
+from fleet_worker.router.wakeups import Wakeups
 from tests.clients import took_less_than
 from tests.unit.router.test_attempts import accepted, deltas, response
 
 
 def buffer_of(max_buffered=100, seconds=0.0):
-    return ReplyBuffer(deadline=time.monotonic() + seconds, max_buffered=max_buffered)
+    return ReplyBuffer(Wakeups(), deadline=time.monotonic() + seconds, max_buffered=max_buffered)
 
 
 def test_frames_arrive_in_order_until_the_deadline():

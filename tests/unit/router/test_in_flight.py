@@ -13,6 +13,7 @@ from fleet_worker.protocol.reply import Alive, Deltas
 from fleet_worker.router.attempts import Attempts, CancelOrphan
 from fleet_worker.router.idempotency import IdempotencyCache
 from fleet_worker.router.in_flight import InFlightRequest
+from fleet_worker.router.wakeups import Wakeups
 from fleet_worker.settings import RouterSettings
 from tests.clients import took_less_than
 from tests.unit.router.test_attempts import DOWN, accepted, deltas, failure, head, request, response
@@ -51,7 +52,7 @@ class Fleet:
             **settings,
         }
         self.later = Later()
-        self.clock = SimpleNamespace(name="replies", clock=0.0, back=0.0)
+        self.clock = SimpleNamespace(name="replies", clock=0.0, back=0.0, wakeups=Wakeups())
         self.clock.silence = lambda since: self.clock.clock - max(since, self.clock.back)
         self.waits = True
         self.accepted = []
@@ -103,7 +104,7 @@ class Fleet:
         buffer = buffer or self.reader
         frames = []
         with contextlib.suppress(queue.Empty):
-            while not buffer._frames.empty():
+            while buffer._frames:
                 frames.append(buffer.get())
         return frames
 
