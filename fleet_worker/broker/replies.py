@@ -1,7 +1,8 @@
 """Both ends of a reply queue: how a node writes into it, and how its router reads at once all that has come.
 
 A message is the JSON of a `protocol.reply.Reply`, and nothing else: on Redis an element of a list, without the JSON
-that kombu wraps around a base64 of it; on RabbitMQ the body.
+that kombu wraps around a base64 of it; on RabbitMQ the body. Routers and nodes of version 0.1 wrap it on Redis: the
+name of a reply queue tells whether its router reads the one or the other, and a router reads both.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from functools import partial
 from typing import Any
 
 import amqp
-from kombu import Connection
+from kombu import Connection, Producer
 from kombu.transport.redis import Channel as RedisChannel
 from redis.exceptions import NoPermissionError, ResponseError
 
 from fleet_worker.broker.connection import receive as receive_one
 from fleet_worker.broker.door import Refused
-from fleet_worker.broker.topology import expiry, reply_queue
+from fleet_worker.broker.topology import expiry, is_plain, reply_queue
 
 MOST_AT_ONCE = 200
 """Messages that are read at once: meanwhile the broker is asked nothing else, and no reader is woken."""
@@ -38,12 +39,23 @@ def push(channel: Any, reply_to: str, body: bytes) -> int | None:
         one of BROKER_ERRORS
     """
     if isinstance(channel, RedisChannel):
+        if not is_plain(reply_to):
+            _push_wrapped(channel, reply_to, body)
+            return None
         with channel.conn_or_acquire() as client, client.pipeline(transaction=False) as pipe:
             pipe.lpush(reply_to, body).pexpire(reply_to, round(1000 * expiry(reply_to)))
             return int(pipe.execute()[0])
     message = amqp.Message(body, content_type="application/json", content_encoding="utf-8", delivery_mode=1)
     channel.basic_publish(message, exchange="", routing_key=reply_to)
     return None
+
+
+def _push_wrapped(channel: Any, reply_to: str, body: bytes) -> None:
+    """As routers of version 0.1 read it on Redis."""
+    producer, json = Producer(channel, auto_declare=False), {"content_type": "application/json"}
+    producer.publish(
+        body, routing_key=reply_to, declare=[reply_queue(reply_to)(channel)], content_encoding="utf-8", **json
+    )
 
 
 def consume(connection: Connection, channel: Any, reply_to: str, receive: Receive) -> Callable[[float], None]:

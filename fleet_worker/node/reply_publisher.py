@@ -38,8 +38,8 @@ class ReplyPublisher:
     """Publishes the frames of a node from one thread with one connection, as fast as the broker takes them.
 
     While a publish is in progress, and for a few milliseconds after it, frames gather for the next one; for longer if
-    the router is behind. So a single token is published at once, and the cost of a token falls as the load of the node or
-    of the router rises. First tokens and last frames never wait. While the broker is away the frames wait, and with
+    the router is behind. So a single token is published at once, and the cost of a token falls as the load of the node
+    or of the router rises. First tokens and last frames never wait. While the broker is away the frames wait, and with
     `max_pending` of them the tasks wait too. A broker that comes back may have lost messages: the last ones are
     published again, and the router drops those that it has.
     """
