@@ -59,8 +59,11 @@ def _push_wrapped(channel: Any, reply_to: str, body: bytes) -> None:
 
 
 def consume(connection: Connection, channel: Any, reply_to: str, receive: Receive) -> Callable[[float], None]:
-    """Consume a reply queue. Return a function that waits so many seconds at most for messages of this connection, and
-    calls `receive` with all replies that have come. What is refused is dropped and counted."""
+    """Consume a reply queue; its name is the tag of the consumer, too.
+
+    Return a function that waits so many seconds at most for messages of this connection, and calls `receive` with all
+    replies that have come. What is refused is dropped and counted.
+    """
     reply_queue(reply_to)(channel).declare()
     reader = _RedisReader if isinstance(channel, RedisChannel) else _RabbitMQReader
     return reader(connection, channel, reply_to, partial(_take, connection, receive)).receive_all
@@ -124,16 +127,16 @@ class _RabbitMQReader:
         self._take = take
         self._messages: list[Any] = []
         self._bytes = 0
-        channel.connection.transport.read_ahead()
+        self._amqp, self._socket = channel.connection, channel.connection.transport
+        self._socket.read_ahead()
         channel.basic_qos(0, PREFETCH, False)
-        channel.basic_consume(reply_to, callback=self._keep)
+        channel.basic_consume(reply_to, consumer_tag=reply_to, callback=self._keep)
 
     def receive_all(self, timeout: float) -> None:
         if not self._messages:  # none came while the broker was asked something else
             receive_one(self._connection, timeout)
-        amqp = self._channel.connection
-        while amqp.transport.has_more and len(self._messages) < MOST_AT_ONCE and self._bytes < MOST_BYTES_AT_ONCE:
-            amqp.blocking_read()
+        while self._socket.has_more and len(self._messages) < MOST_AT_ONCE and self._bytes < MOST_BYTES_AT_ONCE:
+            self._amqp.blocking_read()
         messages, self._messages, self._bytes = self._messages, [], 0
         for message in messages:
             self._take(message.body)

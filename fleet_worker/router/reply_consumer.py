@@ -137,6 +137,7 @@ class ReplyConsumer:
             publish(Producer(channel), cancel_exchange(), notice.encode())
 
     def _leave(self, channel: Any) -> None:
+        channel.basic_cancel(self.name)  # or RabbitMQ would tell that the queue is gone
         reply_queue(self.name)(channel).delete()
         presence.leave(channel, self.name)
 
