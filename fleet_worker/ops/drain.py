@@ -15,17 +15,15 @@ import click
 from pydantic import TypeAdapter, ValidationError
 
 from fleet_worker import exit_codes
-from fleet_worker.broker import connection as connections
 from fleet_worker.broker.app import create_app
-from fleet_worker.broker.connection import connect
-from fleet_worker.broker.faults import BROKER_ERRORS, unavailable
 from fleet_worker.errors import InvalidRequest
+from fleet_worker.ops.broker_checks import connected
 from fleet_worker.ops.terminal import count
 from fleet_worker.registry.view import ALL_ANSWERS_WITHIN
 from fleet_worker.router.router import Router
 from fleet_worker.settings import REGISTRY, Settings
 
-ANSWER_WITHIN = 2.0
+NODE_ANSWERS_WITHIN = 2.0
 """Seconds that a node has to answer."""
 HOST_ANSWERS_WITHIN = 1.5
 """Seconds that all nodes of a host have to answer: their number is unknown, so this is always waited for."""
@@ -35,8 +33,13 @@ ASK_EVERY = 0.25
 """Seconds between two questions while nodes finish their work."""
 RELEASE_WITHIN = 10.0
 """Seconds after its grace in which a node must have handed over its work."""
-DRAIN_AGAIN = "if it is starting, frozen or cut off, it takes work when it comes back: drain it again then."
-UNDRAIN_AGAIN = "if it is drained, and frozen or cut off, it stays drained when it comes back: undrain it again then."
+DRAIN_AGAIN = (
+    "check its name; if it is starting, frozen or cut off, it takes work when it comes back: drain it again then."
+)
+UNDRAIN_AGAIN = (
+    "check its name; if it is drained, and frozen or cut off, it stays drained when it comes back: undrain it again "
+    "then."
+)
 
 
 def drain(settings: Settings, names: Iterable[str], *, wait: float | None = None) -> int:
@@ -116,7 +119,7 @@ class DrainControl:
         """
         if not nodes:
             return []
-        replies = self._broadcast(command, destination=list(nodes), limit=len(nodes), timeout=ANSWER_WITHIN)
+        replies = self._broadcast(command, destination=list(nodes), limit=len(nodes), timeout=NODE_ANSWERS_WITHIN)
         states = {name: state for name in nodes if (state := _state(name, replies.get(name)))}
         self.silent += [name for name in nodes if name not in {*states, *self.silent}]
         return list(states.values())
@@ -151,12 +154,8 @@ class DrainControl:
 
     def _broadcast(self, command: str, **options: Any) -> dict[str, Any]:
         """The replies by node."""
-        with self._app.connection_for_write() as connection:
-            try:
-                connect(connection, connections.ANSWER_WITHIN)
-                replies = self._app.control.broadcast(command, connection=connection, reply=True, **options)
-            except BROKER_ERRORS as error:
-                raise unavailable(self._app.conf.broker_url, "cannot be used to ask the nodes", error) from None
+        with connected(self._settings) as connection:
+            replies = self._app.control.broadcast(command, connection=connection, reply=True, **options)
         return {name: reply for each in replies if isinstance(each, dict) for name, reply in each.items()}
 
 

@@ -19,9 +19,9 @@ node is asked to send it again; the attempt fails if it does not come within `GA
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from fleet_worker.errors import Expired, FleetError, NodeLost, PoisonSuspected, ReplyLost, StreamInterrupted
@@ -40,6 +40,7 @@ from fleet_worker.protocol.reply import (
 )
 from fleet_worker.protocol.request import FleetRequest, Resume
 from fleet_worker.router.blame import Blame
+from fleet_worker.router.effects import AskAgain, CancelOrphan, Confirm, Deliver, Effect, End, RetryAfter, TellTime
 
 OnInterrupt = Literal["resume", "fail"]
 State = Literal["waiting", "running", "pausing", "ended"]
@@ -50,61 +51,8 @@ RETRY_AFTER_MIN = 1.0
 """Seconds that a caller is told to wait at least, whatever a busy server has asked the router for."""
 GAP_CLOSES_WITHIN = 1.5
 """Seconds to wait for a missing frame after a later one has arrived."""
-
-
-@dataclass(frozen=True, slots=True)
-class Deliver:
-    """Hand these deltas to every reader."""
-
-    frame: Deltas
-
-
-@dataclass(frozen=True, slots=True)
-class End:
-    """Hand this last frame to every reader: the request has ended."""
-
-    frame: ChatResponse | EmbedResponse | Failure
-
-
-@dataclass(frozen=True, slots=True)
-class RetryAfter:
-    """Send the next attempt after so many seconds."""
-
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class CancelOrphan:
-    """Cancel this attempt: it may still run on a node, and its answer is not wanted any more."""
-
-    node: str | None
-    """None if it is not known which node has it."""
-    attempt: int
-
-
-@dataclass(frozen=True, slots=True)
-class AskAgain:
-    """Ask this node to send its latest frames again: one of them never arrived."""
-
-    node: str
-
-
-@dataclass(frozen=True, slots=True)
-class TellTime:
-    """Tell this node what the clock of the router shows: it judges by another one."""
-
-    node: str
-
-
-@dataclass(frozen=True, slots=True)
-class Confirm:
-    """Tell this node that it may begin: this attempt is wanted."""
-
-    node: str
-    attempt: int
-
-
-Effect = Deliver | End | RetryAfter | CancelOrphan | AskAgain | TellTime | Confirm
+ASK_AGAIN_EVERY = 0.5
+"""Seconds in that time after which the node is asked once more: it may just have been cut off from the broker."""
 
 
 class Attempts:
@@ -137,6 +85,8 @@ class Attempts:
         self._blame = Blame()
         self._next_seq = 0
         self._gap_since: float | None = None
+        self._asked_at = -math.inf
+        """When the node was last asked for the missing frame."""
         self._accepted: Accepted | None = None
         self.waits_since = self._began
         """Since when it waits for a node, while none has it."""
@@ -249,11 +199,13 @@ class Attempts:
     def _gap(self, node: str, now: float) -> list[Effect]:
         """Frames after a missing one are dropped: the node sends all of them again when it is asked to."""
         if self._gap_since is None:
-            self._gap_since = now
-            return [AskAgain(node)]
-        if now - self._gap_since < GAP_CLOSES_WITHIN:
+            self._gap_since, self._asked_at = now, -math.inf
+        if now - self._gap_since >= GAP_CLOSES_WITHIN:
+            return self.fail(ReplyLost(f"frame {self._next_seq} of the reply never arrived", retryable=True), now)
+        if now - self._asked_at < ASK_AGAIN_EVERY:
             return []
-        return self.fail(ReplyLost(f"frame {self._next_seq} of the reply never arrived", retryable=True), now)
+        self._asked_at = now
+        return [AskAgain(node)]
 
     def _deliver(self, frame: Deltas) -> Deliver:
         if self._resumes:

@@ -78,9 +78,7 @@ class Fleet:
         self.session.admission = SimpleNamespace(
             admit=lambda lane: None, accepted=lambda *_: None, is_queued=lambda *_: True
         )
-        self.session.cancels = SimpleNamespace(
-            ask_again=lambda *_: None, cancel=lambda *what: self.cancelled.append(what)
-        )
+        self.session.control = SimpleNamespace(tell=lambda *what: self.cancelled.append(what))
         self.answers = []
         self.requests = []
         self.nodes = []
@@ -500,6 +498,12 @@ def test_a_router_that_was_connected_before_a_fork_says_so(fleet, ask, monkeypat
     fleet.router.close()
     assert fleet.router._session is fleet.session, "it is of the other process, which still uses it"
     monkeypatch.undo()
+
+
+def test_a_request_may_wait_in_its_queue_for_as_long_as_a_caller_likes(fleet, ask):
+    for seconds in (float("inf"), 10**400):  # no float is as large
+        fleet.answers = [[accepted(), response("the answer")]]
+        assert ask(fleet, queue_timeout=seconds).finish_reason == "stop"
 
 
 def test_nothing_is_sent_before_a_stream_is_entered(fleet):
