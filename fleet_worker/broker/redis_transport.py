@@ -154,7 +154,10 @@ class Channel(redis.Channel):  # type: ignore[misc]
 
     def _read_replies(self, reader: ReplyReader) -> bool:
         try:
-            reader.read(self.client.connection)
+            if self._closing:  # kombu would wait for the answer that is under way
+                self.client.connection.disconnect()
+            else:
+                reader.read(self.client.connection)
         except BaseException:
             self.client.connection.disconnect()  # half of an answer may be left
             raise
