@@ -2,19 +2,15 @@
 
 import time
 import uuid
-from contextlib import suppress
-
-from kombu import Consumer
 
 from fleet_worker import Settings
-from fleet_worker.broker import presence
+from fleet_worker.broker import presence, replies
 from fleet_worker.broker.app import create_app
 from fleet_worker.broker.reconnecting import ReconnectingThread
 from fleet_worker.broker.topology import (
     cancel_exchange,
     lane,
     reply_name,
-    reply_queue,
     route_to,
     task_name,
     transport_of,
@@ -113,20 +109,16 @@ class Caller:
         return request_id
 
     def _listen(self, connection):
-        with (
-            connection.channel() as channel,
-            Consumer(channel, [reply_queue(self.name)], on_message=self._receive, no_ack=True),
-        ):
-            with suppress(TimeoutError):
-                connection.drain_events(timeout=0.01)
+        with connection.channel() as channel:
+            receive_all = replies.consume(connection, channel, self.name, self._receive)
+            receive_all(0.01)
             presence.appear(channel, self.name)
             while not self._link.closed.is_set():
                 presence.stay(channel, self.name)
                 self._listens = True
                 self._link.works()
-                with suppress(TimeoutError):
-                    connection.drain_events(timeout=0.5)
+                receive_all(0.5)
 
-    def _receive(self, message):
-        reply = Reply.decode(message.body)
+    def _receive(self, body):
+        reply = Reply.decode(body)
         self._frames += [(reply.node, frame) for frame in reply.frames]

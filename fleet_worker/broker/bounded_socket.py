@@ -5,6 +5,7 @@ Anybody may send one of 512 MB to a channel or a list, and redis-py reads it thr
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from redis._parsers import _RESP2Parser, _RESP3Parser
@@ -13,6 +14,8 @@ from redis.connection import Connection
 
 SMALL = 256 * 1024
 """Bytes up to which redis-py reads a string by itself."""
+_NOTHING = (b"*-1", b"$-1", b"_")
+"""How Redis says that there is no list, in both of its protocols."""
 
 
 class BoundedBuffer(SocketBuffer):
@@ -40,11 +43,26 @@ class BoundedBuffer(SocketBuffer):
 class _BoundedParser:
     _buffer: Any
     _sock: Any
+    _read_response: Any
+    parse_error: Any
 
     def on_connect(self, connection: Any) -> None:
         super().on_connect(connection)  # type: ignore[misc]
         self._buffer = BoundedBuffer(self._sock, connection._socket_read_size, connection.socket_timeout)
         self._buffer.most_bytes = connection.most_bytes
+
+    def elements(self, of_key: bool) -> Iterator[bytes]:
+        header = self._buffer.readline()
+        if header.startswith(b"-"):
+            raise self.parse_error(header[1:].decode("utf-8", "replace"))
+        if header in _NOTHING:
+            return
+        if of_key:
+            self._read_response(disable_decoding=True)  # the key
+            header = self._buffer.readline()
+        for _ in range(int(header[1:])):
+            yield self._read_response(disable_decoding=True)
+        self._buffer.purge()
 
 
 class _Parser2(_BoundedParser, _RESP2Parser):
@@ -59,6 +77,7 @@ class Bounded:
     """A base class for connections of redis-py."""
 
     protocol: int
+    _parser: Any
 
     def __init__(self, *, most_bytes: int, **options: Any) -> None:
         self.most_bytes = most_bytes
@@ -67,6 +86,14 @@ class Bounded:
     def set_parser(self, parser_class: Any) -> None:
         """Use a parser that is written in Python: the one of hiredis has no bound."""
         super().set_parser(_Parser3 if self.protocol == 3 else _Parser2)  # type: ignore[misc]
+
+    def elements(self, of_key: bool = False) -> Iterator[bytes]:
+        """Yield the elements of the answer to a command that pops several, one after the other as they are read: no two
+        need be in memory. `of_key`: the answer names a key before them, as that of BLMPOP.
+
+        The connection has to be closed if this is not read to its end, unless it raises `ResponseError`.
+        """
+        return self._parser.elements(of_key)  # type: ignore[no-any-return]
 
 
 class BoundedConnection(Bounded, Connection):

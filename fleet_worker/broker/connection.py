@@ -132,6 +132,12 @@ class Publisher:
             **properties,
         )
 
+    @property
+    def channel(self) -> Any:
+        """The channel that it publishes on."""
+        self._producer = self._producer or self._open()
+        return self._producer.channel
+
     def drop(self) -> None:
         """Close the connection after an error. The next publish opens another."""
         if connection := self._forget():

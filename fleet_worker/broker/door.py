@@ -117,6 +117,17 @@ class Door:
             most_bytes=most_bytes,
         )
 
+    def open_reply(self, item: bytes) -> bytes:
+        """Return the body of a message in a reply queue, which is all of it. Nodes of version 0.1 wrap it on Redis.
+
+        Raises:
+            Refused: it is too large, has too many values, or is wrapped in another way.
+        """
+        if item.startswith(_BEGINNING):
+            return self.unwrap(item, self.most_bytes)[0]
+        _check_size(item, self.most_bytes)
+        return item
+
     def check(
         self, body: Any, headers: Any, *, content_type: Any, content_encoding: Any, most_bytes: int
     ) -> tuple[bytes, dict[str, Any]]:

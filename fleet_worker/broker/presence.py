@@ -7,7 +7,7 @@ alive, which tells that it lost power or is frozen, since its socket then stays.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 from amqp.exceptions import NotFound
@@ -54,15 +54,21 @@ def leave(channel: Any, reply_to: str) -> None:
             client.delete(listening_key(reply_to))
 
 
-def look_for(channel: Any, transport: Transport, reply_queues: Iterable[str]) -> dict[str, Sight]:
+def look_for(
+    channel: Any,
+    transport: Transport,
+    reply_queues: Iterable[str],
+    learn: Callable[[str, int], object] = lambda reply_to, waiting: None,
+) -> dict[str, Sight]:
     """Return what the broker knows of the routers with these reply queues. Redis is asked once for all of them.
+    RabbitMQ tells `learn` as well how many messages wait in each; Redis tells that whenever one is pushed.
 
     Raises:
         one of BROKER_ERRORS
     """
     names = list(reply_queues)
     if transport == "amqp":
-        return {name: _count_consumers(channel, name) for name in names}
+        return {name: _count_consumers(channel, name, learn) for name in names}
     keys = [listening_key(name) for name in names]
     with channel.conn_or_acquire() as client, client.pipeline(transaction=False) as pipe:
         pipe.pubsub_numsub(*keys)
@@ -77,8 +83,10 @@ def _judge(subscribers: int, value: bytes | None) -> Sight:
     return "away" if value in (None, SUBSCRIBES) else "here"
 
 
-def _count_consumers(channel: Any, reply_to: str) -> Sight:
+def _count_consumers(channel: Any, reply_to: str, learn: Callable[[str, int], object]) -> Sight:
     try:
-        return "here" if channel.queue_declare(reply_to, passive=True).consumer_count else "away"
+        queue = channel.queue_declare(reply_to, passive=True)
+        learn(reply_to, queue.message_count)
+        return "here" if queue.consumer_count else "away"
     except NotFound:  # RabbitMQ closes the channel, which opens again by itself
         return "away"

@@ -10,9 +10,10 @@ import base64
 import contextlib
 import json
 import threading
+import time
 from itertools import count
 from queue import Empty
-from typing import Any
+from typing import Any, Protocol
 
 from kombu.transport import redis, virtual
 from redis import BlockingConnectionPool, ConnectionPool
@@ -27,6 +28,14 @@ SOCKET_FREE_WITHIN = 5.0
 
 
 _OUR_CONTENT: dict[str, Any] = {"content-type": "application/json", "content-encoding": "utf-8"}
+
+
+class ReplyReader(Protocol):
+    """Reads several elements of one list at once, from the connection that it is given."""
+
+    def ask(self, connection: Any, timeout: float) -> None: ...
+
+    def read(self, connection: Any) -> None: ...
 
 
 class SharedSocket:
@@ -75,6 +84,8 @@ class Channel(redis.Channel):  # type: ignore[misc]
     Message = Message
     connection_class = BoundedConnection
     connection_class_ssl = _SSLConnection
+    reply_reader: ReplyReader | None = None
+    """Reads a reply queue, the only queue that is consumed on this channel then (`broker.replies`)."""
     _shares_socket = False
     _tags = count(1)
 
@@ -114,8 +125,17 @@ class Channel(redis.Channel):  # type: ignore[misc]
 
     # Messages come in
 
+    def _brpop_start(self, timeout: float | None = None) -> None:
+        if not self.reply_reader:
+            super()._brpop_start(timeout)
+            return
+        self._in_poll, self._brpop_sent_at = self.client.connection, time.monotonic()
+        self.reply_reader.ask(self.client.connection, timeout or self.brpop_timeout)
+
     def _brpop_read(self, **options: Any) -> bool:
-        """Receive an item of a list, as the reply to BRPOP."""
+        """Receive an item of a list, as the reply to BRPOP; or several replies."""
+        if self.reply_reader:
+            return self._read_replies(self.reply_reader)
         try:
             reply = self.client.parse_response(self.client.connection, "BRPOP", **options)
         except self.connection_errors:
@@ -131,6 +151,19 @@ class Channel(redis.Channel):  # type: ignore[misc]
         self._queue_cycle.rotate(queue)
         self._hand_over(opened, queue, int(priority or 0))
         return True
+
+    def _read_replies(self, reader: ReplyReader) -> bool:
+        try:
+            if self._closing:  # kombu would wait for the answer that is under way
+                self.client.connection.disconnect()
+            else:
+                reader.read(self.client.connection)
+        except BaseException:
+            self.client.connection.disconnect()  # half of an answer may be left
+            raise
+        finally:
+            self._in_poll = None
+        return True  # also if there was none: kombu would sleep for `polling_interval` then
 
     def _receive_one(self, client: Any) -> bool | None:
         """Receive a message of a fanout."""

@@ -16,6 +16,8 @@ Transport = Literal["redis", "amqp"]
 
 EXCHANGE = Exchange("llm.fleet", type="topic", durable=True)
 REPLY_PREFIX = "llm.fleet.reply."
+PLAIN = "plain"
+"""A part of the name of a reply queue whose router reads replies that are not wrapped. One of version 0.1 does not."""
 LONGEST_EXPIRY = 999_999
 """Seconds after which a reply queue is deleted at the latest."""
 CONTROL_EXCHANGE = "llm.fleet.control"
@@ -88,13 +90,13 @@ def route_to(name: str, transport: Transport) -> dict[str, Any]:
 
 def reply_name(host: str, expires: float) -> str:
     """Return a new name for the reply queue of one router. It ends with the seconds after which the queue expires."""
-    return f"{REPLY_PREFIX}{slug(host)}.{uuid.uuid4().hex[:12]}.{min(max(1, round(expires)), LONGEST_EXPIRY)}"
+    return f"{REPLY_PREFIX}{slug(host)}.{uuid.uuid4().hex[:12]}.{PLAIN}.{min(max(1, round(expires)), LONGEST_EXPIRY)}"
 
 
 def reply_queue(name: str) -> Queue:
     """Return the reply queue of one router. Its arguments follow from its name.
 
-    On Redis nodes have to declare it, too: only a publisher that has done so sets the time to live of its list.
+    On Redis nodes set the time to live of its list.
 
     On RabbitMQ its router declares it. It is durable, since RabbitMQ may refuse queues that are neither durable nor
     exclusive, and an exclusive one is deleted, with the replies in it, whenever its router reconnects. Only one
@@ -102,8 +104,18 @@ def reply_queue(name: str) -> Queue:
     would go to its dead connection.
     """
     one_reader = {"x-single-active-consumer": True}
-    expires = float(name.rpartition(".")[2])
-    return Queue(name, Exchange(""), routing_key=name, durable=True, expires=expires, queue_arguments=one_reader)
+    arguments = {"expires": expiry(name), "queue_arguments": one_reader}
+    return Queue(name, Exchange(""), routing_key=name, durable=True, **arguments)
+
+
+def is_plain(reply_to: str) -> bool:
+    """Tell whether the router of this queue reads replies that are not wrapped."""
+    return f".{PLAIN}." in reply_to
+
+
+def expiry(reply_to: str) -> float:
+    """Return the seconds after which this reply queue expires."""
+    return float(reply_to.rpartition(".")[2])
 
 
 def registry_exchange(transport: Transport) -> Exchange:

@@ -64,7 +64,11 @@ class Node:
         self.confirmations = Confirmations()
         self.publisher = ReplyPublisher(app.connection_for_write, name, max_pending=settings.worker.max_pending)
         self.presence = RouterPresence(
-            app.connection_for_read, transport, self.running, abandoned_after=settings.worker.abandoned_after
+            app.connection_for_read,
+            transport,
+            self.running,
+            abandoned_after=settings.worker.abandoned_after,
+            learn=self.publisher.learn,
         )
         self.state = State("starting")
         self.handed_over = 0

@@ -1,7 +1,6 @@
 """The node's end of the reply protocol (`router.reply_consumer` is the router's end).
 
-One broker message carries the frames of all requests that a node has for a router since its last publish. The frames
-of one attempt are numbered without a gap. The last one is a response or an error, and only these end a reply.
+One broker message carries the frames of all requests that a node has for a router since its last message to it.
 """
 
 from __future__ import annotations
@@ -9,127 +8,54 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from kombu import Connection
 
+from fleet_worker.broker import replies
 from fleet_worker.broker.connection import Publisher
 from fleet_worker.broker.faults import refusal
 from fleet_worker.broker.outage import Outage
-from fleet_worker.broker.topology import reply_queue
-from fleet_worker.errors import FleetError, RequestTimeout
 from fleet_worker.mlx.timeouts import CancelToken
-from fleet_worker.protocol.reply import (
-    Accepted,
-    Alive,
-    ChatResponse,
-    Delta,
-    Deltas,
-    EmbedResponse,
-    Failure,
-    Frame,
-    Reply,
-)
+from fleet_worker.node.outbox import NEVER, Outbox
+from fleet_worker.node.replay_buffer import ReplayBuffer
+from fleet_worker.node.reply_writer import ReplyWriter
+from fleet_worker.protocol.reply import Alive, Frame, Reply
 from fleet_worker.protocol.wire import PROTOCOL_VERSION
 
 log = logging.getLogger(__name__)
 
-LONGEST_GAP = 0.010
-GAP_PER_REQUEST = 0.0003
-"""Seconds between two publishes: the more requests are in progress, the longer. Not before a first token or a last
-frame. At 32 streams of 50 tokens/s a gap of 5 ms makes 3,500 messages of 20,000, for a third of the CPU."""
 HEARTBEAT_EVERY = 1.0
 TRIES = 5
 """Tries until a message that the broker refuses for good is dropped: it may be too large."""
-REPLAY_WINDOW = 5.0
-REPLAY_MAX_BYTES = 16 * 1024 * 1024
-"""Messages are kept for so many seconds, and together so many bytes, to be published again."""
-REPLAY_MESSAGE_BYTES = 256 * 1024
-"""Bytes up to which they are merged into one message."""
 MOST_FRAMES, LARGE_MESSAGE_BYTES = 500, 384 * 1024
 """Frames and bytes of one message that has several frames: no more JSON values than routers read."""
-_NEVER = float("inf")
-
-
-class ReplyWriter:
-    """Writes the reply to one attempt, from the thread of its task."""
-
-    def __init__(self, publisher: ReplyPublisher, request_id: str, attempt: int, reply_to: str) -> None:
-        self._publisher = publisher
-        self.id = request_id
-        self.attempt = attempt
-        self.reply_to = reply_to
-        self.deadline = time.monotonic() + 3600.0
-        self.appended = 0
-        """Frames that the publisher has. A frame with a higher number is still on its way from the task to it."""
-        self._seq = 0
-        self._cancel_token = CancelToken()
-
-    @contextmanager
-    def cancelled_by(self, cancel_token: CancelToken) -> Iterator[None]:
-        """Within this block a cancel ends every wait, which then raises the token's error."""
-        self._cancel_token = cancel_token
-        with cancel_token.on_cancel(self._publisher.wake_up):
-            yield
-
-    def accept(self, *, at_once: bool = False, **fields: Any) -> None:
-        """Tell the router which instance accepted the attempt. Unless it is to be told at once, this may wait for the
-        next frame, to travel with it."""
-        self._wait_for_room()
-        self._publisher.append(self, Accepted(**self._next(), **fields), delay=0.0 if at_once else LONGEST_GAP)
-
-    def put(self, deltas: list[Delta], tokens: int) -> None:
-        """Append deltas, with which the answer has about so many tokens; the first ones are published at once.
-
-        Waits while too many frames are pending, so that the MLX server's stream is not read meanwhile.
-
-        Raises:
-            RequestTimeout: the broker took nothing until the deadline.
-            FleetError: the attempt was cancelled.
-        """
-        self._wait_for_room()
-        first = self._seq <= 1
-        frame = Deltas(**self._next(), deltas=deltas, tokens=tokens)
-        self._publisher.append(self, frame, delay=0.0 if first else None)
-
-    def end(self, frame: type[ChatResponse] | type[EmbedResponse], **fields: Any) -> None:
-        self._publisher.append(self, frame(**self._next(), node=self._publisher.node, **fields), delay=0.0)
-
-    def fail(self, error: FleetError) -> None:
-        self._publisher.append(self, Failure.of(error, self.id, self.attempt, self._next()["seq"]), delay=0.0)
-
-    def _wait_for_room(self) -> None:
-        """Wait before the frame gets its number: a number that is never sent would be missing before the error."""
-        if not self._publisher.wait_for_room(self.deadline, self._cancel_token):
-            raise self._cancel_token.error or RequestTimeout("the broker took no replies until the deadline")
-
-    def _next(self) -> dict[str, Any]:
-        seq, self._seq = self._seq, self._seq + 1
-        return {"id": self.id, "attempt": self.attempt, "seq": seq}
 
 
 class ReplyPublisher:
     """Publishes the frames of a node from one thread with one connection, as fast as the broker takes them.
 
-    While a publish is in progress, and for a few milliseconds after it, frames gather for the next one. So a single
-    token is published at once, and the cost of a token falls as the load rises. While the broker is away the frames
-    wait, and with `max_pending` of them the tasks wait too. A broker that comes back may have lost messages: the last
-    ones are published again, and the router drops those that it has.
+    While a publish is in progress, and for a few milliseconds after it, frames gather for the next one; for longer if
+    the router is behind. So a single token is published at once, and the cost of a token falls as the load of the node
+    or of the router rises. First tokens and last frames never wait. While the broker is away the frames wait, and with
+    `max_pending` of them the tasks wait too. A broker that comes back may have lost messages: the last ones are
+    published again, and the router drops those that it has.
     """
 
     def __init__(self, connect: Callable[[], Connection], node: str, *, max_pending: int) -> None:
         self.node = node
         self._max_pending = max_pending
         self._changed = threading.Condition()
-        self._pending: dict[str, list[Frame]] = {}
+        self._outboxes: defaultdict[str, Outbox] = defaultdict(Outbox)
+        """By reply queue."""
         self._count = 0
-        self._oldest = self._lag = 0.0
-        self._due = _NEVER
-        """When the pending frames must be published, as the times below in `time.monotonic()` seconds."""
-        self._last_publish = self._next_heartbeat = 0.0
+        """Frames that are in them, without heartbeats."""
+        self._lag = 0.0
+        self._due = NEVER
+        """When the first of them must be published, as the next in `time.monotonic()` seconds."""
+        self._next_heartbeat = 0.0
         self._writers: set[ReplyWriter] = set()
         self._replay = ReplayBuffer()
         self._to_replay: set[str] = set()
@@ -162,11 +88,17 @@ class ReplyPublisher:
             self._to_replay.add(reply_to)
             self._changed.notify_all()
 
+    def learn(self, reply_to: str, waiting: int) -> None:
+        """So many messages wait for this router at the broker. From any thread."""
+        with self._changed:
+            if outbox := self._outboxes.get(reply_to):
+                outbox.learn(waiting)
+
     def take_lag(self) -> float:
         """Return the longest time in seconds that a frame has waited for its publish since the last call."""
         with self._changed:
-            waiting = time.monotonic() - self._oldest if self._count else 0.0
-            lag, self._lag = max(self._lag, waiting), 0.0
+            now = time.monotonic()
+            lag, self._lag = max([self._lag, *(outbox.waits(now) for outbox in self._outboxes.values())]), 0.0
         return round(lag, 4)
 
     def wait_until_idle(self, timeout: float) -> bool:
@@ -198,57 +130,61 @@ class ReplyPublisher:
     def append(self, writer: ReplyWriter, frame: Frame, *, delay: float | None) -> None:
         """Publish a frame within `delay` seconds; with None, when the gap after the last publish is over."""
         with self._changed:
-            self._pending.setdefault(writer.reply_to, []).append(frame)
-            if not self._count:
-                self._oldest = time.monotonic()
+            if self._count >= self._max_pending // 2:
+                delay = 0.0  # or the tasks would wait, also those that reply to other routers
             self._count += 1
             writer.appended += 1
-            if delay is None:
-                due = self._last_publish + min(LONGEST_GAP, len(self._writers) * GAP_PER_REQUEST)
-            else:
-                due = time.monotonic() + delay
-            if due < self._due:
-                self._due = due
+            outbox = self._outboxes[writer.reply_to]
+            outbox.append(frame, delay, len(self._writers))
+            if outbox.due < self._due:
+                self._due = outbox.due
                 self._changed.notify_all()
 
     def _run(self) -> None:
-        while not (self._closed.is_set() and not self._pending):
+        while not (self._closed.is_set() and not self._count):
             for reply_to, frames in self._take().items():
                 self._publish_parts(reply_to, frames)
         self._publisher.close()
 
     def _take(self) -> dict[str, list[Frame]]:
-        """Wait until frames or heartbeats are due, and return all that is pending."""
+        """Wait until frames, heartbeats or what was missed are due; return the frames of each router that is."""
         with self._changed:
-            while not (self._closed.is_set() or self._to_replay):
-                idle = not self._writers and not self._replay
-                wake = self._due if idle else min(self._due, self._next_heartbeat)
-                left = wake - time.monotonic()
-                if left <= 0:
-                    break
-                self._changed.wait(None if wake is _NEVER else left)
-            self._last_publish, self._due = time.monotonic(), _NEVER
-            if self._last_publish >= self._next_heartbeat:
-                self._add_heartbeats()
-            if self._to_replay:
-                self._to_replay &= self._replay.reply_queues()  # to the others nothing was published
-                for reply_to in self._to_replay:
-                    self._pending.setdefault(reply_to, [])
-            if self._count:
-                self._lag = max(self._lag, self._last_publish - self._oldest)
-            batch, self._pending, self._count = self._pending, {}, 0
+            self._wait_until_due()
+            now = time.monotonic()
+            if now >= self._next_heartbeat:
+                self._add_heartbeats(now)
+            self._to_replay &= self._replay.reply_queues()  # to the others nothing was published
+            ends = self._closed.is_set()
+            due = {reply_to for reply_to, outbox in self._outboxes.items() if ends or outbox.due <= now}
+            self._lag = max([self._lag, *(self._outboxes[reply_to].waits(now) for reply_to in due)])
+            batch = {reply_to: self._outboxes[reply_to].take(now) for reply_to in due | self._to_replay}
+            taken = sum(not isinstance(frame, Alive) for frames in batch.values() for frame in frames)
+            self._count -= taken
+            self._due = min((outbox.due for outbox in self._outboxes.values()), default=NEVER)
             self._changed.notify_all()
         return batch
 
-    def _add_heartbeats(self) -> None:
+    def _wait_until_due(self) -> None:
+        while not (self._closed.is_set() or self._to_replay):
+            idle = not self._writers and not self._replay
+            wake = self._due if idle else min(self._due, self._next_heartbeat)
+            left = wake - time.monotonic()
+            if left <= 0:
+                break
+            self._changed.wait(None if wake is NEVER else left)
+
+    def _add_heartbeats(self, now: float) -> None:
         """Send something to every router with requests here, also to those whose requests ended a few seconds ago: so
         a broker that was lost right after a last frame is noticed, and the frame is published again."""
-        self._next_heartbeat = self._last_publish + HEARTBEAT_EVERY
-        for reply_to in self._replay.reply_queues():
-            self._pending.setdefault(reply_to, [])
+        self._next_heartbeat = now + HEARTBEAT_EVERY
+        recent = self._replay.reply_queues() | {writer.reply_to for writer in self._writers}
+        for reply_to in [each for each, outbox in self._outboxes.items() if outbox.is_empty and each not in recent]:
+            del self._outboxes[reply_to]
+        for reply_to in recent:
+            self._outboxes[reply_to].due = now
         for writer in self._writers:
             alive = Alive(id=writer.id, attempt=writer.attempt, seq=writer.appended)
-            self._pending.setdefault(writer.reply_to, []).append(alive)
+            self._outboxes[writer.reply_to].append(alive, 0.0, 0)
 
     def _publish_parts(self, reply_to: str, frames: list[Frame]) -> None:
         """Publish frames as one message, or as several: routers drop what is larger than any message should be."""
@@ -266,14 +202,16 @@ class ReplyPublisher:
         while True:
             try:
                 for old_reply_to, old_body in self._lost(reply_to, failures):
-                    self._publisher.publish(old_body, routing_key=old_reply_to, declare=reply_queue)
-                self._publisher.publish(body, routing_key=reply_to, declare=reply_queue)
+                    replies.push(self._publisher.channel, old_reply_to, old_body)
+                waiting = replies.push(self._publisher.channel, reply_to, body)
                 break
             except Exception as error:
                 failures += 1
                 if not self._retry_later(error, failures):
                     return
         self._outage.works()
+        if waiting is not None:
+            self.learn(reply_to, waiting)
         if has_frames:
             self._replay.add(reply_to, body)
 
@@ -296,55 +234,3 @@ class ReplyPublisher:
         if is_over := failures >= TRIES and (closing or refused):
             log.error("replies were given up: %s", "the node ends" if closing else f"refused, {type(error).__name__}")
         return not is_over
-
-
-class ReplayBuffer:
-    """The messages of the last seconds with their reply queues, to be published again. For one thread."""
-
-    def __init__(self) -> None:
-        self._messages: deque[tuple[float, str, bytes]] = deque()
-        self._bytes = 0
-
-    def __bool__(self) -> bool:
-        return bool(self._messages)
-
-    def add(self, reply_to: str, body: bytes) -> None:
-        self._messages.append((time.monotonic(), reply_to, body))
-        self._bytes += len(body)
-        self._drop_old()
-
-    def reply_queues(self) -> set[str]:
-        self._drop_old()
-        return {reply_to for _, reply_to, _ in self._messages}
-
-    def take(self) -> list[tuple[str, bytes]]:
-        """Return the frames in few messages: the broker confirms each, and meanwhile no new frame is published.
-
-        They are kept anew: the broker may be lost once more before a router has read them.
-        """
-        bodies: dict[str, list[bytes]] = {}
-        for _, reply_to, body in self._messages:
-            bodies.setdefault(reply_to, []).append(body)
-        self._messages, self._bytes = deque(), 0
-        for reply_to, parts in bodies.items():
-            for group in _grouped(parts):
-                self.add(reply_to, Reply.merged(group))
-        return [(reply_to, body) for _, reply_to, body in self._messages]
-
-    def _drop_old(self) -> None:
-        oldest = time.monotonic() - REPLAY_WINDOW
-        while self._messages and (self._messages[0][0] < oldest or self._bytes > REPLAY_MAX_BYTES):
-            self._bytes -= len(self._messages.popleft()[2])
-
-
-def _grouped(bodies: Iterable[bytes]) -> Iterator[list[bytes]]:
-    """Yield them in their order, in groups of up to `REPLAY_MESSAGE_BYTES`; a longer one alone."""
-    group: list[bytes] = []
-    size = 0
-    for body in bodies:
-        if group and size + len(body) > REPLAY_MESSAGE_BYTES:
-            yield group
-            group, size = [], 0
-        group.append(body)
-        size += len(body)
-    yield group

@@ -56,7 +56,8 @@ class _Seen:
 class RouterPresence:
     """Asks with one thread and one connection. Cancels what runs for a router that is not connected any more, and,
     after `abandoned_after` seconds, for one that is connected and silent. Only seconds in which the broker did answer
-    count, and none soon after an outage of the broker.
+    count, and none soon after an outage of the broker. `learn` is called with how many messages wait for a router, if
+    the broker tells.
     """
 
     def __init__(
@@ -66,10 +67,12 @@ class RouterPresence:
         running: RunningAttempts,
         *,
         abandoned_after: float,
+        learn: Callable[[str, int], object] = lambda reply_to, waiting: None,
     ) -> None:
         self._transport = transport
         self._running = running
         self._abandoned_after = abandoned_after
+        self._learn_backlog = learn
         self._changed = threading.Condition()
         self._seen: dict[str, _Seen] = {}
         self._questions: set[str] = set()
@@ -133,7 +136,7 @@ class RouterPresence:
                         receive(connection, 0.01)
                         connection.heartbeat_check()
                 if asked:
-                    self._learn(look_for(channel, self._transport, asked))
+                    self._learn(look_for(channel, self._transport, asked, self._learn_backlog))
         finally:
             with self._changed:
                 self._is_connected = False

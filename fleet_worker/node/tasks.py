@@ -27,7 +27,7 @@ from fleet_worker.mlx.offering import Offering, offering_for
 from fleet_worker.mlx.parameters import dropped_parameters
 from fleet_worker.mlx.timeouts import CancelToken
 from fleet_worker.node.node import Node
-from fleet_worker.node.reply_publisher import ReplyWriter
+from fleet_worker.node.reply_writer import ReplyWriter
 from fleet_worker.node.router_presence import not_listening
 from fleet_worker.protocol import clock
 from fleet_worker.protocol.openai import ChatParams, EmbedParams

@@ -87,6 +87,10 @@ class Call:
             self.cancel()
             raise
 
+    def deltas(self) -> Deltas | None:
+        """Return the next frame if it has deltas and is there already."""
+        return None if self._ended_by() else self._entered.get_deltas()
+
     async def aframe(self) -> Frame:
         """As `frame`, awaitable."""
         self.raise_again()
@@ -194,6 +198,21 @@ class ChatStream:
             self._take(await self._call.aframe())
         return self._ready.popleft()
 
+    def batches(self) -> Batches:
+        """Iterate the deltas in lists: those that have arrived together, for who writes them together.
+
+        With `for` or `async for`, instead of iterating the stream itself.
+        """
+        return Batches(self)
+
+    def take_ready(self) -> list[Delta]:
+        """Return the deltas that have arrived and were not read yet."""
+        while self._response is None and (frame := self._call.deltas()):
+            self._take(frame)
+        ready = list(self._ready)
+        self._ready.clear()
+        return ready
+
     @property
     def response(self) -> ChatResponse:
         """The whole answer; raises `RuntimeError` before the stream has ended, and the error of one that failed."""
@@ -212,3 +231,22 @@ class ChatStream:
             self._ready.extend(frame.deltas)
         else:
             self._response = cast(ChatResponse, frame).model_copy(update=join(self._deltas))
+
+
+class Batches:
+    """The deltas of a stream, in lists of those that have arrived together, none of which is empty."""
+
+    def __init__(self, stream: ChatStream) -> None:
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[list[Delta]]:
+        return self
+
+    def __next__(self) -> list[Delta]:
+        return [next(self._stream), *self._stream.take_ready()]
+
+    def __aiter__(self) -> AsyncIterator[list[Delta]]:
+        return self
+
+    async def __anext__(self) -> list[Delta]:
+        return [await anext(self._stream), *self._stream.take_ready()]

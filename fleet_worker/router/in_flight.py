@@ -79,7 +79,7 @@ class InFlightRequest:
             request, deadline=self._deadline, max_attempts=session.settings.max_attempts, on_interrupt=on_interrupt
         )
         self._lock = threading.RLock()
-        self._readers = Readers(session.settings.max_buffered)
+        self._readers = Readers(session.replies.wakeups, session.settings.max_buffered)
         self._target = None if node else session.nodes.node_for(request)
         """The node that the router chose for the present attempt."""
         self._submitted_at = 0.0

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 
 from fleet_worker.protocol.reply import Deltas, Frame
 from fleet_worker.router.reply_buffer import ReplyBuffer
+from fleet_worker.router.wakeups import Wakeups
 
 
 class Readers:
     """For use under the lock of the request, except `any_left`."""
 
-    def __init__(self, max_buffered: int) -> None:
+    def __init__(self, wakeups: Wakeups, max_buffered: int) -> None:
+        self._wakeups = wakeups
         self._max_buffered = max_buffered
         self._buffers: list[ReplyBuffer] = []
 
@@ -24,7 +26,7 @@ class Readers:
         """Return the buffer of one more reader, who waits at most `timeout` seconds. It begins with the frames that
         were delivered so far; with the `last` one it is complete."""
         room = self._max_buffered + sum(len(frame.deltas) for frame in past)
-        buffer = ReplyBuffer(deadline=time.monotonic() + timeout, max_buffered=room)
+        buffer = ReplyBuffer(self._wakeups, deadline=time.monotonic() + timeout, max_buffered=room)
         for frame in past:
             buffer.put(frame)
         if last:

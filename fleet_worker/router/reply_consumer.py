@@ -11,8 +11,8 @@ from typing import Any
 
 from kombu import Connection, Consumer, Producer
 
-from fleet_worker.broker import presence
-from fleet_worker.broker.connection import Publisher, open_channel, receive
+from fleet_worker.broker import presence, replies
+from fleet_worker.broker.connection import Publisher, open_channel
 from fleet_worker.broker.door import Refused
 from fleet_worker.broker.faults import is_away, needs_operator, unavailable
 from fleet_worker.broker.reconnecting import ReconnectingThread
@@ -24,6 +24,7 @@ from fleet_worker.protocol.request import ControlMessage
 from fleet_worker.protocol.wire import PROTOCOL_VERSION
 from fleet_worker.registry.view import Registry
 from fleet_worker.router.submitter import publish
+from fleet_worker.router.wakeups import Wakeups
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class ReplyConsumer:
         self._broker_url = broker_url
         self._on_frame = receive
         self._registry = registry
-        self._queue = reply_queue(name)
+        self.wakeups = Wakeups()
         self._link = ReconnectingThread("the reply queue", connect, self._listen, self._failed)
         self.clock = 0.0
         """Seconds of consuming so far. It stands still while the broker or this process is frozen or cut off."""
@@ -106,11 +107,10 @@ class ReplyConsumer:
 
     def _listen(self, connection: Connection) -> None:
         channel = open_channel(connection)
-        consumer = Consumer(channel, [self._queue], on_message=self._receive)
-        consumer.consume()
+        receive_all = replies.consume(connection, channel, self.name, self._receive)
         events = registry_queue(transport_of(self._broker_url))
         Consumer(channel, [events], on_message=self._registry.receive, no_ack=True).consume()
-        receive(connection, 0.01)  # only now kombu's Redis transport subscribes
+        receive_all(0.01)  # only now kombu's Redis transport subscribes
         self._announce(channel)
         presence.appear(channel, self.name)  # before the first request, or nodes take this router for gone
         self._began_at, self._next_probe = self.clock, time.monotonic() + PROBE_EVERY
@@ -120,10 +120,11 @@ class ReplyConsumer:
             self._probe(channel)
             self._link.works()
             before = time.monotonic()
-            receive(connection, 1.0)
+            with self.wakeups.together():
+                receive_all(1.0)
             self.clock += min(time.monotonic() - before, MAX_TICK)
         with contextlib.suppress(Exception):  # all of it expires
-            self._leave(consumer, channel)
+            self._leave(channel)
 
     def _announce(self, channel: Any) -> None:
         """Ask all registry nodes for the status of their hosts, so that none is unknown until its next event. After a
@@ -135,9 +136,9 @@ class ReplyConsumer:
             notice = ControlMessage(missed=self.name, router=self.name, sent_at=clock.now())
             publish(Producer(channel), cancel_exchange(), notice.encode())
 
-    def _leave(self, consumer: Consumer, channel: Any) -> None:
-        consumer.cancel()
-        self._queue.bind(channel).delete()
+    def _leave(self, channel: Any) -> None:
+        channel.basic_cancel(self.name)  # or RabbitMQ would tell that the queue is gone
+        reply_queue(self.name)(channel).delete()
         presence.leave(channel, self.name)
 
     def _probe(self, channel: Any) -> None:
@@ -146,14 +147,13 @@ class ReplyConsumer:
             presence.stay(channel, self.name)
             self._next_probe = time.monotonic() + PROBE_EVERY
 
-    def _receive(self, message: Any) -> None:
+    def _receive(self, body: bytes) -> None:
         try:
-            reply = Reply.decode(message.body)
+            reply = Reply.decode(body)
         except InvalidRequest as error:
             raise Refused("it is no reply", str(error)) from None
         for frame in reply.frames:
             self._dispatch(reply.node, frame)
-        message.ack()
 
     def _dispatch(self, node: str, frame: Frame) -> None:
         try:
@@ -162,7 +162,7 @@ class ReplyConsumer:
             log.error("a frame of %s (%s) was dropped: %s at %s", node, frame.kind, type(error).__name__, where(error))
 
     def _wake_up(self) -> None:
-        """Send an empty reply to this queue: it ends the wait in `drain_events` at once."""
+        """Send an empty reply to this queue: it ends the wait for messages at once."""
         with contextlib.suppress(Exception), self._connect() as connection:
             empty = Reply(v=PROTOCOL_VERSION, node="", frames=[]).encode()
-            Publisher(lambda: connection).publish(empty, routing_key=self.name, declare=reply_queue)
+            replies.push(Publisher(lambda: connection).channel, self.name, empty)

@@ -19,7 +19,7 @@ import statistics
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
@@ -221,7 +221,7 @@ def thousand(broker: Valkey) -> list[Row]:
     with beside(_listening_router, broker.url) as (router, told):
         told.recv()
         rss = rss_mb(router.pid)
-        with beside(_simulated_fleet, broker.url) as (_, fleet):
+        with beside(simulated_hosts, broker.url) as (_, fleet):
             fleet.recv()
             with beside(_new_router, broker.url, 3 * HOSTS) as (_, new):
                 known, settled = new.recv()
@@ -250,17 +250,18 @@ def _new_router(pipe: Pipe, broker_url: str, offerings: int) -> None:
     pipe.send(_seconds_until_known(broker_url, offerings))
 
 
-def _simulated_fleet(pipe: Pipe, broker_url: str) -> None:
-    """What a thousand registry nodes publish, at their default intervals and to a router that asks.
+def simulated_hosts(pipe: Pipe, broker_url: str, hosts: int = HOSTS, models: Sequence[str] = ()) -> None:
+    """What so many registry nodes publish, at their default intervals and to a router that asks. Each host has these
+    models, or three of the catalogue.
 
     Bodies are made before, so that this process is no slower than a thousand.
     """
-    said = [_said_by(f"mini-{number:04}") for number in range(HOSTS)]
+    said = [_said_by(f"mini-{number:04}", models or random.sample(CATALOGUE, 3)) for number in range(hosts)]
     registry, transport = Settings(broker_url=broker_url).registry, transport_of(broker_url)
     intervals = {"readiness": registry.readiness_interval, "models": registry.models_interval}
     due = [
         (time.monotonic() + interval * random.uniform(0.1, 1.0), number, kind)
-        for number in range(HOSTS)
+        for number in range(hosts)
         for kind, interval in intervals.items()
     ]
     heapq.heapify(due)
@@ -292,9 +293,8 @@ def _simulated_fleet(pipe: Pipe, broker_url: str) -> None:
     pipe.send(answering)
 
 
-def _said_by(host: str) -> dict[str, bytes]:
-    """Both messages of a host whose one instance has three models."""
-    models = random.sample(CATALOGUE, 3)
+def _said_by(host: str, models: Sequence[str]) -> dict[str, bytes]:
+    """Both messages of a host whose one instance has these models."""
     lanes = [lane(capability, model) for model in models for capability in ("chat", "stream_chat")]
     offering = {"provider": "mlx", "instance": "local", "usage": "inference"}
     of_model = {

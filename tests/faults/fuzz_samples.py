@@ -45,8 +45,10 @@ class Sample:
 
     @classmethod
     def read(cls, kind: str, stored: bytes) -> Sample:
-        """Read what kombu has pushed or published."""
+        """Read what kombu has pushed or published, or a reply, which is not wrapped."""
         message = json.loads(stored)
+        if "body" not in message:
+            return cls(kind, stored)
         body = base64.b64decode(message["body"])
         return cls(
             kind, body, message["headers"], message["properties"], message["content-type"], message["content-encoding"]

@@ -16,7 +16,7 @@ from fleet_worker.broker.app import create_app
 from fleet_worker.broker.faults import place_of
 from fleet_worker.broker.topology import cancel_exchange, reply_name
 from fleet_worker.host.child_process import child, python
-from fleet_worker.node import reply_publisher
+from fleet_worker.node import replay_buffer
 from fleet_worker.node.reply_publisher import ReplyPublisher
 from fleet_worker.protocol.reply import Delta
 from fleet_worker.protocol.request import ControlMessage
@@ -100,7 +100,7 @@ def test_a_node_takes_work_again_within_three_seconds_of_the_broker(mlx):
 
 @pytest.mark.rest
 def test_what_nobody_has_read_survives_any_number_of_losses(monkeypatch):
-    monkeypatch.setattr(reply_publisher, "REPLAY_WINDOW", 1.5)
+    monkeypatch.setattr(replay_buffer, "REPLAY_WINDOW", 1.5)
     frames = []
     name = reply_name("test", 60)
     with Valkey() as broker:

@@ -65,3 +65,16 @@ def test_closing_does_not_wait_for_a_broker_that_is_frozen(pair):
     with took_less_than(1):
         ours.close()
     assert not ours.connected
+
+
+def test_what_has_arrived_together_is_read_at_once(pair):
+    ours, theirs = pair
+    ours.read_ahead()
+    theirs.sendall(FRAME * 3 + FRAME[:9])
+    assert select.select([ours.sock], [], [], 5)[0]
+    for _ in range(3):
+        assert bytes(ours.read_frame()[2]) == b"x" * 20
+        assert ours.has_more
+    theirs.sendall(FRAME[9:])
+    assert bytes(ours.read_frame()[2]) == b"x" * 20
+    assert not ours.has_more

@@ -24,6 +24,7 @@ QUOTED = "bad messages are quoted in the log"
 LANES = "no lane is joined or left"
 CANCELLED = "a lane whose queue was deleted is joined again late"
 DOOR = "messages of strangers do not come through the door, and end nodes"
+BULK = "a router receives no replies"
 BOUND = "a message of 500 MB is read into memory"
 LOG = "the log shows the user of broker_url, and the texts of errors"
 TRUST = "other CAs than broker_ca are trusted"
@@ -43,6 +44,14 @@ USED = [
     (REDIS, "Channel", "_q_for_pri", ["Channel"], GIVEN_BACK),
     (REDIS, "Channel", "_expires", ["Channel"], GIVEN_BACK),
     (REDIS, "Channel", "_brpop_read", ["Channel"], DOOR),
+    (REDIS, "Channel", "_brpop_start", ["Channel", "MultiChannelPoller"], BULK),
+    (REDIS, "Channel", "_brpop_sent_at", ["Channel"], BULK),
+    (REDIS, "Channel", "_closing", ["Channel"], "a router that ends, or lost the broker, waits a second more"),
+    ("redis._parsers.resp2", "_RESP2Parser", "_read_response", ["_RESP2Parser"], BULK),
+    ("redis._parsers.resp3", "_RESP3Parser", "_read_response", ["_RESP3Parser"], BULK),
+    ("redis.connection", "AbstractConnection", "_parser", ["AbstractConnection"], BULK),
+    ("amqp.transport", "TCPTransport", "_quick_recv", ["TCPTransport", "SSLTransport"], BULK),
+    ("amqp.transport", "TCPTransport", "_read_buffer", ["TCPTransport", "SSLTransport"], BULK),
     (REDIS, "Channel", "_receive_one", ["Channel"], DOOR),
     (REDIS, "Channel", "_handle_message", ["Channel"], DOOR),
     (REDIS, "Channel", "_fanout_to_queue", ["Channel"], DOOR),

@@ -1,4 +1,4 @@
-"""The reply protocol, over kombu's in-memory transport."""
+"""The reply protocol, over a Valkey of the tests' own."""
 
 import queue
 import time
@@ -6,16 +6,20 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
-from kombu import Connection
 
+from fleet_worker.broker import replies
+from fleet_worker.broker.app import create_app
 from fleet_worker.broker.topology import reply_name
 from fleet_worker.errors import ReplyLost, RequestTimeout
 from fleet_worker.mlx.timeouts import CancelToken
-from fleet_worker.node import reply_publisher as module
-from fleet_worker.node.reply_publisher import ReplayBuffer, ReplyPublisher
+from fleet_worker.node import replay_buffer, reply_publisher
+from fleet_worker.node.replay_buffer import ReplayBuffer
+from fleet_worker.node.reply_publisher import ReplyPublisher
 from fleet_worker.protocol.reply import Accepted, Alive, ChatResponse, Delta, Deltas, Reply, Timings, Usage
 from fleet_worker.registry.view import Registry
 from fleet_worker.router.reply_consumer import ReplyConsumer
+from fleet_worker.settings import Settings
+from fleet_worker.testing import embedded_broker
 from tests.clients import SOON, WHY, took_less_than, until
 
 
@@ -37,10 +41,11 @@ def alive(seq):
     return Alive(id="r", attempt=1, seq=seq)
 
 
-@pytest.fixture
-def memory(request):
-    """kombu's in-memory transport: a broker inside of this process."""
-    return lambda: Connection("memory://", transport_options={"polling_interval": 0.001})
+@pytest.fixture(scope="module")
+def connect():
+    """Opens connections to a broker."""
+    with embedded_broker() as url:
+        yield create_app(Settings(broker_url=url)).connection_for_write
 
 
 class Arrived:
@@ -63,9 +68,9 @@ def arrived():
 
 
 @pytest.fixture
-def inbox(memory, arrived):
+def inbox(connect, arrived):
     inbox = ReplyConsumer(
-        memory, "memory://", reply_name("test", 60), lambda node, frame: arrived(node, frame), Registry()
+        connect, "redis://", reply_name("test", 60), lambda node, frame: arrived(node, frame), Registry()
     )
     inbox.start(5)
     yield inbox
@@ -73,8 +78,8 @@ def inbox(memory, arrived):
 
 
 @pytest.fixture
-def publisher(memory):
-    publisher = ReplyPublisher(memory, "n@h", max_pending=50)
+def publisher(connect):
+    publisher = ReplyPublisher(connect, "n@h", max_pending=50)
     yield publisher
     publisher.close()
 
@@ -115,13 +120,14 @@ def test_a_heartbeat_never_runs_ahead_of_the_frames(publisher, inbox, arrived):
 class Broker:
     """Connections that fail while it is away."""
 
-    def __init__(self):
+    def __init__(self, connect):
         self.away = False
+        self._connect = connect
 
     def connect(self):
         if self.away:
             raise ConnectionError("away")
-        return Connection("memory://", transport_options={"polling_interval": 0.001})
+        return self._connect()
 
 
 def put_many(reply, count):
@@ -130,8 +136,8 @@ def put_many(reply, count):
 
 
 @pytest.fixture
-def broker():
-    broker = Broker()
+def broker(connect):
+    broker = Broker(connect)
     broker.away = True
     return broker
 
@@ -190,22 +196,20 @@ def test_what_a_router_has_missed_is_published_again(publisher, inbox, arrived):
         assert arrived.frames.empty()
 
 
-def test_a_message_of_another_protocol_is_dropped_and_the_next_one_read(publisher, inbox, memory, arrived):
-    with memory() as connection, connection.Producer() as producer:
+def test_a_message_of_another_protocol_is_dropped_and_the_next_one_read(inbox, connect, arrived):
+    with connect() as connection:
         for body in (b"not json", b'{"v": 9}', Reply(v=2, node="n", frames=[accepted()]).encode()):
-            producer.publish(
-                body, exchange="", routing_key=inbox.name, content_type="application/json", content_encoding="utf-8"
-            )
+            replies.push(connection.default_channel, inbox.name, body)
     assert arrived.get().kind == "accepted"
 
 
-def test_a_frame_that_cannot_be_taken_is_dropped_and_the_next_one_read(publisher, memory, arrived, caplog):
+def test_a_frame_that_cannot_be_taken_is_dropped_and_the_next_one_read(publisher, connect, arrived, caplog):
     def clumsy(node, frame):
         if isinstance(frame, Accepted):
             raise OverflowError("quoting a secret")
         arrived(node, frame)
 
-    inbox = ReplyConsumer(memory, "memory://", reply_name("test", 60), clumsy, Registry())
+    inbox = ReplyConsumer(connect, "redis://", reply_name("test", 60), clumsy, Registry())
     inbox.start(5)
     with publisher.reply("r", 1, inbox.name) as reply:
         reply.accept(instance="i", queue_wait=0.5)
@@ -231,7 +235,7 @@ def seqs(bodies):
 @pytest.fixture
 def clock(monkeypatch):
     clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(replay_buffer, "time", SimpleNamespace(monotonic=lambda: clock.now))
     return clock
 
 
@@ -247,9 +251,9 @@ def clock(monkeypatch):
     ],
 )
 def test_no_message_is_larger_than_routers_read(publisher, monkeypatch, frames, parts):
-    monkeypatch.setattr(module, "LARGE_MESSAGE_BYTES", 100_000)
+    monkeypatch.setattr(reply_publisher, "LARGE_MESSAGE_BYTES", 100_000)
     bodies = []
-    monkeypatch.setattr(publisher._publisher, "publish", lambda body, **_: bodies.append(body))
+    monkeypatch.setattr(replies, "push", lambda channel, reply_to, body: bodies.append(body))
     publisher._publish_parts("queue", frames)
     assert [frame for body in bodies for frame in Reply.decode(body).frames] == frames
     assert len(bodies) == parts
@@ -275,7 +279,7 @@ def test_a_merged_message_says_all_that_its_parts_said(clock):
 
 
 def test_no_message_becomes_too_large_by_that(clock, monkeypatch):
-    monkeypatch.setattr(module, "REPLAY_MESSAGE_BYTES", 1_000)
+    monkeypatch.setattr(replay_buffer, "REPLAY_MESSAGE_BYTES", 1_000)
     buffer = ReplayBuffer()
     for seq, length in enumerate([300, 300, 300, 5_000, 10, 10]):
         buffer.add("a", body(seq, text="x" * length))
@@ -299,7 +303,7 @@ def test_what_is_old_is_forgotten_and_what_was_published_again_is_new(clock):
 
 
 def test_not_more_bytes_than_allowed_are_kept(clock, monkeypatch):
-    monkeypatch.setattr(module, "REPLAY_MAX_BYTES", 3 * len(body(0)))
+    monkeypatch.setattr(replay_buffer, "REPLAY_MAX_BYTES", 3 * len(body(0)))
     buffer = ReplayBuffer()
     for seq in range(5):
         buffer.add("a", body(seq))

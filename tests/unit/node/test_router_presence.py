@@ -38,7 +38,7 @@ class Broker:
         self.answers = threading.Event()
         self.answers.set()
 
-    def ask(self, channel, transport, reply_queues):
+    def ask(self, channel, transport, reply_queues, learn):
         self.questions += reply_queues
         self.answers.wait(10)
         if error := self.error:

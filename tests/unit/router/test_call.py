@@ -4,16 +4,20 @@ import asyncio
 import queue
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from fleet_worker.errors import InstanceUnavailable
+from fleet_worker.router.call import Call, ChatStream
 from fleet_worker.router.reply_buffer import ReplyBuffer
+from fleet_worker.router.wakeups import Wakeups
 from tests.clients import took_less_than
-from tests.unit.router.test_attempts import accepted, deltas, response
+from tests.unit.router.test_attempts import DOWN, accepted, deltas, failure, response
 
 
 def buffer_of(max_buffered=100, seconds=0.0):
-    return ReplyBuffer(deadline=time.monotonic() + seconds, max_buffered=max_buffered)
+    return ReplyBuffer(Wakeups(), deadline=time.monotonic() + seconds, max_buffered=max_buffered)
 
 
 def test_frames_arrive_in_order_until_the_deadline():
@@ -82,3 +86,61 @@ def test_who_waits_is_not_left_waiting_when_it_is_closed():
 
     with took_less_than(5), pytest.raises(queue.Empty):
         asyncio.run(read())
+
+
+# --- Deltas that arrived together
+
+
+@pytest.fixture
+def stream():
+    """A stream, and its buffer."""
+    buffer = buffer_of(seconds=20)
+    request = SimpleNamespace(leave=lambda buffer: buffer.close(), timed_out=lambda seconds: TimeoutError())
+    return ChatStream(Call(lambda deadline: (request, buffer), 20.0)), buffer
+
+
+def contents(batch):
+    return "".join(delta.content for delta in batch)
+
+
+def test_a_batch_has_all_that_has_arrived(stream):
+    stream, buffer = stream
+    buffer.put(deltas(1, "a", "b"))
+    buffer.put(deltas(2, "c"))
+    batches = stream.batches()
+    assert contents(next(batches)) == "abc"
+    buffer.put(deltas(3, "d"))
+    assert next(stream).content == "d"
+    buffer.put(deltas(4, "e", "f"))
+    buffer.put(response(5))
+    assert [contents(batch) for batch in batches] == ["ef"]
+    assert stream.response.content == "abcdef"
+
+
+def test_a_batch_of_an_asyncio_task(stream):
+    stream, buffer = stream
+
+    async def read():
+        batches = []
+        async for batch in stream.batches():
+            batches.append(contents(batch))
+            if len(batches) == 1:
+                buffer.put(deltas(3, "d"))
+                buffer.put(response(4))
+        return batches
+
+    buffer.put(deltas(1, "a", "b"))
+    buffer.put(deltas(2, "c"))
+    assert asyncio.run(read()) == ["abc", "d"]
+
+
+def test_the_deltas_before_an_error_are_a_batch_and_then_it_is_raised(stream):
+    stream, buffer = stream
+    buffer.put(deltas(1, "a"))
+    buffer.put(deltas(2, "b"))
+    buffer.put(failure(3, DOWN))
+    batches = stream.batches()
+    assert contents(next(batches)) == "ab"
+    for _ in range(2):
+        with pytest.raises(InstanceUnavailable):
+            next(batches)

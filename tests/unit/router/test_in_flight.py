@@ -14,6 +14,7 @@ from fleet_worker.router.attempts import Attempts
 from fleet_worker.router.effects import AskAgain, CancelOrphan, Confirm
 from fleet_worker.router.idempotency import IdempotencyCache
 from fleet_worker.router.in_flight import InFlightRequest
+from fleet_worker.router.wakeups import Wakeups
 from fleet_worker.settings import RouterSettings
 from tests.clients import took_less_than
 from tests.unit.router.test_attempts import DOWN, accepted, deltas, failure, head, request, response
@@ -52,7 +53,7 @@ class Fleet:
             **settings,
         }
         self.later = Later()
-        self.clock = SimpleNamespace(name="replies", clock=0.0, back=0.0)
+        self.clock = SimpleNamespace(name="replies", clock=0.0, back=0.0, wakeups=Wakeups())
         self.clock.silence = lambda since: self.clock.clock - max(since, self.clock.back)
         self.waits = True
         self.accepted = []
@@ -100,7 +101,7 @@ class Fleet:
         buffer = buffer or self.reader
         frames = []
         with contextlib.suppress(queue.Empty):
-            while not buffer._frames.empty():
+            while buffer._frames:
                 frames.append(buffer.get())
         return frames
 

@@ -1,0 +1,148 @@
+"""Both ends of a reply queue: how a node writes into it, and how its router reads at once all that has come.
+
+A message is the JSON of a `protocol.reply.Reply`, and nothing else: on Redis an element of a list, without the JSON
+that kombu wraps around a base64 of it; on RabbitMQ the body. Routers and nodes of version 0.1 wrap it on Redis: the
+name of a reply queue tells whether its router reads the one or the other, and a router reads both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import amqp
+from kombu import Connection, Producer
+from kombu.transport.redis import Channel as RedisChannel
+from redis.exceptions import NoPermissionError, ResponseError
+
+from fleet_worker.broker.connection import receive as receive_one
+from fleet_worker.broker.door import Refused
+from fleet_worker.broker.topology import expiry, is_plain, reply_queue
+
+MOST_AT_ONCE = 200
+"""Messages that are read at once: meanwhile the broker is asked nothing else, and no reader is woken."""
+MOST_BYTES_AT_ONCE = 1024 * 1024
+"""Bytes after which no further message of RabbitMQ is waited for. From Redis one after the other is read and used."""
+PREFETCH = 1_000
+"""Messages that RabbitMQ sends before the first is acknowledged. Only the others count as waiting."""
+
+Receive = Callable[[bytes], object]
+"""Is called with each body, and may raise `Refused`."""
+
+
+def push(channel: Any, reply_to: str, body: bytes) -> int | None:
+    """Write a message; the broker need not write it to disk. Return how many wait in the queue now, None if the broker
+    does not tell. On RabbitMQ the message is dropped if there is no such queue any more.
+
+    Raises:
+        one of BROKER_ERRORS
+    """
+    if isinstance(channel, RedisChannel):
+        if not is_plain(reply_to):
+            _push_wrapped(channel, reply_to, body)
+            return None
+        with channel.conn_or_acquire() as client, client.pipeline(transaction=False) as pipe:
+            pipe.lpush(reply_to, body).pexpire(reply_to, round(1000 * expiry(reply_to)))
+            return int(pipe.execute()[0])
+    message = amqp.Message(body, content_type="application/json", content_encoding="utf-8", delivery_mode=1)
+    channel.basic_publish(message, exchange="", routing_key=reply_to)
+    return None
+
+
+def _push_wrapped(channel: Any, reply_to: str, body: bytes) -> None:
+    """As routers of version 0.1 read it on Redis."""
+    producer, json = Producer(channel, auto_declare=False), {"content_type": "application/json"}
+    producer.publish(
+        body, routing_key=reply_to, declare=[reply_queue(reply_to)(channel)], content_encoding="utf-8", **json
+    )
+
+
+def consume(connection: Connection, channel: Any, reply_to: str, receive: Receive) -> Callable[[float], None]:
+    """Consume a reply queue; its name is the tag of the consumer, too.
+
+    Return a function that waits so many seconds at most for messages of this connection, and calls `receive` with all
+    replies that have come. What is refused is dropped and counted.
+    """
+    reply_queue(reply_to)(channel).declare()
+    reader = _RedisReader if isinstance(channel, RedisChannel) else _RabbitMQReader
+    return reader(connection, channel, reply_to, partial(_take, connection, receive)).receive_all
+
+
+def _take(connection: Any, receive: Receive, item: bytes) -> None:
+    try:
+        receive(connection.door.open_reply(item))
+    except Refused as refused:
+        connection.door.drop(refused)
+
+
+class _RedisReader:
+    """Is called by our channel where kombu would ask for one element of a list, and read it.
+
+    Redis before version 7 does not know BLMPOP, and a user may not be allowed it: then the first element is waited for
+    with BRPOP, and the others are taken after it.
+    """
+
+    def __init__(self, connection: Connection, channel: Any, reply_to: str, take: Receive) -> None:
+        self.receive_all = partial(receive_one, connection)
+        self._key = reply_to
+        self._take = take
+        self._has_blmpop = True
+        channel.reply_reader = self
+        channel.basic_consume(reply_to, True, None, reply_to)
+
+    def ask(self, connection: Any, timeout: float) -> None:
+        if self._has_blmpop:
+            connection.send_command("BLMPOP", timeout, 1, self._key, "RIGHT", "COUNT", MOST_AT_ONCE)
+        else:
+            connection.send_command("BRPOP", self._key, timeout)
+
+    def read(self, connection: Any) -> None:
+        """Read the answer; use each element before the next one is read, which may be as large again."""
+        if not self._has_blmpop:
+            self._read_more(connection)
+            return
+        try:
+            for item in connection.elements(of_key=True):
+                self._take(item)
+        except ResponseError as error:
+            if not isinstance(error, NoPermissionError) and "unknown command" not in str(error).lower():
+                raise
+            self._has_blmpop = False
+
+    def _read_more(self, connection: Any) -> None:
+        if first := connection.read_response(disable_decoding=True):
+            self._take(first[1])
+            connection.send_command("RPOP", self._key, MOST_AT_ONCE)
+            for item in connection.elements():
+                self._take(item)
+
+
+class _RabbitMQReader:
+    """Reads all messages that one read of the socket brings, and acknowledges them together."""
+
+    def __init__(self, connection: Connection, channel: Any, reply_to: str, take: Receive) -> None:
+        self._connection = connection
+        self._channel = channel
+        self._take = take
+        self._messages: list[Any] = []
+        self._bytes = 0
+        self._amqp, self._socket = channel.connection, channel.connection.transport
+        self._socket.read_ahead()
+        channel.basic_qos(0, PREFETCH, False)
+        channel.basic_consume(reply_to, consumer_tag=reply_to, callback=self._keep)
+
+    def receive_all(self, timeout: float) -> None:
+        if not self._messages:  # none came while the broker was asked something else
+            receive_one(self._connection, timeout)
+        while self._socket.has_more and len(self._messages) < MOST_AT_ONCE and self._bytes < MOST_BYTES_AT_ONCE:
+            self._amqp.blocking_read()
+        messages, self._messages, self._bytes = self._messages, [], 0
+        for message in messages:
+            self._take(message.body)
+        if messages:
+            self._channel.basic_ack(messages[-1].delivery_tag, multiple=True)
+
+    def _keep(self, message: Any) -> None:
+        self._messages.append(message)
+        self._bytes += len(message.body)

@@ -1,0 +1,61 @@
+"""The frames for one router that wait for their publish, and when they are due."""
+
+from __future__ import annotations
+
+import time
+
+from fleet_worker.protocol.reply import Frame
+
+LONGEST_GAP = 0.010
+GAP_PER_REQUEST = 0.0003
+"""Seconds between two publishes: the more requests are in progress, the longer. Not before a first token or a last
+frame. At 32 streams of 50 tokens/s a gap of 5 ms makes 3,500 messages of 20,000, for a third of the CPU."""
+GAP_PER_WAITING_MESSAGE = 0.0002
+"""Seconds for each message that waits for the router: about what it needs to read one. A router that cannot keep up
+makes all of its nodes gather more, until it can: then about one message of each node waits."""
+LONGEST_GAP_BEHIND = 1.0
+NEVER = float("inf")
+
+
+class Outbox:
+    """For one lock, that of the publisher. Times are `time.monotonic()` seconds."""
+
+    def __init__(self) -> None:
+        self.due = NEVER
+        """When its frames must be published."""
+        self._frames: list[Frame] = []
+        self._oldest = 0.0
+        """When the first of them came."""
+        self._last_publish = 0.0
+        self._gap_behind = 0.0
+        """Seconds between two publishes, as the router is behind."""
+
+    def append(self, frame: Frame, delay: float | None, requests: int) -> None:
+        """Add a frame that is due in `delay` seconds; with None, when the gap after the last publish is over, of a node
+        with so many requests in progress."""
+        now = time.monotonic()
+        self._oldest = self._oldest if self._frames else now
+        self._frames.append(frame)
+        if delay is None:
+            due = self._last_publish + max(min(LONGEST_GAP, requests * GAP_PER_REQUEST), self._gap_behind)
+        else:
+            due = now + delay
+        self.due = min(self.due, due)
+
+    def take(self, now: float) -> list[Frame]:
+        """Return all frames, in their order, to be published now."""
+        frames, self._frames = self._frames, []
+        self._last_publish, self.due = now, NEVER
+        return frames
+
+    def learn(self, waiting: int) -> None:
+        """So many messages wait for the router at the broker."""
+        self._gap_behind = min(LONGEST_GAP_BEHIND, waiting * GAP_PER_WAITING_MESSAGE)
+
+    def waits(self, now: float) -> float:
+        """Return for how many seconds a frame has waited."""
+        return now - self._oldest if self._frames else 0.0
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._frames

@@ -1,0 +1,197 @@
+"""One router, and the replies of a fleet to it.
+
+    python -m tests.benchmarks.scale [SCENARIO ...] [--runs 3]
+
+The nodes are simulated, all of them in one process (tests.benchmarks.minis), their hosts in another one; broker and
+router are real, and the router, which is this process, reads with asyncio. The lag of a token is the time from its push
+by the node until its reader has it. Medians of the runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection as Pipe
+from typing import Any
+
+from fleet_worker import Router, Settings
+from tests.benchmarks.minis import Load, Pushed, run
+from tests.benchmarks.registry import beside, simulated_hosts
+from tests.benchmarks.table import Row, measure
+from tests.benchmarks.usage import cpu_seconds
+from tests.brokers import RabbitMQ, Valkey
+
+Broker = Valkey | RabbitMQ
+
+MESSAGES = [{"role": "user", "content": "Tell me about the sea."}]
+
+
+# --- Scenarios -------------------------------------------------------------------------------------------------------
+
+
+def ten() -> list[Row]:
+    return _one_router(Valkey, Load(10, 4, 25), "0.1", p50="", p99="<= 10")
+
+
+def hundred() -> list[Row]:
+    return _one_router(Valkey, Load(100, 4, 25), "0.06", p50="<= 5", p99="<= 50")
+
+
+def rabbitmq() -> list[Row]:
+    return _one_router(RabbitMQ, Load(100, 4, 12.5), "", p50="", p99="<= 100")
+
+
+def thousand() -> list[Row]:
+    return _one_router(Valkey, Load(1_000, 1, 10), "", p50="", p99="<= 100")
+
+
+def overload() -> list[Row]:
+    """More than the router can; beside it another router that has little to do."""
+    load = Load(100, 4, 80)
+    with Valkey() as broker, beside(_calm_router, broker.url) as (_, calm):
+        before = calm.recv()
+        with _minis(broker.url, load) as minis, _router(broker.url) as router:
+            calm.send("now")
+            got = asyncio.run(_read_all(router, load))
+            pushed = minis.recv()
+        beside_it = calm.recv()
+    lags = got.lags(load, pushed)
+    name = f"overload: {_describe(load)}"
+    return [
+        Row(name, "tokens that arrived", "1", len(lags) / (load.all_streams * load.tokens)),
+        Row(name, "token lag p99", "<= 1,000", _p(lags, 99), "ms"),
+        Row(name, "longest token lag", "", 1000 * max(lags), "ms"),
+        Row(name, "tokens/s", "", len(lags) / got.seconds),
+        Row(name, "messages / token", "", pushed.messages / len(lags)),
+        Row(name, "another router: token lag p99, alone", "", before, "ms"),
+        Row(name, "another router: token lag p99, beside it", "", beside_it, "ms"),
+    ]
+
+
+SCENARIOS: dict[str, Callable[[], list[Row]]] = {
+    "ten": ten,
+    "hundred": hundred,
+    "thousand": thousand,
+    "rabbitmq": rabbitmq,
+    "overload": overload,
+}
+
+
+def _one_router(kind: type[Broker], load: Load, cpu: str, *, p50: str, p99: str) -> list[Row]:
+    with kind() as broker, _minis(broker.url, load) as minis, _router(broker.url) as router:
+        broker_cpu = cpu_seconds(broker.pid) if isinstance(broker, Valkey) else 0.0
+        got = asyncio.run(_read_all(router, load))
+        broker_cpu = cpu_seconds(broker.pid) - broker_cpu if isinstance(broker, Valkey) else 0.0
+        pushed = minis.recv()
+    lags, count = got.lags(load, pushed), load.all_streams * load.tokens
+    demanded = max(pushed.due) - min(pushed.due)
+    late = [at - due for at, due in zip(pushed.at, pushed.due, strict=True)]
+    name = f"{_describe(load)}, {kind.name}"
+    return [
+        Row(name, "share of the demand", ">= 0.99", len(lags) / count * demanded / got.seconds),
+        Row(name, "token lag p50", p50, _p(lags, 50), "ms"),
+        Row(name, "token lag p99", p99, _p(lags, 99), "ms"),
+        Row(name, "router CPU s / 1,000 tokens", f"<= {cpu}" if cpu else "", 1000 * got.cpu / count, "s"),
+        Row(name, "broker CPU s / 1,000 tokens", "", 1000 * broker_cpu / count, "s"),
+        Row(name, "minis: CPU s / 1,000 tokens", "", 1000 * pushed.cpu / count, "s"),
+        Row(name, "minis: pushed after it was due, p99", "", _p(late, 99), "ms"),
+        Row(name, "messages / token", "", pushed.messages / count),
+    ]
+
+
+def _describe(load: Load) -> str:
+    return f"{load.minis:,} x {load.streams} x {load.rate:g} tokens/s"
+
+
+# --- The parts -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _minis(broker_url: str, load: Load) -> Iterator[Pipe]:
+    with (
+        beside(simulated_hosts, broker_url, load.minis, [load.model]) as (_, hosts),
+        beside(run, broker_url, load) as (_, minis),
+    ):
+        hosts.recv()
+        minis.recv()
+        yield minis
+        hosts.send("end")
+        hosts.recv()
+
+
+@contextmanager
+def _router(broker_url: str, model: str = Load.model) -> Iterator[Router]:
+    router_settings: Any = {"max_waiting": 10_000, "connect_timeout": 30}
+    with Router(Settings(broker_url=broker_url, router=router_settings)) as router:
+        deadline = time.monotonic() + 10
+        while not router.registry.offerings(model=model) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        yield router
+
+
+class _Arrivals:
+    """What the readers of a load got."""
+
+    def __init__(self) -> None:
+        self.by_stream: dict[int, list[float]] = {}
+        """`time.monotonic()` seconds."""
+        self.began = self.began_cpu = self.seconds = self.cpu = 0.0
+
+    async def read(self, router: Router, load: Load) -> None:
+        arrived: list[float] = []
+        number = ""
+        async for delta in router.stream_chat(load.model, MESSAGES, timeout=load.seconds + 120):
+            arrived.append(time.monotonic())
+            number = number or delta.content or ""
+            self.began = self.began or arrived[0]
+            self.began_cpu = self.began_cpu or time.process_time()
+        self.seconds, self.cpu = time.monotonic() - self.began, time.process_time() - self.began_cpu
+        self.by_stream[int(number)] = arrived
+
+    def lags(self, load: Load, pushed: Pushed) -> list[float]:
+        """Seconds. Tokens of a stream arrive in order, and none is missing, or the router would have said so."""
+        return [
+            arrived - pushed.at[number * load.tokens + token]
+            for number, arrivals in self.by_stream.items()
+            for token, arrived in enumerate(arrivals)
+        ]
+
+
+async def _read_all(router: Router, load: Load) -> _Arrivals:
+    arrivals = _Arrivals()
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(load.all_streams):
+            tasks.create_task(arrivals.read(router, load))
+    return arrivals
+
+
+def _calm_router(pipe: Pipe, broker_url: str) -> None:
+    """Measure the lag of a light load twice: at once, and whenever it is told so."""
+    for moment in ("alone", "beside"):
+        load = Load(10, 4, 10, seconds=5, model=f"calm-{moment}")
+        with _minis(broker_url, load) as minis, _router(broker_url, load.model) as router:
+            if moment == "beside":
+                pipe.recv()
+            got = asyncio.run(_read_all(router, load))
+            pipe.send(_p(got.lags(load, minis.recv()), 99))
+
+
+def _p(seconds: list[float], percent: int) -> float:
+    """In milliseconds."""
+    return 1000 * statistics.quantiles(seconds, n=100, method="inclusive")[percent - 1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scenarios", nargs="*", choices=[*SCENARIOS, []], metavar="SCENARIO")
+    parser.add_argument("--runs", type=int, default=3)
+    options = parser.parse_args()
+    measure({name: SCENARIOS[name] for name in options.scenarios or SCENARIOS}, options.runs)
+
+
+if __name__ == "__main__":
+    main()
