@@ -199,8 +199,10 @@ def is_lasting(error: BaseException) -> bool:
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error, and those before it: libraries raise their own errors from the original one."""
+    """Yield an error, and up to nine before it: libraries raise their own errors from the original one."""
     cause: BaseException | None = error
-    while cause is not None:
+    for _ in range(10):  # it may be a circle
+        if cause is None:
+            return
         yield cause
         cause = cause.__cause__ or cause.__context__

@@ -46,6 +46,9 @@ class _Seconds(click.FloatRange):
 
 
 _TIMEOUT = click.option("--timeout", type=_Seconds(min=0, min_open=True), help="Seconds for the whole request.")
+_QUEUE_TIMEOUT = click.option(
+    "--queue-timeout", type=_Seconds(min=0, min_open=True), help="Seconds that it may wait until a node takes it."
+)
 
 
 def _settings() -> Settings:  # imported here, so that --help loads no pydantic
@@ -223,6 +226,7 @@ def undrain(nodes: tuple[str, ...]) -> None:
 @click.option("--max-tokens", type=click.IntRange(min=1))
 @click.option("--temperature", type=click.FloatRange(0, 2))
 @_TIMEOUT
+@_QUEUE_TIMEOUT
 def chat(model: str, prompt: str, system: str | None, stream: bool, **options: Any) -> None:
     """Send PROMPT to MODEL and print the answer. `-` reads the prompt from standard input."""
     from fleet_worker.ops.terminal import standard_input
@@ -232,13 +236,12 @@ def chat(model: str, prompt: str, system: str | None, stream: bool, **options: A
         raise InvalidRequest("the prompt is empty")
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": text})
-    given = {name: value for name, value in options.items() if value is not None}
     with Router(_settings(), patient=False) as router:
         if stream:
-            with router.stream_chat(model, messages, **given) as deltas:
+            with router.stream_chat(model, messages, **options) as deltas:
                 _print_stream(deltas)
         else:
-            click.echo(router.chat(model, messages, **given).content or "")
+            click.echo(router.chat(model, messages, **options).content or "")
 
 
 def _print_stream(deltas: Iterable[Delta]) -> None:
@@ -260,14 +263,15 @@ def _print_stream(deltas: Iterable[Delta]) -> None:
 @click.argument("model")
 @click.argument("texts", nargs=-1, required=True)
 @_TIMEOUT
-def embed(model: str, texts: tuple[str, ...], timeout: float | None) -> None:
+@_QUEUE_TIMEOUT
+def embed(model: str, texts: tuple[str, ...], **options: Any) -> None:
     """Embed TEXTS with MODEL: one line of JSON for each. `-` reads one text from each line of standard input."""
     from fleet_worker.ops.terminal import lines, standard_input
     from fleet_worker.router.router import Router
 
     inputs = lines(standard_input()) if texts == ("-",) else list(texts)
     with Router(_settings(), patient=False) as router:
-        vectors = router.embed(model, inputs, timeout=timeout).vectors
+        vectors = router.embed(model, inputs, **options).vectors
     for text, vector in zip(inputs, vectors, strict=True):
         click.echo(json.dumps({"input": text, "embedding": vector}, ensure_ascii=False))
 

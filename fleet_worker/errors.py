@@ -16,7 +16,7 @@ FleetError
 │   └── QueueTimeout            no node took the request within its queue_timeout
 ├── FleetSaturated              too many requests wait for that model already
 ├── NodeLost                    the node that ran the request sends no more heartbeats
-├── PoisonSuspected             two MLX servers died while they ran the request
+├── PoisonSuspected             two MLX servers died or froze while they ran the request
 ├── StreamInterrupted           a stream ended where it cannot be continued
 ├── ReplyLost                   a part of the reply never arrived
 ├── ReplyOverflow               the caller reads slower than its buffer allows
@@ -136,7 +136,7 @@ class ModelNotServed(FleetError):
 
 
 class ModelUnavailable(FleetError):
-    """No instance of the fleet offers that model; `metadata["nearest"]` are names of models that exist."""
+    """No instance of the fleet offers that model. `metadata["nearest"]` lists similar names that exist."""
 
 
 class PolicyError(FleetError):
@@ -152,8 +152,11 @@ class Cancelled(FleetError):
 
 
 class Expired(FleetError):
-    """The deadline passed before the work began. `metadata["away_for"]` is for how many seconds nobody has been there
-    who could do it: 0 if somebody is, None if that is unknown."""
+    """The deadline passed before the work began.
+
+    `metadata["away_for"]` is for how many seconds no node has been ready that could do it: 0 if one is, None if that is
+    unknown.
+    """
 
 
 class QueueTimeout(Expired):
@@ -173,7 +176,7 @@ class NodeLost(FleetError):
 
 
 class PoisonSuspected(FleetError):
-    """Two MLX servers died while they ran this request, so it is not sent to a third."""
+    """Two MLX servers died or froze while they ran this request, so it is not sent to a third."""
 
 
 class StreamInterrupted(FleetError):

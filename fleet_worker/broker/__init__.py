@@ -2,6 +2,6 @@
 
 May import: `protocol`, `settings`, `errors`. Read in this order: `app`, `door` (what is done with every message before
 kombu or Celery interpret it), `redis_transport` with `bounded_socket`, `amqp_transport` with `amqp_socket`, `tls`,
-`topology`, `refusal`, `connection`, `outage`, `reconnecting`, `presence`, `control_listener`, `control_commands`,
+`topology`, `faults`, `connection`, `outage`, `reconnecting`, `presence`, `control_listener`, `control_commands`,
 `broker_clock`, `queue_depth`, `rehearsal`.
 """

@@ -24,8 +24,9 @@ from kombu.transport import pyamqp, redis
 from kombu.utils.collections import HashedSeq
 
 from fleet_worker.broker import amqp_transport, redis_transport, tls
-from fleet_worker.broker.connection import ANSWER_WITHIN, HEARTBEAT, hang_up, place_of
+from fleet_worker.broker.connection import ANSWER_WITHIN, HEARTBEAT, hang_up
 from fleet_worker.broker.door import REPLY_SPARE_BYTES, SPARE_BYTES, Door
+from fleet_worker.broker.faults import place_of
 from fleet_worker.broker.topology import CONTROL_EXCHANGE, EVENT_EXCHANGE, transport_of
 from fleet_worker.settings import Settings
 from fleet_worker.urls import without_parameters

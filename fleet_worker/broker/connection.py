@@ -3,31 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import re
-import socket
 import time
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
-from amqp.exceptions import AccessRefused, AMQPError, MessageNacked, NotAllowed, RecoverableConnectionError
 from celery.utils.threads import bound_open_broker_sockets
 from kombu import Connection, Producer, Queue
-from kombu.exceptions import KombuError, OperationalError
+from kombu.exceptions import OperationalError
 from kombu.transport.redis import Channel as RedisChannel
-from redis.exceptions import (
-    AuthenticationError,
-    AuthorizationError,
-    NoPermissionError,
-    RedisError,
-    ResponseError,
-)
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import TimeoutError as RedisTimeoutError
-
-from fleet_worker.broker.refusal import refusal
-from fleet_worker.certificates import OF_BROKER, chain, explain, is_lasting
-from fleet_worker.errors import BrokerUnavailable
 
 ANSWER_WITHIN = 5.0
 """Seconds after which a broker that does not answer counts as lost."""
@@ -39,29 +23,6 @@ CLOSE_WITHIN = 0.5
 """Seconds that each answer is waited for while a failed connection is closed."""
 REMEMBERED = 10_000
 """Routing keys whose queue or exchange a publisher knows to be declared."""
-
-BROKER_ERRORS = (OSError, KombuError, RedisError, AMQPError, MessageNacked)
-"""What kombu and the libraries below it raise if the broker is away or refuses."""
-_AWAY = (OSError, RedisConnectionError, RedisTimeoutError, RecoverableConnectionError)
-_REFUSED = (AuthenticationError, AuthorizationError, NoPermissionError, AccessRefused, NotAllowed)
-_CAUSES: tuple[tuple[type[BaseException], str, str], ...] = (
-    (AuthenticationError, "refuses the user or the password", "correct them in broker_url"),
-    (AccessRefused, "refuses the user or the password", "correct them in broker_url"),
-    (
-        NotAllowed,
-        "does not let this user into this virtual host",
-        "correct the end of broker_url, or the user's rights",
-    ),
-    (ResponseError, "refuses what a node asks of it", "give the user its rights, and check the end of broker_url"),
-    (ConnectionRefusedError, "does not run: nothing listens there", "start it, or correct broker_url"),
-    (socket.gaierror, "is on a host that cannot be found", "correct broker_url, or the DNS of this host"),
-    (
-        TimeoutError,
-        "does not answer in time",
-        "see whether it is frozen, a firewall is between, or broker_url has the wrong scheme (with TLS: rediss, amqps)",
-    ),
-)
-"""The kinds of errors, what is wrong, and what to do; the first that fits counts."""
 
 
 def connect(connection: Connection, seconds: float) -> Connection:
@@ -90,66 +51,6 @@ def connect(connection: Connection, seconds: float) -> Connection:
     return connection
 
 
-def is_away(error: BaseException) -> bool:
-    """Tell whether the same may succeed as soon as the broker is back."""
-    return isinstance(_cause(error), _AWAY) and not refuses(error)
-
-
-def refuses(error: BaseException) -> bool:
-    """Tell whether the broker rejects this user, or TLS fails. Nothing will succeed before somebody corrects that."""
-    return isinstance(_cause(error), _REFUSED) or is_lasting(error)
-
-
-def outage(error: BaseException) -> str:
-    """Return why a connection failed, for a log: "is away (ConnectionResetError)", or what somebody has to correct."""
-    if (refusal(error) or not is_away(error)) and (known := _found(error)):
-        return f"{known[0]}: {known[1]}"
-    return f"is away ({type(_cause(error)).__name__})"
-
-
-def place_of(broker_url: str) -> str:
-    """Return host and port of the broker for messages: no scheme, user, password, nor what follows the port."""
-    return re.split("[/?#]", broker_url.partition("://")[2].rpartition("@")[2])[0]
-
-
-def unavailable(
-    broker_url: str, said: str, cause: BaseException | str, *, retryable: bool | None = None
-) -> BrokerUnavailable:
-    """Return the error for a failed use of this broker: `said`, and the type of its cause.
-
-    If the cause is a known one, or waiting will not help, the error names what is wrong instead, and
-    `metadata["advice"]` what to do. The text of the cause is never included: it may quote anything.
-    """
-    place = place_of(broker_url)
-    kind = cause if isinstance(cause, str) else type(cause.__cause__ or cause).__name__
-    known = None if isinstance(cause, str) else _found(cause)
-    if not known and (retryable or isinstance(cause, str)):
-        return BrokerUnavailable(f"the broker at {place} {said} ({kind})", retryable=retryable)
-    found, advice = known or (
-        f"{said} ({kind})",
-        "look at its log, and check broker_url; with TLS it begins with rediss or amqps",
-    )
-    if retryable:
-        found = f"{found} (it {said})"
-    return BrokerUnavailable(f"the broker at {place} {found}", retryable=retryable, advice=advice)
-
-
-def _found(error: BaseException) -> tuple[str, str] | None:
-    """Return what is wrong, and what to do."""
-    if refused := refusal(error):
-        return refused.found, refused.advice
-    if tls := explain(error, OF_BROKER):
-        return tls
-    causes = tuple(chain(error))
-    said = ((found, advice) for kind, found, advice in _CAUSES if any(isinstance(each, kind) for each in causes))
-    return next(said, None)
-
-
-def _cause(error: BaseException) -> BaseException:
-    """Return the error of the library below kombu, if kombu has wrapped it."""
-    return error.__cause__ if isinstance(error, OperationalError) and error.__cause__ else error
-
-
 def open_channel(connection: Connection) -> Any:
     """Return a channel on which nothing waits longer than `ANSWER_WITHIN` for the broker.
 
@@ -171,13 +72,13 @@ def call_when_opened_again(channel: Any, method: Callable[[Any], object]) -> Non
         channel.pool.release(pooled)
 
 
-def hear(connection: Connection, timeout: float) -> None:
+def receive(connection: Connection, timeout: float) -> None:
     """Wait at most `timeout` seconds for one message, and call its consumer."""
     with contextlib.suppress(TimeoutError):
         connection.drain_events(timeout=timeout)
 
 
-def prove(connection: Connection, channel: Any) -> None:
+def check_alive(connection: Connection, channel: Any) -> None:
     """Raise an error if the broker is silent. To be called about once a second by a thread that only reads messages of
     fanouts: a network that was cut brings no messages, and no errors either.
     """

@@ -13,7 +13,7 @@ from amqp.exceptions import ResourceLocked
 from celery import Celery, bootsteps
 from kombu import Connection, Consumer, Queue
 
-from fleet_worker.broker.connection import hear, open_channel, prove
+from fleet_worker.broker.connection import check_alive, open_channel, receive
 from fleet_worker.broker.control_commands import Command, ControlCommands
 from fleet_worker.broker.reconnecting import ReconnectingThread
 from fleet_worker.broker.topology import Transport, transport_of
@@ -91,12 +91,12 @@ class ControlListener:
         # RabbitMQ closes the channel if it refuses the control queue. On Redis, a second channel needs a second socket.
         self._commands.channel = connection.channel() if self._transport == "amqp" else channel
         has_commands = self._consume_commands(connection)
-        hear(connection, 0.01)  # only now kombu's Redis transport subscribes
+        receive(connection, 0.01)  # only now kombu's Redis transport subscribes
         self._thread.works()
         self._connected(True, has_commands)
         while not self._thread.closed.is_set():
-            hear(connection, 0.5)
-            prove(connection, channel)
+            receive(connection, 0.5)
+            check_alive(connection, channel)
             self._thread.works()
             if not has_commands and (has_commands := self._consume_commands(connection)):
                 self._connected(True, True)

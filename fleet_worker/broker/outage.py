@@ -6,8 +6,8 @@ import logging
 import time
 from collections.abc import Callable
 
-from fleet_worker.broker.connection import BACK_OFF, outage, refuses
-from fleet_worker.broker.refusal import refusal
+from fleet_worker.broker.connection import BACK_OFF
+from fleet_worker.broker.faults import describe, needs_operator, refusal
 
 REFUSED_BACK_OFF = (*BACK_OFF, 5.0)
 """Seconds before each further try at a broker that refuses; the last one from then on."""
@@ -47,8 +47,8 @@ class Outage:
         """Log the failure, unless that was done. Return the seconds to wait before the next try."""
         self.works(begins=False)
         self._works_since = None
-        refused, now = refusal(error) or refuses(error), self._clock()
-        reason = outage(error)
+        refused, now = refusal(error) or needs_operator(error), self._clock()
+        reason = describe(error)
         is_new = reason != self._reason or now - self._logged_at >= LOGGED_EVERY
         if is_new and (refused or not self._is_quiet()):
             self._reason, self._logged_at = reason, now

@@ -14,7 +14,7 @@ from amqp.exceptions import NotFound
 from kombu.transport.redis import Channel as RedisChannel
 from redis.exceptions import ResponseError
 
-from fleet_worker.broker.refusal import refusal
+from fleet_worker.broker.faults import refusal
 from fleet_worker.broker.topology import Transport, listening_key
 
 Sight = Literal["here", "silent", "away"]

@@ -12,7 +12,8 @@ from amqp.exceptions import NotFound
 from celery import Celery
 
 from fleet_worker.broker.broker_clock import BrokerClock
-from fleet_worker.broker.connection import BROKER_ERRORS, connect, unavailable
+from fleet_worker.broker.connection import connect
+from fleet_worker.broker.faults import BROKER_ERRORS, unavailable
 from fleet_worker.broker.topology import EXCHANGE, Transport, direct_lane
 from fleet_worker.settings import REGISTRY
 

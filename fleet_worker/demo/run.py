@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from fleet_worker import exit_codes
 from fleet_worker.broker.app import create_app
-from fleet_worker.broker.connection import unavailable
+from fleet_worker.broker.faults import unavailable
 from fleet_worker.demo.children import ChildLost, Children, Interrupted
 from fleet_worker.demo.models import chat_model, embedding_model, platform_problem
 from fleet_worker.host.child_process import ChildFailed, ChildProcess, free_port, python

@@ -10,10 +10,9 @@ from celery.worker import consumer
 from celery.worker import state as celery_state
 from kombu import Message
 
-from fleet_worker.broker.connection import BROKER_ERRORS, is_away
 from fleet_worker.broker.door import NOT_JSON, Refused, read_json
+from fleet_worker.broker.faults import BROKER_ERRORS, is_away, refusal
 from fleet_worker.broker.outage import REFUSED_BACK_OFF
-from fleet_worker.broker.refusal import refusal
 from fleet_worker.errors import InvalidRequest
 from fleet_worker.protocol.request import Address
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from celery import Celery, bootsteps
 
-from fleet_worker.broker.connection import outage
+from fleet_worker.broker.faults import describe
 from fleet_worker.broker.rehearsal import confirm_lane, rehearse_replies
 from fleet_worker.broker.topology import Transport, lane_queue
 
@@ -50,10 +50,9 @@ class LaneConsumer:
         self._refusals = 0
         """Tries in a row in which a lane was refused."""
         self._lost: set[str] = set()
-        """Lanes that the broker has cancelled."""
+        """Lanes to leave, and to join again: the broker has cancelled them, or refused a reply."""
         self._can_reply = False
         """Whether the broker lets this connection do what a request needs besides its lane."""
-        self._is_doubted = False
         self._consumer: Any = None
         self._timer: Any = None
         self.changed: Callable[[], object] = lambda: None
@@ -81,11 +80,10 @@ class LaneConsumer:
         if self._consumer:
             self._consumer.call_soon(self._apply_in, 0.0)
 
-    def doubt(self) -> None:
-        """A reply was refused: leave all lanes, and join them again when the broker takes replies."""
+    def reply_refused(self) -> None:
+        """Leave all lanes, and join them again when the broker takes replies."""
         if self._can_reply and self._consumer:
-            self._is_doubted = True
-            self._consumer.call_soon(self._apply_in, 0.0)
+            self._consumer.call_soon(self._leave_all)
 
     def wait_until_settled(self, timeout: float) -> bool:
         """Wait up to `timeout` seconds until the last `consume` is applied; the broker may be away."""
@@ -123,8 +121,9 @@ class LaneConsumer:
         if not self._consumer.task_consumer:  # the worker ends
             return
         target = self._target
+        lost, self._lost = self._lost, set()
         try:
-            for name in (self._consuming() - target.lanes) | self._take_lost() | self._take_doubted():
+            for name in (self._consuming() - target.lanes) | (self._consuming() & lost):
                 self._consumer.cancel_task_queue(name)
             refused = self._join(sorted(target.lanes - self._consuming()))
             joined = self._consuming()
@@ -139,15 +138,10 @@ class LaneConsumer:
     def _consuming(self) -> frozenset[str]:
         return frozenset(filter(self._consumer.task_consumer.consuming_from, self._app.amqp.queues))
 
-    def _take_lost(self) -> frozenset[str]:
-        lost, self._lost = self._lost, set()
-        return self._consuming() & lost
-
-    def _take_doubted(self) -> frozenset[str]:
-        if not self._is_doubted:
-            return frozenset()
-        self._is_doubted = self._can_reply = False
-        return self._consuming()
+    def _leave_all(self) -> None:
+        self._can_reply = False
+        self._lost |= self._target.lanes
+        self._apply_in(0.0)
 
     def _join(self, lanes: list[str]) -> dict[str, str]:
         """Join these lanes; return those that the broker refuses, and why.
@@ -161,14 +155,14 @@ class LaneConsumer:
                 try:
                     self._prove_replies(channel)
                 except self._consumer.channel_errors as error:
-                    return dict.fromkeys(lanes, outage(error))
+                    return dict.fromkeys(lanes, describe(error))
                 for name in lanes:
                     queue = lane_queue(name, self._transport)
                     try:
                         queue(channel).declare()
                         confirm_lane(channel, queue)
                     except self._consumer.channel_errors as error:
-                        refused[name] = outage(error)
+                        refused[name] = describe(error)
                     else:
                         self._app.amqp.queues.add(queue)
                         self._consumer.add_task_queue(name)

@@ -10,8 +10,7 @@ from typing import Any
 from celery import Celery, signals
 from celery.worker.consumer.consumer import CONNECTION_ERROR, CONNECTION_RETRY
 
-from fleet_worker.broker.connection import outage, place_of
-from fleet_worker.broker.refusal import refusal
+from fleet_worker.broker.faults import describe, place_of, refusal
 
 OUTAGE_LOGGED_EVERY = 60.0
 """Seconds between two lines about a broker that stays away."""
@@ -105,7 +104,7 @@ class OutageFilter:
         return True
 
     def _away(self, record: logging.LogRecord, error: BaseException) -> bool:
-        now, place, why = self._clock(), self._place, outage(error)
+        now, place, why = self._clock(), self._place, describe(error)
         is_new = self._away_since is None or (why != self._why and not why.startswith("is away"))
         if self._away_since is None:
             self._away_since = now

@@ -17,8 +17,8 @@ from typing import Any
 from kombu import Connection
 
 from fleet_worker.broker.connection import Publisher
+from fleet_worker.broker.faults import refusal
 from fleet_worker.broker.outage import Outage
-from fleet_worker.broker.refusal import refusal
 from fleet_worker.broker.topology import reply_queue
 from fleet_worker.errors import FleetError, RequestTimeout
 from fleet_worker.mlx.timeouts import CancelToken

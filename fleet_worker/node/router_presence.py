@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from kombu import Connection
 
-from fleet_worker.broker.connection import call_when_opened_again, hear, open_channel
+from fleet_worker.broker.connection import call_when_opened_again, open_channel, receive
 from fleet_worker.broker.presence import Sight, look_for
 from fleet_worker.broker.reconnecting import ReconnectingThread
 from fleet_worker.broker.topology import Transport
@@ -127,7 +127,7 @@ class RouterPresence:
                     asked |= self._running.routers
                     next_check = time.monotonic() + CHECK_EVERY
                     if self._transport == "amqp":  # or RabbitMQ would close a connection on which nothing is asked
-                        hear(connection, 0.01)
+                        receive(connection, 0.01)
                         connection.heartbeat_check()
                 if asked:
                     self._learn(look_for(channel, self._transport, asked))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -49,38 +49,41 @@ def register_tasks(app: Celery, node: Node) -> None:
     everybody. They never retry: the router decides about that.
     """
 
-    def task(function: Any) -> Any:
-        name = task_name(function.__name__)
-        return app.task(name=name, shared=False, throws=(FleetError,), ignore_result=True)(function)
+    for run in (chat, stream_chat, embed):
+        options = {"name": task_name(run.__name__), "shared": False, "throws": (FleetError,), "ignore_result": True}
+        app.task(**options)(_task(node, run))
 
-    @task
-    def chat(envelope: dict[str, Any]) -> None:
-        with _accepted(node, envelope, "chat") as work:
-            if work and isinstance(work.request.params, ChatParams):
-                answer = node.mlx.chat(work.request.params, work.offering, **work.limits)
-                node.counters.generated(answer.usage.completion_tokens or 0)
-                work.respond(ChatResponse, metadata=work.metadata(work.request.params), **asdict(answer))
 
-    @task
-    def stream_chat(envelope: dict[str, Any]) -> None:
-        with _accepted(node, envelope, "stream_chat") as work:
-            if work and isinstance(work.request.params, ChatParams):
-                options = {"resume": work.request.resume, **work.limits}
-                with node.mlx.stream_chat(work.request.params, work.offering, **options) as stream:
-                    for deltas in stream:
-                        node.counters.generated(len(deltas))
-                        work.reply.put(deltas, stream.tokens)
-                work.respond(ChatResponse, metadata=work.metadata(work.request.params), **asdict(stream.answer()))
+def _task(node: Node, run: Callable[[Work, Any], None]) -> Callable[[Any], None]:
+    def task(envelope: Any) -> None:
+        with _accepted(node, envelope, run.__name__) as work:
+            if work:
+                run(work, work.request.params)
 
-    @task
-    def embed(envelope: dict[str, Any]) -> None:
-        with _accepted(node, envelope, "embed") as work:
-            if work and isinstance(work.request.params, EmbedParams):
-                _check_dimensions(work.request.params.dimensions, work.offering.settings.dimensions)
-                vectors = node.mlx.embed(work.request.params.input, work.offering, **work.limits)
-                _check_reply_size(sum(map(len, vectors.data)), node.settings.max_body_bytes + REPLY_SPARE_BYTES)
-                _check_dimensions(work.request.params.dimensions, vectors.dimensions)
-                work.respond(EmbedResponse, data=vectors.data, dimensions=vectors.dimensions, usage=vectors.usage)
+    return task
+
+
+def chat(work: Work, params: ChatParams) -> None:
+    answer = work.node.mlx.chat(params, work.offering, **work.limits)
+    work.node.counters.generated(answer.usage.completion_tokens or 0)
+    work.respond(ChatResponse, metadata=work.metadata(params), **asdict(answer))
+
+
+def stream_chat(work: Work, params: ChatParams) -> None:
+    mlx, resume = work.node.mlx, work.request.resume
+    with mlx.stream_chat(params, work.offering, resume=resume, **work.limits) as stream:
+        for deltas in stream:
+            work.node.counters.generated(len(deltas))
+            work.reply.put(deltas, stream.tokens)
+    work.respond(ChatResponse, metadata=work.metadata(params), **asdict(stream.answer()))
+
+
+def embed(work: Work, params: EmbedParams) -> None:
+    _check_dimensions(params.dimensions, work.offering.settings.dimensions)
+    vectors = work.node.mlx.embed(params.input, work.offering, **work.limits)
+    _check_reply_size(sum(map(len, vectors.data)), work.node.settings.max_body_bytes + REPLY_SPARE_BYTES)
+    _check_dimensions(params.dimensions, vectors.dimensions)
+    work.respond(EmbedResponse, data=vectors.data, dimensions=vectors.dimensions, usage=vectors.usage)
 
 
 def _check_dimensions(wanted: int | None, dimensions: int | None) -> None:
@@ -114,7 +117,7 @@ class Request(celery_request.Request):  # type: ignore[misc]
 
 
 @dataclass(frozen=True, slots=True)
-class _Work:
+class Work:
     """One accepted attempt. `started` and `deadline` are `time.monotonic()` seconds."""
 
     node: Node
@@ -163,7 +166,7 @@ class _Work:
 
 
 @contextmanager
-def _accepted(node: Node, envelope: Any, operation: str) -> Iterator[_Work | None]:
+def _accepted(node: Node, envelope: Any, operation: str) -> Iterator[Work | None]:
     """Accept the attempt, or refuse it with an error. An exception inside the block ends the reply with one error.
 
     Yields None for an attempt that was delivered to this node before.
@@ -193,7 +196,7 @@ def _unexpected(error: Exception) -> FleetError:
     return ProviderError(f"the worker failed ({type(error).__name__}): see its log")
 
 
-def _accept(node: Node, envelope: Any, operation: str, reply: ReplyWriter, cancel_token: CancelToken) -> _Work:
+def _accept(node: Node, envelope: Any, operation: str, reply: ReplyWriter, cancel_token: CancelToken) -> Work:
     """Check the request, and tell the router that this node has accepted it.
 
     Raises:
@@ -215,7 +218,7 @@ def _accept(node: Node, envelope: Any, operation: str, reply: ReplyWriter, cance
         raise not_listening()
     reply.deadline = started + request.timeout_seconds - (age or 0.0)
     _tell_accepted(node, request, age, reply, cancel_token)
-    return _Work(node, request, offering, reply, cancel_token, started, reply.deadline)
+    return Work(node, request, offering, reply, cancel_token, started, reply.deadline)
 
 
 def _tell_accepted(

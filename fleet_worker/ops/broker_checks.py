@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 from redis.exceptions import ResponseError
 
 from fleet_worker.broker.app import create_app
-from fleet_worker.broker.connection import ANSWER_WITHIN, BROKER_ERRORS, connect, place_of, unavailable
+from fleet_worker.broker.connection import ANSWER_WITHIN, connect
+from fleet_worker.broker.faults import BROKER_ERRORS, place_of, unavailable
 from fleet_worker.broker.topology import transport_of
 from fleet_worker.errors import BrokerUnavailable
 from fleet_worker.ops.findings import Finding, Severity

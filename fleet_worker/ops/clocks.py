@@ -9,14 +9,14 @@ from fleet_worker.protocol.status import InstanceStatus
 
 AGREE_WITHIN = 2.0
 """Seconds. What a host publishes takes some time to arrive."""
+ADVICE = "turn on NTP there: requests are answered all the same, but its log, and its checks of certificates, go wrong"
 THIS_HOST = ""
 """The name of our own clock, which is 0 s ahead of itself."""
 
 
 def clocks_of(instances: Iterable[InstanceStatus]) -> dict[str, float]:
     """Return by how many seconds the clock of each host is ahead of ours, as far as the hosts have told their time."""
-    told = {each.host: each.clock_ahead for each in instances if each.clock_ahead is not None}
-    return {host: ahead for host, ahead in told.items() if ahead is not None}
+    return {each.host: each.clock_ahead for each in instances if each.clock_ahead is not None}
 
 
 def wrong_clocks(ahead: Mapping[str, float]) -> dict[str, float]:
@@ -37,6 +37,3 @@ def described(wrong: Mapping[str, float]) -> Iterator[str]:
     for host, ahead in wrong.items():
         whose = f"the clock of {host}" if host else "the clock of this host"
         yield f"{whose} is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the others"
-
-
-ADVICE = "turn on NTP there: requests are answered all the same, but its log, and its checks of certificates, go wrong"

@@ -15,16 +15,16 @@ import click
 from pydantic import TypeAdapter, ValidationError
 
 from fleet_worker import exit_codes
-from fleet_worker.broker import connection as connections
 from fleet_worker.broker.app import create_app
-from fleet_worker.broker.connection import BROKER_ERRORS, connect, unavailable
+from fleet_worker.broker.connection import ANSWER_WITHIN, connect
+from fleet_worker.broker.faults import BROKER_ERRORS, unavailable
 from fleet_worker.errors import InvalidRequest
 from fleet_worker.ops.terminal import count
 from fleet_worker.registry.view import ALL_ANSWERS_WITHIN
 from fleet_worker.router.router import Router
 from fleet_worker.settings import REGISTRY, Settings
 
-ANSWER_WITHIN = 2.0
+NODE_ANSWERS_WITHIN = 2.0
 """Seconds that a node has to answer."""
 HOST_ANSWERS_WITHIN = 1.5
 """Seconds that all nodes of a host have to answer: their number is unknown, so this is always waited for."""
@@ -115,7 +115,7 @@ class DrainControl:
         """
         if not nodes:
             return []
-        replies = self._broadcast(command, destination=list(nodes), limit=len(nodes), timeout=ANSWER_WITHIN)
+        replies = self._broadcast(command, destination=list(nodes), limit=len(nodes), timeout=NODE_ANSWERS_WITHIN)
         states = {name: state for name in nodes if (state := _state(name, replies.get(name)))}
         self.silent += [name for name in nodes if name not in {*states, *self.silent}]
         return list(states.values())
@@ -152,7 +152,7 @@ class DrainControl:
         """The replies by node."""
         with self._app.connection_for_write() as connection:
             try:
-                connect(connection, connections.ANSWER_WITHIN)
+                connect(connection, ANSWER_WITHIN)
                 replies = self._app.control.broadcast(command, connection=connection, reply=True, **options)
             except BROKER_ERRORS as error:
                 raise unavailable(self._app.conf.broker_url, "cannot be used to ask the nodes", error) from None

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fleet_worker.broker.connection import BROKER_ERRORS
-from fleet_worker.broker.refusal import Refusal, refusal
+from fleet_worker.broker.faults import BROKER_ERRORS, Refusal, refusal
 from fleet_worker.broker.rehearsal import rehearse
 from fleet_worker.broker.topology import Transport
 from fleet_worker.ops.findings import Finding

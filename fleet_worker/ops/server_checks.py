@@ -19,8 +19,6 @@ from fleet_worker.settings import Instance, Settings
 ANSWER_WITHIN = 5.0  # seconds
 WITHIN = 3 * ANSWER_WITHIN + 2
 """Seconds for one instance: two default URLs, and a list of models."""
-_MARKED = ("mlx_lm", "vllm_mlx", "mlx_openai")
-"""The kinds of servers that can be detected."""
 
 
 def instances(settings: Settings) -> list[Finding]:
@@ -87,10 +85,10 @@ def identity(configured: str, detected: str) -> Iterator[Finding]:
         return
     found = f'server = "{configured}" is configured, but it'
     advice = 'correct it, or leave it out: "auto" detects it'
-    if detected in _MARKED:
-        yield Finding("error", f"{found} is {detected}", advice)
-    else:
+    if detected == "openai":
         yield Finding("warning", f"{found} cannot be recognised", "correct it, unless a proxy is in front of it")
+    else:
+        yield Finding("error", f"{found} is {detected}", advice)
 
 
 def _models(

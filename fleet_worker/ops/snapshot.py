@@ -12,7 +12,8 @@ from fleet_worker.broker.queue_depth import Waiting, waiting
 from fleet_worker.broker.topology import direct_lane, lane, transport_of
 from fleet_worker.ops.clocks import clocks_of, wrong_clocks
 from fleet_worker.protocol.status import InstanceStatus
-from fleet_worker.registry.view import Offered, Registry
+from fleet_worker.registry.offered import Offered
+from fleet_worker.registry.view import Registry
 from fleet_worker.settings import Settings
 
 

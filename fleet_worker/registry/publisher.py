@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable
 
 from kombu import Connection
 
-from fleet_worker.broker.connection import Publisher, outage
+from fleet_worker.broker.connection import Publisher
+from fleet_worker.broker.faults import describe
 from fleet_worker.broker.topology import Transport, registry_exchange
 from fleet_worker.protocol.registry_event import Announcement
 
@@ -83,7 +84,7 @@ class RegistryPublisher:
                 self._publish_all(kinds)
         except Exception as error:  # no request may fail with it
             if not self._failed:
-                log.warning("registry events cannot be published and are dropped: the broker %s", outage(error))
+                log.warning("registry events cannot be published and are dropped: the broker %s", describe(error))
             self.failures += 1
             self._failed = kinds
             self._publisher.drop()

@@ -7,12 +7,10 @@ intervals without news.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from pydantic import ValidationError
@@ -21,8 +19,9 @@ from fleet_worker.broker.door import Refused
 from fleet_worker.errors import InvalidRequest, ModelUnavailable
 from fleet_worker.protocol.registry_event import GONE, READINESS, Announcement, RegistryEvent
 from fleet_worker.protocol.status import InstanceStatus, ModelStatus
-from fleet_worker.registry.absence import away_for
+from fleet_worker.registry.alternatives import nearest, no_such_model, refusal
 from fleet_worker.registry.memory_bound import MOST_BYTES, MemoryBound, memory_of
+from fleet_worker.registry.offered import Offered, away_for, fits
 
 log = logging.getLogger(__name__)
 
@@ -35,32 +34,8 @@ QUIET = 0.15
 """Seconds without another answer after which `wait_for_answers` returns. A refusal waits longer."""
 ALL_ANSWERS_WITHIN = 1.0
 """Seconds after which every host has answered a router that asked."""
-NEAREST = 3
-"""Names that are told as the nearest."""
-MOST_LISTED = 8
-"""Names that the text of a refusal lists."""
 SWEEP_EVERY = 1.0
 """Seconds between two searches for what has expired: with a thousand hosts, one costs more than a message."""
-
-
-@dataclass(frozen=True, slots=True)
-class Offered:
-    """An offering: one model on one instance, now. It is `ready` if both are available."""
-
-    model: str
-    capabilities: tuple[str, ...]
-    features: tuple[str, ...]
-    limits: dict[str, Any]
-    ready: bool
-    instance: InstanceStatus
-
-    @property
-    def node(self) -> str:
-        return self.instance.node
-
-    @property
-    def host(self) -> str:
-        return self.instance.host
 
 
 class Registry:
@@ -137,11 +112,10 @@ class Registry:
         with self._changed:
             ready = self._changed.wait_for(lambda: self.offerings(model, capability=capability, ready=True), timeout)
             if not ready:
-                known = {each.model for each in self._offered(None)}
-                why = "none of its instances is ready" if model in known else "no instance offers it"
-                nearest = _nearest(model, known)
-                names = f"; the nearest that exist: {', '.join(nearest)}" if nearest and model not in known else ""
-                raise ModelUnavailable(f"after {timeout:g} s {why}{names}", nearest=nearest, param="model")
+                if model not in (known := self.models()):
+                    raise no_such_model(model, known, f"after {timeout:g} s no instance offers it")
+                text = f"after {timeout:g} s none of its instances is ready"
+                raise ModelUnavailable(text, nearest=nearest(model, known), param="model")
             return ready
 
     def refresh(self) -> None:
@@ -182,7 +156,8 @@ class Registry:
                 if left <= 0:
                     if not self.instances():
                         return
-                    raise self._refusal(model, capability, instance, node)
+                    wanted = {"model": model, "capability": capability, "instance": instance}
+                    raise refusal(list(self._offered(None)), self.instances(), **wanted, node=node)
                 self._changed.wait(left)
 
     def away_for(self, model: str, capability: str, instance: str = "any", node: str | None = None) -> float | None:
@@ -191,7 +166,8 @@ class Registry:
         with self._changed:
             of_model = self._models.get(model, {}).items()
             known = [(self._instances[key], each) for key, each in of_model if key in self._instances]
-        return away_for(known, capability, instance, node, now=self._clock())
+        fitting = [each for each in known if capability in each[1].capabilities and fits(each[0], instance, node)]
+        return away_for(fitting, now=self._clock())
 
     def receive(self, message: Any) -> None:
         """Apply a broker message.
@@ -277,43 +253,10 @@ class Registry:
                     ready = instance.status == of_model.status == "available"
                     yield Offered(name, of_model.capabilities, of_model.features, of_model.limits, ready, instance)
 
-    def _is_offered(self, model: str, capability: str, instance: str, node: str | None = None) -> bool:
+    def _is_offered(self, model: str, capability: str, instance: str, node: str | None) -> bool:
         return any(
-            capability in offered.capabilities
-            and instance in ("any", offered.instance.name)
-            and node in (None, offered.node)
-            for offered in self._offered(model)
+            capability in each.capabilities and fits(each.instance, instance, node) for each in self._offered(model)
         )
-
-    def _refusal(self, model: str, capability: str, instance: str, node: str | None) -> ModelUnavailable:
-        of_model = list(self._offered(model))
-        able = [each for each in of_model if capability in each.capabilities]
-        fitting = [each for each in able if instance in ("any", each.instance.name)]
-        if node and fitting:
-            return self._no_such_node(model, capability, node, {each.node for each in fitting})
-        if able:
-            return self._no_such_instance(model, capability, instance, {each.instance.name for each in able})
-        fit = {each.model for each in self._offered(None) if capability in each.capabilities}
-        if others := sorted({each for offered in of_model for each in offered.capabilities}):
-            listed = f"; for {capability} there are: {_listed(fit)}" if fit else f", and no model is for {capability}"
-            text = f"{model} is in the fleet, but only for: {', '.join(others)}{listed}"
-            return ModelUnavailable(text, nearest=_nearest(model, fit, at_least=0.0), param="model")
-        nearest = _nearest(model, fit)
-        names = f"; the nearest that exist: {', '.join(nearest)}" if nearest else ""
-        text = f"no instance offers {capability} with that model{names}; fleet-worker status lists all models"
-        return ModelUnavailable(text, nearest=nearest, param="model")
-
-    def _no_such_node(self, model: str, capability: str, node: str, able: set[str]) -> ModelUnavailable:
-        known = node in {each.node for each in self.instances()}
-        why = f"that node does not offer {capability} with {model}" if known else "no node of that name is known"
-        text = f"{why}; nodes that offer it: {_listed(able)}"
-        return ModelUnavailable(text, nearest=_nearest(node, able), param="node")
-
-    def _no_such_instance(self, model: str, capability: str, instance: str, able: set[str]) -> ModelUnavailable:
-        known = instance in {each.name for each in self.instances()}
-        why = f"no instance of that name offers {capability} with {model}" if known else "no instance has that name"
-        text = f"{why}; instances that offer it: {_listed(able)}"
-        return ModelUnavailable(text, nearest=_nearest(instance, able), param="instance")
 
     def _notify_subscribers(self, event: RegistryEvent) -> None:
         for callback in tuple(self._subscribers):
@@ -321,20 +264,3 @@ class Registry:
                 callback(event)
             except Exception as error:
                 log.error("a subscriber of the registry failed: %s", type(error).__name__)
-
-
-def _nearest(name: str, existing: Iterable[str], *, at_least: float = 0.5) -> list[str]:
-    """Return the names most like this one, in any case, at most three: those that contain it or are contained in it
-    first. Never the name itself."""
-    wanted = name.lower()
-    others = {each.lower(): each for each in sorted(existing) if each != name}
-    parts = [lower for lower in others if min(len(lower), len(wanted)) > 2 and (wanted in lower or lower in wanted)]
-    alike = difflib.get_close_matches(wanted, others, n=NEAREST, cutoff=at_least)
-    return [others[lower] for lower in dict.fromkeys([*parts, *alike])][:NEAREST]
-
-
-def _listed(names: Iterable[str]) -> str:
-    """Return the first names, and how many more there are."""
-    names = sorted(names)
-    more = f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
-    return ", ".join(names[:MOST_LISTED]) + more

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from kombu import Producer
 
 from fleet_worker.broker import queue_depth
-from fleet_worker.broker.connection import BROKER_ERRORS
+from fleet_worker.broker.faults import BROKER_ERRORS
 from fleet_worker.broker.topology import EXCHANGE, Transport
 from fleet_worker.errors import Cancelled, FleetSaturated
 from fleet_worker.protocol.request import Priority
@@ -44,7 +44,7 @@ class _Lane:
     full_since: float | None = None
     """Time of the first answer that said so, if all since have said the same."""
     room_at: float = float("-inf")
-    """When there is room again for all that were refused so far, and come back when they were told to."""
+    """When there is room for one more, after all that were refused so far have come back."""
     accepted_at: float = float("-inf")
     """When a node last accepted a request of this router."""
     latest_accepted: dict[Priority, float] = field(default_factory=dict)
@@ -181,9 +181,9 @@ class Admission:
         return FleetSaturated(text, retry_after=retry_after)
 
     def _room_after(self, known: _Lane) -> float:
-        """Estimate by Little's law: if `depth` requests wait `queue_wait` seconds each, depth / queue_wait leave per
-        second. Whoever is refused after another one is told to come later, one after the other. But a lane that is full
-        for longer than that will stay full for as long again."""
+        """Estimate the seconds until there is room, by Little's law: if `depth` requests wait `queue_wait` seconds
+        each, depth / queue_wait leave per second. Each further refused request is told to come one such step later. A
+        lane that has been full for longer than this estimate is expected to stay full for as long again."""
         depth, now = known.depth or 1, time.monotonic()
         seconds_each = known.queue_wait / depth if known.queue_wait else RETRY_AFTER_MIN / self._max_waiting
         known.room_at = max(known.room_at, now + (depth - self._max_waiting) * seconds_each) + seconds_each

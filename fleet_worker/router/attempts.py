@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from fleet_worker.errors import Expired, FleetError, NodeLost, PoisonSuspected, ReplyLost, StreamInterrupted
@@ -40,6 +39,7 @@ from fleet_worker.protocol.reply import (
 )
 from fleet_worker.protocol.request import FleetRequest, Resume
 from fleet_worker.router.blame import Blame
+from fleet_worker.router.effects import AskAgain, CancelOrphan, Confirm, Deliver, Effect, End, RetryAfter, TellTime
 
 OnInterrupt = Literal["resume", "fail"]
 State = Literal["waiting", "running", "pausing", "ended"]
@@ -50,61 +50,6 @@ RETRY_AFTER_MIN = 1.0
 """Seconds that a caller is told to wait at least, whatever a busy server has asked the router for."""
 GAP_CLOSES_WITHIN = 1.5
 """Seconds to wait for a missing frame after a later one has arrived."""
-
-
-@dataclass(frozen=True, slots=True)
-class Deliver:
-    """Hand these deltas to every reader."""
-
-    frame: Deltas
-
-
-@dataclass(frozen=True, slots=True)
-class End:
-    """Hand this last frame to every reader: the request has ended."""
-
-    frame: ChatResponse | EmbedResponse | Failure
-
-
-@dataclass(frozen=True, slots=True)
-class RetryAfter:
-    """Send the next attempt after so many seconds."""
-
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class CancelOrphan:
-    """Cancel this attempt: it may still run on a node, and its answer is not wanted any more."""
-
-    node: str | None
-    """None if it is not known which node has it."""
-    attempt: int
-
-
-@dataclass(frozen=True, slots=True)
-class AskAgain:
-    """Ask this node to send its latest frames again: one of them never arrived."""
-
-    node: str
-
-
-@dataclass(frozen=True, slots=True)
-class TellTime:
-    """Tell this node what the clock of the router shows: it judges by another one."""
-
-    node: str
-
-
-@dataclass(frozen=True, slots=True)
-class Confirm:
-    """Tell this node that it may begin: this attempt is wanted."""
-
-    node: str
-    attempt: int
-
-
-Effect = Deliver | End | RetryAfter | CancelOrphan | AskAgain | TellTime | Confirm
 
 
 class Attempts:

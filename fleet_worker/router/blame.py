@@ -21,8 +21,8 @@ class Blame:
 
     def __init__(self) -> None:
         self._nodes: dict[tuple[str, str], dict[str, bool]] = {}
-        """By code of the error and HTTP status, if there is one: the nodes that failed so, and whether their server had
-        other work in its only slot each time. That proves nothing for itself."""
+        """The nodes that failed, by code of the error and HTTP status. The value is True if each time other work was
+        in the only slot of the server: that work may be the cause, so two such nodes prove nothing."""
 
     def verdict(self, node: str | None, error: FleetError) -> FleetError | None:
         """Take one more failure; return the error that ends the request if it is to blame, or None."""

@@ -21,23 +21,15 @@ from fleet_worker.errors import (
 from fleet_worker.protocol.reply import Accepted, Failure, Frame
 from fleet_worker.protocol.request import FleetRequest
 from fleet_worker.router.admission import Admission
-from fleet_worker.router.attempts import (
-    AskAgain,
-    Attempts,
-    CancelOrphan,
-    Confirm,
-    Deliver,
-    Effect,
-    End,
-    OnInterrupt,
-    RetryAfter,
-    TellTime,
-)
+from fleet_worker.router.attempts import Attempts, OnInterrupt
+from fleet_worker.router.control_publisher import ControlPublisher
+from fleet_worker.router.effects import Deliver, Effect, End, RetryAfter
 from fleet_worker.router.node_selection import NodeSelection
+from fleet_worker.router.readers import Readers
 from fleet_worker.router.reply_buffer import ReplyBuffer
 from fleet_worker.router.reply_consumer import ReplyConsumer
 from fleet_worker.router.scheduler import Scheduler
-from fleet_worker.router.submitter import CancelPublisher, Submitter
+from fleet_worker.router.submitter import Submitter
 from fleet_worker.settings import RouterSettings
 
 CHECK_EVERY = 1.0
@@ -56,7 +48,7 @@ class OpenSession(Protocol):
     submitter: Submitter
     admission: Admission
     replies: ReplyConsumer
-    cancels: CancelPublisher
+    control: ControlPublisher
     scheduler: Scheduler
 
     def ended(self, request_id: str) -> None: ...
@@ -87,7 +79,7 @@ class InFlightRequest:
             request, deadline=self._deadline, max_attempts=session.settings.max_attempts, on_interrupt=on_interrupt
         )
         self._lock = threading.RLock()
-        self._readers: list[ReplyBuffer] = []
+        self._readers = Readers(session.settings.max_buffered)
         self._target = None if node else session.nodes.node_for(request)
         """The node that the router chose for the present attempt."""
         self._submitted_at = 0.0
@@ -125,20 +117,11 @@ class InFlightRequest:
     def join(self, timeout: float) -> ReplyBuffer | None:
         """Add a reader that waits at most `timeout` seconds. Return its buffer, which gets the whole answer from its
         beginning; None if the request has failed."""
-        deadline, room = time.monotonic() + timeout, self._session.settings.max_buffered
         with self._lock:
             self._drop_left()
-            past, last = self._attempts.delivered, self._attempts.last
-            if last and not self.answered:
+            if self._attempts.last and not self.answered:
                 return None
-            buffer = ReplyBuffer(deadline=deadline, max_buffered=room + sum(len(frame.deltas) for frame in past))
-            for frame in past:
-                buffer.put(frame)
-            if last:
-                buffer.put(last)
-            else:
-                self._readers.append(buffer)
-        return buffer
+            return self._readers.join(timeout, self._attempts.delivered, self._attempts.last)
 
     def leave(self, buffer: ReplyBuffer) -> None:
         """Remove a reader. When the last one has left, the scheduler thread cancels the request.
@@ -147,15 +130,13 @@ class InFlightRequest:
         a change of this request. So it takes no lock but the scheduler's, inside which no other one is taken.
         """
         buffer.close()
-        if self._readers:
+        if self._readers.any_left:
             self._session.scheduler.soon(self._drop_left)
 
     def _drop_left(self) -> None:
         with self._lock:
-            if self._readers:
-                self._readers = [buffer for buffer in self._readers if not buffer.closed]
-                if not self._readers:
-                    self.give_up(Cancelled("nobody waits for the answer any more"))
+            if self._readers.drop_closed():
+                self.give_up(Cancelled("nobody waits for the answer any more"))
 
     def timed_out(self, seconds: float) -> FleetError:
         """Return the error for a reader whose timeout of so many seconds is over."""
@@ -216,24 +197,17 @@ class InFlightRequest:
                 case End(frame):
                     self._deliver(frame)
                     self.ended_at = time.monotonic()
-                    self._readers = []
+                    self._readers.end()
                     self._session.ended(self.request.request_id)
                 case RetryAfter(seconds):
                     self._session.scheduler.at(time.monotonic() + seconds, self._retry)
                     self._limit_wait()
-                case CancelOrphan():
-                    self._session.cancels.cancel(self.request.request_id, effect)
-                case AskAgain(node):
-                    self._session.cancels.ask_again(node)
-                case Confirm(node, attempt):
-                    self._session.cancels.confirm(self.request.request_id, attempt, node)
-                case TellTime(node):
-                    self._session.cancels.tell_time(node)
+                case to_node:
+                    self._session.control.tell(self.request.request_id, to_node)
 
     def _deliver(self, frame: Frame) -> None:
-        for buffer in self._readers:
-            if not buffer.put(frame):
-                self._overflow(buffer)
+        for buffer in self._readers.deliver(frame):
+            self._overflow(buffer)
 
     def _overflow(self, buffer: ReplyBuffer) -> None:
         limit = self._session.settings.max_buffered

@@ -12,8 +12,9 @@ from typing import Any
 from kombu import Connection, Consumer, Producer
 
 from fleet_worker.broker import presence
-from fleet_worker.broker.connection import Publisher, hear, is_away, open_channel, refuses, unavailable
+from fleet_worker.broker.connection import Publisher, open_channel, receive
 from fleet_worker.broker.door import Refused
+from fleet_worker.broker.faults import is_away, needs_operator, unavailable
 from fleet_worker.broker.reconnecting import ReconnectingThread
 from fleet_worker.broker.topology import ask_exchange, cancel_exchange, registry_queue, reply_queue, transport_of
 from fleet_worker.errors import Cancelled, InvalidRequest, where
@@ -100,7 +101,7 @@ class ReplyConsumer:
     def _failed(self, error: Exception) -> None:
         if not self._link.worked.is_set():
             self._failure = error
-            if refuses(error) or not self._patient:
+            if needs_operator(error) or not self._patient:
                 self._decided.set()
 
     def _listen(self, connection: Connection) -> None:
@@ -109,7 +110,7 @@ class ReplyConsumer:
         consumer.consume()
         events = registry_queue(transport_of(self._broker_url))
         Consumer(channel, [events], on_message=self._registry.receive, no_ack=True).consume()
-        hear(connection, 0.01)  # only now kombu's Redis transport subscribes
+        receive(connection, 0.01)  # only now kombu's Redis transport subscribes
         self._announce(channel)
         presence.appear(channel, self.name)  # before the first request, or nodes take this router for gone
         self._began_at, self._next_probe = self.clock, time.monotonic() + PROBE_EVERY
@@ -119,7 +120,7 @@ class ReplyConsumer:
             self._probe(channel)
             self._link.works()
             before = time.monotonic()
-            hear(connection, 1.0)
+            receive(connection, 1.0)
             self.clock += min(time.monotonic() - before, MAX_TICK)
         with contextlib.suppress(Exception):  # all of it expires
             self._leave(consumer, channel)

@@ -10,7 +10,7 @@ import time
 import uuid
 from typing import Any, Self, Unpack, cast, get_args
 
-from fleet_worker.broker.connection import unavailable
+from fleet_worker.broker.faults import unavailable
 from fleet_worker.broker.topology import is_node_name, reply_name
 from fleet_worker.errors import InvalidRequest
 from fleet_worker.protocol import clock
@@ -119,7 +119,9 @@ class Router:
         on_interrupt: OnInterrupt = others.pop("on_interrupt", "resume")
         if on_interrupt not in get_args(OnInterrupt):
             raise InvalidRequest('on_interrupt: must be "resume" or "fail"', param="on_interrupt")
-        queue_timeout = self._queue_timeout(others.pop("queue_timeout", None))
+        queue_timeout = _seconds(
+            "queue_timeout", others.pop("queue_timeout", None), self._settings.router.queue_timeout
+        )
         request, node = self._request(operation, model, body, **others)
 
         def start(deadline: float) -> tuple[InFlightRequest, ReplyBuffer]:
@@ -127,13 +129,6 @@ class Router:
             return session.start(request, node, on_interrupt, deadline, queue_timeout=queue_timeout)
 
         return Call(start, request.timeout_seconds)
-
-    def _queue_timeout(self, asked: float | None) -> float:
-        if asked is None:
-            return self._settings.router.queue_timeout
-        if isinstance(asked, bool) or not isinstance(asked, int | float) or not asked > 0:
-            raise InvalidRequest("queue_timeout: must be a number of seconds, more than 0", param="queue_timeout")
-        return asked
 
     def _request(
         self,
@@ -152,11 +147,8 @@ class Router:
         **params: Any,
     ) -> tuple[FleetRequest, str | None]:
         """Return the envelope, without its reply queue and deadline, and the only node that may have it."""
-        limit = self._settings.router.max_timeout
-        seconds = self._settings.router.timeout if timeout is None else timeout
-        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= limit:
-            text = f"timeout: must be a number of seconds, more than 0 and at most {limit:g} (router.max_timeout)"
-            raise InvalidRequest(text, param="timeout")
+        limits = self._settings.router
+        seconds = _seconds("timeout", timeout, limits.timeout, limits.max_timeout)
         if node is not None and not is_node_name(node):
             raise InvalidRequest('node: must be the name of a node, as in "local@mini-7"', param="node")
         if not isinstance(instance, str) or not instance:
@@ -178,7 +170,7 @@ class Router:
             "caller": caller or {},
             "trace_context": trace_context or {},
             "signed_token": None,
-            "timeout_seconds": float(seconds),
+            "timeout_seconds": seconds,
             "expires_at": clock.now() + seconds,
             "priority": priority,
         }
@@ -218,3 +210,12 @@ class Router:
     def _ask(self) -> None:
         if session := self._session:
             session.ask()
+
+
+def _seconds(option: str, asked: float | None, default: float, limit: float = math.inf) -> float:
+    """Return what the caller asked for, or the default; raises `InvalidRequest` if that is no such time."""
+    seconds = default if asked is None else asked
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= limit:
+        most = "" if math.isinf(limit) else f" and at most {limit:g} (router.max_timeout)"
+        raise InvalidRequest(f"{option}: must be a number of seconds, more than 0{most}", param=option)
+    return float(seconds)

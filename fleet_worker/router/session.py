@@ -15,14 +15,16 @@ from fleet_worker.protocol.reply import Accepted, Alive, Frame
 from fleet_worker.protocol.request import FleetRequest
 from fleet_worker.registry.view import Registry
 from fleet_worker.router.admission import Admission
-from fleet_worker.router.attempts import CancelOrphan, OnInterrupt
+from fleet_worker.router.attempts import OnInterrupt
+from fleet_worker.router.control_publisher import ControlPublisher
+from fleet_worker.router.effects import CancelOrphan
 from fleet_worker.router.idempotency import IdempotencyCache
 from fleet_worker.router.in_flight import InFlightRequest
 from fleet_worker.router.node_selection import NodeSelection
 from fleet_worker.router.reply_buffer import ReplyBuffer
 from fleet_worker.router.reply_consumer import ReplyConsumer
 from fleet_worker.router.scheduler import Scheduler
-from fleet_worker.router.submitter import IDLE_AFTER, CancelPublisher, Submitter
+from fleet_worker.router.submitter import IDLE_AFTER, Submitter
 from fleet_worker.settings import Settings
 
 
@@ -40,7 +42,7 @@ class Session:
         self.submitter = Submitter(self._app, transport)
         self.admission = Admission(self.submitter.producer, transport, max_waiting=self.settings.max_waiting)
         name = reply_name(settings.host, self.settings.reply_expires)
-        self.cancels = CancelPublisher(name, self.submitter, self.scheduler)
+        self.control = ControlPublisher(name, self.submitter, self.scheduler)
         self.replies = ReplyConsumer(
             self._app.connection_for_read,
             settings.broker_url,
@@ -121,7 +123,7 @@ class Session:
         request = self._requests.get(frame.id)
         wanted = request is not None and request.receive(node, frame)
         if not wanted and isinstance(frame, Accepted | Alive):
-            self.cancels.cancel(frame.id, CancelOrphan(node, frame.attempt))
+            self.control.tell(frame.id, CancelOrphan(node, frame.attempt))
 
     def ask(self) -> None:
         """Ask all registry nodes for their state. Best effort."""

@@ -1,13 +1,12 @@
-"""Sends to the broker: requests into lanes and cancels to nodes, on connections that the threads of a router share."""
+"""Sends to the broker: requests into lanes, and what all hosts are to hear, on connections that threads share."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterator
 from functools import partial
 
@@ -18,21 +17,14 @@ from kombu.exceptions import LimitExceeded
 from tenacity import Retrying, retry_if_exception, stop_before_delay, wait_exponential, wait_random
 
 from fleet_worker.broker.broker_clock import BrokerClock
-from fleet_worker.broker.connection import ANSWER_WITHIN, BROKER_ERRORS, CLOSE_WITHIN, connect, is_away, unavailable
+from fleet_worker.broker.connection import ANSWER_WITHIN, CLOSE_WITHIN, connect
+from fleet_worker.broker.faults import BROKER_ERRORS, is_away, unavailable
 from fleet_worker.broker.queue_depth import SUBMITTED_AT
-from fleet_worker.broker.topology import Transport, cancel_exchange, priority, route_to, task_name
+from fleet_worker.broker.topology import Transport, priority, route_to, task_name
 from fleet_worker.errors import Cancelled, Expired
-from fleet_worker.protocol import clock
-from fleet_worker.protocol.request import MOST_CANCELLED, ControlMessage, FleetRequest
-from fleet_worker.router.attempts import CancelOrphan
-from fleet_worker.router.scheduler import Scheduler
-
-log = logging.getLogger(__name__)
+from fleet_worker.protocol.request import FleetRequest
 
 MAX_CONNECTIONS = 16
-MOST_WAITING = 10_000
-"""Cancels that may wait to be published. Anybody may send replies to requests that do not exist; what does exist is
-cancelled again."""
 IDLE_AFTER = 5.0
 """Seconds after which a connection that no thread uses is closed. To open one takes some milliseconds."""
 
@@ -167,97 +159,6 @@ class Submitter:
                 producer=producer,
                 retry=False,
             )
-
-
-class CancelPublisher:
-    """Collects what the nodes are to know; the scheduler thread publishes it at once, all together.
-
-    Best effort: if a node goes on with a cancelled request, the session cancels it again on each of its heartbeats, and
-    an attempt whose missing frame does not come again fails.
-    """
-
-    def __init__(self, reply_to: str, submitter: Submitter, scheduler: Scheduler) -> None:
-        self._reply_to = reply_to
-        self._submitter = submitter
-        self._scheduler = scheduler
-        self._lock = threading.Lock()
-        self._cancelled: _Requests = {}
-        """Each with the last attempt that is cancelled."""
-        self._waiting = 0
-        """Cancels since the last message."""
-        self._confirmed: _Requests = {}
-        """Each with the attempt that is wanted."""
-        self._missed: set[str | None] = set()
-        """Nodes of which a frame never arrived."""
-        self._told: set[str | None] = set()
-        """Nodes that only need the time."""
-        self._wrong: OrderedDict[str, None] = OrderedDict()
-        """Nodes that were logged to have judged by a wrong clock."""
-
-    def cancel(self, request_id: str, orphan: CancelOrphan) -> None:
-        """Cancel this attempt and all earlier ones of that request."""
-        with self._lock:
-            self._schedule()
-            if self._waiting >= MOST_WAITING:
-                return
-            self._waiting += 1
-            requests = self._cancelled.setdefault(orphan.node, {})
-            requests[request_id] = max(orphan.attempt, requests.get(request_id, 0))
-
-    def confirm(self, request_id: str, attempt: int, node: str) -> None:
-        """Answer a node that has asked whether this attempt is still wanted: it is."""
-        with self._lock:
-            self._schedule()
-            self._confirmed.setdefault(node, {})[request_id] = attempt
-
-    def ask_again(self, node: str) -> None:
-        """Ask a node to send again what it sent last into our reply queue: a frame of it never arrived."""
-        with self._lock:
-            self._schedule()
-            self._missed.add(node)
-
-    def tell_time(self, node: str) -> None:
-        """Tell the time to a node that took a request for expired."""
-        with self._lock:
-            self._schedule()
-            self._told.add(node)
-            known = node in self._wrong
-            self._wrong[node] = None
-            if len(self._wrong) > MOST_CANCELLED:
-                self._wrong.popitem(last=False)
-        if not known:
-            log.warning("%s took a request for expired that is not: compare the clocks (fleet-worker status)", node)
-
-    def _schedule(self) -> None:
-        if not (self._cancelled or self._confirmed or self._missed or self._told):
-            self._scheduler.soon(self._publish)
-
-    def _publish(self) -> None:
-        with self._lock:
-            cancelled, confirmed, missed, told = self._cancelled, self._confirmed, self._missed, self._told
-            self._cancelled, self._confirmed, self._missed, self._told = {}, {}, set(), set()
-            self._waiting = 0
-        messages = [ControlMessage(node=node, missed=self._reply_to) for node in missed]
-        messages += [ControlMessage(node=node, cancelled=part) for node, part in _parts(cancelled)]
-        messages += [ControlMessage(node=node, confirmed=part) for node, part in _parts(confirmed)]
-        messages += [ControlMessage(node=node) for node in told]
-        try:
-            for message in messages:
-                timed = message.model_copy(update={"router": self._reply_to, "sent_at": clock.now()})
-                self._submitter.broadcast(cancel_exchange(), timed.encode())
-        except Exception as error:
-            log.debug("a cancel was not published: %s", type(error).__name__)
-
-
-_Requests = dict[str | None, dict[str, int]]
-"""By node (None for all): requests, each with an attempt."""
-
-
-def _parts(requests: _Requests) -> Iterator[tuple[str | None, list[tuple[str, int]]]]:
-    for node, by_id in requests.items():
-        listed = list(by_id.items())
-        for first in range(0, len(listed), MOST_CANCELLED):
-            yield node, listed[first : first + MOST_CANCELLED]
 
 
 def publish(producer: Producer, exchange: Exchange, body: bytes) -> None:

@@ -13,7 +13,7 @@ import redis
 
 from fleet_worker import Router, Settings
 from fleet_worker.broker.app import create_app
-from fleet_worker.broker.connection import place_of
+from fleet_worker.broker.faults import place_of
 from fleet_worker.broker.topology import cancel_exchange, reply_name
 from fleet_worker.host.child_process import child, python
 from fleet_worker.node import reply_publisher

@@ -15,7 +15,7 @@ from kombu.asynchronous import Hub
 
 from fleet_worker import Router, Settings
 from fleet_worker.broker.app import create_app
-from fleet_worker.broker.connection import Publisher, hang_up, hear, open_channel
+from fleet_worker.broker.connection import Publisher, hang_up, open_channel, receive
 from fleet_worker.broker.topology import lane, lane_queue, priority, reply_name, reply_queue, transport_of
 from fleet_worker.host.child_process import child, python
 from fleet_worker.simulator import reply_tokens
@@ -82,7 +82,7 @@ def test_nothing_keeps_a_connection_that_broke(broker):
         channel = open_channel(connection)
         consumer = Consumer(channel, [reply_queue(reply_name("forgotten", 10.0))], on_message=print)
         consumer.consume()
-        hear(connection, 0.2)
+        receive(connection, 0.2)
         broker.stop()
         broken = weakref.ref(channel)
         hang_up(connection)

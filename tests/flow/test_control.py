@@ -8,7 +8,7 @@ from celery import Celery
 
 from fleet_worker import Settings
 from fleet_worker.broker.app import create_app
-from fleet_worker.broker.connection import hear
+from fleet_worker.broker.connection import receive
 from fleet_worker.protocol.reply import ChatResponse
 from fleet_worker.testing import SimulatedMLX, running_host
 from tests.callers import Caller
@@ -150,10 +150,10 @@ def test_another_celery_application_on_the_same_broker_neither_reaches_nodes_nor
         heard, channel = [], connection.channel()
         worker = other.control.mailbox(connection).Node("w@other", channel=channel)
         worker.listen(callback=lambda body, message: heard.append(body["method"]))
-        hear(connection, 0.1)  # only now kombu's Redis transport subscribes
+        receive(connection, 0.1)  # only now kombu's Redis transport subscribes
         assert not any(broadcast(other, model, timeout=0.2))
         assert ours.control.ping(timeout=5, limit=2)
         for _ in range(len(HARM) + 1):
-            hear(connection, 0.2)
+            receive(connection, 0.2)
         assert heard == [command for command, _ in HARM]
     assert isinstance(caller.last(caller.submit(model, max_tokens=2)), ChatResponse)

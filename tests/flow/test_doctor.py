@@ -2,7 +2,7 @@
 
 import pytest
 
-from fleet_worker.broker.connection import place_of
+from fleet_worker.broker.faults import place_of
 from fleet_worker.ops.broker_checks import broker as check_broker
 from fleet_worker.ops.broker_checks import clock
 from fleet_worker.ops.doctor import fleet

@@ -214,6 +214,12 @@ def test_a_model_that_nobody_serves_is_said_when_time_is_up(line, node):
     assert_refused(call(f"{line} --timeout 1.5"), 69, "no node took the request", "1.5 s")
 
 
+def test_the_wait_for_a_node_has_a_limit_of_its_own(node):
+    assert_refused(
+        call("chat nobody Hello --queue-timeout 0.5"), 69, "no node took the request", "queue_timeout of 0.5 s"
+    )
+
+
 def test_a_request_that_a_server_refuses_has_one_line_too(node, mlx):
     mlx.fail(Fault("status", status=400))
     assert_refused(call(f"chat {CHAT} Hello --timeout 15"), 64, "refused the request (400)")

@@ -17,7 +17,8 @@ from fleet_worker.host.variables import READ_ELSEWHERE
 from fleet_worker.ops.snapshot import LaneStatus, Snapshot
 from fleet_worker.protocol.openai import ChatParams
 from fleet_worker.protocol.status import STATUSES, InstanceStatus
-from fleet_worker.registry.view import Offered, Registry
+from fleet_worker.registry.offered import Offered
+from fleet_worker.registry.view import Registry
 from fleet_worker.router.options import RequestOptions
 from fleet_worker.settings import Instance
 from fleet_worker.version import VERSION

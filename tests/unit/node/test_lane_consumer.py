@@ -3,6 +3,7 @@
 import itertools
 import sys
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -28,9 +29,14 @@ class Consumer:
         self.task_consumer = SimpleNamespace(consuming_from=self.joined.__contains__)
         self.add_task_queue = self.joined.add
         self.cancel_task_queue = self.joined.discard
-        self.call_soon = lambda *_: None
+        self.call_soon = lambda act, *args: self._turns.append(partial(act, *args))
+        self._turns = []
         self.timer = SimpleNamespace(call_after=self._call_after)
         self.next_look = None
+
+    def turn(self):
+        while self._turns:
+            self._turns.pop(0)()
 
     def _call_after(self, seconds, act):
         self.next_look = seconds
@@ -186,7 +192,8 @@ def test_a_node_whose_reply_is_refused_leaves_all_lanes_until_the_broker_takes_r
     lane_consumer, joined = consuming
     lane_consumer._apply()
     broker["replies"] = NO_KEY
-    lane_consumer.doubt()
+    lane_consumer.reply_refused()
+    lane_consumer._consumer.turn()
     lane_consumer._apply()
     assert joined == lane_consumer.lanes == set()
     assert lane_consumer.refusal

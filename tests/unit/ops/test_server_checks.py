@@ -53,7 +53,8 @@ def test_a_server_that_is_as_configured_is_fine(flavour):
 
 
 @pytest.mark.parametrize(
-    ("configured", "flavour"), [("vllm_mlx", "mlx_lm"), ("openai", "mlx_lm"), ("omni", "mlx_openai")]
+    ("configured", "flavour"),
+    [("vllm_mlx", "mlx_lm"), ("openai", "mlx_lm"), ("omni", "mlx_openai"), ("mlx_lm", "rapid_mlx")],
 )
 def test_a_server_of_another_kind_is_an_error(configured, flavour):
     with SimulatedMLX(flavour=flavour) as mlx:

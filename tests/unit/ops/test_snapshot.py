@@ -5,7 +5,7 @@ import pytest
 from fleet_worker.broker.queue_depth import Waiting
 from fleet_worker.ops.snapshot import snapshot_of
 from fleet_worker.protocol.status import InstanceStatus
-from fleet_worker.registry.view import Offered
+from fleet_worker.registry.offered import Offered
 
 NOW = 1000.0
 CHAT, EMBED = "llm.fleet.chat.m", "llm.fleet.embed.m"

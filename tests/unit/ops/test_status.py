@@ -7,7 +7,7 @@ from fleet_worker.ops.snapshot import LaneStatus, Snapshot
 from fleet_worker.ops.status import NO_LANES, NO_REGISTRY_NODE, UNSERVED, tables
 from fleet_worker.ops.terminal import FITS_A_TABLE, UNLIMITED, output
 from fleet_worker.protocol.status import InstanceStatus
-from fleet_worker.registry.view import Offered
+from fleet_worker.registry.offered import Offered
 
 RED = "\x1b[1;31m"
 CHAT, EMBED = "llm.fleet.chat.mlx-community-qwen3-14b-4bit", "llm.fleet.embed.m"

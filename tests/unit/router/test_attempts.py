@@ -33,17 +33,8 @@ from fleet_worker.protocol.reply import (
     Usage,
 )
 from fleet_worker.protocol.request import FleetRequest, Resume
-from fleet_worker.router.attempts import (
-    GAP_CLOSES_WITHIN,
-    AskAgain,
-    Attempts,
-    CancelOrphan,
-    Confirm,
-    Deliver,
-    End,
-    RetryAfter,
-    TellTime,
-)
+from fleet_worker.router.attempts import GAP_CLOSES_WITHIN, Attempts
+from fleet_worker.router.effects import AskAgain, CancelOrphan, Confirm, Deliver, End, RetryAfter, TellTime
 
 WORDS = [f" word{number}" for number in range(6)]
 FACTS = {

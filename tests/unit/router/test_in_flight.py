@@ -10,7 +10,8 @@ import pytest
 
 from fleet_worker.errors import BrokerUnavailable, Cancelled, Expired, InvalidRequest, QueueTimeout, ReplyOverflow
 from fleet_worker.protocol.reply import Alive, Deltas
-from fleet_worker.router.attempts import Attempts, CancelOrphan
+from fleet_worker.router.attempts import Attempts
+from fleet_worker.router.effects import AskAgain, CancelOrphan, Confirm
 from fleet_worker.router.idempotency import IdempotencyCache
 from fleet_worker.router.in_flight import InFlightRequest
 from fleet_worker.settings import RouterSettings
@@ -55,11 +56,8 @@ class Fleet:
         self.clock.silence = lambda since: self.clock.clock - max(since, self.clock.back)
         self.waits = True
         self.accepted = []
-        self.cancelled = []
         self.ended = []
         self.sent = []
-        self.missed = []
-        self.confirmed = []
         self.told = []
         self.first = self.target = None
         self.ready = True
@@ -71,12 +69,7 @@ class Fleet:
             admission=SimpleNamespace(
                 is_queued=lambda *_: self.waits, accepted=lambda *what: self.accepted.append(what)
             ),
-            cancels=SimpleNamespace(
-                ask_again=lambda *what: self.missed.append(what),
-                cancel=lambda _, orphan: self.cancelled.append(orphan),
-                confirm=lambda *what: self.confirmed.append(what),
-                tell_time=lambda *what: self.told.append(what),
-            ),
+            control=SimpleNamespace(tell=lambda _, effect: self.told.append(effect)),
             submitter=SimpleNamespace(submit=self._submit),
             nodes=SimpleNamespace(
                 node_for=lambda request, *failed: self.target if failed else self.first,
@@ -85,6 +78,10 @@ class Fleet:
             ),
             ended=self.ended.append,
         )
+
+    @property
+    def cancelled(self):
+        return [effect for effect in self.told if isinstance(effect, CancelOrphan)]
 
     def _submit(self, request, lane, patience):
         if self.refusal:
@@ -527,7 +524,7 @@ def test_a_node_may_accept_a_request_before_its_submission_has_returned(fleet):
 def test_a_node_that_asks_is_told_that_its_attempt_is_wanted(fleet):
     in_flight = fleet.submit()
     in_flight.receive("a", accepted(asks=True))
-    assert fleet.confirmed == [(in_flight.request.request_id, 1, "a")]
+    assert fleet.told == [Confirm("a", 1)]
 
 
 def test_a_node_is_asked_once_for_what_it_sent_and_never_arrived(fleet):
@@ -535,7 +532,7 @@ def test_a_node_is_asked_once_for_what_it_sent_and_never_arrived(fleet):
     in_flight.receive("a", accepted())
     in_flight.receive("a", deltas(2, "b"))
     in_flight.receive("a", deltas(3, "c"))
-    assert fleet.missed == [("a",)]
+    assert fleet.told == [AskAgain("a")]
     for seq, letter in enumerate("abc", start=1):
         in_flight.receive("a", deltas(seq, letter))
     assert said(fleet.read()) == "abc"
@@ -643,7 +640,7 @@ def test_a_stream_that_is_forgotten_in_the_middle_of_a_change_is_cancelled_after
 
     def interrupted(attempts, *arguments, **options):
         result = change(attempts, *arguments, **options) if step == "wants" else None
-        if fleet.reader in in_flight._readers:
+        if not fleet.reader.closed:
             in_flight.leave(fleet.reader)
         return result if step == "wants" else change(attempts, *arguments, **options)
 

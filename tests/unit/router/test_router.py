@@ -78,9 +78,7 @@ class Fleet:
         self.session.admission = SimpleNamespace(
             admit=lambda lane: None, accepted=lambda *_: None, is_queued=lambda *_: True
         )
-        self.session.cancels = SimpleNamespace(
-            ask_again=lambda *_: None, cancel=lambda *what: self.cancelled.append(what)
-        )
+        self.session.control = SimpleNamespace(tell=lambda *what: self.cancelled.append(what))
         self.answers = []
         self.requests = []
         self.nodes = []

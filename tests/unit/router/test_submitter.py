@@ -1,9 +1,7 @@
-import json
 import socket
 import threading
 import time
 from contextlib import ExitStack, closing
-from types import SimpleNamespace
 
 import pytest
 import redis
@@ -13,11 +11,8 @@ from fleet_worker import BrokerUnavailable, Cancelled, Expired, Router, Settings
 from fleet_worker.broker.app import create_app
 from fleet_worker.broker.topology import transport_of
 from fleet_worker.protocol import clock
-from fleet_worker.protocol.reply import Reply
-from fleet_worker.protocol.request import ControlMessage
 from fleet_worker.router import submitter as submitter_module
-from fleet_worker.router.attempts import CancelOrphan
-from fleet_worker.router.submitter import MAX_CONNECTIONS, CancelPublisher, Submitter
+from fleet_worker.router.submitter import MAX_CONNECTIONS, Submitter
 from fleet_worker.testing import embedded_broker
 from tests.brokers import free_port
 from tests.clients import HELLO, took_less_than, until
@@ -141,43 +136,3 @@ def test_what_is_closed_lends_nothing_and_keeps_nothing():
         with pytest.raises(Cancelled), submitter.producer(5.0):
             pass
         until(lambda: len(client.client_list()) == max(1, before))
-
-
-def test_cancels_that_come_together_are_published_together(monkeypatch):
-    monkeypatch.setattr(submitter_module, "MOST_CANCELLED", 2)
-    later, messages = [], []
-    nodes = SimpleNamespace(broadcast=lambda _, body: messages.append(ControlMessage.decode(body)))
-    monkeypatch.setattr(clock, "now", lambda: 5.0)
-    cancels = CancelPublisher("llm.fleet.reply.a.60", nodes, SimpleNamespace(soon=later.append))
-    for request_id, attempt in [("a", 1), ("b", 2), ("b", 1), ("c", 1)]:
-        cancels.cancel(request_id, CancelOrphan("n", attempt))
-    cancels.ask_again("n")
-    cancels.confirm("e", 2, "n")
-    cancels.tell_time("m")
-    assert len(later) == 1
-    later.pop()()
-    time_of_router = {"router": "llm.fleet.reply.a.60", "sent_at": 5.0}
-    assert messages == [
-        ControlMessage(node="n", missed="llm.fleet.reply.a.60", **time_of_router),
-        ControlMessage(node="n", cancelled=[("a", 1), ("b", 2)], **time_of_router),
-        ControlMessage(node="n", cancelled=[("c", 1)], **time_of_router),
-        ControlMessage(node="n", confirmed=[("e", 2)], **time_of_router),
-        ControlMessage(node="m", **time_of_router),
-    ]
-    cancels.cancel("d", CancelOrphan(None, 1))
-    assert len(later) == 1
-
-
-def test_what_strangers_reply_to_invented_requests_is_cancelled_within_bounds():
-    later, messages = [], []
-    nodes = SimpleNamespace(broadcast=lambda _, body: messages.append(ControlMessage.decode(body)))
-    cancels = CancelPublisher("llm.fleet.reply.a.60", nodes, SimpleNamespace(soon=later.append))
-    frames = [{"id": f"\u00e4\n{number}", "attempt": 1, "seq": 0, "kind": "alive"} for number in range(15_000)]
-    reply = Reply.decode(json.dumps({"v": 2, "node": "n" * 255, "frames": frames}).encode())
-    for frame in reply.frames:
-        cancels.cancel(frame.id, CancelOrphan(reply.node, frame.attempt))
-    later.pop()()
-    assert sum(len(message.cancelled) for message in messages) == 10_000
-    cancels.cancel("r-1", CancelOrphan(None, 1))
-    later.pop()()
-    assert messages[-1].cancelled == [("r-1", 1)]

@@ -1,0 +1,48 @@
+"""The readers of one request: threads and asyncio tasks, each of which gets the whole answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from fleet_worker.protocol.reply import Deltas, Frame
+from fleet_worker.router.reply_buffer import ReplyBuffer
+
+
+class Readers:
+    """For use under the lock of the request, except `any_left`."""
+
+    def __init__(self, max_buffered: int) -> None:
+        self._max_buffered = max_buffered
+        self._buffers: list[ReplyBuffer] = []
+
+    @property
+    def any_left(self) -> bool:
+        return bool(self._buffers)
+
+    def join(self, timeout: float, past: Sequence[Deltas], last: Frame | None) -> ReplyBuffer:
+        """Return the buffer of one more reader, who waits at most `timeout` seconds. It begins with the frames that
+        were delivered so far; with the `last` one it is complete."""
+        room = self._max_buffered + sum(len(frame.deltas) for frame in past)
+        buffer = ReplyBuffer(deadline=time.monotonic() + timeout, max_buffered=room)
+        for frame in past:
+            buffer.put(frame)
+        if last:
+            buffer.put(last)
+        else:
+            self._buffers.append(buffer)
+        return buffer
+
+    def deliver(self, frame: Frame) -> list[ReplyBuffer]:
+        """Give a frame to all; return the buffers that have no room for it."""
+        return [buffer for buffer in self._buffers if not buffer.put(frame)]
+
+    def drop_closed(self) -> bool:
+        """Remove those whose buffers are closed. Return whether that were the last ones."""
+        had_readers = bool(self._buffers)
+        self._buffers = [buffer for buffer in self._buffers if not buffer.closed]
+        return had_readers and not self._buffers
+
+    def end(self) -> None:
+        """Remove all: the answer is complete."""
+        self._buffers = []
