@@ -204,8 +204,6 @@ def transport_options(settings: Settings) -> dict[str, Any]:
         # With it, a task that runs longer than the visibility timeout is started again and again, and a worker whose
         # broker restarts while a task runs exits (both measured).
         "ack_emulation": False,
-        # Seconds until a lane that was joined is served: a read that waits for the old lanes has to end first.
-        "polling_interval": 0.25,
         "socket_timeout": ANSWER_WITHIN,
         "socket_connect_timeout": 5.0,
         "socket_keepalive": True,

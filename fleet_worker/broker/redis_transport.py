@@ -190,6 +190,12 @@ class Channel(redis.Channel):  # type: ignore[misc]
 
 class Transport(redis.Transport):  # type: ignore[misc]
     Channel = Channel
+    brpop_timeout = 0.25
+    """Seconds until a lane that was joined is served: a read that waits for the old lanes has to end first.
+
+    It is not kombu's transport option `polling_interval`: with that, whoever reads without an event loop also sleeps so
+    long after each read that brought nothing, and a reply that comes meanwhile waits.
+    """
 
     def register_with_event_loop(self, connection: Any, loop: Any) -> None:
         """Read from this connection in the event loop, and no longer from the one before it.

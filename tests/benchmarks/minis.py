@@ -26,7 +26,7 @@ from kombu import Connection, Consumer, Message
 
 from fleet_worker import Settings
 from fleet_worker.broker.app import create_app
-from fleet_worker.broker.connection import hear
+from fleet_worker.broker.connection import receive
 from fleet_worker.broker.topology import lane, lane_queue, listening_key, reply_queue, transport_of
 from fleet_worker.node.reply_publisher import GAP_PER_REQUEST, HEARTBEAT_EVERY, LONGEST_GAP
 from fleet_worker.node.router_presence import CHECK_EVERY
@@ -161,7 +161,7 @@ def _asked_for(connection: Connection, queue: Any, load: Load, minis: list[Mini]
     deadline = time.monotonic() + ARRIVE_WITHIN
     with Consumer(connection.channel(), [queue], on_message=accept):
         while len(streams) < load.all_streams and time.monotonic() < deadline:
-            hear(connection, 0.1)
+            receive(connection, 0.1)
     if len(streams) < load.all_streams:
         raise RuntimeError(f"{len(streams)} of {load.all_streams} streams were asked for")
     return streams
