@@ -8,7 +8,7 @@ from typing import Any
 from amqp.transport import SSLTransport, TCPTransport
 from kombu.transport import pyamqp
 
-from fleet_worker.broker.tls import clear_refusals
+from fleet_worker.broker.tls import refusal_explained
 from fleet_worker.certificates import TLS
 
 _read_plain, _read_secure = TCPTransport._read, SSLTransport._read  # called nine times for each message
@@ -41,7 +41,7 @@ class SecureSocket(SSLTransport):  # type: ignore[misc]
 class Connection(pyamqp.Connection):  # type: ignore[misc]
     def connect(self, *args: Any) -> None:
         tls, name = (_tls_of(self.ssl), self.ssl.get("server_hostname")) if self.ssl else (None, None)
-        with clear_refusals(tls, self.host, name):
+        with refusal_explained(tls, self.host, name):
             super().connect(*args)
 
     def Transport(  # noqa: N802

@@ -34,8 +34,8 @@ from fleet_worker.urls import without_parameters
 RECONNECT_EVERY = 2.0
 """Seconds between two tries to reach a broker that is away."""
 MOST_EVENTS = 10_000
-"""Celery sends a full buffer (of 24) from the thread that filled it, a task's: on AMQP that thread and the event loop
-then use one connection at a time, and the node hangs."""
+"""Task events that may wait for the event loop. With Celery's limit of 24, the thread of a task sends a full buffer: on
+AMQP it then uses the connection at the same time as the event loop, and the node hangs."""
 
 
 _TRANSPORTS = {
@@ -48,7 +48,7 @@ _TRANSPORTS = {
 
 class Connection(kombu.Connection):  # type: ignore[misc]
     door: Door
-    """Of its application."""
+    """The one of its application."""
     shared_socket: redis_transport.SharedSocket | None = None
     """Redis: where the short commands are sent. With None, each channel opens a socket."""
 
@@ -78,7 +78,7 @@ class _AMQP(AMQP):  # type: ignore[misc]
 
     def as_task_v2(self, *args: Any, **options: Any) -> Any:
         """Return a task whose arguments are JSON in UTF-8. kombu would write six bytes for each character that is not
-        ASCII: a text could be too large a message that is none."""
+        ASCII, so that a text of an allowed size could be refused as too large."""
         task = super().as_task_v2(*args, **options)
         body = json.dumps(task.body, ensure_ascii=False, separators=(",", ":")).encode()
         properties = {**task.properties, "content_type": "application/json", "content_encoding": "utf-8"}
@@ -87,7 +87,7 @@ class _AMQP(AMQP):  # type: ignore[misc]
 
 class _Clock(LamportClock):  # type: ignore[misc]
     def adjust(self, other: Any) -> Any:
-        """Follow no clock that is not a number: a stranger may reply too."""
+        """Ignore a clock that is not a whole number: anybody may send a reply."""
         return super().adjust(other) if type(other) is int else self.value
 
 

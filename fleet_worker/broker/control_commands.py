@@ -25,8 +25,8 @@ from fleet_worker.protocol.wire import BrokerMessage, ExtensibleModel
 
 log = logging.getLogger(__name__)
 
-LOOKS = ("ping", "stats", "conf", "active_queues", "registered", "active", "reserved", "scheduled", "revoked")
-"""Commands of Celery that only look. Flower and `celery status` ask for them; none shows the arguments of a request."""
+READ_ONLY = ("ping", "stats", "conf", "active_queues", "registered", "active", "reserved", "scheduled", "revoked")
+"""Commands of Celery that change nothing. Flower and `celery status` ask for them; none shows what a request holds."""
 EVENTS_ARE_ON = "enable_events"
 """Flower sends this command every five seconds. Nodes always send task events, so it changes nothing."""
 MOST_NODES = 5_000
@@ -62,7 +62,7 @@ class _CommandMessage(BrokerMessage):
 class ControlCommands:
     """Obeys the commands that are sent to a node, and replies. For one thread.
 
-    `channel` has to be set to the channel that replies are published on. `commands` are added to those of `LOOKS`.
+    `channel` has to be set to the channel that replies are published on. `commands` are added to those of `READ_ONLY`.
     """
 
     def __init__(self, app: Celery, node_name: str, commands: Mapping[str, Command]) -> None:
@@ -70,7 +70,7 @@ class ControlCommands:
         self.channel: Any = None
         self._app = app
         self._name = node_name
-        self._commands = {name: Panel.data[name] for name in (*LOOKS, EVENTS_ARE_ON)} | dict(commands)
+        self._commands = {name: Panel.data[name] for name in (*READ_ONLY, EVENTS_ARE_ON)} | dict(commands)
         self._addresses = {node_name, f"*@{node_name.rpartition('@')[2]}"}
         self._allowed = TokenBucket(COMMANDS_A_SECOND, COMMANDS_AT_ONCE)
 

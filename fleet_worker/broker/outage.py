@@ -19,7 +19,7 @@ LOGGED_EVERY = 60.0
 
 class Outage:
     """Counts the failures of one connection. It logs one line when it begins to fail, one for each new reason, one
-    every minute, and one when it has worked again for `STEADY_AFTER` seconds. For one thread.
+    every minute with the seconds so far, and one when it has worked again for `STEADY_AFTER` seconds. For one thread.
 
     `subject` begins each line, as in "the reply queue: the broker". `is_quiet` returns True as long as a broker that is
     away is not to be logged here; what it refuses always is.
@@ -38,24 +38,30 @@ class Outage:
         self._is_quiet = is_quiet
         self._clock = clock
         self.failures = 0
+        self._failing_since = 0.0
+        self._works_since: float | None = None
+        self._tries = 0
+        """Since it last worked, or was refused."""
         self._reason = ""
         """The last one that was logged."""
         self._logged_at = 0.0
-        self._works_since: float | None = None
 
     def failed(self, error: BaseException) -> float:
         """Log the failure, unless that was done. Return the seconds to wait before the next try."""
         self.works(begins=False)
-        self._works_since = None
-        refused, now = refusal(error) or needs_operator(error), self._clock()
-        reason = describe(error)
-        is_new = reason != self._reason or now - self._logged_at >= LOGGED_EVERY
-        if is_new and (refused or not self._is_quiet()):
-            self._reason, self._logged_at = reason, now
-            self._log.warning("%s %s", self._subject, reason)
-        pauses = REFUSED_BACK_OFF if refused else BACK_OFF
+        had_worked, self._works_since = self._works_since is not None, None
+        refused, now, reason = refusal(error) or needs_operator(error), self._clock(), describe(error)
+        if not self.failures:
+            self._failing_since = now
         self.failures += 1
-        return pauses[min(self.failures, len(pauses)) - 1]
+        if (refused or not self._is_quiet()) and (self._is_new(reason) or now - self._logged_at >= LOGGED_EVERY):
+            since = "" if self._is_new(reason) else f", for {now - self._failing_since:.0f} s now"
+            self._log.warning("%s %s%s; it is tried again", self._subject, reason, since)
+            self._reason, self._logged_at = reason, now
+        pauses = REFUSED_BACK_OFF if refused else BACK_OFF
+        # A connection that worked for a moment is lost, not refused: it is tried again at once, however often.
+        self._tries = 1 if had_worked and not refused else self._tries + 1
+        return pauses[min(self._tries, len(pauses)) - 1]
 
     def works(self, *, begins: bool = True) -> None:
         """The connection works: to be called now and then, as long as it does."""
@@ -63,7 +69,11 @@ class Outage:
         if self._works_since is None:
             self._works_since = now if begins else None
         elif self.failures and now - self._works_since >= STEADY_AFTER:
-            self.failures = 0
+            self.failures = self._tries = 0
             if self._reason:
-                self._log.warning("%s is back", self._subject)
+                self._log.warning("%s is back after %.0f s", self._subject, self._works_since - self._failing_since)
                 self._reason = ""
+
+    def _is_new(self, reason: str) -> bool:
+        """Whether it was not logged last. The kind of error of a broker that is away may differ from try to try."""
+        return reason != self._reason and not (reason.startswith("is away") and self._reason.startswith("is away"))

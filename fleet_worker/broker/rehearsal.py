@@ -49,7 +49,7 @@ def confirm_lane(channel: Any, queue: Queue) -> None:
 def rehearse(channel: Any, transport: Transport) -> Iterator[Step]:
     """Yield what a router and a node do. To be called in this order, all of them, also after an error: the last ones
     delete what was made."""
-    on = _OnRedis(channel) if transport == "redis" else _OnRabbitMQ(channel)
+    on = _on(channel, transport)
     lane = lane_queue(new_lane(), transport)(channel)
     reply = reply_queue(reply_name("check", 5))(channel)
     yield "declare a lane", lane.declare
@@ -75,9 +75,12 @@ def new_lane() -> str:
 
 def rehearse_replies(channel: Any, transport: Transport) -> None:
     """Do what a node needs besides its lanes. Raises one of BROKER_ERRORS if that is refused."""
-    on = _OnRedis(channel) if transport == "redis" else _OnRabbitMQ(channel)
-    for _, act in _replies(on, channel, transport, reply_name("check", 5)):
+    for _, act in _replies(_on(channel, transport), channel, transport, reply_name("check", 5)):
         act()
+
+
+def _on(channel: Any, transport: Transport) -> _OnRedis | _OnRabbitMQ:
+    return _OnRedis(channel) if transport == "redis" else _OnRabbitMQ(channel)
 
 
 def _replies(on: _OnRedis | _OnRabbitMQ, channel: Any, transport: Transport, name: str) -> Iterator[Step]:
@@ -129,12 +132,9 @@ class _OnRedis:
                 pubsub.parse_response()
 
     def announce(self, exchange: Exchange, body: bytes) -> None:
+        """On a channel that nobody listens to."""
         with self._channel.conn_or_acquire() as client:
-            client.publish(self._topic(exchange), body)
-
-    def _topic(self, exchange: Exchange) -> str:
-        """To which nobody else listens."""
-        return f"{self._channel.keyprefix_fanout}{exchange.name}.check"
+            client.publish(f"{self._channel.keyprefix_fanout}{exchange.name}.check", body)
 
 
 class _OnRabbitMQ:

@@ -49,7 +49,7 @@ class RedisConnection(SSLConnection):
     """The one that it used last."""
 
     def connect(self) -> None:
-        with clear_refusals(self._tls, f"{self.host}:{self.port}", self.host):
+        with refusal_explained(self._tls, f"{self.host}:{self.port}", self.host):
             super().connect()  # type: ignore[no-untyped-call]
 
     def _wrap_socket_with_ssl(self, sock: Any) -> ssl.SSLSocket:
@@ -63,7 +63,7 @@ class RedisConnection(SSLConnection):
 
 
 @contextmanager
-def clear_refusals(tls: TLS | None, place: str, name: str | None) -> Iterator[None]:
+def refusal_explained(tls: TLS | None, place: str, name: str | None) -> Iterator[None]:
     """Raise the alert that tells why a broker refuses this client, instead of an error that only says that it did.
     `place` is HOST:PORT, `name` the one that its certificate must have.
 

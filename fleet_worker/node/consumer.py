@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
 
 from celery.worker import consumer
 from celery.worker import state as celery_state
+from celery.worker.state import maybe_shutdown
 from kombu import Message
 
 from fleet_worker.broker.door import NOT_JSON, Refused, read_json
-from fleet_worker.broker.faults import BROKER_ERRORS, is_away, refusal
-from fleet_worker.broker.outage import REFUSED_BACK_OFF
+from fleet_worker.broker.faults import BROKER_ERRORS, place_of
+from fleet_worker.broker.outage import STEADY_AFTER, Outage
 from fleet_worker.errors import InvalidRequest
 from fleet_worker.protocol.request import Address
+
+log = logging.getLogger(__name__)
 
 BEAT_PREFIX = "registry."
 TASK_PREFIXES = ("fleet.", BEAT_PREFIX)
@@ -28,8 +32,6 @@ BROKEN_CONNECTION = (AttributeError, ValueError)
 FLUSH_AFTER = 0.2
 """Seconds for which task events gather. Celery publishes them in each turn of its event loop: three messages for every
 request, an eighth of what a node does at 300 requests a second."""
-STEADY_AFTER = 5.0
-"""Seconds after which a connection that breaks was not refused from its beginning."""
 
 
 class Consumer(consumer.Consumer):  # type: ignore[misc]
@@ -42,11 +44,11 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
     """
 
     _is_flush_due = False
-    _refusals = 0
-    _connected_at = 0.0
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self._broker = f"the broker at {place_of(self.app.conf.broker_url)}"
+        self._outage = Outage(self._broker, log)
         self.connection_errors = (*self.conninfo.connection_errors, *BROKEN_CONNECTION)
 
     # Messages
@@ -82,31 +84,31 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
     def on_decode_error(self, message: Message, exc: Exception) -> None:
         raise Refused(NOT_JSON)
 
-    # Reconnecting
+    # Reconnecting: an outage is a few lines. Celery logs three for each try, with the user of broker_url.
 
     def connect(self) -> Any:
         connection = super().connect()
-        self._connected_at = time.monotonic()
+        if not self._outage.failures:
+            log.info("connected to %s", self._broker)
+        self._outage.works()
+        self.timer.call_after(STEADY_AFTER + 0.1, self._outage.works, kwargs={"begins": False})
+        return connection
+
+    def ensure_connected(self, connection: Any) -> Any:
+        connection.ensure_connection(lambda error, _: self._outage.failed(error), callback=maybe_shutdown)
+        self.first_connection_attempt = False
         return connection
 
     def on_connection_error_before_connected(self, exc: Exception) -> None:
-        super().on_connection_error_before_connected(exc)
-        self._pause(exc)
+        self._pause(self._outage.failed(exc))
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
         super().on_connection_error_after_connected(exc)
-        self._pause(exc)
+        self._pause(self._outage.failed(exc))
 
-    def _pause(self, error: Exception) -> None:
-        """Wait longer and longer while the broker refuses something. By itself Celery tries again at once, some ten
-        times a second. A broker that is away is tried again at once: `connect` has pauses of its own."""
-        if is_away(error) and not refusal(error):
-            return
-        if self._connected_at and time.monotonic() - self._connected_at >= STEADY_AFTER:
-            self._refusals = 0
-        self._connected_at = 0.0
-        ends = time.monotonic() + REFUSED_BACK_OFF[min(self._refusals, len(REFUSED_BACK_OFF) - 1)]
-        self._refusals += 1
+    def _pause(self, seconds: float) -> None:
+        """By itself Celery tries again at once, some ten times a second if the broker refuses something."""
+        ends = time.monotonic() + seconds
         while time.monotonic() < ends and celery_state.should_stop is None:  # Celery has no event for that
             time.sleep(0.05)
 

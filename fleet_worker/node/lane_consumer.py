@@ -18,7 +18,7 @@ from fleet_worker.broker.topology import Transport, lane_queue
 log = logging.getLogger(__name__)
 
 CHECK_EVERY = 0.5
-"""Seconds between two looks at what is consumed: somebody may have cancelled a consumer."""
+"""Seconds between two checks of what is consumed: somebody may have cancelled a consumer."""
 REFUSED_BACK_OFF = (0.5, 1.0, 2.0, 5.0)
 """Seconds before each further try to join a lane that is refused; the last one from then on."""
 
@@ -105,7 +105,7 @@ class LaneConsumer:
                 """Let Celery join no lanes by itself: it would join the old ones, all or none."""
                 lane_consumer._app.amqp.queues.deselect(list(lane_consumer._app.amqp.queues))
                 lane_consumer._lost, lane_consumer._can_reply = set(), False
-                lane_consumer._note(frozenset(), lane_consumer._refused)
+                lane_consumer._update(frozenset(), lane_consumer._refused)
 
         return Lanes
 
@@ -133,7 +133,7 @@ class LaneConsumer:
         target.fulfilled.set()
         self._refusals = self._refusals + 1 if refused else 0
         self._apply_in(REFUSED_BACK_OFF[min(self._refusals, len(REFUSED_BACK_OFF)) - 1] if refused else CHECK_EVERY)
-        self._note(joined, refused)
+        self._update(joined, refused)
 
     def _consuming(self) -> frozenset[str]:
         return frozenset(filter(self._consumer.task_consumer.consuming_from, self._app.amqp.queues))
@@ -185,10 +185,10 @@ class LaneConsumer:
 
     def _on_cancelled(self, name: str, tag: str) -> None:
         self._lost.add(name)
-        self._note(self._joined - {name}, self._refused)
+        self._update(self._joined - {name}, self._refused)
         self._apply_in(0.0)
 
-    def _note(self, joined: frozenset[str], refused: dict[str, str]) -> None:
+    def _update(self, joined: frozenset[str], refused: dict[str, str]) -> None:
         """Log what the broker refuses and did not refuse before, and tell what has changed."""
         new = [name for name in sorted(refused) if refused[name] != self._refused.get(name)]
         for reason in sorted({refused[name] for name in new}):

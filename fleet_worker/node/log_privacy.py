@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from typing import Any
 
 from celery import Celery, signals
-from celery.worker.consumer.consumer import CONNECTION_ERROR, CONNECTION_RETRY
+from celery.worker.consumer.consumer import CONNECTION_RETRY
 
-from fleet_worker.broker.faults import describe, place_of, refusal
-
-OUTAGE_LOGGED_EVERY = 60.0
-"""Seconds between two lines about a broker that stays away."""
-REFUSED_AGAIN_WITHIN = 10.0
-"""Seconds in which a broker that refused something is not called back when it can be connected to: it will refuse the
-same again."""
-_CONNECTION = "celery.worker.consumer.connection"
-_CONNECTED = "Connected to %s"
 _LOWEST_LEVELS = {
     "celery.worker.strategy": logging.WARNING,  # INFO is a line for each received task; the line at its end is enough
+    "celery.worker.consumer.connection": logging.WARNING,  # INFO is a line with the user of broker_url
     "celery.pool": logging.INFO,  # DEBUG shows the arguments of every task
     "httpcore": logging.INFO,  # DEBUG shows headers, so keys
     "httpx": logging.WARNING,  # INFO is a line for each request
@@ -54,77 +45,20 @@ def name_lines(app: Celery, node_name: str) -> None:
 
 
 def _set_levels(loglevel: int | str | None = None, **_: Any) -> None:
-    """Show our own few lines, and that the broker is back, at WARNING too: the default level of `celery worker`."""
+    """Show our own few lines at WARNING too: the default level of `celery worker`."""
     level = logging.getLevelName(loglevel) if isinstance(loglevel, str) else loglevel or logging.WARNING
-    for name in ("fleet_worker", _CONNECTION):
-        logging.getLogger(name).setLevel(level if level > logging.WARNING else min(level, logging.INFO))
+    logging.getLogger("fleet_worker").setLevel(level if level > logging.WARNING else min(level, logging.INFO))
     for name, level in _LOWEST_LEVELS.items():
         logger = logging.getLogger(name)
         logger.setLevel(max(level, logger.level))
-
-
-class OutageFilter:
-    """Filters what Celery logs of its connection: at each try three lines, with the user of broker_url.
-
-    An outage becomes one line when the broker goes, one every minute, and one when it is back. What the broker refuses
-    is one line that names it, and one every minute.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._place = "?"
-        self._away_since: float | None = None
-        self._last_logged = 0.0
-        self._why = ""
-        self._refused_at = float("-inf")
-        """When a connection that had been made was refused something."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        match record.msg, record.args:
-            case str(message), (str(url),) if message == _CONNECTED:
-                return self._connected(record, place_of(url))
-            case str(message), (str(url), BaseException() as error, _) if message == CONNECTION_ERROR:
-                self._place = place_of(url)
-                return self._away(record, error)
-            case _, (str(message), BaseException() as error) if message == CONNECTION_RETRY:
-                if refusal(error):
-                    self._refused_at = self._clock()
-                return self._away(record, error)
-        return True
-
-    def _connected(self, record: logging.LogRecord, place: str) -> bool:
-        if self._clock() - self._refused_at < REFUSED_AGAIN_WITHIN:
-            return False
-        if self._away_since is None:
-            record.msg, record.args = "connected to the broker at %s", (place,)
-        else:
-            seconds = self._clock() - self._away_since
-            _change_to_warning(record, "the broker at %s is back after %.0f s", place, seconds)
-        self._place, self._away_since = place, None
-        return True
-
-    def _away(self, record: logging.LogRecord, error: BaseException) -> bool:
-        now, place, why = self._clock(), self._place, describe(error)
-        is_new = self._away_since is None or (why != self._why and not why.startswith("is away"))
-        if self._away_since is None:
-            self._away_since = now
-        if is_new:
-            _change_to_warning(record, "the broker at %s %s; it is tried again until that is over", place, why)
-        elif now - self._last_logged >= OUTAGE_LOGGED_EVERY:
-            seconds = now - self._away_since
-            _change_to_warning(record, "the broker at %s %s, for %.0f s now", place, why, seconds)
-        else:
-            return False
-        self._last_logged, self._why = now, why
-        return True
 
 
 def _explain_lost_ack(record: logging.LogRecord) -> bool:
     """RabbitMQ delivers again what was not acknowledged before its connection was lost. Celery calls that critical."""
     if str(record.msg).startswith("Couldn't ack "):
         message = "the broker was away while a request ran, and delivers it again: harmless, one answer counts"
-        _change_to_warning(record, message)
-        record.exc_info = None
+        record.levelno, record.levelname = logging.WARNING, logging.getLevelName(logging.WARNING)
+        record.msg, record.args, record.exc_info = message, (), None
     return True
 
 
@@ -139,15 +73,13 @@ def drop_beats(record: logging.LogRecord) -> bool:
     return record.levelno > logging.INFO or not is_beat
 
 
-def _change_to_warning(record: logging.LogRecord, message: str, *args: object) -> None:
-    record.levelno, record.levelname = logging.WARNING, logging.getLevelName(logging.WARNING)
-    record.msg, record.args = message, args
+def _drop_lost_connection(record: logging.LogRecord) -> bool:
+    """Drop Celery's line about a lost connection: `Consumer` logs one for each outage."""
+    return not (isinstance(record.args, tuple) and CONNECTION_RETRY in record.args)
 
 
-_outage = OutageFilter()
-_FILTERS: dict[str, Callable[[logging.LogRecord], bool] | OutageFilter] = {
+_FILTERS: dict[str, Callable[[logging.LogRecord], bool]] = {
     "celery.worker.request": _explain_lost_ack,
     "py.warnings": _drop_cancel_warning,
-    "celery.worker.consumer.consumer": _outage,
-    _CONNECTION: _outage,
+    "celery.worker.consumer.consumer": _drop_lost_connection,
 }

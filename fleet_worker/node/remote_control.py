@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from fleet_worker.broker.control_commands import Command
@@ -40,28 +41,17 @@ def subscription_of(node: Node) -> Subscription:
 def commands_of(node: Node) -> dict[str, Command]:
     """Return the control commands by name. Each replies with the node's work after it."""
 
-    def work() -> dict[str, Any]:
-        grace = node.settings.worker.drain_grace
-        return {"drained": node.drained, "running": node.held, "handed_over": node.handed_over, "grace": grace}
-
-    def drain(state: Any) -> dict[str, Any]:
-        """Take no more work."""
-        node.drain()
-        return work()
-
-    def hand_over(state: Any) -> dict[str, Any]:
-        """If it is drained, let other nodes continue what is running."""
+    def hand_over() -> None:
         if node.drained:
             node.hand_over()
-        return work()
 
-    def undrain(state: Any) -> dict[str, Any]:
-        """Take work again."""
-        node.undrain()
-        return work()
+    def replying(act: Callable[[], object]) -> Command:
+        def command(state: Any) -> dict[str, Any]:
+            act()
+            grace = node.settings.worker.drain_grace
+            return {"drained": node.drained, "running": node.held, "handed_over": node.handed_over, "grace": grace}
 
-    def drained(state: Any) -> dict[str, Any]:
-        """Change nothing."""
-        return work()
+        return command
 
-    return {command.__name__: command for command in (drain, hand_over, undrain, drained)}
+    acts = {"drain": node.drain, "hand_over": hand_over, "undrain": node.undrain, "drained": lambda: None}
+    return {name: replying(act) for name, act in acts.items()}

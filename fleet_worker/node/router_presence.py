@@ -74,7 +74,7 @@ class RouterPresence:
         self._is_connected = False
         self._trusted_until: float | None = None
         """Until when routers that were not seen yet count as listening; None before the first connection."""
-        self._thread = ReconnectingThread("routers", connect, self._answer)
+        self._thread = ReconnectingThread("routers", connect, self._keep_asking)
 
     def start(self) -> None:
         self._thread.start()
@@ -112,7 +112,7 @@ class RouterPresence:
     def _trusts(self, seen: _Seen) -> bool:
         return not seen.was_here and time.monotonic() < (self._trusted_until or 0.0)
 
-    def _answer(self, connection: Connection) -> None:
+    def _keep_asking(self, connection: Connection) -> None:
         channel = open_channel(connection)
         call_when_opened_again(channel, self._forget)
         with self._changed:

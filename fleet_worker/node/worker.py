@@ -69,26 +69,28 @@ class Worker(celery_worker.Worker):  # type: ignore[misc]
             begin_log(self.app, self.hostname, options)
             attach_to_parent(self.hostname, grace=self.settings.worker.killed_after)
             _check_name_is_free(self.app, self.hostname)
-            node = _create_node(self.app, self.settings, self.hostname)
-            lifecycle = Lifecycle(self, node, grace=self.settings.worker.drain_grace)
-            claim = NameClaim(self.app, node.name, lifecycle.name_is_taken)
-            commands: dict[str, Command] = {"process": claim.process}
-            if isinstance(node, RegistryNode):
-                subscription, connected = node.subscription, claim.connected
-            else:
-                subscription, commands = subscription_of(node), {**commands, **commands_of(node)}
-                connected = partial(_connected, node, claim)
-            ControlListener(self.app, node.name, subscription, commands, connected)
-            lifecycle.begin(startup)
+            self._become_node(startup)
         except ConfigurationError as error:
-            _give_up(
-                error.message, RESTART if startup.reloads else CONFIGURATION
-            )  # it may have been corrected meanwhile
+            # It may have been corrected meanwhile.
+            _give_up(error.message, RESTART if startup.reloads else CONFIGURATION)
         except FleetError as error:
             _give_up(error.message, UNAVAILABLE)
         except Exception as error:
             _give_up(f"the node cannot begin: {type(error).__name__} at {where(error)}", SOFTWARE)
         super().on_before_init(quiet, **options)
+
+    def _become_node(self, startup: Startup) -> None:
+        node = _create_node(self.app, self.settings, self.hostname)
+        lifecycle = Lifecycle(self, node, grace=self.settings.worker.drain_grace)
+        claim = NameClaim(self.app, node.name, lifecycle.name_is_taken)
+        commands: dict[str, Command] = {"process": claim.process}
+        if isinstance(node, RegistryNode):
+            subscription, connected = node.subscription, claim.connected
+        else:
+            subscription, commands = subscription_of(node), {**commands, **commands_of(node)}
+            connected = partial(_connected, node, claim)
+        ControlListener(self.app, node.name, subscription, commands, connected)
+        lifecycle.begin(startup)
 
     def prepare_args(self, **options: Any) -> dict[str, Any]:
         """Leave out gossip and mingle: each node would hear every other node of the fleet, and start a second later."""

@@ -16,9 +16,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from fleet_worker import exit_codes
 from fleet_worker.broker.app import create_app
-from fleet_worker.broker.connection import ANSWER_WITHIN, connect
-from fleet_worker.broker.faults import BROKER_ERRORS, unavailable
 from fleet_worker.errors import InvalidRequest
+from fleet_worker.ops.broker_checks import connected
 from fleet_worker.ops.terminal import count
 from fleet_worker.registry.view import ALL_ANSWERS_WITHIN
 from fleet_worker.router.router import Router
@@ -150,12 +149,8 @@ class DrainControl:
 
     def _broadcast(self, command: str, **options: Any) -> dict[str, Any]:
         """The replies by node."""
-        with self._app.connection_for_write() as connection:
-            try:
-                connect(connection, ANSWER_WITHIN)
-                replies = self._app.control.broadcast(command, connection=connection, reply=True, **options)
-            except BROKER_ERRORS as error:
-                raise unavailable(self._app.conf.broker_url, "cannot be used to ask the nodes", error) from None
+        with connected(self._settings) as connection:
+            replies = self._app.control.broadcast(command, connection=connection, reply=True, **options)
         return {name: reply for each in replies if isinstance(each, dict) for name, reply in each.items()}
 
 

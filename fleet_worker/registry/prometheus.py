@@ -92,7 +92,7 @@ class HostCollector:
         *,
         publisher: RegistryPublisher,
         waiting: Callable[[list[str]], Mapping[str, Waiting]],
-        dropped: Callable[[], Mapping[str, Mapping[str, int]]] = dict,
+        dropped: Callable[[], dict[str, Mapping[str, int]]] = dict,
     ) -> None:
         self._reports = reports
         self._dropped = dropped
@@ -104,14 +104,14 @@ class HostCollector:
         """Called by the client library, in a thread for each scrape."""
         reports = self._reports()
         live = [report for report in reports if report.instance.pid is not None]
-        dropped = {report.instance.node: report.counters.get("dropped", {}) for report in live}
+        dropped = {report.instance.node: report.counters.get("dropped", {}) for report in live} | self._dropped()
         parts = {  # generators: each begins below, where it may fail
             "registry": self._registry(),
             "instances": _instances(reports),
             "gauges": _gauges(live),
             "counts": _counts(live),
             "histograms": _histograms(live),
-            "dropped": _dropped(dropped, self._dropped()),
+            "dropped": _dropped(dropped),
             "lanes": _lanes(reports),
             "queues": self._queues(reports),
         }
@@ -204,10 +204,10 @@ def _counts(live: list[NodeReport]) -> Iterator[Metric]:
     yield from (tokens, requests, errors)
 
 
-def _dropped(*by_node: Mapping[str, Mapping[str, int]]) -> Iterator[Metric]:
+def _dropped(by_node: Mapping[str, Mapping[str, int]]) -> Iterator[Metric]:
     text = "Messages that were no messages of this fleet."
     family = CounterMetricFamily("fleet_dropped_messages", text, labels=["node", "reason"])
-    for node, reasons in (each for mapping in by_node for each in mapping.items()):
+    for node, reasons in by_node.items():
         for reason, count in reasons.items():
             family.add_metric([node, reason], count)
     yield family

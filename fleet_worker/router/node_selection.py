@@ -54,7 +54,7 @@ class NodeSelection:
         if away_for is None:
             return f"no host reports a node for {what}", None
         if away_for == 0:
-            return f"{what} is served, but what serves it is busy or cut off", 0.0
+            return f"{what} is served, but its nodes are busy or cut off", 0.0
         return f"nobody has served {what} for {away_for:.0f} s", round(away_for, 3)
 
     def _unable(self, request: FleetRequest, *, temperature: float) -> dict[str, str]:

@@ -16,10 +16,10 @@ from fleet_worker.broker.app import create_app
 from fleet_worker.broker.control_commands import (
     COMMANDS_AT_ONCE,
     EVENTS_ARE_ON,
-    LOOKS,
     NO_COMMAND,
     NOT_OBEYED,
     PATTERN,
+    READ_ONLY,
     TOO_FAST,
     ControlCommands,
 )
@@ -110,7 +110,7 @@ def test_a_pattern_is_not_obeyed_since_an_expression_may_never_end(commands, cal
     assert called == []
 
 
-@pytest.mark.parametrize("name", sorted(Panel.data.keys() - {*LOOKS, EVENTS_ARE_ON}))
+@pytest.mark.parametrize("name", sorted(Panel.data.keys() - {*READ_ONLY, EVENTS_ARE_ON}))
 def test_each_other_command_of_celery_is_refused_in_a_clear_answer(commands, published, name, monkeypatch):
     monkeypatch.setitem(Panel.data, name, lambda *_, **__: pytest.fail("it was executed"))
     assert refused(commands, {**QUESTION, "method": name}) == NOT_OBEYED

@@ -28,7 +28,10 @@ def outage(clock):
 
 
 def test_a_broker_that_goes_and_comes_back_is_two_lines(outage, clock, caplog):
-    pauses = [outage.failed(AWAY) for _ in range(8)]
+    pauses = []
+    for _ in range(8):
+        pauses.append(outage.failed(AWAY))
+        clock.now += 1.0
     assert pauses == sorted(pauses)
     assert pauses[-1] == 2.0
     outage.works()
@@ -36,10 +39,20 @@ def test_a_broker_that_goes_and_comes_back_is_two_lines(outage, clock, caplog):
     clock.now += STEADY_AFTER
     outage.works()
     assert caplog.messages == [
-        "replies: the broker is away (ConnectionResetError)",
-        "replies: the broker is back",
+        "replies: the broker is away (ConnectionResetError); it is tried again",
+        "replies: the broker is back after 8 s",
     ]
     assert outage.failed(AWAY) == pauses[0]
+
+
+def test_a_connection_that_is_lost_again_and_again_is_tried_again_at_once_each_time(outage, clock, caplog):
+    outage.failed(AWAY)
+    for _ in range(9):
+        outage.works()
+        clock.now += 0.5
+        assert outage.failed(AWAY) == 0.05
+    assert len(caplog.messages) == 1
+    assert outage.failed(AWAY) == 0.1
 
 
 def test_what_is_refused_after_each_connection_is_one_line_and_pauses_grow(outage, clock, caplog):
@@ -52,6 +65,23 @@ def test_what_is_refused_after_each_connection_is_one_line_and_pauses_grow(outag
     assert pauses == [*REFUSED_BACK_OFF, REFUSED_BACK_OFF[-1], REFUSED_BACK_OFF[-1]]
     assert len(caplog.messages) == 1
     assert caplog.messages[0].startswith("replies: the broker does not allow its user channels of our names: ")
+    outage.works()
+    clock.now += STEADY_AFTER
+    outage.works()
+    assert outage.failed(REFUSED) == pauses[0]
+
+
+def test_a_broker_that_stays_away_is_a_line_a_minute_whatever_the_error(outage, clock, caplog):
+    for second in range(181):
+        outage.failed(OSError() if second % 2 else AWAY)
+        clock.now += 1.0
+    assert caplog.messages == [
+        "replies: the broker is away (ConnectionResetError); it is tried again",
+        *(
+            f"replies: the broker is away (ConnectionResetError), for {n} s now; it is tried again"
+            for n in (60, 120, 180)
+        ),
+    ]
 
 
 def test_another_reason_is_another_line_and_the_same_one_comes_every_minute(outage, clock, caplog):
@@ -61,6 +91,8 @@ def test_another_reason_is_another_line_and_the_same_one_comes_every_minute(outa
     clock.now += LOGGED_EVERY
     outage.failed(REFUSED)
     assert len(caplog.messages) == 3
+    outage.failed(AWAY)
+    assert len(caplog.messages) == 4
 
 
 def test_a_quiet_one_logs_only_what_is_refused(clock, caplog):

@@ -8,10 +8,12 @@ import celery.worker.state
 import kombu
 import pytest
 from kombu import Connection
+from redis.exceptions import NoPermissionError
 
 from fleet_worker import Settings
 from fleet_worker.broker.app import create_app
 from fleet_worker.broker.door import NOT_JSON, OpenedMessage, Refused
+from fleet_worker.broker.outage import STEADY_AFTER
 from fleet_worker.node.consumer import NO_ADDRESS, NO_TASK, UNKNOWN_TASK, Consumer
 from fleet_worker.node.tasks import Request
 
@@ -199,3 +201,50 @@ def test_celery_has_the_methods_that_are_overridden():
     for method in ("on_unknown_message", "on_unknown_task", "on_invalid_task", "on_decode_error"):
         assert callable(getattr(celery_consumer.Consumer, method))
         assert getattr(Consumer, method) is not getattr(celery_consumer.Consumer, method)
+
+
+class Failing:
+    """A connection to a broker that is away for some tries."""
+
+    def ensure_connection(self, errback, callback):
+        for _ in range(5):
+            errback(OSError(SECRET), 2.0)
+
+
+@pytest.fixture
+def consumer(monkeypatch):
+    """With pauses that are noted."""
+    pauses = []
+    monkeypatch.setattr(Consumer, "_pause", lambda self, seconds: pauses.append(seconds))
+    monkeypatch.setattr(celery_consumer.Consumer, "connect", lambda self: "connected")
+    monkeypatch.setattr(celery_consumer.Consumer, "on_connection_error_after_connected", lambda self, exc: None)
+    with create_app(Settings(broker_url=f"redis://operator:{SECRET}@broker:6379/0")) as app:
+        timers = []
+        timer = SimpleNamespace(call_after=lambda seconds, act, kwargs: timers.append(seconds))
+        controller = SimpleNamespace(state=SimpleNamespace(revoked=()), use_eventloop=False)
+        consumer = Consumer(pytest.fail, app=app, controller=controller, pool=None, timer=timer)
+        yield consumer, pauses, timers
+
+
+def test_an_outage_is_one_line_and_no_secret_is_in_it(consumer, caplog):
+    caplog.set_level("INFO")
+    consumer, pauses, timers = consumer
+    consumer.connect()
+    assert caplog.messages == ["connected to the broker at broker:6379"]
+    caplog.clear()
+    consumer.on_connection_error_after_connected(ConnectionResetError(SECRET))
+    consumer.ensure_connected(Failing())
+    consumer.connect()
+    assert caplog.messages == ["the broker at broker:6379 is away (ConnectionResetError); it is tried again"]
+    assert pauses == [0.05]
+    assert min(timers) > STEADY_AFTER  # then it is back
+
+
+def test_a_broker_that_refuses_something_is_tried_again_after_growing_pauses(consumer):
+    consumer, pauses, _ = consumer
+    for _ in range(10):
+        consumer.connect()
+        consumer.on_connection_error_after_connected(NoPermissionError("No permissions to access a key"))
+        consumer.on_connection_error_before_connected(NoPermissionError("No permissions to access a key"))
+    assert pauses == sorted(pauses)
+    assert pauses[-1] == 5.0

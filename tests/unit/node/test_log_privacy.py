@@ -7,13 +7,11 @@ import celery.worker.state
 import pytest
 from celery import Celery, signals
 from celery.utils.timer2 import Timer
-from celery.worker.consumer.consumer import CONNECTION_ERROR, CONNECTION_RETRY
+from celery.worker.consumer.consumer import CONNECTION_RETRY
 from celery.worker.control import Panel
 from kombu import Message
 
 from fleet_worker.node.log_privacy import (
-    OUTAGE_LOGGED_EVERY,
-    OutageFilter,
     drop_beats,
     name_lines,
     protect_logs,
@@ -21,9 +19,8 @@ from fleet_worker.node.log_privacy import (
 from fleet_worker.node.tasks import Request
 
 SECRET = "swordfish"
-LOGGERS = ["celery.pool", "httpcore", "httpx", "kombu", "amqp"]
+LOGGERS = ["celery.worker.consumer.connection", "celery.pool", "httpcore", "httpx", "kombu", "amqp"]
 FILTERED = [
-    "celery.worker.consumer.connection",
     "celery.worker.consumer.consumer",
     "celery.worker.request",
     "py.warnings",
@@ -219,69 +216,10 @@ def test_every_line_names_the_node_that_logs_it():
         assert "INFO/local@mini%7]" in logging.Formatter(app.conf[setting]).format(record)
 
 
-URL = "redis://operator:**@broker:6379/0"
-
-
-class BrokerLog:
-    """What Celery logs of its connection; every call returns what is in the log since the last one."""
-
-    def __init__(self, caplog):
-        self.now = 1000.0
-        self._caplog = caplog
-        self._log = logging.getLogger("tests.outage")
-        self._log.filters = [OutageFilter(clock=lambda: self.now)]
-
-    def connects(self):
-        return self._logged(logging.INFO, "Connected to %s", URL)
-
-    def loses_it(self):
-        return self._logged(logging.WARNING, "%s (%r)", CONNECTION_RETRY, ConnectionResetError(URL))
-
-    def fails(self, times=1, after=2.0):
-        lines = []
-        for _ in range(times):
-            self.now += after
-            lines += self._logged(logging.ERROR, CONNECTION_ERROR, URL, OSError(URL), "Trying again in 2.00 seconds...")
-        return lines
-
-    def _logged(self, level, message, *args):
-        self._caplog.clear()
-        self._log.log(level, message, *args)
-        return [(record.levelname, record.getMessage()) for record in self._caplog.records]
-
-
-@pytest.fixture
-def broker_log(caplog):
-    caplog.set_level(logging.DEBUG, "tests.outage")
-    return BrokerLog(caplog)
-
-
-def test_a_broker_that_goes_and_comes_back_is_two_lines(broker_log):
-    assert broker_log.connects() == [("INFO", "connected to the broker at broker:6379")]
-    away = "the broker at broker:6379 is away (ConnectionResetError); it is tried again until that is over"
-    assert broker_log.loses_it() == [("WARNING", away)]
-    assert broker_log.fails(times=4) == []
-    assert broker_log.connects() == [("WARNING", "the broker at broker:6379 is back after 8 s")]
-    assert broker_log.loses_it() == [("WARNING", away)]
-
-
-def test_a_broker_that_was_never_there_is_one_line_too(broker_log):
-    away = "the broker at broker:6379 is away (OSError); it is tried again until that is over"
-    assert broker_log.fails(times=5) == [("WARNING", away)]
-    assert broker_log.connects() == [("WARNING", "the broker at broker:6379 is back after 8 s")]
-
-
-def test_a_broker_that_stays_away_is_a_line_a_minute(broker_log):
-    broker_log.connects()
-    broker_log.loses_it()
-    lines = broker_log.fails(times=90)
-    away_for = [OUTAGE_LOGGED_EVERY, 2 * OUTAGE_LOGGED_EVERY, 3 * OUTAGE_LOGGED_EVERY]
-    assert lines == [
-        ("WARNING", f"the broker at broker:6379 is away (OSError), for {seconds:g} s now") for seconds in away_for
-    ]
-
-
-def test_what_else_is_logged_there_stays(broker_log):
-    assert broker_log._logged(logging.INFO, "Started consuming from %s", "a lane") == [
-        ("INFO", "Started consuming from a lane")
-    ]
+def test_a_lost_connection_is_no_line_of_celery_and_what_else_is_logged_there_stays(protected, caplog):
+    log = logging.getLogger("celery.worker.consumer.consumer")
+    log.warning("%s (%r)", CONNECTION_RETRY, ConnectionResetError(SECRET))
+    assert caplog.records == []
+    log.warning("Started consuming from %s", "a lane")
+    assert len(caplog.records) == 1
+    assert not logging.getLogger("celery.worker.consumer.connection").isEnabledFor(logging.INFO)
