@@ -69,9 +69,6 @@ OF_BROKER = Names("broker_url", "broker_ca", "broker_cert", "broker_key")
 OF_INSTANCE = Names("base_url", "ca")
 
 
-# --- Files of the configuration --------------------------------------------------------------------------------------
-
-
 def check_file(path: Path) -> Path:
     """Return the path without `~`. Raises `ValueError` if it is not a file that this process can read."""
     path = Path(os.path.expanduser(path))
@@ -126,8 +123,6 @@ def _refuse_passphrase() -> NoReturn:
     """OpenSSL would ask on the terminal, and a node that starts by itself would wait for ever."""
     raise ValueError(_ENCRYPTED)
 
-
-# --- Why a handshake failed ------------------------------------------------------------------------------------------
 
 _EXPIRED = ("has a certificate that has expired, or whose CA has", "renew it, or set the clock of this host right")
 _NOT_YET_VALID = ("has a certificate that is not valid yet", "set the clock of this host right, or wait")

@@ -50,7 +50,7 @@ def explain(error: ValidationError, settings: type[BaseModel]) -> str:
         reason = (
             _unknown_key(place, settings, fault["input"]) if unknown else fault["msg"].removeprefix("Value error, ")
         )
-        faults.append(f"{'.'.join(map(str, place)) or 'settings'}: {reason}")
+        faults.append(": ".join(filter(None, [".".join(map(str, place)), reason])))
     return "configuration: " + "; ".join(faults)
 
 

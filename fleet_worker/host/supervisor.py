@@ -29,6 +29,9 @@ from fleet_worker.settings import REGISTRY, Settings
 
 log = logging.getLogger(__name__)
 
+ALLOCATOR = {"MALLOC_ARENA_MAX": "1"}
+"""For Linux: otherwise glibc keeps freed memory for each of the many threads of a node."""
+
 
 def node_command(node_name: str) -> list[str]:
     # -P: do not import a celery.py from the current folder
@@ -129,7 +132,7 @@ class Supervisor:
                 self._command(node_name),
                 stdin=subprocess.DEVNULL,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, PARENT_PIPE: str(self._pipe), NODE_LOCK: str(lock.fileno())},
+                env={**ALLOCATOR, **os.environ, PARENT_PIPE: str(self._pipe), NODE_LOCK: str(lock.fileno())},
                 pass_fds=(self._pipe, lock.fileno()),
                 start_new_session=True,
             )

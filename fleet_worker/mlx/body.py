@@ -13,6 +13,8 @@ from fleet_worker.errors import MalformedOutput
 
 _PIECE_BYTES = 64 * 1024
 _MOST_CONTAINERS = 100_000
+_CONTAINER_BYTES = 3
+"""Of the smallest one in a list, with its comma."""
 _GZIP_OR_ZLIB = 47
 """`wbits` of zlib: the header says which of the two it is."""
 
@@ -47,8 +49,8 @@ def _decompressed(received: Iterable[bytes]) -> Iterator[bytes]:
                 yield piece
 
 
-def read_body(response: httpx.Response, limit: int) -> bytes:
-    """Return the whole body.
+def read_body(response: httpx.Response, limit: int) -> bytearray:
+    """Return the whole body, without the copy that `bytes` would be.
 
     Raises:
         MalformedOutput: it has more than `limit` bytes, or its encoding is not known.
@@ -59,10 +61,10 @@ def read_body(response: httpx.Response, limit: int) -> bytes:
         content += piece
         if len(content) > limit:
             raise MalformedOutput(f"the MLX server sent a body of more than {limit:,} bytes")
-    return bytes(content)
+    return content
 
 
-def json_object(content: bytes) -> dict[str, Any] | None:
+def json_object(content: bytes | bytearray) -> dict[str, Any] | None:
     """Return this JSON object, or None if it is something else.
 
     Raises:
@@ -76,11 +78,13 @@ def json_object(content: bytes) -> dict[str, Any] | None:
     return parsed if isinstance(parsed, dict) else None
 
 
-def check_containers(content: bytes) -> None:
+def check_containers(content: bytes | bytearray) -> None:
     """Refuse JSON with more than 100,000 lists and objects: each takes 3 bytes of it, and 70 in memory.
 
     Raises:
         MalformedOutput: it has more.
     """
-    if len(content) > _PIECE_BYTES and content.count(b"{") + content.count(b"[") > _MOST_CONTAINERS:
+    if len(content) <= _CONTAINER_BYTES * _MOST_CONTAINERS:
+        return
+    if len(content) - len(content.translate(None, b"{[")) > _MOST_CONTAINERS:  # several times as fast as `count`
         raise MalformedOutput(f"the MLX server sent JSON with more than {_MOST_CONTAINERS:,} lists and objects")

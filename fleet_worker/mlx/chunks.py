@@ -18,6 +18,8 @@ _NO_CHUNK = "the MLX server sent a chunk that is not a chat completion chunk"
 _MOST_TOKENS = 2**31
 _DONE = (b"[DONE]", b'"[DONE]"')
 _NO_CHOICE = object()
+_ANSWERS = ("content", "reasoning", "reasoning_content", "tool_calls")
+"""Fields of a message that are part of the answer."""
 _AFTER_FINISH = 100
 """Chunks that may follow the one with the finish_reason: a server that sends more does not stop by itself."""
 
@@ -124,10 +126,11 @@ class ChunkReader:
             if (len(choices) > 1 or choice.get("index") != self._choice) and not (choice := self._followed(choices)):
                 return None
             self.moved = True
-            if finish_reason := choice.get("finish_reason"):
-                self._finish(finish_reason)
             delta = choice.get("delta") or self._without_delta(choice)
-            return self._normalised(delta) if delta else None
+            read = self._normalised(delta) if delta else None
+            if read is None or choice.get("finish_reason"):
+                self._finish(choice, delta or {})
+            return read
         except (TypeError, KeyError, IndexError, AttributeError, ValueError, RecursionError):
             raise MalformedOutput(_NO_CHUNK) from None
 
@@ -154,8 +157,11 @@ class ChunkReader:
             self._choice = 0 if 0 in indexes else indexes[0]
         return next((choice for choice in choices if choice.get("index") in (self._choice, None)), None)
 
-    def _finish(self, reason: Any) -> None:
-        reason = str(reason).lower()
+    def _finish(self, choice: dict[str, Any], delta: dict[str, Any]) -> None:
+        """Read how the choice ended, if it did: with an error, whatever its finish_reason is, or with that."""
+        if error := choice.get("error") or delta.get("error"):
+            raise error_of_event(error)
+        reason = str(choice.get("finish_reason") or "null").lower()
         if reason not in ("null", "none"):
             self.finish_reason, self._choice = reason, _NO_CHOICE
 
@@ -164,7 +170,7 @@ class ChunkReader:
         message = choice.get("message") or {"content": choice.get("text")}
         if self.has_tokens and not self._by_message:
             return None
-        self._by_message = bool(message.get("content"))
+        self._by_message = self._by_message or any(message.get(name) for name in _ANSWERS)
         return message
 
     def _normalised(self, delta: dict[str, Any]) -> Delta | None:

@@ -316,7 +316,7 @@ def _authorization(instance: Instance) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"} if key else {}
 
 
-def _read(response: httpx.Response, timer: RequestTimer, limit: int) -> bytes:
+def _read(response: httpx.Response, timer: RequestTimer, limit: int) -> bytearray:
     try:
         content = read_body(response, limit)
     except HTTPX_EXCEPTIONS as error:

@@ -22,7 +22,7 @@ class Embeddings:
     usage: Usage
 
 
-def answer_of(content: bytes) -> dict[str, Any]:
+def answer_of(content: bytes | bytearray) -> dict[str, Any]:
     """Return the body of a server's answer.
 
     Raises:

@@ -30,7 +30,7 @@ class Health:
     """False if it may be another program: it has no such route, or has one, and neither is said in JSON."""
 
 
-def health_of(response: httpx.Response, content: bytes) -> Health:
+def health_of(response: httpx.Response, content: bytes | bytearray) -> Health:
     """Return what this answer to `GET /health` says, whatever its status. A server without the route is ready, one that
     sends a web page instead is not."""
     found = json_object(content)
@@ -47,7 +47,7 @@ def health_of(response: httpx.Response, content: bytes) -> Health:
     )
 
 
-def model_ids(content: bytes) -> list[str]:
+def model_ids(content: bytes | bytearray) -> list[str]:
     """Return the ids that this answer to `GET /v1/models` lists, each once. An empty body lists none.
 
     Raises:

@@ -14,6 +14,7 @@ _TOO_MANY = f"the MLX server sent more than {_MOST_CALLS} tool calls in one answ
 _MOST_CHARACTERS = 4_000_000
 """Of the names and arguments of all calls."""
 _LONGEST_NAME = 1000
+_LONGEST_NUMBER = 10
 _MOST_ATTEMPTS = 100
 
 
@@ -83,8 +84,10 @@ class ToolCalls:
         """Return the call that this fragment continues or begins. `begun` calls began before its delta."""
         call_id, index = fragment.get("id"), fragment.get("index")
         call_id = str(call_id) if isinstance(call_id, str | int) and call_id != "" else None
-        index = index if type(index) is int else None
+        index = _number(index)
         call = self._by_id.get(call_id) if call_id else None
+        if call and index is not None and index not in self._by_index and name and name != call.name:
+            call = None  # some servers give all calls one id
         if call is None:
             last = self._calls[-1] if self._calls else None
             call = last if index is None else self._by_index.get(index)
@@ -121,6 +124,15 @@ class ToolCalls:
         if call_id:
             self._by_id[call_id] = call
         return call
+
+
+def _number(index: Any) -> int | None:
+    """Return a number that may be written as a string or as a decimal number."""
+    if isinstance(index, str) and index.isdecimal() and len(index) < _LONGEST_NUMBER:
+        return int(index)
+    if isinstance(index, float) and index.is_integer():
+        return int(index)
+    return index if type(index) is int else None
 
 
 def _checked(function: Any) -> dict[str, Any]:

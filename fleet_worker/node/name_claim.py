@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import random
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -30,8 +31,6 @@ ANSWERED_WITHIN = 0.5
 answer that comes later is asked for again."""
 ASKED_AGAIN_AFTER = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Seconds between two questions until one is enough; the last one from then on."""
-
-
 SPREAD = 5.0
 """Seconds within which the nodes of a fleet ask after an outage of the broker: each question reaches all of them."""
 
@@ -75,10 +74,10 @@ class NameClaim:
         threading.Thread(target=self._ask_until_settled, args=(pause,), name="fleet-name", daemon=True).start()
 
     def _ask_until_settled(self, pause: float) -> None:
-        threading.Event().wait(pause)
+        time.sleep(pause)
         questions = 0
         while not self._is_decided():
-            threading.Event().wait(ASKED_AGAIN_AFTER[min(questions, len(ASKED_AGAIN_AFTER) - 1)])
+            time.sleep(ASKED_AGAIN_AFTER[min(questions, len(ASKED_AGAIN_AFTER) - 1)])
             questions += 1
 
     def _is_decided(self) -> bool:

@@ -37,7 +37,6 @@ from fleet_worker.protocol.request import Address, FleetRequest
 log = logging.getLogger(__name__)
 
 DELIVERED_AGAIN = "an attempt was delivered a second time"
-
 ROOM_FOR_THE_REST = 64 * 1024
 """Bytes of a reply besides its vectors, at most."""
 

@@ -128,7 +128,9 @@ def fleet(settings: Settings) -> list[Finding]:
 def compare_nodes(answers: Sequence[str], expected: Sequence[str] = ()) -> list[Finding]:
     """Compare the names of all nodes that answered with those that this host should have."""
     if not answers:
-        advice = "start one: fleet-worker worker; if nodes run, compare their broker_url with that of this host"
+        advice = (
+            "on a mini, start its nodes: fleet-worker up; if nodes run, compare their broker_url with that of this host"
+        )
         return [Finding("warning", "no node answers", advice)]
     counts = Counter(answers)
     names = sorted(counts)

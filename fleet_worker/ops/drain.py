@@ -33,8 +33,13 @@ ASK_EVERY = 0.25
 """Seconds between two questions while nodes finish their work."""
 RELEASE_WITHIN = 10.0
 """Seconds after its grace in which a node must have handed over its work."""
-DRAIN_AGAIN = "if it is starting, frozen or cut off, it takes work when it comes back: drain it again then."
-UNDRAIN_AGAIN = "if it is drained, and frozen or cut off, it stays drained when it comes back: undrain it again then."
+DRAIN_AGAIN = (
+    "check its name; if it is starting, frozen or cut off, it takes work when it comes back: drain it again then."
+)
+UNDRAIN_AGAIN = (
+    "check its name; if it is drained, and frozen or cut off, it stays drained when it comes back: undrain it again "
+    "then."
+)
 
 
 def drain(settings: Settings, names: Iterable[str], *, wait: float | None = None) -> int:

@@ -12,18 +12,11 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, field_v
 from fleet_worker.protocol import openai_fields
 from fleet_worker.protocol.wire import WireModel
 
-Texts = Annotated[
-    list[Annotated[str, Field(min_length=1)]],
-    BeforeValidator(lambda texts: [texts] if isinstance(texts, str) else texts),
-]
+_AS_LIST = BeforeValidator(lambda texts: [texts] if isinstance(texts, str) else texts)
+Texts = Annotated[list[Annotated[str, Field(min_length=1)]], _AS_LIST]
 """A list of texts that are not empty, or one text for a list of one."""
-StopTexts = Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=1000)]],
-    BeforeValidator(lambda texts: [texts] if isinstance(texts, str) else texts),
-]
+StopTexts = Annotated[list[Annotated[str, Field(min_length=1, max_length=1000)]], _AS_LIST]
 """As `Texts`; a node searches each of them in the answer."""
-
-
 WAYS_OUT = {
     "input": "send texts; LangChain does with check_embedding_ctx_length=False",
     "n": "send the request once for each answer",

@@ -23,6 +23,7 @@ REPLY_TO: Final = r"llm\.fleet\.reply\.[a-z0-9.-]+\.[1-9][0-9]{0,5}"
 """The pattern of a reply queue's name. It ends with the seconds after which the queue expires."""
 LONGEST_NAME: Final = 255
 """Characters of a queue's name: more are not possible in AMQP."""
+ReplyQueue = Annotated[str, Field(pattern=f"^{REPLY_TO}$", max_length=LONGEST_NAME)]
 MOST_ATTEMPTS: Final = 1_000
 MOST_CANCELLED: Final = 1_000
 """Requests that one message cancels."""
@@ -86,7 +87,7 @@ class FleetRequest(WireModel):
     provider_instance: str = Field(min_length=1)
     model: str = Field(min_length=1, max_length=200)
     params: ChatParams | EmbedParams = Field(repr=False)
-    reply_to: str = Field(pattern=f"^{REPLY_TO}$", max_length=LONGEST_NAME)
+    reply_to: ReplyQueue
     message_context: dict[str, Any] = Field(repr=False)
     caller: dict[str, Any] = Field(repr=False)
     trace_context: dict[str, Any] = Field(repr=False)
@@ -179,11 +180,11 @@ class ControlMessage(BrokerMessage):
     """The node that it is for; None for all nodes."""
     cancelled: list[AttemptId] = Field(default=[], max_length=MOST_CANCELLED)
     """Ids of cancelled requests, each with the number of the last attempt that is cancelled."""
-    missed: Annotated[str, Field(pattern=f"^{REPLY_TO}$", max_length=LONGEST_NAME)] | None = None
+    missed: ReplyQueue | None = None
     """A reply queue whose router was disconnected for a moment: what was sent to it last must be sent again."""
     confirmed: list[AttemptId] = Field(default=[], max_length=MOST_CANCELLED)
     """Requests, and the attempts of them that nodes asked about: they are still wanted."""
-    router: Annotated[str, Field(pattern=f"^{REPLY_TO}$", max_length=LONGEST_NAME)] | None = None
+    router: ReplyQueue | None = None
     """The reply queue of the router that sends this; None from an older version."""
     sent_at: float = 0.0
     """What the clock of that router showed."""

@@ -19,6 +19,7 @@ node is asked to send it again; the attempt fails if it does not come within `GA
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -50,6 +51,8 @@ RETRY_AFTER_MIN = 1.0
 """Seconds that a caller is told to wait at least, whatever a busy server has asked the router for."""
 GAP_CLOSES_WITHIN = 1.5
 """Seconds to wait for a missing frame after a later one has arrived."""
+ASK_AGAIN_EVERY = 0.5
+"""Seconds in that time after which the node is asked once more: it may just have been cut off from the broker."""
 
 
 class Attempts:
@@ -82,6 +85,8 @@ class Attempts:
         self._blame = Blame()
         self._next_seq = 0
         self._gap_since: float | None = None
+        self._asked_at = -math.inf
+        """When the node was last asked for the missing frame."""
         self._accepted: Accepted | None = None
         self.waits_since = self._began
         """Since when it waits for a node, while none has it."""
@@ -194,11 +199,13 @@ class Attempts:
     def _gap(self, node: str, now: float) -> list[Effect]:
         """Frames after a missing one are dropped: the node sends all of them again when it is asked to."""
         if self._gap_since is None:
-            self._gap_since = now
-            return [AskAgain(node)]
-        if now - self._gap_since < GAP_CLOSES_WITHIN:
+            self._gap_since, self._asked_at = now, -math.inf
+        if now - self._gap_since >= GAP_CLOSES_WITHIN:
+            return self.fail(ReplyLost(f"frame {self._next_seq} of the reply never arrived", retryable=True), now)
+        if now - self._asked_at < ASK_AGAIN_EVERY:
             return []
-        return self.fail(ReplyLost(f"frame {self._next_seq} of the reply never arrived", retryable=True), now)
+        self._asked_at = now
+        return [AskAgain(node)]
 
     def _deliver(self, frame: Deltas) -> Deliver:
         if self._resumes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import sys
 import threading
 import time
 import uuid
@@ -218,4 +219,4 @@ def _seconds(option: str, asked: float | None, default: float, limit: float = ma
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= limit:
         most = "" if math.isinf(limit) else f" and at most {limit:g} (router.max_timeout)"
         raise InvalidRequest(f"{option}: must be a number of seconds, more than 0{most}", param=option)
-    return float(seconds)
+    return float(min(seconds, sys.float_info.max))  # an int may be larger than any float

@@ -13,7 +13,7 @@ from typing import Any
 
 from fleet_worker.simulator.answers import Answer, answer
 from fleet_worker.simulator.chunks import DONE, Chunks, completion, tool_call
-from fleet_worker.simulator.machine import Machine, Record
+from fleet_worker.simulator.machine import Machine, Request
 from fleet_worker.simulator.manners import ENDINGS
 from fleet_worker.simulator.refusals import Body, is_poison
 from fleet_worker.simulator.replies import INTERRUPTIONS, Fault, Reply
@@ -44,7 +44,7 @@ class Chat:
     """One chat request and its answer."""
 
     def __init__(
-        self, machine: Machine, reply: Reply, record: Record, body: Mapping[str, Any], fault: Fault | None
+        self, machine: Machine, reply: Reply, record: Request, body: Mapping[str, Any], fault: Fault | None
     ) -> None:
         self.machine, self.engine, self.flavour = machine, machine.engine, machine.behaviour
         self.reply, self.record, self.body, self.fault = reply, record, body, fault

@@ -7,15 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fleet_worker.simulator.answers import (
-    Answer,
-    answer,
-    crashed,
-    unprocessable,
-)
-from fleet_worker.simulator.refusals import (
-    Body,
-)
+from fleet_worker.simulator.answers import Answer, answer, crashed, unprocessable
+from fleet_worker.simulator.refusals import Body
 
 ROUTES = {
     "/v1/chat/completions": ("POST", "chat"),

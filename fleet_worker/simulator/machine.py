@@ -7,7 +7,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from fleet_worker.simulator.flavours import Flavour
@@ -16,38 +16,23 @@ from fleet_worker.simulator.replies import Fault
 from fleet_worker.simulator.servers import FLAVOURS
 
 
-@dataclass(frozen=True)
-class Request:
-    """A snapshot of one request."""
-
-    method: str
-    path: str
-    headers: Mapping[str, str]
-    body: Any
-    fault: str | None
-    generated: int  # tokens
-    generated_after_leave: int
-    finished: bool  # answered to the end, if only with an error
-    disconnected: bool  # the client left before
-
-    @property
-    def model(self) -> str | None:
-        return self.body.get("model") if isinstance(self.body, dict) else None
-
-
 @dataclass
-class Record:
-    """What is recorded of one request while it runs."""
+class Request:
+    """What is recorded of one request while it runs; tests get copies."""
 
     method: str
     path: str
     headers: Mapping[str, str]
     body: Any = None
     fault: str | None = None
-    generated: int = 0
+    generated: int = 0  # tokens
     generated_after_leave: int = 0
-    finished: bool = False
-    disconnected: bool = False
+    finished: bool = False  # answered to the end, if only with an error
+    disconnected: bool = False  # the client left before
+
+    @property
+    def model(self) -> str | None:
+        return self.body.get("model") if isinstance(self.body, dict) else None
 
 
 @dataclass(kw_only=True, eq=False)
@@ -86,7 +71,7 @@ class Machine:
         self.engine = Engine(self)
         self.held_at: int | None = None
         self._plan = list(self.faults)
-        self._records: deque[Record] = deque(maxlen=self.history)
+        self._records: deque[Request] = deque(maxlen=self.history)
         self._counts: Counter[str] = Counter()
         self._changed = threading.Condition()
         self._watchers = 0
@@ -121,7 +106,7 @@ class Machine:
     def requests(self) -> list[Request]:
         """Snapshots of the last requests, oldest first."""
         with self._changed:
-            return [Request(**vars(record)) for record in self._records]
+            return [replace(record) for record in self._records]
 
     @property
     def counters(self) -> Mapping[str, int]:
@@ -164,7 +149,7 @@ class Machine:
                     return fault
         return None
 
-    def begin(self, record: Record) -> None:
+    def begin(self, record: Request) -> None:
         """Record a request."""
         with self._changed:
             self._records.append(record)

@@ -179,43 +179,22 @@ EVENTS: Mapping[str, Callable[[Events, bool], list[bytes]]] = {
 # --- the last events --------------------------------------------------------------------------------------------------
 
 
-def done_without_finish(finish: list[bytes]) -> list[bytes]:
-    """vllm-mlx 0.4 ends a failed stream so."""
-    return [DONE]
-
-
-def finish_without_done(finish: list[bytes]) -> list[bytes]:
-    return finish
-
-
 def runs_on(finish: list[bytes]) -> list[bytes]:
     """Text after the end of the answer, and more of it."""
     return [*finish, *[b'data: {"choices": [{"index": 0, "delta": {"content": " and so on"}}]}\n\n'] * 1000]
 
 
 ENDINGS: Mapping[str, Callable[[list[bytes]], list[bytes]]] = {
-    function.__name__: function for function in (done_without_finish, finish_without_done, runs_on)
+    "done_without_finish": lambda finish: [DONE],  # vllm-mlx 0.4 ends a failed stream so
+    "finish_without_done": lambda finish: finish,
+    "runs_on": runs_on,
 }
 
 # --- the vectors ------------------------------------------------------------------------------------------------------
 
-
-def wrong_count(vectors: list[list[float]]) -> list[list[float]]:
-    return vectors[:-1]
-
-
-def wrong_dimension(vectors: list[list[float]]) -> list[list[float]]:
-    return [*vectors[:-1], vectors[-1][:-1]]
-
-
-def nan(vectors: list[list[float]]) -> list[list[float]]:
-    return [*vectors[:-1], [float("nan"), *vectors[-1][1:]]]
-
-
-def no_vector(vectors: list[list[float]]) -> list[list[float]]:
-    return [*vectors[:-1], []]
-
-
 VECTORS: Mapping[str, Callable[[list[list[float]]], list[list[float]]]] = {
-    function.__name__: function for function in (wrong_count, wrong_dimension, nan, no_vector)
+    "wrong_count": lambda vectors: vectors[:-1],
+    "wrong_dimension": lambda vectors: [*vectors[:-1], vectors[-1][:-1]],
+    "nan": lambda vectors: [*vectors[:-1], [float("nan"), *vectors[-1][1:]]],
+    "no_vector": lambda vectors: [*vectors[:-1], []],
 }

@@ -13,7 +13,7 @@ from pydantic_core import from_json
 
 from fleet_worker.simulator.answers import Answer, answer
 from fleet_worker.simulator.chats import Chat
-from fleet_worker.simulator.machine import Engine, Machine, Record
+from fleet_worker.simulator.machine import Engine, Machine, Request
 from fleet_worker.simulator.manners import EVENTS, VECTORS
 from fleet_worker.simulator.replies import ANSWERS, WRITES, Fault, Reply
 from fleet_worker.simulator.texts import embedding, encoded_embedding
@@ -98,7 +98,7 @@ class SimulatedMLX(Machine):
             raw = await _chunked_body(reader)
         reply = Reply(reader, writer, self.behaviour, flush_each=self.flush_each)
         reply.kill = self._killed.set
-        return Exchange(self, reply, Record(method, path, headers), raw)
+        return Exchange(self, reply, Request(method, path, headers), raw)
 
 
 async def _chunked_body(reader: asyncio.StreamReader) -> bytes:
@@ -112,7 +112,7 @@ async def _chunked_body(reader: asyncio.StreamReader) -> bytes:
 class Exchange:
     """One request of any kind, and its answer."""
 
-    def __init__(self, machine: Machine, reply: Reply, record: Record, raw: bytes) -> None:
+    def __init__(self, machine: Machine, reply: Reply, record: Request, raw: bytes) -> None:
         self.machine, self.flavour = machine, machine.behaviour
         self.reply, self.record, self.raw = reply, record, raw
         self.fault: Fault | None = None

@@ -10,13 +10,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from fleet_worker.simulator.answers import (
-    answer,
-    mlx_openai_error,
-    mlx_openai_unknown,
-    openai_error,
-    rapid_unknown,
-)
+from fleet_worker.simulator.answers import answer, mlx_openai_error, mlx_openai_unknown, openai_error, rapid_unknown
 from fleet_worker.simulator.flavours import NO_SNAPSHOT, Flavour
 from fleet_worker.simulator.refusals import (
     Body,

@@ -30,6 +30,7 @@ from typing import Any
 from fleet_worker import Router, Settings
 from fleet_worker.broker.app import create_app
 from fleet_worker.host.child_process import ChildProcess, child, python
+from fleet_worker.host.supervisor import ALLOCATOR
 from fleet_worker.testing import SimulatedMLX, running_host
 from tests.brokers import BROKERS, RabbitMQ, Valkey
 from tests.faults.fuzz_messages import MB, Message, message
@@ -139,7 +140,9 @@ def victims(broker: Valkey | RabbitMQ) -> Iterator[Victims]:
     with (
         SimulatedMLX(flavour="vllm_batched", models=[CHAT, EMBED], token_interval=0.005, tokens=8) as mlx,
         running_host(
-            broker.url, {"one": {"base_url": mlx.base_url, "limits": {"concurrency": SLOTS}, "models": models}}
+            broker.url,
+            {"one": {"base_url": mlx.base_url, "limits": {"concurrency": SLOTS}, "models": models}},
+            env=ALLOCATOR,  # as `fleet-worker up` starts them
         ) as nodes,
         child("the router", python("-m", "tests.faults.fuzz", "--ask", broker.url)) as router,
     ):

@@ -24,10 +24,12 @@ CHATML = (
 # --- Open
 
 
+ENVIRONMENT = jinja.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+"""As transformers has it for mlx_lm.server."""
+
+
 def rendered(template, messages):
-    """Render as transformers does for mlx_lm.server."""
-    environment = jinja.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(template).render(messages=messages, add_generation_prompt=True)
+    return ENVIRONMENT.from_string(template).render(messages=messages, add_generation_prompt=True)
 
 
 edges = st.lists(st.sampled_from(["\n", " ", "x", "{% if 1 %}", "{%- if 1 %}", "{# #}"]), max_size=5).map("".join)
@@ -44,9 +46,10 @@ def test_the_partial_text_stands_where_the_answer_begins(before, after, partial,
     template = closed(before) + CHATML + closed(after)
     messages = [{"role": "system", "content": "Be brief."}, *HELLO] if system else HELLO
     turn = {"role": "assistant", "content": partial}
-    assert rendered(with_open_last_turn(template), [*messages, turn]) == rendered(template, messages) + partial
+    prompt = rendered(template, messages)
+    assert rendered(with_open_last_turn(template), [*messages, turn]) == prompt + partial
     opened = with_open_last_turn(template, before_text="\n</think>\n\n")
-    assert rendered(opened, [*messages, turn]) == rendered(template, messages) + "\n</think>\n\n" + partial
+    assert rendered(opened, [*messages, turn]) == prompt + "\n</think>\n\n" + partial
 
 
 # --- Found

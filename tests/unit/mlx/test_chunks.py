@@ -87,6 +87,17 @@ def test_text_may_be_in_a_message_for_a_delta(key):
     assert read(*(choices({key: {"role": "assistant", **text}}) for text in TEXTS))[1] == SAID
 
 
+@pytest.mark.parametrize("silent", [{"message": {"content": ""}}, {"text": ""}, {"message": None}])
+def test_a_message_without_text_between_others_ends_nothing(silent):
+    messages = [choices({"message": text}) for text in TEXTS]
+    assert read(messages[0], choices(silent), *messages[1:])[1] == SAID
+
+
+def test_messages_may_begin_with_reasoning():
+    thought, said = choices({"message": {"reasoning": "Hm"}}), choices({"message": {"content": "Yes"}})
+    assert read(thought, said)[1] == [Delta(reasoning="Hm"), Delta(content="Yes")]
+
+
 def test_text_may_be_that_of_a_completion():
     assert read(*(choices({"text": text["content"]}) for text in TEXTS), choices({"text": ""}))[1] == SAID
 
@@ -488,6 +499,16 @@ def test_an_error_has_many_forms(said, expected):
         with pytest.raises(FleetError) as raised:
             fail(json.dumps(said).encode())
         assert type(raised.value) is expected
+
+
+@pytest.mark.parametrize("finish", [None, "stop"])
+@pytest.mark.parametrize("of", ["choice", "delta"])
+def test_an_error_may_be_in_a_choice(of, finish):
+    """Even if the server says that the answer has come to its end."""
+    error = {"error": {"message": "full", "code": 429}}
+    delta, choice = (error, {}) if of == "delta" else ({"content": ""}, error)
+    with pytest.raises(Overloaded):
+        read(event({"content": "Hel"}), choices({"index": 0, "delta": delta, "finish_reason": finish, **choice}))
 
 
 def test_an_error_that_is_null_is_none():

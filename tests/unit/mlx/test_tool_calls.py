@@ -133,3 +133,22 @@ def test_names_and_arguments_without_end_are_refused(fragments):
 
 def test_an_argument_may_be_an_object_in_an_object():
     assert read([call("f", {"a": {"b": [1, None]}})]) == [(None, "f", json.dumps({"a": {"b": [1, None]}}))]
+
+
+@pytest.mark.parametrize("written", [str, float])
+def test_a_number_may_be_written_in_another_way(written):
+    """Calls that come in turns are told apart by it alone."""
+    zero, one = {"index": written(0)}, {"index": written(1)}
+    begun = [call("f", '{"x"', id="a", **zero), call("g", '{"y"', id="b", **one)]
+    assert read(begun, [rest(":1}", **zero), rest(":2}", **one)]) == [ONE, TWO]
+
+
+@pytest.mark.parametrize("index", ["١", "-1", "9" * 5000, "x", 0.5, float("inf"), True, [0]])
+def test_what_is_no_number_is_left_out(index):
+    assert read([call("f", '{"x"', id="a", index=index)], [rest(":1}", index=index)]) == [ONE]
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_calls_that_share_their_id_are_told_apart_by_number_and_name(together):
+    first, second = call("f", '{"x":1}', id="a", index=0), call("g", '{"y":2}', id="a", index=1)
+    assert read(*([[first, second]] if together else [[first], [second]])) == [ONE, ("a", *TWO[1:])]

@@ -139,6 +139,7 @@ def test_a_configuration_that_cannot_be_used_is_the_first_finding_and_no_broker_
 def test_nodes_are_counted_by_their_names():
     (nobody,) = compare_nodes([])
     assert (nobody.severity, nobody.found) == ("warning", "no node answers")
+    assert "fleet-worker up" in nobody.advice
     (both,) = compare_nodes(["local@mini-2", "local@mini-1"])
     assert (both.severity, both.found) == ("ok", "nodes that answer: 2 (local@mini-1, local@mini-2)")
     (many,) = compare_nodes([f"local@mini-{number}" for number in range(10, 100)])

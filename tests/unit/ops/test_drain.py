@@ -84,6 +84,7 @@ def test_nodes_that_do_not_answer_are_named_whatever_the_others_answer(asked, co
     code, out, error = asked(command, Fleet(said(), silent=["two@mini", "attic"]))
     assert (code, out) == (69, IDLE)
     assert [line.partition(":")[2].split()[0] for line in error.splitlines()] == ["two@mini", "attic"]
+    assert error.count("check its name") == 1  # a host has another advice
     assert "A node is named attic@HOST." in error
 
 

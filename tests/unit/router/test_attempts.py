@@ -33,7 +33,7 @@ from fleet_worker.protocol.reply import (
     Usage,
 )
 from fleet_worker.protocol.request import FleetRequest, Resume
-from fleet_worker.router.attempts import GAP_CLOSES_WITHIN, Attempts
+from fleet_worker.router.attempts import ASK_AGAIN_EVERY, GAP_CLOSES_WITHIN, Attempts
 from fleet_worker.router.effects import AskAgain, CancelOrphan, Confirm, Deliver, End, RetryAfter, TellTime
 
 WORDS = [f" word{number}" for number in range(6)]
@@ -147,7 +147,8 @@ def test_a_frame_that_is_missing_is_asked_for_and_all_that_came_after_it_taken_w
 def test_a_frame_that_does_not_come_again_is_a_loss_and_whoever_left_it_out_is_to_stop():
     attempts = attempts_of()
     assert fed(attempts, accepted(), deltas(2, "b")) == []
-    assert attempts.take("a", deltas(3, "c"), GAP_CLOSES_WITHIN - 0.1) == []
+    assert attempts.take("a", deltas(3, "c"), ASK_AGAIN_EVERY - 0.1) == []
+    assert attempts.take("a", deltas(3, "c"), GAP_CLOSES_WITHIN - 0.1) == [AskAgain("a")], "it may not have heard"
     assert attempts.state == "running"
     orphan, retry = attempts.take("a", deltas(4, "d"), GAP_CLOSES_WITHIN)
     assert orphan == CancelOrphan("a", 1)

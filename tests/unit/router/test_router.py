@@ -500,6 +500,12 @@ def test_a_router_that_was_connected_before_a_fork_says_so(fleet, ask, monkeypat
     monkeypatch.undo()
 
 
+def test_a_request_may_wait_in_its_queue_for_as_long_as_a_caller_likes(fleet, ask):
+    for seconds in (float("inf"), 10**400):  # no float is as large
+        fleet.answers = [[accepted(), response("the answer")]]
+        assert ask(fleet, queue_timeout=seconds).finish_reason == "stop"
+
+
 def test_nothing_is_sent_before_a_stream_is_entered(fleet):
     fleet.router.stream_chat("m", HELLO)
     assert fleet.requests == []
