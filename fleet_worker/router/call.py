@@ -9,6 +9,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Executor
 from typing import Self, cast
 
 from fleet_worker.errors import Cancelled, Expired, FleetError
@@ -24,12 +25,16 @@ class Call:
     """One reader of one request. Entering it submits the request; leaving or forgetting it before its end cancels it.
 
     `start` is called once, with the deadline (time.monotonic() seconds): `timeout` seconds after the first entering. It
-    returns the request, which may be in flight already, and this reader's buffer.
+    returns the request, which may be in flight already, and this reader's buffer. It waits for the broker, so for an
+    asyncio task it runs in a thread of `threads`.
     """
 
-    def __init__(self, start: Callable[[float], tuple[InFlightRequest, ReplyBuffer]], timeout: float) -> None:
+    def __init__(
+        self, start: Callable[[float], tuple[InFlightRequest, ReplyBuffer]], timeout: float, threads: Executor
+    ) -> None:
         self._start = start
         self._timeout = timeout
+        self._threads = threads
         self._deadline: float | None = None
         self._entering = threading.Lock()
         self._request: InFlightRequest | None = None
@@ -54,18 +59,24 @@ class Call:
         if self._buffer is None:
             try:
                 async with asyncio.timeout(left + THREAD_ENDS_WITHIN):
-                    await asyncio.to_thread(self.__enter__)
+                    await self._enter_in_a_thread()
             except asyncio.CancelledError:  # the thread goes on until the request is sent
                 self.cancel()
                 raise
             except TimeoutError:
                 self._error = Expired(
-                    f"the request was not sent within its timeout of {self._timeout:g} s: the broker is away, or the "
-                    "threads of asyncio.to_thread are all busy"
+                    f"the request was not sent within its timeout of {self._timeout:g} s: the broker is away, or too "
+                    "many requests are being sent"
                 )
                 self.cancel()
                 raise self._error from None
         return self
+
+    def _enter_in_a_thread(self) -> asyncio.Future[Self]:
+        try:
+            return asyncio.get_running_loop().run_in_executor(self._threads, self.__enter__)
+        except RuntimeError:  # the threads have ended
+            raise RuntimeError("this router is closed") from None
 
     async def __aexit__(self, *_: object) -> None:
         self.cancel()

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self, Unpack, cast, get_args
 
 from fleet_worker.broker.faults import unavailable
@@ -25,6 +26,10 @@ from fleet_worker.router.options import ChatOptions, EmbedOptions
 from fleet_worker.router.reply_buffer import ReplyBuffer
 from fleet_worker.router.session import Session
 from fleet_worker.settings import Settings
+
+SUBMIT_THREADS = 8
+"""Threads in which the requests of asyncio tasks are sent. Those of asyncio.to_thread may all be busy with other work
+of the caller, and sending would keep that from them."""
 
 
 class Router:
@@ -61,6 +66,7 @@ class Router:
         self._session: Session | None = None
         """Being opened, or open; closed if this router is."""
         self._connecting = threading.Lock()
+        self._threads = ThreadPoolExecutor(SUBMIT_THREADS, "fleet-submit")
         self._closed = False
 
     def __enter__(self) -> Self:
@@ -73,7 +79,9 @@ class Router:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await asyncio.to_thread(self.close)
+        closing = ThreadPoolExecutor(1, "fleet-close")  # those that submit may all be waiting for the broker
+        await asyncio.get_running_loop().run_in_executor(closing, self.close)
+        closing.shutdown(wait=False)
 
     def close(self) -> None:
         """Cancel all requests in flight and close all connections. A closed router stays closed."""
@@ -82,6 +90,7 @@ class Router:
         self._closed = True
         if session := self._session:
             session.close()
+        self._threads.shutdown(wait=False)
 
     @property
     def registry(self) -> Registry:
@@ -129,7 +138,7 @@ class Router:
             session = self._connected(deadline)
             return session.start(request, node, on_interrupt, deadline, queue_timeout=queue_timeout)
 
-        return Call(start, request.timeout_seconds)
+        return Call(start, request.timeout_seconds, self._threads)
 
     def _request(
         self,

@@ -286,7 +286,7 @@ class Chat:
             return 1
         if self.fault and self.fault.kind == "join":
             return 2
-        return 1 if self.machine.token_interval else self.machine.tokens_per_write
+        return 1 if self.machine.token_interval or self.machine.flush_each else self.machine.tokens_per_write
 
     async def _until(self, due: float) -> None:
         """Sleep until `due`; check meanwhile whether the client has left or the engine has died."""

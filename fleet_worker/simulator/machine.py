@@ -48,6 +48,7 @@ class Machine:
     ttft: float = 0.0  # seconds to the first token
     token_interval: float = 0.0  # seconds between tokens; 0: as fast as it goes
     tokens_per_write: int = 8  # when the interval is 0
+    flush_each: bool = False  # every token, and every other event, is written and sent by itself, as real servers do
     tokens: int = 32  # the natural length of a reply
     drift: int | None = None  # after so many tokens a continued reply differs: real ones do, as their tokens differ
     stamped: bool = False  # every token is the monotonic time at which it was written, in seconds

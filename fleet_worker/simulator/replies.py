@@ -61,8 +61,16 @@ class Fault:
 class Reply:
     """One HTTP response, framed as the flavour's server frames it."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, flavour: Flavour) -> None:
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        flavour: Flavour,
+        *,
+        flush_each: bool = False,
+    ) -> None:
         self.flavour = flavour
+        self.flush_each = flush_each
         self.started = False
         self._sent = False  # an event
         self.on_end: Callable[[], None] = lambda: None  # called just before the last bytes of a complete reply
@@ -111,7 +119,8 @@ class Reply:
         if self.gzip:
             events = [self.gzip.compress(b"".join(events)) + self.gzip.flush(zlib.Z_FULL_FLUSH)]
         if self.writes is None:
-            self._writer.write(self.framed(events))
+            for together in [[event] for event in events] if self.flush_each else [events]:
+                self._writer.write(self.framed(together))
         else:
             for piece in self.writes(self, events):
                 self._writer.write(piece)

@@ -96,7 +96,7 @@ class SimulatedMLX(Machine):
         raw = await reader.readexactly(int(length) if length.isdecimal() else 0)
         if headers.get("transfer-encoding") == "chunked" and not self.behaviour.http10:
             raw = await _chunked_body(reader)
-        reply = Reply(reader, writer, self.behaviour)
+        reply = Reply(reader, writer, self.behaviour, flush_each=self.flush_each)
         reply.kill = self._killed.set
         return Exchange(self, reply, Request(method, path, headers), raw)
 

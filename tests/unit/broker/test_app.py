@@ -59,3 +59,10 @@ def test_a_task_is_sent_as_compact_json_in_utf_8():
     assert body.startswith('[[{"text":"\u4f60\u597d \U0001f600 \u00e4"'.encode())
     assert (message.content_type, message.content_encoding) == ("application/json", "utf-8")
     assert message.headers["task"] == "fleet.chat"
+
+
+def test_a_read_that_brought_nothing_is_followed_by_the_next_one_at_once():
+    """kombu sleeps for its polling interval between both, and a reply that comes meanwhile waits."""
+    with create_app(Settings(broker_url="redis://127.0.0.1:1/0")).connection_for_read() as connection:
+        assert connection.transport.polling_interval is None
+        assert connection.transport.brpop_timeout == 0.25

@@ -475,6 +475,24 @@ def test_what_is_cancelled_while_it_is_sent_is_cancelled_when_it_was_sent(fleet,
     assert len(fleet.cancelled) == 1
 
 
+def test_threads_that_are_all_busy_with_work_of_the_caller_delay_no_request(fleet):
+    fleet.answers = [[accepted(), response("the answer")]]
+    over = threading.Event()
+
+    async def ask():
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        busy = asyncio.create_task(asyncio.to_thread(over.wait, 5))
+        await asyncio.sleep(0)
+        async with fleet.router:
+            await fleet.router.achat("m", HELLO, timeout=2)
+            assert not busy.done()
+        over.set()
+        await busy
+
+    with took_less_than(2):
+        asyncio.run(ask())
+
+
 def test_what_is_about_to_be_sent_when_the_router_is_closed_is_cancelled(fleet, monkeypatch):
     monkeypatch.setattr(fleet.session.admission, "admit", lambda lane: fleet.router.close())
     with took_less_than(2), pytest.raises(Cancelled, match="closed"):
