@@ -4,6 +4,7 @@ import asyncio
 import queue
 import threading
 import time
+from concurrent.futures import Executor
 from types import SimpleNamespace
 
 import pytest
@@ -96,7 +97,7 @@ def stream():
     """A stream, and its buffer."""
     buffer = buffer_of(seconds=20)
     request = SimpleNamespace(leave=lambda buffer: buffer.close(), timed_out=lambda seconds: TimeoutError())
-    return ChatStream(Call(lambda deadline: (request, buffer), 20.0)), buffer
+    return ChatStream(Call(lambda deadline: (request, buffer), 20.0, Executor())), buffer
 
 
 def contents(batch):
