@@ -4,7 +4,7 @@ import asyncio
 import queue
 import threading
 import time
-from concurrent.futures import Executor
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -97,7 +97,8 @@ def stream():
     """A stream, and its buffer."""
     buffer = buffer_of(seconds=20)
     request = SimpleNamespace(leave=lambda buffer: buffer.close(), timed_out=lambda seconds: TimeoutError())
-    return ChatStream(Call(lambda deadline: (request, buffer), 20.0, Executor())), buffer
+    with ThreadPoolExecutor(1) as threads:
+        yield ChatStream(Call(lambda deadline: (request, buffer), 20.0, threads)), buffer
 
 
 def contents(batch):
