@@ -18,7 +18,7 @@ _NO_CHUNK = "the MLX server sent a chunk that is not a chat completion chunk"
 _MOST_TOKENS = 2**31
 _DONE = (b"[DONE]", b'"[DONE]"')
 _NO_CHOICE = object()
-_ANSWERS = ("content", "reasoning", "reasoning_content", "tool_calls")
+_ANSWERS = ("content", "reasoning", "reasoning_content", "thinking", "reasoning_details", "tool_calls")
 """Fields of a message that are part of the answer."""
 _AFTER_FINISH = 100
 """Chunks that may follow the one with the finish_reason: a server that sends more does not stop by itself."""
@@ -176,7 +176,7 @@ class ChunkReader:
     def _normalised(self, delta: dict[str, Any]) -> Delta | None:
         """Drop the role and empty fields, give `reasoning` one name, and number the tool calls."""
         content = delta.get("content")
-        reasoning = delta.get("reasoning") or delta.get("reasoning_content")
+        reasoning = delta.get("reasoning") or delta.get("reasoning_content") or _other_reasoning(delta)
         calls = delta.get("tool_calls")
         if content.__class__ is not str:
             content, reasoning, calls = _unusual(delta, content, reasoning, calls)
@@ -199,6 +199,15 @@ class ChunkReader:
             self.tokens += self._held_back
             self._held_back = 0
         return delta
+
+
+def _other_reasoning(delta: dict[str, Any]) -> str | None:
+    """Return reasoning as Ollama (`thinking`) and OpenRouter (`reasoning_details`) name it."""
+    if thinking := delta.get("thinking"):
+        return str(thinking)
+    details = delta.get("reasoning_details")
+    texts = [detail.get("text") or detail.get("summary") for detail in details] if details else []
+    return "".join(text for text in texts if text) or None
 
 
 def _unusual(delta: dict[str, Any], content: Any, reasoning: Any, calls: Any) -> tuple[Any, Any, Any]:

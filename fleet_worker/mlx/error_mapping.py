@@ -66,7 +66,7 @@ _LONGEST_PAUSE = 3600.0
 
 def error_of_response(response: httpx.Response, timer: RequestTimer) -> FleetError:
     """Map a response whose status is not 2xx. Its body may be incomplete: a part of it is better than nothing."""
-    if response.is_redirect:
+    if response.has_redirect_location:
         return ConfigurationError("base_url of this instance answers with a redirect: set it to the server itself")
     body = b""
     timer.limit_rest(_BODY_SECONDS)
