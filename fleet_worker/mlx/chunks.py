@@ -115,8 +115,8 @@ class ChunkReader:
             else:
                 if self._characters.waiting:
                     chunk = self._characters.joined(chunk)
-            if chunk.get("error") is not None:
-                raise error_of_event(chunk["error"])
+            if chunk.get("error") is not None and (error := error_in(chunk)):
+                raise error
             if usage := chunk.get("usage"):
                 self.usage = parse_usage(usage)
             if not (choices := chunk.get("choices")):
@@ -203,8 +203,8 @@ class ChunkReader:
 
 def _other_reasoning(delta: dict[str, Any]) -> str | None:
     """Return reasoning as Ollama (`thinking`) and OpenRouter (`reasoning_details`) name it."""
-    if thinking := delta.get("thinking"):
-        return str(thinking)
+    if isinstance(thinking := delta.get("thinking"), str) and thinking:
+        return thinking
     details = delta.get("reasoning_details")
     texts = [detail.get("text") or detail.get("summary") for detail in details] if details else []
     return "".join(text for text in texts if text) or None

@@ -348,7 +348,12 @@ REFUSALS = [
     ("chat", {"tools": [{"a": {1: 2}}]}, "tools.0", "has a key that is a number"),
     ("chat", {"stop": {"a"}}, "stop", "is a Python set"),
     ("chat", {"tool_choice": 5}, "tool_choice", "must be 'none', 'auto' or 'required' or an object, not a number"),
-    ("chat", {"tools": [{}]}, "tools.0.type", 'is missing; tools.0.function: is missing (a tool is {"type": "function"'),
+    (
+        "chat",
+        {"tools": [{}]},
+        "tools.0.type",
+        'is missing; tools.0.function: is missing (a tool is {"type": "function"',
+    ),
     ("chat", {"tools": [{"type": "web_search"}]}, "tools.0.type", "must be 'function', not another string"),
     ("chat", {"tools": [{"type": "function", "name": "f"}]}, "tools.0.function", "is missing (a tool is"),
     ("chat", {"tools": [TOOL, {**TOOL, "function": {"name": 5}}]}, "tools.1.function.name", "a string, not a number"),
