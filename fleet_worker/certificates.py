@@ -149,8 +149,8 @@ _REFUSED = {
     ),
     "CERTIFICATE": ("refuses the client certificate", "read its log, and correct {cert} and {key}"),
     "ALERT_HANDSHAKE_FAILURE": (
-        "refuses the TLS handshake: perhaps it asks for a client certificate",
-        "read its log; if it asks for one, set {cert} and {key}",
+        "refuses the TLS handshake: perhaps it asks for a client certificate, or for another one",
+        "read its log; if it asks for one, set {cert} and {key} to one for clients of a CA that it trusts",
     ),
     "PROTOCOL": ("has no version of TLS that is safe", "turn on TLS 1.2 or 1.3 there"),
     "WRONG_VERSION_NUMBER": _NO_TLS,

@@ -21,7 +21,7 @@ def broker_url(url: str) -> str:
     """Return the URL with a scheme that kombu knows; raises `ValueError` with what is wrong."""
     url = url.strip()
     parts = _split(url)
-    if parts.scheme not in _SCHEMES:
+    if parts.scheme not in _SCHEMES or url[len(parts.scheme) :][:3] != "://":
         raise ValueError("must begin with redis://, rediss://, valkey://, valkeys://, amqp:// or amqps://")
     if ";" in url:  # kombu's list of brokers for failover: its logs hide only the first password
         raise ValueError("must name one broker, without ';'")

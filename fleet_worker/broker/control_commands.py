@@ -16,6 +16,7 @@ from celery.utils.collections import AttributeDict
 from celery.worker.control import Panel
 from kombu import Exchange, Producer
 from kombu.exceptions import InconsistencyError
+from kombu.transport.redis import Channel as RedisChannel
 from kombu.utils.limits import TokenBucket
 from pydantic import Field
 
@@ -33,6 +34,9 @@ MOST_NODES = 5_000
 """Names in the `destination` of one command."""
 COMMANDS_A_SECOND, COMMANDS_AT_ONCE = 50, 200
 """More commands to one node than that are dropped. Flower sends eight at once, `drain --wait` four a second."""
+REPLIES_EXPIRE = 60
+"""Seconds after which Redis deletes replies to an asker that was killed. kombu sets a time only where it declares the
+queue, which is in the asker: the list of a killed one would stay for ever."""
 
 NO_COMMAND = "it is no control command"
 PATTERN = "it is a control command with a pattern: name its nodes, or *@HOST"
@@ -126,6 +130,9 @@ class ControlCommands:
                 serializer="json",
                 retry=False,
             )
+        if isinstance(self.channel, RedisChannel):
+            with self.channel.conn_or_acquire() as client:
+                client.expire(f"{routing_key}.{self._reply_exchange}", REPLIES_EXPIRE)
 
 
 def _decode(body: bytes) -> _CommandMessage:

@@ -32,6 +32,8 @@ ANSWER_WITHIN = 1.5
 TRUSTED_FOR = 10.0
 """Seconds after an outage of the broker in which a router that was not seen since counts as listening: it has to
 reconnect, too."""
+SETTLED_AFTER = 2.0
+"""Seconds after an outage from which it counts that a router is seen: connections are lost one after the other."""
 
 
 @dataclass(slots=True)
@@ -43,7 +45,7 @@ class _Seen:
     since: float
     """Since when all answers have been the same."""
     was_here: bool
-    """Whether it was here since the last outage of the broker."""
+    """Whether it was here when the last outage of the broker had been over for a while."""
 
     @property
     def is_doubted(self) -> bool:
@@ -74,6 +76,7 @@ class RouterPresence:
         self._is_connected = False
         self._trusted_until: float | None = None
         """Until when routers that were not seen yet count as listening; None before the first connection."""
+        self._settled_at = 0.0
         self._thread = ReconnectingThread("routers", connect, self._keep_asking)
 
     def start(self) -> None:
@@ -140,7 +143,11 @@ class RouterPresence:
         """The connection is a new one: routers may have lost theirs, too."""
         with self._changed:
             self._seen = {}
-            self._trusted_until = 0.0 if self._trusted_until is None else time.monotonic() + TRUSTED_FOR
+            if self._trusted_until is None:
+                self._trusted_until = self._settled_at = 0.0
+            else:
+                self._trusted_until = time.monotonic() + TRUSTED_FOR
+                self._settled_at = time.monotonic() + SETTLED_AFTER
 
     def _next_questions(self, until: float) -> set[str]:
         """Wait for questions of tasks, at most until then, or until a router that is not connected is due again."""
@@ -158,7 +165,8 @@ class RouterPresence:
         self._thread.works()
         with self._changed:
             for reply_to, sight in sights.items():
-                self._seen[reply_to] = _updated(self._seen.get(reply_to), sight, now)
+                seen = self._seen[reply_to] = _updated(self._seen.get(reply_to), sight, now)
+                seen.was_here |= sight == "here" and now >= self._settled_at
             self._changed.notify_all()
         for reply_to in sights:
             self._stop_if_gone(reply_to, self._seen[reply_to])
@@ -179,5 +187,5 @@ def not_listening() -> ReplyLost:
 def _updated(before: _Seen | None, sight: Sight, now: float) -> _Seen:
     """Start counting again after a time in which the broker, or this node, was frozen."""
     if before is None or before.sight != sight or now - before.at > CHECK_EVERY + ANSWER_WITHIN:
-        return _Seen(sight, now, now, sight == "here" or (before is not None and before.was_here))
+        return _Seen(sight, now, now, before is not None and before.was_here)
     return _Seen(sight, now, before.since, before.was_here)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from fleet_worker.errors import FleetError
 from fleet_worker.protocol.request import LONGEST_ID, MOST_ATTEMPTS
@@ -41,12 +41,22 @@ class Timings(ExtensibleModel):
     tokens_per_second: float | None = None
 
 
+def _joinable(fragments: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Check all that `join` reads, so that a reply which cannot be joined is refused before anybody joins it."""
+    for fragment in fragments:
+        function = fragment.get("function") or {}
+        texts = (function.get("name"), function.get("arguments")) if isinstance(function, dict) else (0,)
+        if not isinstance(fragment.get("index", 0), int) or not all(isinstance(text, str | None) for text in texts):
+            raise ValueError("must be fragments of tool calls")
+    return fragments
+
+
 class Delta(ExtensibleModel):
     """A piece of a streamed answer, as the server sent it. Characters are never split."""
 
     content: str | None = Field(None, repr=False)
     reasoning: str | None = Field(None, repr=False)
-    tool_calls: list[dict[str, Any]] | None = Field(None, repr=False)
+    tool_calls: Annotated[list[dict[str, Any]], AfterValidator(_joinable)] | None = Field(None, repr=False)
     resumed: Literal[True] | None = None
     """True for an empty delta that the router inserts where another node continues the answer."""
 

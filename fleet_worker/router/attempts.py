@@ -53,6 +53,15 @@ GAP_CLOSES_WITHIN = 1.5
 """Seconds to wait for a missing frame after a later one has arrived."""
 ASK_AGAIN_EVERY = 0.5
 """Seconds in that time after which the node is asked once more: it may just have been cut off from the broker."""
+_OF_ANY = {"accepted", "alive", "error"}
+FRAMES = {
+    "chat": frozenset({*_OF_ANY, "response"}),
+    "stream_chat": frozenset({*_OF_ANY, "deltas", "response"}),
+    "embed": frozenset({*_OF_ANY, "embedding"}),
+}
+"""By operation: the kinds of frames that its reply is made of."""
+LONGEST_RETRY_AFTER = 24 * 3600.0
+"""Seconds that a busy server may ask for at most: longer than any request lives."""
 
 
 class Attempts:
@@ -66,6 +75,7 @@ class Attempts:
         self, request: FleetRequest, *, deadline: float, max_attempts: int, on_interrupt: OnInterrupt = "resume"
     ) -> None:
         self.request = request
+        self._frames = FRAMES[request.operation]
         self.state: State = "waiting"
         self.node: str | None = None
         self.failed: set[str] = set()
@@ -97,9 +107,11 @@ class Attempts:
         """Attempts that do not count: a node dropped them as expired, by a wrong clock."""
 
     def wants(self, node: str, frame: Frame) -> bool:
-        """Return whether this frame belongs to the present attempt and comes from the node that has it."""
+        """Return whether this frame belongs to the present attempt, comes from the node that has it, and is of a kind
+        that its operation has."""
         active = self.state == "running" or self.state == "waiting"
-        return active and frame.attempt == self.request.attempt and self.node in (None, node)
+        is_of_attempt = active and frame.attempt == self.request.attempt and self.node in (None, node)
+        return is_of_attempt and frame.kind in self._frames
 
     def take(self, node: str, frame: Frame, now: float) -> list[Effect]:
         """Take a frame that a node sent; ignore it if it is not wanted."""
@@ -220,8 +232,8 @@ class Attempts:
     def _end(self, frame: ChatResponse | EmbedResponse | Failure) -> End:
         if isinstance(frame, Failure):
             metadata = {**frame.metadata, "attempts": [each.model_dump() for each in self.history]}
-            if isinstance(asked := metadata.get("retry_after"), int | float):
-                metadata["retry_after"] = max(asked, RETRY_AFTER_MIN)
+            if "retry_after" in metadata:
+                metadata["retry_after"] = max(_asked_pause(metadata), RETRY_AFTER_MIN)
             frame = frame.model_copy(update={"metadata": metadata})
         else:
             self._close_attempt(None, orphaned=False)
@@ -274,8 +286,13 @@ class Attempts:
 
 def _pause_before(attempt: int, error: FleetError) -> float:
     """Return the seconds to wait: exponential with jitter, or as long as a busy server asks for."""
-    asked = error.metadata.get("retry_after")
-    return max(_back_off(attempt), float(asked) if isinstance(asked, int | float) else 0.0)
+    return max(_back_off(attempt), _asked_pause(error.metadata))
+
+
+def _asked_pause(metadata: dict[str, Any]) -> float:
+    """Return how many seconds a busy server wants to be left alone. It comes from a node, which may be any program."""
+    asked = metadata.get("retry_after")
+    return float(min(asked, LONGEST_RETRY_AFTER)) if isinstance(asked, int | float) and asked >= 0 else 0.0
 
 
 def _back_off(attempt: int) -> float:

@@ -31,7 +31,9 @@ def test_a_broker_is_valkey_redis_or_rabbitmq(given, used):
     assert Settings(broker_url=given).broker_url == used
 
 
-@pytest.mark.parametrize("url", ["", "localhost", "http://h", "sqs://", "memory://", "6379"])
+@pytest.mark.parametrize(
+    "url", ["", "localhost", "http://h", "sqs://", "memory://", "6379", "amqps:/h", "redis:h:6379"]
+)
 def test_another_broker_is_refused(url):
     message = refused(broker_url=url)
     assert all(f"{scheme}://" in message for scheme in ("redis", "rediss", "valkey", "valkeys", "amqp", "amqps"))

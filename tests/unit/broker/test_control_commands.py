@@ -1,4 +1,4 @@
-"""Which commands of Celery's remote control a node obeys, from whom, and what it replies. No broker."""
+"""Which commands of Celery's remote control a node obeys, from whom, and what it replies. One test needs a broker."""
 
 import contextlib
 import json
@@ -6,6 +6,7 @@ import random
 from types import SimpleNamespace
 
 import pytest
+import redis
 from celery.worker.control import Panel
 from kombu.exceptions import InconsistencyError
 from kombu.utils.limits import TokenBucket
@@ -13,6 +14,7 @@ from kombu.utils.limits import TokenBucket
 from fleet_worker import Settings
 from fleet_worker.broker import control_commands as module
 from fleet_worker.broker.app import create_app
+from fleet_worker.broker.connection import connect
 from fleet_worker.broker.control_commands import (
     COMMANDS_AT_ONCE,
     EVENTS_ARE_ON,
@@ -24,6 +26,7 @@ from fleet_worker.broker.control_commands import (
     ControlCommands,
 )
 from fleet_worker.broker.door import Refused
+from fleet_worker.testing import embedded_broker
 
 NAME = "one@mini"
 REPLY_TO = {"exchange": "reply.llm.fleet.control.pidbox", "routing_key": "me"}
@@ -147,6 +150,23 @@ def test_a_reply_that_nobody_waits_for_any_more_is_dropped(commands, called, mon
     monkeypatch.setattr(module.Producer, "publish", gone)
     send(commands, QUESTION)
     assert called == [NAME]
+
+
+def test_a_reply_to_an_asker_that_was_killed_expires():
+    with (
+        embedded_broker() as url,
+        redis.Redis.from_url(url) as client,
+        create_app(Settings(broker_url=url)) as app,
+        app.connection_for_write() as connection,
+    ):
+        queue = app.control.mailbox.get_reply_queue()
+        with app.connection_for_read() as asker:
+            queue(connect(asker, 5.0).default_channel).declare()
+        commands = ControlCommands(app, NAME, {"where": lambda state: 1})
+        commands.channel = connect(connection, 5.0).default_channel
+        send(commands, {**QUESTION, "reply_to": {**REPLY_TO, "routing_key": queue.routing_key}})
+        assert client.llen(queue.name) == 1
+        assert 0 < client.ttl(queue.name) <= module.REPLIES_EXPIRE
 
 
 WRONG = ["", "x", "\ud800", [], [[]], {}, {"a": []}, 0, 1, -1, 1.5, True, 10**400, "y" * 300, ["\ud800"], [1], [None]]

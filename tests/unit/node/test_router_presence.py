@@ -14,6 +14,7 @@ from fleet_worker.node.router_presence import (
     CHECK_EVERY,
     DOUBT_EVERY,
     GONE_AFTER,
+    SETTLED_AFTER,
     TRUSTED_FOR,
     RouterPresence,
 )
@@ -262,9 +263,22 @@ def test_a_router_that_was_seen_after_an_outage_and_then_dies_is_not_trusted(pre
     broker.absent = "away"
     with running.attempt("a", 1, ROUTER) as stopped, running.attempt("b", 1, "reconnecting") as kept:
         has_outage(presence, broker, clock)
-        clock.wait_until(lambda: "reconnecting" in presence._seen)
+        clock.wait(SETTLED_AFTER + CHECK_EVERY)
         broker.listening.clear()
         clock.wait_until(lambda: stopped.error, 2.0)
+        assert kept.error is None
+
+
+def test_a_router_that_loses_its_connection_a_moment_after_this_node_is_waited_for(presence, broker, running, clock):
+    """A broker that closes all connections does so one by one."""
+    broker.absent = "away"
+    with running.attempt("a", 1, ROUTER) as kept:
+        has_outage(presence, broker, clock)
+        clock.wait_until(lambda: ROUTER in presence._seen)
+        broker.listening.clear()
+        clock.wait(4 * GONE_AFTER)
+        broker.listening.add(ROUTER)
+        clock.wait(TRUSTED_FOR)
         assert kept.error is None
 
 

@@ -309,3 +309,21 @@ def test_a_frame_of_a_stranger_is_refused_without_a_quotation(wrong):
 def test_what_is_no_reply_is_refused(body):
     with pytest.raises(InvalidRequest):
         Reply.decode(body)
+
+
+@pytest.mark.parametrize(
+    "fragment",
+    [
+        {"index": [1]},
+        {"index": "a"},
+        {"index": None},
+        {"function": "f"},
+        {"function": [1]},
+        {"function": {"name": 5}},
+        {"function": {"arguments": {}}},
+    ],
+)
+def test_fragments_of_tool_calls_that_cannot_be_joined_are_refused_before_anybody_joins_them(fragment):
+    frame = {"kind": "deltas", "id": "r", "attempt": 1, "seq": 0, "tokens": 1, "deltas": [{"tool_calls": [fragment]}]}
+    with pytest.raises(InvalidRequest, match="tool_calls"):
+        Reply.decode(json.dumps({"v": 2, "node": "n", "frames": [frame]}))

@@ -1,5 +1,7 @@
 """The state machine of a request: what each frame, each silence and each failure leads to, in whatever order."""
 
+import math
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -265,6 +267,44 @@ def test_pauses_grow_and_differ():
 def test_a_busy_server_is_left_alone_for_as_long_as_it_asks():
     attempts = attempts_of()
     assert effects_of(attempts, failure(0, Overloaded("busy", retry_after=7.0))) == [RetryAfter(7.0)]
+
+
+@pytest.mark.parametrize("asked", [10**400, math.inf, 1e300], ids=["10**400", "inf", "1e300"])
+def test_a_server_that_wants_to_be_left_alone_longer_than_the_request_lives_ends_it(asked):
+    (ended,) = fed(attempts_of(), failure(0, Overloaded("busy", retry_after=asked)))
+    assert (ended.code, ended.metadata["retry_after"]) == ("overloaded", 24 * 3600)
+
+
+@pytest.mark.parametrize(
+    "asked", [math.nan, -(10**400), -5.0, "soon", None, [9.0]], ids=["nan", "-10**400", "-5", "text", "null", "list"]
+)
+def test_a_pause_that_is_no_time_is_left_out(asked):
+    (effect,) = effects_of(attempts_of(), failure(0, Overloaded("busy", retry_after=asked)))
+    assert 0.0 < effect.seconds < 1.0
+    (ended,) = fed(attempts_of(max_attempts=1), failure(0, Overloaded("busy", retry_after=asked)))
+    assert ended.metadata["retry_after"] == 1.0
+
+
+# --- Frames of another operation
+
+
+def embedding(seq):
+    return EmbedResponse(**head(1, seq), **FACTS, data=["AAAAAA=="], dimensions=1)
+
+
+@pytest.mark.parametrize(
+    ("operation", "wrong"),
+    [
+        ("chat", [deltas(1, "a"), embedding(1)]),
+        ("stream_chat", [embedding(1)]),
+        ("embed", [deltas(1, "a"), response(1)]),
+    ],
+)
+def test_a_frame_that_its_operation_does_not_have_is_no_answer(operation, wrong):
+    good = embedding(1) if operation == "embed" else response(1)
+    attempts = attempts_of(request(operation))
+    assert fed(attempts, accepted(), *wrong) == []
+    assert [frame.kind for frame in fed(attempts, good)] == [good.kind]
 
 
 # --- A node whose clock is wrong
