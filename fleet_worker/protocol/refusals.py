@@ -140,7 +140,7 @@ class _Fault:
         return "is not valid"
 
     def is_of_other_member(self, faults: Iterable[_Fault]) -> bool:
-        """Tell whether this only says that a list or an object is not text, where another one says what is wrong in it."""
+        """Tell whether this only says that a list or an object is not text, where another fault is inside it."""
         *place, member = self._place or ("",)
         deeper = (other._place for other in faults if len(other._place) > len(self._place))
         is_text = member == "str" or str(member).startswith("literal[")
