@@ -56,6 +56,10 @@ class ChunkReader:
     def has_tokens(self) -> bool:
         return self.tokens + self._held_back > 0
 
+    @property
+    def has_nameless_call(self) -> bool:
+        return self._tool_calls.any_nameless
+
     def read(self, events: list[bytes]) -> list[Delta]:
         """Return the deltas of these events.
 
@@ -176,7 +180,9 @@ class ChunkReader:
     def _normalised(self, delta: dict[str, Any]) -> Delta | None:
         """Drop the role and empty fields, give `reasoning` one name, and number the tool calls."""
         content = delta.get("content")
-        reasoning = delta.get("reasoning") or delta.get("reasoning_content") or _other_reasoning(delta)
+        reasoning = delta.get("reasoning") or delta.get("reasoning_content")
+        if not reasoning and (not content or len(delta) > 1):  # of most tokens the content is all there is
+            reasoning = _other_reasoning(delta)
         calls = delta.get("tool_calls")
         if content.__class__ is not str:
             content, reasoning, calls = _unusual(delta, content, reasoning, calls)
