@@ -47,11 +47,29 @@ def explain(error: ValidationError, settings: type[BaseModel]) -> str:
     for fault in error.errors(include_url=False, include_context=False):
         place = fault["loc"]
         unknown = fault["type"] == "extra_forbidden"
-        reason = (
-            _unknown_key(place, settings, fault["input"]) if unknown else fault["msg"].removeprefix("Value error, ")
-        )
+        reason = _unknown_key(place, settings, fault["input"]) if unknown else _reason(fault["type"], fault["msg"])
         faults.append(": ".join(filter(None, [".".join(map(str, place)), reason])))
     return "configuration: " + "; ".join(faults)
+
+
+_NEEDED = {
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "int_type": "must be a whole number",
+    "float_parsing": "must be a number",
+    "float_type": "must be a number",
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+    "string_type": "must be a text",
+    "list_type": "must be a list",
+    "dict_type": "must be a table",
+    "model_type": "must be a table",
+}
+"""Our words for what pydantic says of a value of a wrong kind."""
+
+
+def _reason(kind: str, text: str) -> str:
+    return _NEEDED.get(kind) or text.removeprefix("Value error, ")
 
 
 def _unknown_key(place: tuple[int | str, ...], settings: type[BaseModel], value: object) -> str:

@@ -14,6 +14,10 @@ def user(content="Hi"):
     return {"role": "user", "content": content}
 
 
+def tool(parameters):
+    return {"type": "function", "function": {"name": "f", "parameters": parameters}}
+
+
 def envelope(**changes):
     return {
         "protocol_version": 2,
@@ -90,8 +94,8 @@ chat_params = st.builds(
             "top_k": st.integers(0, 1000),
             "seed": st.integers(0, 2**32 - 1),
             "stop": st.text("ab", min_size=1) | st.lists(st.text("ab", min_size=1), max_size=3),
-            "tools": st.lists(objects, max_size=2),
-            "response_format": objects,
+            "tools": st.lists(st.builds(tool, objects), max_size=2),
+            "response_format": st.builds(lambda schema: {"type": "json_schema", "json_schema": schema}, objects),
             "logit_bias": st.dictionaries(st.integers(0, 99).map(str), finite, max_size=2),
             "chat_template_kwargs": st.just({"enable_thinking": False}),
         },

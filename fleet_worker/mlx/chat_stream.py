@@ -154,6 +154,8 @@ class ServerStream:
         self._finish_reason = normalised_finish_reason(
             chunks.finish_reason, self._profile, tokens=chunks.usage.completion_tokens, max_tokens=self._max_tokens
         )
+        if chunks.has_nameless_call and self._finish_reason != "length":
+            raise MalformedOutput("the MLX server sent a tool call without a name")
         if not (chunks.has_tokens or chunks.usage.completion_tokens or self._may_be_empty):
             raise ProviderError("the MLX server ended its answer without any token", retryable=True)
 

@@ -18,7 +18,7 @@ _NO_CHUNK = "the MLX server sent a chunk that is not a chat completion chunk"
 _MOST_TOKENS = 2**31
 _DONE = (b"[DONE]", b'"[DONE]"')
 _NO_CHOICE = object()
-_ANSWERS = ("content", "reasoning", "reasoning_content", "tool_calls")
+_ANSWERS = ("content", "reasoning", "reasoning_content", "thinking", "reasoning_details", "tool_calls")
 """Fields of a message that are part of the answer."""
 _AFTER_FINISH = 100
 """Chunks that may follow the one with the finish_reason: a server that sends more does not stop by itself."""
@@ -55,6 +55,10 @@ class ChunkReader:
     @property
     def has_tokens(self) -> bool:
         return self.tokens + self._held_back > 0
+
+    @property
+    def has_nameless_call(self) -> bool:
+        return self._tool_calls.any_nameless
 
     def read(self, events: list[bytes]) -> list[Delta]:
         """Return the deltas of these events.
@@ -115,8 +119,8 @@ class ChunkReader:
             else:
                 if self._characters.waiting:
                     chunk = self._characters.joined(chunk)
-            if chunk.get("error") is not None:
-                raise error_of_event(chunk["error"])
+            if chunk.get("error") is not None and (error := error_in(chunk)):
+                raise error
             if usage := chunk.get("usage"):
                 self.usage = parse_usage(usage)
             if not (choices := chunk.get("choices")):
@@ -177,6 +181,8 @@ class ChunkReader:
         """Drop the role and empty fields, give `reasoning` one name, and number the tool calls."""
         content = delta.get("content")
         reasoning = delta.get("reasoning") or delta.get("reasoning_content")
+        if not reasoning and (not content or len(delta) > 1):  # of most tokens the content is all there is
+            reasoning = _other_reasoning(delta)
         calls = delta.get("tool_calls")
         if content.__class__ is not str:
             content, reasoning, calls = _unusual(delta, content, reasoning, calls)
@@ -199,6 +205,15 @@ class ChunkReader:
             self.tokens += self._held_back
             self._held_back = 0
         return delta
+
+
+def _other_reasoning(delta: dict[str, Any]) -> str | None:
+    """Return reasoning as Ollama (`thinking`) and OpenRouter (`reasoning_details`) name it."""
+    if isinstance(thinking := delta.get("thinking"), str) and thinking:
+        return thinking
+    details = delta.get("reasoning_details")
+    texts = [detail.get("text") or detail.get("summary") for detail in details] if details else []
+    return "".join(text for text in texts if text) or None
 
 
 def _unusual(delta: dict[str, Any], content: Any, reasoning: Any, calls: Any) -> tuple[Any, Any, Any]:

@@ -66,7 +66,7 @@ _LONGEST_PAUSE = 3600.0
 
 def error_of_response(response: httpx.Response, timer: RequestTimer) -> FleetError:
     """Map a response whose status is not 2xx. Its body may be incomplete: a part of it is better than nothing."""
-    if response.is_redirect:
+    if response.has_redirect_location:
         return ConfigurationError("base_url of this instance answers with a redirect: set it to the server itself")
     body = b""
     timer.limit_rest(_BODY_SECONDS)
@@ -94,14 +94,23 @@ _STATUS_OF_CODE = {
     "rate_limit": 429,
     "ratelimit": 429,
     "overloaded": 429,
+    "unavailable": 503,
+    "timeout": 504,
+    "authentication": 401,
+    "unauthorized": 401,
 }
+_CODES = ("code", "status", "status_code")
+"""Where an error has its HTTP status."""
 
 
 def error_in(answer: dict[str, Any]) -> FleetError | None:
     """Return the error that an object of status 200 is, in all its forms: `{"error": ...}`, `{"detail": ...}`,
     `{"object": "error", ...}`, `{"type": "error", ...}`, `{"code": ..., "message": ...}`."""
     if answer.get("error") is not None:
-        return error_of_event(answer["error"])
+        error, codes = answer["error"], {name: answer[name] for name in _CODES if name in answer}
+        if codes:
+            error = {**codes, **error} if isinstance(error, dict) else {**codes, "error": error}
+        return error_of_event(error)
     marks = (answer.get("object"), answer.get("type"), answer.get("status"))
     is_error = "error" in marks or ("code" in answer and "message" in answer)
     return error_of_event(answer) if is_error or answer.get("detail") or answer.get("errors") else None
@@ -110,14 +119,15 @@ def error_in(answer: dict[str, Any]) -> FleetError | None:
 def error_of_event(error: Any) -> FleetError:
     """Map the `error` of an event. Its `code` is an HTTP status (a number or a string) or a word, as its `type` is."""
     fields = _fields_of(error)
-    code = str(fields.get("code"))
+    codes = [str(fields[name]) for name in _CODES if name in fields]
     body = json.dumps(error).encode()
-    if len(code) == 3 and code.isdecimal():
-        return error_of_status(int(code), body)
+    if number := next((code for code in codes if re.fullmatch("[45][0-9][0-9]", code)), None):
+        return error_of_status(int(number), body)
     if isinstance(fields.get("detail"), list):  # FastAPI's validation report, which belongs to status 422
         return error_of_status(422, body)
-    words = f"{code} {fields.get('type')}".lower()
-    status = next((status for word, status in _STATUS_OF_CODE.items() if word in words), 500)
+    words = f"{' '.join(codes)} {fields.get('type')}".lower()
+    unknown = 400 if _CONTEXT.search(_error_text(body)) else 500
+    status = next((status for word, status in _STATUS_OF_CODE.items() if word in words), unknown)
     return error_of_status(status, body)
 
 

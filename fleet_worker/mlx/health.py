@@ -39,7 +39,7 @@ def health_of(response: httpx.Response, content: bytes | bytearray) -> Health:
     is_missing = response.status_code == 404
     is_api = found is not None or not (response.is_success or is_missing)
     is_page = content.lstrip().startswith(b"<")
-    is_well = response.is_success and not is_page and report.get("status") not in _SICK
+    is_well = response.is_success and not is_page and str(report.get("status")).lower() not in _SICK
     is_well = is_well and report.get("ready") is not False  # rapid-mlx, "healthy" while it loads or swaps its model
     engine = report.get("engine_type")
     return Health(

@@ -11,6 +11,8 @@ from fleet_worker.errors import MalformedOutput
 _MOST_CALLS = 1000
 """In one answer. A model writes a few."""
 _TOO_MANY = f"the MLX server sent more than {_MOST_CALLS} tool calls in one answer"
+_FLAT = ("name", "arguments")
+"""What some servers send beside the id, without a `function` around it."""
 _MOST_CHARACTERS = 4_000_000
 """Of the names and arguments of all calls."""
 _LONGEST_NAME = 1000
@@ -52,6 +54,11 @@ class ToolCalls:
         self._by_index: dict[int, _Call] = {}
         """The last call that the server gave this number."""
 
+    @property
+    def any_nameless(self) -> bool:
+        """Whether a call has no name so far: nobody can carry it out."""
+        return any(not call.name for call in self._calls)
+
     def numbered(self, fragments: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return the fragments of one delta: each with the `index` of its call, the id of that call, a name only where
         the call begins, and its arguments as a string of JSON.
@@ -64,7 +71,8 @@ class ToolCalls:
         return [self._numbered(fragment, begun) for fragment in fragments]
 
     def _numbered(self, fragment: dict[str, Any], begun: int) -> dict[str, Any]:
-        function = _checked(fragment.get("function"))
+        flat = {key: fragment[key] for key in _FLAT if key in fragment}
+        function = _checked(fragment.get("function") or flat)
         name, arguments = function.get("name") or "", function.get("arguments") or ""
         call = self._call_of(fragment, name, arguments, begun)
         if name and name == call.name:
@@ -76,7 +84,7 @@ class ToolCalls:
         self._size += len(name) + len(arguments)
         if self._size > _MOST_CHARACTERS or len(call.name) > _LONGEST_NAME:
             raise MalformedOutput("the MLX server sent names or arguments of tool calls that are too large")
-        others = {key: value for key, value in fragment.items() if key != "id"}
+        others = {key: value for key, value in fragment.items() if key not in ("id", *_FLAT)}
         identity = {"id": call.id} if call.id else {}
         return {**identity, **others, "index": call.index, "function": function}
 

@@ -63,11 +63,11 @@ def configuration(settings: Settings) -> Iterator[Finding]:
         and any(secret in path.read_text("utf-8-sig") for secret in _secrets(settings))
     ):
         found = f"{path} contains a key or a password, and every user of this host can read it"
-        yield Finding("warning", found, f"chmod o-r {path}")
+        yield Finding("warning", found, f"chmod 600 {path}")
     key = settings.broker_key
     if key and key.stat().st_mode & 0o004:
         found = f"{key} is the private key of broker_cert, and every user of this host can read it"
-        yield Finding("warning", found, f"chmod o-r {key}")
+        yield Finding("warning", found, f"chmod 600 {key}")
 
 
 def _secrets(settings: Settings) -> list[str]:

@@ -1,6 +1,6 @@
 """The bodies of OpenAI requests, chat completions and embeddings, validated field by field.
 
-`openai_fields` says what is changed before.
+`openai_fields` says what is changed before, `openai_shapes` what tools and formats look like.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from fleet_worker.protocol import openai_fields
+from fleet_worker.protocol.openai_shapes import ResponseFormat, Tool, ToolChoice, check_choice
 from fleet_worker.protocol.wire import WireModel
 
 _AS_LIST = BeforeValidator(lambda texts: [texts] if isinstance(texts, str) else texts)
@@ -20,7 +21,10 @@ StopTexts = Annotated[list[Annotated[str, Field(min_length=1, max_length=1000)]]
 WAYS_OUT = {
     "input": "send texts; LangChain does with check_embedding_ctx_length=False",
     "n": "send the request once for each answer",
+    "response_format": 'it is {"type": "json_object"}, or "json_schema" with a schema',
     "role": "developer counts as system; the result of a tool has the role tool",
+    "tool_choice": 'it is "auto", "none", "required" or {"type": "function", "function": {"name": "..."}}',
+    "tools": 'a tool is {"type": "function", "function": {"name": "...", "parameters": {...}}}',
 }
 """What to do about a refused field."""
 ReasoningEffort = Annotated[
@@ -108,10 +112,10 @@ class ChatParams(WireModel):
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     seed: int | None = Field(None, ge=0, lt=2**32)
     stop: StopTexts | None = Field(None, max_length=16, repr=False)
-    tools: list[dict[str, Any]] | None = Field(None, repr=False)
-    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = Field(None, repr=False)
+    tools: list[Tool] | None = Field(None, repr=False)
+    tool_choice: ToolChoice | None = Field(None, repr=False)
     parallel_tool_calls: bool | None = None
-    response_format: dict[str, Any] | None = Field(None, repr=False)
+    response_format: ResponseFormat | None = Field(None, repr=False)
     logit_bias: dict[str, float] | None = None
     reasoning_effort: ReasoningEffort | None = None
     chat_template_kwargs: ChatTemplateKwargs | None = None
@@ -122,6 +126,11 @@ class ChatParams(WireModel):
     @classmethod
     def _prepared(cls, body: Any) -> Any:
         return openai_fields.prepared_chat(body)
+
+    @model_validator(mode="after")
+    def _choosable(self) -> ChatParams:
+        check_choice(self.tool_choice, self.tools or ())
+        return self
 
     @property
     def has_images(self) -> bool:

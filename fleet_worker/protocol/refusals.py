@@ -70,7 +70,7 @@ def explain(error: ValidationError, field_names: Collection[str], ways_out: dict
         by_place.setdefault((fault.path, fault.is_plain), []).append(fault)
     faults = [f"{path or 'request'}: {_reason(each)}" for (path, _), each in list(by_place.items())[:SHOWN]]
     more = [f"and {len(by_place) - SHOWN} more"] if len(by_place) > SHOWN else []
-    advice = dict.fromkeys(fault.way_out(ways_out) for fault in details if fault.is_of_wrong_kind)
+    advice = dict.fromkeys(fault.way_out(ways_out) for fault in details)
     text = "; ".join([*faults, *more]) + "".join(f" ({each})" for each in advice if each)
     return text, next(iter(by_place))[0] or None
 
@@ -114,7 +114,13 @@ class _Fault:
         return self.is_plain and not self._type.startswith(_RIGHT_KIND)
 
     def way_out(self, ways_out: dict[str, str]) -> str:
-        return next((ways_out[part] for part in reversed(self.path.split(".")) if part in ways_out), "")
+        """Return what to do about a value of a wrong kind, or about an object in which a field is missing."""
+        parts = self.path.split(".")
+        if self._type == "missing":
+            parts = parts[:-1]
+        elif not self.is_of_wrong_kind:
+            return ""
+        return next((ways_out[part] for part in reversed(parts) if part in ways_out), "")
 
     @property
     def reason(self) -> str:
@@ -134,10 +140,11 @@ class _Fault:
         return "is not valid"
 
     def is_of_other_member(self, faults: Iterable[_Fault]) -> bool:
-        """Tell whether this only says that a list is not text, where another one says what is wrong in the list."""
+        """Tell whether this only says that a list or an object is not text, where another fault is inside it."""
         *place, member = self._place or ("",)
         deeper = (other._place for other in faults if len(other._place) > len(self._place))
-        return member == "str" and any(list(other[: len(place)]) == place for other in deeper)
+        is_text = member == "str" or str(member).startswith("literal[")
+        return is_text and any(list(other[: len(place)]) == place for other in deeper)
 
     def _path(self) -> list[str]:
         """Return the names and numbers of the place; pydantic adds the names of union members to it."""

@@ -46,7 +46,14 @@ def test_a_request_goes_where_its_parameters_mean_something(router):
     ("asked", "params"),
     [
         ({"instance": "two"}, {"frequency_penalty": 0.5}),
-        ({}, {"frequency_penalty": 0.5, "tools": [{"type": "function"}], "tool_choice": "required"}),
+        (
+            {},
+            {
+                "frequency_penalty": 0.5,
+                "tools": [{"type": "function", "function": {"name": "f"}}],
+                "tool_choice": "required",
+            },
+        ),
     ],
 )
 def test_what_nobody_can_do_is_refused_by_its_name(router, asked, params):

@@ -131,7 +131,7 @@ def test_where_much_is_wrong_all_of_it_is_said_at_once(configured, valkey, mlx, 
             client.config_set("maxmemory-policy", "noeviction")
     said = complaints(found)
     assert code == 2
-    assert f"chmod o-r {path}" in said["warning", "configuration"]
+    assert f"chmod 600 {path}" in said["warning", "configuration"]
     assert "maxmemory-policy is allkeys-lru" in said["error", "broker"]
     assert "does not accept connections" in said["error", "instances.local"]
     assert "512" in said["warning", "open files"]

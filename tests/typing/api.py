@@ -58,7 +58,7 @@ def options(router: Router, messages: list[dict[str, Any]]) -> None:
         max_tokens=64,
         temperature=0.5,
         stop="END",
-        tools=[{"type": "function"}],
+        tools=[{"type": "function", "function": {"name": "f"}}],
         tool_choice="auto",
         response_format={"type": "json_object"},
         logit_bias={"5": 1},

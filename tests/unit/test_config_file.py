@@ -102,3 +102,9 @@ def test_a_key_that_is_like_no_other_is_only_unknown(configure):
 def test_a_model_name_with_a_dot_is_told_to_be_quoted(configure):
     configure("[instances.a.models.qwen3.5-14b]\ncontext_window = 8")
     assert refused().endswith('unknown key; a name with a dot needs quotes: [instances.a.models."qwen3.5-14b"]')
+
+
+@pytest.mark.parametrize("value", ['"4x"', "4.5", "[]"])
+def test_a_value_of_a_wrong_kind_is_told_in_our_words(configure, value):
+    configure(f"[instances.local]\nlimits = {{ concurrency = {value} }}\n")
+    assert refused() == "configuration: instances.local.limits.concurrency: must be a whole number"

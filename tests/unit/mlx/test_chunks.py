@@ -454,7 +454,7 @@ def test_whatever_the_bytes_of_a_stream_are_what_is_read_can_be_sent(stream):
         ({"message": "no", "code": 400}, InvalidRequest),
         ({"message": "too long", "code": "context_length_exceeded"}, ContextLengthExceeded),
         ({"message": "maximum context length is 10", "code": 400}, ContextLengthExceeded),
-        ({"message": "what?", "code": "model_not_found", "status": 404}, ProviderError),
+        ({"message": "what?", "code": "model_not_found", "status": 404}, ModelNotServed),
         ({"message": "model x not found", "code": 404}, ModelNotServed),
         ({"code": "²²²"}, ProviderError),
         ({"code": 10**30}, ProviderError),
@@ -528,3 +528,16 @@ def test_a_chunk_counts_when_its_text_is_let_go():
     reader.read([event({"content": "<"})])
     assert reader.end()
     assert reader.tokens == 6
+
+
+@pytest.mark.parametrize(
+    "delta",
+    [
+        {"thinking": "Hm"},
+        {"content": "", "thinking": "Hm"},
+        {"reasoning_details": [{"type": "reasoning.text", "text": "H"}, {"type": "reasoning.summary", "summary": "m"}]},
+        {"reasoning": "Hm", "reasoning_details": [{"type": "reasoning.text", "text": "Hm"}], "thinking": "Hm"},
+    ],
+)
+def test_other_names_of_reasoning_are_known(delta):
+    assert read(event(delta))[1] == [Delta(reasoning="Hm")]

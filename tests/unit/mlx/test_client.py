@@ -413,6 +413,7 @@ def test_a_dead_generation_thread_is_told_by_newer_servers_only():
         (200, {"status": "ok"}, True),
         (200, {"status": "healthy"}, True),
         (200, {"status": "unhealthy"}, False),
+        (200, {"status": "LOADING"}, False),
         (200, {"status": "healthy", "ready": False, "state": "loading"}, False),
         (200, {"status": "healthy", "ready": True, "state": "ready"}, True),
         (200, {"status": "loading"}, False),

@@ -4,6 +4,7 @@ import json
 import traceback
 from contextlib import closing
 from itertools import product
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -23,7 +24,7 @@ from fleet_worker.errors import (
     Unauthorized,
     UnsupportedCapability,
 )
-from fleet_worker.mlx.error_mapping import error_of_status
+from fleet_worker.mlx.error_mapping import error_in, error_of_response, error_of_status
 from tests.clients import Client
 
 SECRET = "swordfish"
@@ -333,3 +334,25 @@ def test_whatever_a_server_writes_none_of_it_is_repeated(mark):
 @given(st.integers(400, 599), st.binary(max_size=40))
 def test_any_bytes_of_any_failure_are_an_error(status, body):
     assert error_of_status(status, body).message
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        ({"error": "no", "code": 503}, InstanceUnavailable),
+        ({"error": {"message": "no"}, "status": 503}, InstanceUnavailable),
+        ({"error": {"message": "no", "status_code": "503"}}, InstanceUnavailable),
+        ({"error": {"message": "no", "type": "service_unavailable"}}, InstanceUnavailable),
+        ({"error": {"message": "longer than the maximum context length"}}, ContextLengthExceeded),
+        ({"status": "error", "code": 401, "message": "no"}, Unauthorized),
+    ],
+)
+def test_an_error_of_status_200_is_told_by_its_own_code(answer, kind):
+    assert type(error_in(answer)) is kind
+
+
+def test_only_an_answer_that_names_another_place_is_a_redirect():
+    """304 is none: it says that a copy is good, and nobody here has one."""
+    timer = SimpleNamespace(limit_rest=lambda seconds: None, cancel_error=None)
+    error = error_of_response(httpx.Response(304, stream=httpx.ByteStream(b"")), timer)
+    assert (type(error), error.message) == (ProviderError, "the MLX server answered 304")

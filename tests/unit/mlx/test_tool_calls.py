@@ -152,3 +152,18 @@ def test_what_is_no_number_is_left_out(index):
 def test_calls_that_share_their_id_are_told_apart_by_number_and_name(together):
     first, second = call("f", '{"x":1}', id="a", index=0), call("g", '{"y":2}', id="a", index=1)
     assert read(*([[first, second]] if together else [[first], [second]])) == [ONE, ("a", *TWO[1:])]
+
+
+def test_a_call_may_be_flat():
+    assert read([{"name": "f", "arguments": '{"x":1}', "id": "a"}]) == [ONE]
+    assert read([{"name": "f", "id": "a", "index": 0}], [{"arguments": {"x": 1}, "index": 0}]) == [
+        ("a", "f", '{"x": 1}')
+    ]
+
+
+def test_a_call_without_a_name_is_noticed():
+    calls = ToolCalls()
+    calls.numbered([rest("{}", id="a")])
+    assert calls.any_nameless
+    calls.numbered([call("f", "", id="a")])
+    assert not calls.any_nameless

@@ -115,7 +115,7 @@ def test_a_file_with_a_secret_is_not_for_everybody(text, instance, configured):
     path.chmod(0o644)
     _, warning = configuration(Settings())
     assert warning.severity == "warning"
-    assert warning.advice == f"chmod o-r {path}"
+    assert warning.advice == f"chmod 600 {path}"
     assert "hush" not in str(warning)
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
 

@@ -190,7 +190,12 @@ GOOD_CHATS = {
     "bounds above": {"messages": [user()], "temperature": 2, "top_p": 1, "top_k": 1000, "seed": 2**32 - 1},
     "sixteen stops": {"messages": [user()], "stop": ["a"] * 16},
     "one answer": {"messages": [user()], "n": 1},
-    "a tool by name": {"messages": [user()], "tool_choice": {"type": "function", "function": {"name": "f"}}},
+    "a tool by name": {
+        "messages": [user()],
+        "tool_choice": {"type": "function", "function": {"name": "f"}},
+        "tools": [{"type": "function", "function": {"name": "f", "strict": True}}],
+    },
+    "a choice without tools that asks for none": {"messages": [user()], "tool_choice": "auto"},
 }
 
 
@@ -315,6 +320,7 @@ def test_a_refusal_says_where_in_the_words_of_openai(params, where):
     assert not [word for word in ("tagged-union", "Value error", "list[", "dict[", "literal[") if word in message]
 
 
+TOOL = {"type": "function", "function": {"name": "f"}}
 HALF = "half a character at position 1"
 REFUSALS = [
     ("chat", {"temperature": "hot"}, "temperature", "must be a number, not a string"),
@@ -342,6 +348,29 @@ REFUSALS = [
     ("chat", {"tools": [{"a": {1: 2}}]}, "tools.0", "has a key that is a number"),
     ("chat", {"stop": {"a"}}, "stop", "is a Python set"),
     ("chat", {"tool_choice": 5}, "tool_choice", "must be 'none', 'auto' or 'required' or an object, not a number"),
+    (
+        "chat",
+        {"tools": [{}]},
+        "tools.0.type",
+        'is missing; tools.0.function: is missing (a tool is {"type": "function"',
+    ),
+    ("chat", {"tools": [{"type": "web_search"}]}, "tools.0.type", "must be 'function', not another string"),
+    ("chat", {"tools": [{"type": "function", "name": "f"}]}, "tools.0.function", "is missing (a tool is"),
+    ("chat", {"tools": [TOOL, {**TOOL, "function": {"name": 5}}]}, "tools.1.function.name", "a string, not a number"),
+    ("chat", {"tools": [{**TOOL, "function": {"name": ""}}]}, "tools.0.function.name", "a string that is not empty"),
+    ("chat", {"tool_choice": "required"}, "tool_choice", "has none: add tools, or leave it out"),
+    ("chat", {"tool_choice": "required", "tools": []}, "tool_choice", "has none: add tools, or leave it out"),
+    ("chat", {"tool_choice": "any", "tools": [TOOL]}, "tool_choice", 'not another string (it is "auto"'),
+    ("chat", {"tool_choice": {}, "tools": [TOOL]}, "tool_choice.type", "is missing"),
+    (
+        "chat",
+        {"tool_choice": {**TOOL, "function": {"name": "g"}}, "tools": [TOOL]},
+        "tool_choice",
+        "use the name of one of them",
+    ),
+    ("chat", {"response_format": {}}, "response_format.type", 'is missing (it is {"type": "json_object"}'),
+    ("chat", {"response_format": {"type": "grammar"}}, "response_format.type", "must be 'text', 'json_object' or"),
+    ("chat", {"response_format": {"type": "json_object", "schema": {}}}, "response_format.schema", "json_schema"),
     ("chat", {"reasoning_effort": "huge"}, "reasoning_effort", "not another string"),
     ("chat", {"n": 2}, "n", "must be 1, not another number (send the request once for each answer)"),
     ("chat", {"logprobs": True}, "logprobs", "answers come without log probabilities: leave it out"),
