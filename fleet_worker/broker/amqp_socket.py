@@ -63,7 +63,11 @@ class Connection(pyamqp.Connection):  # type: ignore[misc]
     def connect(self, *args: Any) -> None:
         tls, name = (_tls_of(self.ssl), self.ssl.get("server_hostname")) if self.ssl else (None, None)
         with refusal_explained(tls, self.host, name):
-            super().connect(*args)
+            try:
+                super().connect(*args)
+            except BaseException:
+                self.collect()  # py-amqp closes the socket for some errors only
+                raise
 
     def Transport(  # noqa: N802
         self, host: str, connect_timeout: float | None, ssl: Any, read_timeout: Any, write_timeout: Any, **options: Any

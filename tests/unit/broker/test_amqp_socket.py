@@ -7,8 +7,9 @@ import struct
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from amqp.exceptions import ConnectionForced
 
-from fleet_worker.broker.amqp_socket import SecureSocket, Socket
+from fleet_worker.broker.amqp_socket import Connection, SecureSocket, Socket
 from tests.clients import took_less_than
 from tests.tls import Certificates
 
@@ -78,3 +79,18 @@ def test_what_has_arrived_together_is_read_at_once(pair):
     theirs.sendall(FRAME[9:])
     assert bytes(ours.read_frame()[2]) == b"x" * 20
     assert not ours.has_more
+
+
+def test_a_connection_that_the_broker_ends_before_it_is_open_is_closed(monkeypatch):
+    def ended(*_, **__):
+        raise ConnectionForced("the broker stops")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        connection = Connection(host=f"127.0.0.1:{listener.getsockname()[1]}", connect_timeout=5)
+        monkeypatch.setattr(connection, "drain_events", ended)
+        with pytest.raises(ConnectionForced):
+            connection.connect()
+        with listener.accept()[0] as theirs:
+            theirs.settimeout(5)
+            while theirs.recv(100):
+                pass  # it has said hello
