@@ -11,15 +11,16 @@ from fleet_worker.broker.faults import describe, needs_operator, refusal
 
 REFUSED_BACK_OFF = (*BACK_OFF, 5.0)
 """Seconds before each further try at a broker that refuses; the last one from then on."""
-STEADY_AFTER = 1.0
-"""Seconds that a connection has to work until the broker counts as back."""
+STEADY_AFTER, STEADY_AFTER_REFUSAL = 1.0, 10.0
+"""Seconds that a connection has to work until the broker counts as back. What a broker refuses may be asked of it only
+seconds after the connection was made."""
 LOGGED_EVERY = 60.0
 """Seconds between two lines about the same failure."""
 
 
 class Outage:
     """Counts the failures of one connection. It logs one line when it begins to fail, one for each new reason, one
-    every minute with the seconds so far, and one when it has worked again for `STEADY_AFTER` seconds. For one thread.
+    every minute with the seconds so far, and one when it has worked again for `steady_after` seconds. For one thread.
 
     `subject` begins each line, as in "the reply queue: the broker". `is_quiet` returns True as long as a broker that is
     away is not to be logged here; what it refuses always is.
@@ -40,11 +41,16 @@ class Outage:
         self.failures = 0
         self._failing_since = 0.0
         self._works_since: float | None = None
+        self._was_refused = False
         self._tries = 0
         """Since it last worked, or was refused."""
         self._reason = ""
         """The last one that was logged."""
         self._logged_at = 0.0
+
+    @property
+    def steady_after(self) -> float:
+        return STEADY_AFTER_REFUSAL if self._was_refused else STEADY_AFTER
 
     def failed(self, error: BaseException) -> float:
         """Log the failure, unless that was done. Return the seconds to wait before the next try."""
@@ -54,6 +60,7 @@ class Outage:
         if not self.failures:
             self._failing_since = now
         self.failures += 1
+        self._was_refused |= bool(refused)
         if (refused or not self._is_quiet()) and (self._is_new(reason) or now - self._logged_at >= LOGGED_EVERY):
             since = "" if self._is_new(reason) else f", for {now - self._failing_since:.0f} s now"
             self._log.warning("%s %s%s; it is tried again", self._subject, reason, since)
@@ -68,8 +75,8 @@ class Outage:
         now = self._clock()
         if self._works_since is None:
             self._works_since = now if begins else None
-        elif self.failures and now - self._works_since >= STEADY_AFTER:
-            self.failures = self._tries = 0
+        elif self.failures and now - self._works_since >= self.steady_after:
+            self.failures, self._tries, self._was_refused = 0, 0, False
             if self._reason:
                 self._log.warning("%s is back after %.0f s", self._subject, self._works_since - self._failing_since)
                 self._reason = ""

@@ -14,7 +14,7 @@ from kombu import Message
 
 from fleet_worker.broker.door import NOT_JSON, Refused, read_json
 from fleet_worker.broker.faults import BROKER_ERRORS, place_of
-from fleet_worker.broker.outage import STEADY_AFTER, Outage
+from fleet_worker.broker.outage import Outage
 from fleet_worker.errors import InvalidRequest
 from fleet_worker.protocol.request import Address
 
@@ -91,7 +91,7 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
         if not self._outage.failures:
             log.info("connected to %s", self._broker)
         self._outage.works()
-        self.timer.call_after(STEADY_AFTER + 0.1, self._outage.works, kwargs={"begins": False})
+        self.timer.call_after(self._outage.steady_after + 0.1, self._outage.works, kwargs={"begins": False})
         return connection
 
     def ensure_connected(self, connection: Any) -> Any:

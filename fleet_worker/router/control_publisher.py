@@ -86,7 +86,7 @@ class ControlPublisher:
                 for message in self._messages(node, notice):
                     self._submitter.broadcast(cancel_exchange(), message.encode())
         except Exception as error:
-            log.debug("a cancel was not published: %s", type(error).__name__)
+            log.debug("a notice to nodes was not published: %s", type(error).__name__)
 
     def _messages(self, node: str | None, notice: _Notice) -> Iterator[ControlMessage]:
         nothing: list[tuple[str, int]] = []

@@ -7,7 +7,6 @@ Broker, simulated server and node are processes of their own; the router is this
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import itertools
 import json
@@ -26,7 +25,7 @@ from fleet_worker import Router, Settings
 from fleet_worker.host.child_process import ChildProcess, child, python
 from fleet_worker.mlx.events import EventParser
 from fleet_worker.testing import running_node
-from tests.benchmarks.table import Row, measure
+from tests.benchmarks.table import Row, main
 from tests.benchmarks.usage import cpu_seconds, rss_mb
 from tests.brokers import Valkey
 
@@ -279,13 +278,5 @@ def _messages(it: Fleet) -> int:
         return int(client.info("commandstats").get("cmdstat_lpush", {}).get("calls", 0))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scenarios", nargs="*", choices=[*SCENARIOS, []], metavar="SCENARIO")
-    parser.add_argument("--runs", type=int, default=3)
-    options = parser.parse_args()
-    measure({name: SCENARIOS[name] for name in options.scenarios or SCENARIOS}, options.runs)
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, SCENARIOS)

@@ -9,7 +9,6 @@ by the node until its reader has it. Medians of the runs.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import statistics
 import time
@@ -21,7 +20,7 @@ from typing import Any
 from fleet_worker import Router, Settings
 from tests.benchmarks.minis import Load, Pushed, run
 from tests.benchmarks.registry import beside, simulated_hosts
-from tests.benchmarks.table import Row, measure
+from tests.benchmarks.table import Row, main
 from tests.benchmarks.usage import cpu_seconds
 from tests.brokers import RabbitMQ, Valkey
 
@@ -185,13 +184,5 @@ def _p(seconds: list[float], percent: int) -> float:
     return 1000 * statistics.quantiles(seconds, n=100, method="inclusive")[percent - 1]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scenarios", nargs="*", choices=[*SCENARIOS, []], metavar="SCENARIO")
-    parser.add_argument("--runs", type=int, default=3)
-    options = parser.parse_args()
-    measure({name: SCENARIOS[name] for name in options.scenarios or SCENARIOS}, options.runs)
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, SCENARIOS)

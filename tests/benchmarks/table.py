@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 from collections.abc import Callable, Mapping
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["Row", "measure"]
+__all__ = ["Row", "main", "measure"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,15 @@ class Row:
     target: str
     measured: float
     unit: str = ""
+
+
+def main(description: str | None, scenarios: Mapping[str, Callable[[], list[Row]]]) -> None:
+    """Read the command line, and measure the scenarios that it names, or all."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scenarios", nargs="*", choices=[*scenarios, []], metavar="SCENARIO")
+    parser.add_argument("--runs", type=int, default=3)
+    options = parser.parse_args()
+    measure({name: scenarios[name] for name in options.scenarios or scenarios}, options.runs)
 
 
 def measure(scenarios: Mapping[str, Callable[[], list[Row]]], runs: int) -> None:

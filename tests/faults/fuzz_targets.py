@@ -65,7 +65,8 @@ class RedisTarget:
             else:
                 queue = queues_of(message.kind, self._number, self._reply_to)
                 priority = "\x06\x166" if self._number % 2 and message.kind not in ("reply", "beat") else ""
-                self._client.lpush(queue + priority, message.text)
+                is_plain = message.kind == "reply" and message.stored is None and self._number % 2
+                self._client.lpush(queue + priority, message.sample.body if is_plain else message.text)
         return True
 
     def close(self) -> None:

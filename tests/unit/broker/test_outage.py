@@ -5,7 +5,7 @@ import logging
 import pytest
 from redis.exceptions import NoPermissionError
 
-from fleet_worker.broker.outage import LOGGED_EVERY, REFUSED_BACK_OFF, STEADY_AFTER, Outage
+from fleet_worker.broker.outage import LOGGED_EVERY, REFUSED_BACK_OFF, STEADY_AFTER, STEADY_AFTER_REFUSAL, Outage
 
 AWAY, REFUSED = ConnectionResetError(), NoPermissionError("No permissions to access a channel")
 
@@ -66,9 +66,18 @@ def test_what_is_refused_after_each_connection_is_one_line_and_pauses_grow(outag
     assert len(caplog.messages) == 1
     assert caplog.messages[0].startswith("replies: the broker does not allow its user channels of our names: ")
     outage.works()
-    clock.now += STEADY_AFTER
+    clock.now += STEADY_AFTER_REFUSAL
     outage.works()
     assert outage.failed(REFUSED) == pauses[0]
+
+
+def test_a_broker_that_refuses_some_seconds_after_each_connection_is_never_back(outage, clock, caplog):
+    for _ in range(5):
+        outage.works()
+        clock.now += STEADY_AFTER + 2
+        outage.works()
+        outage.failed(REFUSED)
+    assert len(caplog.messages) == 1
 
 
 def test_a_broker_that_stays_away_is_a_line_a_minute_whatever_the_error(outage, clock, caplog):

@@ -1,4 +1,4 @@
-"""Both ends of a reply queue, on a Valkey of the tests' own. On RabbitMQ: `tests/flow/test_brokers.py`."""
+"""Both ends of a reply queue, on a Valkey of the tests' own. On RabbitMQ: `tests/flow/test_replies.py`."""
 
 import base64
 import json
