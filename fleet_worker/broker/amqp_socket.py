@@ -63,11 +63,18 @@ class Connection(pyamqp.Connection):  # type: ignore[misc]
     def connect(self, *args: Any) -> None:
         tls, name = (_tls_of(self.ssl), self.ssl.get("server_hostname")) if self.ssl else (None, None)
         with refusal_explained(tls, self.host, name):
-            try:
-                super().connect(*args)
-            except BaseException:
-                self.collect()  # py-amqp closes the socket for some errors only
-                raise
+            self._or_collect(super().connect, *args)
+
+    def close(self, *args: Any, **options: Any) -> None:
+        self._or_collect(super().close, *args, **options)
+
+    def _or_collect(self, method: Callable[..., object], *args: Any, **options: Any) -> None:
+        """Close the socket if this fails: py-amqp does so for some errors only, and kombu ignores others."""
+        try:
+            method(*args, **options)
+        except BaseException:
+            self.collect()
+            raise
 
     def Transport(  # noqa: N802
         self, host: str, connect_timeout: float | None, ssl: Any, read_timeout: Any, write_timeout: Any, **options: Any

@@ -65,8 +65,11 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]
             self._drop(message.delivery_info["consumer_tag"], message.delivery_tag, refused)
 
     def dispatch_method(self, method_sig: Any, payload: Any, content: Any) -> None:
-        """Drop a message whose routing key is no text. py-amqp would end the connection, and get it again."""
+        """Drop a message whose routing key is no text: py-amqp would end the connection, and get it again. Ignore what
+        comes while the connection closes: RabbitMQ delivers it again, and kombu has taken the client away by then."""
         if method_sig == spec.Basic.Deliver:
+            if self.connection.is_closing:
+                return
             tag_at = 5 + payload[4]
             names = bytes(payload[tag_at + 9 :])
             if not names.isascii() and not _is_text(names):

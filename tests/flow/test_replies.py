@@ -9,6 +9,7 @@ from fleet_worker.broker.app import create_app, door_of
 from fleet_worker.broker.connection import open_channel
 from fleet_worker.broker.topology import reply_name
 from fleet_worker.settings import Settings
+from tests.clients import until
 
 pytestmark = pytest.mark.parametrize("broker", ["rabbitmq"], indirect=True)
 
@@ -62,3 +63,14 @@ def test_what_no_node_has_sent_is_dropped_and_the_rest_received(broker):
         read_all(receive_all, received, 2)
     assert received == [b"1", b"2"]
     assert sum(door.dropped.values()) == 3
+
+
+def test_a_connection_is_closed_also_while_messages_come(broker):
+    name, received = reply_name("test", 60), []
+    with router(broker, name, received) as (receive_all, _), node(broker) as push:
+        push(name, *BODIES)
+        receive_all(10.0)
+        receive_all(10.0)
+        before = len(broker.connections())
+        push(name, *(b" " * 1024 * 64 for _ in range(100)))
+    until(lambda: len(broker.connections()) == before - 2)

@@ -107,7 +107,7 @@ def test_properties_that_cannot_be_read_end_no_connection(on_frame, arrived, fla
 @pytest.fixture
 def channel(door):
     channel = object.__new__(Channel)
-    channel.connection = SimpleNamespace(client=SimpleNamespace(door=door))
+    channel.connection = SimpleNamespace(client=SimpleNamespace(door=door), is_closing=False)
     channel.no_ack_consumers = {"fanout"}
     channel.is_closing, channel.auto_decode = False, False
     channel.acknowledged, channel.published = [], []
