@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 from celery import signals
 from celery.worker import state as celery_state
@@ -34,8 +34,8 @@ above, and one to close without Celery, less than the 15 of `WorkerSettings.kill
 class Startup:
     """Handles signals until `Lifecycle` does. Nothing runs yet, so ending is easy.
 
-    `can_follow` returns whether the node can follow new settings once it is ready. Create it in the main thread: its
-    waits end by the exception of a signal handler.
+    `can_follow` returns whether the node can follow new settings once it is ready. Create it in the main thread. Its
+    handlers only start a thread: in the main thread the line that is just being logged could swallow what they raise.
     """
 
     def __init__(self, node_name: str, can_follow: Callable[[Settings], bool]) -> None:
@@ -43,13 +43,13 @@ class Startup:
         self._can_follow = can_follow
         self.reloads = False
         """Whether there are newer settings, which the node has to follow when it is ready."""
-        signal.signal(signal.SIGTERM, lambda *_: self._end(0))
-        signal.signal(signal.SIGINT, lambda *_: self._end(exit_codes.INTERRUPTED))
-        signal.signal(signal.SIGHUP, lambda *_: self._reload())
+        signal.signal(signal.SIGTERM, lambda *_: _in_thread(lambda: self._end(0)))
+        signal.signal(signal.SIGINT, lambda *_: _in_thread(lambda: self._end(exit_codes.INTERRUPTED)))
+        signal.signal(signal.SIGHUP, lambda *_: _in_thread(self._reload))
 
-    def _end(self, exit_code: int) -> NoReturn:
+    def _end(self, exit_code: int) -> None:
         log.info("%s ends before it was ready", self._name)
-        raise SystemExit(exit_code)
+        _exit(exit_code)
 
     def _reload(self) -> None:
         """End if the new settings need a new process: this one may be waiting for a server at a wrong address."""
@@ -60,9 +60,9 @@ class Startup:
             return
         if not can_follow:
             log.warning("%s ends: its new configuration needs a new process", self._name)
-            raise SystemExit(exit_codes.RESTART)
-        log.info("%s follows the new configuration when it is ready", self._name)
+            _exit(exit_codes.RESTART)
         self.reloads = True
+        log.info("%s follows the new configuration when it is ready", self._name)
 
 
 class Lifecycle:
@@ -75,6 +75,7 @@ class Lifecycle:
         self._ended = threading.Event()
         self._is_ready = False
         self._reloads = False
+        self._startup: Startup | None = None
         self._reloading = threading.Lock()
         self._exit_code: int | None = None
 
@@ -84,7 +85,7 @@ class Lifecycle:
         signals.worker_shutting_down.connect(self._on_interrupt, weak=False)
         signals.worker_shutdown.connect(self._on_shutdown, weak=False)
         signal.signal(signal.SIGHUP, lambda *_: self._on_hangup())
-        self._reloads |= startup.reloads
+        self._startup = startup
         signal.signal(signal.SIGTERM, lambda *_: self._end(0, asked=True))
 
     def name_is_taken(self) -> None:
@@ -95,7 +96,7 @@ class Lifecycle:
         _collect_garbage_often()
         self._node.start()
         self._is_ready = True
-        if self._reloads:
+        if self._reloads or (self._startup and self._startup.reloads):  # it may still have been reading them in `begin`
             _in_thread(self._reload)
 
     def _on_hangup(self) -> None:
@@ -157,8 +158,7 @@ class Lifecycle:
         if not self._ended.wait(LEAVE_AFTER):
             log.warning("%s leaves: its work is done, and the broker does not answer", self._node.name)
             self._node.close(timeout=1.0)
-            logging.shutdown()
-            os._exit(self._exit_code or 0)
+            _exit(self._exit_code or 0)
 
     def _end_requests(self, node: Node) -> None:
         node.drain(ending=True)
@@ -184,6 +184,12 @@ def _read_settings() -> Settings:
     settings = Settings()
     settings.serving()
     return settings
+
+
+def _exit(exit_code: int) -> None:
+    """End the process from any thread, without what Python and Celery do at their end."""
+    logging.shutdown()
+    os._exit(exit_code)
 
 
 def _in_thread(target: Callable[[], None]) -> None:

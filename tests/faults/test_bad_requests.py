@@ -1,5 +1,6 @@
 """A caller asks again and again for what every server fails with. He is told why, and nobody else notices."""
 
+import re
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -77,13 +78,13 @@ NO_MODEL = "The model `x` does not exist"
 KINDS = {
     "a template that refuses": ([status(500, "System role not supported")], {"invalid_request"}, "system message"),
     "500": ([status(500)], {"invalid_request"}, "answered 500, on 2 nodes alike"),
-    "400": ([status(400)], {"invalid_request"}, "refused the request (400)"),
-    "422": ([status(422)], {"invalid_request"}, "refused the request (422)"),
-    "413": ([status(413)], {"invalid_request"}, "refused the request (413)"),
+    "400": ([status(400)], {"invalid_request"}, r"refused the request \(400\)"),
+    "422": ([status(422)], {"invalid_request"}, r"refused the request \(422\)"),
+    "413": ([status(413)], {"invalid_request"}, r"refused the request \(413\)"),
     "404 of a model": ([status(404, NO_MODEL)], {"model_not_served"}, "does not have the model"),
-    "503": ([status(503, "no")], {"instance_unavailable"}, "not ready (503)"),
-    "429": ([status(429)], {"overloaded"}, "busy (429)"),
-    "504": ([status(504)], {"timeout"}, "gave up (504), on 2 nodes alike"),
+    "503": ([status(503, "no")], {"instance_unavailable"}, r"not ready \(503\)"),
+    "429": ([status(429)], {"overloaded"}, r"busy \(429\)"),
+    "504": ([status(504)], {"timeout"}, r"gave up \(504\), on 2 nodes alike"),
     "a reset": ([Fault("reset", times=None)], {"invalid_request"}, ", on 2 nodes alike"),
     "an empty reply": ([Fault("empty_reply", times=None)], {"invalid_request"}, ", on 2 nodes alike"),
     "an error in a stream": ([Fault("early_error", times=None)], {"invalid_request"}, "answered 500"),
@@ -92,7 +93,7 @@ KINDS = {
         {"connection_failure", "invalid_request"},  # what was on its way is lost with the connection
         "broke",
     ),
-    "silence": ([Fault("freeze", times=None)], {"timeout"}, "within its timeout"),
+    "silence": ([Fault("freeze", times=None)], {"timeout"}, "within its timeout|deadline passed"),  # router or node
     "something else each time": (
         [Fault("status", status=code, times=1) for code in (400, 500, 503, 422, 404, 500, 413, 503) * 8],
         {"invalid_request", "provider_error", "instance_unavailable", "model_not_served", "unsupported_capability"},
@@ -111,7 +112,7 @@ def test_a_request_that_every_server_fails_with_delays_no_other(router, fleet, k
     errors, delay = beside(router, fleet, lambda: list(stream(router, fleet, messages)))
     print(f"{kind}: the slowest of {GOOD} took {delay:.2f} s longer than usual; {errors[0].message}")
     assert {error.code for error in errors} <= codes
-    assert not [error.message for error in errors if text not in error.message]
+    assert not [error.message for error in errors if not re.search(text, error.message)]
     assert delay < 2.0
 
 
