@@ -49,7 +49,7 @@ class Startup:
 
     def _end(self, exit_code: int) -> None:
         log.info("%s ends before it was ready", self._name)
-        _exit(exit_code)
+        end_process(exit_code)
 
     def _reload(self) -> None:
         """End if the new settings need a new process: this one may be waiting for a server at a wrong address."""
@@ -60,7 +60,7 @@ class Startup:
             return
         if not can_follow:
             log.warning("%s ends: its new configuration needs a new process", self._name)
-            _exit(exit_codes.RESTART)
+            end_process(exit_codes.RESTART)
         self.reloads = True
         log.info("%s follows the new configuration when it is ready", self._name)
 
@@ -158,7 +158,7 @@ class Lifecycle:
         if not self._ended.wait(LEAVE_AFTER):
             log.warning("%s leaves: its work is done, and the broker does not answer", self._node.name)
             self._node.close(timeout=1.0)
-            _exit(self._exit_code or 0)
+            end_process(self._exit_code or 0)
 
     def _end_requests(self, node: Node) -> None:
         node.drain(ending=True)
@@ -186,7 +186,7 @@ def _read_settings() -> Settings:
     return settings
 
 
-def _exit(exit_code: int) -> None:
+def end_process(exit_code: int) -> None:
     """End the process from any thread, without what Python and Celery do at their end."""
     logging.shutdown()
     os._exit(exit_code)

@@ -15,7 +15,7 @@ from fleet_worker.node.lifecycle import Startup
 def exits(monkeypatch):
     """The exit codes, where no process ends."""
     codes = queue.SimpleQueue()
-    monkeypatch.setattr(module, "_exit", codes.put)
+    monkeypatch.setattr(module, "end_process", codes.put)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     Startup("one@test", lambda settings: True)
     yield codes
