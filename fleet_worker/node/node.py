@@ -139,7 +139,7 @@ class Node:
 
     def hand_over(self) -> None:
         """Stop what is running, so that other nodes go on with it."""
-        if stopped := self.running.stop(lambda: InstanceUnavailable("the node is being drained")):
+        if stopped := self.running.stop(lambda: InstanceUnavailable("the node is being drained", handed_over=True)):
             self.handed_over += stopped
             log.warning("%s hands over what is still running: %d", self.name, stopped)
 

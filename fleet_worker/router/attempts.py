@@ -103,8 +103,8 @@ class Attempts:
         self._queue_wait = 0.0
         """Seconds from the submission of the request until a node accepted the present attempt."""
         self._resumes = False
-        self._wrongly_expired = 0
-        """Attempts that do not count: a node dropped them as expired, by a wrong clock."""
+        self._uncounted = 0
+        """Attempts that do not count: a node dropped them as expired by a wrong clock, or handed them over."""
 
     def wants(self, node: str, frame: Frame) -> bool:
         """Return whether this frame belongs to the present attempt, comes from the node that has it, and is of a kind
@@ -151,7 +151,7 @@ class Attempts:
     @property
     def is_last(self) -> bool:
         """Return whether the present attempt is the last one that may be made."""
-        return self.request.attempt - self._wrongly_expired >= self._max_attempts
+        return self.request.attempt - self._uncounted >= self._max_attempts
 
     def fail(
         self, error: FleetError, now: float, *, orphaned: bool = True, retryable: bool | None = None
@@ -202,10 +202,12 @@ class Attempts:
         return [attempt.model_dump() for attempt in [*self.history, *present]]
 
     def _take_failure(self, node: str, error: FleetError, now: float) -> list[Effect]:
-        """If a node says that the request has expired, and our clock that it has not, the next attempt costs none."""
+        """If a node says that the request has expired, and our clock that it has not, or if it hands the request over,
+        the next attempt costs none."""
+        self._uncounted += error.metadata.get("handed_over") is True
         if not isinstance(error, Expired) or now >= self._deadline:
             return self.fail(error, now, orphaned=False)
-        self._wrongly_expired += 1
+        self._uncounted += 1
         return [TellTime(node), *self.fail(error, now, orphaned=False, retryable=True)]
 
     def _gap(self, node: str, now: float) -> list[Effect]:

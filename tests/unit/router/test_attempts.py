@@ -307,6 +307,16 @@ def test_a_frame_that_its_operation_does_not_have_is_no_answer(operation, wrong)
     assert [frame.kind for frame in fed(attempts, good)] == [good.kind]
 
 
+def test_a_request_that_is_handed_over_again_and_again_costs_no_attempt():
+    """All nodes of a fleet are restarted, one after the other."""
+    attempts = attempts_of(max_attempts=2)
+    drained = InstanceUnavailable("the node is being drained", handed_over=True)
+    for attempt in range(1, 8):
+        assert isinstance(effects_of(attempts, failure(0, drained, attempt=attempt))[-1], RetryAfter)
+        attempts.next_attempt()
+    assert not attempts.is_last
+
+
 # --- A node whose clock is wrong
 
 EXPIRED = Expired("the request waited 3600.0 s in its lane, longer than its timeout")
