@@ -32,8 +32,9 @@ class Message(NamedTuple):
 class ReplyConnection:
     """Sends messages in the order in which they were added. For one thread at a time.
 
-    On Redis the broker's answer to a message is read just before the next one is sent: nobody waits for it. Messages
-    wait while the broker is away. When it comes back it may have lost some: those of the last seconds are sent again.
+    On Redis the broker's answer to a message is read just before the next one is sent: nobody waits for it, but
+    `settle` once a second. Messages wait while the broker is away. When it comes back it may have lost some: those of
+    the last seconds are sent again.
     """
 
     def __init__(self, connect: Callable[[], Connection], closing: threading.Event) -> None:
@@ -69,7 +70,7 @@ class ReplyConnection:
     def send_at_once(self) -> bool:
         """Send a message, after `is_free`. Return whether that was all, and no failure: the rest is for `send_all`."""
         try:
-            while self._is_sent:
+            if self._is_sent:
                 self._confirm()
             self._send()
         except Exception as error:

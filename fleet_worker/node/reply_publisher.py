@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from kombu import Connection
 
@@ -25,6 +26,16 @@ MOST_FRAMES, LARGE_MESSAGE_BYTES = 500, 384 * 1024
 """Frames and bytes of one message that has several frames: no more JSON values than routers read."""
 FEW_FRAMES = 8
 """Frames that a task publishes itself, if nothing has to be waited for."""
+
+
+class _Batch(NamedTuple):
+    """What the publisher's thread does next."""
+
+    frames: dict[str, list[Frame]]
+    """Those that are due, by reply queue."""
+    to_replay: set[str]
+    """Reply queues of routers that have missed something."""
+    has_heartbeats: bool
 
 
 class ReplyPublisher:
@@ -160,11 +171,14 @@ class ReplyPublisher:
         return is_due and not (self._is_publishing or self._to_replay) and self._connection.is_free(reply_to)
 
     def _publish_at_once(self, reply_to: str, frames: list[Frame]) -> None:
-        self._add_messages(reply_to, frames)
-        is_done = self._connection.send_at_once()
-        with self._changed:
-            self._is_publishing, self._has_rest = False, not is_done
-            self._wake_in_time()
+        is_done = False
+        try:
+            self._add_messages(reply_to, frames)
+            is_done = self._connection.send_at_once()
+        finally:
+            with self._changed:
+                self._is_publishing, self._has_rest = False, not is_done
+                self._wake_in_time()
 
     def _wake_in_time(self) -> None:
         """Wake the publisher's thread if it would look too late by itself."""
@@ -188,34 +202,34 @@ class ReplyPublisher:
     # In the publisher's thread
 
     def _run(self) -> None:
-        while not (self._closed.is_set() and not self._count):
-            batch, to_replay = self._wait_for_batch()
-            if to_replay:
-                self._connection.send_again(to_replay)
-            for reply_to, frames in batch.items():
+        ends = False
+        while not ends:
+            batch = self._wait_for_batch()
+            if batch.to_replay:
+                self._connection.send_again(batch.to_replay)
+            for reply_to, frames in batch.frames.items():
                 self._add_messages(reply_to, frames)
-            if batch:
-                self._connection.send_all()
-            else:
+            self._connection.send_all()
+            if batch.has_heartbeats:
                 self._connection.settle()
+            ends = self._closed.is_set() and not self._count
         self._connection.settle()
         self._connection.close()
 
-    def _wait_for_batch(self) -> tuple[dict[str, list[Frame]], set[str]]:
-        """Wait until frames, heartbeats or what was missed are due. Return the frames of each router that is, and the
-        reply queues of those that have missed something."""
+    def _wait_for_batch(self) -> _Batch:
+        """Wait until frames, heartbeats or what was missed are due; return all that is."""
         with self._changed:
             self._is_publishing = False
             self._wait_until_due()
             self._is_publishing, self._has_rest = True, False
             now, ends = time.monotonic(), self._closed.is_set()
-            if now >= self._next_heartbeat:
+            if has_heartbeats := now >= self._next_heartbeat:
                 self._add_heartbeats(now)
             to_replay, self._to_replay = self._to_replay, set()
             due = [reply_to for reply_to, outbox in self._outboxes.items() if ends or outbox.due <= now]
-            batch = {reply_to: self._take(reply_to) for reply_to in due}
-            self._gathers_until = min(map(self._gap_end, batch, batch.values()), default=NEVER)
-        return batch, to_replay
+            frames = {reply_to: self._take(reply_to) for reply_to in due}
+            self._gathers_until = min(map(self._gap_end, frames, frames.values()), default=NEVER)
+        return _Batch(frames, to_replay, has_heartbeats)
 
     def _gap_end(self, reply_to: str, frames: list[Frame]) -> float:
         """Return when the next frames should be due that gather for this router, if some do."""
