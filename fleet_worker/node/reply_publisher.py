@@ -19,7 +19,6 @@ from fleet_worker.node.outbox import NEVER, Outbox
 from fleet_worker.node.reply_connection import ReplyConnection
 from fleet_worker.node.reply_writer import ReplyWriter
 from fleet_worker.protocol.reply import Alive, Frame, Reply
-from fleet_worker.protocol.wire import PROTOCOL_VERSION
 
 HEARTBEAT_EVERY = 1.0
 MOST_FRAMES, LARGE_MESSAGE_BYTES = 500, 384 * 1024
@@ -261,7 +260,7 @@ class ReplyPublisher:
 
     def _add_messages(self, reply_to: str, frames: list[Frame]) -> None:
         """Make one message of frames, or several: routers drop what is larger than any message should be."""
-        body = Reply(v=PROTOCOL_VERSION, node=self.node, frames=frames).encode()
+        body = Reply.encoded(self.node, frames)
         half = len(frames) // 2
         if half and (len(frames) > MOST_FRAMES or len(body) > LARGE_MESSAGE_BYTES):
             self._add_messages(reply_to, frames[:half])
