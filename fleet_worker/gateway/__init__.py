@@ -2,6 +2,7 @@
 
 In reading order: `serve` (the process), `app` (paths and headers), `request_body`, `keys`, `exchange` (one request
 through the router), `responses` (writing HTTP); the dialects, which are pure: `dialect` (what they have in common),
-`openai_chat`, `openai_embeddings`, with `tool_calls` and `json_text`; `problems` (what a client is told when something
+`openai_chat`, `openai_completions`, `openai_responses` (and its `_input`, `_tools`, `_items` and `_writer`),
+`openai_embeddings`, with `tool_calls` and `json_text`; `problems` (what a client is told when something
 goes wrong).
 """

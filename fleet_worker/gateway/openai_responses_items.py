@@ -27,14 +27,17 @@ class Events:
 class TextForm(NamedTuple):
     """What the events of a kind of text are called."""
 
+    kind: str
     prefix: str
     place: str
     part: str
     text: str
 
 
-MESSAGE: Final = TextForm("msg", "content_index", "response.content_part", "response.output_text")
-THOUGHTS: Final = TextForm("rs", "summary_index", "response.reasoning_summary_part", "response.reasoning_summary_text")
+MESSAGE: Final = TextForm("message", "msg", "content_index", "response.content_part", "response.output_text")
+THOUGHTS: Final = TextForm(
+    "reasoning", "rs", "summary_index", "response.reasoning_summary_part", "response.reasoning_summary_text"
+)
 """A model's thoughts are sent as their summary. That is what clients show, and the Open Responses specification and
 OpenAI call its events by the same names, which those of raw thoughts have not."""
 
@@ -75,10 +78,10 @@ class TextItem:
         return compact(self._item(status, [self._content("".join(self._texts))]))
 
     def _item(self, status: Status, contents: list[dict[str, Any]]) -> dict[str, Any]:
-        item: dict[str, Any] = {"id": self._id, "status": status}
+        item: dict[str, Any] = {"type": self.form.kind, "id": self._id, "status": status}
         if self.form is MESSAGE:
-            return {**item, "type": "message", "role": "assistant", "content": contents}
-        return {**item, "type": "reasoning", "summary": contents, "encrypted_content": None}
+            return {**item, "role": "assistant", "content": contents}
+        return {**item, "summary": contents, "encrypted_content": None}
 
     def _content(self, text: str) -> dict[str, Any]:
         if self.form is MESSAGE:

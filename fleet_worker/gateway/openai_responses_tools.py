@@ -13,6 +13,8 @@ _DROPPED = ("web_search", "image_generation", "tool_search")
 """Tools that coding agents add to each request, and that OpenAI's own servers carry out. Models are not told of them,
 and the `tools` of a response are without them. Of `web_search` there are dated and preview versions."""
 _HOSTED = "nothing here carries out this tool: leave it out, or offer a function that your own program carries out"
+_ITEMS = {"function": "function_call", "custom": "custom_tool_call", "local_shell": "local_shell_call"}
+_PREFIXES = {"function": "fc", "custom": "ctc", "local_shell": "lsh"}
 _SHELL = {
     "name": "local_shell",
     "description": "Runs a command on the user's machine and returns its output.",
@@ -39,17 +41,17 @@ class Tool:
     @property
     def prefix(self) -> str:
         """How the ids of its calls begin, as OpenAI's do."""
-        return {"function": "fc", "custom": "ctc", "local_shell": "lsh"}[self.kind]
+        return _PREFIXES[self.kind]
 
     def item(self, item_id: str, call_id: str, arguments: str, status: str) -> dict[str, Any]:
         """Return the item of a call. `arguments` are those of the model: a JSON object, if it is as it should be."""
-        common: dict[str, Any] = {"id": item_id, "call_id": call_id, "status": status}
+        item: dict[str, Any] = {"type": _ITEMS[self.kind], "id": item_id, "call_id": call_id, "status": status}
         if self.kind == "local_shell":
-            return {**common, "type": "local_shell_call", "action": _shell_action(arguments)}
-        named = {**common, "name": self.name, **({"namespace": self.namespace} if self.namespace else {})}
+            return {**item, "action": _shell_action(arguments)}
+        item |= {"name": self.name, **({"namespace": self.namespace} if self.namespace else {})}
         if self.kind == "custom":
-            return {**named, "type": "custom_tool_call", "input": custom_input(arguments)}
-        return {**named, "type": "function_call", "arguments": arguments}
+            return {**item, "input": custom_input(arguments)}
+        return {**item, "arguments": arguments}
 
 
 class Tools:
@@ -86,10 +88,12 @@ class Tools:
 
     def _chosen(self, choice: Any) -> str:
         """Return the name that a model sees of the tool of a `tool_choice`."""
-        if isinstance(choice, dict) and choice.get("type") in ("function", "custom", "local_shell"):
-            name = choice.get("name") or choice["type"]
-            if isinstance(name, str):
-                return flat(name, choice.get("namespace"))
+        kind = choice.get("type") if isinstance(choice, dict) else None
+        name = (
+            "local_shell" if kind == "local_shell" else choice.get("name") if kind in ("function", "custom") else None
+        )
+        if isinstance(name, str) and name:
+            return flat(name, choice.get("namespace"))
         raise refused("tool_choice", 'it is "auto", "none", "required" or {"type": "function", "name": "..."}')
 
     def _add_all(self, tools: Iterable[Any], at: str, namespace: str | None) -> list[dict[str, Any]]:
