@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from fleet_worker.errors import BrokerUnavailable, FleetError, where
 from fleet_worker.gateway import health, models, openai_embeddings
@@ -50,7 +50,7 @@ class Gateway:
             "/chat/completions": self._chat,
             "/embeddings": openai_embeddings,
         }
-        self._running: set[asyncio.Task[Any]] = set()
+        self._running: set[asyncio.Task[None]] = set()
         self.registry: Registry | None = None
         self.draining = False
 
@@ -129,8 +129,7 @@ class Gateway:
         options = router_options(request, key)
         names = models.require(self._known(), key, asked.model)
         exchange = Exchange(self._router, response, facts, options, heartbeat=self._settings.heartbeat)
-        task = asyncio.current_task()
-        assert task is not None
+        task = cast(asyncio.Task[None], asyncio.current_task())
         self._running.add(task)
         try:
             async with while_client_stays(request):
@@ -147,7 +146,8 @@ class Gateway:
         """Answer what is known without asking anybody."""
         if request.method not in ("GET", "HEAD"):
             raise refuse(404, "not_found", f"{request.method} {request.path}: there is nothing here")
-        status, found = 200, None
+        found: dict[str, Any] | None = None
+        status = 200
         if path in ("/", "/health", "/health/liveliness", "/health/liveness"):
             found = {"status": "alive"}
         elif path == "/health/readiness":

@@ -1,4 +1,4 @@
-"""What becomes known of a request: for the headers of its answer, the access log, the ledger and the metrics. No text."""
+"""What becomes known of a request: for headers of its answer, access log, ledger and metrics. It holds no text."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Facts:
     queue_wait: float | None = None
     ttft: float | None = None
     """From the arrival of the request to the first delta."""
-    usage: Usage = Usage()
+    usage: Usage = field(default_factory=Usage)
     error: str | None = None
     """The code of the problem."""
 

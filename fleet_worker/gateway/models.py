@@ -14,8 +14,10 @@ from fleet_worker.registry.view import Registry
 def listing(registry: Registry, key: Key) -> list[dict[str, Any]]:
     """Return an object of OpenAI's for each model and alias of this key, sorted."""
     offered = _by_model(registry)
-    return [_object(name, [each for model in key.model_of(name) for each in offered.get(model, ())])
-            for name in sorted(key.visible(offered))]
+    return [
+        _object(name, [each for model in key.model_of(name) for each in offered.get(model, ())])
+        for name in sorted(key.visible(offered))
+    ]
 
 
 def details(registry: Registry, key: Key, name: str) -> dict[str, Any]:

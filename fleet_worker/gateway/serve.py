@@ -80,7 +80,7 @@ def address(settings: Settings, listener: socket.socket) -> str:
 
 def _whom(keys: Keys) -> str:
     if keys.are_needed:
-        return f"to callers with a key ({len(keys)})"
+        return f"to callers with a key"
     return "to everybody on this machine: gateway.keys is not set"
 
 
@@ -109,7 +109,9 @@ def _listening(settings: Settings) -> Iterator[socket.socket]:
     try:
         listener = _unix_socket(path) if path else _tcp_socket(settings.gateway.host, settings.gateway.port)
     except OSError as error:
-        where = f"gateway.socket {path}" if path else f"gateway.host {settings.gateway.host}, port {settings.gateway.port}"
+        where = (
+            f"gateway.socket {path}" if path else f"gateway.host {settings.gateway.host}, port {settings.gateway.port}"
+        )
         raise ConfigurationError(f"{where}: cannot be used: {error.strerror or error}; choose another one") from None
     try:
         yield listener
