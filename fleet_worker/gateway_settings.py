@@ -42,7 +42,7 @@ class GatewaySettings(Group):
     """Seconds that a client has to send its request."""
     write_timeout: float = Field(60.0, gt=0)
     """Seconds after which a client that reads nothing of its answer is disconnected."""
-    keep_alive: int = Field(75, ge=1)
+    keep_alive: float = Field(75.0, ge=1)
     """Seconds for which an idle connection is kept open."""
     max_connections: int = Field(10_000, ge=1)
     """Number of open connections. More are closed at once."""

@@ -83,6 +83,7 @@ class Gateway:
                     log.warning("no broker yet: %s", error.message)
                 failing = True
                 await asyncio.sleep(CONNECT_AGAIN_AFTER)
+        log.info("knows the models of %d instances", len(self.registry.instances()))
 
     async def drain(self) -> None:
         """Refuse new requests, and wait until those that run have ended. After `drain_grace` they are ended."""

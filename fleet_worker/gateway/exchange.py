@@ -10,7 +10,6 @@ from fleet_worker.gateway.event_stream import EventStream
 from fleet_worker.gateway.facts import Facts
 from fleet_worker.gateway.problems import Problem
 from fleet_worker.gateway.response import Response
-from fleet_worker.router.call import ChatStream
 from fleet_worker.router.options import RequestOptions
 from fleet_worker.router.router import Router
 
@@ -61,18 +60,13 @@ class Exchange:
             try:
                 async for batch in stream.batches():
                     if self._facts.ttft is None:
-                        self._facts.note_progress(stream.progress)
                         self._facts.note_first_token()
                     await events.write(batch)
                 self._facts.note_answer(stream.response)
                 await events.end(stream.response)
             except FleetError as error:
-                self._note_failure(stream)
                 if not events.has_begun:
                     raise
                 problem = Problem.of(error)
                 self._facts.error = problem.code
                 await events.fail(problem)
-
-    def _note_failure(self, stream: ChatStream) -> None:
-        self._facts.note_progress(stream.progress)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 from fleet_worker.gateway.response import Header
 from fleet_worker.protocol.reply import ChatResponse, EmbedResponse, Usage
-from fleet_worker.router.call import Progress
 
 
 @dataclass(slots=True)
@@ -39,11 +38,6 @@ class Facts:
     @property
     def duration(self) -> float:
         return time.monotonic() - self.began
-
-    def note_progress(self, progress: Progress | None) -> None:
-        """Note what is known of a request that runs."""
-        if progress:
-            self.node, self.attempts, self.queue_wait = progress.node, progress.attempt, progress.queue_wait
 
     def note_first_token(self) -> None:
         if self.ttft is None:

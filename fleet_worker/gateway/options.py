@@ -25,7 +25,7 @@ def router_options(request: Request, key: Key) -> RequestOptions:
         InvalidRequest: a header has no such value.
         Refused: the key may not ask for that.
     """
-    headers, options = request.headers, RequestOptions(request_id=request.id, caller={"key": key.name})
+    headers, options = request.headers, RequestOptions(caller={"key": key.name})
     options["priority"] = key.priority(_priority(headers.get("x-fleet-priority")))
     if node := headers.get("x-fleet-node"):
         if not key.may_choose_node:
@@ -36,8 +36,6 @@ def router_options(request: Request, key: Key) -> RequestOptions:
             if not key.may_set_timeout:
                 raise refuse(403, "not_allowed", f"{name}: this key may not set its timeouts", param=name)
             options[option] = _seconds(name, text)  # type: ignore[literal-required]
-    if (max_wait := _max_wait(headers.get("x-fleet-max-wait"), key)) is not None:
-        options["max_wait"] = max_wait
     if idempotency_key := headers.get("idempotency-key"):
         options["idempotency_key"] = _of_this_key(idempotency_key, key)
     return options

@@ -80,7 +80,7 @@ def address(settings: Settings, listener: socket.socket) -> str:
 
 def _whom(keys: Keys) -> str:
     if keys.are_needed:
-        return f"to callers with a key"
+        return "to callers with a key"
     return "to everybody on this machine: gateway.keys is not set"
 
 
@@ -97,7 +97,7 @@ def _config(settings: Settings, gateway: Gateway) -> uvicorn.Config:
         proxy_headers=False,
         ssl_certfile=mine.cert,
         ssl_keyfile=mine.key,
-        timeout_keep_alive=mine.keep_alive,
+        timeout_keep_alive=round(mine.keep_alive),
         timeout_graceful_shutdown=ANSWERS_LEAVE_WITHIN,
     )
 
