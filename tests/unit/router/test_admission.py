@@ -13,7 +13,7 @@ from fleet_worker.router import admission as admission_module
 from fleet_worker.router.admission import Admission
 from fleet_worker.router.submitter import Submitter
 from tests.brokers import free_port
-from tests.clients import took_less_than
+from tests.mlx_clients import took_less_than
 
 LANE = lane("stream_chat", "Qwen3-14B")
 

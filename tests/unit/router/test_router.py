@@ -32,7 +32,7 @@ from fleet_worker.router import attempts as attempts_module
 from fleet_worker.router import in_flight as in_flight_module
 from fleet_worker.router.session import Session
 from tests.brokers import free_port
-from tests.clients import HELLO, took_less_than, until
+from tests.mlx_clients import HELLO, took_less_than, until
 from tests.unit.router.test_attempts import FACTS
 
 

@@ -13,7 +13,7 @@ from fleet_worker.router import session as session_module
 from fleet_worker.router import submitter as submitter_module
 from fleet_worker.router.node_selection import NodeSelection
 from fleet_worker.testing import embedded_broker
-from tests.clients import HELLO, until
+from tests.mlx_clients import HELLO, until
 
 
 @pytest.fixture(scope="module")
