@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from fleet_worker.errors import BrokerUnavailable, FleetError, where
-from fleet_worker.gateway import health, models, openai_embeddings
+from fleet_worker.gateway import anthropic_count, anthropic_messages, health, models, openai_embeddings
 from fleet_worker.gateway.departure import while_client_stays
 from fleet_worker.gateway.dialect import Dialect
 from fleet_worker.gateway.exchange import Exchange
@@ -49,6 +49,8 @@ class Gateway:
         self._dialects: Mapping[str, Dialect] = {
             "/chat/completions": self._chat,
             "/embeddings": openai_embeddings,
+            "/messages": anthropic_messages,
+            "/messages/count_tokens": anthropic_count,
         }
         self._running: set[asyncio.Task[None]] = set()
         self.registry: Registry | None = None
@@ -154,7 +156,7 @@ class Gateway:
         elif path == "/health/readiness":
             status, found = health.readiness(self.registry, draining=self.draining)
         elif path == "/models":
-            found = {"object": "list", "data": models.listing(self._known(), self._key(request))}
+            found = models.page(self._known(), self._key(request))
         elif path.startswith("/models/"):
             found = models.details(self._known(), self._key(request), path.removeprefix("/models/"))
         if found is None:
