@@ -28,12 +28,14 @@ from pydantic_settings import (
 from fleet_worker import config_file, urls
 from fleet_worker.certificates import OF_BROKER, TLS, check_content
 from fleet_worker.errors import ConfigurationError
+from fleet_worker.gateway_settings import GatewaySettings
 from fleet_worker.instance_settings import Capability, Features, Group, Instance, Model, PemFile, Server, ServerTimeouts
 
 __all__ = [
     "REGISTRY",
     "Capability",
     "Features",
+    "GatewaySettings",
     "Instance",
     "Model",
     "RegistrySettings",
@@ -154,6 +156,8 @@ class Settings(Group, BaseSettings):
     """Settings of the inference nodes of this host."""
     registry: RegistrySettings = RegistrySettings()
     """Settings of the registry node of this host."""
+    gateway: GatewaySettings = GatewaySettings()
+    """Settings of `fleet-worker gateway`."""
     instances: dict[str, Instance] = {}
     """The MLX servers of this host by name: letters, digits, `-`, `_`."""
 

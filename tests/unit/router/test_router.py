@@ -242,6 +242,27 @@ def test_a_caller_may_prefer_that_a_stream_which_broke_off_fails(fleet, read):
     assert fleet.attempts == [1]
 
 
+BODY = {"model": "m", "messages": HELLO, "max_tokens": 5, "stream": True, "priority": "low", "foo": 1, "user": None}
+TEXTS = {"model": "m", "input": ["a"], "encoding_format": "base64", "task": "search"}
+BY_BODY = {
+    "chat": lambda router: router.chat(body=BODY, priority="high"),
+    "achat": lambda router: asyncio.run(router.achat(body=BODY, priority="high")),
+    "stream_chat": lambda router: list(router.stream_chat(body=BODY, priority="high")),
+    "embed": lambda router: router.embed(body=TEXTS, priority="high"),
+    "aembed": lambda router: asyncio.run(router.aembed(body=TEXTS, priority="high")),
+}
+
+
+@pytest.mark.parametrize("name", BY_BODY)
+def test_every_method_takes_the_body_of_a_client(fleet, name):
+    is_chat = "embed" not in name
+    fleet.answers = [[accepted(), response("hi") if is_chat else embedding()]]
+    BY_BODY[name](fleet.router)
+    (request,) = fleet.requests
+    assert (request.model, request.priority) == ("m", "high")
+    assert request.encode()["params"] == ({"messages": HELLO, "max_tokens": 5} if is_chat else {"input": ["a"]})
+
+
 def test_on_interrupt_is_one_of_two_words(fleet, ask):
     with pytest.raises(InvalidRequest, match="on_interrupt"):
         ask(fleet, on_interrupt="retry")
