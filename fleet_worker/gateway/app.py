@@ -15,7 +15,8 @@ from fleet_worker.gateway.dialect import Dialect
 from fleet_worker.gateway.exchange import Exchange
 from fleet_worker.gateway.facts import Facts
 from fleet_worker.gateway.json_text import compact
-from fleet_worker.gateway.keys import Key, Keys
+from fleet_worker.gateway.key import Key
+from fleet_worker.gateway.keys import Keys
 from fleet_worker.gateway.openai_chat import OpenAIChat
 from fleet_worker.gateway.options import router_options, tags
 from fleet_worker.gateway.problems import Problem, Refused, refuse
