@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar, get_origin
 
@@ -66,7 +66,18 @@ class EmbedAsked:
     writer: VectorWriter
 
 
-Asked = ChatAsked | EmbedAsked
+@dataclass(frozen=True, slots=True)
+class CountAsked:
+    """A client asks how many tokens a chat has."""
+
+    model: str
+    body: dict[str, Any]
+    """As of a `ChatAsked`."""
+    answer: Callable[[int], bytes]
+    """Makes the JSON of the answer."""
+
+
+Asked = ChatAsked | EmbedAsked | CountAsked
 
 
 class Dialect(Protocol):
