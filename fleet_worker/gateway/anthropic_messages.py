@@ -20,7 +20,7 @@ def asked(body: dict[str, Any], request_id: str, created: int) -> ChatAsked:
     given = read(MessagesRequest, body)
     if given.mcp_servers:
         raise InvalidRequest("mcp_servers: nothing here connects to one: call it in your client", param="mcp_servers")
-    wanted = {**_prompt(given), **_sampling(given), **_thinking(given), **_format(given)}
+    wanted = {**prompt(given), **_sampling(given), **_thinking(given), **_format(given)}
     writer = MessageWriter(
         given.model,
         request_id,
@@ -31,26 +31,12 @@ def asked(body: dict[str, Any], request_id: str, created: int) -> ChatAsked:
     return ChatAsked(given.model, wanted, given.stream, writer, session)
 
 
-def prompt_asked(body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return the model that `/v1/messages/count_tokens` names, and the body of OpenAI whose tokens it asks for.
-
-    Raises:
-        InvalidRequest: it is not valid. `param` names the field.
-    """
-    given = read(Prompt, body)
-    return given.model, _prompt(given)
-
-
-def token_count(tokens: int) -> bytes:
-    """Return the answer of `/v1/messages/count_tokens`."""
-    return compact({"input_tokens": tokens}).encode("ascii")
-
-
 def problem_body(problem: Problem, request_id: str) -> bytes:
     return compact(error_object(problem, request_id)).encode("ascii")
 
 
-def _prompt(given: Prompt) -> dict[str, Any]:
+def prompt(given: Prompt) -> dict[str, Any]:
+    """Return what the model is given to read, as OpenAI writes it."""
     tools = anthropic_tools.functions(given.tools)
     fields = {"messages": messages_of(given.system, given.messages), **anthropic_tools.choice(given.tool_choice, tools)}
     return {**fields, "tools": tools} if tools else fields

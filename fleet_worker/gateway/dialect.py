@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar, get_origin
 
 from fleet_worker.errors import InvalidRequest
 from fleet_worker.gateway.problems import Problem
@@ -65,7 +66,18 @@ class EmbedAsked:
     writer: VectorWriter
 
 
-Asked = ChatAsked | EmbedAsked
+@dataclass(frozen=True, slots=True)
+class CountAsked:
+    """A client asks how many tokens a chat has."""
+
+    model: str
+    body: dict[str, Any]
+    """As of a `ChatAsked`."""
+    answer: Callable[[int], bytes]
+    """Makes the JSON of the answer."""
+
+
+Asked = ChatAsked | EmbedAsked | CountAsked
 
 
 class Dialect(Protocol):
@@ -105,3 +117,27 @@ def finish_reason(response: ChatResponse) -> Literal["stop", "length", "tool_cal
     if response.finish_reason == "length":
         return "length"
     return "tool_calls" if response.tool_calls else "stop"
+
+
+_KINDS: dict[type, str] = {
+    str: "a string",
+    bool: "true or false",
+    int: "an integer",
+    list: "a list",
+    dict: "an object",
+}
+T = TypeVar("T", str, bool, int, list[Any], dict[str, Any])
+
+
+def given(body: Mapping[str, Any], name: str, kind: type[T], at: str = "") -> T | None:
+    """Return a field, or None if it is missing or null. `at` is the path of the body, with a dot at its end."""
+    value = body.get(name)
+    known = get_origin(kind) or kind
+    if value is not None and (not isinstance(value, known) or (known is int and isinstance(value, bool))):
+        raise refused(f"{at}{name}", f"must be {_KINDS[known]}")
+    return value
+
+
+def refused(param: str, reason: str) -> InvalidRequest:
+    """Return the error of a field. `param` is its path, as in `input.0.content`; `reason` tells what to do."""
+    return InvalidRequest(f"{param}: {reason}", param=param)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 
 from fleet_worker.errors import FleetError, FleetSaturated, ModelUnavailable, ProviderError, QueueTimeout
-from fleet_worker.gateway.dialect import Asked, ChatAsked, EmbedAsked
+from fleet_worker.gateway.dialect import Asked, ChatAsked, CountAsked, EmbedAsked
 from fleet_worker.gateway.event_stream import EventStream
 from fleet_worker.gateway.facts import Facts
 from fleet_worker.gateway.problems import Problem
 from fleet_worker.gateway.response import Response
+from fleet_worker.gateway.token_estimate import estimated_tokens
 from fleet_worker.router.options import RequestOptions
 from fleet_worker.router.router import Router
 
@@ -38,6 +39,8 @@ class Exchange:
         self._facts.model = model
         if isinstance(asked, EmbedAsked):
             await self._embed(asked, model)
+        elif isinstance(asked, CountAsked):
+            await self._count(asked)
         elif asked.stream:
             await self._stream(asked, model)
         else:
@@ -47,6 +50,9 @@ class Exchange:
         response = await self._router.aembed(model, body=asked.body, **self._options)
         self._facts.note_answer(response)
         await self._response.whole(200, asked.writer.whole(response), self._facts.headers())
+
+    async def _count(self, asked: CountAsked) -> None:
+        await self._response.whole(200, asked.answer(estimated_tokens(asked.body)), self._facts.headers())
 
     async def _chat(self, asked: ChatAsked, model: str) -> None:
         response = await self._router.achat(model, body=asked.body, **self._options)

@@ -5,19 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 from fleet_worker.errors import ModelUnavailable
-from fleet_worker.gateway.keys import Key
+from fleet_worker.gateway.key import Key
 from fleet_worker.registry.alternatives import nearest
 from fleet_worker.registry.offered import Offered
 from fleet_worker.registry.view import Registry
 
 
 def listing(registry: Registry, key: Key) -> list[dict[str, Any]]:
-    """Return an object of OpenAI's for each model and alias of this key, sorted."""
+    """Return an object of OpenAI's and Anthropic's for each model and alias of this key, sorted."""
     offered = _by_model(registry)
     return [
         _object(name, [each for model in key.model_of(name) for each in offered.get(model, ())])
         for name in sorted(key.visible(offered))
     ]
+
+
+def page(registry: Registry, key: Key) -> dict[str, Any]:
+    """Return the whole list, as OpenAI and as Anthropic write it."""
+    data = listing(registry, key)
+    ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
+    return {"object": "list", "data": data, "has_more": False, **ends}
 
 
 def details(registry: Registry, key: Key, name: str) -> dict[str, Any]:
@@ -57,6 +64,9 @@ def _object(name: str, offered: list[Offered]) -> dict[str, Any]:
         "object": "model",
         "created": 0,
         "owned_by": "fleet",
+        "type": "model",
+        "display_name": name,
+        "created_at": "1970-01-01T00:00:00Z",
         "context_length": min(known) if known else None,
         "capabilities": sorted({capability for each in offered for capability in each.capabilities}),
         "features": sorted({feature for each in offered for feature in each.features}),

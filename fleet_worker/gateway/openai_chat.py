@@ -28,7 +28,7 @@ class OpenAIChat:
         body = dict(body)
         model, stream = take_model(body), take_switch(body, "stream")
         session = body.get("prompt_cache_key")
-        writer = ChatWriter(model, request_id, created, self._fields, with_usage=_with_usage(body))
+        writer = ChatWriter(model, request_id, created, self._fields, with_usage=with_usage(body))
         return ChatAsked(model, body, stream, writer, session if isinstance(session, str) else None)
 
     def problem_body(self, problem: Problem, request_id: str) -> bytes:
@@ -119,7 +119,8 @@ def usage_object(usage: Usage) -> dict[str, Any]:
     }
 
 
-def _with_usage(body: dict[str, Any]) -> bool:
+def with_usage(body: dict[str, Any]) -> bool:
+    """Remove `stream_options` from the body, and return whether a stream shall end with the usage."""
     options = body.pop("stream_options", None)
     if options is None:
         return False

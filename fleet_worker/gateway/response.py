@@ -20,6 +20,10 @@ ALWAYS: tuple[Header, ...] = (
 """On every answer: no proxy keeps it, or holds it back."""
 
 
+REQUEST_ID = (b"x-request-id", b"request-id")
+"""Where the SDKs of OpenAI and of Anthropic read the id of a request."""
+
+
 class Response:
     """One answer. A client that reads nothing for `write_timeout` seconds is disconnected.
 
@@ -29,7 +33,7 @@ class Response:
     def __init__(self, scope: dict[str, Any], send: Send, request_id: str, write_timeout: float) -> None:
         self._send = send
         self._abort: Callable[[], None] = scope.get("extensions", {}).get("fleet", {}).get("abort", lambda: None)
-        self._always = [(b"x-request-id", request_id.encode("ascii")), *ALWAYS]
+        self._always = [(name, request_id.encode("ascii")) for name in REQUEST_ID] + [*ALWAYS]
         self._write_timeout = write_timeout
         self.status: int | None = None
         """None before it has begun."""

@@ -62,6 +62,7 @@ class ToolCalls:
     def _call(self, fragment: dict[str, Any]) -> _Call:
         key = fragment.get("index", len(self._calls))
         if key not in self._calls:
-            index = len(self._calls)
-            self._calls[key] = _Call(index, str(fragment.get("id") or f"{self._ids}{index}"))
+            index, given = len(self._calls), str(fragment.get("id") or "")
+            taken = any(call.id == given for call in self._calls.values())  # some servers give all calls one id
+            self._calls[key] = _Call(index, f"{self._ids}{index}" if taken or not given else given)
         return self._calls[key]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleet_worker.errors import InvalidRequest
-from fleet_worker.gateway import anthropic_messages
+from fleet_worker.gateway import anthropic_count, anthropic_messages
 from fleet_worker.gateway.anthropic_tools import call_id_of, tool_use_id
 from fleet_worker.gateway.problems import Problem
 from fleet_worker.protocol.openai import ChatParams
@@ -292,11 +292,11 @@ def test_any_json_is_understood_or_refused(given_turns, fields):
 
 def test_tokens_are_counted_of_what_the_model_reads():
     body = {"model": "sea", "messages": [{"role": "user", "content": "hello"}], "system": "Be kind.", "tools": [TOOL]}
-    model, prompt = anthropic_messages.prompt_asked(body)
-    assert model == "sea"
-    assert [message["role"] for message in prompt["messages"]] == ["system", "user"]
-    assert prompt["tools"][0]["function"]["name"] == "look"
-    assert json.loads(anthropic_messages.token_count(7)) == {"input_tokens": 7}
+    count = anthropic_count.asked(body, "r", 0)
+    assert count.model == "sea"
+    assert [message["role"] for message in count.body["messages"]] == ["system", "user"]
+    assert count.body["tools"][0]["function"]["name"] == "look"
+    assert json.loads(count.answer(7)) == {"input_tokens": 7}
 
 
 @pytest.mark.parametrize(
