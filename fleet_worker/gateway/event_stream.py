@@ -9,7 +9,6 @@ from types import TracebackType
 from typing import Self
 
 from fleet_worker.gateway.dialect import Writer
-from fleet_worker.gateway.problems import Problem
 from fleet_worker.gateway.request import ClientLeft
 from fleet_worker.gateway.response import Header, Response
 from fleet_worker.protocol.reply import ChatResponse, Delta
@@ -42,10 +41,6 @@ class EventStream:
     ) -> None:
         self._beating.cancel()
 
-    @property
-    def has_begun(self) -> bool:
-        return self._begun
-
     async def write(self, deltas: list[Delta]) -> None:
         if data := self._writer.deltas(deltas):
             await self._write(data)
@@ -53,11 +48,6 @@ class EventStream:
     async def end(self, response: ChatResponse) -> None:
         async with self._writing:
             await self._response.end(await self._opened(self._writer.end(response)))
-
-    async def fail(self, problem: Problem) -> None:
-        """End a stream that has begun, with an error."""
-        async with self._writing:
-            await self._response.end(self._writer.failed(problem))
 
     async def _write(self, data: bytes) -> None:
         async with self._writing:
@@ -69,6 +59,7 @@ class EventStream:
         if self._begun:
             return data
         self._begun = True
+        self._response.failed = self._writer.failed
         await self._response.begin(self._headers(), self._writer.media_type)
         return self._writer.begin() + data
 

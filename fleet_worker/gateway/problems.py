@@ -46,6 +46,8 @@ class Problem:
     """Seconds."""
     may_retry: bool | None = None
     """Whether the client may send it again; None if the status says so already."""
+    allow: str | None = None
+    """The methods that a path has."""
 
     @classmethod
     def of(cls, error: FleetError) -> Problem:
@@ -64,7 +66,7 @@ class Problem:
 
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """When to try again, as the SDKs of OpenAI and Anthropic read it."""
+        """When to try again, as the SDKs of OpenAI and Anthropic read it, and what HTTP wants to be told."""
         told: list[tuple[bytes, bytes]] = []
         if self.retry_after is not None:
             seconds = min(self.retry_after, MOST_RETRY_AFTER)
@@ -72,6 +74,8 @@ class Problem:
             told.append((b"retry-after-ms", b"%d" % (1000 * seconds)))
         if self.may_retry is not None:
             told.append((b"x-should-retry", b"true" if self.may_retry else b"false"))
+        if self.allow is not None:
+            told.append((b"allow", self.allow.encode("ascii")))
         return told
 
 
@@ -86,6 +90,12 @@ class Refused(Exception):
 def refuse(status: int, code: str, message: str, *, param: str | None = None) -> Refused:
     """Return the exception, for its caller to raise."""
     return Refused(Problem(status=status, code=code, message=message, param=param))
+
+
+def only(methods: str) -> Refused:
+    """Return the exception for a method that a path does not have."""
+    text = f"here only {methods} is answered"
+    return Refused(Problem(status=405, code="method_not_allowed", message=text, allow=methods))
 
 
 def _retry_after(error: FleetError) -> float | None:
