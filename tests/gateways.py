@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from fleet_worker import Router
 from fleet_worker.gateway.app import Gateway
 from fleet_worker.gateway.keys import Keys
+from fleet_worker.gateway.quotas import Quotas
 from fleet_worker.gateway.serve import Server
 from fleet_worker.host.child_process import child, python
 from fleet_worker.settings import Settings
@@ -34,7 +35,8 @@ def serving(app=None, **settings):
     settings = Settings(broker_url="redis://127.0.0.1:1", gateway={"port": 0, **settings})
     keys = Keys.load(settings.gateway.keys)
     with Router(settings) as router, socket.create_server(("127.0.0.1", 0)) as listener:
-        server = Server(settings, app or Gateway(settings, router, keys), keys)
+        quotas = Quotas(settings, gateway="test")
+        server = Server(settings, app or Gateway(settings, router, keys, quotas), keys, quotas)
         thread = threading.Thread(target=asyncio.run, args=[server.serve([listener])])
         thread.start()
         yield listener.getsockname()[1]

@@ -1,7 +1,8 @@
 """The gateway: HTTP for any client of OpenAI or Anthropic, in front of a router.
 
 In reading order: `serve` (the process), `http_protocol` and `http_refusals` (its HTTP), `app` (paths), `browsers`,
-`health`, `models`, `request` (its body), `keys`, `options`, `departure` (a client that leaves), `exchange` (one request
+`health`, `models`, `request` (its body), `keys` with `key`, `quotas`, `quota_texts`, `counts`, `shared_counts` and
+`count_scripts` (what each client may use), `options`, `departure` (a client that leaves), `exchange` (one request
 through the router), `event_stream` and `response` (writing HTTP), `facts` (for headers and log); the dialects, which
 are pure: `dialect` (what they have in common), `openai_chat`, `openai_completions`, `openai_embeddings`,
 `openai_responses` (of which `openai_responses_input`, `openai_responses_tools`, `openai_responses_writer` and

@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Any, cast
 
 from fleet_worker.errors import BrokerUnavailable, FleetError, where
-from fleet_worker.gateway import anthropic_count, anthropic_messages, health, models, openai_embeddings
+from fleet_worker.gateway import (
+    anthropic_count,
+    anthropic_messages,
+    health,
+    models,
+    openai_completions,
+    openai_embeddings,
+    openai_responses,
+)
 from fleet_worker.gateway.browsers import refuse_foreign_pages
 from fleet_worker.gateway.departure import while_client_stays
 from fleet_worker.gateway.dialect import Dialect
 from fleet_worker.gateway.exchange import Exchange
 from fleet_worker.gateway.facts import Facts
 from fleet_worker.gateway.json_text import compact
-from fleet_worker.gateway.keys import Key, Keys
+from fleet_worker.gateway.key import Key
+from fleet_worker.gateway.keys import Keys
 from fleet_worker.gateway.openai_chat import OpenAIChat
 from fleet_worker.gateway.options import router_options, tags
 from fleet_worker.gateway.problems import Problem, Refused, only, refuse
+from fleet_worker.gateway.quotas import Quotas
 from fleet_worker.gateway.request import BodyMemory, ClientLeft, Receive, Request
 from fleet_worker.gateway.response import Response, Send
+from fleet_worker.gateway.token_estimate import most_tokens
 from fleet_worker.registry.view import Registry
 from fleet_worker.router.router import Router
 from fleet_worker.settings import Settings
@@ -44,15 +56,18 @@ _DRAINING = Problem(
 class Gateway:
     """Serves HTTP. `registry` is None until the broker was reached."""
 
-    def __init__(self, settings: Settings, router: Router, keys: Keys) -> None:
+    def __init__(self, settings: Settings, router: Router, keys: Keys, quotas: Quotas) -> None:
         self._settings = settings.gateway
         self._bodies = BodyMemory(settings.max_body_bytes)
         self._router = router
         self._keys = keys
+        self._quotas = quotas
         self._chat = OpenAIChat(self._settings.reasoning_field)
         self._dialects: Mapping[str, Dialect] = {
             "/chat/completions": self._chat,
+            "/completions": openai_completions,
             "/embeddings": openai_embeddings,
+            "/responses": openai_responses,
             "/messages": anthropic_messages,
             "/messages/count_tokens": anthropic_count,
         }
@@ -121,7 +136,8 @@ class Gateway:
                 raise Refused(_DRAINING)
             else:
                 facts.operation = path.strip("/")
-                await self._until_ended(self._answer(dialect, request, response, facts))
+                async with self._until_the_end():
+                    await self._answer(dialect, request, response, facts)
         except Refused as refusal:
             await self._tell(dialect, request, response, facts, refusal.problem)
         except FleetError as error:
@@ -133,12 +149,30 @@ class Gateway:
             problem = Problem(status=500, code="internal_error", message="the gateway failed; its log tells where")
             await self._tell(dialect, request, response, facts, problem)
 
-    async def _until_ended(self, answering: Coroutine[Any, Any, None]) -> None:
-        """Wait for it; raise `Refused` if `end_all` ends it."""
+    async def _answer(self, dialect: Dialect, request: Request, response: Response, facts: Facts) -> None:
+        key = self._keys.find(request.secret)
+        facts.key, facts.tags = key.name, tags(request)
+        body = await request.json(self._bodies, self._settings.body_timeout)
+        asked = dialect.asked(body, request.id, int(time.time()))
+        facts.model_asked = asked.model
+        options = router_options(request, key, self._settings.max_wait)
+        names = models.require(self._known(), key, asked.model)
+        exchange = Exchange(self._router, response, facts, options, heartbeat=self._settings.heartbeat)
+        async with while_client_stays(request):
+            reservation = await self._quotas.reserve(key, most_tokens(asked.body, request.size))
+            facts.limits = reservation.headers
+            try:
+                await exchange.run(asked, names)
+            finally:
+                reservation.settle(facts.tokens)
+
+    @contextlib.asynccontextmanager
+    async def _until_the_end(self) -> AsyncIterator[None]:
+        """Refuse what is inside if it still runs when the gateway ends."""
         task = cast(asyncio.Task[None], asyncio.current_task())
         self._running.add(task)
         try:
-            await answering
+            yield
         except asyncio.CancelledError:
             if not self.draining:
                 raise
@@ -146,18 +180,6 @@ class Gateway:
             raise Refused(_DRAINING) from None
         finally:
             self._running.discard(task)
-
-    async def _answer(self, dialect: Dialect, request: Request, response: Response, facts: Facts) -> None:
-        key = self._keys.find(request.secret)
-        facts.key, facts.tags = key.name, tags(request)
-        body = await request.json(self._bodies, self._settings.body_timeout)
-        asked = dialect.asked(body, request.id, int(time.time()))
-        facts.model_asked = asked.model
-        options = router_options(request, key)
-        names = models.require(self._known(), key, asked.model)
-        exchange = Exchange(self._router, response, facts, options, heartbeat=self._settings.heartbeat)
-        async with while_client_stays(request):
-            await exchange.run(asked, names)
 
     async def _look_up(self, path: str, request: Request, response: Response) -> None:
         """Answer what is known without asking anybody."""

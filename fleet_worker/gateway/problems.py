@@ -46,8 +46,8 @@ class Problem:
     """Seconds."""
     may_retry: bool | None = None
     """Whether the client may send it again; None if the status says so already."""
-    allow: str | None = None
-    """The methods that a path has."""
+    more_headers: tuple[tuple[bytes, bytes], ...] = ()
+    """What else the client is told, as how much of its limits is left."""
 
     @classmethod
     def of(cls, error: FleetError) -> Problem:
@@ -66,16 +66,14 @@ class Problem:
 
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """When to try again, as the SDKs of OpenAI and Anthropic read it, and what HTTP wants to be told."""
-        told: list[tuple[bytes, bytes]] = []
+        """When to try again, as the SDKs of OpenAI and Anthropic read it, and `more_headers`."""
+        told = list(self.more_headers)
         if self.retry_after is not None:
             seconds = min(self.retry_after, MOST_RETRY_AFTER)
             told.append((b"retry-after", b"%d" % max(1, round(seconds + 0.499))))
             told.append((b"retry-after-ms", b"%d" % (1000 * seconds)))
         if self.may_retry is not None:
             told.append((b"x-should-retry", b"true" if self.may_retry else b"false"))
-        if self.allow is not None:
-            told.append((b"allow", self.allow.encode("ascii")))
         return told
 
 
@@ -95,7 +93,8 @@ def refuse(status: int, code: str, message: str, *, param: str | None = None) ->
 def only(methods: str) -> Refused:
     """Return the exception for a method that a path does not have."""
     text = f"here only {methods} is answered"
-    return Refused(Problem(status=405, code="method_not_allowed", message=text, allow=methods))
+    allow = (b"allow", methods.encode("ascii"))
+    return Refused(Problem(status=405, code="method_not_allowed", message=text, more_headers=(allow,)))
 
 
 def _retry_after(error: FleetError) -> float | None:

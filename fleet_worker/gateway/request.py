@@ -81,6 +81,8 @@ class Request:
         }
         self._connection: Connection = scope["extensions"]["fleet"]
         self.client: str = (scope.get("client") or ("",))[0]
+        self.size = 0
+        """Bytes of the body, once it was read."""
         self.id = _request_id(self.headers.get("x-request-id"))
 
     @property
@@ -103,7 +105,9 @@ class Request:
                 content = await self._content(memory)
         except TimeoutError:
             raise refuse(408, "timeout", f"the body did not arrive within {within:g} s") from None
-        return parsed(decompressed(content, self.headers.get("content-encoding", ""), memory.most_bytes))
+        content = decompressed(content, self.headers.get("content-encoding", ""), memory.most_bytes)
+        self.size = len(content)
+        return parsed(content)
 
     async def left(self) -> None:
         """Wait until the client leaves."""

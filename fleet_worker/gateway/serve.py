@@ -18,6 +18,7 @@ from fleet_worker.errors import ConfigurationError
 from fleet_worker.gateway.app import Gateway
 from fleet_worker.gateway.http_protocol import BoundedProtocol
 from fleet_worker.gateway.keys import Keys
+from fleet_worker.gateway.quotas import Quotas
 from fleet_worker.router.router import Router
 from fleet_worker.settings import Settings
 
@@ -37,8 +38,9 @@ def serve(settings: Settings) -> None:
     """
     keys = Keys.load(settings.gateway.keys)
     with Router(settings, patient=False) as router, _listening(settings) as listener:
-        gateway = Gateway(settings, router, keys)
-        server = Server(settings, gateway, keys)
+        quotas = Quotas(settings, gateway=f"{settings.host} {address(settings, listener)}")
+        gateway = Gateway(settings, router, keys, quotas)
+        server = Server(settings, gateway, keys, quotas)
         log.info("serves %s %s", address(settings, listener), _whom(keys))
         with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
             runner.run(server.serve_until_drained(listener))
@@ -47,14 +49,16 @@ def serve(settings: Settings) -> None:
 class Server(uvicorn.Server):
     """Uvicorn's server, which drains at the first signal."""
 
-    def __init__(self, settings: Settings, gateway: Gateway, keys: Keys) -> None:
+    def __init__(self, settings: Settings, gateway: Gateway, keys: Keys, quotas: Quotas) -> None:
         super().__init__(_config(settings, gateway))
         self._gateway = gateway
         self._keys = keys
+        self._quotas = quotas
 
     async def serve_until_drained(self, listener: socket.socket) -> None:
         self._loop, self._asked_to_end = asyncio.get_running_loop(), asyncio.Event()
         self._loop.add_signal_handler(signal.SIGHUP, self._keys.reload)
+        self._quotas.open()
         connecting = asyncio.create_task(self._gateway.connect())
         serving = asyncio.create_task(self.serve([listener]))
         ending = asyncio.create_task(self._asked_to_end.wait())
@@ -64,6 +68,7 @@ class Server(uvicorn.Server):
         connecting.cancel()
         self.should_exit = True
         await serving
+        await self._quotas.close()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._loop.call_soon_threadsafe(self._end)
