@@ -17,6 +17,7 @@ from typing import IO, Any
 
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.host.file_lock import Held, hold
+from fleet_worker.settings import Settings
 
 SCHEMA = 1
 """The version of the tables, in SQLite's `user_version`."""
@@ -139,6 +140,10 @@ class LedgerFile:
     def close(self) -> None:
         self._db.close()
         self._lock.close()
+
+
+def path_of(settings: Settings) -> Path:
+    return settings.gateway.ledger or settings.state_dir / "ledger.sqlite"
 
 
 def files_of(path: Path) -> list[Path]:
