@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Any, cast
 
 from fleet_worker.errors import BrokerUnavailable, FleetError, where
@@ -28,8 +29,10 @@ from fleet_worker.gateway.keys import Keys
 from fleet_worker.gateway.openai_chat import OpenAIChat
 from fleet_worker.gateway.options import router_options, tags
 from fleet_worker.gateway.problems import Problem, Refused, refuse
+from fleet_worker.gateway.quotas import Quotas
 from fleet_worker.gateway.request import ClientLeft, Receive, Request
 from fleet_worker.gateway.response import Response, Send
+from fleet_worker.gateway.token_estimate import most_tokens
 from fleet_worker.registry.view import Registry
 from fleet_worker.router.router import Router
 from fleet_worker.settings import Settings
@@ -49,11 +52,12 @@ _DRAINING = Problem(
 class Gateway:
     """Serves HTTP. `registry` is None until the broker was reached."""
 
-    def __init__(self, settings: Settings, router: Router, keys: Keys) -> None:
+    def __init__(self, settings: Settings, router: Router, keys: Keys, quotas: Quotas) -> None:
         self._settings = settings.gateway
         self._most_bytes = settings.max_body_bytes
         self._router = router
         self._keys = keys
+        self._quotas = quotas
         self._chat = OpenAIChat(self._settings.reasoning_field)
         self._dialects: Mapping[str, Dialect] = {
             "/chat/completions": self._chat,
@@ -140,14 +144,24 @@ class Gateway:
         body = await request.json(self._most_bytes, self._settings.body_timeout)
         asked = dialect.asked(body, request.id, int(time.time()))
         facts.model_asked = asked.model
-        options = router_options(request, key)
+        options = router_options(request, key, self._settings.max_wait)
         names = models.require(self._known(), key, asked.model)
         exchange = Exchange(self._router, response, facts, options, heartbeat=self._settings.heartbeat)
+        async with self._until_the_end(), while_client_stays(request):
+            reservation = await self._quotas.reserve(key, most_tokens(asked.body, request.size))
+            facts.limits = reservation.headers
+            try:
+                await exchange.run(asked, names)
+            finally:
+                reservation.settle(facts.tokens)
+
+    @contextlib.asynccontextmanager
+    async def _until_the_end(self) -> AsyncIterator[None]:
+        """Refuse what is inside if it still runs when the gateway ends."""
         task = cast(asyncio.Task[None], asyncio.current_task())
         self._running.add(task)
         try:
-            async with while_client_stays(request):
-                await exchange.run(asked, names)
+            yield
         except asyncio.CancelledError:
             if not self.draining:
                 raise

@@ -40,6 +40,8 @@ class Request:
             name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
         }
         self.client: str = (scope.get("client") or ("",))[0]
+        self.size = 0
+        """Bytes of the body, once it was read."""
         self.id = _request_id(self.headers.get("x-request-id"))
 
     @property
@@ -62,7 +64,9 @@ class Request:
                 content = await self._content(most_bytes)
         except TimeoutError:
             raise refuse(408, "timeout", f"the body did not arrive within {within:g} s") from None
-        return parsed(decompressed(content, self.headers.get("content-encoding", ""), most_bytes))
+        content = decompressed(content, self.headers.get("content-encoding", ""), most_bytes)
+        self.size = len(content)
+        return parsed(content)
 
     async def left(self) -> None:
         """Wait until the client leaves."""

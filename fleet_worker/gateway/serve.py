@@ -18,6 +18,7 @@ from fleet_worker.errors import ConfigurationError
 from fleet_worker.gateway.app import Gateway
 from fleet_worker.gateway.http_protocol import BoundedProtocol
 from fleet_worker.gateway.keys import Keys
+from fleet_worker.gateway.quotas import Quotas
 from fleet_worker.router.router import Router
 from fleet_worker.settings import Settings
 
@@ -35,8 +36,9 @@ def serve(settings: Settings) -> None:
     """
     keys = Keys.load(settings.gateway.keys)
     with Router(settings) as router, _listening(settings) as listener:
-        gateway = Gateway(settings, router, keys)
-        server = _Server(_config(settings, gateway), gateway)
+        quotas = Quotas(settings, gateway=f"{settings.host} {address(settings, listener)}")
+        gateway = Gateway(settings, router, keys, quotas)
+        server = _Server(_config(settings, gateway), gateway, quotas)
         signal.signal(signal.SIGHUP, lambda *_: keys.reload())
         log.info("serves %s %s", address(settings, listener), _whom(keys))
         with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
@@ -46,12 +48,14 @@ def serve(settings: Settings) -> None:
 class _Server(uvicorn.Server):
     """Uvicorn's server, which drains at the first signal."""
 
-    def __init__(self, config: uvicorn.Config, gateway: Gateway) -> None:
+    def __init__(self, config: uvicorn.Config, gateway: Gateway, quotas: Quotas) -> None:
         super().__init__(config)
         self._gateway = gateway
+        self._quotas = quotas
 
     async def serve_until_drained(self, listener: socket.socket) -> None:
         self._loop, self._asked_to_end = asyncio.get_running_loop(), asyncio.Event()
+        self._quotas.open()
         connecting = asyncio.create_task(self._gateway.connect())
         serving = asyncio.create_task(self.serve([listener]))
         ending = asyncio.create_task(self._asked_to_end.wait())
@@ -61,6 +65,7 @@ class _Server(uvicorn.Server):
         connecting.cancel()
         self.should_exit = True
         await serving
+        await self._quotas.close()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._gateway.draining:
