@@ -35,7 +35,8 @@ _FIELDS_OF_DELTA = {"text": ("text_delta", "text"), "thinking": ("thinking_delta
 class MessageWriter:
     """Makes the answer to one request.
 
-    Of a stream, one block is open at a time, in the order in which the model writes: thoughts, text, calls of tools.
+    Of a stream, one block is open at a time, in the order in which the model writes: thoughts, text, calls of tools. A
+    rest of thoughts that a server sends after a call is not shown: no such block may follow one.
     """
 
     heartbeat = server_sent({"type": "ping"}, "ping")
@@ -87,7 +88,7 @@ class MessageWriter:
 
     def _of_delta(self, delta: Delta) -> str:
         events = ""
-        if delta.reasoning and self._thinking is not False:
+        if delta.reasoning and self._thinking is not False and not self._calls:
             events += self._thought(delta.reasoning)
         if delta.content:
             events += self._text(delta.content)
