@@ -9,13 +9,22 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from fleet_worker.errors import BrokerUnavailable, FleetError, where
-from fleet_worker.gateway import anthropic_count, anthropic_messages, health, models, openai_embeddings
+from fleet_worker.gateway import (
+    anthropic_count,
+    anthropic_messages,
+    health,
+    models,
+    openai_completions,
+    openai_embeddings,
+    openai_responses,
+)
 from fleet_worker.gateway.departure import while_client_stays
 from fleet_worker.gateway.dialect import Dialect
 from fleet_worker.gateway.exchange import Exchange
 from fleet_worker.gateway.facts import Facts
 from fleet_worker.gateway.json_text import compact
-from fleet_worker.gateway.keys import Key, Keys
+from fleet_worker.gateway.key import Key
+from fleet_worker.gateway.keys import Keys
 from fleet_worker.gateway.openai_chat import OpenAIChat
 from fleet_worker.gateway.options import router_options, tags
 from fleet_worker.gateway.problems import Problem, Refused, refuse
@@ -48,7 +57,9 @@ class Gateway:
         self._chat = OpenAIChat(self._settings.reasoning_field)
         self._dialects: Mapping[str, Dialect] = {
             "/chat/completions": self._chat,
+            "/completions": openai_completions,
             "/embeddings": openai_embeddings,
+            "/responses": openai_responses,
             "/messages": anthropic_messages,
             "/messages/count_tokens": anthropic_count,
         }

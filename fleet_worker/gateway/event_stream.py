@@ -47,30 +47,30 @@ class EventStream:
         return self._begun
 
     async def write(self, deltas: list[Delta]) -> None:
-        if data := self._writer.deltas(deltas):
-            await self._write(data)
+        await self._write(lambda: self._writer.deltas(deltas))
 
     async def end(self, response: ChatResponse) -> None:
         async with self._writing:
-            await self._response.end(await self._opened(self._writer.end(response)))
+            await self._response.end(await self._opened(lambda: self._writer.end(response)))
 
     async def fail(self, problem: Problem) -> None:
         """End a stream that has begun, with an error."""
         async with self._writing:
             await self._response.end(self._writer.failed(problem))
 
-    async def _write(self, data: bytes) -> None:
+    async def _write(self, made: Callable[[], bytes]) -> None:
         async with self._writing:
-            await self._response.write(await self._opened(data))
-        self._written_at = asyncio.get_running_loop().time()
+            if data := await self._opened(made):
+                await self._response.write(data)
+                self._written_at = asyncio.get_running_loop().time()
 
-    async def _opened(self, data: bytes) -> bytes:
-        """Begin the stream if it has not begun, and return these data with what has to come before them."""
+    async def _opened(self, made: Callable[[], bytes]) -> bytes:
+        """Begin the stream if it has not begun, and return what has to come first, and then what is `made`."""
         if self._begun:
-            return data
+            return made()
         self._begun = True
         await self._response.begin(self._headers(), self._writer.media_type)
-        return self._writer.begin() + data
+        return self._writer.begin() + made()
 
     async def _beat(self) -> None:
         with contextlib.suppress(ClientLeft):
@@ -78,4 +78,4 @@ class EventStream:
                 silent_for = asyncio.get_running_loop().time() - self._written_at
                 await asyncio.sleep(self._heartbeat - silent_for if silent_for < self._heartbeat else 0)
                 if silent_for >= self._heartbeat:
-                    await self._write(self._writer.heartbeat)
+                    await self._write(lambda: self._writer.heartbeat)

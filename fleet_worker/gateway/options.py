@@ -7,7 +7,7 @@ import re
 from typing import cast, get_args
 
 from fleet_worker.errors import InvalidRequest
-from fleet_worker.gateway.keys import Key
+from fleet_worker.gateway.key import Key
 from fleet_worker.gateway.problems import refuse
 from fleet_worker.gateway.request import Request
 from fleet_worker.protocol.request import Priority

@@ -46,6 +46,8 @@ class Problem:
     """Seconds."""
     may_retry: bool | None = None
     """Whether the client may send it again; None if the status says so already."""
+    more_headers: tuple[tuple[bytes, bytes], ...] = ()
+    """What else the client is told, as how much of its limits is left."""
 
     @classmethod
     def of(cls, error: FleetError) -> Problem:
@@ -64,8 +66,8 @@ class Problem:
 
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """When to try again, as the SDKs of OpenAI and Anthropic read it."""
-        told: list[tuple[bytes, bytes]] = []
+        """When to try again, as the SDKs of OpenAI and Anthropic read it, and `more_headers`."""
+        told = list(self.more_headers)
         if self.retry_after is not None:
             seconds = min(self.retry_after, MOST_RETRY_AFTER)
             told.append((b"retry-after", b"%d" % max(1, round(seconds + 0.499))))

@@ -2,5 +2,5 @@
 
 May import: `registry`, `broker`, `protocol`, `settings`, `errors`. Read in this order: `router`, `options`,
 `submission`, `call`, `session`, `in_flight`, `readers`, `attempts`, `effects`, `blame`, `node_selection`, `admission`,
-`submitter`, `control_publisher`, `reply_consumer`, `reply_buffer`, `wakeups`, `scheduler`, `idempotency`.
+`queue_wait`, `submitter`, `control_publisher`, `reply_consumer`, `reply_buffer`, `wakeups`, `scheduler`, `idempotency`.
 """

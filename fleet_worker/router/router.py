@@ -48,6 +48,8 @@ class Router:
     - `timeout`: seconds until the deadline of the whole request; default `router.timeout`.
     - `queue_timeout`: seconds that it may wait until a node takes it, at first and after each interruption; default
       `router.queue_timeout`. Then it ends with `QueueTimeout`, which tells since when nobody is there.
+    - `max_wait`: seconds; if it would probably wait longer for a node, it is refused at once, with `FleetSaturated`; or
+      with `QueueTimeout`, if no node has been ready for longer. Default `router.max_wait`: no limit.
     - `priority`: "critical", "high", "normal" (the default) or "low".
     - `instance`: only instances of that name; default "any". `node`: only that node, as in "local@mini-7".
     - `caller`, `message_context`, `trace_context`: JSON objects that travel with the request.

@@ -88,12 +88,19 @@ class Session:
             return joined
         self._registry.require_offered(request.model, request.operation, request.provider_instance, node)
         self.nodes.require_able(request, node)
+        self.nodes.require_soon(request, node, asked.max_wait)
         left = deadline - time.monotonic()
         request = request.addressed_to(self.replies.name, left)
         started = InFlightRequest(request, node, self, on_interrupt=on_interrupt, queue_timeout=asked.queue_timeout)
-        self.admission.admit(started.lane)
+        started.place = self.admission.admit(
+            started.lane,
+            request.priority,
+            max_wait=asked.max_wait,
+            count_slots=lambda: self.nodes.slots(request, node),
+        )
         buffer = cast(ReplyBuffer, started.join(left))  # it cannot have failed yet
         if has_key and (joined := self._cache.add(started, node, on_interrupt)):
+            started.place.ended(time.monotonic())
             return joined
         self._requests[request.request_id] = started
         if self._closed:  # it came too late to be cancelled with the others

@@ -29,6 +29,7 @@ class Submission:
     """The only node that may have it."""
     on_interrupt: OnInterrupt
     queue_timeout: float
+    max_wait: float | None = None
 
     @classmethod
     def of(
@@ -61,6 +62,7 @@ class Submission:
         *,
         timeout: float | None = None,
         queue_timeout: float | None = None,
+        max_wait: float | None = None,
         priority: Priority = "normal",
         instance: str = "any",
         node: str | None = None,
@@ -74,6 +76,7 @@ class Submission:
         if on_interrupt not in get_args(OnInterrupt):
             raise InvalidRequest('on_interrupt: must be "resume" or "fail"', param="on_interrupt")
         queue_timeout = _seconds("queue_timeout", queue_timeout, limits.queue_timeout)
+        max_wait = limits.max_wait if max_wait is None else _seconds("max_wait", max_wait, 0.0, or_none=True)
         seconds = _seconds("timeout", timeout, limits.timeout, limits.max_timeout)
         if node is not None and not is_node_name(node):
             raise InvalidRequest('node: must be the name of a node, as in "local@mini-7"', param="node")
@@ -102,7 +105,7 @@ class Submission:
         }
         request = FleetRequest.build(envelope)
         request.check_size(settings.max_body_bytes)
-        return cls(request, node, on_interrupt, queue_timeout)
+        return cls(request, node, on_interrupt, queue_timeout, max_wait)
 
 
 def _read_body(
@@ -117,10 +120,15 @@ def _read_body(
     return body.get("model") if model is None else model, params_of_client(operation, body)
 
 
-def _seconds(option: str, asked: float | None, default: float, limit: float = math.inf) -> float:
-    """Return what the caller asked for, or the default; raises `InvalidRequest` if that is no such time."""
+def _seconds(
+    option: str, asked: float | None, default: float, limit: float = math.inf, *, or_none: bool = False
+) -> float:
+    """Return what the caller asked for, or the default; raises `InvalidRequest` if that is no such time. With `or_none`
+    it may be 0."""
     seconds = default if asked is None else asked
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= limit:
+    is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    if not is_number or not (0 < seconds <= limit or (or_none and seconds == 0)):
         most = "" if math.isinf(limit) else f" and at most {limit:g} (router.max_timeout)"
-        raise InvalidRequest(f"{option}: must be a number of seconds, more than 0{most}", param=option)
+        least = "0 or more" if or_none else "more than 0"
+        raise InvalidRequest(f"{option}: must be a number of seconds, {least}{most}", param=option)
     return float(min(seconds, sys.float_info.max))  # an int may be larger than any float

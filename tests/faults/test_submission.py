@@ -17,9 +17,9 @@ from fleet_worker.router.session import Session
 from fleet_worker.simulator import SimulatedMLX, reply_tokens
 from fleet_worker.testing import running_node
 from tests.brokers import Valkey
-from tests.clients import took_less_than, until
 from tests.envelopes import request_of
 from tests.flow.conftest import work
+from tests.mlx_clients import took_less_than, until
 
 HELLO = [{"role": "user", "content": "Hello"}]
 

@@ -14,9 +14,9 @@ from fleet_worker.broker.topology import lane, lane_queue, transport_of
 from fleet_worker.router.admission import ASK_EVERY_FAR, Admission
 from fleet_worker.router.submitter import Submitter
 from fleet_worker.testing import SimulatedMLX, running_node
-from tests.clients import took_less_than, until
 from tests.envelopes import request_of
 from tests.flow.conftest import work
+from tests.mlx_clients import took_less_than, until
 
 HELLO = [{"role": "user", "content": "Hello"}]
 MODEL = "one-slot"

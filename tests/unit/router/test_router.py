@@ -32,7 +32,7 @@ from fleet_worker.router import attempts as attempts_module
 from fleet_worker.router import in_flight as in_flight_module
 from fleet_worker.router.session import Session
 from tests.brokers import free_port
-from tests.clients import HELLO, took_less_than, until
+from tests.mlx_clients import HELLO, took_less_than, until
 from tests.unit.router.test_attempts import FACTS
 
 
@@ -76,7 +76,10 @@ class Fleet:
             submit=lambda request, lane, patience: self.publish(request, lane), close=lambda: None
         )
         self.session.admission = SimpleNamespace(
-            admit=lambda lane: None, accepted=lambda *_: None, is_queued=lambda *_: True
+            admit=lambda *_, **__: None,
+            enter=lambda *_: None,
+            accepted=lambda *_: None,
+            is_queued=lambda *_: True,
         )
         self.session.control = SimpleNamespace(tell=lambda *what: self.cancelled.append(what))
         self.answers = []
@@ -515,7 +518,7 @@ def test_threads_that_are_all_busy_with_work_of_the_caller_delay_no_request(flee
 
 
 def test_what_is_about_to_be_sent_when_the_router_is_closed_is_cancelled(fleet, monkeypatch):
-    monkeypatch.setattr(fleet.session.admission, "admit", lambda lane: fleet.router.close())
+    monkeypatch.setattr(fleet.session.admission, "admit", lambda *_, **__: fleet.router.close())
     with took_less_than(2), pytest.raises(Cancelled, match="closed"):
         chat(fleet)
     assert fleet.requests == []
@@ -569,12 +572,27 @@ def test_what_no_node_can_be_named_is_refused_before_anything_is_sent(fleet, ask
 
 
 @pytest.mark.parametrize(
+    ("configured", "asked", "most"), [(7.0, None, 7.0), (7.0, 0, 0.0), (None, None, None), (None, 2, 2.0)]
+)
+def test_a_request_may_wait_as_long_as_it_says_or_as_configured(monkeypatch, configured, asked, most):
+    with Fleet(max_wait=configured) as fleet:
+        fleet.answers = [[accepted(), response("hi")]]
+        admitted = []
+        monkeypatch.setattr(fleet.session.admission, "admit", lambda *_, **how: admitted.append(how["max_wait"]))
+        chat(fleet, max_wait=asked)
+        assert admitted == [most]
+
+
+@pytest.mark.parametrize(
     ("options", "param"),
     [
         ({"timeout": 0}, "timeout"),
         ({"timeout": True}, "timeout"),
         ({"timeout": "60"}, "timeout"),
         ({"timeout": float("nan")}, "timeout"),
+        ({"max_wait": -1}, "max_wait"),
+        ({"max_wait": True}, "max_wait"),
+        ({"max_wait": "5"}, "max_wait"),
         ({"node": "one"}, "node"),
         ({"instance": ""}, "instance"),
         ({"instance": 5}, "instance"),

@@ -15,8 +15,8 @@ from fleet_worker.router import submitter as submitter_module
 from fleet_worker.router.submitter import MAX_CONNECTIONS, Submitter
 from fleet_worker.testing import embedded_broker
 from tests.brokers import free_port
-from tests.clients import HELLO, took_less_than, until
 from tests.envelopes import request_of
+from tests.mlx_clients import HELLO, took_less_than, until
 
 SCHEMES = ["redis", "amqp"]
 LANE = "llm.fleet.chat.m"
