@@ -6,5 +6,7 @@ through the router), `responses` (writing HTTP); the dialects, which are pure: `
 `openai_chat`, `openai_completions`, `openai_embeddings`, `openai_responses` (of which `openai_responses_input`,
 `openai_responses_tools`, `openai_responses_writer` and `openai_responses_items` are parts), `anthropic_messages` (of
 which `anthropic_request`, `anthropic_history`, `anthropic_tools` and `anthropic_answer` are parts), `anthropic_count`,
+`ollama_chat` and `ollama_generate` (with `ollama_request`, `ollama_fields`, `ollama_answer`), `ollama_embed`,
+`ollama_embeddings`, `ollama_models`,
 with `tool_calls`, `token_estimate` and `json_text`; `problems` (what a client is told when something goes wrong).
 """

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic_core import from_json
-
 from fleet_worker.gateway.anthropic_tools import tool_use_id
 from fleet_worker.gateway.dialect import finish_reason
 from fleet_worker.gateway.json_text import compact, quoted, server_sent
 from fleet_worker.gateway.problems import Problem
-from fleet_worker.gateway.tool_calls import Fragment, ToolCalls
+from fleet_worker.gateway.tool_calls import Fragment, ToolCalls, arguments_of
 from fleet_worker.protocol.reply import ChatResponse, Delta, Usage
 
 _ERRORS = {
@@ -67,7 +65,7 @@ class MessageWriter:
             content.append({"type": "thinking", "thinking": shown, "signature": _SIGNATURE})
         if response.content and not response.content.isspace():
             content.append({"type": "text", "text": response.content})
-        content += [_tool_use(call, _arguments(call.arguments)) for call in self._calls.whole(response.tool_calls)]
+        content += [_tool_use(call, arguments_of(call)) for call in self._calls.whole(response.tool_calls)]
         return compact({**self._message(content, self._usage(response.usage)), **_stop(response)}).encode("ascii")
 
     def begin(self) -> bytes:
@@ -185,15 +183,6 @@ def _stop(response: ChatResponse) -> dict[str, Any]:
 
 def _tool_use(call: Fragment, arguments: dict[str, Any]) -> dict[str, Any]:
     return {"type": "tool_use", "id": tool_use_id(call.id), "name": call.name, "input": arguments}
-
-
-def _arguments(text: str) -> dict[str, Any]:
-    """Return what a model wrote as arguments: as far as it goes, if `max_tokens` cut it, as SDKs do with a stream."""
-    try:
-        arguments = from_json(text or "{}", allow_partial=True, allow_inf_nan=False)
-    except ValueError:
-        arguments = None
-    return arguments if isinstance(arguments, dict) else {"unreadable_arguments": text}
 
 
 def _event(value: dict[str, Any]) -> str:

@@ -14,6 +14,11 @@ from fleet_worker.gateway import (
     anthropic_messages,
     health,
     models,
+    ollama_chat,
+    ollama_embed,
+    ollama_embeddings,
+    ollama_generate,
+    ollama_models,
     openai_completions,
     openai_embeddings,
     openai_responses,
@@ -62,6 +67,10 @@ class Gateway:
             "/responses": openai_responses,
             "/messages": anthropic_messages,
             "/messages/count_tokens": anthropic_count,
+            "/api/chat": ollama_chat,
+            "/api/generate": ollama_generate,
+            "/api/embed": ollama_embed,
+            "/api/embeddings": ollama_embeddings,
         }
         self._running: set[asyncio.Task[None]] = set()
         self.registry: Registry | None = None
@@ -158,6 +167,8 @@ class Gateway:
 
     async def _look_up(self, path: str, request: Request, response: Response) -> None:
         """Answer what is known without asking anybody."""
+        if path.startswith("/api/"):
+            return await self._look_up_ollama(path, request, response)
         if request.method not in ("GET", "HEAD"):
             raise refuse(404, "not_found", f"{request.method} {request.path}: there is nothing here")
         found: dict[str, Any] | None = None
@@ -174,6 +185,22 @@ class Gateway:
             raise refuse(404, "not_found", f"GET {request.path}: there is nothing here")
         await response.whole(status, compact(found).encode("ascii"))
 
+    async def _look_up_ollama(self, path: str, request: Request, response: Response) -> None:
+        key = self._key(request)
+        match request.method, path:
+            case "GET", "/api/version":
+                found = ollama_models.version()
+            case "GET", "/api/tags":
+                found = ollama_models.tags(models.listing(self._known(), key))
+            case "GET", "/api/ps":
+                found = ollama_models.running(models.listing(self._known(), key))
+            case "POST", "/api/show":
+                name = ollama_models.shown(await request.json(self._most_bytes, self._settings.body_timeout))
+                found = ollama_models.details(models.details(self._known(), key, name))
+            case _:
+                raise refuse(404, "not_found", f"{request.method} {request.path}: the fleet has no such thing")
+        await response.whole(200, compact(found).encode("ascii"))
+
     async def _tell(
         self, dialect: Dialect | None, request: Request, response: Response, facts: Facts, problem: Problem
     ) -> None:
@@ -181,7 +208,8 @@ class Gateway:
         if response.status is not None:  # it has begun: nothing true can be said any more
             response.break_off()
             return
-        body = (dialect or self._chat).problem_body(problem, request.id)
+        of_ollama = request.path.startswith("/api/")
+        body = (dialect or (ollama_chat if of_ollama else self._chat)).problem_body(problem, request.id)
         await response.whole(problem.status, body, [*facts.headers(), *problem.headers])
 
     def _key(self, request: Request) -> Key:
