@@ -26,11 +26,9 @@ class AnswerWriter:
         self._calls = ToolCalls(request_id)
         at = datetime.fromtimestamp(created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         self._shared = f'{{"model":{quoted(model)},"created_at":"{at}",'
-        opened, closed = (
-            ('"message":{"role":"assistant","content":', "}") if shape == "message" else ('"response":', "")
-        )
-        self._before = f"{self._shared}{opened}"
-        self._after = f'{closed},"done":false}}\n'
+        is_chat = shape == "message"
+        self._before = self._shared + ('"message":{"role":"assistant","content":' if is_chat else '"response":')
+        self._after = ("}" if is_chat else "") + ',"done":false}\n'
 
     @property
     def heartbeat(self) -> bytes:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from fleet_worker.gateway import models
 from fleet_worker.gateway.client_body import read
 from fleet_worker.gateway.dialect import refused
+from fleet_worker.gateway.key import Key
 from fleet_worker.gateway.ollama_request import WAYS_OUT, ShowRequest
+from fleet_worker.registry.view import Registry
 
 VERSION = "0.13.0"
 """Of Ollama's API that this is like. Some clients refuse to talk to older ones."""
@@ -26,32 +29,34 @@ _CAPABILITIES = {"tools": "tools", "vision": "vision", "thinking": "thinking"}
 """By feature of the fleet."""
 
 
-def tags(models: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the list of models. `models` are objects of OpenAI's list, as the next functions take them."""
-    return {"models": [{**_named(model), "modified_at": _LONG_AGO} for model in models]}
+def look_up(what: str, body: Mapping[str, Any], registry: Registry, key: Key) -> dict[str, Any] | None:
+    """Return the answer to a request, as in "GET /api/tags"; None if there is none.
+
+    Raises:
+        InvalidRequest: the body of `/api/show` is not valid.
+        ModelUnavailable: this key has no such model.
+    """
+    match what:
+        case "GET /api/version":
+            return {"version": VERSION}
+        case "GET /api/tags":
+            return {"models": [{**_named(each), "modified_at": _LONG_AGO} for each in models.listing(registry, key)]}
+        case "GET /api/ps":
+            ready = (each for each in models.listing(registry, key) if each["ready"])
+            return {"models": [{**_named(each), **_loaded(each)} for each in ready]}
+        case "POST /api/show":
+            return _details(models.details(registry, key, _shown(body)))
+    return None
 
 
-def running(models: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the models that are ready now."""
-    ready = (model for model in models if model["ready"])
-    return {"models": [{**_named(model), **_loaded(model)} for model in ready]}
-
-
-def version() -> dict[str, Any]:
-    return {"version": VERSION}
-
-
-def shown(body: Mapping[str, Any]) -> str:
-    """Return the name of the model that the body of `/api/show` asks for."""
+def _shown(body: Mapping[str, Any]) -> str:
     given = read(ShowRequest, body, WAYS_OUT)
-    name = given.model or given.name
-    if not name:
+    if not (name := given.model or given.name):
         raise refused("model", "must be the name of a model: GET /api/tags lists them")
     return name
 
 
-def details(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what `/api/show` tells of a model."""
+def _details(model: Mapping[str, Any]) -> dict[str, Any]:
     length = {"fleet.context_length": model["context_length"]} if model["context_length"] else {}
     return {
         "modelfile": "",

@@ -1,4 +1,5 @@
-"""What bodies of Ollama's API may hold. Everything else is ignored: how a model is loaded is not up to a client here."""
+"""What bodies of Ollama's API may hold. Everything else is ignored: a client does not decide here how models are
+loaded."""
 
 from __future__ import annotations
 
