@@ -27,6 +27,11 @@ def client(gateway):
         yield client
 
 
+def chats(mlx):
+    """Return the bodies of what the MLX server was asked for."""
+    return [request.body for request in mlx.requests if request.path.endswith("/chat/completions")]
+
+
 def answer(max_tokens):
     return "".join(reply_tokens(HELLO, max_tokens))
 
@@ -53,7 +58,7 @@ def test_tools_are_called_and_their_results_answered(client, mlx, streamed):
     assert message.tool_calls[0].function.arguments == {"at": "größer"}
     turns = [*HELLO, message, {"role": "tool", "tool_name": "look", "content": "seen"}]
     assert client.chat(CHAT, turns, tools=[LOOK]).message.content
-    *_, called, told = mlx.requests[-1].body["messages"]
+    *_, called, told = chats(mlx)[-1]["messages"]
     assert told["tool_call_id"] == called["tool_calls"][0]["id"]
 
 
@@ -72,9 +77,9 @@ def test_models_are_listed_and_shown(client):
 
 
 def test_a_model_is_loaded_without_a_generation(client, mlx):
-    before = len(mlx.requests)
+    before = len(chats(mlx))
     assert client.generate(CHAT).done_reason == "load"
-    assert len(mlx.requests) == before
+    assert len(chats(mlx)) == before
 
 
 def test_errors_are_those_of_ollama(client):
