@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fleet_worker.gateway.response import Header
@@ -32,12 +32,20 @@ class Facts:
     ttft: float | None = None
     """From the arrival of the request to the first delta."""
     usage: Usage = field(default_factory=Usage)
+    limits: Sequence[Header] = ()
+    """Headers that tell what is left of the limits of the key."""
     error: str | None = None
     """The code of the problem."""
 
     @property
     def duration(self) -> float:
         return time.monotonic() - self.began
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of prompt and answer, as far as they are known."""
+        usage = self.usage
+        return usage.total_tokens or (usage.prompt_tokens or 0) + (usage.completion_tokens or 0)
 
     def note_first_token(self) -> None:
         if self.ttft is None:
@@ -48,8 +56,8 @@ class Facts:
         self.queue_wait, self.usage = response.timings.queue_wait, response.usage
         self.resumed = any(attempt.delivered for attempt in response.attempts[:-1])
 
-    def headers(self) -> Iterator[Header]:
-        """What was asked, and what answers."""
+    def headers(self) -> list[Header]:
+        """What was asked, what answers, and what is left."""
         told = {
             "x-fleet-requested-model": self.model_asked,
             "x-fleet-model": self.model,
@@ -58,13 +66,14 @@ class Facts:
             "x-fleet-resumed": str(self.resumed).lower() if self.attempts else None,
             "server-timing": self._timing() or None,
         }
-        return ((name.encode(), _printable(str(value))) for name, value in told.items() if value is not None)
+        own = [(name.encode(), _printable(str(value))) for name, value in told.items() if value is not None]
+        return [*own, *self.limits]
 
     def line(self, request_id: str) -> str:
         """Return a line for the log."""
         told: dict[str, object] = {
             "key": self.key,
-            "model": self.model or self.model_asked,
+            "model": self.model,  # not what was asked: that may be any text
             "node": self.node,
             "attempts": self.attempts or None,
             "in": self.usage.prompt_tokens,

@@ -18,8 +18,8 @@ MOST_TAGS = 8
 LONGEST_IDEMPOTENCY_KEY = 255
 
 
-def router_options(request: Request, key: Key) -> RequestOptions:
-    """Return what the headers ask the router for.
+def router_options(request: Request, key: Key, default_max_wait: float | None) -> RequestOptions:
+    """Return what the headers ask the router for. `default_max_wait` is that of the gateway.
 
     Raises:
         InvalidRequest: a header has no such value.
@@ -36,6 +36,8 @@ def router_options(request: Request, key: Key) -> RequestOptions:
             if not key.may_set_timeout:
                 raise refuse(403, "not_allowed", f"{name}: this key may not set its timeouts", param=name)
             options[option] = _seconds(name, text)  # type: ignore[literal-required]
+    if (max_wait := _max_wait(headers.get("x-fleet-max-wait"), key, default_max_wait)) is not None:
+        options["max_wait"] = max_wait
     if idempotency_key := headers.get("idempotency-key"):
         options["idempotency_key"] = _of_this_key(idempotency_key, key)
     return options
@@ -57,10 +59,10 @@ def _priority(text: str | None) -> Priority | None:
     return cast(Priority | None, text)
 
 
-def _max_wait(text: str | None, key: Key) -> float | None:
-    """Return what the request asks for, but no more than its key allows."""
-    limits = [key.max_wait, None if text is None else _seconds("x-fleet-max-wait", text)]
-    return min((each for each in limits if each is not None), default=None)
+def _max_wait(text: str | None, key: Key, default: float | None) -> float | None:
+    """Return what the request asks for, or the default, but no more than its key allows."""
+    asked = default if text is None else _seconds("x-fleet-max-wait", text)
+    return min((each for each in (asked, key.max_wait) if each is not None), default=None)
 
 
 def _seconds(name: str, text: str) -> float:

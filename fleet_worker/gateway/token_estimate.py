@@ -12,6 +12,8 @@ _BYTES_OF_TOKEN = 4
 _TOKENS_OF_MESSAGE = 4
 """What a chat template puts around each."""
 _TOKENS_OF_IMAGE = 1000
+_TOKENS_OF_ANSWER = 1000
+"""If the request sets no limit."""
 
 
 def estimated_tokens(body: dict[str, Any]) -> int:
@@ -27,6 +29,14 @@ def estimated_tokens(body: dict[str, Any]) -> int:
             else:
                 images += 1
     return size // _BYTES_OF_TOKEN + _TOKENS_OF_MESSAGE * len(body["messages"]) + _TOKENS_OF_IMAGE * images
+
+
+def most_tokens(body: dict[str, Any], size: int) -> int:
+    """Return about how many tokens a body of so many bytes may use, its answer included: what is reserved for it. The
+    body need not be valid."""
+    limits = [body.get(name) for name in ("max_completion_tokens", "max_tokens")]
+    known = [limit for limit in limits if isinstance(limit, int) and limit > 0]
+    return size // _BYTES_OF_TOKEN + (known[0] if known else _TOKENS_OF_ANSWER if "messages" in body else 0)
 
 
 def _bytes(text: str) -> int:
