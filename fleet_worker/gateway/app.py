@@ -13,19 +13,22 @@ from fleet_worker.gateway import (
     anthropic_count,
     anthropic_messages,
     models,
+    ollama_chat,
+    ollama_embed,
+    ollama_embeddings,
+    ollama_generate,
     openai_completions,
     openai_embeddings,
     openai_responses,
 )
 from fleet_worker.gateway.browsers import refuse_foreign_pages
 from fleet_worker.gateway.departure import while_client_stays
-from fleet_worker.gateway.dialect import Dialect
+from fleet_worker.gateway.dialect import ChatAsked, Dialect, EmbedAsked
 from fleet_worker.gateway.exchange import Exchange
 from fleet_worker.gateway.facts import Facts
 from fleet_worker.gateway.keys import Keys
 from fleet_worker.gateway.known_fleet import KnownFleet
 from fleet_worker.gateway.ledger import Ledger
-from fleet_worker.gateway.ledger_file import path_of
 from fleet_worker.gateway.lookups import Lookups
 from fleet_worker.gateway.openai_chat import OpenAIChat
 from fleet_worker.gateway.options import router_options, tags
@@ -58,7 +61,7 @@ class Gateway:
         self._ledger = ledger
         self.fleet = KnownFleet(router)
         self.running = Running(self._settings.drain_grace)
-        self._lookups = Lookups(self.fleet, self.running, keys, path_of(settings))
+        self._lookups = Lookups(settings, self.fleet, self.running, keys, self._bodies)
         self._chat = OpenAIChat(self._settings.reasoning_field)
         self._dialects: Mapping[str, Dialect] = {
             "/chat/completions": self._chat,
@@ -67,6 +70,10 @@ class Gateway:
             "/responses": openai_responses,
             "/messages": anthropic_messages,
             "/messages/count_tokens": anthropic_count,
+            "/api/chat": ollama_chat,
+            "/api/generate": ollama_generate,
+            "/api/embed": ollama_embed,
+            "/api/embeddings": ollama_embeddings,
         }
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
@@ -122,7 +129,8 @@ class Gateway:
             options = router_options(request, key, self._settings.max_wait)
             names = models.require(self.fleet.known(), key, asked.model)
             async with while_client_stays(request):
-                reservation = await self._quotas.reserve(key, most_tokens(asked.body, request.size))
+                tokens = most_tokens(asked.body, request.size) if isinstance(asked, ChatAsked | EmbedAsked) else 0
+                reservation = await self._quotas.reserve(key, tokens)
                 facts.limits = reservation.headers
                 try:
                     exchange = Exchange(self._router, response, facts, options, heartbeat=self._settings.heartbeat)
@@ -137,7 +145,9 @@ class Gateway:
         if response.status is not None:
             await response.fail(problem)
             return
-        body = (dialect or self._chat).problem_body(problem, request.id)
+        if dialect is None:
+            dialect = ollama_chat if request.path.startswith("/api/") else self._chat
+        body = dialect.problem_body(problem, request.id)
         last = [(b"connection", b"close")] if self.running.draining else []  # then the client asks another gateway
         await response.whole(problem.status, body, [*facts.headers(), *problem.headers, *last])
 

@@ -4,43 +4,56 @@ from __future__ import annotations
 
 import asyncio
 import time
-from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
 from fleet_worker.errors import InvalidRequest
-from fleet_worker.gateway import health, models
+from fleet_worker.gateway import health, models, ollama_models
 from fleet_worker.gateway.json_text import compact
 from fleet_worker.gateway.keys import Keys
 from fleet_worker.gateway.known_fleet import KnownFleet
-from fleet_worker.gateway.ledger_file import files_of
-from fleet_worker.gateway.problems import only
-from fleet_worker.gateway.request import Request
+from fleet_worker.gateway.ledger_file import files_of, path_of
+from fleet_worker.gateway.problems import only, refuse
+from fleet_worker.gateway.request import BodyMemory, Request
 from fleet_worker.gateway.response import Response
 from fleet_worker.gateway.running import Running
 from fleet_worker.gateway.usage import key_usage, moment
+from fleet_worker.settings import Settings
 
 ALIVE = ("/", "/health", "/health/liveliness", "/health/liveness")
 FOUND = (*ALIVE, "/health/readiness", "/models", "/usage")
 
 
 class Lookups:
-    """Answers them. `ledger` is the file of this gateway; those of others on this host are beside it."""
+    """Answers them, and Ollama's, of which some are POST requests."""
 
-    def __init__(self, fleet: KnownFleet, running: Running, keys: Keys, ledger: Path) -> None:
+    def __init__(self, settings: Settings, fleet: KnownFleet, running: Running, keys: Keys, bodies: BodyMemory) -> None:
+        self._body_timeout = settings.gateway.body_timeout
+        self._ledger = path_of(settings)
         self._fleet = fleet
         self._running = running
         self._keys = keys
-        self._ledger = ledger
+        self._bodies = bodies
 
     def has(self, path: str) -> bool:
-        return path in FOUND or path.startswith("/models/")
+        return path in FOUND or path.startswith(("/models/", "/api/"))
 
     async def answer(self, path: str, request: Request, response: Response) -> None:
-        if request.method not in ("GET", "HEAD"):
+        if path.startswith("/api/"):
+            status, found = 200, await self._of_ollama(path, request)
+        elif request.method in ("GET", "HEAD"):
+            status, found = await self._found(path, request)
+        else:
             raise only("GET, HEAD")
-        status, found = await self._found(path, request)
         await response.whole(status, compact(found).encode("ascii"))
+
+    async def _of_ollama(self, path: str, request: Request) -> dict[str, Any]:
+        body = await request.json(self._bodies, self._body_timeout) if request.method == "POST" else {}
+        key = self._keys.find(request.secret)
+        found = ollama_models.look_up(f"{request.method} {path}", body, self._fleet.known(), key)
+        if found is None:
+            raise refuse(404, "not_found", f"{request.method} {path}: the fleet has no such thing")
+        return found
 
     async def _found(self, path: str, request: Request) -> tuple[int, dict[str, Any]]:
         if path in ALIVE:
