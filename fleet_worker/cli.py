@@ -15,6 +15,7 @@ import click
 from fleet_worker import exit_codes
 from fleet_worker.config_file import config_path
 from fleet_worker.errors import BrokerUnavailable, ConfigurationError, Expired, FleetError, InvalidRequest
+from fleet_worker.gateway.commands import gateway
 
 if TYPE_CHECKING:
     from fleet_worker.protocol.reply import Delta
@@ -65,6 +66,9 @@ def cli() -> None:
     All settings come from the file that FLEET_CONFIG names and from FLEET_* variables, as in
     FLEET_BROKER_URL=redis://broker:6379/0.
     """
+
+
+cli.add_command(gateway)
 
 
 @cli.command(short_help="Try a whole fleet on this machine.")

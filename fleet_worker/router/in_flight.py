@@ -25,6 +25,7 @@ from fleet_worker.router.attempts import Attempts, OnInterrupt
 from fleet_worker.router.control_publisher import ControlPublisher
 from fleet_worker.router.effects import Deliver, Effect, End, RetryAfter
 from fleet_worker.router.node_selection import NodeSelection
+from fleet_worker.router.queue_wait import Place
 from fleet_worker.router.readers import Readers
 from fleet_worker.router.reply_buffer import ReplyBuffer
 from fleet_worker.router.reply_consumer import ReplyConsumer
@@ -82,6 +83,8 @@ class InFlightRequest:
         self._readers = Readers(session.replies.wakeups, session.settings.max_buffered)
         self._target = None if node else session.nodes.node_for(request)
         """The node that the router chose for the present attempt."""
+        self.place: Place | None = None
+        """That of the present attempt in its lane."""
         self._submitted_at = 0.0
         self._heard_at = 0.0
         """When its node was last heard, on the clock of the reply consumer."""
@@ -181,6 +184,8 @@ class InFlightRequest:
             if isinstance(frame, Accepted) and frame.seq == 0:
                 sent_at = self._submitted_at
                 self._session.admission.accepted(self.lane, now - sent_at, self.request.priority, sent_at)
+                if self.place:
+                    self.place.accepted(now)
             self._carry_out(self._attempts.take(node, frame, now))
             return True
 
@@ -197,13 +202,19 @@ class InFlightRequest:
                 case End(frame):
                     self._deliver(frame)
                     self.ended_at = time.monotonic()
+                    self._leave_place()
                     self._readers.end()
                     self._session.ended(self.request.request_id)
                 case RetryAfter(seconds):
+                    self._leave_place()
                     self._session.scheduler.at(time.monotonic() + seconds, self._retry)
                     self._limit_wait()
                 case to_node:
                     self._session.control.tell(self.request.request_id, to_node)
+
+    def _leave_place(self) -> None:
+        if self.place:
+            self.place.ended(time.monotonic())
 
     def _deliver(self, frame: Frame) -> None:
         for buffer in self._readers.deliver(frame):
@@ -245,6 +256,9 @@ class InFlightRequest:
                 return
             request, failed = self._attempts.next_attempt(), set(self._attempts.failed)
         self._target = None if self._node else self._session.nodes.node_for(request, failed)
+        with self._lock:
+            if self.place and self._is_waiting(request):
+                self.place = self._session.admission.enter(self.lane, request.priority)
         self._send_again(request)
 
     def _send_again(self, request: FleetRequest) -> None:

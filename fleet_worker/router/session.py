@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import time
 from typing import cast
@@ -12,10 +11,8 @@ from fleet_worker.broker.app import create_app
 from fleet_worker.broker.topology import ask_exchange, reply_name, transport_of
 from fleet_worker.errors import Cancelled
 from fleet_worker.protocol.reply import Accepted, Alive, Frame
-from fleet_worker.protocol.request import FleetRequest
 from fleet_worker.registry.view import Registry
 from fleet_worker.router.admission import Admission
-from fleet_worker.router.attempts import OnInterrupt
 from fleet_worker.router.control_publisher import ControlPublisher
 from fleet_worker.router.effects import CancelOrphan
 from fleet_worker.router.idempotency import IdempotencyCache
@@ -24,6 +21,7 @@ from fleet_worker.router.node_selection import NodeSelection
 from fleet_worker.router.reply_buffer import ReplyBuffer
 from fleet_worker.router.reply_consumer import ReplyConsumer
 from fleet_worker.router.scheduler import Scheduler
+from fleet_worker.router.submission import Submission
 from fleet_worker.router.submitter import IDLE_AFTER, Submitter
 from fleet_worker.settings import Settings
 
@@ -76,15 +74,7 @@ class Session:
         self.submitter.close()
         self._app.close()
 
-    def start(
-        self,
-        request: FleetRequest,
-        node: str | None,
-        on_interrupt: OnInterrupt,
-        deadline: float,
-        *,
-        queue_timeout: float = math.inf,
-    ) -> tuple[InFlightRequest, ReplyBuffer]:
+    def start(self, asked: Submission, deadline: float) -> tuple[InFlightRequest, ReplyBuffer]:
         """Submit a request, or join the one in flight, or answered, that has its idempotency key. Return it with a
         buffer of its reader's own.
 
@@ -92,17 +82,25 @@ class Session:
             FleetError: it is refused (`ModelUnavailable`, `UnsupportedParameter`, `FleetSaturated`, `InvalidRequest`
                 for a key of a different request), or the broker did not take it.
         """
+        request, node, on_interrupt = asked.request, asked.node, asked.on_interrupt
         has_key = request.idempotency_key != request.request_id
         if has_key and (joined := self._cache.join(request, node, on_interrupt)):
             return joined
         self._registry.require_offered(request.model, request.operation, request.provider_instance, node)
         self.nodes.require_able(request, node)
+        self.nodes.require_soon(request, node, asked.max_wait)
         left = deadline - time.monotonic()
         request = request.addressed_to(self.replies.name, left)
-        started = InFlightRequest(request, node, self, on_interrupt=on_interrupt, queue_timeout=queue_timeout)
-        self.admission.admit(started.lane)
+        started = InFlightRequest(request, node, self, on_interrupt=on_interrupt, queue_timeout=asked.queue_timeout)
+        started.place = self.admission.admit(
+            started.lane,
+            request.priority,
+            max_wait=asked.max_wait,
+            count_slots=lambda: self.nodes.slots(request, node),
+        )
         buffer = cast(ReplyBuffer, started.join(left))  # it cannot have failed yet
         if has_key and (joined := self._cache.add(started, node, on_interrupt)):
+            started.place.ended(time.monotonic())
             return joined
         self._requests[request.request_id] = started
         if self._closed:  # it came too late to be cancelled with the others

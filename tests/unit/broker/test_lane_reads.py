@@ -15,7 +15,7 @@ from fleet_worker.broker.redis_transport import WAKE_EXPIRES, Transport
 from fleet_worker.broker.topology import lane, lane_queue, wake_key
 from fleet_worker.settings import Settings
 from fleet_worker.testing import embedded_broker
-from tests.clients import took_less_than, until
+from tests.mlx_clients import took_less_than, until
 
 ONE, TWO = (lane_queue(lane("chat", name), "redis") for name in ("one", "two"))
 AT_ONCE = Transport.brpop_timeout / 4

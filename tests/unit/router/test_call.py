@@ -13,7 +13,7 @@ from fleet_worker.errors import InstanceUnavailable
 from fleet_worker.router.call import Call, ChatStream
 from fleet_worker.router.reply_buffer import ReplyBuffer
 from fleet_worker.router.wakeups import Wakeups
-from tests.clients import took_less_than
+from tests.mlx_clients import took_less_than
 from tests.unit.router.test_attempts import DOWN, accepted, deltas, failure, response
 
 

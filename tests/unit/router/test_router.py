@@ -32,7 +32,7 @@ from fleet_worker.router import attempts as attempts_module
 from fleet_worker.router import in_flight as in_flight_module
 from fleet_worker.router.session import Session
 from tests.brokers import free_port
-from tests.clients import HELLO, took_less_than, until
+from tests.mlx_clients import HELLO, took_less_than, until
 from tests.unit.router.test_attempts import FACTS
 
 
@@ -76,7 +76,10 @@ class Fleet:
             submit=lambda request, lane, patience: self.publish(request, lane), close=lambda: None
         )
         self.session.admission = SimpleNamespace(
-            admit=lambda lane: None, accepted=lambda *_: None, is_queued=lambda *_: True
+            admit=lambda *_, **__: None,
+            enter=lambda *_: None,
+            accepted=lambda *_: None,
+            is_queued=lambda *_: True,
         )
         self.session.control = SimpleNamespace(tell=lambda *what: self.cancelled.append(what))
         self.answers = []
@@ -240,6 +243,27 @@ def test_a_caller_may_prefer_that_a_stream_which_broke_off_fails(fleet, read):
         read(fleet, seen, on_interrupt="fail")
     assert seen == ["a"]
     assert fleet.attempts == [1]
+
+
+BODY = {"model": "m", "messages": HELLO, "max_tokens": 5, "stream": True, "priority": "low", "foo": 1, "user": None}
+TEXTS = {"model": "m", "input": ["a"], "encoding_format": "base64", "task": "search"}
+BY_BODY = {
+    "chat": lambda router: router.chat(body=BODY, priority="high"),
+    "achat": lambda router: asyncio.run(router.achat(body=BODY, priority="high")),
+    "stream_chat": lambda router: list(router.stream_chat(body=BODY, priority="high")),
+    "embed": lambda router: router.embed(body=TEXTS, priority="high"),
+    "aembed": lambda router: asyncio.run(router.aembed(body=TEXTS, priority="high")),
+}
+
+
+@pytest.mark.parametrize("name", BY_BODY)
+def test_every_method_takes_the_body_of_a_client(fleet, name):
+    is_chat = "embed" not in name
+    fleet.answers = [[accepted(), response("hi") if is_chat else embedding()]]
+    BY_BODY[name](fleet.router)
+    (request,) = fleet.requests
+    assert (request.model, request.priority) == ("m", "high")
+    assert request.encode()["params"] == ({"messages": HELLO, "max_tokens": 5} if is_chat else {"input": ["a"]})
 
 
 def test_on_interrupt_is_one_of_two_words(fleet, ask):
@@ -494,7 +518,7 @@ def test_threads_that_are_all_busy_with_work_of_the_caller_delay_no_request(flee
 
 
 def test_what_is_about_to_be_sent_when_the_router_is_closed_is_cancelled(fleet, monkeypatch):
-    monkeypatch.setattr(fleet.session.admission, "admit", lambda lane: fleet.router.close())
+    monkeypatch.setattr(fleet.session.admission, "admit", lambda *_, **__: fleet.router.close())
     with took_less_than(2), pytest.raises(Cancelled, match="closed"):
         chat(fleet)
     assert fleet.requests == []
@@ -548,12 +572,27 @@ def test_what_no_node_can_be_named_is_refused_before_anything_is_sent(fleet, ask
 
 
 @pytest.mark.parametrize(
+    ("configured", "asked", "most"), [(7.0, None, 7.0), (7.0, 0, 0.0), (None, None, None), (None, 2, 2.0)]
+)
+def test_a_request_may_wait_as_long_as_it_says_or_as_configured(monkeypatch, configured, asked, most):
+    with Fleet(max_wait=configured) as fleet:
+        fleet.answers = [[accepted(), response("hi")]]
+        admitted = []
+        monkeypatch.setattr(fleet.session.admission, "admit", lambda *_, **how: admitted.append(how["max_wait"]))
+        chat(fleet, max_wait=asked)
+        assert admitted == [most]
+
+
+@pytest.mark.parametrize(
     ("options", "param"),
     [
         ({"timeout": 0}, "timeout"),
         ({"timeout": True}, "timeout"),
         ({"timeout": "60"}, "timeout"),
         ({"timeout": float("nan")}, "timeout"),
+        ({"max_wait": -1}, "max_wait"),
+        ({"max_wait": True}, "max_wait"),
+        ({"max_wait": "5"}, "max_wait"),
         ({"node": "one"}, "node"),
         ({"instance": ""}, "instance"),
         ({"instance": 5}, "instance"),
