@@ -130,9 +130,8 @@ class ResponsesWriter:
     def _end(self, response: ChatResponse) -> tuple[Status, str]:
         """End all items; return the status of the response, and the events."""
         status: Status = "incomplete" if response.finish_reason in _INCOMPLETE else "completed"
-        events = ""
-        if not self._count:
-            events = "".join(self._begin_text(form, text) for form, text in self._blank.items())
+        blank = "" if self._count else self._blank.get(MESSAGE)
+        events = self._begin_text(MESSAGE, blank) if blank else ""
         events += "".join(
             self._end_item(item, status if item.index == self._count - 1 else "completed") for item in self._going_on()
         )

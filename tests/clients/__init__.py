@@ -1,3 +1,7 @@
-"""Programs that talk to OpenAI or Anthropic, run against a gateway: `python -m tests.clients`."""
+"""Programs that talk to OpenAI or Anthropic, run against a gateway: `python -m tests.clients`.
+
+`__main__` (options, report), `packages` (installs them), `own_fleet` (a simulated one, with a gateway), `client` (what
+is known of a client); then each client in a file of its own: `openai_node`, `codex`.
+"""
 
 from tests.mlx_clients import *  # noqa: F403  until all branches know the new name

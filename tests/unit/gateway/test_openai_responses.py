@@ -196,7 +196,7 @@ def test_white_space_between_calls_is_no_message():
     _, end = streamed([Delta(content="\n"), call(0, "weather", "{}", call_id="a"), Delta(content="\n\n")])
     assert [item["type"] for item in end["output"]] == ["function_call"]
     assert text_of(streamed([Delta(content="\n"), Delta(content=" \n"), Delta(content="a")])[1]) == "\n \na"
-    assert text_of(streamed([Delta(content="\n"), Delta(content=" ")])[1]) == "\n "
+    assert text_of(streamed([Delta(content="\n"), Delta(reasoning="\n"), Delta(content=" ")])[1]) == "\n "
 
 
 def test_a_resumed_stream_looks_like_any_other():
