@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import random
+import time
 from collections.abc import Collection
 
+from fleet_worker.errors import QueueTimeout
 from fleet_worker.mlx.parameters import may_be_refused, refused_parameter, unsupported
 from fleet_worker.protocol.openai import ChatParams
 from fleet_worker.protocol.request import FleetRequest
+from fleet_worker.registry.offered import fits
 from fleet_worker.registry.view import Registry
+
+COUNTED_FOR = 0.25
+"""Seconds for which slots are not counted again: in a fleet of a thousand nodes that takes a millisecond."""
+MOST_COUNTED = 1_000
 
 
 class NodeSelection:
@@ -16,6 +24,8 @@ class NodeSelection:
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
+        self._slots: dict[tuple[str, str, str, str | None], tuple[float, int]] = {}
+        """When they were counted, and how many there were."""
 
     def node_for(self, request: FleetRequest, failed: Collection[str] = ()) -> str | None:
         """Return None to use the shared lane (the default).
@@ -46,6 +56,30 @@ class NodeSelection:
         """Return whether this node is not ready, while another node could take the request."""
         ready, wanted = self._nodes(request, ready=True), request.provider_instance
         return node not in ready and (wanted == "any" or any(wanted == instance for instance, _ in ready.values()))
+
+    def slots(self, request: FleetRequest, node: str | None) -> int:
+        """Return the slots of all ready instances that may take this request. The answer may be `COUNTED_FOR` old."""
+        key = request.model, request.operation, request.provider_instance, node
+        counted_at, slots = self._slots.get(key, (-math.inf, 0))
+        if time.monotonic() < counted_at + COUNTED_FOR:
+            return slots
+        offered = self._registry.offerings(model=request.model, capability=request.operation, ready=True)
+        slots = sum(
+            each.instance.slots or 1 for each in offered if fits(each.instance, request.provider_instance, node)
+        )
+        if len(self._slots) >= MOST_COUNTED:
+            self._slots.clear()
+        self._slots[key] = time.monotonic(), slots
+        return slots
+
+    def require_soon(self, request: FleetRequest, node: str | None, max_wait: float | None) -> None:
+        """Raise `QueueTimeout` if no node has been ready for this request for more than `max_wait` seconds."""
+        if max_wait is None or self.slots(request, node):
+            return
+        why, away_for = self.why_waiting(request, node)
+        if away_for and away_for > max_wait:
+            text = f"{why}, and the request may wait {max_wait:g} s (max_wait)"
+            raise QueueTimeout(text, away_for=away_for)
 
     def why_waiting(self, request: FleetRequest, node: str | None) -> tuple[str, float | None]:
         """Return why no node takes this request (or not this `node`), and `Registry.away_for`."""

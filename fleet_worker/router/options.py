@@ -18,6 +18,7 @@ class RequestOptions(TypedDict, total=False):
 
     timeout: float | None
     queue_timeout: float | None
+    max_wait: float | None
     priority: Priority
     instance: str
     node: str | None

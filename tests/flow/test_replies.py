@@ -9,7 +9,7 @@ from fleet_worker.broker.app import create_app, door_of
 from fleet_worker.broker.connection import open_channel
 from fleet_worker.broker.topology import reply_name
 from fleet_worker.settings import Settings
-from tests.clients import until
+from tests.mlx_clients import until
 
 pytestmark = pytest.mark.parametrize("broker", ["rabbitmq"], indirect=True)
 

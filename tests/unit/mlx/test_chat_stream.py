@@ -24,7 +24,7 @@ from fleet_worker.protocol.request import Resume
 from fleet_worker.simulator import FLAVOURS, Fault, reply_tokens
 from fleet_worker.simulator.manners import EVENTS
 from fleet_worker.simulator.replies import TABLES
-from tests.clients import HELLO, Client, answering, cancelled, said, served, took_less_than
+from tests.mlx_clients import HELLO, Client, answering, cancelled, said, served, took_less_than
 
 SECRET = "swordfish"
 PRIVATE = [{"role": "user", "content": f"My password is {SECRET}."}]

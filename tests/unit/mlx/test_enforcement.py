@@ -8,7 +8,7 @@ import pytest
 from fleet_worker.errors import InvalidOutput
 from fleet_worker.mlx.json_schema import fits_schema
 from fleet_worker.simulator import FLAVOURS, Fault, reply_tokens
-from tests.clients import HELLO, said, served
+from tests.mlx_clients import HELLO, said, served
 
 WHOLE = "".join(reply_tokens(HELLO, 100))
 EACH = pytest.mark.parametrize("flavour", FLAVOURS)

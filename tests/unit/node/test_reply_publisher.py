@@ -20,7 +20,7 @@ from fleet_worker.registry.view import Registry
 from fleet_worker.router.reply_consumer import ReplyConsumer
 from fleet_worker.settings import Settings
 from fleet_worker.testing import embedded_broker
-from tests.clients import SOON, WHY, took_less_than, until
+from tests.mlx_clients import SOON, WHY, took_less_than, until
 
 
 def accepted(seq=0, attempt=1):
