@@ -16,13 +16,18 @@ from fleet_worker.gateway import (
     anthropic_messages,
     health,
     models,
+    ollama_chat,
+    ollama_embed,
+    ollama_embeddings,
+    ollama_generate,
+    ollama_models,
     openai_completions,
     openai_embeddings,
     openai_responses,
 )
 from fleet_worker.gateway.browsers import refuse_foreign_pages
 from fleet_worker.gateway.departure import while_client_stays
-from fleet_worker.gateway.dialect import Dialect
+from fleet_worker.gateway.dialect import ChatAsked, Dialect, EmbedAsked
 from fleet_worker.gateway.exchange import Exchange
 from fleet_worker.gateway.facts import Facts
 from fleet_worker.gateway.json_text import compact
@@ -70,6 +75,10 @@ class Gateway:
             "/responses": openai_responses,
             "/messages": anthropic_messages,
             "/messages/count_tokens": anthropic_count,
+            "/api/chat": ollama_chat,
+            "/api/generate": ollama_generate,
+            "/api/embed": ollama_embed,
+            "/api/embeddings": ollama_embeddings,
         }
         self._running: set[asyncio.Task[None]] = set()
         self.registry: Registry | None = None
@@ -159,7 +168,8 @@ class Gateway:
         names = models.require(self._known(), key, asked.model)
         exchange = Exchange(self._router, response, facts, options, heartbeat=self._settings.heartbeat)
         async with while_client_stays(request):
-            reservation = await self._quotas.reserve(key, most_tokens(asked.body, request.size))
+            tokens = most_tokens(asked.body, request.size) if isinstance(asked, ChatAsked | EmbedAsked) else 0
+            reservation = await self._quotas.reserve(key, tokens)
             facts.limits = reservation.headers
             try:
                 await exchange.run(asked, names)
@@ -183,6 +193,9 @@ class Gateway:
 
     async def _look_up(self, path: str, request: Request, response: Response) -> None:
         """Answer what is known without asking anybody."""
+        if path.startswith("/api/"):
+            await self._look_up_ollama(path, request, response)
+            return
         if path not in _ALIVE and path not in ("/health/readiness", "/models") and not path.startswith("/models/"):
             raise refuse(404, "not_found", f"there is nothing at {_shown(request.path)}")
         if request.method not in ("GET", "HEAD"):
@@ -198,6 +211,13 @@ class Gateway:
             found = models.details(self._known(), self._key(request), path.removeprefix("/models/"))
         await response.whole(status, compact(found).encode("ascii"))
 
+    async def _look_up_ollama(self, path: str, request: Request, response: Response) -> None:
+        body = await request.json(self._bodies, self._settings.body_timeout) if request.method == "POST" else {}
+        found = ollama_models.look_up(f"{request.method} {path}", body, self._known(), self._key(request))
+        if found is None:
+            raise refuse(404, "not_found", f"{request.method} {request.path}: the fleet has no such thing")
+        await response.whole(200, compact(found).encode("ascii"))
+
     async def _tell(
         self, dialect: Dialect | None, request: Request, response: Response, facts: Facts, problem: Problem
     ) -> None:
@@ -205,7 +225,9 @@ class Gateway:
         if response.status is not None:
             await response.fail(problem)
             return
-        body = (dialect or self._chat).problem_body(problem, request.id)
+        if dialect is None:
+            dialect = ollama_chat if request.path.startswith("/api/") else self._chat
+        body = dialect.problem_body(problem, request.id)
         last = [(b"connection", b"close")] if self.draining else []  # then the client asks another gateway
         await response.whole(problem.status, body, [*facts.headers(), *problem.headers, *last])
 
