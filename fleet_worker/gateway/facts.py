@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from fleet_worker.gateway.ledger_file import Row
 from fleet_worker.gateway.response import Header
 from fleet_worker.protocol.reply import ChatResponse, EmbedResponse, Usage
 
@@ -85,6 +86,29 @@ class Facts:
             "id": request_id,
         }
         return " ".join(f"{name}={_word(value)}" for name, value in told.items() if value is not None)
+
+    def row(self, request_id: str, key: str, operation: str, status: int) -> Row:
+        """Return the row of the ledger."""
+        return Row(
+            at=self.at,
+            request_id=request_id,
+            key=key,
+            tags=self.tags,
+            operation=operation,
+            model_asked=self.model_asked,
+            model=self.model,
+            node=self.node,
+            attempts=self.attempts,
+            resumed=self.resumed,
+            prompt_tokens=self.usage.prompt_tokens or 0,
+            completion_tokens=self.usage.completion_tokens or 0,
+            cached_tokens=self.usage.cached_tokens or 0,
+            queue_wait=self.queue_wait,
+            ttft=self.ttft,
+            duration=self.duration,
+            status=status,
+            error=self.error,
+        )
 
     def _timing(self) -> str:
         seconds = {"queue": self.queue_wait, "ttft": self.ttft, "total": self.duration}
