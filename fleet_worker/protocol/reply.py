@@ -200,8 +200,8 @@ class Reply(BrokerMessage):
         return first.model_copy(update={"frames": frames}).encode() if others else bodies[0]
 
 
-PACK_AFTER = 32
-"""Deltas of an answer after which they are packed."""
+MERGE_AFTER = 32
+"""Deltas of an answer after which they are merged."""
 
 
 def join(deltas: Iterable[Delta]) -> dict[str, Any]:
@@ -228,7 +228,7 @@ def join(deltas: Iterable[Delta]) -> dict[str, Any]:
     }
 
 
-def packed(deltas: list[Delta]) -> list[Delta]:
+def merged(deltas: list[Delta]) -> list[Delta]:
     """Return the same text in one delta; with tool calls, the deltas as they are. Each takes a kilobyte of memory."""
     if any(delta.tool_calls for delta in deltas):
         return deltas

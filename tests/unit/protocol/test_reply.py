@@ -23,7 +23,7 @@ from fleet_worker.protocol.reply import (
     Timings,
     Usage,
     join,
-    packed,
+    merged,
     pack_vector,
     unpack_vector,
 )
@@ -330,11 +330,11 @@ def test_fragments_of_tool_calls_that_cannot_be_joined_are_refused_before_anybod
         Reply.decode(json.dumps({"v": 2, "node": "n", "frames": [frame]}))
 
 
-def test_packed_deltas_have_the_same_text():
+def test_merged_deltas_have_the_same_text():
     pieces = [Delta(content="a"), Delta(reasoning="b"), Delta(content="c", reasoning="d")]
-    assert packed(pieces) == [Delta(content="ac", reasoning="bd")]
+    assert merged(pieces) == [Delta(content="ac", reasoning="bd")]
 
 
-def test_pieces_of_tool_calls_are_not_packed():
+def test_pieces_of_tool_calls_are_not_merged():
     pieces = [Delta(content="a"), Delta(tool_calls=[{"index": 0, "function": {"arguments": "{"}}])]
-    assert packed(pieces) == pieces
+    assert merged(pieces) == pieces
