@@ -436,6 +436,23 @@ def test_the_whole_answer_of_a_stream_is_there_when_it_has_ended(fleet):
     assert stream.response.content == "a"
 
 
+def test_nothing_keeps_a_prompt_when_its_request_has_ended(fleet):
+    """What admission knows of a lane stays for long, and has not the request."""
+    kept = []
+    fleet.session.admission.admit = lambda *_, count_slots, **__: kept.append(count_slots)
+    fleet.answers = [[accepted(), response("hi")]]
+    prompt = [{"role": "user", "content": "a prompt of its own"}]
+    fleet.router.chat("m", prompt)
+    (count_slots,) = kept
+    found, seen = [count_slots], 0
+    while found and seen < 20:
+        each, seen = found.pop(), seen + 1
+        assert not isinstance(each, FleetRequest)
+        found += [cell.cell_contents for cell in getattr(each, "__closure__", None) or ()]
+        found += [part for part in getattr(each, "args", ()) if not isinstance(part, str)]
+    assert count_slots() == 0
+
+
 def test_a_stream_says_how_far_it_is(fleet):
     fleet.answers = [[accepted(), deltas("a", "b"), DOWN], []]
     with fleet.router.stream_chat("m", HELLO, temperature=0) as stream:
