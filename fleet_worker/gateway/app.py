@@ -54,6 +54,7 @@ class Gateway:
 
     def __init__(self, settings: Settings, router: Router, keys: Keys, quotas: Quotas, ledger: Ledger) -> None:
         self._settings = settings.gateway
+        self._default_max_wait = settings.router.max_wait
         self._bodies = BodyMemory(settings.max_body_bytes)
         self._router = router
         self._keys = keys
@@ -126,7 +127,7 @@ class Gateway:
             body = await request.json(self._bodies, self._settings.body_timeout)
             asked = dialect.asked(body, request.id, int(time.time()))
             facts.model_asked = asked.model
-            options = router_options(request, key, self._settings.max_wait)
+            options = router_options(request, key, self._default_max_wait)
             names = models.require(self.fleet.known(), key, asked.model)
             async with while_client_stays(request):
                 tokens = most_tokens(asked.body, request.size) if isinstance(asked, ChatAsked | EmbedAsked) else 0
