@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - a body is easier to read in long lines
 """Bodies of all shapes: what is wrong is refused as the client's mistake, in each API, before anything is sent."""
 
 import json

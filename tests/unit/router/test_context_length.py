@@ -133,7 +133,7 @@ def model(tokenizer, tmp_path, monkeypatch):
     (folder / "refs" / "main").write_text("abc", "utf-8")
     (folder / "snapshots" / "abc").mkdir(parents=True)
     tokenizer.enable_truncation(max_length=5)
-    tokenizer.enable_padding(length=WINDOW)
+    tokenizer.enable_padding(length=50 * WINDOW)
     tokenizer.save(str(folder / "snapshots" / "abc" / "tokenizer.json"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
