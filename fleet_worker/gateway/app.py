@@ -37,7 +37,7 @@ from fleet_worker.gateway.quotas import Quotas
 from fleet_worker.gateway.request import BodyMemory, ClientLeft, Receive, Request
 from fleet_worker.gateway.response import Response, Send
 from fleet_worker.gateway.running import Running
-from fleet_worker.gateway.token_estimate import most_tokens
+from fleet_worker.gateway.token_counts import most_tokens
 from fleet_worker.router.router import Router
 from fleet_worker.settings import Settings
 
@@ -54,6 +54,7 @@ class Gateway:
 
     def __init__(self, settings: Settings, router: Router, keys: Keys, quotas: Quotas, ledger: Ledger) -> None:
         self._settings = settings.gateway
+        self._default_max_wait = settings.router.max_wait
         self._bodies = BodyMemory(settings.max_body_bytes)
         self._router = router
         self._keys = keys
@@ -126,7 +127,7 @@ class Gateway:
             body = await request.json(self._bodies, self._settings.body_timeout)
             asked = dialect.asked(body, request.id, int(time.time()))
             facts.model_asked = asked.model
-            options = router_options(request, key, self._settings.max_wait)
+            options = router_options(request, key, self._default_max_wait)
             names = models.require(self.fleet.known(), key, asked.model)
             async with while_client_stays(request):
                 tokens = most_tokens(asked.body, request.size) if isinstance(asked, ChatAsked | EmbedAsked) else 0
@@ -145,11 +146,15 @@ class Gateway:
         if response.status is not None:
             await response.fail(problem)
             return
-        if dialect is None:
-            dialect = ollama_chat if request.path.startswith("/api/") else self._chat
-        body = dialect.problem_body(problem, request.id)
+        body = (dialect or self._spoken(request)).problem_body(problem, request.id)
         last = [(b"connection", b"close")] if self.running.draining else []  # then the client asks another gateway
         await response.whole(problem.status, body, [*facts.headers(), *problem.headers, *last])
+
+    def _spoken(self, request: Request) -> Dialect:
+        """Return the dialect of a client that asks for what is not there, or only looks something up."""
+        if request.path.startswith("/api/"):
+            return ollama_chat
+        return anthropic_messages if "anthropic-version" in request.headers else self._chat
 
     def _report(self, request: Request, error: Exception) -> None:
         log.error("request %s failed: %s in %s", request.id, type(error).__name__, where(error))
