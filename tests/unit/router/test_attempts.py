@@ -723,7 +723,7 @@ def test_the_end_of_a_long_attempt_costs_no_more_than_that_of_a_short_one():
     for seq in (1, 2):
         frame = Deltas(id=of.request_id, attempt=1, seq=seq, deltas=[Delta(content="word ")], tokens=seq)
         attempts.take("n", frame, 0.0)
-    attempts.delivered = Unread(attempts.delivered)
+    attempts.delivered._runs = [(kind, Unread(parts)) for kind, parts in attempts.delivered._runs]
     attempts.fail(ConnectionFailure("it broke"), 0.0)
     assert attempts.history[-1].delivered == len("word word ")
     assert attempts.state == "pausing"
