@@ -15,6 +15,7 @@ import click
 from fleet_worker import exit_codes
 from fleet_worker.config_file import config_path
 from fleet_worker.errors import BrokerUnavailable, ConfigurationError, Expired, FleetError, InvalidRequest
+from fleet_worker.gateway import commands
 
 if TYPE_CHECKING:
     from fleet_worker.protocol.reply import Delta
@@ -67,14 +68,19 @@ def cli() -> None:
     """
 
 
+for each in commands.COMMANDS:
+    cli.add_command(each)
+
+
 @cli.command(short_help="Try a whole fleet on this machine.")
 @click.option("--simulated", is_flag=True, help="Use simulated MLX servers, on a machine without MLX.")
-def demo(simulated: bool) -> None:
+@click.option("--gateway", "with_gateway", is_flag=True, help="Serve the fleet over HTTP at the end, until Ctrl-C.")
+def demo(simulated: bool, with_gateway: bool) -> None:
     """Start a broker, two MLX servers with small models and their nodes here, and use them once."""
     try:
         from fleet_worker.demo.run import run
 
-        sys.exit(run(simulated=simulated))
+        sys.exit(run(simulated=simulated, with_gateway=with_gateway))
     except ModuleNotFoundError as error:
         raise ConfigurationError(f"the demo needs {error.name}: in a checkout, pip install '.[demo]'") from None
 
@@ -229,8 +235,8 @@ def undrain(nodes: tuple[str, ...]) -> None:
 @_QUEUE_TIMEOUT
 def chat(model: str, prompt: str, system: str | None, stream: bool, **options: Any) -> None:
     """Send PROMPT to MODEL and print the answer. `-` reads the prompt from standard input."""
-    from fleet_worker.ops.terminal import standard_input
     from fleet_worker.router.router import Router
+    from fleet_worker.terminal import standard_input
 
     if not (text := standard_input() if prompt == "-" else prompt).strip():
         raise InvalidRequest("the prompt is empty")
@@ -266,8 +272,8 @@ def _print_stream(deltas: Iterable[Delta]) -> None:
 @_QUEUE_TIMEOUT
 def embed(model: str, texts: tuple[str, ...], **options: Any) -> None:
     """Embed TEXTS with MODEL: one line of JSON for each. `-` reads one text from each line of standard input."""
-    from fleet_worker.ops.terminal import lines, standard_input
     from fleet_worker.router.router import Router
+    from fleet_worker.terminal import lines, standard_input
 
     inputs = lines(standard_input()) if texts == ("-",) else list(texts)
     with Router(_settings(), patient=False) as router:

@@ -27,29 +27,37 @@ def config_path() -> Path | None:
 def read() -> dict[str, Any]:
     """Return the content of the configuration file, empty if there is none; raises `ConfigurationError`."""
     path = config_path()
-    if path is None:
-        return {}
+    return read_toml(path, MOST_BYTES, named="FLEET_CONFIG") if path else {}
+
+
+def read_toml(path: Path, most_bytes: int, *, named: str) -> dict[str, Any]:
+    """Return the content of a TOML file, which the setting `named` names; raises `ConfigurationError`."""
     try:
         with path.open("rb") as file:
-            text = file.read(MOST_BYTES + 1)
-        if len(text) > MOST_BYTES:
-            raise ConfigurationError(f"FLEET_CONFIG names {path}, which is larger than {MOST_BYTES:,} bytes")
+            text = file.read(most_bytes + 1)
+        if len(text) > most_bytes:
+            raise ConfigurationError(f"{named} names {path}, which is larger than {most_bytes:,} bytes")
         return tomllib.loads(text.decode("utf-8-sig"))  # some editors of Windows begin a file with U+FEFF
     except OSError as error:
-        raise ConfigurationError(f"FLEET_CONFIG names {path}, which cannot be read: {error.strerror}") from None
+        raise ConfigurationError(f"{named} names {path}, which cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigurationError(f"FLEET_CONFIG names {path}, which is not valid TOML: {error}") from None
+        raise ConfigurationError(f"{named} names {path}, which is not valid TOML: {error}") from None
 
 
 def explain(error: ValidationError, settings: type[BaseModel]) -> str:
+    """Return `faults` as the text of an error."""
+    return "configuration: " + faults(error, settings)
+
+
+def faults(error: ValidationError, settings: type[BaseModel]) -> str:
     """Return the place and the reason of every fault in `settings`, without the values: one may be a key."""
-    faults = []
+    found = []
     for fault in error.errors(include_url=False, include_context=False):
         place = fault["loc"]
         unknown = fault["type"] == "extra_forbidden"
         reason = _unknown_key(place, settings, fault["input"]) if unknown else _reason(fault["type"], fault["msg"])
-        faults.append(": ".join(filter(None, [".".join(map(str, place)), reason])))
-    return "configuration: " + "; ".join(faults)
+        found.append(": ".join(filter(None, [".".join(map(str, place)), reason])))
+    return "; ".join(found)
 
 
 _NEEDED = {

@@ -13,7 +13,7 @@ FleetError
 ├── Unauthorized                the MLX server refused the worker's key
 ├── Cancelled                   the caller cancelled the request
 ├── Expired                     the deadline passed before the work began
-│   └── QueueTimeout            no node took the request within its queue_timeout
+│   └── QueueTimeout            no node took the request within its queue_timeout, or none is ready
 ├── FleetSaturated              too many requests wait for that model already
 ├── NodeLost                    the node that ran the request sends no more heartbeats
 ├── PoisonSuspected             two MLX servers died or froze while they ran the request
@@ -160,11 +160,12 @@ class Expired(FleetError):
 
 
 class QueueTimeout(Expired):
-    """No node took the request within its queue_timeout."""
+    """No node took the request within its queue_timeout, or none has been ready for longer than its max_wait."""
 
 
 class FleetSaturated(FleetError):
-    """Too many requests wait for that model already; `metadata["retry_after"]` is seconds."""
+    """Too many requests wait for that model already, or this one would wait for longer than its max_wait;
+    `metadata["retry_after"]` is seconds."""
 
     retryable = True
 

@@ -28,12 +28,14 @@ from pydantic_settings import (
 from fleet_worker import config_file, urls
 from fleet_worker.certificates import OF_BROKER, TLS, check_content
 from fleet_worker.errors import ConfigurationError
+from fleet_worker.gateway_settings import GatewaySettings
 from fleet_worker.instance_settings import Capability, Features, Group, Instance, Model, PemFile, Server, ServerTimeouts
 
 __all__ = [
     "REGISTRY",
     "Capability",
     "Features",
+    "GatewaySettings",
     "Instance",
     "Model",
     "RegistrySettings",
@@ -58,6 +60,8 @@ class RouterSettings(Group):
     """Seconds that a caller may ask for at most."""
     queue_timeout: float = Field(3600.0, gt=0)
     """Seconds that a request may wait for a node, at first and after each interruption. Its `timeout` counts, too."""
+    max_wait: float | None = Field(None, ge=0)
+    """Seconds: a request that would probably wait longer for a node is refused at once. Without it none is."""
     max_attempts: int = Field(3, ge=1, le=10)
     """Number of attempts for one request, if it fails in a way that another node may not."""
     lost_after: float = Field(5.0, ge=2)
@@ -154,6 +158,8 @@ class Settings(Group, BaseSettings):
     """Settings of the inference nodes of this host."""
     registry: RegistrySettings = RegistrySettings()
     """Settings of the registry node of this host."""
+    gateway: GatewaySettings = GatewaySettings()
+    """Settings of `fleet-worker gateway`."""
     instances: dict[str, Instance] = {}
     """The MLX servers of this host by name: letters, digits, `-`, `_`."""
 

@@ -17,7 +17,7 @@ from fleet_worker.broker.topology import (
 )
 from fleet_worker.protocol.reply import Accepted, ChatResponse, Deltas, Failure, Reply
 from fleet_worker.protocol.request import ControlMessage, FleetRequest
-from tests.clients import until
+from tests.mlx_clients import until
 
 
 class Caller:

@@ -82,7 +82,9 @@ def _typed(line: str) -> Iterator[list[str]]:
         tokens = [*lexer, ";"]
     except ValueError:  # an output that is shown, not a command
         return
-    for token in tokens:
+    for before, token in zip(["", *tokens], tokens, strict=False):
+        if set(token) <= set("<>") or (before and set(before) <= set("<>")):  # from or to a file
+            continue
         if set(token) <= set(";&|()"):
             if words:
                 yield [words[0].rpartition("/")[2], *words[1:]]
@@ -99,7 +101,7 @@ def settings_tables() -> dict[str, str]:
     groups = {name: _group(field) for name, field in Settings.model_fields.items()}
     top = {name: field for name, field in Settings.model_fields.items() if not groups[name] and name != "instances"}
     tables = {"Top level": _table(_rows(top))}
-    for name in ("router", "worker", "registry"):
+    for name in ("router", "worker", "registry", "gateway"):
         tables[f"[{name}]"] = _table(_rows(groups[name].model_fields))
     tables["[instances.NAME]"] = _table(_rows(Instance.model_fields))
     tables['[instances.NAME.models."PUBLIC-NAME"]'] = _table(_rows(Model.model_fields))

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from fleet_worker.errors import InvalidRequest
 from fleet_worker.protocol.request import FleetRequest
+from fleet_worker.router.submission import Submission
 
 LARGE = 8 * 1024 * 1024
 IMAGE = "data:image/png;base64,iVBORw0KGgo="
@@ -58,6 +59,11 @@ def built(operation, params, max_bytes=LARGE):
     request = FleetRequest.build(envelope(operation=operation, params=params))
     request.check_size(max_bytes)
     return request
+
+
+def request_of(router, operation, model, **arguments):
+    """The envelope of what one calls a method of this router with."""
+    return Submission.of(router._settings, operation, model, {}, None, arguments).request
 
 
 def refused_params(operation, params):

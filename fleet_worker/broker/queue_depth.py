@@ -79,18 +79,19 @@ def waiting(app: Celery, transport: Transport, lanes: Iterable[str], *, timeout:
             raise unavailable(app.conf.broker_url, "does not tell what waits", error) from None
 
 
-def depth(channel: Any, transport: Transport, lane: str) -> int:
-    """Return how many requests wait in one lane, in one round trip.
+def depths(channel: Any, transport: Transport, lane: str) -> tuple[int, ...]:
+    """Return how many requests wait in one lane, in one round trip: on Redis by priority, the highest first; on
+    RabbitMQ one number for all.
 
     Raises:
         one of BROKER_ERRORS
     """
     if transport == "amqp":
-        return next(_ask_rabbitmq(channel, [lane], math.inf))[1].depth
+        return (next(_ask_rabbitmq(channel, [lane], math.inf))[1].depth,)
     with channel.conn_or_acquire() as client, client.pipeline(transaction=False) as pipe:
         for step in channel.priority_steps:
             pipe.llen(channel._q_for_pri(lane, step))
-        return sum(pipe.execute())
+        return tuple(pipe.execute())
 
 
 def _chosen(lanes: Iterable[str]) -> list[str]:

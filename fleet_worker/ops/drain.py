@@ -18,10 +18,10 @@ from fleet_worker import exit_codes
 from fleet_worker.broker.app import create_app
 from fleet_worker.errors import InvalidRequest
 from fleet_worker.ops.broker_checks import connected
-from fleet_worker.ops.terminal import count
 from fleet_worker.registry.view import ALL_ANSWERS_WITHIN
 from fleet_worker.router.router import Router
 from fleet_worker.settings import REGISTRY, Settings
+from fleet_worker.terminal import count
 
 NODE_ANSWERS_WITHIN = 2.0
 """Seconds that a node has to answer."""

@@ -14,7 +14,7 @@ import click
 
 from fleet_worker import exit_codes
 from fleet_worker.errors import BrokerUnavailable, FleetError
-from fleet_worker.ops.terminal import Listing, cell, output, printable
+from fleet_worker.terminal import Listing, cell, output, printable
 
 Severity = Literal["ok", "warning", "error"]
 

@@ -18,10 +18,10 @@ from fleet_worker.broker.topology import direct_lane
 from fleet_worker.errors import BrokerUnavailable
 from fleet_worker.ops.clocks import ADVICE, described
 from fleet_worker.ops.snapshot import LaneStatus, Snapshot, SnapshotCollector
-from fleet_worker.ops.terminal import Listing, cell, count, output
 from fleet_worker.registry.view import ALL_ANSWERS_WITHIN
 from fleet_worker.router.router import Router
 from fleet_worker.settings import Settings
+from fleet_worker.terminal import Listing, cell, count, output
 
 UNSERVED = "NOBODY SERVES THIS"
 NO_REGISTRY_NODE = (

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal, NamedTuple
 
 from pydantic import Field, ValidationError, model_validator
 
 from fleet_worker.errors import InvalidRequest
-from fleet_worker.protocol import clock, json_values
+from fleet_worker.protocol import clock, json_values, openai_fields
 from fleet_worker.protocol.openai import WAYS_OUT, ChatParams, EmbedParams
 from fleet_worker.protocol.wire import BrokerMessage, WireModel, explain, field_names
 
@@ -131,9 +132,7 @@ class FleetRequest(WireModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            text, param = explain(error, WAYS_OUT)
-            where: dict[str, Any] = {"param": param} if param else {}
-            raise InvalidRequest(text, **where) from None
+            raise _refusal(error) from None
 
     @classmethod
     def decode(cls, envelope: Any, *, max_bytes: int) -> FleetRequest:
@@ -167,6 +166,15 @@ class FleetRequest(WireModel):
         return min(self.timeout_seconds, self.expires_at - clock.now())
 
 
+def params_of_client(operation: Operation, body: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of the body of an OpenAI client are params of this operation; raises `InvalidRequest`. Everything
+    else is dropped or refused: see `openai_fields`."""
+    try:
+        return openai_fields.of_client(body, _PARAMS[operation].model_fields)
+    except ValidationError as error:
+        raise _refusal(error) from None
+
+
 AttemptId = tuple[
     Annotated[str, Field(min_length=1, max_length=LONGEST_ID)], Annotated[int, Field(ge=1, le=MOST_ATTEMPTS)]
 ]
@@ -188,6 +196,12 @@ class ControlMessage(BrokerMessage):
     """The reply queue of the router that sends this; None from an older version."""
     sent_at: float = 0.0
     """What the clock of that router showed."""
+
+
+def _refusal(error: ValidationError) -> InvalidRequest:
+    text, param = explain(error, WAYS_OUT)
+    where: dict[str, Any] = {"param": param} if param else {}
+    return InvalidRequest(text, **where)
 
 
 def _check_size(envelope: Any, max_bytes: int) -> None:

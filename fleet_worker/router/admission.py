@@ -1,4 +1,4 @@
-"""How many requests may wait in a lane: a request beyond that is refused before it is sent."""
+"""How many requests may wait in a lane, and for how long: a request beyond that is refused before it is sent."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from fleet_worker.broker.faults import BROKER_ERRORS
 from fleet_worker.broker.topology import EXCHANGE, Transport
 from fleet_worker.errors import Cancelled, FleetSaturated
 from fleet_worker.protocol.request import Priority
+from fleet_worker.router.queue_wait import LaneLoad, Place, estimate, seconds_each
 
 ANSWER_WITHIN = 1.0
 """Seconds that the broker has for an answer; if it gave none, it is not asked again for as long."""
@@ -50,6 +51,11 @@ class _Lane:
     latest_accepted: dict[Priority, float] = field(default_factory=dict)
     """Of those that were accepted: when the one that was sent last was sent."""
 
+    load: LaneLoad = field(default_factory=LaneLoad)
+    retry_at: dict[Priority, float] = field(default_factory=dict)
+    """When the wait is expected to be short enough for one more, after all that were refused so far have come back."""
+    count_slots: Callable[[], int] = lambda: 1
+
     @property
     def max_depth(self) -> int:
         return (self.depth or 0) + self.sent
@@ -80,23 +86,48 @@ class Admission:
         self._lanes: OrderedDict[str, _Lane] = OrderedDict()
         self._lock = threading.Lock()
 
-    def admit(self, lane: str) -> None:
-        """Count a request that is about to be sent.
+    def admit(
+        self,
+        lane: str,
+        priority: Priority = "normal",
+        *,
+        max_wait: float | None = None,
+        count_slots: Callable[[], int] = lambda: 1,
+    ) -> Place:
+        """Count a request that is about to be sent. `count_slots` tells how many slots are ready for this lane.
 
         Raises:
-            FleetSaturated: `max_waiting` requests wait in that lane. `metadata["retry_after"]` is the estimated number
-                of seconds until there is room for one more.
+            FleetSaturated: `max_waiting` requests wait in that lane, or this one would wait for more than `max_wait`
+                seconds. `metadata["retry_after"]` is the estimated number of seconds until there is room for one more.
         """
-        if self._is_due(lane) and self._asking.acquire(blocking=False):
+        with self._lock:
+            self._known(lane).count_slots = count_slots
+        if self._is_due(lane, max_wait) and self._asking.acquire(blocking=False):
             try:
                 self._ask(lane, ANSWER_WITHIN)
             finally:
                 self._asking.release()
         with self._lock:
             known = self._known(lane)
-            if known.depth is not None and known.depth >= self._max_waiting:
-                raise self._saturated(lane, known)
+            if known.depth is not None:
+                self._refuse_if_full(lane, known)
+                self._refuse_if_slow(lane, known, priority, max_wait)
             known.sent += 1
+        return Place(known.load, self._lock, priority, time.monotonic())
+
+    def refuse(self, lane: str, priority: Priority, max_wait: float | None) -> None:
+        """Raise `FleetSaturated` if that is certain by a fresh answer. This asks nobody, and counts nothing."""
+        with self._lock:
+            known = self._lanes.get(lane)
+            if known and known.depth is not None and time.monotonic() < known.asked_at + DEPTH_IS_FRESH:
+                self._refuse_if_full(lane, known)
+                self._refuse_if_slow(lane, known, priority, max_wait)
+
+    def enter(self, lane: str, priority: Priority) -> Place:
+        """Count a further attempt of a request, which is sent in any case."""
+        with self._lock:
+            load = self._known(lane).load
+        return Place(load, self._lock, priority, time.monotonic())
 
     def accepted(self, lane: str, queue_wait: float, priority: Priority, sent_at: float) -> None:
         """A node accepted a request that this router had sent at `sent_at`, after it waited `queue_wait` seconds."""
@@ -134,30 +165,35 @@ class Admission:
         finally:
             self._asking.release()
 
-    def _is_due(self, lane: str) -> bool:
+    def _is_due(self, lane: str, max_wait: float | None) -> bool:
         with self._lock:
             known, now = self._known(lane), time.monotonic()
-            every = ASK_EVERY_NEAR if 2 * known.max_depth >= self._max_waiting else ASK_EVERY_FAR
+            is_near = 2 * known.max_depth >= self._max_waiting or (max_wait is not None and known.max_depth > 0)
+            every = ASK_EVERY_NEAR if is_near else ASK_EVERY_FAR
             if (known.depth or 0) < self._max_waiting <= known.max_depth:
                 every = 0.0  # it may have become full
             return now >= max(known.asked_at + every, self._silent_until)
 
     def _ask(self, lane: str, timeout: float) -> int | None:
         with self._lock:
-            before = self._known(lane).sent
-        depth = self._ask_broker(lane, timeout)
+            known = self._known(lane)
+            before, entered, count_slots = known.sent, known.load.entered, known.count_slots
+        depths = self._ask_broker(lane, timeout)
+        slots = count_slots()
         with self._lock:
             known = self._known(lane)
             known.asked_at = time.monotonic()
-            known.depth, known.sent = depth, known.sent - before  # requests sent meanwhile are not in the answer
-            if depth is not None:
-                known.full_since = (known.full_since or known.asked_at) if depth >= self._max_waiting else None
-        return depth
+            known.sent -= before  # requests sent meanwhile are not in the answer
+            known.depth = None if depths is None else sum(depths)
+            if depths is not None and known.depth is not None:
+                known.load.tell(depths, slots, entered, known.asked_at)
+                known.full_since = (known.full_since or known.asked_at) if known.depth >= self._max_waiting else None
+            return known.depth
 
-    def _ask_broker(self, lane: str, timeout: float) -> int | None:
+    def _ask_broker(self, lane: str, timeout: float) -> tuple[int, ...] | None:
         try:
             with self._producer(timeout) as producer:
-                return queue_depth.depth(producer.channel, self._transport, lane)
+                return queue_depth.depths(producer.channel, self._transport, lane)
         except (*BROKER_ERRORS, Cancelled):
             self._silent_until = time.monotonic() + ANSWER_WITHIN
             return None
@@ -169,16 +205,30 @@ class Admission:
             self._lanes.popitem(last=False)
         return known
 
-    def _saturated(self, lane: str, known: _Lane) -> FleetSaturated:
-        retry_after = self._room_after(known)
-        capability, _, model = lane.removeprefix(f"{EXCHANGE.name}.").partition(".")
-        model = model.partition("_")[0] or "that model"  # without the hash
-        subject = "that node" if capability == "node" else f"{capability} of {model}"
-        text = (
-            f"{known.depth} requests wait for {subject}, and no more than {self._max_waiting} may "
-            f"(router.max_waiting): try again in {retry_after:g} s, or let more nodes serve it"
-        )
-        return FleetSaturated(text, retry_after=retry_after)
+    def _refuse_if_full(self, lane: str, known: _Lane) -> None:
+        if (known.depth or 0) >= self._max_waiting:
+            retry_after = self._room_after(known)
+            text = (
+                f"{known.depth} requests wait for {_subject(lane)}, and no more than {self._max_waiting} may "
+                f"(router.max_waiting): try again in {retry_after:g} s, or let more nodes serve it"
+            )
+            raise FleetSaturated(text, retry_after=retry_after)
+
+    def _refuse_if_slow(self, lane: str, known: _Lane, priority: Priority, max_wait: float | None) -> None:
+        """Each further refused request is told to come one request later."""
+        if max_wait is None:
+            return
+        now = time.monotonic()
+        seen = known.load.seen(priority, now)
+        if (wait := estimate(seen)) > max_wait:
+            soon = max(known.retry_at.get(priority, now), now + wait - max_wait)
+            known.retry_at[priority] = soon + seconds_each(seen)
+            retry_after = _bounded(known.retry_at[priority] - now)
+            text = (
+                f"a request for {_subject(lane)} would wait about {wait:.2g} s, and this one may wait {max_wait:g} s "
+                f"(max_wait): try again in {retry_after:g} s, or let more nodes serve it"
+            )
+            raise FleetSaturated(text, retry_after=retry_after)
 
     def _room_after(self, known: _Lane) -> float:
         """Estimate the seconds until there is room, by Little's law: if `depth` requests wait `queue_wait` seconds
@@ -188,4 +238,15 @@ class Admission:
         seconds_each = known.queue_wait / depth if known.queue_wait else RETRY_AFTER_MIN / self._max_waiting
         known.room_at = max(known.room_at, now + (depth - self._max_waiting) * seconds_each) + seconds_each
         full_for = now - max(known.full_since or now, known.accepted_at)
-        return round(min(max(known.room_at - now, full_for, RETRY_AFTER_MIN), RETRY_AFTER_MAX), 3)
+        return _bounded(max(known.room_at - now, full_for))
+
+
+def _bounded(retry_after: float) -> float:
+    return round(min(max(retry_after, RETRY_AFTER_MIN), RETRY_AFTER_MAX), 3)
+
+
+def _subject(lane: str) -> str:
+    """Return what a lane is for, without the name of a node."""
+    capability, _, model = lane.removeprefix(f"{EXCHANGE.name}.").partition(".")
+    model = model.partition("_")[0] or "that model"  # without the hash
+    return "that node" if capability == "node" else f"{capability} of {model}"

@@ -39,6 +39,7 @@ from fleet_worker.protocol.reply import (
 from fleet_worker.protocol.request import FleetRequest, Resume
 from fleet_worker.router.blame import Blame
 from fleet_worker.router.effects import AskAgain, CancelOrphan, Confirm, Deliver, Effect, End, RetryAfter, TellTime
+from fleet_worker.router.progress import Progress
 from fleet_worker.router.transcript import Transcript
 
 OnInterrupt = Literal["resume", "fail"]
@@ -101,6 +102,8 @@ class Attempts:
         self._queue_wait = 0.0
         """Seconds from the submission of the request until a node accepted the present attempt."""
         self._resumes = False
+        self._resumed = 0
+        """How many times an answer of which a part was delivered has been continued."""
         self._uncounted = 0
         """Attempts that do not count: a node dropped them as expired by a wrong clock, or handed them over."""
 
@@ -204,6 +207,18 @@ class Attempts:
         self.delivered.pack()
         return sum(len(frame.model_dump_json()) for frame in (self.past(), self.last) if frame)
 
+    @property
+    def progress(self) -> Progress:
+        accepted = self._accepted
+        return Progress(
+            attempt=self.request.attempt,
+            node=self.node,
+            instance=accepted.instance if accepted else None,
+            queue_wait=round(self._queue_wait, 6) if accepted else None,
+            resumed=self._resumed,
+            past=tuple(self.history),
+        )
+
     def report(self, code: str) -> list[dict[str, Any]]:
         """Return all attempts, for the metadata of an error with this code; it counts as the end of the present one."""
         present = [self._present(code)] if self.state in ("waiting", "running") else []
@@ -232,6 +247,7 @@ class Attempts:
     def _deliver(self, frame: Deltas) -> Deliver:
         if self._resumes:
             self._resumes = False
+            self._resumed += 1
             frame = frame.model_copy(update={"deltas": [Delta(resumed=True), *frame.deltas]})
         self.delivered.add(frame.deltas)
         self._tokens = frame.tokens

@@ -25,6 +25,8 @@ from fleet_worker.router.attempts import Attempts, OnInterrupt
 from fleet_worker.router.control_publisher import ControlPublisher
 from fleet_worker.router.effects import Deliver, Effect, End, RetryAfter
 from fleet_worker.router.node_selection import NodeSelection
+from fleet_worker.router.progress import Progress
+from fleet_worker.router.queue_wait import Place
 from fleet_worker.router.readers import Readers
 from fleet_worker.router.reply_buffer import ReplyBuffer
 from fleet_worker.router.reply_consumer import ReplyConsumer
@@ -82,6 +84,8 @@ class InFlightRequest:
         self._readers = Readers(session.replies.wakeups, session.settings.max_buffered)
         self._target = None if node else session.nodes.node_for(request)
         """The node that the router chose for the present attempt."""
+        self.place: Place | None = None
+        """That of the present attempt in its lane."""
         self._submitted_at = 0.0
         self._heard_at = 0.0
         """When its node was last heard, on the clock of the reply consumer."""
@@ -106,6 +110,11 @@ class InFlightRequest:
         """Return whether it has ended without an error."""
         last = self._attempts.last
         return last is not None and last.kind != "error"
+
+    @property
+    def progress(self) -> Progress:
+        with self._lock:
+            return self._attempts.progress
 
     def pack(self) -> int:
         """Keep the whole answer in one piece; return how many characters of JSON it has."""
@@ -153,14 +162,15 @@ class InFlightRequest:
 
     # Submission and replies
 
-    def submit(self) -> None:
-        """Send the first attempt. Raises why it could not be sent, unless the request was answered all the same."""
+    def submit(self, patience: float = math.inf) -> None:
+        """Send the first attempt; wait at most `patience` seconds for a broker that is away. Raises why it could not be
+        sent, unless the request was answered all the same."""
         with self._lock:
             request, last = self.request, self._attempts.last
         if isinstance(last, Failure):  # it was given up already
             raise last.error()
         try:
-            self._send(request, min(self._session.settings.connect_timeout, self._queue_timeout))
+            self._send(request, min(self._session.settings.connect_timeout, self._queue_timeout, patience))
         except FleetError as error:
             self.give_up(error)
             if isinstance(self._attempts.last, Failure):
@@ -181,6 +191,8 @@ class InFlightRequest:
             if isinstance(frame, Accepted) and frame.seq == 0:
                 sent_at = self._submitted_at
                 self._session.admission.accepted(self.lane, now - sent_at, self.request.priority, sent_at)
+                if self.place:
+                    self.place.accepted(now)
             self._carry_out(self._attempts.take(node, frame, now))
             return True
 
@@ -197,13 +209,19 @@ class InFlightRequest:
                 case End(frame):
                     self._deliver(frame)
                     self.ended_at = time.monotonic()
+                    self._leave_place()
                     self._readers.end()
                     self._session.ended(self.request.request_id)
                 case RetryAfter(seconds):
+                    self._leave_place()
                     self._session.scheduler.at(time.monotonic() + seconds, self._retry)
                     self._limit_wait()
                 case to_node:
                     self._session.control.tell(self.request.request_id, to_node)
+
+    def _leave_place(self) -> None:
+        if self.place:
+            self.place.ended(time.monotonic())
 
     def _deliver(self, frame: Frame) -> None:
         for buffer in self._readers.deliver(frame):
@@ -245,6 +263,9 @@ class InFlightRequest:
                 return
             request, failed = self._attempts.next_attempt(), set(self._attempts.failed)
         self._target = None if self._node else self._session.nodes.node_for(request, failed)
+        with self._lock:
+            if self.place and self._is_waiting(request):
+                self.place = self._session.admission.enter(self.lane, request.priority)
         self._send_again(request)
 
     def _send_again(self, request: FleetRequest) -> None:

@@ -18,12 +18,14 @@ class RequestOptions(TypedDict, total=False):
 
     timeout: float | None
     queue_timeout: float | None
+    max_wait: float | None
     priority: Priority
     instance: str
     node: str | None
     caller: dict[str, Any] | None
     message_context: dict[str, Any] | None
     trace_context: dict[str, Any] | None
+    request_id: str | None
     idempotency_key: str | None
     on_interrupt: OnInterrupt
 

@@ -5,28 +5,27 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-import sys
 import threading
 import time
-import uuid
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Self, Unpack, cast, get_args
+from typing import Any, Self, Unpack, cast, overload
 
 from fleet_worker.broker.faults import unavailable
-from fleet_worker.broker.topology import is_node_name, reply_name
-from fleet_worker.errors import InvalidRequest
-from fleet_worker.protocol import clock
 from fleet_worker.protocol.reply import ChatResponse, EmbedResponse
-from fleet_worker.protocol.request import FleetRequest, Operation, Priority
+from fleet_worker.protocol.request import Operation
 from fleet_worker.registry.view import Registry
-from fleet_worker.router.attempts import OnInterrupt
 from fleet_worker.router.call import Call, ChatStream
 from fleet_worker.router.in_flight import InFlightRequest
-from fleet_worker.router.options import ChatOptions, EmbedOptions
+from fleet_worker.router.options import ChatOptions, EmbedOptions, RequestOptions
 from fleet_worker.router.reply_buffer import ReplyBuffer
 from fleet_worker.router.session import Session
+from fleet_worker.router.submission import Submission
 from fleet_worker.settings import Settings
 
+Messages = list[dict[str, Any]]
+Body = Mapping[str, Any]
+"""The body of an OpenAI chat completion or embedding."""
 SUBMIT_THREADS = 8
 """Threads in which the requests of asyncio tasks are sent. Those of asyncio.to_thread may all be busy with other work
 of the caller, and sending would keep that from them."""
@@ -39,14 +38,23 @@ class Router:
     connects at the first request. A process that was forked after that needs a router of its own. `close` it, or use it
     as a context manager.
 
+    The fields of the OpenAI body are keyword arguments, or all of them are in one mapping, `body`, as a client has sent
+    it: `router.chat(body={"model": ..., "messages": [...], ...}, priority="high")`. None of its fields can be an
+    option. Its `model` counts if none is given beside it, its `stream` does not. What `openai_fields` does not know is
+    dropped from a `body`, and refused as a keyword argument.
+
     Options of every request, beside the fields of the OpenAI body (see `options`):
 
     - `timeout`: seconds until the deadline of the whole request; default `router.timeout`.
     - `queue_timeout`: seconds that it may wait until a node takes it, at first and after each interruption; default
       `router.queue_timeout`. Then it ends with `QueueTimeout`, which tells since when nobody is there.
+    - `max_wait`: seconds; if it would probably wait longer for a node, it is refused at once, with `FleetSaturated`; or
+      with `QueueTimeout`, if no node has been ready for longer. Default `router.max_wait`: no limit.
     - `priority`: "critical", "high", "normal" (the default) or "low".
     - `instance`: only instances of that name; default "any". `node`: only that node, as in "local@mini-7".
     - `caller`, `message_context`, `trace_context`: JSON objects that travel with the request.
+    - `request_id`: a name for the request, up to 128 visible ASCII characters: logs and Flower show it, followed by a
+      dot and what makes it unique.
     - `on_interrupt`: if a node fails, another one is tried, and a stream continues where it broke off ("resume", the
       default); with "fail" a stream that has begun ends with the error.
     - `idempotency_key`: while a request with that key is in flight, and for `router.idempotency_ttl` seconds after its
@@ -94,123 +102,141 @@ class Router:
 
     @property
     def registry(self) -> Registry:
-        """The live view of the fleet. The first access connects, and waits up to a second for the registry nodes."""
+        """The live view of the fleet. The first access connects, and waits up to a second for the registry nodes. What
+        it returns never waits for anything, except in its methods `wait_for` and `wait_for_answers`."""
         self._connected()
         return self._registry.wait_for_answers()
 
-    def chat(self, model: str, messages: list[dict[str, Any]], **options: Unpack[ChatOptions]) -> ChatResponse:
+    async def connect(self) -> Registry:
+        """As `registry`, awaitable: connect before the first request does. Raises `BrokerUnavailable` after
+        `router.connect_timeout` seconds, and may then be called again."""
+        connecting = asyncio.get_running_loop().run_in_executor(self._threads, lambda: self.registry)
+        return await connecting
+
+    @property
+    def broker_away_for(self) -> float | None:
+        """Seconds for which the broker has been away: 0 if it is there, None before the first request. After
+        `router.connect_timeout` seconds requests fail at once."""
+        session = self._session
+        return None if session is None else session.replies.away_for
+
+    @overload
+    def chat(self, model: str, messages: Messages, **options: Unpack[ChatOptions]) -> ChatResponse: ...
+    @overload
+    def chat(self, model: str | None = None, *, body: Body, **options: Unpack[RequestOptions]) -> ChatResponse: ...
+    def chat(
+        self, model: str | None = None, messages: Messages | None = None, *, body: Body | None = None, **options: Any
+    ) -> ChatResponse:
         """Return the whole answer."""
-        with self._call("chat", model, {"messages": messages}, options) as call:
+        with self._call("chat", model, {"messages": messages}, body, options) as call:
             return cast(ChatResponse, call.frame())
 
-    async def achat(self, model: str, messages: list[dict[str, Any]], **options: Unpack[ChatOptions]) -> ChatResponse:
+    @overload
+    async def achat(self, model: str, messages: Messages, **options: Unpack[ChatOptions]) -> ChatResponse: ...
+    @overload
+    async def achat(
+        self, model: str | None = None, *, body: Body, **options: Unpack[RequestOptions]
+    ) -> ChatResponse: ...
+    async def achat(
+        self, model: str | None = None, messages: Messages | None = None, *, body: Body | None = None, **options: Any
+    ) -> ChatResponse:
         """As `chat`, awaitable."""
-        async with self._call("chat", model, {"messages": messages}, options) as call:
+        async with self._call("chat", model, {"messages": messages}, body, options) as call:
             return cast(ChatResponse, await call.aframe())
 
-    def stream_chat(self, model: str, messages: list[dict[str, Any]], **options: Unpack[ChatOptions]) -> ChatStream:
+    @overload
+    def stream_chat(self, model: str, messages: Messages, **options: Unpack[ChatOptions]) -> ChatStream: ...
+    @overload
+    def stream_chat(self, model: str | None = None, *, body: Body, **options: Unpack[RequestOptions]) -> ChatStream: ...
+    def stream_chat(
+        self, model: str | None = None, messages: Messages | None = None, *, body: Body | None = None, **options: Any
+    ) -> ChatStream:
         """Return a stream to iterate with `for` or `async for`; the request is sent when that begins."""
-        return ChatStream(self._call("stream_chat", model, {"messages": messages}, options))
+        return ChatStream(self._call("stream_chat", model, {"messages": messages}, body, options))
 
-    def embed(self, model: str, input: str | list[str], **options: Unpack[EmbedOptions]) -> EmbedResponse:
+    @overload
+    def embed(self, model: str, input: str | list[str], **options: Unpack[EmbedOptions]) -> EmbedResponse: ...
+    @overload
+    def embed(self, model: str | None = None, *, body: Body, **options: Unpack[RequestOptions]) -> EmbedResponse: ...
+    def embed(
+        self,
+        model: str | None = None,
+        input: str | list[str] | None = None,
+        *,
+        body: Body | None = None,
+        **options: Any,
+    ) -> EmbedResponse:
         """Return one vector per text, in the order of the texts."""
-        with self._call("embed", model, {"input": input}, options) as call:
+        with self._call("embed", model, {"input": input}, body, options) as call:
             return cast(EmbedResponse, call.frame())
 
-    async def aembed(self, model: str, input: str | list[str], **options: Unpack[EmbedOptions]) -> EmbedResponse:
+    @overload
+    async def aembed(self, model: str, input: str | list[str], **options: Unpack[EmbedOptions]) -> EmbedResponse: ...
+    @overload
+    async def aembed(
+        self, model: str | None = None, *, body: Body, **options: Unpack[RequestOptions]
+    ) -> EmbedResponse: ...
+    async def aembed(
+        self,
+        model: str | None = None,
+        input: str | list[str] | None = None,
+        *,
+        body: Body | None = None,
+        **options: Any,
+    ) -> EmbedResponse:
         """As `embed`, awaitable."""
-        async with self._call("embed", model, {"input": input}, options) as call:
+        async with self._call("embed", model, {"input": input}, body, options) as call:
             return cast(EmbedResponse, await call.aframe())
 
     def _call(
-        self, operation: Operation, model: str, body: dict[str, Any], options: ChatOptions | EmbedOptions
-    ) -> Call:
-        others: dict[str, Any] = {**options}
-        on_interrupt: OnInterrupt = others.pop("on_interrupt", "resume")
-        if on_interrupt not in get_args(OnInterrupt):
-            raise InvalidRequest('on_interrupt: must be "resume" or "fail"', param="on_interrupt")
-        queue_timeout = _seconds(
-            "queue_timeout", others.pop("queue_timeout", None), self._settings.router.queue_timeout
-        )
-        request, node = self._request(operation, model, body, **others)
-
-        def start(deadline: float) -> tuple[InFlightRequest, ReplyBuffer]:
-            session = self._connected(deadline)
-            return session.start(request, node, on_interrupt, deadline, queue_timeout=queue_timeout)
-
-        return Call(start, request.timeout_seconds, self._threads)
-
-    def _request(
         self,
         operation: Operation,
-        model: str,
-        body: dict[str, Any],
-        *,
-        timeout: float | None = None,
-        priority: Priority = "normal",
-        instance: str = "any",
-        node: str | None = None,
-        idempotency_key: str | None = None,
-        caller: dict[str, Any] | None = None,
-        message_context: dict[str, Any] | None = None,
-        trace_context: dict[str, Any] | None = None,
-        **params: Any,
-    ) -> tuple[FleetRequest, str | None]:
-        """Return the envelope, without its reply queue and deadline, and the only node that may have it."""
-        limits = self._settings.router
-        seconds = _seconds("timeout", timeout, limits.timeout, limits.max_timeout)
-        if node is not None and not is_node_name(node):
-            raise InvalidRequest('node: must be the name of a node, as in "local@mini-7"', param="node")
-        if not isinstance(instance, str) or not instance:
-            raise InvalidRequest('instance: must be the name of an instance, or "any"', param="instance")
-        request_id = str(uuid.uuid4())
-        envelope = {
-            "protocol_version": 2,
-            "request_id": request_id,
-            "correlation_id": request_id,
-            "idempotency_key": idempotency_key or request_id,
-            "attempt": 1,
-            "operation": operation,
-            "provider": "mlx",
-            "provider_instance": instance,
-            "model": model,
-            "params": {**body, **params},
-            "reply_to": reply_name("unsent", 1),
-            "message_context": message_context or {},
-            "caller": caller or {},
-            "trace_context": trace_context or {},
-            "signed_token": None,
-            "timeout_seconds": seconds,
-            "expires_at": clock.now() + seconds,
-            "priority": priority,
-        }
-        request = FleetRequest.build(envelope)
-        request.check_size(self._settings.max_body_bytes)
-        return request, node
+        model: str | None,
+        arguments: dict[str, Any],
+        body: Body | None,
+        options: dict[str, Any],
+    ) -> Call:
+        asked = Submission.of(self._settings, operation, model, arguments, body, options)
+
+        def start(deadline: float) -> tuple[InFlightRequest, ReplyBuffer]:
+            return self._connected(deadline).start(asked, deadline)
+
+        def refuse() -> None:
+            if (session := self._session) and not self._is_of_another_process:
+                session.refuse(asked)
+
+        return Call(start, refuse, asked.request.timeout_seconds, self._threads)
 
     def _connected(self, deadline: float = math.inf) -> Session:
         """Return the session; open it first if this is the first request. Others that come meanwhile wait for that."""
         if self._is_of_another_process:
             raise RuntimeError("this router was connected before the process was forked: make one in each process")
-        began = time.monotonic()
+        session, began = self._session, time.monotonic()
+        if session and session.is_open and not self._closed:
+            return session
         patience = max(0.0, min(self._settings.router.connect_timeout, deadline - began))
-        if not self._connecting.acquire(timeout=patience):
+        if session and not session.is_closed:
+            began -= patience - session.require_broker(patience)
+        if not self._connecting.acquire(timeout=max(0.0, began + patience - time.monotonic())):
             said = f"did not answer within {patience:.3g} s"
             raise unavailable(self._settings.broker_url, said, "no answer", retryable=True)
         try:
-            if self._session is None:
-                self._session = Session(self._settings, self._registry)
-            if self._closed:  # only now: `close` has seen the session, or is seen here
-                raise RuntimeError("this router is closed")
-            if not self._session.is_open:
-                self._session.open(patience, waited=time.monotonic() - began, patient=self._patient)
-            return self._session
-        except BaseException:
-            if self._session and not self._session.is_open:
-                self._session = None
-            raise
+            return self._open(patience, began)
         finally:
             self._connecting.release()
+
+    def _open(self, patience: float, began: float) -> Session:
+        """Open the session, for one thread at a time. One that the broker has not answered yet goes on trying."""
+        session = self._session
+        if session and (session.is_closed or session.replies.has_given_up):
+            session.close()
+            session = None
+        session = self._session = session or Session(self._settings, self._registry)
+        if self._closed:  # only now: `close` has seen the session, or is seen here
+            raise RuntimeError("this router is closed")
+        if not session.is_open:
+            session.open(patience, waited=time.monotonic() - began, patient=self._patient)
+        return session
 
     @property
     def _is_of_another_process(self) -> bool:
@@ -220,12 +246,3 @@ class Router:
     def _ask(self) -> None:
         if session := self._session:
             session.ask()
-
-
-def _seconds(option: str, asked: float | None, default: float, limit: float = math.inf) -> float:
-    """Return what the caller asked for, or the default; raises `InvalidRequest` if that is no such time."""
-    seconds = default if asked is None else asked
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= limit:
-        most = "" if math.isinf(limit) else f" and at most {limit:g} (router.max_timeout)"
-        raise InvalidRequest(f"{option}: must be a number of seconds, more than 0{most}", param=option)
-    return float(min(seconds, sys.float_info.max))  # an int may be larger than any float

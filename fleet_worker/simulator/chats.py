@@ -190,7 +190,8 @@ class Chat:
     def _script(self) -> Script:
         limit = self.flavour.limit(self.body)
         thoughts = self._thoughts()
-        calls = self.machine.tool_calls if self.body.get("tools") else ()
+        has_results = self.body["messages"][-1].get("role") == "tool"
+        calls = self.machine.tool_calls if self.body.get("tools") and not has_results else ()
         content, natural = ([], 0) if calls else self._stopped(*self._content(limit))
         silent = sum(len(json.dumps(call)) // 4 for call in calls)
         cut = len(thoughts) + natural + silent >= limit

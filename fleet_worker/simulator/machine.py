@@ -55,7 +55,7 @@ class Machine:
     separators: bool = False  # replies contain U+2028 and its like
     reasoning: Sequence[str] = ()  # tokens of reasoning before every reply
     think_tags: bool = False  # reasoning is in the content, in <think> tags
-    tool_calls: Sequence[Body] = ()  # the reply to requests with tools: {"name": ..., "arguments": {...}}
+    tool_calls: Sequence[Body] = ()  # the reply to requests with tools, but not to results of tools
     dimensions: int = 384
     api_key: str = ""
     prefill_rate: float = 0.0  # prompt tokens a second, while no stream moves; 0: prefill takes no time

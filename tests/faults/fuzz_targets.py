@@ -12,7 +12,7 @@ from celery import Celery
 from kombu.utils.url import url_to_parts
 
 from fleet_worker.broker.connection import connect
-from fleet_worker.broker.queue_depth import depth
+from fleet_worker.broker.queue_depth import depths
 from fleet_worker.broker.topology import direct_lane, lane, transport_of
 from tests.faults.fuzz_messages import DEEP, DEEP_MARK, LARGE, Message
 from tests.faults.fuzz_samples import MODELS
@@ -183,7 +183,7 @@ class Waiting:
             self._connection.close()
 
     def _count(self) -> int:
-        return sum(depth(self._channel, self._transport, each) for each in LANES)
+        return sum(sum(depths(self._channel, self._transport, each)) for each in LANES)
 
 
 TARGETS = {"valkey": RedisTarget, "rabbitmq": RabbitMQTarget}

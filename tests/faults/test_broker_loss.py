@@ -25,8 +25,8 @@ from fleet_worker.router.reply_consumer import ReplyConsumer
 from fleet_worker.simulator import reply_tokens
 from fleet_worker.testing import SimulatedMLX, running_host, running_node, worker_toml
 from tests.brokers import Valkey
-from tests.clients import until
 from tests.flow.conftest import work
+from tests.mlx_clients import until
 
 STREAMS = 8
 

@@ -10,7 +10,7 @@ from fleet_worker.protocol.reply import ChatResponse
 from fleet_worker.testing import SimulatedMLX, running_node
 from tests.brokers import Valkey
 from tests.callers import Caller
-from tests.clients import until
+from tests.mlx_clients import until
 
 IMPATIENT = {"FLEET_WORKER__ABANDONED_AFTER": "5"}
 

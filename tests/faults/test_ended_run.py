@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fleet_worker.host.child_process import child, python
-from tests.clients import until
+from tests.mlx_clients import until
 from tests.processes import descendants, processes
 
 ROOT = Path(__file__).parent.parent.parent

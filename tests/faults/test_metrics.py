@@ -12,7 +12,7 @@ import pytest
 from fleet_worker.host.child_process import child, python
 from fleet_worker.testing import SimulatedMLX, running_host, worker_toml
 from tests.brokers import Valkey, free_port
-from tests.clients import took_less_than
+from tests.mlx_clients import took_less_than
 from tests.scrapes import ON, metrics_url, samples, until
 
 CHAT = "sim-chat"

@@ -10,7 +10,7 @@ from fleet_worker.simulator import SimulatedMLX, reply_tokens
 from fleet_worker.testing import running_node
 from tests.brokers import Valkey
 from tests.callers import Caller
-from tests.clients import took_less_than
+from tests.mlx_clients import took_less_than
 
 HELLO = [{"role": "user", "content": "Hello"}]
 CHAT = "sim-chat"

@@ -26,7 +26,7 @@ from fleet_worker.protocol.reply import ChatResponse as Response
 from fleet_worker.protocol.request import ControlMessage
 from fleet_worker.registry.view import Registry
 from fleet_worker.router.reply_consumer import ReplyConsumer
-from tests.clients import until
+from tests.mlx_clients import until
 from tests.relay import Relay
 
 NOTICED_WITHIN = 5.0

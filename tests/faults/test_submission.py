@@ -17,8 +17,9 @@ from fleet_worker.router.session import Session
 from fleet_worker.simulator import SimulatedMLX, reply_tokens
 from fleet_worker.testing import running_node
 from tests.brokers import Valkey
-from tests.clients import took_less_than, until
+from tests.envelopes import request_of
 from tests.flow.conftest import work
+from tests.mlx_clients import took_less_than, until
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -35,7 +36,7 @@ class Lane:
 
     def send(self, *, patience=5.0, timeout=60):
         """Return the id of the request."""
-        request, _ = self.router._request("chat", self.model, {"messages": HELLO}, timeout=timeout)
+        request = request_of(self.router, "chat", self.model, messages=HELLO, timeout=timeout)
         request = request.addressed_to("llm.fleet.reply.test.1")
         self.session.submitter.submit(request, lane("chat", self.model), patience=patience)
         return request.request_id

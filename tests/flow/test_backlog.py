@@ -14,8 +14,9 @@ from fleet_worker.broker.topology import lane, lane_queue, transport_of
 from fleet_worker.router.admission import ASK_EVERY_FAR, Admission
 from fleet_worker.router.submitter import Submitter
 from fleet_worker.testing import SimulatedMLX, running_node
-from tests.clients import took_less_than, until
+from tests.envelopes import request_of
 from tests.flow.conftest import work
+from tests.mlx_clients import took_less_than, until
 
 HELLO = [{"role": "user", "content": "Hello"}]
 MODEL = "one-slot"
@@ -189,7 +190,7 @@ def test_a_lost_connection_costs_one_answer(unchecked, broker, admission_of):
 
 def fill(router, model, number):
     for _ in range(number):
-        request, _ = router._request("chat", model, {"messages": HELLO}, timeout=60)
+        request = request_of(router, "chat", model, messages=HELLO, timeout=60)
         request = request.addressed_to("llm.fleet.reply.test.1")
         router._connected().submitter.submit(request, lane("chat", model), patience=2.0)
 

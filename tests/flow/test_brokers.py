@@ -20,8 +20,8 @@ from fleet_worker.broker.topology import lane, lane_queue, priority, reply_name,
 from fleet_worker.host.child_process import child, python
 from fleet_worker.simulator import reply_tokens
 from fleet_worker.testing import SimulatedMLX, running_node
-from tests.clients import until
 from tests.flow.conftest import CHAT, work
+from tests.mlx_clients import until
 
 HELLO = [{"role": "user", "content": "Hello"}]
 

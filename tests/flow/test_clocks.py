@@ -13,9 +13,9 @@ import pytest
 from fleet_worker import Router, Settings
 from fleet_worker.host.child_process import python
 from fleet_worker.testing import SimulatedMLX, running_host
-from tests.clients import until
 from tests.faketime import wrong_clock
 from tests.flow.conftest import work
+from tests.mlx_clients import until
 
 HELLO = [{"role": "user", "content": "Hello"}]
 SKEWS = {"-1h": -3600, "-90s": -90, "+90s": 90, "+1h": 3600}

@@ -5,7 +5,7 @@ import pytest
 from fleet_worker import Router, Settings
 from fleet_worker.broker.app import create_app
 from fleet_worker.testing import SimulatedMLX, running_host
-from tests.clients import HELLO, until
+from tests.mlx_clients import HELLO, until
 
 AT_MOST = 4
 BEATS = {"FLEET_REGISTRY__READINESS_INTERVAL": "1"}

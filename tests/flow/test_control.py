@@ -12,8 +12,8 @@ from fleet_worker.broker.connection import receive
 from fleet_worker.protocol.reply import ChatResponse
 from fleet_worker.testing import SimulatedMLX, running_host
 from tests.callers import Caller
-from tests.clients import took_less_than, until
 from tests.flow.conftest import work
+from tests.mlx_clients import took_less_than, until
 
 ABANDONED_AFTER = 5.0
 IMPATIENT = {"FLEET_WORKER__ABANDONED_AFTER": str(ABANDONED_AFTER)}

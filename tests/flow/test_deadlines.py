@@ -9,6 +9,7 @@ from fleet_worker.protocol.request import FleetRequest
 from fleet_worker.router.in_flight import InFlightRequest
 from fleet_worker.simulator import Fault, reply_tokens
 from fleet_worker.testing import SimulatedMLX, running_node
+from tests.envelopes import request_of
 from tests.flow.conftest import CHAT, work
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -94,7 +95,7 @@ def test_a_malformed_envelope_is_answered_and_never_reaches_the_server(slow, rou
 
 def _answer_to(router, changes):
     """Send an envelope around the router's own checks, and return the last frame of its reply."""
-    request, _ = router._request("chat", CHAT, {"messages": HELLO}, timeout=10)
+    request = request_of(router, "chat", CHAT, messages=HELLO, timeout=10)
     session = router._connected()
     request = request.addressed_to(session.replies.name)
     envelope = request.encode() | changes

@@ -13,7 +13,7 @@ from fleet_worker.errors import InvalidRequest
 from fleet_worker.ops.drain import DrainControl
 from fleet_worker.protocol.reply import ChatResponse
 from fleet_worker.testing import SimulatedMLX, running_host
-from tests.clients import took_less_than, until
+from tests.mlx_clients import took_less_than, until
 
 WITHIN = 20.0
 

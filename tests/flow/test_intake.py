@@ -11,7 +11,7 @@ from fleet_worker.broker.app import create_app
 from fleet_worker.broker.topology import direct_lane, lane
 from fleet_worker.simulator import reply_tokens
 from fleet_worker.testing import SimulatedMLX, running_host, running_node
-from tests.clients import until
+from tests.mlx_clients import until
 
 HELLO = [{"role": "user", "content": "Hello"}]
 

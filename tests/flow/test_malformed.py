@@ -15,8 +15,8 @@ from fleet_worker.broker.amqp_transport import LOST_TWICE
 from fleet_worker.broker.app import create_app, door_of
 from fleet_worker.broker.topology import lane, lane_queue
 from fleet_worker.testing import SimulatedMLX, running_host
-from tests.clients import until
 from tests.envelopes import envelope
+from tests.mlx_clients import until
 from tests.strangers import Stranger
 
 CHAT = "sim-chat"

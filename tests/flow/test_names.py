@@ -9,8 +9,8 @@ from fleet_worker import Router, Settings
 from fleet_worker.host.child_process import child
 from fleet_worker.host.supervisor import node_command
 from fleet_worker.testing import SimulatedMLX, running_host, running_node, worker_toml
-from tests.clients import until
 from tests.flow.conftest import work
+from tests.mlx_clients import until
 
 HELLO = [{"role": "user", "content": "Hello"}]
 ALIKE = ["qwen3:8b", "qwen3-8b", "Qwen3-8B", "通义千问", "文心一言"]

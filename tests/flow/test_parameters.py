@@ -5,8 +5,8 @@ import pytest
 from fleet_worker import Router, Settings, StreamInterrupted, UnsupportedParameter
 from fleet_worker.simulator import Fault, reply_tokens
 from fleet_worker.testing import SimulatedMLX, running_host
-from tests.clients import until
 from tests.flow.conftest import work
+from tests.mlx_clients import until
 
 HELLO = [{"role": "user", "content": "Hello"}]
 WHOLE = "".join(reply_tokens(HELLO, 32))

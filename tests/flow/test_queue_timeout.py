@@ -7,8 +7,8 @@ import pytest
 
 from fleet_worker import QueueTimeout, Router, Settings
 from fleet_worker.testing import SimulatedMLX, running_host
-from tests.clients import took_less_than, until
 from tests.flow.conftest import work
+from tests.mlx_clients import took_less_than, until
 
 HELLO = [{"role": "user", "content": "Hello"}]
 

@@ -16,7 +16,7 @@ from fleet_worker.ops.broker_checks import broker as check_broker
 from fleet_worker.simulator import reply_tokens
 from fleet_worker.testing import SimulatedMLX, running_host
 from tests.brokers import RabbitMQ
-from tests.clients import HELLO, until
+from tests.mlx_clients import HELLO, until
 
 FOLDER = os.environ.get("RABBITMQ_4")
 STRICT = "deprecated_features.permit.transient_nonexcl_queues = false\n"

@@ -19,7 +19,7 @@ from fleet_worker.ops.broker_checks import broker as check_broker
 from fleet_worker.simulator import reply_tokens
 from fleet_worker.testing import SimulatedMLX, running_host, worker_toml
 from tests.brokers import RabbitMQ, Valkey
-from tests.clients import HELLO, until
+from tests.mlx_clients import HELLO, until
 
 pytestmark = [pytest.mark.rest, pytest.mark.timeout(120)]
 

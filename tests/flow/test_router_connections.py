@@ -10,7 +10,7 @@ import pytest
 
 from fleet_worker import Router, Settings
 from fleet_worker.router.submitter import IDLE_AFTER
-from tests.clients import HELLO, until
+from tests.mlx_clients import HELLO, until
 
 THREADS = 6
 

@@ -7,8 +7,8 @@ import pytest
 from fleet_worker.protocol.request import FleetRequest, Resume
 from fleet_worker.simulator import CHAT_TEMPLATE, reply_tokens
 from fleet_worker.testing import SimulatedMLX, running_node
-from tests.clients import until
 from tests.flow.conftest import CHAT, work
+from tests.mlx_clients import until
 
 HELLO = [{"role": "user", "content": "Hello"}]
 TOKENS = reply_tokens(HELLO, 32)

@@ -16,8 +16,8 @@ from fleet_worker.ops.doctor import fleet
 from fleet_worker.ops.drain import drain
 from fleet_worker.testing import SimulatedMLX, running_host, worker_toml
 from tests.brokers import Secured
-from tests.clients import HELLO, took_less_than
 from tests.flower import running_flower
+from tests.mlx_clients import HELLO, took_less_than
 from tests.tls import LONG_AGO, Certificates, Proxy
 
 MODEL = "sim-chat"

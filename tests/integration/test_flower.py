@@ -10,6 +10,7 @@ from fleet_worker import ContextLengthExceeded, InvalidRequest, Overloaded, Rout
 from fleet_worker.broker.topology import lane
 from fleet_worker.simulator import Fault
 from fleet_worker.testing import SimulatedMLX, embedded_broker, running_host, running_node
+from tests.envelopes import request_of
 from tests.flower import running_flower
 
 CHAT, EMBED, NODE = "sim-chat", "sim-embed", "sim@test"
@@ -113,7 +114,7 @@ def test_a_node_is_online_with_its_pool_its_slots_and_its_lanes(flower):
 
 def test_the_lengths_of_lanes_are_those_of_lanes_that_a_node_serves(flower, router):
     """The README says so: a lane that nobody serves, the one to worry about, is not there."""
-    request, _ = router._request("chat", "unserved", {"messages": HELLO})
+    request = request_of(router, "chat", "unserved", messages=HELLO)
     router._connected().submitter.submit(request, lane("chat", "unserved"), patience=5.0)
     lengths = {queue["name"]: queue["messages"] for queue in flower.api("queues/length")["active_queues"]}
     assert lengths[lane("chat", CHAT)] == 0

@@ -22,7 +22,7 @@ from fleet_worker.host.child_process import child
 from fleet_worker.protocol.request import Resume
 from fleet_worker.testing import SimulatedMLX
 from tests.brokers import free_port
-from tests.clients import Client
+from tests.mlx_clients import Client
 
 pytestmark = [pytest.mark.rest, pytest.mark.timeout(600)]  # some 10 tokens a second on two cores
 

@@ -24,6 +24,7 @@ from fleet_worker.host.child_process import child, python
 from fleet_worker.protocol.request import FleetRequest
 from fleet_worker.simulator import Fault
 from fleet_worker.testing import SimulatedMLX, embedded_broker, worker_toml
+from tests.envelopes import request_of
 from tests.flower import running_flower
 
 CHAT, EMBED = "sim-chat", "sim-embed"
@@ -307,7 +308,7 @@ def test_a_request_that_the_router_refuses_quotes_nothing(fleet, node, word, cap
         with pytest.raises(FleetError) as caught:
             fleet.router.chat(CHAT, **everywhere(word) | options, node=node)
         said.append(told_by(caught.value))
-    request, _ = fleet.router._request("chat", CHAT, {}, **everywhere(word))
+    request = request_of(fleet.router, "chat", CHAT, **everywhere(word))
     assert fleet.leaks(node, word, said=[caplog.text, *said, repr(request), repr(request.params)]) == []
 
 
@@ -350,7 +351,7 @@ def test_a_message_that_is_no_request_of_ours_leaves_no_trace(fleet, node, word)
 
 def test_a_message_that_waits_shows_its_lane_outside_of_its_body(fleet, node, word):
     model = f"unserved-{node}"
-    request, _ = fleet.router._request("chat", model, {}, **everywhere(word))
+    request = request_of(fleet.router, "chat", model, **everywhere(word))
     fleet.router._connected().submitter.submit(request, lane("chat", model), patience=5.0)
     with redis.Redis.from_url(fleet.url) as client:
         (key,) = client.scan_iter(f"{lane('chat', model)}*")

@@ -6,7 +6,7 @@ from fleet_worker.demo.models import chat_model, platform_problem
 from fleet_worker.host.child_process import child, python
 from fleet_worker.protocol.request import Resume
 from tests.brokers import free_port, missing
-from tests.clients import Client
+from tests.mlx_clients import Client
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.rest]  # the first run downloads the model
 

@@ -16,7 +16,7 @@ from fleet_worker.host.child_process import child, python
 from fleet_worker.mlx.health import Health
 from fleet_worker.testing import SimulatedMLX
 from tests.brokers import free_port, missing
-from tests.clients import Client, took_less_than
+from tests.mlx_clients import Client, took_less_than
 
 pytestmark = pytest.mark.timeout(300)  # the first run downloads the model
 

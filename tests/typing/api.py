@@ -67,19 +67,39 @@ def options(router: Router, messages: list[dict[str, Any]]) -> None:
     router.stream_chat("m", messages, stop=["a", "b"], timeout=None)
     router.embed("e", "a", user="u", timeout=5, priority="low")
 
-    router.chat("m", messages, max_token=64)  # type: ignore[call-arg]
-    router.chat("m", messages, max_tokens="64")  # type: ignore[arg-type]
-    router.chat("m", messages, priority="urgent")  # type: ignore[arg-type]
-    router.chat("m", messages, on_interrupt="retry")  # type: ignore[arg-type]
-    router.chat("m", messages, tool_choice="any")  # type: ignore[arg-type]
-    router.chat("m", messages, chat_template_kwargs={"return_tensors": True})  # type: ignore[arg-type]
-    router.stream_chat("m", messages, node=7)  # type: ignore[arg-type]
-    router.embed("e", "a", temperature=0.5)  # type: ignore[call-arg]
-    router.embed("e", "a", timeout="5")  # type: ignore[arg-type]
+    router.chat("m", messages, max_token=64)  # type: ignore[call-overload]
+    router.chat("m", messages, max_tokens="64")  # type: ignore[call-overload]
+    router.chat("m", messages, priority="urgent")  # type: ignore[call-overload]
+    router.chat("m", messages, on_interrupt="retry")  # type: ignore[call-overload]
+    router.chat("m", messages, tool_choice="any")  # type: ignore[call-overload]
+    router.chat("m", messages, chat_template_kwargs={"return_tensors": True})  # type: ignore[call-overload]
+    router.stream_chat("m", messages, node=7)  # type: ignore[call-overload]
+    router.embed("e", "a", temperature=0.5)  # type: ignore[call-overload]
+    router.embed("e", "a", timeout="5")  # type: ignore[call-overload]
+
+
+def bodies(router: Router, body: dict[str, Any]) -> None:
+    """A body of OpenAI as a mapping, beside the options of the router."""
+    assert_type(router.chat(body=body, timeout=60, priority="high"), ChatResponse)
+    assert_type(router.chat("m", body=body), ChatResponse)
+    assert_type(router.stream_chat(body=body, node="local@mini-7"), ChatStream)
+    assert_type(router.embed(body=body, idempotency_key="k"), EmbedResponse)
+
+    router.chat("m", [], body=body)  # type: ignore[call-overload]
+    router.chat(body=body, temperature=0.5)  # type: ignore[call-overload]
+    router.stream_chat(body="{}")  # type: ignore[call-overload]
+    router.embed("e", "a", body=body)  # type: ignore[call-overload]
+    router.chat("m")  # type: ignore[call-overload]
+
+
+async def async_bodies(router: Router, body: dict[str, Any]) -> None:
+    assert_type(await router.achat(body=body, caller={}), ChatResponse)
+    assert_type(await router.aembed(body=body, queue_timeout=5), EmbedResponse)
+    await router.achat(body=body, max_tokens=5)  # type: ignore[call-overload]
 
 
 async def async_options(router: Router, messages: list[dict[str, Any]]) -> None:
     await router.achat("m", messages, seed=5, idempotency_key=None)
     await router.aembed("e", ["a"], instance="embed")
-    await router.achat("m", messages, seeds=5)  # type: ignore[call-arg]
-    await router.aembed("e", ["a"], max_tokens=5)  # type: ignore[call-arg]
+    await router.achat("m", messages, seeds=5)  # type: ignore[call-overload]
+    await router.aembed("e", ["a"], max_tokens=5)  # type: ignore[call-overload]

@@ -5,8 +5,8 @@ from importlib.metadata import version
 import pytest
 
 from tests.brokers import free_port
-from tests.clients import took_less_than
 from tests.commands import fleet_worker
+from tests.mlx_clients import took_less_than
 
 MODEL = "sim-chat"
 

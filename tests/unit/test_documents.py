@@ -150,7 +150,9 @@ def test_the_manual_of_settings_shows_what_each_server_does_with_a_parameter():
 def test_a_setting_that_is_named_exists_and_its_default_is_right(path):
     """As in `router.lost_after` (5 s), and in FLEET_ROUTER__TIMEOUT."""
     text = re.sub(r"`(worker|router)\.toml`|`registry\.publish_\w+`", "", path.read_text("utf-8"))
-    for group, name, value in re.findall(r"`(router|worker|registry)\.(\w+)`(?:(?: \(|, )([\d.]+)(?: s\b|\)))?", text):
+    for group, name, value in re.findall(
+        r"`(router|worker|registry|gateway)\.(\w+)`(?:(?: \(|, )([\d.]+)(?: s\b|\)))?", text
+    ):
         settings = getattr(Settings(), group)
         assert name in type(settings).model_fields, f"{group}.{name}"
         assert not value or float(value) == getattr(settings, name), f"{group}.{name}"

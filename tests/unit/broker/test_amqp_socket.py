@@ -10,7 +10,7 @@ import pytest
 from amqp.exceptions import ConnectionForced
 
 from fleet_worker.broker.amqp_socket import Connection, SecureSocket, Socket
-from tests.clients import took_less_than
+from tests.mlx_clients import took_less_than
 from tests.tls import Certificates
 
 FRAME = struct.pack(">BHI", 1, 7, 20) + b"x" * 20 + b"\xce"

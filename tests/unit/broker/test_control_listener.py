@@ -7,7 +7,7 @@ from fleet_worker import Settings
 from fleet_worker.broker.app import create_app
 from fleet_worker.broker.control_listener import ControlListener
 from fleet_worker.broker.topology import cancel_exchange, cancel_queue
-from tests.clients import until
+from tests.mlx_clients import until
 
 NAME = "one@test"
 

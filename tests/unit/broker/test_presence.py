@@ -10,7 +10,7 @@ from fleet_worker.broker.presence import look_for
 from fleet_worker.broker.topology import listening_key, reply_name
 from fleet_worker.settings import Settings
 from fleet_worker.testing import embedded_broker
-from tests.clients import until
+from tests.mlx_clients import until
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from fleet_worker.broker.app import create_app
 from fleet_worker.broker.queue_depth import waiting
 from fleet_worker.broker.topology import transport_of
 from tests.brokers import free_port
-from tests.clients import took_less_than
+from tests.mlx_clients import took_less_than
 
 SCHEMES = ["redis", "amqp"]
 

@@ -6,7 +6,7 @@ import pytest
 from kombu import Connection
 
 from fleet_worker.broker.reconnecting import ReconnectingThread
-from tests.clients import until
+from tests.mlx_clients import until
 
 
 @pytest.fixture

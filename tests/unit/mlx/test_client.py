@@ -31,7 +31,7 @@ from fleet_worker.protocol.reply import Usage
 from fleet_worker.simulator import FLAVOURS, Fault, embedding, reply_tokens
 from fleet_worker.testing import SimulatedMLX
 from tests.brokers import free_port
-from tests.clients import HELLO, KINDS, Client, answering, client_of, said, served, took_less_than
+from tests.mlx_clients import HELLO, KINDS, Client, answering, client_of, said, served, took_less_than
 
 EMBEDDERS = sorted(set(FLAVOURS) - {"mlx_lm"})
 WHOLE = "".join(reply_tokens(HELLO, 100))

@@ -12,7 +12,19 @@ from fleet_worker.mlx import client as mlx
 from fleet_worker.mlx.timeouts import CancelToken
 from fleet_worker.simulator import FLAVOURS, Fault, chats, reply_tokens
 from tests.brokers import free_port
-from tests.clients import HELLO, SOON, WHY, Client, answering, cancelled, client_of, said, served, took_less_than, until
+from tests.mlx_clients import (
+    HELLO,
+    SOON,
+    WHY,
+    Client,
+    answering,
+    cancelled,
+    client_of,
+    said,
+    served,
+    took_less_than,
+    until,
+)
 
 ASKING = {"chat": Client.ask, "stream_chat": Client.stream}
 UVICORN = sorted(set(FLAVOURS) - {"mlx_lm"})

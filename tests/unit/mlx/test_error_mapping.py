@@ -25,7 +25,7 @@ from fleet_worker.errors import (
     UnsupportedCapability,
 )
 from fleet_worker.mlx.error_mapping import error_in, error_of_response, error_of_status
-from tests.clients import Client
+from tests.mlx_clients import Client
 
 SECRET = "swordfish"
 EXPECTED = {

@@ -8,7 +8,7 @@ import pytest
 from fleet_worker.errors import ConnectionFailure, InvalidRequest, Overloaded, ProviderError, StreamInterrupted
 from fleet_worker.protocol.request import Resume
 from fleet_worker.simulator import CHAT_TEMPLATE, FLAVOURS, Fault, reply_tokens
-from tests.clients import HELLO, said, served
+from tests.mlx_clients import HELLO, said, served
 
 TOKENS = reply_tokens(HELLO, 100)
 WHOLE = "".join(TOKENS)

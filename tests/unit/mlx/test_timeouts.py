@@ -10,7 +10,7 @@ import pytest
 from fleet_worker.errors import Cancelled, RequestTimeout
 from fleet_worker.mlx.timeouts import CancelToken, ConnectionGuard, RequestTimer, TimeoutThread
 from fleet_worker.settings import ServerTimeouts
-from tests.clients import WHY
+from tests.mlx_clients import WHY
 
 NEVER = float("inf")
 LATE = 5.0

@@ -7,7 +7,7 @@ from contextlib import closing
 import pytest
 
 from fleet_worker.errors import InstanceUnavailable
-from tests.clients import Client, answering, cancelled, said, served, took_less_than
+from tests.mlx_clients import Client, answering, cancelled, said, served, took_less_than
 from tests.tls import LONG_AGO, Certificates
 
 HEAD = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n"

@@ -13,7 +13,7 @@ from fleet_worker.node.readiness import Readiness
 from fleet_worker.node.running_attempts import RunningAttempts
 from fleet_worker.settings import WorkerSettings
 from fleet_worker.simulator import Fault
-from tests.clients import served, until
+from tests.mlx_clients import served, until
 
 SILENT = {"path": "/health", "kind": "slow_headers", "times": None}
 SOON = 3.0

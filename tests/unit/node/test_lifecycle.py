@@ -12,7 +12,7 @@ from celery.worker import state as celery_state
 from fleet_worker.exit_codes import CONFIGURATION, RESTART
 from fleet_worker.node import lifecycle as module
 from fleet_worker.node.lifecycle import HANDED_OVER_WITHIN, Lifecycle, _collect_garbage_often
-from tests.clients import took_less_than, until
+from tests.mlx_clients import took_less_than, until
 
 
 class Node:

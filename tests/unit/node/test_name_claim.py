@@ -8,7 +8,7 @@ import pytest
 
 from fleet_worker.node import name_claim as module
 from fleet_worker.node.name_claim import NameClaim
-from tests.clients import until
+from tests.mlx_clients import until
 
 NAME = "one@test"
 

@@ -20,7 +20,7 @@ from fleet_worker.node.router_presence import (
 )
 from fleet_worker.node.running_attempts import RunningAttempts
 from fleet_worker.settings import Settings
-from tests.clients import until
+from tests.mlx_clients import until
 
 ROUTER = "llm.fleet.reply.r.60"
 ABANDONED_AFTER = 5.0

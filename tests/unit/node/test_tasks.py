@@ -18,7 +18,7 @@ from fleet_worker.protocol import clock
 from fleet_worker.settings import Settings
 from fleet_worker.simulator import Fault
 from fleet_worker.testing import SimulatedMLX
-from tests.clients import took_less_than
+from tests.mlx_clients import took_less_than
 
 CHAT, EMBED = "sim-chat", "sim-embed"
 HELLO = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5}

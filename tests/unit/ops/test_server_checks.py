@@ -13,7 +13,7 @@ from fleet_worker.settings import Settings
 from fleet_worker.simulator import FLAVOURS, Fault
 from fleet_worker.testing import SimulatedMLX
 from tests.brokers import free_port
-from tests.clients import KINDS
+from tests.mlx_clients import KINDS
 from tests.tls import Certificates, Proxy
 
 OPTED_IN = {"enabled": True, "respond_to_requests": True, "capabilities": ["chat", "stream_chat"]}

@@ -5,9 +5,9 @@ from rich.console import Console
 
 from fleet_worker.ops.snapshot import LaneStatus, Snapshot
 from fleet_worker.ops.status import NO_LANES, NO_REGISTRY_NODE, UNSERVED, tables
-from fleet_worker.ops.terminal import FITS_A_TABLE, UNLIMITED, output
 from fleet_worker.protocol.status import InstanceStatus
 from fleet_worker.registry.offered import Offered
+from fleet_worker.terminal import FITS_A_TABLE, UNLIMITED, output
 
 RED = "\x1b[1;31m"
 CHAT, EMBED = "llm.fleet.chat.mlx-community-qwen3-14b-4bit", "llm.fleet.embed.m"

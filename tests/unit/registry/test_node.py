@@ -20,7 +20,7 @@ from fleet_worker.registry.beat import Jittered, QuietScheduler
 from fleet_worker.registry.node import NO_NODE, RegistryNode
 from fleet_worker.registry.status_socket import NodeReport
 from fleet_worker.settings import Settings
-from tests.clients import until
+from tests.mlx_clients import until
 
 OPTED_IN = {"enabled": True, "respond_to_requests": True}
 KEY = "hunter2"

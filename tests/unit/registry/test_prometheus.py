@@ -21,7 +21,7 @@ from fleet_worker.registry import prometheus as metrics
 from fleet_worker.registry.counters import BOUNDS, Counters
 from fleet_worker.registry.prometheus import HostCollector, MetricsServer
 from fleet_worker.registry.status_socket import NodeReport
-from tests.clients import took_less_than
+from tests.mlx_clients import took_less_than
 
 CHAT = ModelStatus(model="qwen3-14b", capabilities=("chat", "stream_chat"), status="available")
 EMBED = ModelStatus(model="minilm", capabilities=("embed",), status="available")

@@ -12,7 +12,7 @@ from fleet_worker.broker.topology import registry_queue
 from fleet_worker.protocol.registry_event import Announcement, RegistryEvent
 from fleet_worker.registry import publisher as module
 from fleet_worker.registry.publisher import RegistryPublisher
-from tests.clients import took_less_than, until
+from tests.mlx_clients import took_less_than, until
 
 WITHIN = 5.0
 SECRET = "hunter2"

@@ -25,7 +25,7 @@ from fleet_worker.registry.status_socket import (
     socket_path,
 )
 from fleet_worker.settings import Instance
-from tests.clients import took_less_than, until
+from tests.mlx_clients import took_less_than, until
 
 WITHIN = 5.0
 SECRET = "hunter2"

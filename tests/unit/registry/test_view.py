@@ -12,7 +12,7 @@ from fleet_worker.errors import ModelUnavailable
 from fleet_worker.protocol.registry_event import READINESS, Announcement, RegistryEvent
 from fleet_worker.registry.memory_bound import MemoryBound, memory_of
 from fleet_worker.registry.view import ALL_ANSWERS_WITHIN, FIRST_ANSWER_WITHIN, QUIET, Registry
-from tests.clients import took_less_than
+from tests.mlx_clients import took_less_than
 
 WITHIN = 5.0
 SECRET = "hunter2"

@@ -13,7 +13,7 @@ from fleet_worker.router import admission as admission_module
 from fleet_worker.router.admission import Admission
 from fleet_worker.router.submitter import Submitter
 from tests.brokers import free_port
-from tests.clients import took_less_than
+from tests.mlx_clients import took_less_than
 
 LANE = lane("stream_chat", "Qwen3-14B")
 
@@ -34,7 +34,8 @@ class Told(Admission):
 
     def _ask_broker(self, lane, timeout):
         self.asked.append(lane)
-        return self.depths.get(lane, 0)
+        depth = self.depths.get(lane, 0)
+        return (depth,) if isinstance(depth, int) else depth
 
     def admit_many(self, number):
         for _ in range(number):
@@ -257,7 +258,7 @@ def test_one_thread_asks_and_nobody_waits_for_it(told, monkeypatch):
     def slowly(lane, timeout):
         asking.set()
         answers.wait(10)
-        return 10
+        return (10,)
 
     monkeypatch.setattr(told, "_ask_broker", slowly)
     first = threading.Thread(target=told.refused)
@@ -268,6 +269,93 @@ def test_one_thread_asks_and_nobody_waits_for_it(told, monkeypatch):
         assert told.depth(LANE, timeout=0.05) is None
     answers.set()
     first.join()
+
+
+# --- How long a request may wait
+
+
+def started(told, number, seconds=10.0, priority="normal"):
+    """So many requests are accepted at once, and end so many seconds later."""
+    places = [told.admit(LANE, priority) for _ in range(number)]
+    for place in places:
+        place.accepted(told.now)
+    told.now += seconds
+    for place in places:
+        place.ended(told.now)
+
+
+def too_slow(told, max_wait=5.0, priority="normal", slots=4):
+    with pytest.raises(FleetSaturated) as caught:
+        told.admit(LANE, priority, max_wait=max_wait, count_slots=lambda: slots)
+    return caught.value
+
+
+def test_a_request_that_would_wait_too_long_is_refused_and_told_when_to_come(told):
+    started(told, 4)
+    told.depths[LANE] = 3
+    error = too_slow(told)
+    assert error.message == (
+        "a request for stream_chat of qwen3-14b would wait about 10 s, and this one may wait 5 s (max_wait): "
+        "try again in 7.5 s, or let more nodes serve it"
+    )
+    assert error.metadata == {"retry_after": 7.5}
+    assert too_slow(told).metadata == {"retry_after": 10.0}, "one later"
+    told.admit(LANE, max_wait=11.0)
+    told.admit(LANE)
+
+
+def test_a_free_slot_is_no_wait(told):
+    started(told, 4)
+    for _ in range(4):
+        told.admit(LANE, max_wait=0.0, count_slots=lambda: 4).accepted(told.now)
+    assert too_slow(told, max_wait=0.0).retryable
+
+
+def test_a_higher_priority_counts_only_what_goes_first(told):
+    started(told, 4, priority="low")
+    told.depths[LANE] = (0, 1, 3, 5)
+    waits = {}
+    for priority in ("critical", "high", "normal", "low"):
+        waits[priority] = float(too_slow(told, 0.0, priority).message.split("about ")[1].split(" s")[0])
+    assert waits == {"critical": 2.5, "high": 5.0, "normal": 12.0, "low": 25.0}
+
+
+def test_where_the_broker_tells_one_number_the_share_of_this_router_is_that_of_all(told):
+    started(told, 4)
+    for priority in ("high", "normal", "normal", "normal"):
+        told.admit(LANE, priority)
+    told.now += 0.25
+    told.depths[LANE] = 8
+    assert "about 7.7 s" in too_slow(told, 0.0, "high").message
+
+
+def test_a_lane_that_may_be_slow_is_asked_about_four_times_a_second(told):
+    for _ in range(8):
+        told.admit(LANE, max_wait=100.0)
+        told.now += 0.125
+    assert len(told.asked) == 4
+
+
+def test_it_can_be_refused_without_asking_if_that_is_certain(told):
+    started(told, 4)
+    told.refuse(LANE, "normal", 0.0)
+    told.depths[LANE] = 3
+    told.admit(LANE, max_wait=100.0, count_slots=lambda: 4)
+    asked = len(told.asked)
+    with pytest.raises(FleetSaturated):
+        told.refuse(LANE, "normal", 5.0)
+    told.refuse(LANE, "normal", None)
+    told.refuse(LANE, "normal", 100.0)
+    told.now += 0.3
+    told.refuse(LANE, "normal", 5.0)
+    assert len(told.asked) == asked
+
+
+def test_a_broker_that_does_not_tell_admits_whatever_may_wait(told):
+    started(told, 4)
+    told.depths[LANE] = None
+    for _ in range(10):
+        told.admit(LANE, max_wait=0.0)
 
 
 # --- With connections ------------------------------------------------------------------------------------------------

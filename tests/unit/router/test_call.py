@@ -13,7 +13,7 @@ from fleet_worker.errors import InstanceUnavailable
 from fleet_worker.router.call import Call, ChatStream
 from fleet_worker.router.reply_buffer import ReplyBuffer
 from fleet_worker.router.wakeups import Wakeups
-from tests.clients import took_less_than
+from tests.mlx_clients import took_less_than
 from tests.unit.router.test_attempts import DOWN, accepted, deltas, failure, response
 
 
@@ -98,7 +98,7 @@ def stream():
     buffer = buffer_of(seconds=20)
     request = SimpleNamespace(leave=lambda buffer: buffer.close(), timed_out=lambda seconds: TimeoutError())
     with ThreadPoolExecutor(1) as threads:
-        yield ChatStream(Call(lambda deadline: (request, buffer), 20.0, threads)), buffer
+        yield ChatStream(Call(lambda deadline: (request, buffer), lambda: None, 20.0, threads)), buffer
 
 
 def contents(batch):

@@ -16,7 +16,7 @@ from fleet_worker.router.idempotency import IdempotencyCache
 from fleet_worker.router.in_flight import InFlightRequest
 from fleet_worker.router.wakeups import Wakeups
 from fleet_worker.settings import RouterSettings
-from tests.clients import took_less_than
+from tests.mlx_clients import took_less_than
 from tests.unit.router.test_attempts import DOWN, accepted, deltas, failure, head, request, response
 
 

@@ -5,10 +5,9 @@ from typing import get_type_hints
 
 import pytest
 
-from fleet_worker import Router
 from fleet_worker.protocol.openai import ChatParams, ChatTemplateKwargs, EmbedParams
-from fleet_worker.router.attempts import OnInterrupt
 from fleet_worker.router.options import ChatOptions, ChatTemplateOptions, EmbedOptions, RequestOptions
+from fleet_worker.router.submission import Submission
 
 ARGUMENTS = {"messages", "input"}
 """Fields of a body that are arguments of their own."""
@@ -29,9 +28,9 @@ def test_every_field_of_a_body_is_an_option_of_the_same_type(options, model):
 
 
 def test_the_other_options_are_those_of_a_request():
-    parameters = inspect.signature(Router._request, eval_str=True).parameters.values()
+    parameters = inspect.signature(Submission._checked, eval_str=True).parameters.values()
     taken = {each.name: each.annotation for each in parameters if each.kind is each.KEYWORD_ONLY}
-    assert get_type_hints(RequestOptions) == {**taken, "on_interrupt": OnInterrupt, "queue_timeout": float | None}
+    assert get_type_hints(RequestOptions) == taken
 
 
 def test_no_option_is_required():

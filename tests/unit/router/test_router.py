@@ -18,6 +18,7 @@ from fleet_worker.errors import (
     Cancelled,
     Expired,
     FleetError,
+    FleetSaturated,
     InstanceUnavailable,
     InvalidRequest,
     ModelNotServed,
@@ -32,7 +33,7 @@ from fleet_worker.router import attempts as attempts_module
 from fleet_worker.router import in_flight as in_flight_module
 from fleet_worker.router.session import Session
 from tests.brokers import free_port
-from tests.clients import HELLO, took_less_than, until
+from tests.mlx_clients import HELLO, took_less_than, until
 from tests.unit.router.test_attempts import FACTS
 
 
@@ -76,7 +77,11 @@ class Fleet:
             submit=lambda request, lane, patience: self.publish(request, lane), close=lambda: None
         )
         self.session.admission = SimpleNamespace(
-            admit=lambda lane: None, accepted=lambda *_: None, is_queued=lambda *_: True
+            admit=lambda *_, **__: None,
+            enter=lambda *_: None,
+            refuse=lambda *_: None,
+            accepted=lambda *_: None,
+            is_queued=lambda *_: True,
         )
         self.session.control = SimpleNamespace(tell=lambda *what: self.cancelled.append(what))
         self.answers = []
@@ -240,6 +245,27 @@ def test_a_caller_may_prefer_that_a_stream_which_broke_off_fails(fleet, read):
         read(fleet, seen, on_interrupt="fail")
     assert seen == ["a"]
     assert fleet.attempts == [1]
+
+
+BODY = {"model": "m", "messages": HELLO, "max_tokens": 5, "stream": True, "priority": "low", "foo": 1, "user": None}
+TEXTS = {"model": "m", "input": ["a"], "encoding_format": "base64", "task": "search"}
+BY_BODY = {
+    "chat": lambda router: router.chat(body=BODY, priority="high"),
+    "achat": lambda router: asyncio.run(router.achat(body=BODY, priority="high")),
+    "stream_chat": lambda router: list(router.stream_chat(body=BODY, priority="high")),
+    "embed": lambda router: router.embed(body=TEXTS, priority="high"),
+    "aembed": lambda router: asyncio.run(router.aembed(body=TEXTS, priority="high")),
+}
+
+
+@pytest.mark.parametrize("name", BY_BODY)
+def test_every_method_takes_the_body_of_a_client(fleet, name):
+    is_chat = "embed" not in name
+    fleet.answers = [[accepted(), response("hi") if is_chat else embedding()]]
+    BY_BODY[name](fleet.router)
+    (request,) = fleet.requests
+    assert (request.model, request.priority) == ("m", "high")
+    assert request.encode()["params"] == ({"messages": HELLO, "max_tokens": 5} if is_chat else {"input": ["a"]})
 
 
 def test_on_interrupt_is_one_of_two_words(fleet, ask):
@@ -411,6 +437,114 @@ def test_the_whole_answer_of_a_stream_is_there_when_it_has_ended(fleet):
     assert stream.response.content == "a"
 
 
+class Places:
+    """What becomes of the place of each attempt in its lane."""
+
+    def __init__(self, fleet):
+        self.told = []
+        fleet.session.admission.admit = lambda *_, **__: self.place(1)
+        fleet.session.admission.enter = lambda *_: self.place(2)
+
+    def place(self, attempt):
+        def tell(word):
+            return lambda now: self.told.append((attempt, word))
+
+        return SimpleNamespace(accepted=tell("accepted"), ended=tell("ended"))
+
+
+def test_each_attempt_leaves_its_place_when_it_ends(fleet):
+    places = Places(fleet)
+    fleet.answers = [[accepted(), DOWN], [accepted(), response("hi")]]
+    chat(fleet)
+    assert places.told == [(1, "accepted"), (1, "ended"), (2, "accepted"), (2, "ended")]
+
+
+@pytest.mark.parametrize("answer", [[failed(ModelNotServed("gone"))], BrokerUnavailable("away")])
+def test_an_attempt_that_no_node_accepts_leaves_its_place_too(fleet, answer):
+    places = Places(fleet)
+    fleet.answers = [answer]
+    with pytest.raises(type(answer) if isinstance(answer, FleetError) else ModelNotServed):
+        chat(fleet)
+    assert places.told == [(1, "ended")]
+
+
+def test_a_request_that_joins_another_one_leaves_its_place(fleet):
+    """Both are admitted, before one of them is found to be the first."""
+    places = Places(fleet)
+    fleet.answers = [[accepted(), response("hi")]]
+    chat(fleet, idempotency_key="k")
+    places.told.clear()
+    join, answers = fleet.session._cache.join, [lambda *key: None]  # the other one comes a moment later
+    fleet.session._cache.join = lambda *key: (answers.pop() if answers else join)(*key)
+    chat(fleet, idempotency_key="k")
+    assert (places.told, len(fleet.requests)) == ([(1, "ended")], 1)
+
+
+def test_a_task_that_is_surely_refused_needs_no_thread(fleet):
+    over = threading.Event()
+    for _ in range(20):
+        fleet.router._threads.submit(over.wait, 5)
+    asked = []
+
+    def refuse(*what):
+        asked.append(what)
+        raise FleetSaturated("full", retry_after=1.0)
+
+    fleet.session.admission.refuse = refuse
+    for options in ({}, {"node": "local@mini-7"}):
+        with took_less_than(1), pytest.raises(FleetSaturated):
+            achat(fleet, max_wait=5, **options)
+    over.set()
+    assert asked == [(f"llm.fleet.{name}", "normal", 5.0) for name in ("chat.m", "node.local@mini-7")]
+
+
+def test_nothing_keeps_a_prompt_when_its_request_has_ended(fleet):
+    """What admission knows of a lane stays for long, and has not the request."""
+    kept = []
+    fleet.session.admission.admit = lambda *_, count_slots, **__: kept.append(count_slots)
+    fleet.answers = [[accepted(), response("hi")]]
+    prompt = [{"role": "user", "content": "a prompt of its own"}]
+    fleet.router.chat("m", prompt)
+    (count_slots,) = kept
+    found, seen = [count_slots], 0
+    while found and seen < 20:
+        each, seen = found.pop(), seen + 1
+        assert not isinstance(each, FleetRequest)
+        found += [cell.cell_contents for cell in getattr(each, "__closure__", None) or ()]
+        found += [part for part in getattr(each, "args", ()) if not isinstance(part, str)]
+    assert count_slots() == 0
+
+
+def test_a_stream_says_how_far_it_is(fleet):
+    fleet.answers = [[accepted(), deltas("a", "b"), DOWN], []]
+    with fleet.router.stream_chat("m", HELLO, temperature=0) as stream:
+        assert next(stream).content == "a"
+        assert stream.tokens == 2
+        until(lambda: len(fleet.requests) == 2)
+        first, *_ = stream.progress.past
+        assert (first.node, first.error, first.delivered) == ("n", "instance_unavailable", 2)
+        assert (stream.progress.attempt, stream.progress.node, stream.progress.queue_wait) == (2, None, None)
+        fleet.say(accepted())
+        assert (stream.progress.node, stream.progress.instance, stream.progress.resumed) == ("n", "i", 0)
+        assert 0 <= stream.progress.queue_wait < 20
+        fleet.say((Deltas, {"deltas": [Delta(content="c")], "tokens": 3}), first=1)
+        assert [delta.content for delta in (next(stream), next(stream), next(stream))] == ["b", None, "c"]
+        assert (stream.progress.resumed, stream.tokens) == (1, 3)
+        fleet.say(failed(ModelNotServed("gone")), first=2)
+        with pytest.raises(ModelNotServed):
+            next(stream)
+        assert (stream.progress.attempt, len(stream.progress.past), stream.tokens) == (2, 2, 3)
+
+
+def test_a_stream_that_was_cancelled_keeps_its_tokens(fleet):
+    fleet.answers = [[accepted(), deltas("a", "b")]]
+    stream = fleet.router.stream_chat("m", HELLO)
+    assert (stream.progress, stream.tokens) == (None, 0)
+    with stream:
+        next(stream)
+    assert (stream.progress.node, stream.tokens) == ("n", 2)
+
+
 def test_a_cancelled_stream_has_no_response_but_its_error(fleet):
     fleet.answers = [[accepted(), deltas("a")]]
     with fleet.router.stream_chat("m", HELLO) as stream:
@@ -494,7 +628,7 @@ def test_threads_that_are_all_busy_with_work_of_the_caller_delay_no_request(flee
 
 
 def test_what_is_about_to_be_sent_when_the_router_is_closed_is_cancelled(fleet, monkeypatch):
-    monkeypatch.setattr(fleet.session.admission, "admit", lambda lane: fleet.router.close())
+    monkeypatch.setattr(fleet.session.admission, "admit", lambda *_, **__: fleet.router.close())
     with took_less_than(2), pytest.raises(Cancelled, match="closed"):
         chat(fleet)
     assert fleet.requests == []
@@ -538,6 +672,16 @@ def test_who_waits_for_another_one_to_connect_does_not_wait_for_longer():
                 each.result()
 
 
+def test_a_request_has_the_name_that_its_caller_gives_it_and_an_id_of_its_own(fleet, ask):
+    fleet.answers = [[accepted(), response()]] * 2
+    for _ in range(2):
+        ask(fleet, request_id="r" * 128)
+    ids = {request.request_id for request in fleet.requests}
+    assert len(ids) == 2
+    assert all(each.startswith("r" * 128 + ".") for each in ids)
+    assert {request.correlation_id for request in fleet.requests} == {"r" * 128}
+
+
 @pytest.mark.parametrize(
     "node", ["", "one", "@mini", "one@", "a b@mini", "one@mini/..", "*@mini", "x" * 300 + "@mini", 5, ["one@mini"]]
 )
@@ -548,12 +692,33 @@ def test_what_no_node_can_be_named_is_refused_before_anything_is_sent(fleet, ask
 
 
 @pytest.mark.parametrize(
+    ("configured", "asked", "most"), [(7.0, None, 7.0), (7.0, 0, 0.0), (None, None, None), (None, 2, 2.0)]
+)
+def test_a_request_may_wait_as_long_as_it_says_or_as_configured(monkeypatch, configured, asked, most):
+    with Fleet(max_wait=configured) as fleet:
+        fleet.answers = [[accepted(), response("hi")]]
+        admitted = []
+        monkeypatch.setattr(fleet.session.admission, "admit", lambda *_, **how: admitted.append(how["max_wait"]))
+        chat(fleet, max_wait=asked)
+        assert admitted == [most]
+
+
+@pytest.mark.parametrize(
     ("options", "param"),
     [
         ({"timeout": 0}, "timeout"),
         ({"timeout": True}, "timeout"),
         ({"timeout": "60"}, "timeout"),
         ({"timeout": float("nan")}, "timeout"),
+        ({"max_wait": -1}, "max_wait"),
+        ({"max_wait": True}, "max_wait"),
+        ({"max_wait": "5"}, "max_wait"),
+        ({"request_id": "a b"}, "request_id"),
+        ({"request_id": "a\nb"}, "request_id"),
+        ({"request_id": "é"}, "request_id"),
+        ({"request_id": ""}, "request_id"),
+        ({"request_id": "r" * 129}, "request_id"),
+        ({"request_id": 5}, "request_id"),
         ({"node": "one"}, "node"),
         ({"instance": ""}, "instance"),
         ({"instance": 5}, "instance"),

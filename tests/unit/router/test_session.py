@@ -7,13 +7,15 @@ import pytest
 import redis
 
 from fleet_worker import Router, Settings
-from fleet_worker.errors import UnsupportedParameter
+from fleet_worker.errors import QueueTimeout, UnsupportedParameter
 from fleet_worker.protocol.openai import ChatParams
+from fleet_worker.registry.view import Registry
 from fleet_worker.router import session as session_module
 from fleet_worker.router import submitter as submitter_module
-from fleet_worker.router.node_selection import NodeSelection
+from fleet_worker.router.node_selection import MOST_COUNTED, NodeSelection
 from fleet_worker.testing import embedded_broker
-from tests.clients import HELLO, until
+from tests.mlx_clients import HELLO, until
+from tests.unit.registry.test_view import Clock, about_instance, about_model, say
 
 
 @pytest.fixture(scope="module")
@@ -208,3 +210,69 @@ def test_who_has_more_slots_is_chosen_more_often():
 )
 def test_a_node_that_is_away_is_waited_for_only_if_nobody_else_may_take_it(nodes, instance, waits_in_vain):
     assert NodeSelection(Told(**nodes)).waits_in_vain(request(instance), "a") == waits_in_vain
+
+
+# --- Whether a request for which nobody is ready may wait
+
+
+@pytest.fixture
+def away():
+    """A model of two instances, "one" since 20 s and "two" since 8 s away, and one with 3 slots."""
+    clock = Clock()
+    registry = Registry(clock=clock)
+    clock.turn(60)
+    say(
+        registry,
+        about_instance("one", status="unavailable", capacity={"slots": 2}, status_age=20.0),
+        about_instance("two", status="unavailable", capacity={"slots": 2}, status_age=8.0),
+        about_instance("three", capacity={"slots": 3}, node="three@mini"),
+        *(about_model("away", instance=name, status="unavailable") for name in ("one", "two")),
+        about_model("ready", instance="three"),
+    )
+    return NodeSelection(registry)
+
+
+def wish(model, instance="any"):
+    return SimpleNamespace(model=model, operation="chat", provider_instance=instance, params=None)
+
+
+@pytest.mark.parametrize(
+    ("model", "instance", "max_wait", "away_for"),
+    [
+        ("away", "any", None, None),
+        ("away", "any", 10.0, None),
+        ("away", "any", 5.0, 8.0),
+        ("away", "any", 0.0, 8.0),
+        ("away", "one", 10.0, 20.0),
+        ("ready", "any", 0.0, None),
+        ("unknown", "any", 0.0, None),
+    ],
+)
+def test_who_may_wait_less_than_its_instances_have_been_away_is_told_at_once(away, model, instance, max_wait, away_for):
+    if away_for is None:
+        away.require_soon(wish(model, instance), None, max_wait)
+        return
+    with pytest.raises(QueueTimeout) as caught:
+        away.require_soon(wish(model, instance), None, max_wait)
+    assert caught.value.metadata == {"away_for": away_for}
+    assert caught.value.message == (
+        f"nobody has served chat of that model for {away_for:.0f} s, and the request may wait {max_wait:g} s (max_wait)"
+    )
+
+
+def test_the_slots_of_a_request_are_those_of_the_ready_instances_that_may_take_it(away):
+    assert away.slots("ready", "chat", "any", None) == 3
+    assert away.slots("ready", "chat", "one", None) == 0
+    assert away.slots("ready", "chat", "any", "three@mini") == 3
+    assert away.slots("away", "chat", "any", None) == 0
+
+
+def test_slots_are_not_counted_for_each_request(away, monkeypatch):
+    counted = []
+    offerings = away._registry.offerings
+    monkeypatch.setattr(away._registry, "offerings", lambda **how: counted.append(how) or offerings(**how))
+    assert {away.slots("ready", "chat", "any", None) for _ in range(20)} == {3}
+    assert len(counted) == 1
+    for number in range(3 * MOST_COUNTED):
+        away.slots(f"m{number}", "chat", "any", None)
+    assert len(away._known) <= MOST_COUNTED

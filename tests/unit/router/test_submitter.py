@@ -15,16 +15,15 @@ from fleet_worker.router import submitter as submitter_module
 from fleet_worker.router.submitter import MAX_CONNECTIONS, Submitter
 from fleet_worker.testing import embedded_broker
 from tests.brokers import free_port
-from tests.clients import HELLO, took_less_than, until
+from tests.envelopes import request_of
+from tests.mlx_clients import HELLO, took_less_than, until
 
 SCHEMES = ["redis", "amqp"]
 LANE = "llm.fleet.chat.m"
 
 
-def request_of(**options):
-    return (
-        Router(Settings())._request("chat", "m", {"messages": HELLO}, **options)[0].addressed_to("llm.fleet.reply.a.1")
-    )
+def request(**options):
+    return request_of(Router(Settings()), "chat", "m", messages=HELLO, **options).addressed_to("llm.fleet.reply.a.1")
 
 
 def submitter_of(url):
@@ -33,7 +32,7 @@ def submitter_of(url):
 
 def unavailable(url, patience):
     with closing(submitter_of(url)) as submitter, pytest.raises(BrokerUnavailable) as caught:
-        submitter.submit(request_of(), LANE, patience=patience)
+        submitter.submit(request(), LANE, patience=patience)
     assert "hush" not in str(caught.value)
     assert caught.value.__cause__ is None
     return caught.value
@@ -84,15 +83,15 @@ def test_what_the_broker_refuses_is_not_tried_again():
 
 
 def test_nothing_is_sent_after_the_deadline(monkeypatch):
-    request = request_of()
-    monkeypatch.setattr(clock, "now", lambda: request.expires_at)
+    sent = request()
+    monkeypatch.setattr(clock, "now", lambda: sent.expires_at)
     with pytest.raises(Expired):
-        submitter_of(f"redis://127.0.0.1:{free_port()}/0").submit(request, LANE, patience=1.0)
+        submitter_of(f"redis://127.0.0.1:{free_port()}/0").submit(sent, LANE, patience=1.0)
 
 
 def test_no_request_waits_for_the_broker_beyond_its_deadline():
     with took_less_than(1.5), pytest.raises(BrokerUnavailable):
-        submitter_of(f"redis://127.0.0.1:{free_port()}/0").submit(request_of(timeout=0.5), LANE, patience=20.0)
+        submitter_of(f"redis://127.0.0.1:{free_port()}/0").submit(request(timeout=0.5), LANE, patience=20.0)
 
 
 def test_a_connection_is_used_again_until_it_was_idle_for_a_while(monkeypatch):
@@ -100,14 +99,14 @@ def test_a_connection_is_used_again_until_it_was_idle_for_a_while(monkeypatch):
         before = len(client.client_list())
         opened = client.info("stats")["total_connections_received"]
         for _ in range(5):
-            submitter.submit(request_of(), LANE, patience=5.0)
+            submitter.submit(request(), LANE, patience=5.0)
             submitter.close_idle()
         assert len(client.client_list()) == before + 1
         assert client.info("stats")["total_connections_received"] <= opened + 2  # kombu asks PING on one of its own
         monkeypatch.setattr(submitter_module, "IDLE_AFTER", 0.0)
         submitter.close_idle()
         until(lambda: len(client.client_list()) == before)
-        submitter.submit(request_of(), LANE, patience=5.0)
+        submitter.submit(request(), LANE, patience=5.0)
 
 
 def test_a_connection_on_which_something_failed_is_not_used_again():

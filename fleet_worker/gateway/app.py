@@ -1,0 +1,178 @@
+"""The gateway as an ASGI application: which path means what, and what every request has in common."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from fleet_worker.errors import FleetError, where
+from fleet_worker.gateway import (
+    anthropic_count,
+    anthropic_messages,
+    models,
+    ollama_chat,
+    ollama_embed,
+    ollama_embeddings,
+    ollama_generate,
+    openai_completions,
+    openai_embeddings,
+    openai_responses,
+)
+from fleet_worker.gateway.browsers import refuse_foreign_pages
+from fleet_worker.gateway.departure import while_client_stays
+from fleet_worker.gateway.dialect import ChatAsked, Dialect, EmbedAsked
+from fleet_worker.gateway.exchange import Exchange
+from fleet_worker.gateway.facts import Facts
+from fleet_worker.gateway.keys import Keys
+from fleet_worker.gateway.known_fleet import KnownFleet
+from fleet_worker.gateway.ledger import Ledger
+from fleet_worker.gateway.lookups import Lookups
+from fleet_worker.gateway.openai_chat import OpenAIChat
+from fleet_worker.gateway.options import router_options, tags
+from fleet_worker.gateway.problems import Problem, Refused, only, refuse
+from fleet_worker.gateway.quotas import Quotas
+from fleet_worker.gateway.request import BodyMemory, ClientLeft, Receive, Request
+from fleet_worker.gateway.response import Response, Send
+from fleet_worker.gateway.running import Running
+from fleet_worker.gateway.token_counts import most_tokens
+from fleet_worker.router.router import Router
+from fleet_worker.settings import Settings
+
+log = logging.getLogger(__name__)
+access = logging.getLogger("fleet_worker.gateway.access")
+
+CLIENT_LEFT = 499
+"""The status in the log and the ledger of a request whose client did not wait for its answer."""
+_KEY = re.compile(r"sk-[\w-]+")
+
+
+class Gateway:
+    """Serves HTTP."""
+
+    def __init__(self, settings: Settings, router: Router, keys: Keys, quotas: Quotas, ledger: Ledger) -> None:
+        self._settings = settings.gateway
+        self._default_max_wait = settings.router.max_wait
+        self._bodies = BodyMemory(settings.max_body_bytes)
+        self._router = router
+        self._keys = keys
+        self._quotas = quotas
+        self._ledger = ledger
+        self.fleet = KnownFleet(router)
+        self.running = Running(self._settings.drain_grace)
+        self._lookups = Lookups(settings, self.fleet, self.running, keys, self._bodies)
+        self._chat = OpenAIChat(self._settings.reasoning_field)
+        self._dialects: Mapping[str, Dialect] = {
+            "/chat/completions": self._chat,
+            "/completions": openai_completions,
+            "/embeddings": openai_embeddings,
+            "/responses": openai_responses,
+            "/messages": anthropic_messages,
+            "/messages/count_tokens": anthropic_count,
+            "/api/chat": ollama_chat,
+            "/api/generate": ollama_generate,
+            "/api/embed": ollama_embed,
+            "/api/embeddings": ollama_embeddings,
+        }
+
+    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        request = Request(scope, receive)
+        response = Response(scope, send, request.id, self._settings.write_timeout)
+        facts = Facts()
+        try:
+            await self._serve(request, response, facts)
+        except ClientLeft:
+            response.break_off()
+            facts.error = "client_left"
+        except Exception as error:  # while an error was told; its text may hold that of the client
+            response.break_off()
+            self._report(request, error)
+        finally:
+            self._note(request, response, facts)
+
+    async def _serve(self, request: Request, response: Response, facts: Facts) -> None:
+        path = _normalized(request.path)
+        dialect = self._dialects.get(path)
+        try:
+            if not self._keys.are_needed:
+                refuse_foreign_pages(request.headers)
+            if dialect:
+                facts.operation = path.strip("/")
+                await self._answer(dialect, request, response, facts)
+            elif self._lookups.has(path):
+                await self._lookups.answer(path, request, response)
+            else:
+                raise refuse(404, "not_found", f"there is nothing at {_shown(request.path)}")
+        except Refused as refusal:
+            await self._tell(dialect, request, response, facts, refusal.problem)
+        except FleetError as error:
+            await self._tell(dialect, request, response, facts, Problem.of(error))
+        except ClientLeft:
+            raise
+        except Exception as error:
+            self._report(request, error)
+            problem = Problem(status=500, code="internal_error", message="the gateway failed; its log tells where")
+            await self._tell(dialect, request, response, facts, problem)
+
+    async def _answer(self, dialect: Dialect, request: Request, response: Response, facts: Facts) -> None:
+        if request.method != "POST":
+            raise only("POST")
+        async with self.running.until_the_end():
+            key = self._keys.find(request.secret)
+            facts.key, facts.tags = key.name, tags(request)
+            body = await request.json(self._bodies, self._settings.body_timeout)
+            asked = dialect.asked(body, request.id, int(time.time()))
+            facts.model_asked = asked.model
+            options = router_options(request, key, self._default_max_wait)
+            names = models.require(self.fleet.known(), key, asked.model)
+            async with while_client_stays(request):
+                tokens = most_tokens(asked.body, request.size) if isinstance(asked, ChatAsked | EmbedAsked) else 0
+                reservation = await self._quotas.reserve(key, tokens)
+                facts.limits = reservation.headers
+                try:
+                    exchange = Exchange(self._router, response, facts, options, heartbeat=self._settings.heartbeat)
+                    await exchange.run(asked, names)
+                finally:
+                    reservation.settle(facts.tokens)
+
+    async def _tell(
+        self, dialect: Dialect | None, request: Request, response: Response, facts: Facts, problem: Problem
+    ) -> None:
+        facts.error = problem.code
+        if response.status is not None:
+            await response.fail(problem)
+            return
+        body = (dialect or self._spoken(request)).problem_body(problem, request.id)
+        last = [(b"connection", b"close")] if self.running.draining else []  # then the client asks another gateway
+        await response.whole(problem.status, body, [*facts.headers(), *problem.headers, *last])
+
+    def _spoken(self, request: Request) -> Dialect:
+        """Return the dialect of a client that asks for what is not there, or only looks something up."""
+        if request.path.startswith("/api/"):
+            return ollama_chat
+        return anthropic_messages if "anthropic-version" in request.headers else self._chat
+
+    def _report(self, request: Request, error: Exception) -> None:
+        log.error("request %s failed: %s in %s", request.id, type(error).__name__, where(error))
+
+    def _note(self, request: Request, response: Response, facts: Facts) -> None:
+        """Write what became of a request into the log, and into the ledger if its key is known."""
+        status = CLIENT_LEFT if facts.error == "client_left" else response.status or 0
+        level = logging.DEBUG if request.method != "POST" and status == 200 else logging.INFO
+        access.log(level, "%s %s %s %s", request.method, _shown(request.path), status, facts.line(request.id))
+        if facts.key and facts.operation:
+            self._ledger.add(facts.row(request.id, facts.key, facts.operation, status))
+
+
+def _normalized(path: str) -> str:
+    """Return a path without the version and without a slash at its end."""
+    return path.removeprefix("/v1").rstrip("/") or "/"
+
+
+def _shown(path: str) -> str:
+    """Return a path for a log or an error: without what looks like a key."""
+    return _KEY.sub("sk-...", "".join(c if c.isprintable() else "?" for c in path[:100]))

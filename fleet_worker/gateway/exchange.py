@@ -1,0 +1,80 @@
+"""One request through the router: submitted, relayed to its client, and stopped when the client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fleet_worker.errors import FleetSaturated, ModelUnavailable, ProviderError, QueueTimeout
+from fleet_worker.gateway.dialect import Asked, ChatAsked, CountAsked, EmbedAsked, LoadAsked
+from fleet_worker.gateway.event_stream import EventStream
+from fleet_worker.gateway.facts import Facts
+from fleet_worker.gateway.response import Response
+from fleet_worker.gateway.token_counts import counted_tokens
+from fleet_worker.router.options import RequestOptions
+from fleet_worker.router.router import Router
+
+ANOTHER_MODEL_MAY = (ModelUnavailable, FleetSaturated, QueueTimeout, ProviderError)
+"""Errors after which the next model of an alias or of a fallback list is tried, if nothing was written yet."""
+
+
+class Exchange:
+    """Answers one request with the models in `models`, of which the first counts that can."""
+
+    def __init__(self, router: Router, response: Response, facts: Facts, options: RequestOptions, *, heartbeat: float):
+        self._router = router
+        self._response = response
+        self._facts = facts
+        self._options = options
+        self._heartbeat = heartbeat
+
+    async def run(self, asked: Asked, models: list[str]) -> None:
+        """Write the answer. Raises a `FleetError`, also after a stream has begun."""
+        for model in models[:-1]:
+            try:
+                return await self._answer(asked, model)
+            except ANOTHER_MODEL_MAY:
+                if self._response.status is not None:
+                    raise
+        return await self._answer(asked, models[-1])
+
+    async def _answer(self, asked: Asked, model: str) -> None:
+        self._facts.model = model
+        if isinstance(asked, EmbedAsked):
+            await self._embed(asked, model)
+        elif isinstance(asked, CountAsked):
+            await self._count(asked, model)
+        elif isinstance(asked, LoadAsked):
+            await self._response.whole(200, asked.answer, self._facts.headers())
+        elif asked.stream:
+            await self._stream(asked, model)
+        else:
+            await self._chat(asked, model)
+
+    async def _embed(self, asked: EmbedAsked, model: str) -> None:
+        response = await self._router.aembed(model, body=asked.body, **self._options)
+        self._facts.note_answer(response)
+        await self._response.whole(200, asked.writer.whole(response), self._facts.headers())
+
+    async def _count(self, asked: CountAsked, model: str) -> None:
+        tokens = await asyncio.to_thread(counted_tokens, model, asked.body)
+        await self._response.whole(200, asked.answer(tokens), self._facts.headers())
+
+    async def _chat(self, asked: ChatAsked, model: str) -> None:
+        response = await self._router.achat(model, body=asked.body, **self._options)
+        self._facts.note_answer(response)
+        await self._response.whole(200, asked.writer.whole(response), self._facts.headers())
+
+    async def _stream(self, asked: ChatAsked, model: str) -> None:
+        stream = self._router.stream_chat(model, body=asked.body, **self._options)
+        events = EventStream(self._response, asked.writer, self._facts.headers, self._heartbeat)
+        async with events, stream:
+            try:
+                async for batch in stream.batches():
+                    if self._facts.ttft is None:
+                        self._facts.note_first_token(stream.progress)
+                    await events.write(batch)
+                self._facts.note_answer(stream.response)
+            except BaseException:
+                self._facts.note_cut_off(stream.progress, stream.tokens)
+                raise
+            await events.end(stream.response)

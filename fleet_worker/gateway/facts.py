@@ -1,0 +1,139 @@
+"""What becomes known of a request: for headers of its answer, access log, ledger and metrics. It holds no text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from fleet_worker.gateway.ledger_file import Row
+from fleet_worker.gateway.response import Header
+from fleet_worker.protocol.reply import ChatResponse, EmbedResponse, Usage
+from fleet_worker.router.progress import Progress
+
+
+@dataclass(slots=True)
+class Facts:
+    """Of one request. Times are seconds; what is not known is None."""
+
+    began: float = field(default_factory=time.monotonic)
+    """time.monotonic() seconds."""
+    at: float = field(default_factory=time.time)
+    """Seconds since the epoch."""
+    key: str | None = None
+    tags: tuple[str, ...] = ()
+    operation: str | None = None
+    model_asked: str | None = None
+    """As the client names it."""
+    model: str | None = None
+    """Of the fleet, that was tried last."""
+    node: str | None = None
+    attempts: int = 0
+    resumed: bool = False
+    queue_wait: float | None = None
+    ttft: float | None = None
+    """From the arrival of the request to the first delta."""
+    usage: Usage = field(default_factory=Usage)
+    limits: Sequence[Header] = ()
+    """Headers that tell what is left of the limits of the key."""
+    error: str | None = None
+    """The code of the problem."""
+
+    @property
+    def duration(self) -> float:
+        return time.monotonic() - self.began
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of prompt and answer, as far as they are known."""
+        usage = self.usage
+        return usage.total_tokens or (usage.prompt_tokens or 0) + (usage.completion_tokens or 0)
+
+    def note_first_token(self, progress: Progress | None) -> None:
+        self.ttft = self.duration
+        self._note_progress(progress)
+
+    def note_cut_off(self, progress: Progress | None, tokens: int) -> None:
+        """Note how far an answer came that its client left, or that failed."""
+        self._note_progress(progress)
+        self.usage = Usage(completion_tokens=tokens)
+
+    def _note_progress(self, progress: Progress | None) -> None:
+        if progress:
+            self.node, self.attempts, self.queue_wait = progress.node, progress.attempt, progress.queue_wait
+            self.resumed = progress.resumed > 0
+
+    def note_answer(self, response: ChatResponse | EmbedResponse) -> None:
+        self.node, self.attempts = response.node, len(response.attempts)
+        self.queue_wait, self.usage = response.timings.queue_wait, response.usage
+        self.resumed = any(attempt.delivered for attempt in response.attempts[:-1])
+
+    def headers(self) -> list[Header]:
+        """What was asked, what answers, and what is left."""
+        told = {
+            "x-fleet-requested-model": self.model_asked,
+            "x-fleet-model": self.model,
+            "x-fleet-node": self.node,
+            "x-fleet-attempts": self.attempts or None,
+            "x-fleet-resumed": str(self.resumed).lower() if self.attempts else None,
+            "server-timing": self._timing() or None,
+        }
+        own = [(name.encode(), _printable(str(value))) for name, value in told.items() if value is not None]
+        return [*own, *self.limits]
+
+    def line(self, request_id: str) -> str:
+        """Return a line for the log."""
+        told: dict[str, object] = {
+            "key": self.key,
+            "model": self.model,  # not what was asked: that may be any text
+            "node": self.node,
+            "attempts": self.attempts or None,
+            "in": self.usage.prompt_tokens,
+            "out": self.usage.completion_tokens,
+            "wait": _rounded(self.queue_wait),
+            "ttft": _rounded(self.ttft),
+            "total": _rounded(self.duration),
+            "error": self.error,
+            "id": request_id,
+        }
+        return " ".join(f"{name}={_word(value)}" for name, value in told.items() if value is not None)
+
+    def row(self, request_id: str, key: str, operation: str, status: int) -> Row:
+        """Return the row of the ledger."""
+        return Row(
+            at=self.at,
+            request_id=request_id,
+            key=key,
+            tags=self.tags,
+            operation=operation,
+            model_asked=self.model_asked,
+            model=self.model,
+            node=self.node,
+            attempts=self.attempts,
+            resumed=self.resumed,
+            prompt_tokens=self.usage.prompt_tokens or 0,
+            completion_tokens=self.usage.completion_tokens or 0,
+            cached_tokens=self.usage.cached_tokens or 0,
+            queue_wait=self.queue_wait,
+            ttft=self.ttft,
+            duration=self.duration,
+            status=status,
+            error=self.error,
+        )
+
+    def _timing(self) -> str:
+        seconds = {"queue": self.queue_wait, "ttft": self.ttft, "total": self.duration}
+        return ", ".join(f"{name};dur={1000 * each:.1f}" for name, each in seconds.items() if each is not None)
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 3)
+
+
+def _word(value: object) -> str:
+    return _printable(str(value)).decode("ascii").replace(" ", "_")
+
+
+def _printable(text: str) -> bytes:
+    """Return a header value. A model may have any name."""
+    return "".join(c if " " <= c <= "~" else "?" for c in text[:255]).encode("ascii")

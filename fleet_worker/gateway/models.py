@@ -1,0 +1,74 @@
+"""`/v1/models`: what a key may use, as the registry knows it now. Nothing is asked: it costs memory only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fleet_worker.errors import ModelUnavailable
+from fleet_worker.gateway.key import Key
+from fleet_worker.registry.alternatives import nearest
+from fleet_worker.registry.offered import Offered
+from fleet_worker.registry.view import Registry
+
+
+def listing(registry: Registry, key: Key) -> list[dict[str, Any]]:
+    """Return an object of OpenAI's and Anthropic's for each model and alias of this key, sorted."""
+    offered = _by_model(registry)
+    return [
+        _object(name, [each for model in key.model_of(name) for each in offered.get(model, ())])
+        for name in sorted(key.visible(offered))
+    ]
+
+
+def page(registry: Registry, key: Key) -> dict[str, Any]:
+    """Return the whole list, as OpenAI and as Anthropic write it."""
+    data = listing(registry, key)
+    ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
+    return {"object": "list", "data": data, "has_more": False, **ends}
+
+
+def details(registry: Registry, key: Key, name: str) -> dict[str, Any]:
+    """Return the object of one model; raises `ModelUnavailable` as `require` does."""
+    require(registry, key, name)
+    offered = _by_model(registry)
+    return _object(name, [each for model in key.model_of(name) for each in offered.get(model, ())])
+
+
+def require(registry: Registry, key: Key, name: str) -> list[str]:
+    """Return the models that may answer a request for `name`, first choice first.
+
+    Raises:
+        ModelUnavailable: this key has no such model. Only names are told that it may use.
+    """
+    models = key.model_of(name)
+    there = [model for model in models if registry.offerings(model)]
+    if there or (models and not registry.instances()):  # without a registry node nothing is known, and nodes may serve
+        return there or models
+    close = nearest(name, key.visible(registry.models()))
+    advice = f"; did you mean {close[0]}?" if close else "; GET /v1/models lists those of this key"
+    raise ModelUnavailable(f"the model does not exist, or this key may not use it{advice}", param="model")
+
+
+def _by_model(registry: Registry) -> dict[str, list[Offered]]:
+    offered: dict[str, list[Offered]] = {}
+    for each in registry.offerings():
+        offered.setdefault(each.model, []).append(each)
+    return offered
+
+
+def _object(name: str, offered: list[Offered]) -> dict[str, Any]:
+    lengths = [each.limits.get("context_window") for each in offered]
+    known = [length for length in lengths if isinstance(length, int)]
+    return {
+        "id": name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "fleet",
+        "type": "model",
+        "display_name": name,
+        "created_at": "1970-01-01T00:00:00Z",
+        "context_length": min(known) if known else None,
+        "capabilities": sorted({capability for each in offered for capability in each.capabilities}),
+        "features": sorted({feature for each in offered for feature in each.features}),
+        "ready": any(each.ready for each in offered),
+    }

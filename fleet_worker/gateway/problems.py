@@ -1,0 +1,102 @@
+"""What a client is told when something goes wrong: the same facts for all dialects."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fleet_worker.errors import FleetError
+
+MOST_RETRY_AFTER = 120.0
+"""Seconds. SDKs do not try again at all if they are told a longer time."""
+
+_TOLD: dict[str, tuple[int, str]] = {
+    "invalid_request": (400, "invalid_request"),
+    "context_length_exceeded": (400, "context_length_exceeded"),
+    "unsupported_capability": (400, "unsupported_capability"),
+    "unsupported_parameter": (400, "unsupported_parameter"),
+    "model_unavailable": (404, "model_not_found"),
+    "model_not_served": (404, "model_not_found"),
+    "policy_error": (403, "not_allowed"),
+    "unauthorized": (502, "server_unauthorized"),
+    "cancelled": (503, "cancelled"),
+    "expired": (504, "timeout"),
+    "queue_timeout": (503, "no_capacity"),
+    "fleet_saturated": (429, "rate_limit_exceeded"),
+    "broker_unavailable": (503, "broker_unavailable"),
+    "poison_suspected": (422, "poison_suspected"),
+    "overloaded": (503, "overloaded"),
+    "timeout": (504, "timeout"),
+    "configuration_error": (500, "configuration_error"),
+}
+"""Status and code of an error of the fleet by its own code. All others are 502: the fleet has tried."""
+_WORTH_ANOTHER_TRY = {"fleet_saturated", "broker_unavailable", "queue_timeout", "overloaded"}
+_RETRY_AFTER = {"broker_unavailable": 2.0, "queue_timeout": 5.0}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """Why a request has no answer. Dialects put it into their own words."""
+
+    status: int
+    code: str
+    """A code of OpenAI's where it has one, as in `model_not_found`; else that of the fleet's error."""
+    message: str
+    param: str | None = None
+    retry_after: float | None = None
+    """Seconds."""
+    may_retry: bool | None = None
+    """Whether the client may send it again; None if the status says so already."""
+    more_headers: tuple[tuple[bytes, bytes], ...] = ()
+    """What else the client is told, as how much of its limits is left."""
+
+    @classmethod
+    def of(cls, error: FleetError) -> Problem:
+        own = str(error.metadata.get("code", error.code))
+        status, code = _TOLD.get(own, (502, own))
+        retry_after = _retry_after(error)
+        may_retry = own in _WORTH_ANOTHER_TRY or retry_after is not None
+        return cls(
+            status=status,
+            code=code,
+            message=error.message,
+            param=error.param,
+            retry_after=retry_after,
+            may_retry=may_retry if may_retry or status >= 429 else None,
+        )
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """When to try again, as the SDKs of OpenAI and Anthropic read it, and `more_headers`."""
+        told = list(self.more_headers)
+        if self.retry_after is not None:
+            seconds = min(self.retry_after, MOST_RETRY_AFTER)
+            told.append((b"retry-after", b"%d" % max(1, round(seconds + 0.499))))
+            told.append((b"retry-after-ms", b"%d" % (1000 * seconds)))
+        if self.may_retry is not None:
+            told.append((b"x-should-retry", b"true" if self.may_retry else b"false"))
+        return told
+
+
+class Refused(Exception):
+    """A request that is refused before it reaches the router."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.message)
+        self.problem = problem
+
+
+def refuse(status: int, code: str, message: str, *, param: str | None = None) -> Refused:
+    """Return the exception, for its caller to raise."""
+    return Refused(Problem(status=status, code=code, message=message, param=param))
+
+
+def only(methods: str) -> Refused:
+    """Return the exception for a method that a path does not have."""
+    text = f"here only {methods} is answered"
+    allow = (b"allow", methods.encode("ascii"))
+    return Refused(Problem(status=405, code="method_not_allowed", message=text, more_headers=(allow,)))
+
+
+def _retry_after(error: FleetError) -> float | None:
+    told = error.metadata.get("retry_after", _RETRY_AFTER.get(error.code))
+    return float(told) if isinstance(told, int | float) and not isinstance(told, bool) and told >= 0 else None

@@ -1,0 +1,181 @@
+"""Quotas: how much each key may use.
+
+    reservation = await quotas.reserve(key, prompt_tokens + max_tokens)   # raises QuotaExceeded, a `Refused`
+    try:
+        ...                                # reservation.headers: what an answer tells of the limits
+        reservation.settle(usage_tokens)   # what was used, or delivered until the client left
+    finally:
+        reservation.release()              # nothing was used, unless it was settled
+
+A request reserves its estimate of tokens, and a place among those that run. Neither `settle` nor `release` waits. On
+Redis and Valkey the limits hold for all gateways together (`shared_counts`); on RabbitMQ, and while the broker is away,
+each gateway counts by itself (`counts`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from fleet_worker.broker.async_redis import connection_to
+from fleet_worker.broker.topology import transport_of
+from fleet_worker.gateway.counts import Limit, LocalCounts, Taken, Wanted
+from fleet_worker.gateway.key import Key
+from fleet_worker.gateway.quota_texts import Headers, exceeded, headers
+from fleet_worker.gateway.shared_counts import ANSWER_WITHIN, LEASE, Own, SharedCounts
+from fleet_worker.settings import Settings
+
+CONNECT_WITHIN = 2.0
+"""Seconds in which the broker has to accept a connection. No request waits for that."""
+
+
+class Quotas:
+    """The quotas of all keys. For one event loop; `open` it first, `close` it last.
+
+    Without settings, or on RabbitMQ, it counts alone. `gateway` names this gateway, the same after a restart.
+    `spent(key name, since)` returns the tokens that a key has used here since a time in seconds since the epoch, so
+    that budgets survive a restart.
+    """
+
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        *,
+        gateway: str = "",
+        spent: Callable[[str, float], int] = lambda key, since: 0,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._clock = clock
+        self._ahead = 0.0
+        """Seconds by which the clock of the broker is ahead of ours: windows begin when it says so."""
+        self._local = LocalCounts(spent, lambda: self._clock() + self._ahead)
+        self._shared: SharedCounts | None = None
+        self._renewals: asyncio.Task[None] | None = None
+        if settings and transport_of(settings.broker_url) == "redis":
+            connect = partial(connection_to, settings, connect_within=CONNECT_WITHIN, answer_within=ANSWER_WITHIN)
+            self._shared = SharedCounts(gateway or uuid.uuid4().hex, connect, opened=self._report)
+
+    @property
+    def are_shared(self) -> bool:
+        """Whether the limits hold for all gateways together now."""
+        return self._shared is not None and self._shared.are_there
+
+    def open(self) -> None:
+        if self._shared:
+            self._shared.open()
+            self._renewals = asyncio.create_task(self._renew(), name="fleet-leases")
+
+    async def close(self) -> None:
+        if self._shared and self._renewals:
+            self._renewals.cancel()
+            await self._shared.close()
+
+    async def reserve(self, key: Key, tokens: int) -> Reservation:
+        """Take a request and its tokens from the limits of a key: its prompt, and the most that it may generate.
+
+        Raises:
+            QuotaExceeded: they have no room for it.
+        """
+        wanted = _wanted(key, tokens)
+        if not wanted.limits and not wanted.max_parallel:
+            return Reservation(key.name, wanted, Taken(0.0, "", 0, {}), lambda tokens: None)
+        taken, is_shared = await self._take(key.name, wanted)
+        if taken.refused:
+            raise exceeded(taken, wanted, self._local.running(key.name))
+        return Reservation(key.name, wanted, taken, partial(self._settle, key.name, wanted, taken, is_shared))
+
+    async def _take(self, key: str, wanted: Wanted) -> tuple[Taken, bool]:
+        """Return the answer, and whether it is that of the broker."""
+        shared = self._shared
+        if not shared or not shared.are_there:
+            return self._local.take(key, wanted), False
+        reserved = self._local.take(key, wanted, checks=False)
+        take_back = partial(self._local.change, key, wanted, [(each, -each.charge) for each in wanted.limits])
+        try:
+            taken = await shared.take(key, wanted, partial(self._own, key, reserving=wanted))
+        except asyncio.CancelledError:
+            self._settle(key, wanted, reserved, True, 0)
+            raise
+        if not taken:
+            take_back(reserved.now)
+            return self._local.take(key, wanted), False
+        self._ahead = taken.now - self._clock()
+        if taken.refused:
+            take_back(reserved.now)
+        return taken, True
+
+    def _settle(self, key: str, wanted: Wanted, taken: Taken, is_shared: bool, tokens: int) -> None:
+        limits = [each for each in wanted.limits if each.name != "rpm"]
+        self._local.change(key, wanted, [(each, tokens - each.charge) for each in limits], taken.now)
+        if self._shared and (limits or wanted.lease):
+            reserved = {each.name: each.charge if is_shared else 0 for each in limits}
+            changes = [(each, tokens - reserved[each.name], each.number(taken.now)) for each in limits]
+            self._shared.settle(key, wanted.lease, changes, partial(self._own, key))
+
+    def _own(self, key: str, limit: Limit, reserving: Wanted | None = None) -> Own:
+        """Return what this gateway has used of a budget, without what is being reserved now."""
+        window = self._local.window(key, limit.name)
+        return Own(window.number, max(0, window.amount - (limit.charge if reserving else 0)))
+
+    def _report(self) -> None:
+        """Tell a broker that may have forgotten everything what runs here, and what was used of budgets."""
+        for key, budgets in self._local.budgets().items():
+            if self._shared and budgets:
+                self._shared.settle(key, "", [(Limit(name, 0, 0), 0, 0) for name in budgets], partial(self._own, key))
+        self._renew_leases()
+
+    async def _renew(self) -> None:
+        while True:
+            await asyncio.sleep(LEASE / 3)
+            self._renew_leases()
+
+    def _renew_leases(self) -> None:
+        for key in self._local.budgets():
+            if self._shared and (leases := self._local.running(key)):
+                self._shared.renew(key, leases)
+
+
+@dataclass(slots=True)
+class Reservation:
+    """What a request has taken from the limits of its key."""
+
+    key: str
+    _wanted: Wanted
+    _taken: Taken
+    _end: Callable[[int], None] | None
+
+    @property
+    def headers(self) -> Headers:
+        """What an answer tells of the limits, as OpenAI does: `x-ratelimit-...`; empty without limits."""
+        return headers(self._taken, self._wanted)
+
+    def settle(self, tokens: int) -> None:
+        """End the request: it has used so many tokens, of its prompt and its answer. Only the first call counts."""
+        end, self._end = self._end, None
+        if end:
+            end(max(0, tokens))
+
+    def release(self) -> None:
+        """End the request, if it is not settled: it has used no tokens. It counts as a request."""
+        self.settle(0)
+
+
+def _wanted(key: Key, tokens: int) -> Wanted:
+    tokens = max(0, tokens)
+    limits = (
+        _rate("rpm", key.rpm, 1),
+        _rate("tpm", key.tpm, tokens),
+        Limit("day", key.budget_per_day, tokens) if key.budget_per_day else None,
+        Limit("month", key.budget_per_month, tokens) if key.budget_per_month else None,
+    )
+    is_counted = key.max_parallel or key.budget_per_day or key.budget_per_month
+    return Wanted(uuid.uuid4().hex if is_counted else "", tuple(filter(None, limits)), key.max_parallel)
+
+
+def _rate(name: str, most: int | None, charge: int) -> Limit | None:
+    """A request that may need more than the tokens of a minute gets all of them."""
+    return Limit(name, most, min(most, charge)) if most else None

@@ -1,0 +1,149 @@
+"""What a caller asks the router for: the arguments of a public method, checked, as one request and how to treat it."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from fleet_worker.broker.topology import is_node_name, reply_name
+from fleet_worker.errors import InvalidRequest
+from fleet_worker.protocol import clock
+from fleet_worker.protocol.request import REQUEST_ID, FleetRequest, Operation, Priority, params_of_client
+from fleet_worker.router.attempts import OnInterrupt
+from fleet_worker.router.options import RequestOptions
+from fleet_worker.settings import Settings
+
+LONGEST_OWN_ID = 128
+"""Characters of the id that a caller gives a request."""
+OPTIONS = frozenset(RequestOptions.__optional_keys__)
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A request without its reply queue, and the router's part of its options."""
+
+    request: FleetRequest
+    node: str | None
+    """The only node that may have it."""
+    on_interrupt: OnInterrupt
+    queue_timeout: float
+    max_wait: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        settings: Settings,
+        operation: Operation,
+        model: str | None,
+        arguments: dict[str, Any],
+        body: Mapping[str, Any] | None,
+        options: Mapping[str, Any],
+    ) -> Submission:
+        """Return what these arguments of a public method ask for; raises `InvalidRequest`.
+
+        `arguments` are those fields of the body that are arguments of their own. With a `body`, all fields are in it,
+        so that none of them can be taken for an option; without one, they are among the options.
+        """
+        own = {name: value for name, value in options.items() if name in OPTIONS}
+        params = {**arguments, **{name: value for name, value in options.items() if name not in OPTIONS}}
+        if body is not None:
+            model, params = _read_body(operation, model, params, body)
+        return cls._checked(settings, operation, model, params, **own)
+
+    @classmethod
+    def _checked(
+        cls,
+        settings: Settings,
+        operation: Operation,
+        model: str | None,
+        params: dict[str, Any],
+        *,
+        timeout: float | None = None,
+        queue_timeout: float | None = None,
+        max_wait: float | None = None,
+        priority: Priority = "normal",
+        instance: str = "any",
+        node: str | None = None,
+        request_id: str | None = None,
+        idempotency_key: str | None = None,
+        on_interrupt: OnInterrupt = "resume",
+        caller: dict[str, Any] | None = None,
+        message_context: dict[str, Any] | None = None,
+        trace_context: dict[str, Any] | None = None,
+    ) -> Submission:
+        limits = settings.router
+        if on_interrupt not in get_args(OnInterrupt):
+            raise InvalidRequest('on_interrupt: must be "resume" or "fail"', param="on_interrupt")
+        queue_timeout = _seconds("queue_timeout", queue_timeout, limits.queue_timeout)
+        max_wait = limits.max_wait if max_wait is None else _seconds("max_wait", max_wait, 0.0, or_none=True)
+        seconds = _seconds("timeout", timeout, limits.timeout, limits.max_timeout)
+        if node is not None and not is_node_name(node):
+            raise InvalidRequest('node: must be the name of a node, as in "local@mini-7"', param="node")
+        if not isinstance(instance, str) or not instance:
+            raise InvalidRequest('instance: must be the name of an instance, or "any"', param="instance")
+        own_id = _unique_id(request_id)
+        envelope = {
+            "protocol_version": 2,
+            "request_id": own_id,
+            "correlation_id": request_id or own_id,
+            "idempotency_key": idempotency_key or own_id,
+            "attempt": 1,
+            "operation": operation,
+            "provider": "mlx",
+            "provider_instance": instance,
+            "model": model,
+            "params": params,
+            "reply_to": reply_name("unsent", 1),
+            "message_context": message_context or {},
+            "caller": caller or {},
+            "trace_context": trace_context or {},
+            "signed_token": None,
+            "timeout_seconds": seconds,
+            "expires_at": clock.now() + seconds,
+            "priority": priority,
+        }
+        request = FleetRequest.build(envelope)
+        request.check_size(settings.max_body_bytes)
+        return cls(request, node, on_interrupt, queue_timeout, max_wait)
+
+
+def _unique_id(asked: str | None) -> str:
+    """Return an id that no other request has; it begins with the one that the caller has given. Callers may use one
+    twice, and a node takes a second request with the same id for the first one."""
+    if asked is None:
+        return str(uuid.uuid4())
+    if not isinstance(asked, str) or not re.fullmatch(REQUEST_ID, asked) or len(asked) > LONGEST_OWN_ID:
+        needed = f"must be a string of at most {LONGEST_OWN_ID} visible ASCII characters"
+        raise InvalidRequest(f"request_id: {needed}", param="request_id")
+    return f"{asked}.{uuid.uuid4().hex[:12]}"
+
+
+def _read_body(
+    operation: Operation, model: str | None, beside: dict[str, Any], body: Mapping[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Return the model and the params. The model that the caller names beside the body counts."""
+    if not isinstance(body, Mapping):
+        raise InvalidRequest("body: must be an object with the fields of an OpenAI request", param="body")
+    if given := [name for name, value in beside.items() if value is not None]:
+        name = given[0]
+        raise InvalidRequest(f"{name}: is no option of the router: with a body, it belongs into that", param=name)
+    return body.get("model") if model is None else model, params_of_client(operation, body)
+
+
+def _seconds(
+    option: str, asked: float | None, default: float, limit: float = math.inf, *, or_none: bool = False
+) -> float:
+    """Return what the caller asked for, or the default; raises `InvalidRequest` if that is no such time. With `or_none`
+    it may be 0."""
+    seconds = default if asked is None else asked
+    is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    if not is_number or not (0 < seconds <= limit or (or_none and seconds == 0)):
+        most = "" if math.isinf(limit) else f" and at most {limit:g} (router.max_timeout)"
+        least = "0 or more" if or_none else "more than 0"
+        raise InvalidRequest(f"{option}: must be a number of seconds, {least}{most}", param=option)
+    return float(min(seconds, sys.float_info.max))  # an int may be larger than any float

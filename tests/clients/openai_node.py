@@ -1,0 +1,14 @@
+"""OpenAI's SDK for JavaScript."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tests.clients.client import Client, Result, Target
+
+
+def _run(target: Target) -> Iterator[Result]:
+    return target.run_script("openai_node.cjs")
+
+
+CLIENT = Client("openai-node", ["openai", "zod"], _run, [{"name": "weather", "arguments": {"city": "Oslo"}}])
