@@ -74,12 +74,13 @@ for each in commands.COMMANDS:
 
 @cli.command(short_help="Try a whole fleet on this machine.")
 @click.option("--simulated", is_flag=True, help="Use simulated MLX servers, on a machine without MLX.")
-def demo(simulated: bool) -> None:
+@click.option("--gateway", "with_gateway", is_flag=True, help="Serve the fleet over HTTP at the end, until Ctrl-C.")
+def demo(simulated: bool, with_gateway: bool) -> None:
     """Start a broker, two MLX servers with small models and their nodes here, and use them once."""
     try:
         from fleet_worker.demo.run import run
 
-        sys.exit(run(simulated=simulated))
+        sys.exit(run(simulated=simulated, with_gateway=with_gateway))
     except ModuleNotFoundError as error:
         raise ConfigurationError(f"the demo needs {error.name}: in a checkout, pip install '.[demo]'") from None
 

@@ -1,18 +1,110 @@
-"""Gateways for tests: real processes that serve HTTP."""
+"""Gateways for tests: real processes that serve HTTP, and the HTTP alone."""
 
+import asyncio
+import http.client
+import socket
+import threading
 from contextlib import contextmanager
 
+from fleet_worker import Router
+from fleet_worker.gateway.app import Gateway
+from fleet_worker.gateway.keys import Keys
+from fleet_worker.gateway.quotas import Quotas
+from fleet_worker.gateway.serve import Server
 from fleet_worker.host.child_process import child, python
+from fleet_worker.settings import Settings
 
 READY_WITHIN = 20.0
 
 
 @contextmanager
-def running_gateway(broker_url, **settings):
+def running_gateway(broker_url, *, connected=True, **settings):
     """Run `fleet-worker gateway` with these settings; yield its process, which has its `url`."""
     env = {f"FLEET_GATEWAY__{name.upper()}": str(value) for name, value in {"port": 0, **settings}.items()}
     with child("gateway", python("-m", "fleet_worker", "gateway"), {"FLEET_BROKER_URL": broker_url, **env}) as process:
-        line = process.wait_for("serves http", READY_WITHIN)
+        line = process.wait_for("serves ", READY_WITHIN)
         process.url = line.split("serves ")[1].split()[0]
-        process.wait_for("knows the models", READY_WITHIN)
+        if connected:
+            process.wait_for("knows the models", READY_WITHIN)
         yield process
+
+
+@contextmanager
+def serving(app=None, **settings):
+    """Serve HTTP in a thread of this process, without any fleet; yield the port. `app`: instead of the gateway."""
+    settings = Settings(broker_url="redis://127.0.0.1:1", gateway={"port": 0, **settings})
+    keys = Keys.load(settings.gateway.keys)
+    with Router(settings) as router, socket.create_server(("127.0.0.1", 0)) as listener:
+        quotas = Quotas(settings, gateway="test")
+        server = Server(settings, app or Gateway(settings, router, keys, quotas), keys, quotas)
+        thread = threading.Thread(target=asyncio.run, args=[server.serve([listener])])
+        thread.start()
+        yield listener.getsockname()[1]
+        server.should_exit = server.force_exit = True
+        thread.join(10)
+
+
+class Wire:
+    """One connection, on which anything can be sent."""
+
+    def __init__(self, port, **options):
+        self.socket = socket.socket()
+        for name, value in options.items():
+            self.socket.setsockopt(socket.SOL_SOCKET, getattr(socket, name), value)
+        self.socket.settimeout(5)
+        self.socket.connect(("127.0.0.1", port))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.socket.close()
+
+    def send(self, data):
+        self.socket.sendall(data)
+        return self
+
+    def answer(self):
+        """Return the next answer, which has its `body`. It must be the only one that was sent so far."""
+        answer = http.client.HTTPResponse(self.socket)
+        answer.begin()
+        answer.body = answer.read()
+        return answer
+
+    def rest(self):
+        """Return all that comes until the other end closes the connection."""
+        parts = []
+        while part := self.socket.recv(1 << 20):
+            parts.append(part)
+        return b"".join(parts)
+
+    @property
+    def is_closed(self):
+        """Wait for the other end to close it."""
+        try:
+            return not self.rest()
+        except ConnectionError:
+            return True
+
+
+def ask(port, data):
+    """Send this and return the answer."""
+    with Wire(port) as wire:
+        return wire.send(data).answer()
+
+
+def post(body=b"{}", *headers, path=b"/v1/chat/completions", version=b"1.1", length=None):
+    """Return the bytes of a request. Headers are bytes, as in b"expect: 100-continue"."""
+    length = b"content-length: %d" % (len(body) if length is None else length)
+    head = [b"POST %b HTTP/%b" % (path, version), b"host: localhost", length, *headers]
+    return b"\r\n".join([*head, b"", body])
+
+
+def chunked(rest, *headers):
+    """Return the bytes of a request whose body comes in chunks; `rest` is what comes after its head."""
+    head = [b"POST /v1/chat/completions HTTP/1.1", b"host: localhost", b"transfer-encoding: chunked", *headers]
+    return b"\r\n".join([*head, b"", rest])
+
+
+def get(path=b"/v1/models", *headers):
+    return b"\r\n".join([b"GET %b HTTP/1.1" % path, b"host: localhost", *headers, b"", b""])

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from fleet_worker import exit_codes
 from fleet_worker.broker.app import create_app
 from fleet_worker.broker.faults import unavailable
+from fleet_worker.demo import gateway
 from fleet_worker.demo.children import ChildLost, Children, Interrupted
 from fleet_worker.demo.models import chat_model, embedding_model, platform_problem
 from fleet_worker.host.child_process import ChildFailed, ChildProcess, free_port, python
@@ -55,20 +56,35 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
 
-def run(*, simulated: bool) -> int:
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """What the demo has started."""
+
+    router: Router
+    gateway_url: str | None
+
+
+def run(*, simulated: bool, with_gateway: bool = False) -> int:
     """Run the demo and return its exit code: 0 only if every part worked. No process is left running.
+
+    `with_gateway`: serve the fleet over HTTP at the end, until a signal.
 
     Raises:
         FleetError: a request failed, or a model could not be prepared.
     """
     console, errors = (Console(highlight=False, emoji=False, soft_wrap=True, stderr=stderr) for stderr in (False, True))
     problem = None if simulated else platform_problem()
+    if with_gateway and (package := gateway.missing()):
+        problem = f"The gateway needs {package}: in a checkout, pip install '.[demo,gateway]'"
     if problem:
         errors.print(problem, markup=False)  # it names an extra in brackets
         return exit_codes.UNAVAILABLE
     try:
         with Children() as children, _announced_end(console):
-            _send_requests(console, _start_fleet(console, children, simulated=simulated))
+            fleet = _start_fleet(console, children, simulated=simulated, with_gateway=with_gateway)
+            _send_requests(console, fleet.router)
+            if fleet.gateway_url:
+                gateway.serve_until_interrupted(console, fleet.gateway_url, CHAT)
     except Interrupted as stop:
         errors.print("Interrupted; everything was stopped.")
         return stop.exit_code
@@ -88,8 +104,8 @@ def _announced_end(console: Console) -> Iterator[None]:
         console.print("\nStopping everything ...")
 
 
-def _start_fleet(console: Console, children: Children, *, simulated: bool) -> Router:
-    """Start broker, servers and nodes, in this order; they are stopped in reverse order."""
+def _start_fleet(console: Console, children: Children, *, simulated: bool, with_gateway: bool) -> Fleet:
+    """Start broker, servers, nodes and gateway, in this order; they are stopped in reverse order."""
     with _progress(console) as show:
         folder = Path(children.enter(TemporaryDirectory(prefix="fleet-demo-")))
         show("broker", None)
@@ -101,7 +117,11 @@ def _start_fleet(console: Console, children: Children, *, simulated: bool) -> Ro
         for server, node in zip(servers, nodes, strict=True):
             show(f"server and node of {server.model}", None)
             node.wait_for("is ready", READY_WITHIN)
-    return children.enter(Router(Settings(broker_url=broker_url)))
+        gateway_url = None
+        if with_gateway:
+            show("gateway", None)
+            gateway_url = gateway.start(children, broker_url, folder)
+    return Fleet(children.enter(Router(Settings(broker_url=broker_url))), gateway_url)
 
 
 def _broker(children: Children, folder: Path) -> str:
@@ -184,6 +204,7 @@ def _node(children: Children, folder: Path, broker_url: str, server: Server) -> 
     environment = {
         "FLEET_CONFIG": str(config),
         "FLEET_BROKER_URL": broker_url,
+        "FLEET_STATE_DIR": str(folder),
         "FLEET_WORKER__START_TIMEOUT": str(READY_WITHIN),
     }
     name = f"{server.instance}@demo"

@@ -2,9 +2,10 @@
 
 In reading order:
 
-- the process: `commands`, `serve`, `http_protocol`
-- a request: `app` (paths, and what all have in common), `request`, `options`, `models`, `health`, `exchange` (through
-  the router), `departure`, `event_stream`, `response`, `problems` (what a client is told when something goes wrong)
+- the process: `commands`, `serve`, `http_protocol` with `http_refusals`
+- a request: `app` (paths, and what all have in common), `browsers`, `request`, `options`, `models`, `health`,
+  `exchange` (through the router), `departure`, `event_stream`, `response`, `problems` (what a client is told when
+  something goes wrong)
 - who may use what: `keys` with `key`; `quotas` with `quota_texts`, `counts`, `shared_counts` and `count_scripts`
 - what was used: `facts`, `ledger` with `ledger_file`, `usage`
 - the dialects, which are pure: `dialect` (what they have in common), `openai_chat`, `openai_completions`,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, cast
@@ -19,6 +20,7 @@ from fleet_worker.gateway import (
     openai_embeddings,
     openai_responses,
 )
+from fleet_worker.gateway.browsers import refuse_foreign_pages
 from fleet_worker.gateway.departure import while_client_stays
 from fleet_worker.gateway.dialect import Dialect
 from fleet_worker.gateway.exchange import Exchange
@@ -28,9 +30,9 @@ from fleet_worker.gateway.key import Key
 from fleet_worker.gateway.keys import Keys
 from fleet_worker.gateway.openai_chat import OpenAIChat
 from fleet_worker.gateway.options import router_options, tags
-from fleet_worker.gateway.problems import Problem, Refused, refuse
+from fleet_worker.gateway.problems import Problem, Refused, only, refuse
 from fleet_worker.gateway.quotas import Quotas
-from fleet_worker.gateway.request import ClientLeft, Receive, Request
+from fleet_worker.gateway.request import BodyMemory, ClientLeft, Receive, Request
 from fleet_worker.gateway.response import Response, Send
 from fleet_worker.gateway.token_estimate import most_tokens
 from fleet_worker.registry.view import Registry
@@ -44,6 +46,8 @@ CONNECT_AGAIN_AFTER = 1.0
 """Seconds between two tries to reach the broker, while there is no connection yet."""
 CLIENT_LEFT = 499
 """The status in the log and the ledger of a request whose client did not wait for its answer."""
+_KEY = re.compile(r"sk-[\w-]+")
+_ALIVE = ("/", "/health", "/health/liveliness", "/health/liveness")
 _DRAINING = Problem(
     status=503, code="shutting_down", message="this gateway shuts down", retry_after=1.0, may_retry=True
 )
@@ -54,7 +58,7 @@ class Gateway:
 
     def __init__(self, settings: Settings, router: Router, keys: Keys, quotas: Quotas) -> None:
         self._settings = settings.gateway
-        self._most_bytes = settings.max_body_bytes
+        self._bodies = BodyMemory(settings.max_body_bytes)
         self._router = router
         self._keys = keys
         self._quotas = quotas
@@ -82,6 +86,9 @@ class Gateway:
         except ClientLeft:
             response.break_off()
             facts.error = "client_left"
+        except Exception as error:  # while an error was told; its text may hold that of the client
+            response.break_off()
+            self._report(request, error)
         finally:
             self._log(request, response, facts)
 
@@ -106,11 +113,12 @@ class Gateway:
         """Refuse new requests, and wait until those that run have ended. After `drain_grace` they are ended."""
         self.draining = True
         if self._running:
-            await asyncio.wait(self._running, timeout=self._settings.drain_grace)
+            await asyncio.wait(self._running, timeout=self.drain_grace)
         self.end_all()
 
     def end_all(self) -> None:
-        """End all requests that run, each with an error. `draining` must be true."""
+        """End all requests that run, each with an error."""
+        self.draining = True
         for task in tuple(self._running):
             task.cancel()
 
@@ -118,15 +126,18 @@ class Gateway:
         path = _normalized(request.path)
         dialect = self._dialects.get(path)
         try:
+            if not self._keys.are_needed:
+                refuse_foreign_pages(request.headers)
             if dialect is None:
                 await self._look_up(path, request, response)
             elif request.method != "POST":
-                raise refuse(405, "method_not_allowed", f"{request.path}: only POST is answered")
+                raise only("POST")
             elif self.draining:
                 raise Refused(_DRAINING)
             else:
                 facts.operation = path.strip("/")
-                await self._answer(dialect, request, response, facts)
+                async with self._until_the_end():
+                    await self._answer(dialect, request, response, facts)
         except Refused as refusal:
             await self._tell(dialect, request, response, facts, refusal.problem)
         except FleetError as error:
@@ -134,20 +145,20 @@ class Gateway:
         except ClientLeft:
             raise
         except Exception as error:
-            log.error("request %s failed: %s in %s", request.id, type(error).__name__, where(error))
+            self._report(request, error)
             problem = Problem(status=500, code="internal_error", message="the gateway failed; its log tells where")
             await self._tell(dialect, request, response, facts, problem)
 
     async def _answer(self, dialect: Dialect, request: Request, response: Response, facts: Facts) -> None:
         key = self._keys.find(request.secret)
         facts.key, facts.tags = key.name, tags(request)
-        body = await request.json(self._most_bytes, self._settings.body_timeout)
+        body = await request.json(self._bodies, self._settings.body_timeout)
         asked = dialect.asked(body, request.id, int(time.time()))
         facts.model_asked = asked.model
         options = router_options(request, key, self._settings.max_wait)
         names = models.require(self._known(), key, asked.model)
         exchange = Exchange(self._router, response, facts, options, heartbeat=self._settings.heartbeat)
-        async with self._until_the_end(), while_client_stays(request):
+        async with while_client_stays(request):
             reservation = await self._quotas.reserve(key, most_tokens(asked.body, request.size))
             facts.limits = reservation.headers
             try:
@@ -172,31 +183,34 @@ class Gateway:
 
     async def _look_up(self, path: str, request: Request, response: Response) -> None:
         """Answer what is known without asking anybody."""
+        if path not in _ALIVE and path not in ("/health/readiness", "/models") and not path.startswith("/models/"):
+            raise refuse(404, "not_found", f"there is nothing at {_shown(request.path)}")
         if request.method not in ("GET", "HEAD"):
-            raise refuse(404, "not_found", f"{request.method} {request.path}: there is nothing here")
-        found: dict[str, Any] | None = None
+            raise only("GET, HEAD")
         status = 200
-        if path in ("/", "/health", "/health/liveliness", "/health/liveness"):
-            found = {"status": "alive"}
+        if path in _ALIVE:
+            found: dict[str, Any] = {"status": "alive"}
         elif path == "/health/readiness":
             status, found = health.readiness(self.registry, draining=self.draining)
         elif path == "/models":
             found = models.page(self._known(), self._key(request))
-        elif path.startswith("/models/"):
+        else:
             found = models.details(self._known(), self._key(request), path.removeprefix("/models/"))
-        if found is None:
-            raise refuse(404, "not_found", f"GET {request.path}: there is nothing here")
         await response.whole(status, compact(found).encode("ascii"))
 
     async def _tell(
         self, dialect: Dialect | None, request: Request, response: Response, facts: Facts, problem: Problem
     ) -> None:
         facts.error = problem.code
-        if response.status is not None:  # it has begun: nothing true can be said any more
-            response.break_off()
+        if response.status is not None:
+            await response.fail(problem)
             return
         body = (dialect or self._chat).problem_body(problem, request.id)
-        await response.whole(problem.status, body, [*facts.headers(), *problem.headers])
+        last = [(b"connection", b"close")] if self.draining else []  # then the client asks another gateway
+        await response.whole(problem.status, body, [*facts.headers(), *problem.headers, *last])
+
+    def _report(self, request: Request, error: Exception) -> None:
+        log.error("request %s failed: %s in %s", request.id, type(error).__name__, where(error))
 
     def _key(self, request: Request) -> Key:
         return self._keys.find(request.secret)
@@ -218,4 +232,5 @@ def _normalized(path: str) -> str:
 
 
 def _shown(path: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in path[:100])
+    """Return a path for a log or an error: without what looks like a key."""
+    return _KEY.sub("sk-...", "".join(c if c.isprintable() else "?" for c in path[:100]))

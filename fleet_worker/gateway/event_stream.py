@@ -9,7 +9,6 @@ from types import TracebackType
 from typing import Self
 
 from fleet_worker.gateway.dialect import Writer
-from fleet_worker.gateway.problems import Problem
 from fleet_worker.gateway.request import ClientLeft
 from fleet_worker.gateway.response import Header, Response
 from fleet_worker.protocol.reply import ChatResponse, Delta
@@ -42,21 +41,12 @@ class EventStream:
     ) -> None:
         self._beating.cancel()
 
-    @property
-    def has_begun(self) -> bool:
-        return self._begun
-
     async def write(self, deltas: list[Delta]) -> None:
         await self._write(lambda: self._writer.deltas(deltas))
 
     async def end(self, response: ChatResponse) -> None:
         async with self._writing:
             await self._response.end(await self._opened(lambda: self._writer.end(response)))
-
-    async def fail(self, problem: Problem) -> None:
-        """End a stream that has begun, with an error."""
-        async with self._writing:
-            await self._response.end(self._writer.failed(problem))
 
     async def _write(self, made: Callable[[], bytes]) -> None:
         async with self._writing:
@@ -69,6 +59,7 @@ class EventStream:
         if self._begun:
             return made()
         self._begun = True
+        self._response.failed = self._writer.failed
         await self._response.begin(self._headers(), self._writer.media_type)
         return self._writer.begin() + made()
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-
-from fleet_worker.errors import FleetError, FleetSaturated, ModelUnavailable, ProviderError, QueueTimeout
+from fleet_worker.errors import FleetSaturated, ModelUnavailable, ProviderError, QueueTimeout
 from fleet_worker.gateway.dialect import Asked, ChatAsked, CountAsked, EmbedAsked
 from fleet_worker.gateway.event_stream import EventStream
 from fleet_worker.gateway.facts import Facts
-from fleet_worker.gateway.problems import Problem
 from fleet_worker.gateway.response import Response
 from fleet_worker.gateway.token_estimate import estimated_tokens
 from fleet_worker.router.options import RequestOptions
@@ -29,10 +26,13 @@ class Exchange:
         self._heartbeat = heartbeat
 
     async def run(self, asked: Asked, models: list[str]) -> None:
-        """Write the answer. Raises a `FleetError` before it has begun; later errors are written into the stream."""
+        """Write the answer. Raises a `FleetError`, also after a stream has begun."""
         for model in models[:-1]:
-            with contextlib.suppress(*ANOTHER_MODEL_MAY):
+            try:
                 return await self._answer(asked, model)
+            except ANOTHER_MODEL_MAY:
+                if self._response.status is not None:
+                    raise
         return await self._answer(asked, models[-1])
 
     async def _answer(self, asked: Asked, model: str) -> None:
@@ -63,16 +63,9 @@ class Exchange:
         stream = self._router.stream_chat(model, body=asked.body, **self._options)
         events = EventStream(self._response, asked.writer, self._facts.headers, self._heartbeat)
         async with events, stream:
-            try:
-                async for batch in stream.batches():
-                    if self._facts.ttft is None:
-                        self._facts.note_first_token()
-                    await events.write(batch)
-                self._facts.note_answer(stream.response)
-                await events.end(stream.response)
-            except FleetError as error:
-                if not events.has_begun:
-                    raise
-                problem = Problem.of(error)
-                self._facts.error = problem.code
-                await events.fail(problem)
+            async for batch in stream.batches():
+                if self._facts.ttft is None:
+                    self._facts.note_first_token()
+                await events.write(batch)
+            self._facts.note_answer(stream.response)
+            await events.end(stream.response)

@@ -73,7 +73,7 @@ class Facts:
         """Return a line for the log."""
         told: dict[str, object] = {
             "key": self.key,
-            "model": self.model or self.model_asked,
+            "model": self.model,  # not what was asked: that may be any text
             "node": self.node,
             "attempts": self.attempts or None,
             "in": self.usage.prompt_tokens,

@@ -90,6 +90,13 @@ def refuse(status: int, code: str, message: str, *, param: str | None = None) ->
     return Refused(Problem(status=status, code=code, message=message, param=param))
 
 
+def only(methods: str) -> Refused:
+    """Return the exception for a method that a path does not have."""
+    text = f"here only {methods} is answered"
+    allow = (b"allow", methods.encode("ascii"))
+    return Refused(Problem(status=405, code="method_not_allowed", message=text, more_headers=(allow,)))
+
+
 def _retry_after(error: FleetError) -> float | None:
     told = error.metadata.get("retry_after", _RETRY_AFTER.get(error.code))
     return float(told) if isinstance(told, int | float) and not isinstance(told, bool) and told >= 0 else None

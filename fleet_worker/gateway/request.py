@@ -7,25 +7,65 @@ import json
 import re
 import uuid
 import zlib
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Protocol
 
 import zstandard
 
 from fleet_worker.errors import InvalidRequest
-from fleet_worker.gateway.problems import Refused, refuse
+from fleet_worker.gateway.problems import Problem, Refused, refuse
 from fleet_worker.protocol import json_values
 from fleet_worker.protocol.wire import field_names
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 
-_USABLE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+SMALL_BODY = 64 * 1024
+"""Bytes of a body that are always taken, so that no large ones keep a chat out."""
+
+_USABLE_ID = re.compile(r"(?!.*sk-)[A-Za-z0-9._:-]{1,128}")
+"""Ids are logged, and keys, which begin with sk-, must not be."""
+_OVERLOADED = Problem(
+    status=503,
+    code="overloaded",
+    message="too many large requests arrive at the same time: try again later",
+    retry_after=1.0,
+    may_retry=True,
+)
 _LARGEST_WINDOW = 8 * 1024 * 1024
 """Bytes that zstd may use while it decompresses; its own tools use no more by default."""
 
 
 class ClientLeft(Exception):
     """The client closed its connection."""
+
+
+class Connection(Protocol):
+    """What a request knows of its connection."""
+
+    @property
+    def broken(self) -> Problem | None:
+        """Why the rest of a body will not come."""
+
+
+class BodyMemory:
+    """How many bytes of bodies are held while they arrive: of one request, and of all together."""
+
+    def __init__(self, most_bytes: int, most_together: int = 128 * 1024 * 1024) -> None:
+        self.most_bytes = most_bytes
+        self._most_together = max(most_together, 4 * most_bytes)
+        self._held = 0
+
+    def hold(self, before: int, now: int) -> None:
+        """Note the size of a body that has grown; raise `Refused` if that is too much."""
+        if now > self.most_bytes:
+            raise _too_large(self.most_bytes)
+        more = max(now, SMALL_BODY) - max(before, SMALL_BODY)
+        if self._held + more > self._most_together:
+            raise Refused(_OVERLOADED)
+        self._held += more
+
+    def release(self, size: int) -> None:
+        self._held -= max(size, SMALL_BODY) - SMALL_BODY
 
 
 class Request:
@@ -39,6 +79,7 @@ class Request:
         self.headers: dict[str, str] = {
             name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
         }
+        self._connection: Connection = scope["extensions"]["fleet"]
         self.client: str = (scope.get("client") or ("",))[0]
         self.size = 0
         """Bytes of the body, once it was read."""
@@ -52,7 +93,7 @@ class Request:
             return token.strip()
         return self.headers.get("x-api-key") or self.headers.get("api-key")
 
-    async def json(self, most_bytes: int, within: float) -> dict[str, Any]:
+    async def json(self, memory: BodyMemory, within: float) -> dict[str, Any]:
         """Return the body, a JSON object.
 
         Raises:
@@ -61,10 +102,10 @@ class Request:
         """
         try:
             async with asyncio.timeout(within):
-                content = await self._content(most_bytes)
+                content = await self._content(memory)
         except TimeoutError:
             raise refuse(408, "timeout", f"the body did not arrive within {within:g} s") from None
-        content = decompressed(content, self.headers.get("content-encoding", ""), most_bytes)
+        content = decompressed(content, self.headers.get("content-encoding", ""), memory.most_bytes)
         self.size = len(content)
         return parsed(content)
 
@@ -73,21 +114,30 @@ class Request:
         while (await self.receive())["type"] != "http.disconnect":
             pass
 
-    async def _content(self, most_bytes: int) -> bytes:
+    async def _content(self, memory: BodyMemory) -> bytes:
         announced = self.headers.get("content-length", "0")
-        if announced.isdigit() and int(announced) > most_bytes:
-            raise _too_large(most_bytes)
+        if announced.isdigit() and int(announced) > memory.most_bytes:
+            raise _too_large(memory.most_bytes)
         parts, size = [], 0
-        while True:
+        try:
+            async for part in self._parts():
+                memory.hold(size, size + len(part))
+                size += len(part)
+                parts.append(part)
+            return b"".join(parts)
+        finally:
+            memory.release(size)
+
+    async def _parts(self) -> AsyncIterator[bytes]:
+        more = True
+        while more:
             message = await self.receive()
             if message["type"] == "http.disconnect":
                 raise ClientLeft
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            if size > most_bytes:
-                raise _too_large(most_bytes)
-            if not message.get("more_body"):
-                return b"".join(parts)
+            yield message.get("body", b"")
+            more = message.get("more_body", False)
+            if more and self._connection.broken:
+                raise Refused(self._connection.broken)
 
 
 def decompressed(content: bytes, encoding: str, most_bytes: int) -> bytes:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
+from fleet_worker.gateway.problems import Problem
 from fleet_worker.gateway.request import ClientLeft
 
 Send = Callable[[dict[str, Any]], Awaitable[None]]
@@ -18,10 +19,24 @@ ALWAYS: tuple[Header, ...] = (
     (b"x-content-type-options", b"nosniff"),
 )
 """On every answer: no proxy keeps it, or holds it back."""
-
-
 REQUEST_ID = (b"x-request-id", b"request-id")
 """Where the SDKs of OpenAI and of Anthropic read the id of a request."""
+
+
+class Connection(Protocol):
+    """What an answer knows of its connection."""
+
+    @property
+    def is_write_paused(self) -> bool:
+        """Whether the client reads more slowly than it is written to."""
+
+    def abort(self) -> None:
+        """Close it at once, whatever is still to be written."""
+
+
+def always(request_id: str) -> list[Header]:
+    """Return the headers that every answer has."""
+    return [(name, request_id.encode("ascii")) for name in REQUEST_ID] + [*ALWAYS]
 
 
 class Response:
@@ -32,11 +47,13 @@ class Response:
 
     def __init__(self, scope: dict[str, Any], send: Send, request_id: str, write_timeout: float) -> None:
         self._send = send
-        self._abort: Callable[[], None] = scope.get("extensions", {}).get("fleet", {}).get("abort", lambda: None)
-        self._always = [(name, request_id.encode("ascii")) for name in REQUEST_ID] + [*ALWAYS]
+        self._connection: Connection = scope["extensions"]["fleet"]
+        self._always = always(request_id)
         self._write_timeout = write_timeout
         self.status: int | None = None
         """None before it has begun."""
+        self.failed: Callable[[Problem], bytes] | None = None
+        """Makes the error that ends a stream which has begun."""
 
     async def whole(self, status: int, body: bytes, headers: Iterable[Header] = (), media_type: bytes = JSON) -> None:
         length = (b"content-length", b"%d" % len(body))
@@ -54,18 +71,29 @@ class Response:
         """Write the last bytes of a stream, in one write with its end."""
         await self._body(data, more=False)
 
+    async def fail(self, problem: Problem) -> None:
+        """End an answer that has begun."""
+        if self.failed:
+            await self.end(self.failed(problem))
+        else:  # nothing true can be said any more
+            self.break_off()
+
     def break_off(self) -> None:
         """Close the connection, whatever is still to be written."""
-        self._abort()
+        self._connection.abort()
 
     async def _start(self, status: int, headers: list[Header]) -> None:
         self.status = status
         await self._send({"type": "http.response.start", "status": status, "headers": [*self._always, *headers]})
 
     async def _body(self, data: bytes, *, more: bool) -> None:
+        message = {"type": "http.response.body", "body": data, "more_body": more}
+        if not self._connection.is_write_paused:  # a timeout costs more than all else here
+            await self._send(message)
+            return
         try:
             async with asyncio.timeout(self._write_timeout):
-                await self._send({"type": "http.response.body", "body": data, "more_body": more})
+                await self._send(message)
         except TimeoutError:
             self.break_off()
             raise ClientLeft from None

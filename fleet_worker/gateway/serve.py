@@ -24,6 +24,8 @@ from fleet_worker.settings import Settings
 
 log = logging.getLogger(__name__)
 
+BACKLOG = 2048
+"""Connections that wait to be accepted."""
 ANSWERS_LEAVE_WITHIN = 5
 """Seconds in which the last bytes of the answers leave, after the requests have ended."""
 
@@ -35,26 +37,27 @@ def serve(settings: Settings) -> None:
         ConfigurationError: the address cannot be used, or a file cannot.
     """
     keys = Keys.load(settings.gateway.keys)
-    with Router(settings) as router, _listening(settings) as listener:
+    with Router(settings, patient=False) as router, _listening(settings) as listener:
         quotas = Quotas(settings, gateway=f"{settings.host} {address(settings, listener)}")
         gateway = Gateway(settings, router, keys, quotas)
-        server = _Server(_config(settings, gateway), gateway, quotas)
-        signal.signal(signal.SIGHUP, lambda *_: keys.reload())
+        server = Server(settings, gateway, keys, quotas)
         log.info("serves %s %s", address(settings, listener), _whom(keys))
         with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
             runner.run(server.serve_until_drained(listener))
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """Uvicorn's server, which drains at the first signal."""
 
-    def __init__(self, config: uvicorn.Config, gateway: Gateway, quotas: Quotas) -> None:
-        super().__init__(config)
+    def __init__(self, settings: Settings, gateway: Gateway, keys: Keys, quotas: Quotas) -> None:
+        super().__init__(_config(settings, gateway))
         self._gateway = gateway
+        self._keys = keys
         self._quotas = quotas
 
     async def serve_until_drained(self, listener: socket.socket) -> None:
         self._loop, self._asked_to_end = asyncio.get_running_loop(), asyncio.Event()
+        self._loop.add_signal_handler(signal.SIGHUP, self._keys.reload)
         self._quotas.open()
         connecting = asyncio.create_task(self._gateway.connect())
         serving = asyncio.create_task(self.serve([listener]))
@@ -68,10 +71,13 @@ class _Server(uvicorn.Server):
         await self._quotas.close()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._gateway.draining:
+        self._loop.call_soon_threadsafe(self._end)
+
+    def _end(self) -> None:
+        if self._asked_to_end.is_set():
             self.should_exit = self.force_exit = True
             self._gateway.end_all()
-        self._loop.call_soon_threadsafe(self._asked_to_end.set)
+        self._asked_to_end.set()
 
 
 def address(settings: Settings, listener: socket.socket) -> str:
@@ -91,9 +97,10 @@ def _whom(keys: Keys) -> str:
 
 def _config(settings: Settings, gateway: Gateway) -> uvicorn.Config:
     mine = settings.gateway
+    bounds = {"max_connections": mine.max_connections, "write_timeout": mine.write_timeout}
     return uvicorn.Config(
         gateway,
-        http=type("Protocol", (BoundedProtocol,), {"max_connections": mine.max_connections}),
+        http=type("Protocol", (BoundedProtocol,), bounds),
         ws="none",
         lifespan="off",
         log_config=None,
@@ -103,6 +110,7 @@ def _config(settings: Settings, gateway: Gateway) -> uvicorn.Config:
         ssl_certfile=mine.cert,
         ssl_keyfile=mine.key,
         timeout_keep_alive=round(mine.keep_alive),
+        backlog=BACKLOG,
         timeout_graceful_shutdown=ANSWERS_LEAVE_WITHIN,
     )
 
@@ -118,6 +126,7 @@ def _listening(settings: Settings) -> Iterator[socket.socket]:
             f"gateway.socket {path}" if path else f"gateway.host {settings.gateway.host}, port {settings.gateway.port}"
         )
         raise ConfigurationError(f"{where}: cannot be used: {error.strerror or error}; choose another one") from None
+    listener.listen(BACKLOG)
     try:
         yield listener
     finally:

@@ -30,7 +30,7 @@ from tests.gateways import running_gateway
 
 CHAT, EMBED = "sim-chat", "sim-embed"
 MESSAGES = [{"role": "user", "content": "Tell me about the sea."}]
-NUMBER = re.compile(rb'"content":"(\d+)"')
+NUMBER = re.compile(rb'"content":"\s*(\d+)')
 INPUT = [f"sentence number {number}" for number in range(16)]
 
 
