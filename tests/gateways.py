@@ -3,13 +3,17 @@
 import asyncio
 import http.client
 import socket
+import tempfile
 import threading
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from pathlib import Path
 
 from fleet_worker import Router
 from fleet_worker.gateway.app import Gateway
 from fleet_worker.gateway.keys import Keys
+from fleet_worker.gateway.ledger import Ledger
 from fleet_worker.gateway.quotas import Quotas
+from fleet_worker.gateway.records import Records
 from fleet_worker.gateway.serve import Server
 from fleet_worker.host.child_process import child, python
 from fleet_worker.settings import Settings
@@ -21,7 +25,11 @@ READY_WITHIN = 20.0
 def running_gateway(broker_url, *, connected=True, **settings):
     """Run `fleet-worker gateway` with these settings; yield its process, which has its `url`."""
     env = {f"FLEET_GATEWAY__{name.upper()}": str(value) for name, value in {"port": 0, **settings}.items()}
-    with child("gateway", python("-m", "fleet_worker", "gateway"), {"FLEET_BROKER_URL": broker_url, **env}) as process:
+    command = python("-m", "fleet_worker", "gateway")
+    with (
+        tempfile.TemporaryDirectory(prefix="fleet-gateway-") as folder,
+        child("gateway", command, {"FLEET_BROKER_URL": broker_url, "FLEET_STATE_DIR": folder, **env}) as process,
+    ):
         line = process.wait_for("serves ", READY_WITHIN)
         process.url = line.split("serves ")[1].split()[0]
         if connected:
@@ -34,9 +42,15 @@ def serving(app=None, **settings):
     """Serve HTTP in a thread of this process, without any fleet; yield the port. `app`: instead of the gateway."""
     settings = Settings(broker_url="redis://127.0.0.1:1", gateway={"port": 0, **settings})
     keys = Keys.load(settings.gateway.keys)
-    with Router(settings) as router, socket.create_server(("127.0.0.1", 0)) as listener:
+    with (
+        tempfile.TemporaryDirectory(prefix="fleet-gateway-") as folder,
+        closing(Ledger(Path(folder, "ledger.sqlite"))) as ledger,
+        Router(settings) as router,
+        socket.create_server(("127.0.0.1", 0)) as listener,
+    ):
         quotas = Quotas(settings, gateway="test")
-        server = Server(settings, app or Gateway(settings, router, keys, quotas), keys, quotas)
+        records = Records(ledger, lambda: quotas.are_shared)
+        server = Server(settings, app or Gateway(settings, router, keys, quotas, records), keys, quotas)
         thread = threading.Thread(target=asyncio.run, args=[server.serve([listener])])
         thread.start()
         yield listener.getsockname()[1]

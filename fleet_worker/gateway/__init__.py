@@ -7,7 +7,7 @@ In reading order:
   `exchange` (through the router), `departure`, `event_stream`, `response`, `problems` (what a client is told when
   something goes wrong)
 - who may use what: `keys` with `key`; `quotas` with `quota_texts`, `counts`, `shared_counts` and `count_scripts`
-- what was used: `facts`, `ledger` with `ledger_file`, `usage`
+- what was used: `facts`, `records`, `ledger` with `ledger_file`, `metrics`, `usage`
 - the dialects, which are pure: `dialect` (what they have in common), `openai_chat`, `openai_completions`,
   `openai_embeddings`, `openai_responses` with its parts `openai_responses_...`, `anthropic_messages` with the parts
   `anthropic_request`, `anthropic_history`, `anthropic_tools` and `anthropic_answer`, `anthropic_count`; `tool_calls`,

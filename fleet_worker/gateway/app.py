@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import re
 import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, cast
@@ -26,28 +25,25 @@ from fleet_worker.gateway.dialect import Dialect
 from fleet_worker.gateway.exchange import Exchange
 from fleet_worker.gateway.facts import Facts
 from fleet_worker.gateway.json_text import compact
-from fleet_worker.gateway.key import Key
 from fleet_worker.gateway.keys import Keys
 from fleet_worker.gateway.openai_chat import OpenAIChat
 from fleet_worker.gateway.options import router_options, tags
 from fleet_worker.gateway.problems import Problem, Refused, only, refuse
 from fleet_worker.gateway.quotas import Quotas
+from fleet_worker.gateway.records import Records, shown
 from fleet_worker.gateway.request import BodyMemory, ClientLeft, Receive, Request
 from fleet_worker.gateway.response import Response, Send
-from fleet_worker.gateway.token_estimate import most_tokens
+from fleet_worker.gateway.token_estimate import most_generated, prompt_tokens
 from fleet_worker.registry.view import Registry
 from fleet_worker.router.router import Router
 from fleet_worker.settings import Settings
 
 log = logging.getLogger(__name__)
-access = logging.getLogger("fleet_worker.gateway.access")
 
 CONNECT_AGAIN_AFTER = 1.0
 """Seconds between two tries to reach the broker, while there is no connection yet."""
-CLIENT_LEFT = 499
-"""The status in the log and the ledger of a request whose client did not wait for its answer."""
-_KEY = re.compile(r"sk-[\w-]+")
 _ALIVE = ("/", "/health", "/health/liveliness", "/health/liveness")
+_LOOKED_UP = ("/health/readiness", "/models", "/usage", "/metrics")
 _DRAINING = Problem(
     status=503, code="shutting_down", message="this gateway shuts down", retry_after=1.0, may_retry=True
 )
@@ -56,12 +52,13 @@ _DRAINING = Problem(
 class Gateway:
     """Serves HTTP. `registry` is None until the broker was reached."""
 
-    def __init__(self, settings: Settings, router: Router, keys: Keys, quotas: Quotas) -> None:
+    def __init__(self, settings: Settings, router: Router, keys: Keys, quotas: Quotas, records: Records) -> None:
         self._settings = settings.gateway
         self._bodies = BodyMemory(settings.max_body_bytes)
         self._router = router
         self._keys = keys
         self._quotas = quotas
+        self._records = records
         self._chat = OpenAIChat(self._settings.reasoning_field)
         self._dialects: Mapping[str, Dialect] = {
             "/chat/completions": self._chat,
@@ -90,7 +87,7 @@ class Gateway:
             response.break_off()
             self._report(request, error)
         finally:
-            self._log(request, response, facts)
+            self._records.ended(request, response, facts)
 
     @property
     def drain_grace(self) -> float:
@@ -151,7 +148,8 @@ class Gateway:
 
     async def _answer(self, dialect: Dialect, request: Request, response: Response, facts: Facts) -> None:
         key = self._keys.find(request.secret)
-        facts.key, facts.tags = key.name, tags(request)
+        self._records.begun(facts, key)
+        facts.tags = tags(request)
         body = await request.json(self._bodies, self._settings.body_timeout)
         asked = dialect.asked(body, request.id, int(time.time()))
         facts.model_asked = asked.model
@@ -159,12 +157,13 @@ class Gateway:
         names = models.require(self._known(), key, asked.model)
         exchange = Exchange(self._router, response, facts, options, heartbeat=self._settings.heartbeat)
         async with while_client_stays(request):
-            reservation = await self._quotas.reserve(key, most_tokens(asked.body, request.size))
+            facts.prompt_estimate = prompt_tokens(request.size)
+            reservation = await self._quotas.reserve(key, facts.prompt_estimate + most_generated(asked.body))
             facts.limits = reservation.headers
             try:
                 await exchange.run(asked, names)
             finally:
-                reservation.settle(facts.tokens)
+                reservation.settle(facts.prompt_tokens + facts.completion_tokens)
 
     @contextlib.asynccontextmanager
     async def _until_the_end(self) -> AsyncIterator[None]:
@@ -182,9 +181,9 @@ class Gateway:
             self._running.discard(task)
 
     async def _look_up(self, path: str, request: Request, response: Response) -> None:
-        """Answer what is known without asking anybody."""
-        if path not in _ALIVE and path not in ("/health/readiness", "/models") and not path.startswith("/models/"):
-            raise refuse(404, "not_found", f"there is nothing at {_shown(request.path)}")
+        """Answer what is known without asking a node."""
+        if path not in _ALIVE + _LOOKED_UP and not path.startswith("/models/"):
+            raise refuse(404, "not_found", f"there is nothing at {shown(request.path)}")
         if request.method not in ("GET", "HEAD"):
             raise only("GET, HEAD")
         status = 200
@@ -192,11 +191,18 @@ class Gateway:
             found: dict[str, Any] = {"status": "alive"}
         elif path == "/health/readiness":
             status, found = health.readiness(self.registry, draining=self.draining)
-        elif path == "/models":
-            found = models.page(self._known(), self._key(request))
         else:
-            found = models.details(self._known(), self._key(request), path.removeprefix("/models/"))
-        await response.whole(status, compact(found).encode("ascii"))
+            key = self._keys.find(request.secret)
+            if path == "/metrics":
+                text, media_type = await self._records.metrics(request, key)
+                return await response.whole(200, text, media_type=media_type)
+            if path == "/usage":
+                found = await self._records.usage(request, key)
+            elif path == "/models":
+                found = models.page(self._known(), key)
+            else:
+                found = models.details(self._known(), key, path.removeprefix("/models/"))
+        return await response.whole(status, compact(found).encode("ascii"))
 
     async def _tell(
         self, dialect: Dialect | None, request: Request, response: Response, facts: Facts, problem: Problem
@@ -212,25 +218,12 @@ class Gateway:
     def _report(self, request: Request, error: Exception) -> None:
         log.error("request %s failed: %s in %s", request.id, type(error).__name__, where(error))
 
-    def _key(self, request: Request) -> Key:
-        return self._keys.find(request.secret)
-
     def _known(self) -> Registry:
         if self.registry is None:
             raise BrokerUnavailable("the gateway has not reached the broker yet", retryable=True)
         return self.registry
 
-    def _log(self, request: Request, response: Response, facts: Facts) -> None:
-        status = CLIENT_LEFT if facts.error == "client_left" else response.status or 0
-        level = logging.DEBUG if request.method != "POST" and status == 200 else logging.INFO
-        access.log(level, "%s %s %s %s", request.method, _shown(request.path), status, facts.line(request.id))
-
 
 def _normalized(path: str) -> str:
     """Return a path without the version and without a slash at its end."""
     return path.removeprefix("/v1").rstrip("/") or "/"
-
-
-def _shown(path: str) -> str:
-    """Return a path for a log or an error: without what looks like a key."""
-    return _KEY.sub("sk-...", "".join(c if c.isprintable() else "?" for c in path[:100]))

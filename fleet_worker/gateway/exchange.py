@@ -66,6 +66,7 @@ class Exchange:
             async for batch in stream.batches():
                 if self._facts.ttft is None:
                     self._facts.note_first_token()
+                self._facts.delivered += len(batch)
                 await events.write(batch)
             self._facts.note_answer(stream.response)
             await events.end(stream.response)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from fleet_worker.gateway.ledger_file import Row
 from fleet_worker.gateway.response import Header
 from fleet_worker.protocol.reply import ChatResponse, EmbedResponse, Usage
 
@@ -32,6 +33,11 @@ class Facts:
     ttft: float | None = None
     """From the arrival of the request to the first delta."""
     usage: Usage = field(default_factory=Usage)
+    """As the server counted; empty if the answer has no end."""
+    prompt_estimate: int = 0
+    """Tokens of the prompt, before anybody has counted them."""
+    delivered: int = 0
+    """Deltas of a stream that its client was sent: about as many tokens."""
     limits: Sequence[Header] = ()
     """Headers that tell what is left of the limits of the key."""
     error: str | None = None
@@ -42,10 +48,36 @@ class Facts:
         return time.monotonic() - self.began
 
     @property
-    def tokens(self) -> int:
-        """Tokens of prompt and answer, as far as they are known."""
-        usage = self.usage
-        return usage.total_tokens or (usage.prompt_tokens or 0) + (usage.completion_tokens or 0)
+    def prompt_tokens(self) -> int:
+        """As the server counted them; about as many, if it did not, or the client left while it was answered."""
+        return self.usage.prompt_tokens or (self.prompt_estimate if self.delivered else 0)
+
+    @property
+    def completion_tokens(self) -> int:
+        return self.usage.completion_tokens or self.delivered
+
+    def row(self, request_id: str, status: int) -> Row:
+        """Return the row for the ledger."""
+        return Row(
+            at=self.at,
+            request_id=request_id,
+            key=self.key or "",
+            tags=self.tags,
+            operation=self.operation or "",
+            model_asked=self.model_asked,
+            model=self.model,
+            node=self.node,
+            attempts=self.attempts,
+            resumed=self.resumed,
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.completion_tokens,
+            cached_tokens=self.usage.cached_tokens or 0,
+            queue_wait=self.queue_wait,
+            ttft=self.ttft,
+            duration=self.duration,
+            status=status,
+            error=self.error,
+        )
 
     def note_first_token(self) -> None:
         if self.ttft is None:

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from fleet_worker.gateway.facts import Facts
 from fleet_worker.registry.counters import BOUNDS
@@ -31,30 +32,20 @@ class Metrics:
     """
 
     def __init__(self, dropped: Callable[[], int], are_shared: Callable[[], bool]) -> None:
-        self._registry = CollectorRegistry(auto_describe=False, support_collectors_without_names=True)
-        self._registry.register(_Sampled(dropped, are_shared))
+        self._registry = to = CollectorRegistry(auto_describe=False, support_collectors_without_names=True)
+        to.register(_Sampled(dropped, are_shared))
         self._codes: set[str] = set()
-        labels, own = ["key"], {"registry": self._registry}
-        self._requests = Counter(
-            "fleet_gateway_requests", "Requests by the status of their answers.", ["key", "operation", "status"], **own
-        )
-        self._errors = Counter("fleet_gateway_errors", "Requests without a whole answer.", ["key", "code"], **own)
-        self._tokens = Counter("fleet_gateway_tokens", "Tokens of prompts and of answers.", ["key", "kind"], **own)
-        self._ttft = Histogram(
-            "fleet_gateway_ttft_seconds",
-            "Seconds from the arrival of a request to its first token.",
-            labels,
-            buckets=BOUNDS["ttft_seconds"],
-            **own,
-        )
-        self._queue_wait = Histogram(
-            "fleet_gateway_queue_wait_seconds",
-            "Seconds until a node took the request.",
-            labels,
-            buckets=BOUNDS["queue_wait_seconds"],
-            **own,
-        )
-        self._running = Gauge("fleet_gateway_running", "Requests that are being answered.", labels, **own)
+        text = "Requests by the status of their answers."
+        self._requests = Counter("fleet_gateway_requests", text, ["key", "operation", "status"], registry=to)
+        text = "Requests without a whole answer."
+        self._errors = Counter("fleet_gateway_errors", text, ["key", "code"], registry=to)
+        text = "Tokens of prompts and of answers."
+        self._tokens = Counter("fleet_gateway_tokens", text, ["key", "kind"], registry=to)
+        text, buckets = "Seconds from the arrival of a request to its first token.", BOUNDS["ttft_seconds"]
+        self._ttft = Histogram("fleet_gateway_ttft_seconds", text, ["key"], registry=to, buckets=buckets)
+        text, buckets = "Seconds until a node took the request.", BOUNDS["queue_wait_seconds"]
+        self._queue_wait = Histogram("fleet_gateway_queue_wait_seconds", text, ["key"], registry=to, buckets=buckets)
+        self._running = Gauge("fleet_gateway_running", "Requests that are being answered.", ["key"], registry=to)
 
     def begun(self, key: str) -> None:
         """Count a request that a key may make."""
@@ -65,7 +56,7 @@ class Metrics:
         key = facts.key or NOBODY
         if facts.key:
             self._running.labels(key).dec()
-        self._requests.labels(key, facts.operation or OTHER, status).inc()
+        self._requests.labels(key, facts.operation or OTHER, str(status)).inc()
         if facts.error:
             self._errors.labels(key, self._code(facts.error)).inc()
         for kind, tokens in (("prompt", facts.prompt_tokens), ("completion", facts.completion_tokens)):
@@ -87,7 +78,7 @@ class Metrics:
         return code
 
 
-class _Sampled:
+class _Sampled(Collector):
     """What is read at each scrape."""
 
     def __init__(self, dropped: Callable[[], int], are_shared: Callable[[], bool]) -> None:

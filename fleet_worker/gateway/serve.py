@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -18,7 +18,10 @@ from fleet_worker.errors import ConfigurationError
 from fleet_worker.gateway.app import Gateway
 from fleet_worker.gateway.http_protocol import BoundedProtocol
 from fleet_worker.gateway.keys import Keys
+from fleet_worker.gateway.ledger import Ledger
+from fleet_worker.gateway.ledger_file import path_of
 from fleet_worker.gateway.quotas import Quotas
+from fleet_worker.gateway.records import Records
 from fleet_worker.router.router import Router
 from fleet_worker.settings import Settings
 
@@ -37,13 +40,17 @@ def serve(settings: Settings) -> None:
         ConfigurationError: the address cannot be used, or a file cannot.
     """
     keys = Keys.load(settings.gateway.keys)
-    with Router(settings, patient=False) as router, _listening(settings) as listener:
-        quotas = Quotas(settings, gateway=f"{settings.host} {address(settings, listener)}")
-        gateway = Gateway(settings, router, keys, quotas)
+    with Router(settings, patient=False) as router, _listening(settings) as listener, open_ledger(settings) as ledger:
+        quotas = Quotas(settings, gateway=ledger.gateway_id, spent=ledger.tokens_since)
+        gateway = Gateway(settings, router, keys, quotas, Records(ledger, lambda: quotas.are_shared))
         server = Server(settings, gateway, keys, quotas)
         log.info("serves %s %s", address(settings, listener), _whom(keys))
         with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
             runner.run(server.serve_until_drained(listener))
+
+
+def open_ledger(settings: Settings) -> closing[Ledger]:
+    return closing(Ledger(path_of(settings), days=settings.gateway.ledger_days))
 
 
 class Server(uvicorn.Server):

@@ -86,6 +86,12 @@ class SharedCounts:
         self._task = asyncio.create_task(self._run(), name="fleet-quotas")
 
     async def close(self) -> None:
+        """Send what waits, if the broker takes it, and close the connection."""
+        if self.are_there:
+            answer = asyncio.get_running_loop().create_future()
+            self._commands.append(_Command(("PING",), answer))
+            self._has_commands.set()
+            await asyncio.wait([answer], timeout=ANSWER_WITHIN)
         while self._task and not self._task.done():
             self._task.cancel()  # again: asyncio.wait_for of Python 3.11 may lose it
             await asyncio.wait([self._task], timeout=0.1)

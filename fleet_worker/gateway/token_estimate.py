@@ -31,12 +31,16 @@ def estimated_tokens(body: dict[str, Any]) -> int:
     return size // _BYTES_OF_TOKEN + _TOKENS_OF_MESSAGE * len(body["messages"]) + _TOKENS_OF_IMAGE * images
 
 
-def most_tokens(body: dict[str, Any], size: int) -> int:
-    """Return about how many tokens a body of so many bytes may use, its answer included: what is reserved for it. The
-    body need not be valid."""
+def prompt_tokens(size: int) -> int:
+    """Return about how many tokens a prompt has that came in a body of so many bytes."""
+    return size // _BYTES_OF_TOKEN
+
+
+def most_generated(body: dict[str, Any]) -> int:
+    """Return how many tokens an answer may have, which are reserved for it. The body need not be valid."""
     limits = [body.get(name) for name in ("max_completion_tokens", "max_tokens")]
     known = [limit for limit in limits if isinstance(limit, int) and limit > 0]
-    return size // _BYTES_OF_TOKEN + (known[0] if known else _TOKENS_OF_ANSWER if "messages" in body else 0)
+    return known[0] if known else _TOKENS_OF_ANSWER if "messages" in body else 0
 
 
 def _bytes(text: str) -> int:
