@@ -5,13 +5,11 @@ import http.client
 import socket
 import tempfile
 import threading
-from contextlib import closing, contextmanager
-from pathlib import Path
+from contextlib import ExitStack, contextmanager
 
 from fleet_worker import Router
 from fleet_worker.gateway.app import Gateway
 from fleet_worker.gateway.keys import Keys
-from fleet_worker.gateway.ledger import Ledger
 from fleet_worker.gateway.quotas import Quotas
 from fleet_worker.gateway.records import Records
 from fleet_worker.gateway.serve import Server
@@ -25,11 +23,10 @@ READY_WITHIN = 20.0
 def running_gateway(broker_url, *, connected=True, **settings):
     """Run `fleet-worker gateway` with these settings; yield its process, which has its `url`."""
     env = {f"FLEET_GATEWAY__{name.upper()}": str(value) for name, value in {"port": 0, **settings}.items()}
-    command = python("-m", "fleet_worker", "gateway")
-    with (
-        tempfile.TemporaryDirectory(prefix="fleet-gateway-") as folder,
-        child("gateway", command, {"FLEET_BROKER_URL": broker_url, "FLEET_STATE_DIR": folder, **env}) as process,
-    ):
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fleet-gateway-"))
+        env |= {"FLEET_BROKER_URL": broker_url, "FLEET_STATE_DIR": folder}
+        process = stack.enter_context(child("gateway", python("-m", "fleet_worker", "gateway"), env))
         line = process.wait_for("serves ", READY_WITHIN)
         process.url = line.split("serves ")[1].split()[0]
         if connected:
@@ -42,20 +39,24 @@ def serving(app=None, **settings):
     """Serve HTTP in a thread of this process, without any fleet; yield the port. `app`: instead of the gateway."""
     settings = Settings(broker_url="redis://127.0.0.1:1", gateway={"port": 0, **settings})
     keys = Keys.load(settings.gateway.keys)
-    with (
-        tempfile.TemporaryDirectory(prefix="fleet-gateway-") as folder,
-        closing(Ledger(Path(folder, "ledger.sqlite"))) as ledger,
-        Router(settings) as router,
-        socket.create_server(("127.0.0.1", 0)) as listener,
-    ):
+    with Router(settings) as router, socket.create_server(("127.0.0.1", 0)) as listener:
         quotas = Quotas(settings, gateway="test")
-        records = Records(ledger, lambda: quotas.are_shared)
+        records = Records(NoLedger(), lambda: quotas.are_shared)
         server = Server(settings, app or Gateway(settings, router, keys, quotas, records), keys, quotas)
         thread = threading.Thread(target=asyncio.run, args=[server.serve([listener])])
         thread.start()
         yield listener.getsockname()[1]
         server.should_exit = server.force_exit = True
         thread.join(10)
+
+
+class NoLedger:
+    """Keeps nothing."""
+
+    dropped = 0
+
+    def add(self, row):
+        pass
 
 
 class Wire:

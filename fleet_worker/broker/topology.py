@@ -158,6 +158,11 @@ def listening_key(reply_to: str) -> str:
     return f"{reply_to}.listening"
 
 
+def wake_key() -> str:
+    """Return a new name for the list by which a reader on Redis ends its own wait for messages."""
+    return f"{EXCHANGE.name}.wake.{uuid.uuid4().hex[:12]}"
+
+
 def quota_keys(name: str) -> tuple[str, str]:
     """Return the names of the keys on Redis that count what a key of the gateway has used: a hash, and a sorted set of
     its requests that run."""

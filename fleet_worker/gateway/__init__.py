@@ -10,6 +10,7 @@ In reading order:
 - what was used: `facts`, `records`, `ledger` with `ledger_file`, `metrics`, `usage`
 - the dialects, which are pure: `dialect` (what they have in common), `openai_chat`, `openai_completions`,
   `openai_embeddings`, `openai_responses` with its parts `openai_responses_...`, `anthropic_messages` with the parts
-  `anthropic_request`, `anthropic_history`, `anthropic_tools` and `anthropic_answer`, `anthropic_count`; `tool_calls`,
-  `token_estimate`, `json_text`
+  `anthropic_request`, `anthropic_history`, `anthropic_tools` and `anthropic_answer`, `anthropic_count`;
+  `ollama_chat` and `ollama_generate` with the parts `ollama_request`, `ollama_fields` and `ollama_answer`,
+  `ollama_embed`, `ollama_embeddings`, `ollama_models`; `client_body`, `tool_calls`, `token_estimate`, `json_text`
 """

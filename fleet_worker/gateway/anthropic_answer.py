@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic_core import from_json
-
 from fleet_worker.gateway.anthropic_tools import tool_use_id
 from fleet_worker.gateway.dialect import finish_reason
 from fleet_worker.gateway.json_text import compact, quoted, server_sent
 from fleet_worker.gateway.problems import Problem
-from fleet_worker.gateway.tool_calls import Fragment, ToolCalls
+from fleet_worker.gateway.tool_calls import Fragment, ToolCalls, arguments_of
 from fleet_worker.protocol.reply import ChatResponse, Delta, Usage
 
 _ERRORS = {
@@ -35,7 +33,8 @@ _FIELDS_OF_DELTA = {"text": ("text_delta", "text"), "thinking": ("thinking_delta
 class MessageWriter:
     """Makes the answer to one request.
 
-    Of a stream, one block is open at a time, in the order in which the model writes: thoughts, text, calls of tools.
+    Of a stream, one block is open at a time, in the order in which the model writes: thoughts, text, calls of tools. A
+    rest of thoughts that a server sends after a call is not shown: no such block may follow one.
     """
 
     heartbeat = server_sent({"type": "ping"}, "ping")
@@ -66,7 +65,7 @@ class MessageWriter:
             content.append({"type": "thinking", "thinking": shown, "signature": _SIGNATURE})
         if response.content and not response.content.isspace():
             content.append({"type": "text", "text": response.content})
-        content += [_tool_use(call, _arguments(call.arguments)) for call in self._calls.whole(response.tool_calls)]
+        content += [_tool_use(call, arguments_of(call)) for call in self._calls.whole(response.tool_calls)]
         return compact({**self._message(content, self._usage(response.usage)), **_stop(response)}).encode("ascii")
 
     def begin(self) -> bytes:
@@ -87,7 +86,7 @@ class MessageWriter:
 
     def _of_delta(self, delta: Delta) -> str:
         events = ""
-        if delta.reasoning and self._thinking is not False:
+        if delta.reasoning and self._thinking is not False and not self._calls:
             events += self._thought(delta.reasoning)
         if delta.content:
             events += self._text(delta.content)
@@ -184,15 +183,6 @@ def _stop(response: ChatResponse) -> dict[str, Any]:
 
 def _tool_use(call: Fragment, arguments: dict[str, Any]) -> dict[str, Any]:
     return {"type": "tool_use", "id": tool_use_id(call.id), "name": call.name, "input": arguments}
-
-
-def _arguments(text: str) -> dict[str, Any]:
-    """Return what a model wrote as arguments: as far as it goes, if `max_tokens` cut it, as SDKs do with a stream."""
-    try:
-        arguments = from_json(text or "{}", allow_partial=True, allow_inf_nan=False)
-    except ValueError:
-        arguments = None
-    return arguments if isinstance(arguments, dict) else {"unreadable_arguments": text}
 
 
 def _event(value: dict[str, Any]) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from fleet_worker.gateway.anthropic_messages import problem_body, prompt
-from fleet_worker.gateway.anthropic_request import Prompt, read
+from fleet_worker.gateway.anthropic_request import WAYS_OUT, Prompt
+from fleet_worker.gateway.client_body import read
 from fleet_worker.gateway.dialect import CountAsked
 from fleet_worker.gateway.json_text import compact
 
@@ -13,7 +14,7 @@ __all__ = ["asked", "problem_body"]
 
 
 def asked(body: dict[str, Any], request_id: str, created: int) -> CountAsked:
-    given = read(Prompt, body)
+    given = read(Prompt, body, WAYS_OUT)
     return CountAsked(given.model, prompt(given), _answer)
 
 

@@ -9,7 +9,8 @@ from fleet_worker.errors import InvalidRequest
 from fleet_worker.gateway import anthropic_tools
 from fleet_worker.gateway.anthropic_answer import MessageWriter, error_object
 from fleet_worker.gateway.anthropic_history import messages_of
-from fleet_worker.gateway.anthropic_request import MessagesRequest, Prompt, read
+from fleet_worker.gateway.anthropic_request import WAYS_OUT, MessagesRequest, Prompt
+from fleet_worker.gateway.client_body import read
 from fleet_worker.gateway.dialect import ChatAsked
 from fleet_worker.gateway.json_text import compact
 from fleet_worker.gateway.problems import Problem
@@ -17,7 +18,7 @@ from fleet_worker.gateway.token_estimate import estimated_tokens
 
 
 def asked(body: dict[str, Any], request_id: str, created: int) -> ChatAsked:
-    given = read(MessagesRequest, body)
+    given = read(MessagesRequest, body, WAYS_OUT)
     if given.mcp_servers:
         raise InvalidRequest("mcp_servers: nothing here connects to one: call it in your client", param="mcp_servers")
     wanted = {**prompt(given), **_sampling(given), **_thinking(given), **_format(given)}

@@ -3,16 +3,15 @@ of betas are: they change nothing about an answer of this fleet."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, Field
 
-from fleet_worker.errors import InvalidRequest
-from fleet_worker.protocol.refusals import explain
+from fleet_worker.gateway.client_body import ClientBody
 
 MOST_STOPS = 16
 """As many as a node searches in an answer."""
-_WAYS_OUT = {
+WAYS_OUT = {
     "content": "a message holds text, image, document, tool_use, tool_result and thinking blocks",
     "format": 'it is {"type": "json_schema", "schema": {...}}',
     "tool_choice": 'it is {"type": "auto"}, "any", "none", or "tool" with the name of one',
@@ -21,13 +20,7 @@ _WAYS_OUT = {
 """What to do about a refused field."""
 
 
-class _Given(BaseModel):
-    """No error of it holds a value: that may be a prompt. A list is refused at its first wrong item."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
-
-
-class TextBlock(_Given):
+class TextBlock(ClientBody):
     type: Literal["text"]
     text: str = Field(repr=False)
 
@@ -49,13 +42,13 @@ def _readable(source: Any) -> Any:
     return _given_here(source)
 
 
-class Base64Image(_Given):
+class Base64Image(ClientBody):
     type: Literal["base64"]
     media_type: str = Field(pattern=r"^image/[a-z0-9.+-]{1,40}$")
     data: str = Field(min_length=1, repr=False)
 
 
-class ImageBlock(_Given):
+class ImageBlock(ClientBody):
     type: Literal["image"]
     source: Annotated[Base64Image, BeforeValidator(_given_here)]
 
@@ -63,52 +56,52 @@ class ImageBlock(_Given):
 TextOrImage = Annotated[TextBlock | ImageBlock, Field(discriminator="type")]
 
 
-class PlainText(_Given):
+class PlainText(ClientBody):
     type: Literal["text"]
     data: str = Field(repr=False)
 
 
-class Excerpts(_Given):
+class Excerpts(ClientBody):
     type: Literal["content"]
     content: str | Annotated[list[TextOrImage], Field(fail_fast=True)] = Field(repr=False)
 
 
-class DocumentBlock(_Given):
+class DocumentBlock(ClientBody):
     type: Literal["document"]
     source: Annotated[Annotated[PlainText | Excerpts, Field(discriminator="type")], BeforeValidator(_readable)]
     title: str | None = Field(None, repr=False)
     context: str | None = Field(None, repr=False)
 
 
-class SearchResultBlock(_Given):
+class SearchResultBlock(ClientBody):
     type: Literal["search_result"]
     source: str = Field(repr=False)
     title: str = Field(repr=False)
     content: Annotated[list[TextBlock], Field(fail_fast=True)] = Field(repr=False)
 
 
-class ToolReferenceBlock(_Given):
+class ToolReferenceBlock(ClientBody):
     """The result of a search for tools: the model may call this one now. Here it could before."""
 
     type: Literal["tool_reference"]
     tool_name: str = Field(repr=False)
 
 
-class ToolUseBlock(_Given):
+class ToolUseBlock(ClientBody):
     type: Literal["tool_use"]
     id: str = Field(min_length=1, repr=False)
     name: str = Field(min_length=1, repr=False)
     input: dict[str, Any] = Field(repr=False)
 
 
-class ToolResultBlock(_Given):
+class ToolResultBlock(ClientBody):
     type: Literal["tool_result"]
     tool_use_id: str = Field(min_length=1, repr=False)
     content: str | Annotated[list[ResultPart], Field(fail_fast=True)] | None = Field(None, repr=False)
     is_error: bool | None = None
 
 
-class ThinkingBlock(_Given):
+class ThinkingBlock(ClientBody):
     """Sent back by clients, as they must to Anthropic. Models think anew in each turn."""
 
     type: Literal["thinking", "redacted_thinking"]
@@ -124,12 +117,12 @@ Block = Annotated[
 StopSequences = Annotated[list[Annotated[str, Field(min_length=1, max_length=1000)]], Field(fail_fast=True)]
 
 
-class Turn(_Given):
+class Turn(ClientBody):
     role: Literal["user", "assistant", "system"]
     content: str | Annotated[list[Block], Field(fail_fast=True)] = Field(repr=False)
 
 
-class Tool(_Given):
+class Tool(ClientBody):
     """One of the client's own, or one that Anthropic defines: then `type` names it, with its version."""
 
     type: str | None = None
@@ -138,32 +131,32 @@ class Tool(_Given):
     input_schema: dict[str, Any] | None = Field(None, repr=False)
 
 
-class Choice(_Given):
+class Choice(ClientBody):
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = Field(None, repr=False)
     disable_parallel_tool_use: bool | None = None
 
 
-class Thinking(_Given):
+class Thinking(ClientBody):
     type: str
     display: str | None = None
 
 
-class Format(_Given):
+class Format(ClientBody):
     type: Literal["json_schema"]
     schema_: dict[str, Any] = Field(alias="schema", repr=False)
 
 
-class OutputConfig(_Given):
+class OutputConfig(ClientBody):
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
     format: Format | None = None
 
 
-class Metadata(_Given):
+class Metadata(ClientBody):
     user_id: str | None = Field(None, repr=False)
 
 
-class Prompt(_Given):
+class Prompt(ClientBody):
     """What a model is given to read: all that counts for its context window."""
 
     model: str = Field(min_length=1)
@@ -187,27 +180,3 @@ class MessagesRequest(Prompt):
     output_format: Format | None = None
     metadata: Metadata | None = None
     mcp_servers: Annotated[list[Any], Field(fail_fast=True)] = Field([], repr=False)
-
-
-Body = TypeVar("Body", bound=Prompt)
-
-
-def read(kind: type[Body], body: dict[str, Any]) -> Body:
-    """Return the body as this kind of request. A null counts as a field that is missing.
-
-    Raises:
-        InvalidRequest: it is none. `param` names the field.
-    """
-    try:
-        return kind.model_validate({name: value for name, value in body.items() if value is not None})
-    except ValidationError as error:
-        text, param = explain(error, _FIELD_NAMES, _WAYS_OUT)
-        raise InvalidRequest(text, param=param) from None
-
-
-def _names(kind: type[BaseModel]) -> set[str]:
-    own = {field.alias or name for name, field in kind.model_fields.items()}
-    return own.union(*(_names(each) for each in kind.__subclasses__()))
-
-
-_FIELD_NAMES = frozenset(_names(_Given))

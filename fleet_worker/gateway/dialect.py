@@ -77,7 +77,15 @@ class CountAsked:
     """Makes the JSON of the answer."""
 
 
-Asked = ChatAsked | EmbedAsked | CountAsked
+@dataclass(frozen=True, slots=True)
+class LoadAsked:
+    """A client wants a model loaded, or unloaded. Here that is up to its operator: it gets an answer, nothing else."""
+
+    model: str
+    answer: bytes
+
+
+Asked = ChatAsked | EmbedAsked | CountAsked | LoadAsked
 
 
 class Dialect(Protocol):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fleet_worker.errors import FleetSaturated, ModelUnavailable, ProviderError, QueueTimeout
-from fleet_worker.gateway.dialect import Asked, ChatAsked, CountAsked, EmbedAsked
+from fleet_worker.gateway.dialect import Asked, ChatAsked, CountAsked, EmbedAsked, LoadAsked
 from fleet_worker.gateway.event_stream import EventStream
 from fleet_worker.gateway.facts import Facts
 from fleet_worker.gateway.response import Response
@@ -41,6 +41,8 @@ class Exchange:
             await self._embed(asked, model)
         elif isinstance(asked, CountAsked):
             await self._count(asked)
+        elif isinstance(asked, LoadAsked):
+            await self._response.whole(200, asked.answer, self._facts.headers())
         elif asked.stream:
             await self._stream(asked, model)
         else:

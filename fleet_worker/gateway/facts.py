@@ -49,35 +49,13 @@ class Facts:
 
     @property
     def prompt_tokens(self) -> int:
-        """As the server counted them; about as many, if it did not, or the client left while it was answered."""
-        return self.usage.prompt_tokens or (self.prompt_estimate if self.delivered else 0)
+        """As the server counted; about as many if it did not, or the client left while it was answered."""
+        counted = self.usage.prompt_tokens or (self.usage.total_tokens or 0) - (self.usage.completion_tokens or 0)
+        return counted if counted > 0 else self.prompt_estimate if self.delivered else 0
 
     @property
     def completion_tokens(self) -> int:
         return self.usage.completion_tokens or self.delivered
-
-    def row(self, request_id: str, status: int) -> Row:
-        """Return the row for the ledger."""
-        return Row(
-            at=self.at,
-            request_id=request_id,
-            key=self.key or "",
-            tags=self.tags,
-            operation=self.operation or "",
-            model_asked=self.model_asked,
-            model=self.model,
-            node=self.node,
-            attempts=self.attempts,
-            resumed=self.resumed,
-            prompt_tokens=self.prompt_tokens,
-            completion_tokens=self.completion_tokens,
-            cached_tokens=self.usage.cached_tokens or 0,
-            queue_wait=self.queue_wait,
-            ttft=self.ttft,
-            duration=self.duration,
-            status=status,
-            error=self.error,
-        )
 
     def note_first_token(self) -> None:
         if self.ttft is None:
@@ -108,8 +86,8 @@ class Facts:
             "model": self.model,  # not what was asked: that may be any text
             "node": self.node,
             "attempts": self.attempts or None,
-            "in": self.usage.prompt_tokens,
-            "out": self.usage.completion_tokens,
+            "in": self.prompt_tokens or None,
+            "out": self.completion_tokens or None,
             "wait": _rounded(self.queue_wait),
             "ttft": _rounded(self.ttft),
             "total": _rounded(self.duration),
@@ -117,6 +95,29 @@ class Facts:
             "id": request_id,
         }
         return " ".join(f"{name}={_word(value)}" for name, value in told.items() if value is not None)
+
+    def row(self, request_id: str, key: str, operation: str, status: int) -> Row:
+        """Return the row of the ledger."""
+        return Row(
+            at=self.at,
+            request_id=request_id,
+            key=key,
+            tags=self.tags,
+            operation=operation,
+            model_asked=self.model_asked,
+            model=self.model,
+            node=self.node,
+            attempts=self.attempts,
+            resumed=self.resumed,
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.completion_tokens,
+            cached_tokens=self.usage.cached_tokens or 0,
+            queue_wait=self.queue_wait,
+            ttft=self.ttft,
+            duration=self.duration,
+            status=status,
+            error=self.error,
+        )
 
     def _timing(self) -> str:
         seconds = {"queue": self.queue_wait, "ttft": self.ttft, "total": self.duration}

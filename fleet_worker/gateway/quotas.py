@@ -36,9 +36,9 @@ CONNECT_WITHIN = 2.0
 class Quotas:
     """The quotas of all keys. For one event loop; `open` it first, `close` it last.
 
-    Without settings, or on RabbitMQ, it counts alone. `gateway` names this gateway, the same after a restart.
-    `spent(key name, since)` returns the tokens that a key has used here since a time in seconds since the epoch, so
-    that budgets survive a restart.
+    Without settings, or on RabbitMQ, it counts alone. `gateway` names this gateway. If it is the same after a restart,
+    so that budgets survive one, `spent(key name, since)` has to return the tokens that a key has used here since a time
+    in seconds since the epoch.
     """
 
     def __init__(

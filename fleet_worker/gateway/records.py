@@ -6,23 +6,18 @@ import asyncio
 import logging
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qs
+from typing import TYPE_CHECKING
 
-from fleet_worker.errors import ConfigurationError, InvalidRequest
 from fleet_worker.gateway.facts import Facts
 from fleet_worker.gateway.key import Key
 from fleet_worker.gateway.ledger import Ledger
-from fleet_worker.gateway.ledger_file import files_of
 from fleet_worker.gateway.problems import refuse
 from fleet_worker.gateway.request import Request
 from fleet_worker.gateway.response import Response
-from fleet_worker.gateway.usage import key_usage, moment
 
 if TYPE_CHECKING:
     from fleet_worker.gateway.metrics import Metrics
 
-log = logging.getLogger(__name__)
 access = logging.getLogger("fleet_worker.gateway.access")
 
 _KEY = re.compile(r"sk-[\w-]+")
@@ -49,28 +44,9 @@ class Records:
         access.log(level, "%s %s %s %s", request.method, shown(request.path), status, facts.line(request.id))
         if facts.operation:
             if facts.key:  # who has none writes nothing to this disk
-                self._ledger.add(facts.row(request.id, status))
+                self._ledger.add(facts.row(request.id, facts.key, facts.operation, status))
             if self._metrics:
                 self._metrics.ended(facts, status)
-
-    async def usage(self, request: Request, key: Key) -> dict[str, Any]:
-        """Return what a key has used on this host since `?since=`, or in the last 30 days.
-
-        Raises:
-            InvalidRequest: that is no time.
-        """
-        (text, *_) = parse_qs(request.query).get("since", ["30d"])
-        try:
-            since = moment(text)
-        except ValueError as error:
-            raise InvalidRequest(f"since: {error}", param="since") from None
-        try:
-            return await asyncio.to_thread(key_usage, files_of(self._ledger.path), key.name, since)
-        except ConfigurationError as error:
-            log.error("usage is not known: %s", error.message)
-            raise refuse(
-                503, "unavailable", "the ledger cannot be read now; the log of the gateway tells why"
-            ) from None
 
     async def metrics(self, request: Request, key: Key) -> tuple[bytes, bytes]:
         """Return the metrics of all keys, and their media type.

@@ -40,17 +40,17 @@ def serve(settings: Settings) -> None:
         ConfigurationError: the address cannot be used, or a file cannot.
     """
     keys = Keys.load(settings.gateway.keys)
-    with Router(settings, patient=False) as router, _listening(settings) as listener, open_ledger(settings) as ledger:
+    with (
+        Router(settings, patient=False) as router,
+        _listening(settings) as listener,
+        closing(Ledger(path_of(settings), days=settings.gateway.ledger_days)) as ledger,
+    ):
         quotas = Quotas(settings, gateway=ledger.gateway_id, spent=ledger.tokens_since)
         gateway = Gateway(settings, router, keys, quotas, Records(ledger, lambda: quotas.are_shared))
         server = Server(settings, gateway, keys, quotas)
         log.info("serves %s %s", address(settings, listener), _whom(keys))
         with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
             runner.run(server.serve_until_drained(listener))
-
-
-def open_ledger(settings: Settings) -> closing[Ledger]:
-    return closing(Ledger(path_of(settings), days=settings.gateway.ledger_days))
 
 
 class Server(uvicorn.Server):
@@ -66,12 +66,12 @@ class Server(uvicorn.Server):
         self._loop, self._asked_to_end = asyncio.get_running_loop(), asyncio.Event()
         self._loop.add_signal_handler(signal.SIGHUP, self._keys.reload)
         self._quotas.open()
-        connecting = asyncio.create_task(self._gateway.connect())
+        connecting = asyncio.create_task(self._gateway.fleet.connect())
         serving = asyncio.create_task(self.serve([listener]))
         ending = asyncio.create_task(self._asked_to_end.wait())
         await asyncio.wait({serving, ending}, return_when=asyncio.FIRST_COMPLETED)
-        log.info("ends: no new requests, and those that run have %g s", self._gateway.drain_grace)
-        await self._gateway.drain()
+        log.info("ends: no new requests, and those that run have %g s", self._gateway.running.drain_grace)
+        await self._gateway.running.drain()
         connecting.cancel()
         self.should_exit = True
         await serving
@@ -83,7 +83,7 @@ class Server(uvicorn.Server):
     def _end(self) -> None:
         if self._asked_to_end.is_set():
             self.should_exit = self.force_exit = True
-            self._gateway.end_all()
+            self._gateway.running.end_all()
         self._asked_to_end.set()
 
 

@@ -3,6 +3,7 @@ figure, not for refusing a request."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from fleet_worker.gateway.json_text import compact
@@ -31,9 +32,18 @@ def estimated_tokens(body: dict[str, Any]) -> int:
     return size // _BYTES_OF_TOKEN + _TOKENS_OF_MESSAGE * len(body["messages"]) + _TOKENS_OF_IMAGE * images
 
 
-def prompt_tokens(size: int) -> int:
-    """Return about how many tokens a prompt has that came in a body of so many bytes."""
-    return size // _BYTES_OF_TOKEN
+def prompt_tokens(body: dict[str, Any], size: int) -> int:
+    """Return the estimate for a chat or an embedding that came in a body of so many bytes. It takes no time for each
+    character, and the body need not be valid."""
+    images = [len(str(part.get("image_url"))) for part in _parts(body) if part.get("type") == "image_url"]
+    return max(0, size - sum(images)) // _BYTES_OF_TOKEN + _TOKENS_OF_IMAGE * len(images)
+
+
+def _parts(body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    messages = body.get("messages")
+    for message in messages if isinstance(messages, list) else ():
+        content = message.get("content") if isinstance(message, dict) else None
+        yield from (part for part in content if isinstance(part, dict)) if isinstance(content, list) else ()
 
 
 def most_generated(body: dict[str, Any]) -> int:

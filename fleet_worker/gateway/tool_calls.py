@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic_core import from_json
+
 
 @dataclass(frozen=True, slots=True)
 class Fragment:
@@ -28,6 +30,15 @@ class _Call:
     held: str = ""
     """Arguments that came before the name did."""
     begun: bool = False
+
+
+def arguments_of(call: Fragment) -> dict[str, Any]:
+    """Return the arguments of a whole call as an object: as far as they go, if `max_tokens` cut them."""
+    try:
+        arguments = from_json(call.arguments or "{}", allow_partial=True, allow_inf_nan=False)
+    except ValueError:
+        arguments = None
+    return arguments if isinstance(arguments, dict) else {"unreadable_arguments": call.arguments}
 
 
 class ToolCalls:

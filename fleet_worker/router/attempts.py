@@ -41,6 +41,7 @@ from fleet_worker.protocol.reply import (
 from fleet_worker.protocol.request import FleetRequest, Resume
 from fleet_worker.router.blame import Blame
 from fleet_worker.router.effects import AskAgain, CancelOrphan, Confirm, Deliver, Effect, End, RetryAfter, TellTime
+from fleet_worker.router.progress import Progress
 
 OnInterrupt = Literal["resume", "fail"]
 State = Literal["waiting", "running", "pausing", "ended"]
@@ -103,6 +104,8 @@ class Attempts:
         self._queue_wait = 0.0
         """Seconds from the submission of the request until a node accepted the present attempt."""
         self._resumes = False
+        self._resumed = 0
+        """How many times an answer of which a part was delivered has been continued."""
         self._uncounted = 0
         """Attempts that do not count: a node dropped them as expired by a wrong clock, or handed them over."""
 
@@ -196,6 +199,18 @@ class Attempts:
             self.delivered = [self.delivered[-1].model_copy(update={"deltas": [whole]})]
         return sum(len(frame.model_dump_json()) for frame in (*self.delivered, self.last) if frame)
 
+    @property
+    def progress(self) -> Progress:
+        accepted = self._accepted
+        return Progress(
+            attempt=self.request.attempt,
+            node=self.node,
+            instance=accepted.instance if accepted else None,
+            queue_wait=round(self._queue_wait, 6) if accepted else None,
+            resumed=self._resumed,
+            past=tuple(self.history),
+        )
+
     def report(self, code: str) -> list[dict[str, Any]]:
         """Return all attempts, for the metadata of an error with this code; it counts as the end of the present one."""
         present = [self._present(code)] if self.state in ("waiting", "running") else []
@@ -224,6 +239,7 @@ class Attempts:
     def _deliver(self, frame: Deltas) -> Deliver:
         if self._resumes:
             self._resumes = False
+            self._resumed += 1
             frame = frame.model_copy(update={"deltas": [Delta(resumed=True), *frame.deltas]})
         self.delivered.append(frame)
         # Counted now: ten long streams may fail at once, in the thread that reads the replies of all others.

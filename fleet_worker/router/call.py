@@ -15,6 +15,7 @@ from typing import Self, cast
 from fleet_worker.errors import Cancelled, Expired, FleetError
 from fleet_worker.protocol.reply import ChatResponse, Delta, Deltas, Failure, Frame, join
 from fleet_worker.router.in_flight import InFlightRequest
+from fleet_worker.router.progress import Progress
 from fleet_worker.router.reply_buffer import ReplyBuffer
 
 THREAD_ENDS_WITHIN = 0.2
@@ -26,13 +27,18 @@ class Call:
 
     `start` is called once, with the deadline (time.monotonic() seconds): `timeout` seconds after the first entering. It
     returns the request, which may be in flight already, and this reader's buffer. It waits for the broker, so for an
-    asyncio task it runs in a thread of `threads`.
+    asyncio task it runs in a thread of `threads`, after `refuse`, which raises at once what is certain already.
     """
 
     def __init__(
-        self, start: Callable[[float], tuple[InFlightRequest, ReplyBuffer]], timeout: float, threads: Executor
+        self,
+        start: Callable[[float], tuple[InFlightRequest, ReplyBuffer]],
+        refuse: Callable[[], None],
+        timeout: float,
+        threads: Executor,
     ) -> None:
         self._start = start
+        self._refuse = refuse
         self._timeout = timeout
         self._threads = threads
         self._deadline: float | None = None
@@ -57,6 +63,7 @@ class Call:
     async def __aenter__(self) -> Self:
         left = self._begin() - time.monotonic()
         if self._buffer is None:
+            self._refuse_at_once()
             try:
                 async with asyncio.timeout(left + THREAD_ENDS_WITHIN):
                     await self._enter_in_a_thread()
@@ -71,6 +78,14 @@ class Call:
                 self.cancel()
                 raise self._error from None
         return self
+
+    def _refuse_at_once(self) -> None:
+        self.raise_again()
+        try:
+            self._refuse()
+        except FleetError as error:
+            self._error = error
+            raise
 
     def _enter_in_a_thread(self) -> asyncio.Future[Self]:
         try:
@@ -131,6 +146,11 @@ class Call:
             self.cancel()
 
     @property
+    def progress(self) -> Progress | None:
+        """How far the request is; None before it was submitted."""
+        return self._request.progress if self._request else None
+
+    @property
     def _entered(self) -> ReplyBuffer:
         if self._buffer is None:
             raise RuntimeError("the request was not submitted: use it in a with block, or iterate it")
@@ -172,6 +192,7 @@ class ChatStream:
         self._ready: deque[Delta] = deque()
         self._deltas: list[Delta] = []
         self._response: ChatResponse | None = None
+        self._tokens = 0
 
     def __enter__(self) -> Self:
         self._call.__enter__()
@@ -232,12 +253,24 @@ class ChatStream:
             raise RuntimeError("the stream has not ended: iterate it to its end first")
         return self._response
 
+    @property
+    def tokens(self) -> int:
+        """About how many tokens were delivered so far, reasoning included. It stays when the stream fails or is
+        cancelled; `response.usage` of one that has ended is exact."""
+        return self._tokens
+
+    @property
+    def progress(self) -> Progress | None:
+        """Which node has the request, after how long and how many attempts; None before it was submitted."""
+        return self._call.progress
+
     def cancel(self) -> None:
         """Cancel, from any thread: the node stops, and reading the stream raises `Cancelled`."""
         self._call.cancel()
 
     def _take(self, frame: Frame) -> None:
         if isinstance(frame, Deltas):
+            self._tokens = frame.tokens
             self._deltas += frame.deltas
             self._ready.extend(frame.deltas)
         else:

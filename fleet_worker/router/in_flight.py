@@ -25,6 +25,7 @@ from fleet_worker.router.attempts import Attempts, OnInterrupt
 from fleet_worker.router.control_publisher import ControlPublisher
 from fleet_worker.router.effects import Deliver, Effect, End, RetryAfter
 from fleet_worker.router.node_selection import NodeSelection
+from fleet_worker.router.progress import Progress
 from fleet_worker.router.queue_wait import Place
 from fleet_worker.router.readers import Readers
 from fleet_worker.router.reply_buffer import ReplyBuffer
@@ -110,6 +111,11 @@ class InFlightRequest:
         last = self._attempts.last
         return last is not None and last.kind != "error"
 
+    @property
+    def progress(self) -> Progress:
+        with self._lock:
+            return self._attempts.progress
+
     def pack(self) -> int:
         """Keep the whole answer as one frame; return how many characters of JSON it has."""
         with self._lock:
@@ -156,14 +162,15 @@ class InFlightRequest:
 
     # Submission and replies
 
-    def submit(self) -> None:
-        """Send the first attempt. Raises why it could not be sent, unless the request was answered all the same."""
+    def submit(self, patience: float = math.inf) -> None:
+        """Send the first attempt; wait at most `patience` seconds for a broker that is away. Raises why it could not be
+        sent, unless the request was answered all the same."""
         with self._lock:
             request, last = self.request, self._attempts.last
         if isinstance(last, Failure):  # it was given up already
             raise last.error()
         try:
-            self._send(request, min(self._session.settings.connect_timeout, self._queue_timeout))
+            self._send(request, min(self._session.settings.connect_timeout, self._queue_timeout, patience))
         except FleetError as error:
             self.give_up(error)
             if isinstance(self._attempts.last, Failure):

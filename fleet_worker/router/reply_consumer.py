@@ -17,7 +17,7 @@ from fleet_worker.broker.door import Refused
 from fleet_worker.broker.faults import is_away, needs_operator, unavailable
 from fleet_worker.broker.reconnecting import ReconnectingThread
 from fleet_worker.broker.topology import ask_exchange, cancel_exchange, registry_queue, reply_queue, transport_of
-from fleet_worker.errors import Cancelled, InvalidRequest, where
+from fleet_worker.errors import BrokerUnavailable, Cancelled, InvalidRequest, where
 from fleet_worker.protocol import clock
 from fleet_worker.protocol.reply import Frame, Reply
 from fleet_worker.protocol.request import ControlMessage
@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 MAX_TICK = 1.5
 """Seconds that one wait for messages may add to the clock, however long the process was frozen in it."""
+TRY_FOR = 60.0
+"""Seconds after the last request for which a broker that never answered is tried."""
 PROBE_EVERY = 1.0
 """Seconds after which the broker is asked something, to find out whether it is still there."""
 
@@ -63,29 +65,59 @@ class ReplyConsumer:
         """Set when it consumes, when the broker refuses, or when this is closed."""
         self._patient = True
         self._failure: Exception | None = None
-        """The last one before it consumed."""
+        """The last one."""
         self._next_probe = 0.0
+        self._away_since: float | None = None
+        """time.monotonic() seconds: since when it has not consumed, although it was started."""
+        self._is_started = False
+        self._wanted_at = 0.0
+        self.has_given_up = False
+        """True if it has never consumed, and does not try any more."""
 
     def start(self, timeout: float, *, waited: float = 0.0, patient: bool = True) -> None:
-        """Consume, from now on.
+        """Consume, from now on. It may be called again while the broker has not answered yet: that is tried for
+        `TRY_FOR` seconds after the last call.
 
         Raises:
             BrokerUnavailable: the broker did not answer within `timeout` seconds, of which `waited` are over already;
                 or it refuses, or without `patient` one try failed, which is raised at once.
             Cancelled: this was closed meanwhile.
         """
-        self._patient = patient
-        if waited < timeout:
+        self._patient, self._wanted_at = patient, time.monotonic()
+        if not self._is_started:
+            self._is_started, self._away_since = True, time.monotonic()
             self._link.start()
-        self._decided.wait(timeout - waited)
-        if self._link.closed.is_set():
+        self._decided.wait(max(0.0, timeout - waited))
+        if self._link.closed.is_set() and not self.has_given_up:
             raise Cancelled("the router was closed")
-        if not self._link.worked.is_set():
-            self._link.close()
-            said = "cannot be used" if self._decided.is_set() else f"did not answer within {timeout:.3g} s"
-            cause = self._failure
-            retryable = (cause is None or is_away(cause)) and not self._decided.is_set()
-            raise unavailable(self._broker_url, said, cause or "no answer", retryable=retryable)
+        if self._link.worked.is_set():
+            return
+        if self._decided.is_set():
+            self._give_up()
+            raise self._unavailable("cannot be used", retryable=False)
+        raise self._unavailable(f"did not answer within {timeout:.3g} s")
+
+    @property
+    def away_for(self) -> float:
+        """Seconds for which the broker has been away; 0 if it is not."""
+        since = self._away_since
+        return 0.0 if since is None or self.has_given_up else time.monotonic() - since
+
+    def require_broker(self, patience: float) -> float:
+        """Return for how many of `patience` seconds the broker may still be waited for; raises `BrokerUnavailable` if
+        it has been away for as long."""
+        if (away_for := self.away_for) < patience:
+            return patience - away_for
+        raise self._unavailable(f"has not answered for {away_for:.0f} s")
+
+    def _unavailable(self, said: str, *, retryable: bool = True) -> BrokerUnavailable:
+        cause = self._failure
+        retryable = retryable and (cause is None or is_away(cause))
+        return unavailable(self._broker_url, said, cause or "no answer", retryable=retryable)
+
+    def _give_up(self) -> None:
+        self.has_given_up = True
+        self._link.close()
 
     def close(self) -> None:
         """Stop consuming and delete the reply queue."""
@@ -100,10 +132,15 @@ class ReplyConsumer:
         return self.clock - max(since, self._began_at)
 
     def _failed(self, error: Exception) -> None:
-        if not self._link.worked.is_set():
-            self._failure = error
-            if needs_operator(error) or not self._patient:
-                self._decided.set()
+        now = time.monotonic()
+        self._away_since = now if self._away_since is None else self._away_since
+        self._failure = error
+        if self._link.worked.is_set():
+            return
+        if needs_operator(error) or not self._patient:
+            self._decided.set()
+        elif now > self._wanted_at + TRY_FOR:
+            self._give_up()
 
     def _listen(self, connection: Connection) -> None:
         channel = open_channel(connection)
@@ -115,6 +152,7 @@ class ReplyConsumer:
         presence.appear(channel, self.name)  # before the first request, or nodes take this router for gone
         self._began_at, self._next_probe = self.clock, time.monotonic() + PROBE_EVERY
         self._link.works()
+        self._away_since = None
         self._decided.set()
         while not self._link.closed.is_set():
             self._probe(channel)

@@ -100,9 +100,23 @@ class Router:
 
     @property
     def registry(self) -> Registry:
-        """The live view of the fleet. The first access connects, and waits up to a second for the registry nodes."""
+        """The live view of the fleet. The first access connects, and waits up to a second for the registry nodes. What
+        it returns never waits for anything, except in its methods `wait_for` and `wait_for_answers`."""
         self._connected()
         return self._registry.wait_for_answers()
+
+    async def connect(self) -> Registry:
+        """As `registry`, awaitable: connect before the first request does. Raises `BrokerUnavailable` after
+        `router.connect_timeout` seconds, and may then be called again."""
+        connecting = asyncio.get_running_loop().run_in_executor(self._threads, lambda: self.registry)
+        return await connecting
+
+    @property
+    def broker_away_for(self) -> float | None:
+        """Seconds for which the broker has been away: 0 if it is there, None before the first request. After
+        `router.connect_timeout` seconds requests fail at once."""
+        session = self._session
+        return None if session is None else session.replies.away_for
 
     @overload
     def chat(self, model: str, messages: Messages, **options: Unpack[ChatOptions]) -> ChatResponse: ...
@@ -185,31 +199,42 @@ class Router:
         def start(deadline: float) -> tuple[InFlightRequest, ReplyBuffer]:
             return self._connected(deadline).start(asked, deadline)
 
-        return Call(start, asked.request.timeout_seconds, self._threads)
+        def refuse() -> None:
+            if (session := self._session) and not self._is_of_another_process:
+                session.refuse(asked)
+
+        return Call(start, refuse, asked.request.timeout_seconds, self._threads)
 
     def _connected(self, deadline: float = math.inf) -> Session:
         """Return the session; open it first if this is the first request. Others that come meanwhile wait for that."""
         if self._is_of_another_process:
             raise RuntimeError("this router was connected before the process was forked: make one in each process")
-        began = time.monotonic()
+        session, began = self._session, time.monotonic()
+        if session and session.is_open and not self._closed:
+            return session
         patience = max(0.0, min(self._settings.router.connect_timeout, deadline - began))
-        if not self._connecting.acquire(timeout=patience):
+        if session and not session.is_closed:
+            began -= patience - session.require_broker(patience)
+        if not self._connecting.acquire(timeout=max(0.0, began + patience - time.monotonic())):
             said = f"did not answer within {patience:.3g} s"
             raise unavailable(self._settings.broker_url, said, "no answer", retryable=True)
         try:
-            if self._session is None:
-                self._session = Session(self._settings, self._registry)
-            if self._closed:  # only now: `close` has seen the session, or is seen here
-                raise RuntimeError("this router is closed")
-            if not self._session.is_open:
-                self._session.open(patience, waited=time.monotonic() - began, patient=self._patient)
-            return self._session
-        except BaseException:
-            if self._session and not self._session.is_open:
-                self._session = None
-            raise
+            return self._open(patience, began)
         finally:
             self._connecting.release()
+
+    def _open(self, patience: float, began: float) -> Session:
+        """Open the session, for one thread at a time. One that the broker has not answered yet goes on trying."""
+        session = self._session
+        if session and (session.is_closed or session.replies.has_given_up):
+            session.close()
+            session = None
+        session = self._session = session or Session(self._settings, self._registry)
+        if self._closed:  # only now: `close` has seen the session, or is seen here
+            raise RuntimeError("this router is closed")
+        if not session.is_open:
+            session.open(patience, waited=time.monotonic() - began, patient=self._patient)
+        return session
 
     @property
     def _is_of_another_process(self) -> bool:

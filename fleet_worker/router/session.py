@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from typing import cast
 
 from fleet_worker.broker.app import create_app
-from fleet_worker.broker.topology import ask_exchange, reply_name, transport_of
-from fleet_worker.errors import Cancelled
+from fleet_worker.broker.topology import ask_exchange, direct_lane, lane, reply_name, transport_of
+from fleet_worker.errors import BrokerUnavailable, Cancelled
 from fleet_worker.protocol.reply import Accepted, Alive, Frame
 from fleet_worker.registry.view import Registry
 from fleet_worker.router.admission import Admission
@@ -51,12 +52,17 @@ class Session:
         self._requests: dict[str, InFlightRequest] = {}
         self._cache = IdempotencyCache(self.settings.idempotency_ttl)
         self.is_open = False
-        self._closed = False
+        self.is_closed = False
 
     def open(self, timeout: float, *, waited: float = 0.0, patient: bool = True) -> None:
-        """Consume the reply queue, from now on; raises what `ReplyConsumer.start` raises."""
+        """Consume the reply queue, from now on; raises what `ReplyConsumer.start` raises. If the broker only did not
+        answer in that time, this may be called again."""
         try:
             self.replies.start(timeout, waited=waited, patient=patient)
+        except BrokerUnavailable:
+            if self.replies.has_given_up:
+                self.close()
+            raise
         except BaseException:
             self.close()
             raise
@@ -66,13 +72,28 @@ class Session:
 
     def close(self) -> None:
         """Cancel all requests in flight, delete the reply queue, and close all connections."""
-        self._closed = True
+        self.is_closed = True
         for request in tuple(self._requests.values()):
             request.give_up(Cancelled("the router was closed"))
         self.scheduler.close()  # after the cancels were published
         self.replies.close()
         self.submitter.close()
         self._app.close()
+
+    def refuse(self, asked: Submission) -> None:
+        """Raise the error of a request that `start` would refuse, if that is certain without waiting for anything."""
+        request = asked.request
+        if request.idempotency_key != request.request_id:  # it may be answered already
+            return
+        self.require_broker(math.inf)
+        if self.is_open and (asked.node or request.provider_instance == "any"):
+            name = direct_lane(asked.node) if asked.node else lane(request.operation, request.model)
+            self.admission.refuse(name, request.priority, asked.max_wait)
+
+    def require_broker(self, patience: float) -> float:
+        """Return how many of `patience` seconds a request may wait for the broker. It has `connect_timeout` to come
+        back, counted from when it was first missed; after that this raises `BrokerUnavailable`."""
+        return min(patience, self.replies.require_broker(self.settings.connect_timeout))
 
     def start(self, asked: Submission, deadline: float) -> tuple[InFlightRequest, ReplyBuffer]:
         """Submit a request, or join the one in flight, or answered, that has its idempotency key. Return it with a
@@ -86,6 +107,7 @@ class Session:
         has_key = request.idempotency_key != request.request_id
         if has_key and (joined := self._cache.join(request, node, on_interrupt)):
             return joined
+        patience = self.require_broker(deadline - time.monotonic())
         self._registry.require_offered(request.model, request.operation, request.provider_instance, node)
         self.nodes.require_able(request, node)
         self.nodes.require_soon(request, node, asked.max_wait)
@@ -103,9 +125,9 @@ class Session:
             started.place.ended(time.monotonic())
             return joined
         self._requests[request.request_id] = started
-        if self._closed:  # it came too late to be cancelled with the others
+        if self.is_closed:  # it came too late to be cancelled with the others
             started.give_up(Cancelled("the router was closed"))
-        started.submit()
+        started.submit(patience)
         return started, buffer
 
     def ended(self, request_id: str) -> None:

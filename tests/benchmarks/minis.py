@@ -1,8 +1,10 @@
 """Many simulated nodes in one process, cheap enough to be measured against: they answer streams at an even pace.
 
-Each is to the broker what a real node is: its frames travel in messages of its own, no closer together than a node's,
-with an `alive` for each stream once a second; it asks whether the routers still listen, and its host reports its
-status. Only their connections are shared: what many nodes push at one moment is one write.
+Each is to the broker what a real node is. Its frames wait in an `Outbox` of the package, so they travel in messages of
+its own, as rarely as those of a real node with that load and a router that far behind. It asks whether the router still
+listens, and its host reports its status. It sends no heartbeats, since none of its streams is ever silent. Only the
+connections of all nodes are shared: what many push at one moment is one write. Frames are bytes that were made before,
+but for their numbers.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import heapq
 import socket
 import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection as Pipe
 from typing import Any, Protocol
@@ -25,11 +27,10 @@ from kombu import Connection, Consumer, Message
 from fleet_worker import Settings
 from fleet_worker.broker.app import create_app
 from fleet_worker.broker.connection import receive
-from fleet_worker.broker.topology import lane, lane_queue, listening_key, reply_queue, transport_of
-from fleet_worker.node.outbox import GAP_PER_REQUEST, GAP_PER_WAITING_MESSAGE, LONGEST_GAP, LONGEST_GAP_BEHIND
-from fleet_worker.node.reply_publisher import HEARTBEAT_EVERY
+from fleet_worker.broker.topology import expiry, lane, lane_queue, listening_key, transport_of
+from fleet_worker.node.outbox import NEVER, Outbox
 from fleet_worker.node.router_presence import CHECK_EVERY
-from fleet_worker.protocol.reply import Accepted, Alive, ChatResponse, Delta, Deltas, Frame, Reply, Timings, Usage
+from fleet_worker.protocol.reply import Accepted, ChatResponse, Delta, Deltas, Frame, Reply, Timings, Usage
 from fleet_worker.protocol.wire import PROTOCOL_VERSION
 
 __all__ = ["Load", "Pushed", "run"]
@@ -41,7 +42,8 @@ ARRIVE_WITHIN = 60.0
 
 @dataclass(frozen=True)
 class Load:
-    """So many nodes with so many streams each, of `rate` tokens a second, for so many seconds."""
+    """So many nodes with so many streams each, of `rate` tokens a second, for so many seconds. One router asks for all
+    of them."""
 
     minis: int
     streams: int
@@ -58,16 +60,28 @@ class Load:
         """Of each stream."""
         return round(self.rate * self.seconds)
 
+    def due(self, began: float) -> Iterator[float]:
+        """Yield when each token is due, all streams taking turns: token k of stream s is number
+        k * all_streams + s."""
+        step = 1 / (self.rate * self.all_streams)
+        return (began + step * number for number in range(self.all_streams * self.tokens))
+
 
 @dataclass(frozen=True)
 class Pushed:
-    """When tokens were due, and when they were pushed: `time.monotonic()` seconds. Token k of stream s is number
-    s * tokens + k."""
+    """What the nodes have done. Times are `time.monotonic()` seconds."""
 
-    due: array[float]
+    began: float
+    """When the first token was due."""
     at: array[float]
-    messages: int
+    """When each token was pushed, by its number."""
+    late: array[float]
+    """By how many seconds each message was pushed later than a real node would have pushed it."""
     cpu: float
+
+    @property
+    def messages(self) -> int:
+        return len(self.late)
 
 
 def run(pipe: Pipe, broker_url: str, load: Load) -> None:
@@ -75,87 +89,73 @@ def run(pipe: Pipe, broker_url: str, load: Load) -> None:
     app = create_app(Settings(broker_url=broker_url))
     transport = transport_of(broker_url)
     with app.connection_for_read() as connection:
-        wire = (RedisWire if transport == "redis" else AmqpWire)(broker_url, connection)
-        minis = [Mini(f"local@mini-{number:04}") for number in range(load.minis)]
+        wire = (RedisWire if transport == "redis" else AmqpWire)(broker_url)
         pipe.send("listening")
         with contextlib.suppress(EOFError):
-            streams = _asked_for(connection, lane_queue(lane("stream_chat", load.model), transport), load, minis, wire)
+            streams = _asked_for(connection, lane_queue(lane("stream_chat", load.model), transport), load, wire)
             gc.freeze()
-            pipe.send(_answer(streams, load, minis, wire))
+            pipe.send(_Fleet(streams, load, wire).answer())
             pipe.recv()
 
 
-# --- What is due -----------------------------------------------------------------------------------------------------
+# --- The nodes -------------------------------------------------------------------------------------------------------
 
 
-@dataclass
+class Mini:
+    """What one node has for its router."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.node = f"local@mini-{number:04}"
+        self.reply_to = ""
+        self.outbox: Any = Outbox()
+        """Of frames as bytes."""
+        self.tokens: list[int] = []
+        """The numbers of those that are in it."""
+        self.requests = 0
+        self.queued = NEVER
+        """When it is looked at next."""
+        self._begin = Reply(v=PROTOCOL_VERSION, node=self.node, frames=[]).encode().removesuffix(b"]}")
+
+    def body(self, frames: list[bytes]) -> bytes:
+        return b"%b%b]}" % (self._begin, b",".join(frames))
+
+
 class Stream:
-    number: int
-    request_id: str
-    reply_to: str
-    mini: Mini
-    delta: Delta
-    appended: int = 1
-    """Frames so far."""
+    def __init__(self, number: int, request_id: str, mini: Mini) -> None:
+        self.mini = mini
+        self._about: dict[str, Any] = {"id": request_id, "attempt": 1}
+        numbered = self.frame(Deltas, _NUMBER, deltas=[Delta(content=f"{number} ")], tokens=_NUMBER)
+        self._token = numbered.replace(b"%", b"%%").replace(b"%d" % _NUMBER, b"%d")
 
-    def frame(self, kind: Callable[..., Frame], seq: int, **fields: Any) -> Frame:
-        return kind(id=self.request_id, attempt=1, seq=seq, **fields)
+    def frame(self, kind: type[Frame], seq: int, **fields: Any) -> bytes:
+        return kind(**self._about, seq=seq, **fields).model_dump_json(exclude_none=True).encode()
 
-    def token(self, number: int) -> Frame:
-        return self.frame(Deltas, number + 1, deltas=[self.delta], tokens=number + 1)
+    def token(self, number: int) -> bytes:
+        return self._token % (number + 1, number + 1)
 
-    def response(self, tokens: int) -> Frame:
+    def response(self, tokens: int) -> bytes:
         timings = Timings(queue_wait=0.0, ttft=0.0, duration=1.0, tokens_per_second=1.0)
         made_by = {"node": self.mini.node, "instance": "local", "model": "sim-chat"}
         return self.frame(ChatResponse, tokens + 1, usage=Usage(), timings=timings, finish_reason="stop", **made_by)
 
 
-class Mini:
-    """What one node has for its routers, and when it may push it."""
-
-    def __init__(self, node: str) -> None:
-        self.node = node
-        self.streams: dict[str, Stream] = {}
-        self.pending: dict[str, list[Frame]] = {}
-        """By reply queue."""
-        self.tokens: list[int] = []
-        """The numbers of the pending ones."""
-        self.backlog = 0
-        """Messages that waited for the router when this node learned that last."""
-        self.next_push = 0.0
-
-    def gap(self) -> float:
-        """Seconds from one push to the next, as those of a real node."""
-        behind = min(LONGEST_GAP_BEHIND, self.backlog * GAP_PER_WAITING_MESSAGE)
-        return max(min(LONGEST_GAP, len(self.streams) * GAP_PER_REQUEST), behind)
-
-    def add(self, reply_to: str, frame: Frame) -> None:
-        self.pending.setdefault(reply_to, []).append(frame)
-
-    def add_heartbeats(self) -> None:
-        for stream in self.streams.values():
-            self.add(stream.reply_to, stream.frame(Alive, stream.appended))
-
-    def take(self) -> Iterator[tuple[str, bytes]]:
-        """Return each router's message, as its body."""
-        for reply_to, frames in self.pending.items():
-            yield reply_to, Reply(v=PROTOCOL_VERSION, node=self.node, frames=frames).encode()
-        self.pending = {}
+_NUMBER = 2**52 + 1
+"""Stands for a number in a frame that is made before."""
 
 
-def _asked_for(connection: Connection, queue: Any, load: Load, minis: list[Mini], wire: Wire) -> list[Stream]:
+def _asked_for(connection: Connection, queue: Any, load: Load, wire: Wire) -> list[Stream]:
     """Wait for all requests, and accept each."""
+    minis = [Mini(number) for number in range(load.minis)]
     streams: list[Stream] = []
 
     def accept(message: Message) -> None:
         envelope = message.payload[0][0]
         mini = minis[len(streams) % len(minis)]
-        delta = Delta(content=f"{len(streams)} ")
-        stream = Stream(len(streams), envelope["request_id"], envelope["reply_to"], mini, delta)
+        mini.reply_to, mini.requests = envelope["reply_to"], mini.requests + 1
+        stream = Stream(len(streams), envelope["request_id"], mini)
         streams.append(stream)
-        mini.streams[stream.request_id] = stream
-        mini.add(stream.reply_to, stream.frame(Accepted, 0, instance="local", queue_wait=0.0))
-        wire.push([(mini, *each) for each in mini.take()])
+        wire.push([(mini, mini.body([stream.frame(Accepted, 0, instance="local", queue_wait=0.0)]))])
         message.ack()
 
     deadline = time.monotonic() + ARRIVE_WITHIN
@@ -167,52 +167,67 @@ def _asked_for(connection: Connection, queue: Any, load: Load, minis: list[Mini]
     return streams
 
 
-def _answer(streams: list[Stream], load: Load, minis: list[Mini], wire: Wire) -> Pushed:
-    total, interval, began = load.tokens, 1 / load.rate, time.monotonic() + 0.2
-    due, at = array("d", bytes(8 * len(streams) * total)), array("d", bytes(8 * len(streams) * total))
-    heap = [(began + interval * number / len(streams), number, 0) for number in range(len(streams))]
-    beats = [(began + HEARTBEAT_EVERY * number / len(minis), number) for number in range(len(minis))]
-    asks = [(began + CHECK_EVERY * number / len(minis), number) for number in range(len(minis))]
-    reply_queues = {stream.reply_to for stream in streams}
-    waiting: set[Mini] = set()
-    messages, cpu = 0, time.process_time()
-    while heap or waiting:
-        now = time.monotonic()
-        while heap and heap[0][0] <= now:
-            moment, number, token = heapq.heappop(heap)
-            stream = streams[number]
-            waiting.add(stream.mini)
-            if token == total:
-                stream.mini.add(stream.reply_to, stream.response(total))
-                del stream.mini.streams[stream.request_id]
-                stream.mini.next_push = now
-                continue
-            stream.mini.add(stream.reply_to, stream.token(token))
-            stream.mini.tokens.append(number * total + token)
-            stream.appended += 1
-            due[number * total + token] = moment
-            heapq.heappush(heap, (moment + (interval if token + 1 < total else 0.0), number, token + 1))
-        for number in _due(beats, now, HEARTBEAT_EVERY):
-            if minis[number].streams:
-                minis[number].add_heartbeats()
-                waiting.add(minis[number])
-        ready = [mini for mini in waiting if mini.next_push <= now]
-        bodies = [(mini, *each) for mini in ready for each in mini.take()]
-        for mini in ready:
-            for number in mini.tokens:
-                at[number] = now
-            mini.tokens = []
-            mini.next_push = now + mini.gap()
-        waiting.difference_update(ready)
-        wire.push(bodies)
-        asking = list(_due(asks, now, CHECK_EVERY))
-        if (waiting_there := wire.ask(reply_queues, len(asking))) is not None:
-            for number in asking:
-                minis[number].backlog = waiting_there
-        messages += len(bodies)
-        next_one = heap[0][0] if heap and not waiting else 0.0
-        time.sleep(max(0.0, max(next_one, now + TICK) - time.monotonic()))
-    return Pushed(due, at, messages, time.process_time() - cpu)
+class _Fleet:
+    """All nodes, while they answer."""
+
+    def __init__(self, streams: list[Stream], load: Load, wire: Wire) -> None:
+        self._streams, self._load, self._wire = streams, load, wire
+        self._minis = list({stream.mini.number: stream.mini for stream in streams}.values())
+        self._count = len(streams) * load.tokens
+        self._generated = 0
+        self._queue: list[tuple[float, int]] = []
+        """When which node has something to push."""
+        self._at = array("d", bytes(8 * self._count))
+        self._late = array("d")
+
+    def answer(self) -> Pushed:
+        began, cpu = time.monotonic() + 0.2, time.process_time()
+        asks = [(began + CHECK_EVERY * number / len(self._minis), number) for number in range(len(self._minis))]
+        while self._generated < self._count or self._queue:
+            now = time.monotonic()
+            self._generate(int((now - began) * self._load.rate * len(self._streams)) + 1 if now >= began else 0)
+            self._push()
+            asking = list(_due(asks, now, CHECK_EVERY))
+            if (waiting := self._wire.ask({self._minis[0].reply_to}, len(asking))) is not None:
+                for number in asking:
+                    self._minis[number].outbox.learn(waiting)
+            time.sleep(max(0.0, now + TICK - time.monotonic()))
+        return Pushed(began, self._at, self._late, time.process_time() - cpu)
+
+    def _generate(self, until: int) -> None:
+        """Let all tokens up to that number come, as they come from MLX servers."""
+        until, streams, last = min(until, self._count), self._streams, self._load.tokens - 1
+        for number in range(self._generated, until):
+            token, stream = divmod(number, len(streams))
+            mini = streams[stream].mini
+            mini.tokens.append(number)
+            mini.outbox.append(streams[stream].token(token), None if token else 0.0, mini.requests)
+            if token == last:
+                mini.requests -= 1
+                mini.outbox.append(streams[stream].response(last + 1), 0.0, mini.requests)
+            self._look_at(mini)
+        self._generated = until
+
+    def _look_at(self, mini: Mini) -> None:
+        if mini.outbox.due < mini.queued:
+            mini.queued = mini.outbox.due
+            heapq.heappush(self._queue, (mini.queued, mini.number))
+
+    def _push(self) -> None:
+        """Push what is due of all nodes."""
+        now, pushed = time.monotonic(), []
+        while self._queue and self._queue[0][0] <= now:
+            due, number = heapq.heappop(self._queue)
+            mini = self._minis[number]
+            mini.queued = NEVER
+            if mini.outbox.due <= now:
+                self._late.append(now - due)
+                pushed.append((mini, mini.body(mini.outbox.take(now))))
+                for token in mini.tokens:
+                    self._at[token] = now
+                mini.tokens = []
+            self._look_at(mini)
+        self._wire.push(pushed)
 
 
 def _due(times: list[tuple[float, int]], now: float, every: float) -> Iterator[int]:
@@ -229,7 +244,7 @@ def _due(times: list[tuple[float, int]], now: float, every: float) -> Iterator[i
 class Wire(Protocol):
     """The connection of all nodes."""
 
-    def push(self, bodies: list[tuple[Mini, str, bytes]]) -> None:
+    def push(self, bodies: list[tuple[Mini, bytes]]) -> None:
         """Publish each body to its reply queue, all of them with one write; tell each node the backlog there."""
 
     def ask(self, reply_queues: Iterable[str], times: int) -> int | None:
@@ -239,33 +254,25 @@ class Wire(Protocol):
 class RedisWire:
     """Writes commands, and reads nothing but lengths: redis-py needs more time for it than the broker."""
 
-    def __init__(self, broker_url: str, connection: Connection) -> None:
+    def __init__(self, broker_url: str) -> None:
         self._url = urlsplit(broker_url)
         self._socket, self._asking = self._connected(), self._connected()
         self._asking.setblocking(False)
-        self._received = b""
 
-    def push(self, bodies: list[tuple[Mini, str, bytes]]) -> None:
+    def push(self, bodies: list[tuple[Mini, bytes]]) -> None:
         if not bodies:
             return
-        commands: list[bytes] = []
-        for _, reply_to, body in bodies:
-            expires = str(round(1000 * reply_queue(reply_to).expires))
-            commands += [
-                _command(b"LPUSH", reply_to.encode(), body),
-                _command(b"PEXPIRE", reply_to.encode(), expires.encode()),
-            ]
-        self._socket.sendall(b"".join(commands))
-        for (mini, *_), answer in zip(bodies, self._answers(2 * len(bodies))[::2], strict=True):
-            mini.backlog = answer
+        self._socket.sendall(b"".join(_pushes(mini.reply_to, body) for mini, body in bodies))
+        for (mini, _), length in zip(bodies, self._answers(2 * len(bodies))[::2], strict=True):
+            mini.outbox.learn(length)
 
     def ask(self, reply_queues: Iterable[str], times: int) -> None:
         if times:
             keys = [listening_key(name).encode() for name in reply_queues]
             command = _command(b"PUBSUB", b"NUMSUB", *keys) + _command(b"MGET", *keys)
             self._asking.sendall(command * times)
-        with contextlib.suppress(BlockingIOError):
-            self._asking.recv(1 << 20)
+            with contextlib.suppress(BlockingIOError):
+                self._asking.recv(1 << 20)
 
     def _connected(self) -> socket.socket:
         opened = socket.create_connection((self._url.hostname, self._url.port), timeout=10)
@@ -273,33 +280,40 @@ class RedisWire:
         return opened
 
     def _answers(self, count: int) -> list[int]:
-        while self._received.count(b"\r\n") < count:
-            self._received += self._socket.recv(1 << 16)
-        lines, self._received = self._received.split(b"\r\n"), b""
+        received = b""
+        while received.count(b"\r\n") < count:
+            received += self._socket.recv(1 << 16)
+        lines = received.split(b"\r\n")
         if refused := [line for line in lines if line.startswith(b"-")]:
             raise RuntimeError(f"the broker refuses {len(refused)} replies")
         return [int(line[1:]) for line in lines[:count]]
 
 
+def _pushes(reply_to: str, body: bytes) -> bytes:
+    """As `broker.replies.push` does."""
+    key = reply_to.encode()
+    return _command(b"LPUSH", key, body) + _command(b"PEXPIRE", key, b"%d" % (1000 * expiry(reply_to)))
+
+
 def _command(*parts: bytes) -> bytes:
-    return b"*%d\r\n" % len(parts) + b"".join(b"$%d\r\n%s\r\n" % (len(part), part) for part in parts)
+    return b"*%d\r\n" % len(parts) + b"".join([b"$%d\r\n%b\r\n" % (len(part), part) for part in parts])
 
 
 class AmqpWire:
     """Publishes without confirms: those of many nodes would cost this one process what each of them pays for itself."""
 
-    def __init__(self, broker_url: str, connection: Connection) -> None:
+    def __init__(self, broker_url: str) -> None:
         url = urlsplit(broker_url)
         self._connection = amqp.Connection(f"{url.hostname}:{url.port}", url.username, url.password, heartbeat=0)
         self._connection.connect()
         self._channel = self._connection.channel()
 
-    def push(self, bodies: list[tuple[Mini, str, bytes]]) -> None:
-        for _, reply_to, body in bodies:
+    def push(self, bodies: list[tuple[Mini, bytes]]) -> None:
+        for mini, body in bodies:
             message = amqp.Message(
                 body, content_type="application/json", content_encoding="utf-8", delivery_mode=1, priority=0
             )
-            self._channel.basic_publish(message, routing_key=reply_to)
+            self._channel.basic_publish(message, routing_key=mini.reply_to)
 
     def ask(self, reply_queues: Iterable[str], times: int) -> int | None:
         asked = [self._channel.queue_declare(name, passive=True) for name in reply_queues for _ in range(times)]

@@ -28,6 +28,11 @@ def client(gateway):
         yield client
 
 
+def chats(mlx):
+    """Return the bodies of what the MLX server was asked for."""
+    return [request.body for request in mlx.requests if request.path.endswith("/chat/completions")]
+
+
 def answer(messages, max_tokens):
     return "".join(reply_tokens(messages, max_tokens))
 
@@ -63,17 +68,17 @@ def test_tools_are_called_and_their_results_answered(client, mlx, streamed):
     results = [{"type": "tool_result", "tool_use_id": call.id, "content": call.id} for call in message.content]
     turns = [*HELLO, {"role": "assistant", "content": message.content}, {"role": "user", "content": results}]
     assert client.messages.create(messages=turns, **asked).stop_reason == "end_turn"
-    _, called, *told = mlx.requests[-1].body["messages"]
+    _, called, *told = chats(mlx)[-1]["messages"]
     given = [call["id"] for call in called["tool_calls"]]
     assert [message["tool_call_id"] for message in told] == given
     assert [message["content"] for message in told] == [f"toolu_{call_id}" for call_id in given]
 
 
 def test_tokens_are_counted_without_a_generation(client, mlx):
-    before = len(mlx.requests)
+    before = len(chats(mlx))
     words = [{"role": "user", "content": "a b " * 200}]
     assert 100 < client.messages.count_tokens(model=CHAT, messages=words).input_tokens < 300
-    assert len(mlx.requests) == before
+    assert len(chats(mlx)) == before
 
 
 def test_an_unknown_model_and_a_wrong_field_have_errors_of_anthropic(client):

@@ -195,6 +195,12 @@ def test_thoughts_between_texts_are_blocks_of_their_own():
     assert [block.type for block in message.content] == ["text", "thinking", "text", "thinking", "text"]
 
 
+def test_no_thoughts_follow_a_call():
+    """vllm-mlx sends the last of them beside the finish_reason."""
+    message = accumulated(stream(thought("a"), called("{}", id="c", name="look"), thought("b"), said("so")))
+    assert [block.type for block in message.content] == ["thinking", "tool_use", "text"]
+
+
 def test_no_thoughts_are_shown_to_a_client_that_wants_none():
     ending = response(reasoning="hm", content="a")
     assert [block.type for block in whole(ending, thinking={"type": "disabled"}).content] == ["text"]

@@ -98,7 +98,7 @@ def stream():
     buffer = buffer_of(seconds=20)
     request = SimpleNamespace(leave=lambda buffer: buffer.close(), timed_out=lambda seconds: TimeoutError())
     with ThreadPoolExecutor(1) as threads:
-        yield ChatStream(Call(lambda deadline: (request, buffer), 20.0, threads)), buffer
+        yield ChatStream(Call(lambda deadline: (request, buffer), lambda: None, 20.0, threads)), buffer
 
 
 def contents(batch):

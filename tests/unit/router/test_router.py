@@ -78,6 +78,7 @@ class Fleet:
         self.session.admission = SimpleNamespace(
             admit=lambda *_, **__: None,
             enter=lambda *_: None,
+            refuse=lambda *_: None,
             accepted=lambda *_: None,
             is_queued=lambda *_: True,
         )
@@ -433,6 +434,36 @@ def test_the_whole_answer_of_a_stream_is_there_when_it_has_ended(fleet):
             _ = stream.response
         assert list(stream) == []
     assert stream.response.content == "a"
+
+
+def test_a_stream_says_how_far_it_is(fleet):
+    fleet.answers = [[accepted(), deltas("a", "b"), DOWN], []]
+    with fleet.router.stream_chat("m", HELLO, temperature=0) as stream:
+        assert next(stream).content == "a"
+        assert stream.tokens == 2
+        until(lambda: len(fleet.requests) == 2)
+        first, *_ = stream.progress.past
+        assert (first.node, first.error, first.delivered) == ("n", "instance_unavailable", 2)
+        assert (stream.progress.attempt, stream.progress.node, stream.progress.queue_wait) == (2, None, None)
+        fleet.say(accepted())
+        assert (stream.progress.node, stream.progress.instance, stream.progress.resumed) == ("n", "i", 0)
+        assert 0 <= stream.progress.queue_wait < 20
+        fleet.say((Deltas, {"deltas": [Delta(content="c")], "tokens": 3}), first=1)
+        assert [delta.content for delta in (next(stream), next(stream), next(stream))] == ["b", None, "c"]
+        assert (stream.progress.resumed, stream.tokens) == (1, 3)
+        fleet.say(failed(ModelNotServed("gone")), first=2)
+        with pytest.raises(ModelNotServed):
+            next(stream)
+        assert (stream.progress.attempt, len(stream.progress.past), stream.tokens) == (2, 2, 3)
+
+
+def test_a_stream_that_was_cancelled_keeps_its_tokens(fleet):
+    fleet.answers = [[accepted(), deltas("a", "b")]]
+    stream = fleet.router.stream_chat("m", HELLO)
+    assert (stream.progress, stream.tokens) == (None, 0)
+    with stream:
+        next(stream)
+    assert (stream.progress.node, stream.tokens) == ("n", 2)
 
 
 def test_a_cancelled_stream_has_no_response_but_its_error(fleet):
