@@ -3,8 +3,8 @@
 In reading order:
 
 - the process: `commands`, `serve`, `http_protocol` with `http_refusals`
-- a request: `app` (paths, and what all have in common), `running`, `browsers`, `request`, `options`, `exchange` (through
-  the router), `departure`, `event_stream`, `response`, `problems` (what a client is told when something goes wrong);
+- a request: `app` (paths, and what all have in common), `running`, `browsers`, `request`, `options`, `exchange`
+  (through the router), `departure`, `event_stream`, `response`, `problems` (what a client is told when something goes wrong);
   what costs no mini anything: `lookups`, `known_fleet`, `models`, `health`
 - who may use what: `keys` with `key`; `quotas` with `quota_texts`, `counts`, `shared_counts` and `count_scripts`
 - what was used: `facts`, `records`, `ledger` with `ledger_file`, `metrics`, `usage`

@@ -48,6 +48,7 @@ class Gateway:
 
     def __init__(self, settings: Settings, router: Router, keys: Keys, quotas: Quotas, records: Records) -> None:
         self._settings = settings.gateway
+        self._default_max_wait = settings.router.max_wait
         self._bodies = BodyMemory(settings.max_body_bytes)
         self._router = router
         self._keys = keys
@@ -121,7 +122,7 @@ class Gateway:
             body = await request.json(self._bodies, self._settings.body_timeout)
             asked = dialect.asked(body, request.id, int(time.time()))
             facts.model_asked = asked.model
-            options = router_options(request, key, self._settings.max_wait)
+            options = router_options(request, key, self._default_max_wait)
             names = models.require(self.fleet.known(), key, asked.model)
             async with while_client_stays(request):
                 most = 0

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from fleet_worker.gateway.ledger_file import Row
 from fleet_worker.gateway.response import Header
 from fleet_worker.protocol.reply import ChatResponse, EmbedResponse, Usage
+from fleet_worker.router.progress import Progress
 
 
 @dataclass(slots=True)
@@ -33,11 +34,9 @@ class Facts:
     ttft: float | None = None
     """From the arrival of the request to the first delta."""
     usage: Usage = field(default_factory=Usage)
-    """As the server counted; empty if the answer has no end."""
+    """As the server counted. If the answer has no end: about how many tokens were delivered."""
     prompt_estimate: int = 0
     """Tokens of the prompt, before anybody has counted them."""
-    delivered: int = 0
-    """Deltas of a stream that its client was sent: about as many tokens."""
     limits: Sequence[Header] = ()
     """Headers that tell what is left of the limits of the key."""
     error: str | None = None
@@ -49,17 +48,27 @@ class Facts:
 
     @property
     def prompt_tokens(self) -> int:
-        """As the server counted; about as many if it did not, or the client left while it was answered."""
-        counted = self.usage.prompt_tokens or (self.usage.total_tokens or 0) - (self.usage.completion_tokens or 0)
-        return counted if counted > 0 else self.prompt_estimate if self.delivered else 0
+        """As the server counted; about as many if it has not, though a node had the request."""
+        counted = self.usage.prompt_tokens or (self.usage.total_tokens or 0) - self.completion_tokens
+        return counted if counted > 0 else self.prompt_estimate if self.node else 0
 
     @property
     def completion_tokens(self) -> int:
-        return self.usage.completion_tokens or self.delivered
+        return self.usage.completion_tokens or 0
 
-    def note_first_token(self) -> None:
-        if self.ttft is None:
-            self.ttft = self.duration
+    def note_first_token(self, progress: Progress | None) -> None:
+        self.ttft = self.duration
+        self._note_progress(progress)
+
+    def note_cut_off(self, progress: Progress | None, tokens: int) -> None:
+        """Note how far an answer came that its client left, or that failed."""
+        self._note_progress(progress)
+        self.usage = Usage(completion_tokens=tokens)
+
+    def _note_progress(self, progress: Progress | None) -> None:
+        if progress:
+            self.node, self.attempts, self.queue_wait = progress.node, progress.attempt, progress.queue_wait
+            self.resumed = progress.resumed > 0
 
     def note_answer(self, response: ChatResponse | EmbedResponse) -> None:
         self.node, self.attempts = response.node, len(response.attempts)

@@ -28,13 +28,17 @@ class KnownFleet:
         failing = False
         while self.registry is None:
             try:
-                self.registry = await asyncio.to_thread(lambda: self._router.registry)
+                self.registry = await self._router.connect()
             except FleetError as error:
                 if not failing:
                     log.warning("no broker yet: %s", error.message)
                 failing = True
                 await asyncio.sleep(CONNECT_AGAIN_AFTER)
         log.info("knows the models of %d instances", len(self.registry.instances()))
+
+    @property
+    def broker_is_away(self) -> bool:
+        return self._router.broker_away_for != 0.0
 
     def known(self) -> Registry:
         """Return the registry; raises `BrokerUnavailable` before there is one."""

@@ -76,7 +76,7 @@ class Lookups:
         if path in ALIVE:
             return 200, {"status": "alive"}
         if path == "/health/readiness":
-            return health.readiness(self._fleet.registry, draining=self._running.draining)
+            return health.readiness(self._fleet, draining=self._running.draining)
         key = self._keys.find(request.secret)
         if path == "/usage":
             return 200, await self._usage(key, _since(request))

@@ -38,6 +38,8 @@ class ChatAnswer:
     ttft: float | None = None
     """Seconds from the request to its first content."""
     tokens_per_second: float | None = None
+    stop_string: str | None = None
+    """The one that ended it, if the node saw that."""
     content: str | None = None
     reasoning: str | None = None
     tool_calls: list[dict[str, Any]] = field(default_factory=list)

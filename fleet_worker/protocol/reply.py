@@ -129,6 +129,8 @@ class ChatResponse(_Response):
     reasoning: str | None = Field(None, repr=False)
     tool_calls: list[dict[str, Any]] = Field(default=[], repr=False)
     finish_reason: str
+    stop_string: str | None = Field(None, repr=False)
+    """The one of the request that ended it; None if the server cut it off itself, or none did."""
     metadata: dict[str, Any] = Field(default={})
     """`dropped_parameters`: names of those that had no influence, since this kind of server does not know them."""
 

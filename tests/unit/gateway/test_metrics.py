@@ -35,11 +35,12 @@ def test_requests_are_counted_by_key_operation_and_status(metrics):
     assert value(metrics, "fleet_gateway_requests_total", **labels, status="429") == 1
 
 
-def test_tokens_are_those_of_the_server_or_about_those_that_were_delivered(metrics):
-    metrics.ended(chat(usage=Usage(prompt_tokens=100, completion_tokens=20)), 200)
-    metrics.ended(chat(delivered=5, prompt_estimate=10), 499)
+def test_tokens_are_those_of_the_server_or_an_estimate_if_a_node_had_the_request(metrics):
+    metrics.ended(chat(usage=Usage(prompt_tokens=100, completion_tokens=20), prompt_estimate=90, node="n"), 200)
+    metrics.ended(chat(usage=Usage(completion_tokens=5), prompt_estimate=10, node="n"), 499)
+    metrics.ended(chat(usage=Usage(total_tokens=7), prompt_estimate=10, node="n"), 200)
     metrics.ended(chat(prompt_estimate=10), 503)
-    assert value(metrics, "fleet_gateway_tokens_total", key="alice", kind="prompt") == 110
+    assert value(metrics, "fleet_gateway_tokens_total", key="alice", kind="prompt") == 117
     assert value(metrics, "fleet_gateway_tokens_total", key="alice", kind="completion") == 25
 
 

@@ -593,6 +593,16 @@ def test_who_waits_for_another_one_to_connect_does_not_wait_for_longer():
                 each.result()
 
 
+def test_a_request_has_the_name_that_its_caller_gives_it_and_an_id_of_its_own(fleet, ask):
+    fleet.answers = [[accepted(), response()]] * 2
+    for _ in range(2):
+        ask(fleet, request_id="r" * 128)
+    ids = {request.request_id for request in fleet.requests}
+    assert len(ids) == 2
+    assert all(each.startswith("r" * 128 + ".") for each in ids)
+    assert {request.correlation_id for request in fleet.requests} == {"r" * 128}
+
+
 @pytest.mark.parametrize(
     "node", ["", "one", "@mini", "one@", "a b@mini", "one@mini/..", "*@mini", "x" * 300 + "@mini", 5, ["one@mini"]]
 )
@@ -624,6 +634,12 @@ def test_a_request_may_wait_as_long_as_it_says_or_as_configured(monkeypatch, con
         ({"max_wait": -1}, "max_wait"),
         ({"max_wait": True}, "max_wait"),
         ({"max_wait": "5"}, "max_wait"),
+        ({"request_id": "a b"}, "request_id"),
+        ({"request_id": "a\nb"}, "request_id"),
+        ({"request_id": "é"}, "request_id"),
+        ({"request_id": ""}, "request_id"),
+        ({"request_id": "r" * 129}, "request_id"),
+        ({"request_id": 5}, "request_id"),
         ({"node": "one"}, "node"),
         ({"instance": ""}, "instance"),
         ({"instance": 5}, "instance"),

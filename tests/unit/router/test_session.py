@@ -275,4 +275,4 @@ def test_slots_are_not_counted_for_each_request(away, monkeypatch):
     assert len(counted) == 1
     for number in range(3 * MOST_COUNTED):
         away.slots(wish(f"m{number}"), None)
-    assert len(away._slots) <= MOST_COUNTED
+    assert len(away._known) <= MOST_COUNTED
