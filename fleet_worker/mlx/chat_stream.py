@@ -102,6 +102,8 @@ class ServerStream:
             if deltas := chunks.read(feed(received)):
                 self._content_received()
                 yield deltas
+            if chunks.failure:
+                raise chunks.failure
             if chunks.done or chunks.overruns:
                 return
             if chunks.finish_reason is not None:

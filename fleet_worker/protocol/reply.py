@@ -10,10 +10,11 @@ from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
+from pydantic_core import to_json
 
 from fleet_worker.errors import FleetError
 from fleet_worker.protocol.request import LONGEST_ID, MOST_ATTEMPTS
-from fleet_worker.protocol.wire import BrokerMessage, ExtensibleModel
+from fleet_worker.protocol.wire import PROTOCOL_VERSION, BrokerMessage, ExtensibleModel
 
 MOST_FRAMES = 20_000
 """Frames of one message that a router reads. Nodes send fewer."""
@@ -192,12 +193,21 @@ class Reply(BrokerMessage):
     node: str = Field(max_length=255)
     frames: list[Annotated[Frame, Field(discriminator="kind")]] = Field(max_length=MOST_FRAMES)
 
+    @staticmethod
+    def encoded(node: str, frames: Sequence[Frame]) -> bytes:
+        """Return the body of a message with these frames: that of `encode`, for a quarter of its time."""
+        return to_json({"v": PROTOCOL_VERSION, "node": node, "frames": frames}, exclude_none=True)
+
     @classmethod
     def merged(cls, bodies: Sequence[bytes]) -> bytes:
         """Return one body with the frames of all these, which are of the same node."""
         first, *others = [cls.decode(body) for body in bodies]
         frames = [frame for reply in (first, *others) for frame in reply.frames]
         return first.model_copy(update={"frames": frames}).encode() if others else bodies[0]
+
+
+MERGE_AFTER = 32
+"""Deltas of an answer after which they are merged."""
 
 
 def join(deltas: Iterable[Delta]) -> dict[str, Any]:
@@ -222,6 +232,14 @@ def join(deltas: Iterable[Delta]) -> dict[str, Any]:
         "reasoning": "".join(reasoning) or None,
         "tool_calls": [calls[index] for index in sorted(calls)],
     }
+
+
+def merged(deltas: list[Delta]) -> list[Delta]:
+    """Return the same text in one delta; with tool calls, the deltas as they are. Each takes a kilobyte of memory."""
+    if any(delta.tool_calls for delta in deltas):
+        return deltas
+    whole = join(deltas)
+    return [Delta(content=whole["content"], reasoning=whole["reasoning"])]
 
 
 def _extend_call(call: dict[str, Any], fragment: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from fleet_worker.errors import QueueTimeout
 from fleet_worker.mlx.parameters import may_be_refused, refused_parameter, unsupported
 from fleet_worker.protocol.openai import ChatParams
-from fleet_worker.protocol.request import FleetRequest
+from fleet_worker.protocol.request import FleetRequest, Operation
 from fleet_worker.registry.offered import fits
 from fleet_worker.registry.view import Registry
 
@@ -62,18 +62,18 @@ class NodeSelection:
         ready, wanted = self._nodes(request, ready=True), request.provider_instance
         return node not in ready and (wanted == "any" or any(wanted == instance for instance, _ in ready.values()))
 
-    def slots(self, request: FleetRequest, node: str | None) -> int:
-        """Return the slots of all ready instances that may take this request. The answer may be `COUNTED_FOR` old."""
-        return self._counted(request, node).slots
+    def slots(self, model: str, operation: Operation, instance: str, node: str | None) -> int:
+        """Return the slots of all ready instances that may take such a request. The answer may be `COUNTED_FOR` old."""
+        return self._counted(model, operation, instance, node).slots
 
     def context_window(self, request: FleetRequest, node: str | None) -> int | None:
         """Return the largest context window of those that may take this request; None if that of one is unknown. The
         answer may be `COUNTED_FOR` old."""
-        return self._counted(request, node).context_window
+        return self._counted(request.model, request.operation, request.provider_instance, node).context_window
 
     def require_soon(self, request: FleetRequest, node: str | None, max_wait: float | None) -> None:
         """Raise `QueueTimeout` if no node has been ready for this request for more than `max_wait` seconds."""
-        if max_wait is None or self.slots(request, node):
+        if max_wait is None or self.slots(request.model, request.operation, request.provider_instance, node):
             return
         why, away_for = self.why_waiting(request, node)
         if away_for and away_for > max_wait:
@@ -90,14 +90,14 @@ class NodeSelection:
             return f"{what} is served, but its nodes are busy or cut off", 0.0
         return f"nobody has served {what} for {away_for:.0f} s", round(away_for, 3)
 
-    def _counted(self, request: FleetRequest, node: str | None) -> _Counted:
-        key = request.model, request.operation, request.provider_instance, node
+    def _counted(self, model: str, operation: Operation, instance: str, node: str | None) -> _Counted:
+        key = model, operation, instance, node
         counted = self._known.get(key)
         if counted is None or time.monotonic() >= counted.at + COUNTED_FOR:
             if len(self._known) >= MOST_COUNTED:
                 self._known.clear()
-            offered = self._registry.offerings(model=request.model, capability=request.operation)
-            fitting = [each for each in offered if fits(each.instance, request.provider_instance, node)]
+            offered = self._registry.offerings(model=model, capability=operation)
+            fitting = [each for each in offered if fits(each.instance, instance, node)]
             slots = sum(each.instance.slots or 1 for each in fitting if each.ready)
             windows = [each.limits.get("context_window") for each in fitting]
             known = [window for window in windows if isinstance(window, int)]

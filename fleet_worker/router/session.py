@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import time
+from functools import partial
 from typing import cast
 
 from fleet_worker.broker.app import create_app
@@ -124,7 +125,8 @@ class Session:
             started.lane,
             request.priority,
             max_wait=asked.max_wait,
-            count_slots=lambda: self.nodes.slots(request, node),
+            # It is kept for as long as the lane is known: without the request, and its prompt.
+            count_slots=partial(self.nodes.slots, request.model, request.operation, request.provider_instance, node),
         )
         buffer = cast(ReplyBuffer, started.join(left))  # it cannot have failed yet
         if has_key and (joined := self._cache.add(started, node, on_interrupt)):

@@ -2,24 +2,24 @@
 
 import pytest
 
-from fleet_worker.gateway.token_estimate import most_generated, prompt_tokens
+from fleet_worker.gateway.token_counts import most_generated, quick_estimate
 
 
 def test_a_text_has_about_a_token_for_four_bytes():
-    assert prompt_tokens({"messages": [{"role": "user", "content": "x" * 4000}]}, 4050) == 1012
+    assert quick_estimate({"messages": [{"role": "user", "content": "x" * 4000}]}, 4050) == 1012
 
 
 def test_an_image_counts_as_one_and_not_by_its_bytes():
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 1_000_000}}
     text = {"type": "text", "text": "What is this?"}
-    assert 900 < prompt_tokens({"messages": [{"role": "user", "content": [text, image]}]}, 1_000_150) < 1100
+    assert 900 < quick_estimate({"messages": [{"role": "user", "content": [text, image]}]}, 1_000_150) < 1100
 
 
 @pytest.mark.parametrize(
     "body", [{}, {"messages": None}, {"messages": [1, {"content": 5}, {"content": [3, {"type": 1}]}]}, {"input": "x"}]
 )
 def test_a_body_that_is_not_valid_has_an_estimate_too(body):
-    assert prompt_tokens(body, 400) == 100
+    assert quick_estimate(body, 400) == 100
 
 
 @pytest.mark.parametrize(
