@@ -102,11 +102,20 @@ class Quotas:
             raise
         if not taken:
             take_back(reserved.now)
-            return self._local.take(key, wanted), False
+            return self._take_alone(key, wanted)
         self._ahead = taken.now - self._clock()
         if taken.refused:
             take_back(reserved.now)
         return taken, True
+
+    def _take_alone(self, key: str, wanted: Wanted) -> tuple[Taken, bool]:
+        """Decide for a broker that has not answered in time. It counts the request when it goes on, unless the
+        connection is lost."""
+        taken = self._local.take(key, wanted)
+        if taken.refused and self._shared:
+            given_back = [(each, -each.charge, each.number(taken.now)) for each in wanted.limits]
+            self._shared.settle(key, wanted.lease, given_back, partial(self._own, key))
+        return taken, self.are_shared
 
     def _settle(self, key: str, wanted: Wanted, taken: Taken, is_shared: bool, tokens: int) -> None:
         limits = [each for each in wanted.limits if each.name != "rpm"]
