@@ -42,7 +42,7 @@ FAULTS = (sqlite3.Error, OSError, ConfigurationError)
 class Ledger:
     """Rows are kept for so many days."""
 
-    def __init__(self, path: Path, *, days: float = 400.0) -> None:
+    def __init__(self, path: Path, *, days: float = 400) -> None:
         self.path = path
         """As it was set; another gateway of this host may hold it, and this one writes a file beside it."""
         self._days = days
