@@ -37,7 +37,8 @@ class Streamed:
 class Connection:
     """One connection to a server, for one request after the other."""
 
-    def __init__(self, base_url: str) -> None:
+    def __init__(self, base_url: str, **headers: str) -> None:
+        self._headers = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
         self._host, self._port = urlsplit(base_url).hostname or "", urlsplit(base_url).port or 80
 
     async def __aenter__(self) -> Self:
@@ -67,6 +68,7 @@ class Connection:
         return streamed
 
     async def whole(self, path: str, body: dict[str, Any]) -> bytes:
+<<<<<<< HEAD
         """Send a request and return the body of its answer, which has a length and status 200."""
         status, head, content = await self.answer(path, body)
         if status != 200:
@@ -79,13 +81,34 @@ class Connection:
         head = await self._head()
         length = re.search(rb"content-length: ?(\d+)", head, re.IGNORECASE)
         return int(head[9:12]), head, await self._reader.readexactly(int(length[1]) if length else 0)
+=======
+        """Send a request and return the body of its answer, which has a length."""
+        status, content = await self.answer(path, body)
+        if status != 200:
+            raise ConnectionError(f"{status}: {content[:200].decode('latin-1')}")
+        return content
+
+    async def answer(self, path: str, body: dict[str, Any]) -> tuple[int, bytes]:
+        """Send a request and return the status and the body of its answer, which has a length."""
+        await self._send(path, body)
+        head = await self._head()
+        length = re.search(rb"content-length: ?(\d+)", head, re.IGNORECASE)
+        if not length:
+            raise ConnectionError(head[:200].decode("latin-1"))
+        return int(head[9:12]), await self._reader.readexactly(int(length[1]))
+>>>>>>> main
 
     async def _send(self, path: str, body: dict[str, Any], *headers: str) -> None:
         if self._writer.is_closing():
             await self.__aenter__()
         content = json.dumps(body).encode()
+<<<<<<< HEAD
         lines = [f"POST {path} HTTP/1.1", f"host: {self._host}", "content-type: application/json", *headers]
         self._writer.write("\r\n".join([*lines, f"content-length: {len(content)}", "\r\n"]).encode() + content)
+=======
+        head = f"POST {path} HTTP/1.1\r\nhost: {self._host}\r\ncontent-type: application/json\r\n{self._headers}"
+        self._writer.write(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content)
+>>>>>>> main
 
     async def _head(self) -> bytes:
         return await self._reader.readuntil(b"\r\n\r\n")

@@ -139,6 +139,15 @@ def test_frames_are_taken_once_each_and_in_order():
     assert fed(attempts, *frames, *frames, frames[1]) == frames[1:]
 
 
+def test_a_long_answer_is_held_in_few_pieces_and_continued_where_it_broke_off():
+    attempts, words = attempts_of(), [f" word{number}" for number in range(2000)]
+    frames = [deltas(seq, word, tokens=seq) for seq, word in enumerate(words, 1)]
+    assert fed(attempts, accepted(), *frames) == frames
+    assert attempts.delivered.deltas() == [Delta(content="".join(words))]
+    attempts.fail(DOWN, 0.0)
+    assert attempts.next_attempt().resume == Resume(content="".join(words), reasoning="", tokens=2000)
+
+
 def test_a_frame_that_is_missing_is_asked_for_and_all_that_came_after_it_taken_when_it_comes_again():
     attempts, frames = attempts_of(), [accepted(), deltas(1, "a"), deltas(2, "b"), deltas(3, "c")]
     assert effects_of(attempts, frames[0], *frames[2:]) == [AskAgain("a")]
@@ -723,7 +732,7 @@ def test_the_end_of_a_long_attempt_costs_no_more_than_that_of_a_short_one():
     for seq in (1, 2):
         frame = Deltas(id=of.request_id, attempt=1, seq=seq, deltas=[Delta(content="word ")], tokens=seq)
         attempts.take("n", frame, 0.0)
-    attempts.delivered = Unread(attempts.delivered)
+    attempts.delivered._runs = [(kind, Unread(parts)) for kind, parts in attempts.delivered._runs]
     attempts.fail(ConnectionFailure("it broke"), 0.0)
     assert attempts.history[-1].delivered == len("word word ")
     assert attempts.state == "pausing"
