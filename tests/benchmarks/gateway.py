@@ -55,11 +55,11 @@ class Fleet:
 
 
 @contextmanager
-def fleet(*simulator: str, slots: int = 64) -> Iterator[Fleet]:
+def fleet(*simulator: str) -> Iterator[Fleet]:
     command = python("-m", "fleet_worker.simulator", "--model", CHAT, "--model", EMBED, *simulator)
     with Valkey() as valkey, child("simulator", command) as simulated:
         base_url = json.loads(simulated.wait_for("base_url", 20))["base_url"]
-        instance = {"base_url": base_url, "limits": {"concurrency": slots}, "models": {CHAT: {}, EMBED: {}}}
+        instance = {"base_url": base_url, "limits": {"concurrency": 64}, "models": {CHAT: {}, EMBED: {}}}
         with running_host(valkey.url, {"sim": instance}) as nodes, running_gateway(valkey.url) as gateway:
             yield Fleet(gateway, base_url, [valkey.pid, nodes["sim"].pid, gateway.pid])
 
@@ -174,35 +174,6 @@ def minis() -> list[Row]:
 
 
 def overload() -> list[Row]:
-<<<<<<< HEAD
-    """Twice as many requests as the fleet can do, each of which may wait 5 s."""
-    slots, seconds_each, arrivals, max_wait = 4, 1.0, 8, 5.0
-    simulator = ("--ttft", "0.1", "--token-interval", "0.0474", "--tokens", "1000")
-
-    async def ask(url: str, number: int, at: float) -> tuple[int, float, float]:
-        await asyncio.sleep(at)
-        async with Connection(url) as connection:
-            began = time.monotonic()
-            header = f"x-fleet-max-wait: {max_wait:g}"
-            status, head, _ = await connection.answer("/v1/chat/completions", chat(20, stream=False), header)
-            queued = re.search(rb"queue;dur=([\d.]+)", head)
-            return status, time.monotonic() - began, float(queued[1]) if queued else 0.0
-
-    async def all_of(url: str) -> list[tuple[int, float, float]]:
-        return await asyncio.gather(*(ask(url, number, number / arrivals) for number in range(40 * arrivals)))
-
-    with fleet(*simulator, slots=slots) as it:
-        asyncio.run(_in_flight(it.url, "/v1/chat/completions", chat(1, stream=False), 8, 4))
-        results = asyncio.run(all_of(it.url))
-    waits = [wait / 1000 for status, _, wait in results if status == 200]
-    refusals = [seconds for status, seconds, _ in results if status == 429]
-    name = f"{arrivals} requests/s for {slots / seconds_each:g}, max_wait {max_wait:g} s"
-    return [
-        Row(name, "answered of what the fleet can", "", len(waits) / (40 * slots / seconds_each)),
-        Row(name, "admitted: wait p95", "<= 6", _p(waits, 95) / 1000, "s"),
-        Row(name, "refused: answer p99", "<= 50", _p(refusals, 99), "ms"),
-        Row(name, "other answers", "0", len(results) - len(waits) - len(refusals)),
-=======
     """Twice as many requests as 64 slots can answer, from clients that come back after each answer or refusal."""
     crowd = Crowd()
     with fleet("--ttft", "0", "--token-interval", "0.02") as it:
@@ -217,7 +188,6 @@ def overload() -> list[Row]:
         Row(name, "wait of the admitted p95", "<= 6,000", _p(waits, 95), "ms"),
         Row(name, "longest wait", "", 1000 * max(waits), "ms"),
         Row(name, "answers of the unluckiest client / mean", "> 0.3", min(served) / statistics.mean(served)),
->>>>>>> main
     ]
 
 

@@ -68,20 +68,6 @@ class Connection:
         return streamed
 
     async def whole(self, path: str, body: dict[str, Any]) -> bytes:
-<<<<<<< HEAD
-        """Send a request and return the body of its answer, which has a length and status 200."""
-        status, head, content = await self.answer(path, body)
-        if status != 200:
-            raise ConnectionError(head.decode("latin-1"))
-        return content
-
-    async def answer(self, path: str, body: dict[str, Any], *headers: str) -> tuple[int, bytes, bytes]:
-        """Send a request and return status, head and body of its answer, which has a length."""
-        await self._send(path, body, *headers)
-        head = await self._head()
-        length = re.search(rb"content-length: ?(\d+)", head, re.IGNORECASE)
-        return int(head[9:12]), head, await self._reader.readexactly(int(length[1]) if length else 0)
-=======
         """Send a request and return the body of its answer, which has a length."""
         status, content = await self.answer(path, body)
         if status != 200:
@@ -96,19 +82,13 @@ class Connection:
         if not length:
             raise ConnectionError(head[:200].decode("latin-1"))
         return int(head[9:12]), await self._reader.readexactly(int(length[1]))
->>>>>>> main
 
-    async def _send(self, path: str, body: dict[str, Any], *headers: str) -> None:
+    async def _send(self, path: str, body: dict[str, Any]) -> None:
         if self._writer.is_closing():
             await self.__aenter__()
         content = json.dumps(body).encode()
-<<<<<<< HEAD
-        lines = [f"POST {path} HTTP/1.1", f"host: {self._host}", "content-type: application/json", *headers]
-        self._writer.write("\r\n".join([*lines, f"content-length: {len(content)}", "\r\n"]).encode() + content)
-=======
         head = f"POST {path} HTTP/1.1\r\nhost: {self._host}\r\ncontent-type: application/json\r\n{self._headers}"
         self._writer.write(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content)
->>>>>>> main
 
     async def _head(self) -> bytes:
         return await self._reader.readuntil(b"\r\n\r\n")
