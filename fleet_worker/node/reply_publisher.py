@@ -28,6 +28,8 @@ from fleet_worker.protocol.wire import PROTOCOL_VERSION
 log = logging.getLogger(__name__)
 
 HEARTBEAT_EVERY = 1.0
+HEARTBEAT_WITHIN = 0.25
+"""Seconds that a heartbeat may wait for the next frame, to travel with it: streams cost no message more."""
 TRIES = 5
 """Tries until a message that the broker refuses for good is dropped: it may be too large."""
 MOST_FRAMES, LARGE_MESSAGE_BYTES = 500, 384 * 1024
@@ -56,6 +58,8 @@ class ReplyPublisher:
         self._due = NEVER
         """When the first of them must be published, as the next in `time.monotonic()` seconds."""
         self._next_heartbeat = 0.0
+        self._beating: set[str] = set()
+        """Reply queues whose next message is a heartbeat, too."""
         self._writers: set[ReplyWriter] = set()
         self._replay = ReplayBuffer()
         self._to_replay: set[str] = set()
@@ -152,14 +156,14 @@ class ReplyPublisher:
             self._wait_until_due()
             now = time.monotonic()
             if now >= self._next_heartbeat:
-                self._add_heartbeats(now)
+                self._plan_heartbeats(now)
             self._to_replay &= self._replay.reply_queues()  # to the others nothing was published
             ends = self._closed.is_set()
             due = {reply_to for reply_to, outbox in self._outboxes.items() if ends or outbox.due <= now}
             self._lag = max([self._lag, *(self._outboxes[reply_to].waits(now) for reply_to in due)])
             batch = {reply_to: self._outboxes[reply_to].take(now) for reply_to in due | self._to_replay}
-            taken = sum(not isinstance(frame, Alive) for frames in batch.values() for frame in frames)
-            self._count -= taken
+            self._count -= sum(map(len, batch.values()))
+            self._add_heartbeats(batch)
             self._due = min((outbox.due for outbox in self._outboxes.values()), default=NEVER)
             self._changed.notify_all()
         return batch
@@ -173,18 +177,25 @@ class ReplyPublisher:
                 break
             self._changed.wait(None if wake is NEVER else left)
 
-    def _add_heartbeats(self, now: float) -> None:
+    def _plan_heartbeats(self, now: float) -> None:
         """Send something to every router with requests here, also to those whose requests ended a few seconds ago: so
         a broker that was lost right after a last frame is noticed, and the frame is published again."""
         self._next_heartbeat = now + HEARTBEAT_EVERY
         recent = self._replay.reply_queues() | {writer.reply_to for writer in self._writers}
         for reply_to in [each for each, outbox in self._outboxes.items() if outbox.is_empty and each not in recent]:
             del self._outboxes[reply_to]
-        for reply_to in recent:
-            self._outboxes[reply_to].due = now
-        for writer in self._writers:
-            alive = Alive(id=writer.id, attempt=writer.attempt, seq=writer.appended)
-            self._outboxes[writer.reply_to].append(alive, 0.0, 0)
+        for outbox in (self._outboxes[reply_to] for reply_to in recent):
+            outbox.due = min(outbox.due, now + HEARTBEAT_WITHIN)
+        self._beating = recent
+
+    def _add_heartbeats(self, batch: dict[str, list[Frame]]) -> None:
+        """Tell in what is published now which requests are in progress."""
+        if beating := self._beating & batch.keys():
+            self._beating -= beating
+            for writer in self._writers:
+                if writer.reply_to in beating:
+                    alive = Alive(id=writer.id, attempt=writer.attempt, seq=writer.appended)
+                    batch[writer.reply_to].append(alive)
 
     def _publish_parts(self, reply_to: str, frames: list[Frame]) -> None:
         """Publish frames as one message, or as several: routers drop what is larger than any message should be."""

@@ -104,6 +104,46 @@ def test_each_heartbeat_tells_of_a_request_in_progress(publisher, inbox):
         assert (life.kind, life.seq) == ("alive", 1)
 
 
+@pytest.fixture
+def messages(monkeypatch):
+    """The kinds of the frames of each message that is pushed."""
+    messages = []
+
+    def push(channel, reply_to, body):
+        messages.append([frame.kind for frame in Reply.decode(body).frames])
+
+    monkeypatch.setattr(replies, "push", push)
+    return messages
+
+
+def test_the_heartbeat_of_a_stream_travels_with_its_next_frame(messages, publisher):
+    with publisher.reply("r", 1, "reply") as reply:
+        reply.accept(instance="i", queue_wait=0.0, at_once=True)
+        until(lambda: any("alive" in kinds for kinds in messages))
+        until(lambda: publisher._beating)
+        reply.put([Delta(content="x")], 1)
+        until(lambda: ["deltas", "alive"] in messages)
+        assert publisher.take_lag() < reply_publisher.HEARTBEAT_WITHIN / 2
+        reply.fail(ReplyLost("the end"))
+
+
+def test_each_request_has_one_heartbeat_in_each_period_whatever_is_published(messages, publisher, monkeypatch):
+    monkeypatch.setattr(reply_publisher, "HEARTBEAT_EVERY", 0.2)
+    monkeypatch.setattr(reply_publisher, "HEARTBEAT_WITHIN", 0.05)
+    ends = time.monotonic() + 1.0
+    with publisher.reply("r", 1, "reply") as reply, publisher.reply("s", 1, "reply") as other:
+        other.accept(instance="i", queue_wait=0.0)
+        reply.accept(instance="i", queue_wait=0.0)
+        while time.monotonic() < ends:
+            reply.put([Delta(content="x")], 1)
+            time.sleep(0.02)
+        counts = [kinds.count("alive") for kinds in messages if "alive" in kinds]
+        reply.fail(ReplyLost("the end"))
+        other.fail(ReplyLost("the end"))
+    assert 3 <= len(counts) <= 6
+    assert set(counts[1:]) == {2}
+
+
 def test_a_heartbeat_never_runs_ahead_of_the_frames(publisher, inbox, arrived):
     """Many short waits around a heartbeat: a frame on its way must not look lost."""
     with publisher.reply("r", 1, inbox.name) as reply:
