@@ -34,8 +34,6 @@ class GatewaySettings(Group):
     """SQLite file with a row for each request. Default: `ledger.sqlite` in `state_dir`."""
     reasoning_field: Literal["reasoning_content", "reasoning", "both"] = "reasoning_content"
     """Field of a chat completion that has the thoughts of a model."""
-    max_wait: float | None = Field(None, gt=0)
-    """Seconds that a request may have to wait for a node. One that would wait longer is refused at once."""
     heartbeat: float = Field(10.0, gt=0)
     """Seconds of silence after which a stream gets a comment, so that no proxy takes it for dead."""
     body_timeout: float = Field(60.0, gt=0)

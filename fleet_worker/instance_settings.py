@@ -51,7 +51,8 @@ class Model(Group):
     backend: str | None = None
     """The only string that is ever sent to this server as `model`. Without it, the public name."""
     context_window: int | None = Field(None, gt=0)
-    """Tokens of a prompt and its answer together. Published in the registry; the server enforces it."""
+    """Tokens of a prompt and its answer together. Default: what the model's `config.json` says, if it is on this host.
+    Published in the registry; routers refuse prompts that surely do not fit."""
     max_output_tokens: int = Field(4096, gt=0)
     """Tokens: the `max_tokens` of a request that names none. Servers default to anything from 512 to 1,000,000."""
     temperature: float = Field(0.7, ge=0, le=2)

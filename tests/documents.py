@@ -82,7 +82,9 @@ def _typed(line: str) -> Iterator[list[str]]:
         tokens = [*lexer, ";"]
     except ValueError:  # an output that is shown, not a command
         return
-    for token in tokens:
+    for before, token in zip(["", *tokens], tokens, strict=False):
+        if set(token) <= set("<>") or (before and set(before) <= set("<>")):  # from or to a file
+            continue
         if set(token) <= set(";&|()"):
             if words:
                 yield [words[0].rpartition("/")[2], *words[1:]]

@@ -3,8 +3,9 @@
 import asyncio
 import http.client
 import socket
+import tempfile
 import threading
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from fleet_worker import Router
 from fleet_worker.gateway.app import Gateway
@@ -21,7 +22,10 @@ READY_WITHIN = 20.0
 def running_gateway(broker_url, *, connected=True, **settings):
     """Run `fleet-worker gateway` with these settings; yield its process, which has its `url`."""
     env = {f"FLEET_GATEWAY__{name.upper()}": str(value) for name, value in {"port": 0, **settings}.items()}
-    with child("gateway", python("-m", "fleet_worker", "gateway"), {"FLEET_BROKER_URL": broker_url, **env}) as process:
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fleet-gateway-"))
+        env |= {"FLEET_BROKER_URL": broker_url, "FLEET_STATE_DIR": folder}
+        process = stack.enter_context(child("gateway", python("-m", "fleet_worker", "gateway"), env))
         line = process.wait_for("serves ", READY_WITHIN)
         process.url = line.split("serves ")[1].split()[0]
         if connected:
@@ -36,12 +40,19 @@ def serving(app=None, **settings):
     keys = Keys.load(settings.gateway.keys)
     with Router(settings) as router, socket.create_server(("127.0.0.1", 0)) as listener:
         quotas = Quotas(settings, gateway="test")
-        server = Server(settings, app or Gateway(settings, router, keys, quotas), keys, quotas)
+        server = Server(settings, app or Gateway(settings, router, keys, quotas, NoLedger()), keys, quotas)
         thread = threading.Thread(target=asyncio.run, args=[server.serve([listener])])
         thread.start()
         yield listener.getsockname()[1]
         server.should_exit = server.force_exit = True
         thread.join(10)
+
+
+class NoLedger:
+    """Keeps nothing."""
+
+    def add(self, row):
+        pass
 
 
 class Wire:

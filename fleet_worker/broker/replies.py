@@ -8,8 +8,8 @@ name of a reply queue tells whether its router reads the one or the other, and a
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, Protocol
 
 import amqp
 from kombu import Connection, Producer
@@ -31,23 +31,62 @@ Receive = Callable[[bytes], object]
 """Is called with each body, and may raise `Refused`."""
 
 
-def push(channel: Any, reply_to: str, body: bytes) -> int | None:
-    """Write a message; the broker need not write it to disk. Return how many wait in the queue now, None if the broker
-    does not tell. On RabbitMQ the message is dropped if there is no such queue any more.
-
-    Raises:
-        one of BROKER_ERRORS
+class Sender(Protocol):
+    """Writes messages into reply queues, on one channel: each once the answer to the one before it was read. For one
+    thread at a time. After an error, one of BROKER_ERRORS, it is of no use any more.
     """
-    if isinstance(channel, RedisChannel):
-        if not is_plain(reply_to):
-            _push_wrapped(channel, reply_to, body)
+
+    def is_free(self, reply_to: str) -> bool:
+        """Return whether neither `confirm` nor `send` would wait for the broker now."""
+
+    def send(self, reply_to: str, body: bytes) -> None:
+        """Write a message; the broker need not write it to disk. On RabbitMQ it is dropped if there is no such queue
+        any more."""
+
+    def confirm(self) -> int | None:
+        """Wait until the broker has the message. Return how many wait in its queue now, None if it does not tell."""
+
+
+def sender_on(channel: Any) -> Sender:
+    """Return a sender, which keeps a connection of this channel for itself."""
+    return _RedisSender(channel) if isinstance(channel, RedisChannel) else _RabbitMQSender(channel)
+
+
+class _RedisSender:
+    def __init__(self, channel: Any) -> None:
+        self._channel = channel
+        self._connection = channel.pool.get_connection()
+        self._is_answer_due = False
+
+    def is_free(self, reply_to: str) -> bool:
+        # What can be read without an answer that is due is the end of the connection.
+        return is_plain(reply_to) and self._connection.can_read(0) is self._is_answer_due
+
+    def send(self, reply_to: str, body: bytes) -> None:
+        if is_plain(reply_to):
+            before, after = _commands(reply_to)
+            command = b"%b$%d\r\n%b%b" % (before, len(body), body, after)
+            self._connection.send_packed_command([command], check_health=False)
+            self._is_answer_due = True
+        else:
+            _push_wrapped(self._channel, reply_to, body)
+
+    def confirm(self) -> int | None:
+        if not self._is_answer_due:
             return None
-        with channel.conn_or_acquire() as client, client.pipeline(transaction=False) as pipe:
-            pipe.lpush(reply_to, body).pexpire(reply_to, round(1000 * expiry(reply_to)))
-            return int(pipe.execute()[0])
-    message = amqp.Message(body, content_type="application/json", content_encoding="utf-8", delivery_mode=1)
-    channel.basic_publish(message, exchange="", routing_key=reply_to)
-    return None
+        waiting = self._connection.read_response()
+        self._connection.read_response()  # of PEXPIRE
+        self._is_answer_due = False
+        return int(waiting)
+
+
+@lru_cache(1_000)
+def _commands(reply_to: str) -> tuple[bytes, bytes]:
+    """Return LPUSH and PEXPIRE as Redis reads them: what is before the length of the body, and what is after it."""
+    milliseconds = round(1000 * expiry(reply_to))
+    lpush, pexpire = (b"LPUSH", reply_to.encode()), (b"PEXPIRE", reply_to.encode(), b"%d" % milliseconds)
+    before, after = (b"".join(b"$%d\r\n%b\r\n" % (len(each), each) for each in words) for words in (lpush, pexpire))
+    return b"*3\r\n" + before, b"\r\n*3\r\n" + after
 
 
 def _push_wrapped(channel: Any, reply_to: str, body: bytes) -> None:
@@ -56,6 +95,21 @@ def _push_wrapped(channel: Any, reply_to: str, body: bytes) -> None:
     producer.publish(
         body, routing_key=reply_to, declare=[reply_queue(reply_to)(channel)], content_encoding="utf-8", **json
     )
+
+
+class _RabbitMQSender:
+    def __init__(self, channel: Any) -> None:
+        self._channel = channel
+
+    def is_free(self, reply_to: str) -> bool:
+        return False  # py-amqp waits for the confirmation of each message
+
+    def send(self, reply_to: str, body: bytes) -> None:
+        message = amqp.Message(body, content_type="application/json", content_encoding="utf-8", delivery_mode=1)
+        self._channel.basic_publish(message, exchange="", routing_key=reply_to)
+
+    def confirm(self) -> int | None:
+        return None
 
 
 def consume(connection: Connection, channel: Any, reply_to: str, receive: Receive) -> Callable[[float], None]:

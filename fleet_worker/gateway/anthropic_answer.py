@@ -178,6 +178,8 @@ def _stop(response: ChatResponse) -> dict[str, Any]:
         details = {"type": "refusal", "category": None, "explanation": None}
         return {"stop_reason": "refusal", "stop_sequence": None, "stop_details": details}
     reason = _STOP_REASONS[finish_reason(response)]
+    if reason == "end_turn" and response.stop_string:
+        return {"stop_reason": "stop_sequence", "stop_sequence": response.stop_string, "stop_details": None}
     return {"stop_reason": reason, "stop_sequence": None, "stop_details": None}
 
 

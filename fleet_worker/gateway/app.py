@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Mapping
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any
 
-from fleet_worker.errors import BrokerUnavailable, FleetError, where
+from fleet_worker.errors import FleetError, where
 from fleet_worker.gateway import (
     anthropic_count,
     anthropic_messages,
-    health,
     models,
     ollama_chat,
     ollama_embed,
     ollama_embeddings,
     ollama_generate,
-    ollama_models,
     openai_completions,
     openai_embeddings,
     openai_responses,
@@ -30,43 +26,43 @@ from fleet_worker.gateway.departure import while_client_stays
 from fleet_worker.gateway.dialect import ChatAsked, Dialect, EmbedAsked
 from fleet_worker.gateway.exchange import Exchange
 from fleet_worker.gateway.facts import Facts
-from fleet_worker.gateway.json_text import compact
-from fleet_worker.gateway.key import Key
 from fleet_worker.gateway.keys import Keys
+from fleet_worker.gateway.known_fleet import KnownFleet
+from fleet_worker.gateway.ledger import Ledger
+from fleet_worker.gateway.lookups import Lookups
 from fleet_worker.gateway.openai_chat import OpenAIChat
 from fleet_worker.gateway.options import router_options, tags
 from fleet_worker.gateway.problems import Problem, Refused, only, refuse
 from fleet_worker.gateway.quotas import Quotas
 from fleet_worker.gateway.request import BodyMemory, ClientLeft, Receive, Request
 from fleet_worker.gateway.response import Response, Send
+from fleet_worker.gateway.running import Running
 from fleet_worker.gateway.token_estimate import most_tokens
-from fleet_worker.registry.view import Registry
 from fleet_worker.router.router import Router
 from fleet_worker.settings import Settings
 
 log = logging.getLogger(__name__)
 access = logging.getLogger("fleet_worker.gateway.access")
 
-CONNECT_AGAIN_AFTER = 1.0
-"""Seconds between two tries to reach the broker, while there is no connection yet."""
 CLIENT_LEFT = 499
 """The status in the log and the ledger of a request whose client did not wait for its answer."""
 _KEY = re.compile(r"sk-[\w-]+")
-_ALIVE = ("/", "/health", "/health/liveliness", "/health/liveness")
-_DRAINING = Problem(
-    status=503, code="shutting_down", message="this gateway shuts down", retry_after=1.0, may_retry=True
-)
 
 
 class Gateway:
-    """Serves HTTP. `registry` is None until the broker was reached."""
+    """Serves HTTP."""
 
-    def __init__(self, settings: Settings, router: Router, keys: Keys, quotas: Quotas) -> None:
+    def __init__(self, settings: Settings, router: Router, keys: Keys, quotas: Quotas, ledger: Ledger) -> None:
         self._settings = settings.gateway
+        self._default_max_wait = settings.router.max_wait
         self._bodies = BodyMemory(settings.max_body_bytes)
         self._router = router
         self._keys = keys
         self._quotas = quotas
+        self._ledger = ledger
+        self.fleet = KnownFleet(router)
+        self.running = Running(self._settings.drain_grace)
+        self._lookups = Lookups(settings, self.fleet, self.running, keys, self._bodies)
         self._chat = OpenAIChat(self._settings.reasoning_field)
         self._dialects: Mapping[str, Dialect] = {
             "/chat/completions": self._chat,
@@ -80,9 +76,6 @@ class Gateway:
             "/api/embed": ollama_embed,
             "/api/embeddings": ollama_embeddings,
         }
-        self._running: set[asyncio.Task[None]] = set()
-        self.registry: Registry | None = None
-        self.draining = False
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -99,37 +92,7 @@ class Gateway:
             response.break_off()
             self._report(request, error)
         finally:
-            self._log(request, response, facts)
-
-    @property
-    def drain_grace(self) -> float:
-        return self._settings.drain_grace
-
-    async def connect(self) -> None:
-        """Connect to the broker, again and again until it is reached. Then models are known."""
-        failing = False
-        while self.registry is None:
-            try:
-                self.registry = await asyncio.to_thread(lambda: self._router.registry)
-            except FleetError as error:
-                if not failing:
-                    log.warning("no broker yet: %s", error.message)
-                failing = True
-                await asyncio.sleep(CONNECT_AGAIN_AFTER)
-        log.info("knows the models of %d instances", len(self.registry.instances()))
-
-    async def drain(self) -> None:
-        """Refuse new requests, and wait until those that run have ended. After `drain_grace` they are ended."""
-        self.draining = True
-        if self._running:
-            await asyncio.wait(self._running, timeout=self.drain_grace)
-        self.end_all()
-
-    def end_all(self) -> None:
-        """End all requests that run, each with an error."""
-        self.draining = True
-        for task in tuple(self._running):
-            task.cancel()
+            self._note(request, response, facts)
 
     async def _serve(self, request: Request, response: Response, facts: Facts) -> None:
         path = _normalized(request.path)
@@ -137,16 +100,13 @@ class Gateway:
         try:
             if not self._keys.are_needed:
                 refuse_foreign_pages(request.headers)
-            if dialect is None:
-                await self._look_up(path, request, response)
-            elif request.method != "POST":
-                raise only("POST")
-            elif self.draining:
-                raise Refused(_DRAINING)
-            else:
+            if dialect:
                 facts.operation = path.strip("/")
-                async with self._until_the_end():
-                    await self._answer(dialect, request, response, facts)
+                await self._answer(dialect, request, response, facts)
+            elif self._lookups.has(path):
+                await self._lookups.answer(path, request, response)
+            else:
+                raise refuse(404, "not_found", f"there is nothing at {_shown(request.path)}")
         except Refused as refusal:
             await self._tell(dialect, request, response, facts, refusal.problem)
         except FleetError as error:
@@ -159,64 +119,25 @@ class Gateway:
             await self._tell(dialect, request, response, facts, problem)
 
     async def _answer(self, dialect: Dialect, request: Request, response: Response, facts: Facts) -> None:
-        key = self._keys.find(request.secret)
-        facts.key, facts.tags = key.name, tags(request)
-        body = await request.json(self._bodies, self._settings.body_timeout)
-        asked = dialect.asked(body, request.id, int(time.time()))
-        facts.model_asked = asked.model
-        options = router_options(request, key, self._settings.max_wait)
-        names = models.require(self._known(), key, asked.model)
-        exchange = Exchange(self._router, response, facts, options, heartbeat=self._settings.heartbeat)
-        async with while_client_stays(request):
-            tokens = most_tokens(asked.body, request.size) if isinstance(asked, ChatAsked | EmbedAsked) else 0
-            reservation = await self._quotas.reserve(key, tokens)
-            facts.limits = reservation.headers
-            try:
-                await exchange.run(asked, names)
-            finally:
-                reservation.settle(facts.tokens)
-
-    @contextlib.asynccontextmanager
-    async def _until_the_end(self) -> AsyncIterator[None]:
-        """Refuse what is inside if it still runs when the gateway ends."""
-        task = cast(asyncio.Task[None], asyncio.current_task())
-        self._running.add(task)
-        try:
-            yield
-        except asyncio.CancelledError:
-            if not self.draining:
-                raise
-            task.uncancel()
-            raise Refused(_DRAINING) from None
-        finally:
-            self._running.discard(task)
-
-    async def _look_up(self, path: str, request: Request, response: Response) -> None:
-        """Answer what is known without asking anybody."""
-        if path.startswith("/api/"):
-            await self._look_up_ollama(path, request, response)
-            return
-        if path not in _ALIVE and path not in ("/health/readiness", "/models") and not path.startswith("/models/"):
-            raise refuse(404, "not_found", f"there is nothing at {_shown(request.path)}")
-        if request.method not in ("GET", "HEAD"):
-            raise only("GET, HEAD")
-        status = 200
-        if path in _ALIVE:
-            found: dict[str, Any] = {"status": "alive"}
-        elif path == "/health/readiness":
-            status, found = health.readiness(self.registry, draining=self.draining)
-        elif path == "/models":
-            found = models.page(self._known(), self._key(request))
-        else:
-            found = models.details(self._known(), self._key(request), path.removeprefix("/models/"))
-        await response.whole(status, compact(found).encode("ascii"))
-
-    async def _look_up_ollama(self, path: str, request: Request, response: Response) -> None:
-        body = await request.json(self._bodies, self._settings.body_timeout) if request.method == "POST" else {}
-        found = ollama_models.look_up(f"{request.method} {path}", body, self._known(), self._key(request))
-        if found is None:
-            raise refuse(404, "not_found", f"{request.method} {request.path}: the fleet has no such thing")
-        await response.whole(200, compact(found).encode("ascii"))
+        if request.method != "POST":
+            raise only("POST")
+        async with self.running.until_the_end():
+            key = self._keys.find(request.secret)
+            facts.key, facts.tags = key.name, tags(request)
+            body = await request.json(self._bodies, self._settings.body_timeout)
+            asked = dialect.asked(body, request.id, int(time.time()))
+            facts.model_asked = asked.model
+            options = router_options(request, key, self._default_max_wait)
+            names = models.require(self.fleet.known(), key, asked.model)
+            async with while_client_stays(request):
+                tokens = most_tokens(asked.body, request.size) if isinstance(asked, ChatAsked | EmbedAsked) else 0
+                reservation = await self._quotas.reserve(key, tokens)
+                facts.limits = reservation.headers
+                try:
+                    exchange = Exchange(self._router, response, facts, options, heartbeat=self._settings.heartbeat)
+                    await exchange.run(asked, names)
+                finally:
+                    reservation.settle(facts.tokens)
 
     async def _tell(
         self, dialect: Dialect | None, request: Request, response: Response, facts: Facts, problem: Problem
@@ -228,24 +149,19 @@ class Gateway:
         if dialect is None:
             dialect = ollama_chat if request.path.startswith("/api/") else self._chat
         body = dialect.problem_body(problem, request.id)
-        last = [(b"connection", b"close")] if self.draining else []  # then the client asks another gateway
+        last = [(b"connection", b"close")] if self.running.draining else []  # then the client asks another gateway
         await response.whole(problem.status, body, [*facts.headers(), *problem.headers, *last])
 
     def _report(self, request: Request, error: Exception) -> None:
         log.error("request %s failed: %s in %s", request.id, type(error).__name__, where(error))
 
-    def _key(self, request: Request) -> Key:
-        return self._keys.find(request.secret)
-
-    def _known(self) -> Registry:
-        if self.registry is None:
-            raise BrokerUnavailable("the gateway has not reached the broker yet", retryable=True)
-        return self.registry
-
-    def _log(self, request: Request, response: Response, facts: Facts) -> None:
+    def _note(self, request: Request, response: Response, facts: Facts) -> None:
+        """Write what became of a request into the log, and into the ledger if its key is known."""
         status = CLIENT_LEFT if facts.error == "client_left" else response.status or 0
         level = logging.DEBUG if request.method != "POST" and status == 200 else logging.INFO
         access.log(level, "%s %s %s %s", request.method, _shown(request.path), status, facts.line(request.id))
+        if facts.key and facts.operation:
+            self._ledger.add(facts.row(request.id, facts.key, facts.operation, status))
 
 
 def _normalized(path: str) -> str:

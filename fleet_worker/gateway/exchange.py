@@ -65,9 +65,13 @@ class Exchange:
         stream = self._router.stream_chat(model, body=asked.body, **self._options)
         events = EventStream(self._response, asked.writer, self._facts.headers, self._heartbeat)
         async with events, stream:
-            async for batch in stream.batches():
-                if self._facts.ttft is None:
-                    self._facts.note_first_token()
-                await events.write(batch)
-            self._facts.note_answer(stream.response)
+            try:
+                async for batch in stream.batches():
+                    if self._facts.ttft is None:
+                        self._facts.note_first_token(stream.progress)
+                    await events.write(batch)
+                self._facts.note_answer(stream.response)
+            except BaseException:
+                self._facts.note_cut_off(stream.progress, stream.tokens)
+                raise
             await events.end(stream.response)

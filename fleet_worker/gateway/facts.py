@@ -6,8 +6,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from fleet_worker.gateway.ledger_file import Row
 from fleet_worker.gateway.response import Header
 from fleet_worker.protocol.reply import ChatResponse, EmbedResponse, Usage
+from fleet_worker.router.progress import Progress
 
 
 @dataclass(slots=True)
@@ -47,9 +49,19 @@ class Facts:
         usage = self.usage
         return usage.total_tokens or (usage.prompt_tokens or 0) + (usage.completion_tokens or 0)
 
-    def note_first_token(self) -> None:
-        if self.ttft is None:
-            self.ttft = self.duration
+    def note_first_token(self, progress: Progress | None) -> None:
+        self.ttft = self.duration
+        self._note_progress(progress)
+
+    def note_cut_off(self, progress: Progress | None, tokens: int) -> None:
+        """Note how far an answer came that its client left, or that failed."""
+        self._note_progress(progress)
+        self.usage = Usage(completion_tokens=tokens)
+
+    def _note_progress(self, progress: Progress | None) -> None:
+        if progress:
+            self.node, self.attempts, self.queue_wait = progress.node, progress.attempt, progress.queue_wait
+            self.resumed = progress.resumed > 0
 
     def note_answer(self, response: ChatResponse | EmbedResponse) -> None:
         self.node, self.attempts = response.node, len(response.attempts)
@@ -85,6 +97,29 @@ class Facts:
             "id": request_id,
         }
         return " ".join(f"{name}={_word(value)}" for name, value in told.items() if value is not None)
+
+    def row(self, request_id: str, key: str, operation: str, status: int) -> Row:
+        """Return the row of the ledger."""
+        return Row(
+            at=self.at,
+            request_id=request_id,
+            key=key,
+            tags=self.tags,
+            operation=operation,
+            model_asked=self.model_asked,
+            model=self.model,
+            node=self.node,
+            attempts=self.attempts,
+            resumed=self.resumed,
+            prompt_tokens=self.usage.prompt_tokens or 0,
+            completion_tokens=self.usage.completion_tokens or 0,
+            cached_tokens=self.usage.cached_tokens or 0,
+            queue_wait=self.queue_wait,
+            ttft=self.ttft,
+            duration=self.duration,
+            status=status,
+            error=self.error,
+        )
 
     def _timing(self) -> str:
         seconds = {"queue": self.queue_wait, "ttft": self.ttft, "total": self.duration}

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from fleet_worker.registry.view import Registry
+from fleet_worker.gateway.known_fleet import KnownFleet
 
 
-def readiness(registry: Registry | None, *, draining: bool) -> tuple[int, dict[str, Any]]:
+def readiness(fleet: KnownFleet, *, draining: bool) -> tuple[int, dict[str, Any]]:
     """Return an HTTP status, 200 or 503, and what is so."""
     if draining:
         return 503, {"status": "draining"}
-    if registry is None:
-        return 503, {"status": "no broker"}
+    if fleet.registry is None or fleet.broker_is_away:
+        return 503, {"status": "the broker is away"}
+    registry = fleet.registry
     instances = registry.instances()
     ready = sum(instance.ready for instance in instances)
     if not ready:

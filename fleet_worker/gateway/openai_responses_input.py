@@ -29,7 +29,7 @@ _IGNORED = {
 }
 """Items that say nothing to a model: its earlier thoughts, and notes on what OpenAI's own servers did."""
 _STORED = {
-    "item_reference": "no item is stored here: send the item itself",
+    "item_reference": "no item is stored here: send the item itself, as clients do with store: false",
     "compaction": "it can be read by the server that made it only: send the conversation itself",
     "compaction_summary": "it can be read by the server that made it only: send the conversation itself",
 }

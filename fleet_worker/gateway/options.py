@@ -19,7 +19,7 @@ LONGEST_IDEMPOTENCY_KEY = 255
 
 
 def router_options(request: Request, key: Key, default_max_wait: float | None) -> RequestOptions:
-    """Return what the headers ask the router for. `default_max_wait` is that of the gateway.
+    """Return what the headers ask the router for. `default_max_wait` is `router.max_wait`.
 
     Raises:
         InvalidRequest: a header has no such value.

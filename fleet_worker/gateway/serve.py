@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -18,6 +18,8 @@ from fleet_worker.errors import ConfigurationError
 from fleet_worker.gateway.app import Gateway
 from fleet_worker.gateway.http_protocol import BoundedProtocol
 from fleet_worker.gateway.keys import Keys
+from fleet_worker.gateway.ledger import Ledger
+from fleet_worker.gateway.ledger_file import path_of
 from fleet_worker.gateway.quotas import Quotas
 from fleet_worker.router.router import Router
 from fleet_worker.settings import Settings
@@ -37,9 +39,13 @@ def serve(settings: Settings) -> None:
         ConfigurationError: the address cannot be used, or a file cannot.
     """
     keys = Keys.load(settings.gateway.keys)
-    with Router(settings, patient=False) as router, _listening(settings) as listener:
-        quotas = Quotas(settings, gateway=f"{settings.host} {address(settings, listener)}")
-        gateway = Gateway(settings, router, keys, quotas)
+    with (
+        Router(settings, patient=False) as router,
+        _listening(settings) as listener,
+        closing(Ledger(path_of(settings))) as ledger,
+    ):
+        quotas = Quotas(settings, gateway=ledger.gateway_id, spent=ledger.tokens_since)
+        gateway = Gateway(settings, router, keys, quotas, ledger)
         server = Server(settings, gateway, keys, quotas)
         log.info("serves %s %s", address(settings, listener), _whom(keys))
         with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
@@ -59,12 +65,12 @@ class Server(uvicorn.Server):
         self._loop, self._asked_to_end = asyncio.get_running_loop(), asyncio.Event()
         self._loop.add_signal_handler(signal.SIGHUP, self._keys.reload)
         self._quotas.open()
-        connecting = asyncio.create_task(self._gateway.connect())
+        connecting = asyncio.create_task(self._gateway.fleet.connect())
         serving = asyncio.create_task(self.serve([listener]))
         ending = asyncio.create_task(self._asked_to_end.wait())
         await asyncio.wait({serving, ending}, return_when=asyncio.FIRST_COMPLETED)
-        log.info("ends: no new requests, and those that run have %g s", self._gateway.drain_grace)
-        await self._gateway.drain()
+        log.info("ends: no new requests, and those that run have %g s", self._gateway.running.drain_grace)
+        await self._gateway.running.drain()
         connecting.cancel()
         self.should_exit = True
         await serving
@@ -76,7 +82,7 @@ class Server(uvicorn.Server):
     def _end(self) -> None:
         if self._asked_to_end.is_set():
             self.should_exit = self.force_exit = True
-            self._gateway.end_all()
+            self._gateway.running.end_all()
         self._asked_to_end.set()
 
 

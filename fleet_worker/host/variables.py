@@ -9,8 +9,15 @@ from fleet_worker import config_file
 from fleet_worker.host.parent_pipe import NODE_LOCK, PARENT_PIPE
 from fleet_worker.settings import Settings
 
-READ_ELSEWHERE = {"FLEET_CONFIG", PARENT_PIPE, NODE_LOCK, "FLEET_BROKER_PASSWORD", "FLEET_BROKER_ADDRESS"}
-"""Variables that are no settings; docker/compose.yaml reads the last two."""
+READ_ELSEWHERE = {
+    "FLEET_CONFIG",
+    PARENT_PIPE,
+    NODE_LOCK,
+    "FLEET_BROKER_PASSWORD",
+    "FLEET_BROKER_ADDRESS",
+    "FLEET_GATEWAY_ADDRESS",
+}
+"""Variables that are no settings; docker/compose.yaml reads the last three."""
 
 
 def mistyped(settings: Settings) -> Iterator[str]:

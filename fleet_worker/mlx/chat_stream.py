@@ -38,6 +38,8 @@ class ChatAnswer:
     ttft: float | None = None
     """Seconds from the request to its first content."""
     tokens_per_second: float | None = None
+    stop_string: str | None = None
+    """The one that ended it, if the node saw that."""
     content: str | None = None
     reasoning: str | None = None
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
@@ -100,6 +102,8 @@ class ServerStream:
             if deltas := chunks.read(feed(received)):
                 self._content_received()
                 yield deltas
+            if chunks.failure:
+                raise chunks.failure
             if chunks.done or chunks.overruns:
                 return
             if chunks.finish_reason is not None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from fleet_worker.errors import MalformedOutput
+from fleet_worker.errors import FleetError, MalformedOutput
 from fleet_worker.mlx.error_mapping import error_in, error_of_event
 from fleet_worker.mlx.events import HEARTBEATS
 from fleet_worker.mlx.half_characters import CharacterJoiner, parse_odd_json
@@ -35,6 +35,8 @@ class ChunkReader:
         """[DONE] was received; later events are ignored."""
         self.overruns = False
         """The server goes on and on after its finish_reason."""
+        self.failure: FleetError | None = None
+        """What is to be raised after the deltas that were returned last."""
         self.moved = False
         """Something of the answer was in the last events, if only a finish_reason: not only heartbeats."""
         self.tokens = 0
@@ -61,10 +63,10 @@ class ChunkReader:
         return self._tool_calls.any_nameless
 
     def read(self, events: list[bytes]) -> list[Delta]:
-        """Return the deltas of these events.
+        """Return the deltas of these events, up to one that is refused: `failure` has its error then.
 
         Raises:
-            FleetError: an event is an error, or is not a chat completion chunk.
+            FleetError: an event before all deltas is an error, or is not a chat completion chunk.
         """
         deltas: list[Delta] = []
         self.moved = False
@@ -72,7 +74,14 @@ class ChunkReader:
             if event in _DONE:
                 self.done = True
                 break
-            if delta := self._read_chunk(event):
+            try:
+                delta = self._read_chunk(event)
+            except FleetError as error:
+                if not deltas:
+                    raise
+                self.failure = error
+                break
+            if delta:
                 deltas.append(delta)
             elif self.done:
                 break

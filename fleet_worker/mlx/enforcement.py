@@ -118,7 +118,7 @@ class EnforcedStream:
     def answer(self) -> ChatAnswer:
         """Return how the stream ended, without its text."""
         answer = self._stream.answer()
-        return _stopped(answer, self._stream.tokens) if self._stop.found else answer
+        return _stopped(answer, self._stream.tokens, self._stop.found) if self._stop.found else answer
 
 
 def read_whole(stream: AnswerStream, rules: Rules, *, starts_in_reasoning: bool) -> ChatAnswer:
@@ -146,13 +146,13 @@ def read_whole(stream: AnswerStream, rules: Rules, *, starts_in_reasoning: bool)
     whole["content"] = (visible_stop.feed(whole["content"] or "") + visible_stop.end()) or None
     answer = replace(stream.answer(), **whole)
     if visible_stop.found:
-        return _stopped(answer, stream.tokens)
+        return _stopped(answer, stream.tokens, visible_stop.found)
     if not answer.tool_calls:
         rules.check(answer.content, answer.finish_reason)
     return answer
 
 
-def _stopped(answer: ChatAnswer, tokens: int) -> ChatAnswer:
+def _stopped(answer: ChatAnswer, tokens: int, stop_string: str) -> ChatAnswer:
     """Return the answer as one that a stop string ended, perhaps before the server could report its usage."""
     usage = answer.usage if answer.usage.completion_tokens else Usage(completion_tokens=tokens)
-    return replace(answer, finish_reason="stop", usage=usage)
+    return replace(answer, finish_reason="stop", stop_string=stop_string, usage=usage)

@@ -9,6 +9,7 @@ from pathlib import PurePath
 
 from fleet_worker.errors import ModelNotServed, UnsupportedCapability
 from fleet_worker.mlx.chat_templates import ChatTemplate, find_chat_template
+from fleet_worker.mlx.context_window import find_context_window
 from fleet_worker.protocol.openai import ChatParams
 from fleet_worker.protocol.request import FleetRequest
 from fleet_worker.settings import Capability, Instance, Model
@@ -67,6 +68,8 @@ class Offering:
     capabilities: tuple[Capability, ...]
     template: ChatTemplate | None = field(default=None, repr=False)
     """The model's own chat template, if this machine has it."""
+    context_window: int | None = None
+    """Tokens of a prompt and its answer together, if that is known."""
 
     @property
     def reasons(self) -> bool:
@@ -92,7 +95,8 @@ def offerings_of(instance: Instance, provider: Mapping[str, bool], reported: Ite
         if capabilities:
             backend = model.backend or name
             template = find_chat_template(model, backend, reported)
-            offerings[name] = Offering(name, backend, model, features, capabilities, template)
+            window = model.context_window or find_context_window(model, backend, reported)
+            offerings[name] = Offering(name, backend, model, features, capabilities, template, window)
     return offerings
 
 

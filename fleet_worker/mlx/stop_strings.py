@@ -17,8 +17,8 @@ class StopStrings:
     """
 
     def __init__(self, stop: Sequence[str], *, delivered: str = "") -> None:
-        self.found = False
-        """A stop string is complete. Nothing that follows belongs to the answer."""
+        self.found: str | None = None
+        """The stop string that is complete. Nothing that follows it belongs to the answer."""
         self._searches = [_Search(text) for text in stop]
         self._held_back = ""
         if delivered:
@@ -35,10 +35,9 @@ class StopStrings:
         if self.found:
             return ""
         text = self._held_back + piece
-        ends = [(end, -len(search.text)) for search in self._searches if (end := search.feed(piece))]
+        ends = [(end, -len(search.text), search.text) for search in self._searches if (end := search.feed(piece))]
         if ends:
-            self.found = True
-            end, length = min(ends)
+            end, length, self.found = min(ends)
             return text[: max(0, len(self._held_back) + end + length)]
         certain = len(text) - max((search.matched for search in self._searches), default=0)
         self._held_back = text[max(0, certain) :]

@@ -14,9 +14,6 @@ from contextlib import contextmanager
 from fleet_worker.errors import FleetError, RequestTimeout
 from fleet_worker.settings import ServerTimeouts
 
-_CHECK_INTERVAL = 0.1
-"""Seconds after which the thread checks the limits again at the latest: readers do not report that they moved one."""
-
 _RESET = struct.pack("ii", 1, 0)
 """SO_LINGER: closing resets the connection. Otherwise the server's next write would still succeed, which is one whole
 prefill step later, and only the write after that would fail."""
@@ -61,13 +58,24 @@ class ConnectionGuard:
     """The connection of one request, which can be cut from any thread."""
 
     def __init__(self, limit: float) -> None:
-        self.limit = limit
-        """When the connection is cut: time.monotonic() seconds. The reader moves it by assignment."""
+        self._limit = limit
+        self.moved: Callable[[float], object] = lambda limit: None
+        """Is called with each new limit."""
         self.awaits: str | None = None
         """The path of a request without any content yet: the server may be reading its prompt. None after that."""
         self.was_cut = threading.Event()
         self._lock = threading.Lock()
         self._connection: socket.socket | None = None
+
+    @property
+    def limit(self) -> float:
+        """When the connection is cut: time.monotonic() seconds. The reader moves it by assignment."""
+        return self._limit
+
+    @limit.setter
+    def limit(self, limit: float) -> None:
+        self._limit = limit
+        self.moved(limit)
 
     def attach(self, connection: socket.socket) -> None:
         """Guard this connection from now on, in place of an earlier one. Its owner may close it or wrap it in TLS."""
@@ -109,6 +117,8 @@ class TimeoutThread:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._guards: set[ConnectionGuard] = set()
+        self._wakes_at = math.inf
+        """When the thread checks all limits again: at the earliest of them."""
         self._closed = False
         self.last_content = 0.0
         """When content last arrived for any request: time.monotonic() seconds."""
@@ -120,9 +130,10 @@ class TimeoutThread:
     @contextmanager
     def watching(self, guard: ConnectionGuard) -> Iterator[None]:
         """Cut this connection if its limit passes within the block."""
+        guard.moved = self._wake_by
         with self._changed:
             self._guards.add(guard)
-            self._changed.notify()
+        self._wake_by(guard.limit)
         try:
             yield
         finally:
@@ -144,18 +155,22 @@ class TimeoutThread:
             self._changed.notify()
         self._thread.join(timeout=5)
 
+    def _wake_by(self, limit: float) -> None:
+        if limit < self._wakes_at:
+            with self._changed:
+                self._changed.notify()
+
     def _run(self) -> None:
         with self._changed:
             while not self._closed:
-                now, wait = time.monotonic(), _CHECK_INTERVAL
+                self._wakes_at = math.inf  # a limit that moves from now on is reported
+                now = time.monotonic()
                 for guard in self._guards:
-                    if guard.was_cut.is_set():
-                        continue
-                    if guard.limit <= now:
+                    if guard.limit <= now and not guard.was_cut.is_set():
                         guard.cut()
-                    else:
-                        wait = min(wait, guard.limit - now)
-                self._changed.wait(wait if self._guards else None)
+                limits = [guard.limit for guard in self._guards if not guard.was_cut.is_set()]
+                self._wakes_at = min(limits, default=math.inf)
+                self._changed.wait(min(self._wakes_at - now, threading.TIMEOUT_MAX))
 
 
 class RequestTimer:

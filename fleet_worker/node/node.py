@@ -75,7 +75,7 @@ class Node:
         """Requests that were handed over to other nodes since this one was drained."""
         self._lane_consumer = LaneConsumer(app, transport)
         self._lane_consumer.changed = self._on_lanes_changed
-        self.publisher.refused = self._lane_consumer.reply_refused
+        self.publisher.on_refused(self._lane_consumer.reply_refused)
         self._served: frozenset[str] = frozenset()
         """The lanes that the log calls served."""
         self._updating = threading.Lock()

@@ -36,11 +36,11 @@ class Outbox:
         now = time.monotonic()
         self._oldest = self._oldest if self._frames else now
         self._frames.append(frame)
-        if delay is None:
-            due = self._last_publish + max(min(LONGEST_GAP, requests * GAP_PER_REQUEST), self._gap_behind)
-        else:
-            due = now + delay
-        self.due = min(self.due, due)
+        self.due = min(self.due, self.gap_end(requests) if delay is None else now + delay)
+
+    def gap_end(self, requests: int) -> float:
+        """Return when the gap after the last publish is over, of a node with so many requests in progress."""
+        return self._last_publish + max(min(LONGEST_GAP, requests * GAP_PER_REQUEST), self._gap_behind)
 
     def take(self, now: float) -> list[Frame]:
         """Return all frames, in their order, to be published now."""
@@ -56,6 +56,5 @@ class Outbox:
         """Return for how many seconds a frame has waited."""
         return now - self._oldest if self._frames else 0.0
 
-    @property
-    def is_empty(self) -> bool:
-        return not self._frames
+    def __len__(self) -> int:
+        return len(self._frames)

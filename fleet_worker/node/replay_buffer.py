@@ -34,19 +34,20 @@ class ReplayBuffer:
         self._drop_old()
         return {reply_to for _, reply_to, _ in self._messages}
 
-    def take(self) -> list[tuple[str, bytes]]:
-        """Return the frames in few messages: the broker confirms each, and meanwhile no new frame is published.
-
-        They are kept anew: the broker may be lost once more before a router has read them.
-        """
+    def take(self, reply_queues: set[str] | None = None) -> list[tuple[str, bytes]]:
+        """Take out the messages to these queues, or all, and return their frames in few messages: the broker confirms
+        each, and meanwhile no new frame is sent."""
         bodies: dict[str, list[bytes]] = {}
-        for _, reply_to, body in self._messages:
-            bodies.setdefault(reply_to, []).append(body)
-        self._messages, self._bytes = deque(), 0
-        for reply_to, parts in bodies.items():
-            for group in _grouped(parts):
-                self.add(reply_to, Reply.merged(group))
-        return [(reply_to, body) for _, reply_to, body in self._messages]
+        kept: deque[tuple[float, str, bytes]] = deque()
+        for message in self._messages:
+            _, reply_to, body = message
+            if reply_queues is None or reply_to in reply_queues:
+                bodies.setdefault(reply_to, []).append(body)
+                self._bytes -= len(body)
+            else:
+                kept.append(message)
+        self._messages = kept
+        return [(reply_to, Reply.merged(group)) for reply_to, parts in bodies.items() for group in _grouped(parts)]
 
     def _drop_old(self) -> None:
         oldest = time.monotonic() - REPLAY_WINDOW

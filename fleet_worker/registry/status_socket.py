@@ -49,7 +49,7 @@ _JSON = TypeAdapter(NodeReport)
 
 def model_status(offering: Offering, status: str) -> ModelStatus:
     """Return the status of an offering; its limits are those that are known."""
-    limits = {"context_window": offering.settings.context_window, "dimensions": offering.settings.dimensions}
+    limits = {"context_window": offering.context_window, "dimensions": offering.settings.dimensions}
     if "embed" not in offering.capabilities:
         limits["max_output_tokens"] = offering.settings.max_output_tokens
     return ModelStatus(

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import random
 import time
 from collections.abc import Collection
+from typing import NamedTuple
 
 from fleet_worker.errors import QueueTimeout
 from fleet_worker.mlx.parameters import may_be_refused, refused_parameter, unsupported
 from fleet_worker.protocol.openai import ChatParams
-from fleet_worker.protocol.request import FleetRequest
+from fleet_worker.protocol.request import FleetRequest, Operation
 from fleet_worker.registry.offered import fits
 from fleet_worker.registry.view import Registry
 
@@ -19,13 +19,18 @@ COUNTED_FOR = 0.25
 MOST_COUNTED = 1_000
 
 
+class _Counted(NamedTuple):
+    at: float
+    slots: int
+    context_window: int | None
+
+
 class NodeSelection:
     """Chooses where an attempt goes, by the present view of the registry."""
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
-        self._slots: dict[tuple[str, str, str, str | None], tuple[float, int]] = {}
-        """When they were counted, and how many there were."""
+        self._known: dict[tuple[str, str, str, str | None], _Counted] = {}
 
     def node_for(self, request: FleetRequest, failed: Collection[str] = ()) -> str | None:
         """Return None to use the shared lane (the default).
@@ -57,24 +62,18 @@ class NodeSelection:
         ready, wanted = self._nodes(request, ready=True), request.provider_instance
         return node not in ready and (wanted == "any" or any(wanted == instance for instance, _ in ready.values()))
 
-    def slots(self, request: FleetRequest, node: str | None) -> int:
-        """Return the slots of all ready instances that may take this request. The answer may be `COUNTED_FOR` old."""
-        key = request.model, request.operation, request.provider_instance, node
-        counted_at, slots = self._slots.get(key, (-math.inf, 0))
-        if time.monotonic() < counted_at + COUNTED_FOR:
-            return slots
-        offered = self._registry.offerings(model=request.model, capability=request.operation, ready=True)
-        slots = sum(
-            each.instance.slots or 1 for each in offered if fits(each.instance, request.provider_instance, node)
-        )
-        if len(self._slots) >= MOST_COUNTED:
-            self._slots.clear()
-        self._slots[key] = time.monotonic(), slots
-        return slots
+    def slots(self, model: str, operation: Operation, instance: str, node: str | None) -> int:
+        """Return the slots of all ready instances that may take such a request. The answer may be `COUNTED_FOR` old."""
+        return self._counted(model, operation, instance, node).slots
+
+    def context_window(self, request: FleetRequest, node: str | None) -> int | None:
+        """Return the largest context window of those that may take this request; None if that of one is unknown. The
+        answer may be `COUNTED_FOR` old."""
+        return self._counted(request.model, request.operation, request.provider_instance, node).context_window
 
     def require_soon(self, request: FleetRequest, node: str | None, max_wait: float | None) -> None:
         """Raise `QueueTimeout` if no node has been ready for this request for more than `max_wait` seconds."""
-        if max_wait is None or self.slots(request, node):
+        if max_wait is None or self.slots(request.model, request.operation, request.provider_instance, node):
             return
         why, away_for = self.why_waiting(request, node)
         if away_for and away_for > max_wait:
@@ -90,6 +89,21 @@ class NodeSelection:
         if away_for == 0:
             return f"{what} is served, but its nodes are busy or cut off", 0.0
         return f"nobody has served {what} for {away_for:.0f} s", round(away_for, 3)
+
+    def _counted(self, model: str, operation: Operation, instance: str, node: str | None) -> _Counted:
+        key = model, operation, instance, node
+        counted = self._known.get(key)
+        if counted is None or time.monotonic() >= counted.at + COUNTED_FOR:
+            if len(self._known) >= MOST_COUNTED:
+                self._known.clear()
+            offered = self._registry.offerings(model=model, capability=operation)
+            fitting = [each for each in offered if fits(each.instance, instance, node)]
+            slots = sum(each.instance.slots or 1 for each in fitting if each.ready)
+            windows = [each.limits.get("context_window") for each in fitting]
+            known = [window for window in windows if isinstance(window, int)]
+            counted = _Counted(time.monotonic(), slots, max(known) if known and len(known) == len(windows) else None)
+            self._known[key] = counted
+        return counted
 
     def _unable(self, request: FleetRequest, *, temperature: float) -> dict[str, str]:
         """Return the nodes whose servers cannot do what a parameter asks for, with the name of that parameter.

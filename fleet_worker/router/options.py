@@ -25,6 +25,7 @@ class RequestOptions(TypedDict, total=False):
     caller: dict[str, Any] | None
     message_context: dict[str, Any] | None
     trace_context: dict[str, Any] | None
+    request_id: str | None
     idempotency_key: str | None
     on_interrupt: OnInterrupt
 

@@ -203,4 +203,6 @@ class ReplyConsumer:
         """Send an empty reply to this queue: it ends the wait for messages at once."""
         with contextlib.suppress(Exception), self._connect() as connection:
             empty = Reply(v=PROTOCOL_VERSION, node="", frames=[]).encode()
-            replies.push(Publisher(lambda: connection).channel, self.name, empty)
+            sender = replies.sender_on(Publisher(lambda: connection).channel)
+            sender.send(self.name, empty)
+            sender.confirm()

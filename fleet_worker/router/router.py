@@ -53,6 +53,8 @@ class Router:
     - `priority`: "critical", "high", "normal" (the default) or "low".
     - `instance`: only instances of that name; default "any". `node`: only that node, as in "local@mini-7".
     - `caller`, `message_context`, `trace_context`: JSON objects that travel with the request.
+    - `request_id`: a name for the request, up to 128 visible ASCII characters: logs and Flower show it, followed by a
+      dot and what makes it unique.
     - `on_interrupt`: if a node fails, another one is tried, and a stream continues where it broke off ("resume", the
       default); with "fail" a stream that has begun ends with the error.
     - `idempotency_key`: while a request with that key is in flight, and for `router.idempotency_ttl` seconds after its

@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import time
+from functools import partial
 from typing import cast
 
 from fleet_worker.broker.app import create_app
@@ -13,6 +14,7 @@ from fleet_worker.broker.topology import ask_exchange, direct_lane, lane, reply_
 from fleet_worker.errors import BrokerUnavailable, Cancelled
 from fleet_worker.protocol.reply import Accepted, Alive, Frame
 from fleet_worker.registry.view import Registry
+from fleet_worker.router import context_length
 from fleet_worker.router.admission import Admission
 from fleet_worker.router.control_publisher import ControlPublisher
 from fleet_worker.router.effects import CancelOrphan
@@ -25,6 +27,9 @@ from fleet_worker.router.scheduler import Scheduler
 from fleet_worker.router.submission import Submission
 from fleet_worker.router.submitter import IDLE_AFTER, Submitter
 from fleet_worker.settings import Settings
+
+SHORT = 1_000
+"""Characters of messages that fit into any context window: what all nodes say about theirs is not looked up."""
 
 
 class Session:
@@ -110,6 +115,8 @@ class Session:
         patience = self.require_broker(deadline - time.monotonic())
         self._registry.require_offered(request.model, request.operation, request.provider_instance, node)
         self.nodes.require_able(request, node)
+        if context_length.characters(request) > SHORT:
+            context_length.require_fits(request, self.nodes.context_window(request, node))
         self.nodes.require_soon(request, node, asked.max_wait)
         left = deadline - time.monotonic()
         request = request.addressed_to(self.replies.name, left)
@@ -118,7 +125,8 @@ class Session:
             started.lane,
             request.priority,
             max_wait=asked.max_wait,
-            count_slots=lambda: self.nodes.slots(request, node),
+            # It is kept for as long as the lane is known: without the request, and its prompt.
+            count_slots=partial(self.nodes.slots, request.model, request.operation, request.provider_instance, node),
         )
         buffer = cast(ReplyBuffer, started.join(left))  # it cannot have failed yet
         if has_key and (joined := self._cache.add(started, node, on_interrupt)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 import uuid
 from collections.abc import Mapping
@@ -12,11 +13,13 @@ from typing import Any, get_args
 from fleet_worker.broker.topology import is_node_name, reply_name
 from fleet_worker.errors import InvalidRequest
 from fleet_worker.protocol import clock
-from fleet_worker.protocol.request import FleetRequest, Operation, Priority, params_of_client
+from fleet_worker.protocol.request import REQUEST_ID, FleetRequest, Operation, Priority, params_of_client
 from fleet_worker.router.attempts import OnInterrupt
 from fleet_worker.router.options import RequestOptions
 from fleet_worker.settings import Settings
 
+LONGEST_OWN_ID = 128
+"""Characters of the id that a caller gives a request."""
 OPTIONS = frozenset(RequestOptions.__optional_keys__)
 
 
@@ -66,6 +69,7 @@ class Submission:
         priority: Priority = "normal",
         instance: str = "any",
         node: str | None = None,
+        request_id: str | None = None,
         idempotency_key: str | None = None,
         on_interrupt: OnInterrupt = "resume",
         caller: dict[str, Any] | None = None,
@@ -82,12 +86,12 @@ class Submission:
             raise InvalidRequest('node: must be the name of a node, as in "local@mini-7"', param="node")
         if not isinstance(instance, str) or not instance:
             raise InvalidRequest('instance: must be the name of an instance, or "any"', param="instance")
-        request_id = str(uuid.uuid4())
+        own_id = _unique_id(request_id)
         envelope = {
             "protocol_version": 2,
-            "request_id": request_id,
-            "correlation_id": request_id,
-            "idempotency_key": idempotency_key or request_id,
+            "request_id": own_id,
+            "correlation_id": request_id or own_id,
+            "idempotency_key": idempotency_key or own_id,
             "attempt": 1,
             "operation": operation,
             "provider": "mlx",
@@ -106,6 +110,17 @@ class Submission:
         request = FleetRequest.build(envelope)
         request.check_size(settings.max_body_bytes)
         return cls(request, node, on_interrupt, queue_timeout, max_wait)
+
+
+def _unique_id(asked: str | None) -> str:
+    """Return an id that no other request has; it begins with the one that the caller has given. Callers may use one
+    twice, and a node takes a second request with the same id for the first one."""
+    if asked is None:
+        return str(uuid.uuid4())
+    if not isinstance(asked, str) or not re.fullmatch(REQUEST_ID, asked) or len(asked) > LONGEST_OWN_ID:
+        needed = f"must be a string of at most {LONGEST_OWN_ID} visible ASCII characters"
+        raise InvalidRequest(f"request_id: {needed}", param="request_id")
+    return f"{asked}.{uuid.uuid4().hex[:12]}"
 
 
 def _read_body(

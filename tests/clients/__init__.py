@@ -1,7 +1,8 @@
 """Programs that talk to OpenAI or Anthropic, run against a gateway: `python -m tests.clients`.
 
 `__main__` (options, report), `packages` (installs them), `own_fleet` (a simulated one, with a gateway), `client` (what
-is known of a client); then each client in a file of its own: `openai_node`, `codex`.
+is known of a client); then each client in a file of its own: `openai_node`, `ai_sdk`, `agents_sdk`,
+`lang_chain`, `codex`, `opencode`. A library needs a script beside it, which its own interpreter runs.
 """
 
 from tests.mlx_clients import *  # noqa: F403  until all branches know the new name

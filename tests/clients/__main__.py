@@ -19,19 +19,18 @@ from pathlib import Path
 
 import platformdirs
 
-from tests.clients import codex, openai_node
+from tests.clients import agents_sdk, ai_sdk, codex, lang_chain, openai_node, opencode
 from tests.clients.client import Client, Failed, Result, Target
 from tests.clients.own_fleet import own_fleet
 from tests.clients.packages import install
 
-CLIENTS = (openai_node.CLIENT, codex.CLIENT)
+CLIENTS = tuple(module.CLIENT for module in (openai_node, ai_sdk, agents_sdk, lang_chain, codex, opencode))
 
 
 def main() -> int:
     options = _options()
     chosen = [client for client in CLIENTS if not options.only or client.name in options.only]
-    packages = sorted({name for client in chosen for name in client.packages})
-    versions = install(options.cache, packages, newest=options.newest)
+    versions = install(options.cache, chosen, newest=options.newest)
     given = nullcontext((options.url, _models(options, chosen))) if options.url else own_fleet(chosen)
     failed = 0
     with given as (url, models):

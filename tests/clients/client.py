@@ -33,7 +33,7 @@ class Target:
     models: Mapping[str, str]
     """Which model plays which role: `text` answers with text, all others call the tools of the client of that name."""
     packages: Path
-    """The folder of npm packages."""
+    """The folder of what is installed."""
     folder: Path
     """An empty one, for what the client writes."""
 
@@ -56,12 +56,15 @@ class Target:
             raise Failed(f"exit code {process.returncode}: {(process.stderr or process.stdout).strip()[-600:]}")
         return process.stdout
 
-    def run_node(self, script: str, env: Mapping[str, str]) -> Iterator[Result]:
+    def run_script(self, script: str) -> Iterator[Result]:
         """Run a script beside this file. It prints a line of JSON for each check: `check`, `passed`, `said`."""
-        command = ["node", str(Path(__file__).with_name(script))]
-        printed = self.run(command, {"NODE_PATH": str(self.packages / "node_modules"), **env})
+        runs = "node" if script.endswith(".cjs") else str(self.packages / "python" / "bin" / "python")
+        env = {"NODE_PATH": str(self.packages / "node_modules"), "URL": self.url, "KEY": self.key}
+        models = json.dumps(dict(self.models))
+        printed = self.run([runs, str(Path(__file__).with_name(script))], {**env, "MODELS": models})
         for line in printed.splitlines():
-            yield Result(**json.loads(line))
+            if line.startswith("{"):
+                yield Result(**json.loads(line))
 
 
 class Failed(Exception):
@@ -74,9 +77,10 @@ class Client:
 
     name: str
     packages: Sequence[str]
-    """Of npm."""
+    """Of npm, or of PyPI if it is written in Python."""
     run: Callable[[Target], Iterator[Result]]
     tool_calls: Sequence[Mapping[str, Any]] = ()
+    python: bool = False
 
 
 def check(name: str, does: Callable[[], str]) -> Result:

@@ -3,10 +3,10 @@ const assert = require("node:assert/strict");
 const OpenAI = require("openai");
 const { zodTextFormat } = require("openai/helpers/zod");
 const { z } = require("zod");
+const { models, run } = require("./checks.cjs");
 
-const models = JSON.parse(process.env.MODELS);
 const text = models["text"], caller = models["openai-node"];
-const client = new OpenAI({ baseURL: process.env.URL, apiKey: process.env.KEY, maxRetries: 0, timeout: 120_000 });
+const client = new OpenAI({ baseURL: `${process.env.URL}/v1`, apiKey: process.env.KEY, maxRetries: 0, timeout: 120_000 });
 const messages = [{ role: "user", content: "Say hello." }];
 const parameters = { type: "object", properties: { city: { type: "string" } }, required: ["city"] };
 
@@ -100,11 +100,4 @@ const toolChecks = {
   },
 };
 
-async function main() {
-  for (const [check, does] of Object.entries(caller ? { ...checks, ...toolChecks } : checks)) {
-    const result = await does().then((said) => [true, said], (error) => [false, String(error.stack ?? error)]);
-    console.log(JSON.stringify({ check, passed: result[0], said: result[1].replaceAll("\n", " ").slice(0, 300) }));
-  }
-}
-
-main();
+run(caller ? { ...checks, ...toolChecks } : checks);

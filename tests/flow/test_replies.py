@@ -27,8 +27,8 @@ def router(broker, name, received):
 @contextmanager
 def node(broker):
     with create_app(Settings(broker_url=broker.url)) as app, app.connection_for_write() as connection:
-        channel = open_channel(connection)
-        yield lambda name, *bodies: [replies.push(channel, name, body) for body in bodies]
+        sender = replies.sender_on(open_channel(connection))
+        yield lambda name, *bodies: [sender.send(name, body) for body in bodies]
 
 
 def read_all(receive_all, received, count):

@@ -167,6 +167,24 @@ def test_a_signal_ends_all_of_it_at_any_moment(number, moment, exit_code, folder
 
 
 @pytest.mark.rest
+def test_with_a_gateway_it_serves_any_client_until_ctrl_c(folder):
+    with started([*SIMULATED, "--gateway"]) as (process, output):
+        said = read(output, until="Ctrl-C stops everything.")
+        family = descendants(process.pid)
+        commands = [line for line in said.splitlines() if line.startswith(("curl ", "python "))]
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        for command in commands:
+            ran = subprocess.run(command, shell=True, capture_output=True, text=True, env={**os.environ, "PATH": path})
+            assert ran.returncode == 0, ran.stderr
+            assert ran.stdout.strip()
+        process.send_signal(signal.SIGINT)
+        read(output)
+        assert process.wait(WITHIN) == 130
+    assert len(commands) == 2
+    assert_nothing_left(family, folder)
+
+
+@pytest.mark.rest
 def test_even_a_demo_that_is_killed_leaves_no_process(folder):
     with started(SIMULATED) as (process, output):
         read(output, until=CHATTING)

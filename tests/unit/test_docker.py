@@ -23,7 +23,7 @@ EXAMPLE = dict(re.findall(r"^(\w+)=(.*)$", (DOCKER / ".env.example").read_text("
 
 
 def test_every_service_has_a_command_that_the_check_below_can_read():
-    assert len(composed_commands()) == len(re.findall(r"command:", COMPOSE)) == 3
+    assert len(composed_commands()) == len(re.findall(r"command:", COMPOSE)) == 4
 
 
 def test_every_command_starts_a_program_that_is_installed_in_its_image():
@@ -106,7 +106,9 @@ def test_everything_that_is_copied_into_the_image_exists_and_is_let_through():
 
 
 def test_the_image_runs_as_a_user_of_its_own():
-    assert re.search(r"^USER (?!root|0)\w+$", DOCKERFILE, re.MULTILINE)
+    for stage in re.split(r"^FROM ", DOCKERFILE, flags=re.MULTILINE)[2:]:
+        users = re.findall(r"^USER (\w+)$", stage, re.MULTILINE)
+        assert users[-1:] == ["fleet"] or (not users and stage.startswith("router"))
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("yaml"), reason="PyYAML is not installed")
@@ -114,10 +116,10 @@ def test_compose_is_yaml_with_the_services_we_describe():
     import yaml
 
     services = yaml.safe_load(COMPOSE)["services"]
-    assert services.keys() == {"broker", "flower", "router"}
+    assert services.keys() == {"broker", "flower", "gateway", "router"}
     assert [service["command"] for service in services.values()] == composed_commands()
     stages = re.findall(r"^FROM .* AS (\w+)$", DOCKERFILE, re.MULTILINE)
-    for name in ("flower", "router"):
+    for name in ("flower", "gateway", "router"):
         build = services[name]["build"]
         assert (DOCKER / build["context"] / build["dockerfile"]).samefile(DOCKER / "Dockerfile")
         assert build["target"] in stages
@@ -128,5 +130,5 @@ def test_compose_accepts_its_file():
     if not docker or subprocess.run([docker, "compose", "version"], capture_output=True).returncode:
         pytest.skip("docker compose is not installed")
     environment = {**os.environ, **dict.fromkeys(EXAMPLE, "x"), "FLEET_BROKER_ADDRESS": "127.0.0.1"}
-    command = [docker, "compose", "-f", str(DOCKER / "compose.yaml"), "--profile", "router", "config", "--quiet"]
+    command = [docker, "compose", "-f", str(DOCKER / "compose.yaml"), "--profile", "*", "config", "--quiet"]
     subprocess.run(command, env=environment, check=True)

@@ -479,14 +479,19 @@ def test_what_a_shipped_file_shows_is_the_built_in_default(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_what_a_shipped_file_has_in_comments_can_be_switched_on(path, configure):
-    text, count = re.subn(r"^# (?=[a-z_]+ = )", "", path.read_text(), flags=re.MULTILINE)
+    text, count = switched_on(path)
     configure(text)
     Settings()
     assert count or path.name != "worker.toml"
 
 
+def switched_on(path):
+    """The text of a file with the settings that are comments there, and how many these are."""
+    return re.subn(r"^# (?=[a-z_]+ = )", "", path.read_text(), flags=re.MULTILINE)
+
+
 def test_the_router_s_file_shows_every_setting_of_a_router():
-    shown = dict(leaves(tomllib.loads((CONFIG / "router.toml").read_text())))
+    shown = dict(leaves(tomllib.loads(switched_on(CONFIG / "router.toml")[0])))
     assert {f"router.{name}" for name in type(Settings().router).model_fields} <= shown.keys()
 
 

@@ -68,8 +68,15 @@ def router(request, url, valkey):
 
 @pytest.fixture
 def node(url):
+    """Writes a reply, and returns how many wait then."""
     with channel_of(url) as (_, channel, _):
-        yield lambda body, reply_to: replies.push(channel, reply_to, body)
+        sender = replies.sender_on(channel)
+
+        def send(body, reply_to):
+            sender.send(reply_to, body)
+            return sender.confirm()
+
+        yield send
 
 
 def wrapped(body, **changes):

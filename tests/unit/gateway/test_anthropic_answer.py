@@ -177,6 +177,12 @@ def test_why_an_answer_ended(finish_reason, stop_reason):
     assert accumulated(stream(said("a"), ending=response(finish_reason))).stop_reason == stop_reason
 
 
+def test_a_stop_sequence_that_ended_an_answer_is_told():
+    ending = response("stop", content="a", stop_string="END")
+    for message in (whole(ending), accumulated(stream(said("a"), ending=ending))):
+        assert (message.stop_reason, message.stop_sequence) == ("stop_sequence", "END")
+
+
 def test_an_answer_that_calls_a_tool_ends_for_that():
     call = {"id": "c", "function": {"name": "look", "arguments": "{}"}}
     assert whole(response("stop", tool_calls=[call])).stop_reason == "tool_use"

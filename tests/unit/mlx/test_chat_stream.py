@@ -19,6 +19,7 @@ from fleet_worker.errors import (
     UnsupportedCapability,
 )
 from fleet_worker.mlx import chat_stream, error_mapping
+from fleet_worker.mlx.chunks import ChunkReader
 from fleet_worker.protocol.request import Resume
 from fleet_worker.simulator import FLAVOURS, Fault, reply_tokens
 from fleet_worker.simulator.manners import EVENTS
@@ -154,11 +155,25 @@ def test_an_answer_that_its_server_gave_up_is_not_whole():
 def test_what_arrived_before_a_failure_is_delivered():
     with served("vllm_batched") as (server, client):
         server.fail(Fault("eof", at_token=5))
-        with client.open() as stream:
-            arrived = iter(stream)
-            assert [delta.content for _ in range(5) for delta in next(arrived)] == reply_tokens(HELLO, 5)
-            with pytest.raises(ConnectionFailure):
-                next(arrived)
+        arrived = []
+        with client.open() as stream, pytest.raises(ConnectionFailure):
+            arrived.extend(delta for deltas in stream for delta in deltas)
+        assert [delta.content for delta in arrived] == reply_tokens(HELLO, 5)
+
+
+def test_what_arrived_together_with_an_error_is_delivered_before_it():
+    error, good = b'{"error": "out of memory"}', b'{"choices": [{"index": 0, "delta": {"content": "a"}}]}'
+    chunks = ChunkReader()
+    assert [delta.content for delta in chunks.read([good, error, good])] == ["a"]
+    assert isinstance(chunks.failure, FleetError)
+    with pytest.raises(FleetError):
+        ChunkReader().read([error, good])
+    body = "HTTP/1.1 200 OK\r\n\r\n" + "".join(f"data: {event.decode()}\n\n" for event in (good, error))
+    with answering(body) as url, closing(Client(url)) as client, client.open() as stream:
+        arrived = iter(stream)
+        assert [delta.content for delta in next(arrived)] == ["a"]
+        with pytest.raises(FleetError):
+            next(arrived)
 
 
 def test_a_dead_generation_thread_is_an_instance_that_is_gone():

@@ -26,7 +26,7 @@ def answered(client, **params):
     answer = client.ask(**params)
     _, streamed, ended = client.stream(**params)
     assert (streamed["content"], streamed["reasoning"]) == (answer.content, answer.reasoning)
-    assert ended.finish_reason == answer.finish_reason
+    assert (ended.finish_reason, ended.stop_string) == (answer.finish_reason, answer.stop_string)
     return answer.content, answer.reasoning, answer.finish_reason
 
 
@@ -70,6 +70,7 @@ def test_generation_ends_at_the_stop_string(flavour):
         whole = "".join(reply_tokens(HELLO, 1000, tokens=1000))
         _, streamed, answer = client.stream(stop=[whole[30:40]], max_tokens=1000)
         assert streamed["content"] == whole[:30]
+        assert answer.stop_string in (whole[30:40], None if FLAVOURS[flavour].stop == "ends" else "")
         assert 0 < answer.usage.completion_tokens < 30
         server.wait_for(lambda server: server.counters["running"] == 0, timeout=1)
         assert server.requests[0].generated < 100

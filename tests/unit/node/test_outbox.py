@@ -52,7 +52,7 @@ def test_a_first_token_and_a_last_frame_never_wait_and_take_the_others_with_them
     assert outbox.due == NOW
     assert outbox.take(NOW) == frames
     assert outbox.due == NEVER
-    assert outbox.is_empty
+    assert not outbox
 
 
 def test_it_tells_how_long_its_first_frame_has_waited(outbox):

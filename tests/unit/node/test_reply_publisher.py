@@ -22,6 +22,8 @@ from fleet_worker.settings import Settings
 from fleet_worker.testing import embedded_broker
 from tests.mlx_clients import SOON, WHY, took_less_than, until
 
+SOMEWHERE = reply_name("test", 60)
+
 
 def accepted(seq=0, attempt=1):
     return Accepted(id="r", attempt=attempt, seq=seq, instance="i", queue_wait=0.0)
@@ -105,19 +107,20 @@ def test_each_heartbeat_tells_of_a_request_in_progress(publisher, inbox):
 
 
 @pytest.fixture
-def messages(monkeypatch):
-    """The kinds of the frames of each message that is pushed."""
-    messages = []
+def messages(publisher, monkeypatch):
+    """The kinds of the frames of each message that is sent."""
+    messages, add = [], publisher._connection.add
 
-    def push(channel, reply_to, body):
+    def record(reply_to, body, **options):
         messages.append([frame.kind for frame in Reply.decode(body).frames])
+        add(reply_to, body, **options)
 
-    monkeypatch.setattr(replies, "push", push)
+    monkeypatch.setattr(publisher._connection, "add", record)
     return messages
 
 
 def test_the_heartbeat_of_a_stream_travels_with_its_next_frame(messages, publisher):
-    with publisher.reply("r", 1, "reply") as reply:
+    with publisher.reply("r", 1, SOMEWHERE) as reply:
         reply.accept(instance="i", queue_wait=0.0, at_once=True)
         until(lambda: any("alive" in kinds for kinds in messages))
         until(lambda: publisher._beating)
@@ -131,7 +134,7 @@ def test_each_request_has_one_heartbeat_in_each_period_whatever_is_published(mes
     monkeypatch.setattr(reply_publisher, "HEARTBEAT_EVERY", 0.2)
     monkeypatch.setattr(reply_publisher, "HEARTBEAT_WITHIN", 0.05)
     ends = time.monotonic() + 1.0
-    with publisher.reply("r", 1, "reply") as reply, publisher.reply("s", 1, "reply") as other:
+    with publisher.reply("r", 1, SOMEWHERE) as reply, publisher.reply("s", 1, SOMEWHERE) as other:
         other.accept(instance="i", queue_wait=0.0)
         reply.accept(instance="i", queue_wait=0.0)
         while time.monotonic() < ends:
@@ -238,8 +241,10 @@ def test_what_a_router_has_missed_is_published_again(publisher, inbox, arrived):
 
 def test_a_message_of_another_protocol_is_dropped_and_the_next_one_read(inbox, connect, arrived):
     with connect() as connection:
+        sender = replies.sender_on(connection.default_channel)
         for body in (b"not json", b'{"v": 9}', Reply(v=2, node="n", frames=[accepted()]).encode()):
-            replies.push(connection.default_channel, inbox.name, body)
+            sender.send(inbox.name, body)
+            sender.confirm()
     assert arrived.get().kind == "accepted"
 
 
@@ -293,8 +298,8 @@ def clock(monkeypatch):
 def test_no_message_is_larger_than_routers_read(publisher, monkeypatch, frames, parts):
     monkeypatch.setattr(reply_publisher, "LARGE_MESSAGE_BYTES", 100_000)
     bodies = []
-    monkeypatch.setattr(replies, "push", lambda channel, reply_to, body: bodies.append(body))
-    publisher._publish_parts("queue", frames)
+    monkeypatch.setattr(publisher._connection, "add", lambda reply_to, body, is_kept: bodies.append(body))
+    publisher._add_messages("queue", frames)
     assert [frame for body in bodies for frame in Reply.decode(body).frames] == frames
     assert len(bodies) == parts
 
@@ -303,9 +308,20 @@ def test_many_messages_to_one_router_are_one_when_they_are_published_again(clock
     buffer = ReplayBuffer()
     for reply_to, seq in [("a", 0), ("b", 0), ("a", 1), ("a", 2), ("b", 1)]:
         buffer.add(reply_to, body(seq))
-    assert [reply_to for reply_to, _ in buffer.take()] == ["a", "b"]
-    buffer.add("b", body(2))
-    assert seqs(each for _, each in buffer.take()) == [[0, 1, 2], [0, 1, 2]]
+    again = buffer.take()
+    assert [reply_to for reply_to, _ in again] == ["a", "b"]
+    assert seqs(each for _, each in again) == [[0, 1, 2], [0, 1]]
+    assert not buffer
+
+
+def test_what_is_published_again_to_one_router_only_is_taken_out(clock):
+    buffer = ReplayBuffer()
+    for reply_to, seq in [("a", 0), ("b", 0), ("a", 1), ("b", 1)]:
+        buffer.add(reply_to, body(seq))
+    assert buffer.take({"c"}) == []
+    [(reply_to, merged)] = buffer.take({"b", "c"})
+    assert (reply_to, seqs([merged])) == ("b", [[0, 1]])
+    assert buffer.reply_queues() == {"a"}
 
 
 def test_a_merged_message_says_all_that_its_parts_said(clock):
@@ -326,17 +342,14 @@ def test_no_message_becomes_too_large_by_that(clock, monkeypatch):
     assert seqs(each for _, each in buffer.take()) == [[0, 1], [2], [3], [4, 5]]
 
 
-def test_what_is_old_is_forgotten_and_what_was_published_again_is_new(clock):
+def test_what_is_old_is_forgotten(clock):
     buffer = ReplayBuffer()
     buffer.add("a", body(0))
     clock.now += 3
     buffer.add("b", body(0))
     clock.now += 3
     assert buffer.reply_queues() == {"b"}
-    assert [reply_to for reply_to, _ in buffer.take()] == ["b"]
-    clock.now += 4
-    assert buffer.reply_queues() == {"b"}
-    clock.now += 2
+    clock.now += 3
     assert buffer.reply_queues() == set()
     assert not buffer
     assert buffer.take() == []

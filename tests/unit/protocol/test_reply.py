@@ -77,6 +77,7 @@ def test_a_reply_is_the_same_after_its_way(sent):
     reply = Reply(v=2, node="local@mini-7", frames=sent)
     body = reply.encode()
     assert json.loads(body)["v"] == 2
+    assert Reply.encoded("local@mini-7", sent) == body
     assert Reply.decode(body) == reply
     assert Reply.decode(body.decode()) == reply
 

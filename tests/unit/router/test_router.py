@@ -18,6 +18,7 @@ from fleet_worker.errors import (
     Cancelled,
     Expired,
     FleetError,
+    FleetSaturated,
     InstanceUnavailable,
     InvalidRequest,
     ModelNotServed,
@@ -436,6 +437,84 @@ def test_the_whole_answer_of_a_stream_is_there_when_it_has_ended(fleet):
     assert stream.response.content == "a"
 
 
+class Places:
+    """What becomes of the place of each attempt in its lane."""
+
+    def __init__(self, fleet):
+        self.told = []
+        fleet.session.admission.admit = lambda *_, **__: self.place(1)
+        fleet.session.admission.enter = lambda *_: self.place(2)
+
+    def place(self, attempt):
+        def tell(word):
+            return lambda now: self.told.append((attempt, word))
+
+        return SimpleNamespace(accepted=tell("accepted"), ended=tell("ended"))
+
+
+def test_each_attempt_leaves_its_place_when_it_ends(fleet):
+    places = Places(fleet)
+    fleet.answers = [[accepted(), DOWN], [accepted(), response("hi")]]
+    chat(fleet)
+    assert places.told == [(1, "accepted"), (1, "ended"), (2, "accepted"), (2, "ended")]
+
+
+@pytest.mark.parametrize("answer", [[failed(ModelNotServed("gone"))], BrokerUnavailable("away")])
+def test_an_attempt_that_no_node_accepts_leaves_its_place_too(fleet, answer):
+    places = Places(fleet)
+    fleet.answers = [answer]
+    with pytest.raises(type(answer) if isinstance(answer, FleetError) else ModelNotServed):
+        chat(fleet)
+    assert places.told == [(1, "ended")]
+
+
+def test_a_request_that_joins_another_one_leaves_its_place(fleet):
+    """Both are admitted, before one of them is found to be the first."""
+    places = Places(fleet)
+    fleet.answers = [[accepted(), response("hi")]]
+    chat(fleet, idempotency_key="k")
+    places.told.clear()
+    join, answers = fleet.session._cache.join, [lambda *key: None]  # the other one comes a moment later
+    fleet.session._cache.join = lambda *key: (answers.pop() if answers else join)(*key)
+    chat(fleet, idempotency_key="k")
+    assert (places.told, len(fleet.requests)) == ([(1, "ended")], 1)
+
+
+def test_a_task_that_is_surely_refused_needs_no_thread(fleet):
+    over = threading.Event()
+    for _ in range(20):
+        fleet.router._threads.submit(over.wait, 5)
+    asked = []
+
+    def refuse(*what):
+        asked.append(what)
+        raise FleetSaturated("full", retry_after=1.0)
+
+    fleet.session.admission.refuse = refuse
+    for options in ({}, {"node": "local@mini-7"}):
+        with took_less_than(1), pytest.raises(FleetSaturated):
+            achat(fleet, max_wait=5, **options)
+    over.set()
+    assert asked == [(f"llm.fleet.{name}", "normal", 5.0) for name in ("chat.m", "node.local@mini-7")]
+
+
+def test_nothing_keeps_a_prompt_when_its_request_has_ended(fleet):
+    """What admission knows of a lane stays for long, and has not the request."""
+    kept = []
+    fleet.session.admission.admit = lambda *_, count_slots, **__: kept.append(count_slots)
+    fleet.answers = [[accepted(), response("hi")]]
+    prompt = [{"role": "user", "content": "a prompt of its own"}]
+    fleet.router.chat("m", prompt)
+    (count_slots,) = kept
+    found, seen = [count_slots], 0
+    while found and seen < 20:
+        each, seen = found.pop(), seen + 1
+        assert not isinstance(each, FleetRequest)
+        found += [cell.cell_contents for cell in getattr(each, "__closure__", None) or ()]
+        found += [part for part in getattr(each, "args", ()) if not isinstance(part, str)]
+    assert count_slots() == 0
+
+
 def test_a_stream_says_how_far_it_is(fleet):
     fleet.answers = [[accepted(), deltas("a", "b"), DOWN], []]
     with fleet.router.stream_chat("m", HELLO, temperature=0) as stream:
@@ -593,6 +672,16 @@ def test_who_waits_for_another_one_to_connect_does_not_wait_for_longer():
                 each.result()
 
 
+def test_a_request_has_the_name_that_its_caller_gives_it_and_an_id_of_its_own(fleet, ask):
+    fleet.answers = [[accepted(), response()]] * 2
+    for _ in range(2):
+        ask(fleet, request_id="r" * 128)
+    ids = {request.request_id for request in fleet.requests}
+    assert len(ids) == 2
+    assert all(each.startswith("r" * 128 + ".") for each in ids)
+    assert {request.correlation_id for request in fleet.requests} == {"r" * 128}
+
+
 @pytest.mark.parametrize(
     "node", ["", "one", "@mini", "one@", "a b@mini", "one@mini/..", "*@mini", "x" * 300 + "@mini", 5, ["one@mini"]]
 )
@@ -624,6 +713,12 @@ def test_a_request_may_wait_as_long_as_it_says_or_as_configured(monkeypatch, con
         ({"max_wait": -1}, "max_wait"),
         ({"max_wait": True}, "max_wait"),
         ({"max_wait": "5"}, "max_wait"),
+        ({"request_id": "a b"}, "request_id"),
+        ({"request_id": "a\nb"}, "request_id"),
+        ({"request_id": "é"}, "request_id"),
+        ({"request_id": ""}, "request_id"),
+        ({"request_id": "r" * 129}, "request_id"),
+        ({"request_id": 5}, "request_id"),
         ({"node": "one"}, "node"),
         ({"instance": ""}, "instance"),
         ({"instance": 5}, "instance"),

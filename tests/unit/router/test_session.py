@@ -261,18 +261,18 @@ def test_who_may_wait_less_than_its_instances_have_been_away_is_told_at_once(awa
 
 
 def test_the_slots_of_a_request_are_those_of_the_ready_instances_that_may_take_it(away):
-    assert away.slots(wish("ready"), None) == 3
-    assert away.slots(wish("ready", "one"), None) == 0
-    assert away.slots(wish("ready"), "three@mini") == 3
-    assert away.slots(wish("away"), None) == 0
+    assert away.slots("ready", "chat", "any", None) == 3
+    assert away.slots("ready", "chat", "one", None) == 0
+    assert away.slots("ready", "chat", "any", "three@mini") == 3
+    assert away.slots("away", "chat", "any", None) == 0
 
 
 def test_slots_are_not_counted_for_each_request(away, monkeypatch):
     counted = []
     offerings = away._registry.offerings
     monkeypatch.setattr(away._registry, "offerings", lambda **how: counted.append(how) or offerings(**how))
-    assert {away.slots(wish("ready"), None) for _ in range(20)} == {3}
+    assert {away.slots("ready", "chat", "any", None) for _ in range(20)} == {3}
     assert len(counted) == 1
     for number in range(3 * MOST_COUNTED):
-        away.slots(wish(f"m{number}"), None)
-    assert len(away._slots) <= MOST_COUNTED
+        away.slots(f"m{number}", "chat", "any", None)
+    assert len(away._known) <= MOST_COUNTED

@@ -1,0 +1,78 @@
+"""What GET requests ask for: models, health, the usage of a key. Nothing of it costs a mini anything."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+from urllib.parse import parse_qs
+
+from fleet_worker.errors import InvalidRequest
+from fleet_worker.gateway import health, models, ollama_models
+from fleet_worker.gateway.json_text import compact
+from fleet_worker.gateway.keys import Keys
+from fleet_worker.gateway.known_fleet import KnownFleet
+from fleet_worker.gateway.ledger_file import files_of, path_of
+from fleet_worker.gateway.problems import only, refuse
+from fleet_worker.gateway.request import BodyMemory, Request
+from fleet_worker.gateway.response import Response
+from fleet_worker.gateway.running import Running
+from fleet_worker.gateway.usage import key_usage, moment
+from fleet_worker.settings import Settings
+
+ALIVE = ("/", "/health", "/health/liveliness", "/health/liveness")
+FOUND = (*ALIVE, "/health/readiness", "/models", "/usage")
+
+
+class Lookups:
+    """Answers them, and Ollama's, of which some are POST requests."""
+
+    def __init__(self, settings: Settings, fleet: KnownFleet, running: Running, keys: Keys, bodies: BodyMemory) -> None:
+        self._body_timeout = settings.gateway.body_timeout
+        self._ledger = path_of(settings)
+        self._fleet = fleet
+        self._running = running
+        self._keys = keys
+        self._bodies = bodies
+
+    def has(self, path: str) -> bool:
+        return path in FOUND or path.startswith(("/models/", "/api/"))
+
+    async def answer(self, path: str, request: Request, response: Response) -> None:
+        if path.startswith("/api/"):
+            status, found = 200, await self._of_ollama(path, request)
+        elif request.method in ("GET", "HEAD"):
+            status, found = await self._found(path, request)
+        else:
+            raise only("GET, HEAD")
+        await response.whole(status, compact(found).encode("ascii"))
+
+    async def _of_ollama(self, path: str, request: Request) -> dict[str, Any]:
+        body = await request.json(self._bodies, self._body_timeout) if request.method == "POST" else {}
+        key = self._keys.find(request.secret)
+        found = ollama_models.look_up(f"{request.method} {path}", body, self._fleet.known(), key)
+        if found is None:
+            raise refuse(404, "not_found", f"{request.method} {path}: the fleet has no such thing")
+        return found
+
+    async def _found(self, path: str, request: Request) -> tuple[int, dict[str, Any]]:
+        if path in ALIVE:
+            return 200, {"status": "alive"}
+        if path == "/health/readiness":
+            return health.readiness(self._fleet, draining=self._running.draining)
+        key = self._keys.find(request.secret)
+        if path == "/usage":
+            since = _since(request)
+            return 200, await asyncio.to_thread(key_usage, files_of(self._ledger), key.name, since)
+        if path == "/models":
+            return 200, models.page(self._fleet.known(), key)
+        return 200, models.details(self._fleet.known(), key, path.removeprefix("/models/"))
+
+
+def _since(request: Request) -> float:
+    """Return the time from which usage is asked for, as in `?since=7d`: by default the begin of this day in UTC."""
+    (text, *_) = parse_qs(request.query).get("since", [""])
+    try:
+        return moment(text) if text else time.time() // 86_400 * 86_400
+    except ValueError as error:
+        raise InvalidRequest(f"since: {error}", param="since") from None
