@@ -275,7 +275,7 @@ class Channel(redis.Channel):  # type: ignore[misc]
 
 class Transport(redis.Transport):  # type: ignore[misc]
     Channel = Channel
-    brpop_timeout = 3.0
+    brpop_timeout = 4.0
     """Seconds after which a read that has brought nothing is repeated. 2,000 readers cost Valkey 22 % of a core with
     0.25 s.
 
