@@ -12,5 +12,5 @@ In reading order:
   `openai_embeddings`, `openai_responses` with its parts `openai_responses_...`, `anthropic_messages` with the parts
   `anthropic_request`, `anthropic_history`, `anthropic_tools` and `anthropic_answer`, `anthropic_count`;
   `ollama_chat` and `ollama_generate` with the parts `ollama_request`, `ollama_fields` and `ollama_answer`,
-  `ollama_embed`, `ollama_embeddings`, `ollama_models`; `client_body`, `tool_calls`, `token_estimate`, `json_text`
+  `ollama_embed`, `ollama_embeddings`, `ollama_models`; `client_body`, `tool_calls`, `token_counts`, `json_text`
 """

@@ -14,7 +14,7 @@ from fleet_worker.gateway.client_body import read
 from fleet_worker.gateway.dialect import ChatAsked
 from fleet_worker.gateway.json_text import compact
 from fleet_worker.gateway.problems import Problem
-from fleet_worker.gateway.token_estimate import estimated_tokens
+from fleet_worker.gateway.token_counts import estimated_tokens
 
 
 def asked(body: dict[str, Any], request_id: str, created: int) -> ChatAsked:

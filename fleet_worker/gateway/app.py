@@ -37,7 +37,7 @@ from fleet_worker.gateway.quotas import Quotas
 from fleet_worker.gateway.request import BodyMemory, ClientLeft, Receive, Request
 from fleet_worker.gateway.response import Response, Send
 from fleet_worker.gateway.running import Running
-from fleet_worker.gateway.token_estimate import most_tokens
+from fleet_worker.gateway.token_counts import most_tokens
 from fleet_worker.router.router import Router
 from fleet_worker.settings import Settings
 
@@ -146,11 +146,15 @@ class Gateway:
         if response.status is not None:
             await response.fail(problem)
             return
-        if dialect is None:
-            dialect = ollama_chat if request.path.startswith("/api/") else self._chat
-        body = dialect.problem_body(problem, request.id)
+        body = (dialect or self._spoken(request)).problem_body(problem, request.id)
         last = [(b"connection", b"close")] if self.running.draining else []  # then the client asks another gateway
         await response.whole(problem.status, body, [*facts.headers(), *problem.headers, *last])
+
+    def _spoken(self, request: Request) -> Dialect:
+        """Return the dialect of a client that asks for what is not there, or only looks something up."""
+        if request.path.startswith("/api/"):
+            return ollama_chat
+        return anthropic_messages if "anthropic-version" in request.headers else self._chat
 
     def _report(self, request: Request, error: Exception) -> None:
         log.error("request %s failed: %s in %s", request.id, type(error).__name__, where(error))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from fleet_worker.errors import FleetSaturated, ModelUnavailable, ProviderError, QueueTimeout
 from fleet_worker.gateway.dialect import Asked, ChatAsked, CountAsked, EmbedAsked, LoadAsked
 from fleet_worker.gateway.event_stream import EventStream
 from fleet_worker.gateway.facts import Facts
 from fleet_worker.gateway.response import Response
-from fleet_worker.gateway.token_estimate import estimated_tokens
+from fleet_worker.gateway.token_counts import counted_tokens
 from fleet_worker.router.options import RequestOptions
 from fleet_worker.router.router import Router
 
@@ -40,7 +42,7 @@ class Exchange:
         if isinstance(asked, EmbedAsked):
             await self._embed(asked, model)
         elif isinstance(asked, CountAsked):
-            await self._count(asked)
+            await self._count(asked, model)
         elif isinstance(asked, LoadAsked):
             await self._response.whole(200, asked.answer, self._facts.headers())
         elif asked.stream:
@@ -53,8 +55,9 @@ class Exchange:
         self._facts.note_answer(response)
         await self._response.whole(200, asked.writer.whole(response), self._facts.headers())
 
-    async def _count(self, asked: CountAsked) -> None:
-        await self._response.whole(200, asked.answer(estimated_tokens(asked.body)), self._facts.headers())
+    async def _count(self, asked: CountAsked, model: str) -> None:
+        tokens = await asyncio.to_thread(counted_tokens, model, asked.body)
+        await self._response.whole(200, asked.answer(tokens), self._facts.headers())
 
     async def _chat(self, asked: ChatAsked, model: str) -> None:
         response = await self._router.achat(model, body=asked.body, **self._options)

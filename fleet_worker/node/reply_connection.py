@@ -47,8 +47,9 @@ class ReplyConnection:
         """The first of them is sent."""
         self._error: Exception | None = None
         """Why it could not be sent at once."""
+        self._failing: Message | None = None
+        """The message that could not be sent last, and how often in a row."""
         self._failures = 0
-        """Since the broker last confirmed a message."""
         self._replay = ReplayBuffer()
         self._outage = Outage("replies: the broker", log)
         self.learned: Callable[[str, int], object] = lambda reply_to, waiting: None
@@ -128,7 +129,7 @@ class ReplyConnection:
 
     def _confirm(self) -> None:
         waiting = self._opened().confirm()
-        self._is_sent, self._failures = False, 0
+        self._is_sent = False
         self._outage.works()
         message = self._messages.popleft()
         if waiting is not None:
@@ -148,7 +149,9 @@ class ReplyConnection:
         if known := refusal(error):
             self.refused()
         refused = not isinstance(error, self._publisher.connection_errors) and not (known and known.passes)
-        self._failures += 1
+        failing = self._messages[0] if self._messages else None
+        self._failures = self._failures + 1 if failing is self._failing else 1
+        self._failing = failing
         if self._failures >= TRIES and (closing or refused):
             self._give_up("the node ends" if closing else f"refused, {type(error).__name__}", all_of_them=closing)
         else:
@@ -156,7 +159,6 @@ class ReplyConnection:
 
     def _give_up(self, reason: str, *, all_of_them: bool) -> None:
         log.error("replies were given up: %s", reason)
-        self._failures = 0
         if all_of_them:
             self._messages.clear()
         elif self._messages:

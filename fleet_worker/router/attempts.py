@@ -27,6 +27,7 @@ from typing import Any, Literal
 from fleet_worker.errors import Expired, FleetError, NodeLost, PoisonSuspected, ReplyLost, StreamInterrupted
 from fleet_worker.protocol.openai import ChatParams
 from fleet_worker.protocol.reply import (
+    MERGE_AFTER,
     Accepted,
     Alive,
     Attempt,
@@ -37,6 +38,7 @@ from fleet_worker.protocol.reply import (
     Failure,
     Frame,
     join,
+    merged,
 )
 from fleet_worker.protocol.request import FleetRequest, Resume
 from fleet_worker.router.blame import Blame
@@ -106,6 +108,8 @@ class Attempts:
         self._resumes = False
         self._resumed = 0
         """How many times an answer of which a part was delivered has been continued."""
+        self._merged = 0
+        """How many of the delivered frames hold what several have brought."""
         self._uncounted = 0
         """Attempts that do not count: a node dropped them as expired by a wrong clock, or handed them over."""
 
@@ -242,10 +246,18 @@ class Attempts:
             self._resumed += 1
             frame = frame.model_copy(update={"deltas": [Delta(resumed=True), *frame.deltas]})
         self.delivered.append(frame)
+        if len(self.delivered) - self._merged >= MERGE_AFTER:
+            self._merge_last()
         # Counted now: ten long streams may fail at once, in the thread that reads the replies of all others.
         self._characters += sum(len(delta.content or "") for delta in frame.deltas)
         self._has_tool_calls = self._has_tool_calls or any(delta.tool_calls for delta in frame.deltas)
         return Deliver(frame)
+
+    def _merge_last(self) -> None:
+        last = self.delivered[self._merged :]
+        deltas = merged([delta for frame in last for delta in frame.deltas])
+        self.delivered[self._merged :] = [last[-1].model_copy(update={"deltas": deltas})]
+        self._merged += 1
 
     def _end(self, frame: ChatResponse | EmbedResponse | Failure) -> End:
         if isinstance(frame, Failure):

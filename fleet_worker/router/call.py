@@ -13,7 +13,7 @@ from concurrent.futures import Executor
 from typing import Self, cast
 
 from fleet_worker.errors import Cancelled, Expired, FleetError
-from fleet_worker.protocol.reply import ChatResponse, Delta, Deltas, Failure, Frame, join
+from fleet_worker.protocol.reply import MERGE_AFTER, ChatResponse, Delta, Deltas, Failure, Frame, join, merged
 from fleet_worker.router.in_flight import InFlightRequest
 from fleet_worker.router.progress import Progress
 from fleet_worker.router.reply_buffer import ReplyBuffer
@@ -191,6 +191,7 @@ class ChatStream:
         self._call = call
         self._ready: deque[Delta] = deque()
         self._deltas: list[Delta] = []
+        self._merged = 0
         self._response: ChatResponse | None = None
         self._tokens = 0
 
@@ -272,6 +273,9 @@ class ChatStream:
         if isinstance(frame, Deltas):
             self._tokens = frame.tokens
             self._deltas += frame.deltas
+            if len(self._deltas) - self._merged >= MERGE_AFTER:
+                self._deltas[self._merged :] = merged(self._deltas[self._merged :])
+                self._merged = len(self._deltas)
             self._ready.extend(frame.deltas)
         else:
             self._response = cast(ChatResponse, frame).model_copy(update=join(self._deltas))

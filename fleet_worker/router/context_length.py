@@ -49,6 +49,16 @@ def require_fits(request: FleetRequest, window: int | None) -> None:
         raise ContextLengthExceeded(text, param="messages", context_window=window)
 
 
+def counted(model: str, texts: Iterable[str]) -> int | None:
+    """Return how many tokens these texts have, None if no tokenizer of the model is here. It may take a second for a
+    megabyte."""
+    tokenizer = _tokenizer(model)
+    if tokenizer is None:
+        return None
+    pieces = (piece for text in texts for piece in _pieces(text))
+    return sum(len(tokenizer.encode(piece, add_special_tokens=False).ids) for piece in pieces)
+
+
 def characters(request: FleetRequest) -> int:
     """Return how many characters the messages of a chat have; 0 for an embedding."""
     params = request.params

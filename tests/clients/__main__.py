@@ -19,12 +19,25 @@ from pathlib import Path
 
 import platformdirs
 
-from tests.clients import agents_sdk, ai_sdk, codex, lang_chain, openai_node, opencode
+from tests.clients import (
+    agents_sdk,
+    ai_sdk,
+    ai_sdk_anthropic,
+    anthropic_node,
+    claude_code,
+    codex,
+    lang_chain,
+    ollama_node,
+    openai_node,
+    opencode,
+)
 from tests.clients.client import Client, Failed, Result, Target
 from tests.clients.own_fleet import own_fleet
 from tests.clients.packages import install
 
-CLIENTS = tuple(module.CLIENT for module in (openai_node, ai_sdk, agents_sdk, lang_chain, codex, opencode))
+_OF_OPENAI = (openai_node, ai_sdk, agents_sdk, lang_chain, codex, opencode)
+_OF_ANTHROPIC = (anthropic_node, ai_sdk_anthropic, claude_code)
+CLIENTS = tuple(module.CLIENT for module in (*_OF_OPENAI, *_OF_ANTHROPIC, ollama_node))
 
 
 def main() -> int:

@@ -23,7 +23,7 @@ from fleet_worker.gateway.dialect import ChatAsked, CountAsked, EmbedAsked
 from fleet_worker.gateway.openai_chat import OpenAIChat
 from fleet_worker.gateway.problems import Refused
 from fleet_worker.gateway.request import parsed
-from fleet_worker.gateway.token_estimate import estimated_tokens, most_tokens
+from fleet_worker.gateway.token_counts import estimated_tokens, most_tokens
 from fleet_worker.router.submission import Submission
 
 ID = "0f8fad5b-d9cb-469f-a165-70867728950e"

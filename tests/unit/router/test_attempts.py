@@ -139,6 +139,15 @@ def test_frames_are_taken_once_each_and_in_order():
     assert fed(attempts, *frames, *frames, frames[1]) == frames[1:]
 
 
+def test_a_long_answer_is_held_in_few_pieces_and_continued_where_it_broke_off():
+    attempts, words = attempts_of(), [f" word{number}" for number in range(2000)]
+    frames = [deltas(seq, word, tokens=seq) for seq, word in enumerate(words, 1)]
+    assert fed(attempts, accepted(), *frames) == frames
+    assert sum(len(frame.deltas) for frame in attempts.delivered) < 100
+    attempts.fail(DOWN, 0.0)
+    assert attempts.next_attempt().resume == Resume(content="".join(words), reasoning="", tokens=2000)
+
+
 def test_a_frame_that_is_missing_is_asked_for_and_all_that_came_after_it_taken_when_it_comes_again():
     attempts, frames = attempts_of(), [accepted(), deltas(1, "a"), deltas(2, "b"), deltas(3, "c")]
     assert effects_of(attempts, frames[0], *frames[2:]) == [AskAgain("a")]

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleet_worker import ContextLengthExceeded
-from fleet_worker.router.context_length import PIECE, _loaded, at_least, require_fits
+from fleet_worker.router.context_length import PIECE, _loaded, at_least, counted, require_fits
 from tests.clients import took_less_than
 from tests.unit.registry.test_view import about_instance, about_model, say
 from tests.unit.router.test_attempts import request
@@ -139,6 +139,12 @@ def model(tokenizer, tmp_path, monkeypatch):
     tokenizer.no_padding()
     yield folder / "snapshots" / "abc" / "tokenizer.json"
     _loaded.cache_clear()
+
+
+def test_texts_are_counted_by_the_tokenizer_of_their_model(model, tokenizer):
+    texts = ["the quick brown fox " * 20, "字", ""]
+    assert counted("m", texts) == sum(len(tokenizer.encode(text).ids) for text in texts)
+    assert counted("another", texts) is None
 
 
 def test_tokens_are_counted_where_the_model_is_on_this_machine(model, tokenizer):
