@@ -206,10 +206,6 @@ class Reply(BrokerMessage):
         return first.model_copy(update={"frames": frames}).encode() if others else bodies[0]
 
 
-MERGE_AFTER = 32
-"""Deltas of an answer after which they are merged."""
-
-
 def join(deltas: Iterable[Delta]) -> dict[str, Any]:
     """Return `content`, `reasoning` and `tool_calls` of the whole answer."""
     content: list[str] = []
@@ -232,14 +228,6 @@ def join(deltas: Iterable[Delta]) -> dict[str, Any]:
         "reasoning": "".join(reasoning) or None,
         "tool_calls": [calls[index] for index in sorted(calls)],
     }
-
-
-def merged(deltas: list[Delta]) -> list[Delta]:
-    """Return the same text in one delta; with tool calls, the deltas as they are. Each takes a kilobyte of memory."""
-    if any(delta.tool_calls for delta in deltas):
-        return deltas
-    whole = join(deltas)
-    return [Delta(content=whole["content"], reasoning=whole["reasoning"])]
 
 
 def _extend_call(call: dict[str, Any], fragment: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """The library that submits requests and reads their replies.
 
 May import: `registry`, `broker`, `mlx`, `protocol`, `settings`, `errors`. Read in this order: `router`, `options`,
-`submission`, `call`, `session`, `in_flight`, `readers`, `attempts`, `progress`, `effects`, `blame`, `node_selection`,
-`context_length`, `admission`, `queue_wait`, `submitter`, `control_publisher`, `reply_consumer`, `reply_buffer`,
-`wakeups`, `scheduler`, `idempotency`.
+`submission`, `call`, `session`, `in_flight`, `readers`, `attempts`, `transcript`, `progress`, `effects`, `blame`,
+`node_selection`, `context_length`, `admission`, `queue_wait`, `submitter`, `control_publisher`, `reply_consumer`,
+`reply_buffer`, `wakeups`, `scheduler`, `idempotency`.
 """

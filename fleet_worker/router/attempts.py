@@ -21,13 +21,11 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable
 from typing import Any, Literal
 
 from fleet_worker.errors import Expired, FleetError, NodeLost, PoisonSuspected, ReplyLost, StreamInterrupted
 from fleet_worker.protocol.openai import ChatParams
 from fleet_worker.protocol.reply import (
-    MERGE_AFTER,
     Accepted,
     Alive,
     Attempt,
@@ -37,13 +35,12 @@ from fleet_worker.protocol.reply import (
     EmbedResponse,
     Failure,
     Frame,
-    join,
-    merged,
 )
 from fleet_worker.protocol.request import FleetRequest, Resume
 from fleet_worker.router.blame import Blame
 from fleet_worker.router.effects import AskAgain, CancelOrphan, Confirm, Deliver, Effect, End, RetryAfter, TellTime
 from fleet_worker.router.progress import Progress
+from fleet_worker.router.transcript import Transcript
 
 OnInterrupt = Literal["resume", "fail"]
 State = Literal["waiting", "running", "pausing", "ended"]
@@ -84,10 +81,9 @@ class Attempts:
         self.failed: set[str] = set()
         self.history: list[Attempt] = []
         """The attempts that are over."""
-        self.delivered: list[Deltas] = []
+        self.delivered = Transcript()
         """What the readers got of a stream, from all attempts."""
-        self._characters = 0
-        self._has_tool_calls = False
+        self._tokens = 0
         self.last: ChatResponse | EmbedResponse | Failure | None = None
         """The frame with which it ended."""
         self._deadline = deadline
@@ -108,8 +104,6 @@ class Attempts:
         self._resumes = False
         self._resumed = 0
         """How many times an answer of which a part was delivered has been continued."""
-        self._merged = 0
-        """How many of the delivered frames hold what several have brought."""
         self._uncounted = 0
         """Attempts that do not count: a node dropped them as expired by a wrong clock, or handed them over."""
 
@@ -196,12 +190,22 @@ class Attempts:
         effects = [] if self.state == "pausing" else self._close_attempt(error.code, orphaned=True)
         return [*effects, self._end(self._failure(error))]
 
+    def past(self) -> Deltas | None:
+        """Return what was delivered as one frame, for a reader that comes later."""
+        if not self.delivered:
+            return None
+        return Deltas(
+            id=self.request.request_id,
+            attempt=self.request.attempt,
+            seq=max(0, self._next_seq - 1),
+            deltas=self.delivered.deltas(),
+            tokens=self._tokens,
+        )
+
     def pack(self) -> int:
-        """Merge what was delivered into one frame; return how many characters of JSON the whole answer has."""
-        if len(self.delivered) > 1:
-            whole = Delta.model_validate(join(self._deltas()))
-            self.delivered = [self.delivered[-1].model_copy(update={"deltas": [whole]})]
-        return sum(len(frame.model_dump_json()) for frame in (*self.delivered, self.last) if frame)
+        """Keep what was delivered in one piece; return how many characters of JSON the whole answer has."""
+        self.delivered.pack()
+        return sum(len(frame.model_dump_json()) for frame in (self.past(), self.last) if frame)
 
     @property
     def progress(self) -> Progress:
@@ -245,19 +249,9 @@ class Attempts:
             self._resumes = False
             self._resumed += 1
             frame = frame.model_copy(update={"deltas": [Delta(resumed=True), *frame.deltas]})
-        self.delivered.append(frame)
-        if len(self.delivered) - self._merged >= MERGE_AFTER:
-            self._merge_last()
-        # Counted now: ten long streams may fail at once, in the thread that reads the replies of all others.
-        self._characters += sum(len(delta.content or "") for delta in frame.deltas)
-        self._has_tool_calls = self._has_tool_calls or any(delta.tool_calls for delta in frame.deltas)
+        self.delivered.add(frame.deltas)
+        self._tokens = frame.tokens
         return Deliver(frame)
-
-    def _merge_last(self) -> None:
-        last = self.delivered[self._merged :]
-        deltas = merged([delta for frame in last for delta in frame.deltas])
-        self.delivered[self._merged :] = [last[-1].model_copy(update={"deltas": deltas})]
-        self._merged += 1
 
     def _end(self, frame: ChatResponse | EmbedResponse | Failure) -> End:
         if isinstance(frame, Failure):
@@ -282,7 +276,7 @@ class Attempts:
         return [CancelOrphan(self.node, self.request.attempt)] if orphaned else []
 
     def _present(self, code: str | None) -> Attempt:
-        return Attempt(attempt=self.request.attempt, node=self.node, error=code, delivered=self._characters)
+        return Attempt(attempt=self.request.attempt, node=self.node, error=code, delivered=self.delivered.characters)
 
     def _final(self, error: FleetError, next_at: float, retryable: bool) -> FleetError | None:
         """Return the error that ends the request, or None if there is another attempt, at that time."""
@@ -302,16 +296,11 @@ class Attempts:
         """A model can continue text, but not half a tool call or half a JSON document."""
         params = self.request.params
         free_text = isinstance(params, ChatParams) and (params.response_format or {}).get("type", "text") == "text"
-        return free_text and not self._has_tool_calls
+        return free_text and not self.delivered.has_tool_calls
 
     def _resume(self) -> Resume:
-        whole = join(self._deltas())
-        return Resume(
-            content=whole["content"] or "", reasoning=whole["reasoning"] or "", tokens=self.delivered[-1].tokens
-        )
-
-    def _deltas(self) -> Iterable[Delta]:
-        return (delta for frame in self.delivered for delta in frame.deltas)
+        whole = self.delivered.whole()
+        return Resume(content=whole["content"] or "", reasoning=whole["reasoning"] or "", tokens=self._tokens)
 
 
 def _pause_before(attempt: int, error: FleetError) -> float:

@@ -13,10 +13,11 @@ from concurrent.futures import Executor
 from typing import Self, cast
 
 from fleet_worker.errors import Cancelled, Expired, FleetError
-from fleet_worker.protocol.reply import MERGE_AFTER, ChatResponse, Delta, Deltas, Failure, Frame, join, merged
+from fleet_worker.protocol.reply import ChatResponse, Delta, Deltas, Failure, Frame
 from fleet_worker.router.in_flight import InFlightRequest
 from fleet_worker.router.progress import Progress
 from fleet_worker.router.reply_buffer import ReplyBuffer
+from fleet_worker.router.transcript import Transcript
 
 THREAD_ENDS_WITHIN = 0.2
 """Seconds after the deadline within which the thread that sends a request reports itself why it is too late."""
@@ -190,8 +191,7 @@ class ChatStream:
     def __init__(self, call: Call) -> None:
         self._call = call
         self._ready: deque[Delta] = deque()
-        self._deltas: list[Delta] = []
-        self._merged = 0
+        self._transcript = Transcript()
         self._response: ChatResponse | None = None
         self._tokens = 0
 
@@ -271,14 +271,11 @@ class ChatStream:
 
     def _take(self, frame: Frame) -> None:
         if isinstance(frame, Deltas):
+            self._transcript.add(frame.deltas)
             self._tokens = frame.tokens
-            self._deltas += frame.deltas
-            if len(self._deltas) - self._merged >= MERGE_AFTER:
-                self._deltas[self._merged :] = merged(self._deltas[self._merged :])
-                self._merged = len(self._deltas)
             self._ready.extend(frame.deltas)
         else:
-            self._response = cast(ChatResponse, frame).model_copy(update=join(self._deltas))
+            self._response = cast(ChatResponse, frame).model_copy(update=self._transcript.whole())
 
 
 class Batches:

@@ -117,7 +117,7 @@ class InFlightRequest:
             return self._attempts.progress
 
     def pack(self) -> int:
-        """Keep the whole answer as one frame; return how many characters of JSON it has."""
+        """Keep the whole answer in one piece; return how many characters of JSON it has."""
         with self._lock:
             return self._attempts.pack()
 
@@ -130,7 +130,7 @@ class InFlightRequest:
             self._drop_left()
             if self._attempts.last and not self.answered:
                 return None
-            return self._readers.join(timeout, self._attempts.delivered, self._attempts.last)
+            return self._readers.join(timeout, self._attempts.past(), self._attempts.last)
 
     def leave(self, buffer: ReplyBuffer) -> None:
         """Remove a reader. When the last one has left, the scheduler thread cancels the request.

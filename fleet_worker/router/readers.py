@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 
 from fleet_worker.protocol.reply import Deltas, Frame
 from fleet_worker.router.reply_buffer import ReplyBuffer
@@ -22,13 +21,13 @@ class Readers:
     def any_left(self) -> bool:
         return bool(self._buffers)
 
-    def join(self, timeout: float, past: Sequence[Deltas], last: Frame | None) -> ReplyBuffer:
-        """Return the buffer of one more reader, who waits at most `timeout` seconds. It begins with the frames that
-        were delivered so far; with the `last` one it is complete."""
-        room = self._max_buffered + sum(len(frame.deltas) for frame in past)
+    def join(self, timeout: float, past: Deltas | None, last: Frame | None) -> ReplyBuffer:
+        """Return the buffer of one more reader, who waits at most `timeout` seconds. It begins with what was delivered
+        so far; with the `last` frame it is complete."""
+        room = self._max_buffered + (len(past.deltas) if past else 0)
         buffer = ReplyBuffer(self._wakeups, deadline=time.monotonic() + timeout, max_buffered=room)
-        for frame in past:
-            buffer.put(frame)
+        if past:
+            buffer.put(past)
         if last:
             buffer.put(last)
         else:

@@ -30,6 +30,10 @@ log = logging.getLogger(__name__)
 
 MAX_TICK = 1.5
 """Seconds that one wait for messages may add to the clock, however long the process was frozen in it."""
+GAP_PER_REQUEST = 0.0001
+SHORTEST_GAP, LONGEST_GAP = 0.001, 0.004
+"""Seconds from one read to the next: the more requests are in flight, the more messages one read takes, and none waits
+when they are few. A message that comes after a longer pause is read at once."""
 TRY_FOR = 60.0
 """Seconds after the last request for which a broker that never answered is tried."""
 PROBE_EVERY = 1.0
@@ -49,12 +53,18 @@ class ReplyConsumer:
         name: str,
         receive: Callable[[str, Frame], object],
         registry: Registry,
+        in_flight: Callable[[], int] = lambda: 1,
     ) -> None:
         self.name = name
         self._connect = connect
         self._broker_url = broker_url
         self._on_frame = receive
         self._registry = registry
+        self._in_flight = in_flight
+        """Returns how many requests are in flight."""
+        self._read_at = 0.0
+        """When the first message of the last read was read, in `time.monotonic()` seconds."""
+        self._is_first = True
         self.wakeups = Wakeups()
         self._link = ReconnectingThread("the reply queue", connect, self._listen, self._failed)
         self.clock = 0.0
@@ -158,11 +168,18 @@ class ReplyConsumer:
             self._probe(channel)
             self._link.works()
             before = time.monotonic()
+            self._leave_gap(before)
+            self._is_first = True
             with self.wakeups.together():
                 receive_all(1.0)
             self.clock += min(time.monotonic() - before, MAX_TICK)
         with contextlib.suppress(Exception):  # all of it expires
             self._leave(channel)
+
+    def _leave_gap(self, now: float) -> None:
+        gap = min(LONGEST_GAP, self._in_flight() * GAP_PER_REQUEST)
+        if gap >= SHORTEST_GAP and (left := self._read_at + gap - now) > 0:
+            self._link.closed.wait(left)
 
     def _announce(self, channel: Any) -> None:
         """Ask all registry nodes for the status of their hosts, so that none is unknown until its next event. After a
@@ -186,6 +203,8 @@ class ReplyConsumer:
             self._next_probe = time.monotonic() + PROBE_EVERY
 
     def _receive(self, body: bytes) -> None:
+        if self._is_first:
+            self._read_at, self._is_first = time.monotonic(), False
         try:
             reply = Reply.decode(body)
         except InvalidRequest as error:

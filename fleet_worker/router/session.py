@@ -53,6 +53,7 @@ class Session:
             name,
             self.receive,
             registry,
+            in_flight=lambda: len(self._requests),
         )
         self._requests: dict[str, InFlightRequest] = {}
         self._cache = IdempotencyCache(self.settings.idempotency_ttl)

@@ -33,7 +33,8 @@ const checks = {
   },
   async "message, object"() {
     const output = Output.object({ schema: z.object({ city: z.string() }) });
-    const { output: place } = await generateText({ ...asked, model, output });
+    const providerOptions = { anthropic: { structuredOutputMode: "outputFormat" } };
+    const { output: place } = await generateText({ ...asked, model, output, providerOptions });
     assert.equal(typeof place.city, "string");
     return JSON.stringify(place);
   },

@@ -48,6 +48,8 @@ def _npm_install(folder: Path, names: Iterable[str]) -> None:
 
 
 def _npm_versions(folder: Path) -> dict[str, str]:
+    if not (folder / "package.json").exists():  # npm would look into the folders above
+        return {}
     listed = subprocess.run(["npm", "ls", "--depth", "0", "--json"], cwd=folder, capture_output=True, text=True)
     found = json.loads(listed.stdout or "{}").get("dependencies", {})
     return {name: about["version"] for name, about in found.items() if "version" in about}

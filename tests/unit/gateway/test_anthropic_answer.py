@@ -7,6 +7,8 @@ import anthropic
 import httpx2
 import pytest
 from anthropic.types import Message, RawMessageStreamEvent
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from fleet_worker.gateway import anthropic_messages
@@ -243,6 +245,33 @@ def test_calls_that_are_mixed_are_put_together():
 def test_arguments_that_a_model_got_wrong(arguments, understood):
     call = {"id": "c", "function": {"name": "look", "arguments": arguments}}
     assert whole(response("length", tool_calls=[call])).content[0].input == understood
+
+
+pieces = st.one_of(
+    st.builds(said, st.sampled_from(["a", " ", "\n", "größer ", "\u2028", '"'])),
+    st.builds(thought, st.sampled_from(["hm", " "])),
+    st.builds(called, st.sampled_from(["", '{"a":', "1}"]), st.integers(0, 2), name=st.just("look")),
+)
+
+
+@given(st.lists(pieces, max_size=12))
+def test_blocks_begin_and_end_one_after_the_other_and_lose_nothing(deltas):
+    read = events(stream(*deltas))
+    number, is_open = -1, False
+    for event in read[1:-2]:
+        if event.type == "content_block_start":
+            assert (event.index, is_open) == (number + 1, False)
+            number, is_open = event.index, True
+        elif event.type == "content_block_stop":
+            assert (event.index, is_open) == (number, True)
+            is_open = False
+        else:
+            assert is_open
+            assert event.index == number or event.delta.type == "input_json_delta"
+    assert not is_open
+    texts = [event.delta.text for event in read if getattr(getattr(event, "delta", None), "type", "") == "text_delta"]
+    told = "".join(delta.content or "" for delta in deltas)
+    assert "".join("".join(texts).split()) == "".join(told.split())
 
 
 def test_an_answer_without_anything_is_complete():

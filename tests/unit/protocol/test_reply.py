@@ -23,7 +23,6 @@ from fleet_worker.protocol.reply import (
     Timings,
     Usage,
     join,
-    merged,
     pack_vector,
     unpack_vector,
 )
@@ -329,13 +328,3 @@ def test_fragments_of_tool_calls_that_cannot_be_joined_are_refused_before_anybod
     frame = {"kind": "deltas", "id": "r", "attempt": 1, "seq": 0, "tokens": 1, "deltas": [{"tool_calls": [fragment]}]}
     with pytest.raises(InvalidRequest, match="tool_calls"):
         Reply.decode(json.dumps({"v": 2, "node": "n", "frames": [frame]}))
-
-
-def test_merged_deltas_have_the_same_text():
-    pieces = [Delta(content="a"), Delta(reasoning="b"), Delta(content="c", reasoning="d")]
-    assert merged(pieces) == [Delta(content="ac", reasoning="bd")]
-
-
-def test_pieces_of_tool_calls_are_not_merged():
-    pieces = [Delta(content="a"), Delta(tool_calls=[{"index": 0, "function": {"arguments": "{"}}])]
-    assert merged(pieces) == pieces
