@@ -110,6 +110,8 @@ class Router:
     async def connect(self) -> Registry:
         """As `registry`, awaitable: connect before the first request does. Raises `BrokerUnavailable` after
         `router.connect_timeout` seconds, and may then be called again."""
+        if self._closed:
+            raise RuntimeError("this router is closed")
         connecting = asyncio.get_running_loop().run_in_executor(self._threads, lambda: self.registry)
         return await connecting
 

@@ -173,6 +173,24 @@ def minis() -> list[Row]:
     ]
 
 
+def overload() -> list[Row]:
+    """Twice as many requests as 64 slots can answer, from clients that come back after each answer or refusal."""
+    crowd = Crowd()
+    with fleet("--ttft", "0", "--token-interval", "0.02") as it:
+        asyncio.run(crowd.come(it.url, rate=2 * 64 / crowd.seconds, seconds=40))
+    waits = [seconds - crowd.seconds for seconds in crowd.answered]
+    served = crowd.served_by_client
+    name = "twice the capacity of 64 slots, max_wait 5 s"
+    return [
+        Row(name, "refused", "~ 0.5", len(crowd.refused) / (len(crowd.refused) + len(waits))),
+        Row(name, "refusal p50", "", _p(crowd.refused, 50), "ms"),
+        Row(name, "refusal p99", "<= 50", _p(crowd.refused, 99), "ms"),
+        Row(name, "wait of the admitted p95", "<= 6,000", _p(waits, 95), "ms"),
+        Row(name, "longest wait", "", 1000 * max(waits), "ms"),
+        Row(name, "answers of the unluckiest client / mean", "> 0.3", min(served) / statistics.mean(served)),
+    ]
+
+
 SCENARIOS: dict[str, Callable[[], list[Row]]] = {
     "one": one_stream,
     "paced": paced_streams,
@@ -181,6 +199,7 @@ SCENARIOS: dict[str, Callable[[], list[Row]]] = {
     "requests": requests,
     "embed": embeddings,
     "minis": minis,
+    "overload": overload,
 }
 
 
@@ -199,6 +218,37 @@ async def _at_once(url: str, body: dict[str, Any], streams: int) -> list[Streame
     async with AsyncExitStack() as stack:
         connections = [await stack.enter_async_context(Connection(url)) for _ in range(streams)]
         return await asyncio.gather(*(each.stream("/v1/chat/completions", body) for each in connections))
+
+
+class Crowd:
+    """Clients that take turns. Each asks on a connection of its own, and notes how long the answer took."""
+
+    seconds, tokens, clients = 1.0, 50, 16
+    """Of one request that does not wait."""
+
+    def __init__(self) -> None:
+        self.answered: list[float] = []
+        self.refused: list[float] = []
+        self.served_by_client = [0] * self.clients
+
+    async def come(self, url: str, rate: float, seconds: float) -> None:
+        began, idle = time.monotonic(), []
+        async with AsyncExitStack() as stack, asyncio.TaskGroup() as asking:
+            for number in range(int(rate * seconds)):
+                await asyncio.sleep(began + number / rate - time.monotonic())
+                connection = idle.pop() if idle else await stack.enter_async_context(_patient(url))
+                asking.create_task(self._ask(connection, number % self.clients, idle))
+
+    async def _ask(self, connection: Connection, client: int, idle: list[Connection]) -> None:
+        began = time.monotonic()
+        status, _ = await connection.answer("/v1/chat/completions", chat(self.tokens, stream=False))
+        (self.answered if status == 200 else self.refused).append(time.monotonic() - began)
+        self.served_by_client[client] += status == 200
+        idle.append(connection)
+
+
+def _patient(url: str) -> Connection:
+    return Connection(url, x_fleet_max_wait="5")
 
 
 async def _in_flight(url: str, path: str, body: dict[str, Any], times: int, width: int) -> float:

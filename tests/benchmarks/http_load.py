@@ -37,7 +37,8 @@ class Streamed:
 class Connection:
     """One connection to a server, for one request after the other."""
 
-    def __init__(self, base_url: str) -> None:
+    def __init__(self, base_url: str, **headers: str) -> None:
+        self._headers = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
         self._host, self._port = urlsplit(base_url).hostname or "", urlsplit(base_url).port or 80
 
     async def __aenter__(self) -> Self:
@@ -68,18 +69,25 @@ class Connection:
 
     async def whole(self, path: str, body: dict[str, Any]) -> bytes:
         """Send a request and return the body of its answer, which has a length."""
+        status, content = await self.answer(path, body)
+        if status != 200:
+            raise ConnectionError(f"{status}: {content[:200].decode('latin-1')}")
+        return content
+
+    async def answer(self, path: str, body: dict[str, Any]) -> tuple[int, bytes]:
+        """Send a request and return the status and the body of its answer, which has a length."""
         await self._send(path, body)
         head = await self._head()
         length = re.search(rb"content-length: ?(\d+)", head, re.IGNORECASE)
-        if not length or b" 200 " not in head[:20]:
+        if not length:
             raise ConnectionError(head[:200].decode("latin-1"))
-        return await self._reader.readexactly(int(length[1]))
+        return int(head[9:12]), await self._reader.readexactly(int(length[1]))
 
     async def _send(self, path: str, body: dict[str, Any]) -> None:
         if self._writer.is_closing():
             await self.__aenter__()
         content = json.dumps(body).encode()
-        head = f"POST {path} HTTP/1.1\r\nhost: {self._host}\r\ncontent-type: application/json\r\n"
+        head = f"POST {path} HTTP/1.1\r\nhost: {self._host}\r\ncontent-type: application/json\r\n{self._headers}"
         self._writer.write(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content)
 
     async def _head(self) -> bytes:

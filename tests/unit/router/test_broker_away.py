@@ -116,7 +116,10 @@ def test_a_router_connects_for_a_task_without_a_request():
             async with Router(Settings(broker_url=url)) as router:
                 registry = await router.connect()
                 assert registry is await router.connect()
-                return router.broker_away_for, registry.offerings()
+                found = router.broker_away_for, registry.offerings()
+            with pytest.raises(RuntimeError, match="closed"):
+                await router.connect()
+            return found
 
         with took_less_than(5):
             assert asyncio.run(use()) == (0.0, [])
