@@ -3,8 +3,8 @@
     python -m tests.clients                                     # a simulated fleet and its gateway are started
     python -m tests.clients --url http://127.0.0.1:4000 --model qwen3-4b --key sk-fleet-...
 
-Exits with 1 if anything failed. Node.js and npm are needed. A model that is given may not call tools when it should:
-with --url, what needs that is left out, unless --tools says that this model calls them.
+Exits with 1 if anything failed. Node.js and npm are needed. With --url, what needs more than an answer with text is
+left out, unless --tools or --json say that the model can do it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from tests.clients import (
     claude_code,
     codex,
     lang_chain,
+    lang_chain_others,
     ollama_node,
     openai_node,
     opencode,
@@ -37,7 +38,7 @@ from tests.clients.packages import install
 
 _OF_OPENAI = (openai_node, ai_sdk, agents_sdk, lang_chain, codex, opencode)
 _OF_ANTHROPIC = (anthropic_node, ai_sdk_anthropic, claude_code)
-CLIENTS = tuple(module.CLIENT for module in (*_OF_OPENAI, *_OF_ANTHROPIC, ollama_node))
+CLIENTS = tuple(module.CLIENT for module in (*_OF_OPENAI, *_OF_ANTHROPIC, ollama_node, lang_chain_others))
 
 
 def main() -> int:
@@ -50,7 +51,7 @@ def main() -> int:
         for client in chosen:
             version = ", ".join(f"{name} {versions[name]}" for name in client.packages)
             print(f"{client.name} ({version}) at {url}")
-            failed += _run(client, Target(url, options.key, models, options.cache, _folder()))
+            failed += _run(client, Target(url, options.key, models, options.cache, _folder(), options.patience))
     print("all passed" if not failed else f"{failed} failed")
     return 1 if failed else 0
 
@@ -76,8 +77,12 @@ def _results(client: Client, target: Target):
 
 
 def _models(options: argparse.Namespace, clients: list[Client]) -> dict[str, str]:
-    roles = [client.name for client in clients] if options.tools else []
-    return dict.fromkeys(["text", *roles], options.model)
+    roles = [
+        "text",
+        *(["json"] if options.json else []),
+        *([client.name for client in clients] if options.tools else []),
+    ]
+    return dict.fromkeys(roles, options.model)
 
 
 def _folder() -> Path:
@@ -89,9 +94,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--url", help="of a running gateway, without a path; without one, one is started")
     parser.add_argument("--model", help="that answers there")
     parser.add_argument("--tools", action="store_true", help="that model calls tools when it should")
+    parser.add_argument("--json", action="store_true", help="that model's server keeps to a response_format")
     parser.add_argument("--key", default="none", help="of that gateway")
     parser.add_argument("--only", action="append", choices=[client.name for client in CLIENTS])
     parser.add_argument("--newest", action="store_true", help="install the newest versions of all clients")
+    parser.add_argument("--patience", type=float, default=180.0, help="seconds that a program may take; default: 180")
     cache = platformdirs.user_cache_path("fleet-worker") / "clients"
     parser.add_argument("--cache", type=Path, default=cache, help=f"where clients are installed; default: {cache}")
     options = parser.parse_args()

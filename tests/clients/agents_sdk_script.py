@@ -39,7 +39,11 @@ def responses():
 
 
 def responses_object():
-    return Runner.run_sync(agent(OpenAIResponsesModel, output_type=Place), "Where?").final_output_as(Place, True).city
+    return (
+        Runner.run_sync(agent(OpenAIResponsesModel, "json", output_type=Place), "Where?")
+        .final_output_as(Place, True)
+        .city
+    )
 
 
 def two_turns():
@@ -68,4 +72,5 @@ async def _streamed(kind):
 
 
 tool_checks = [responses_stream_and_tools, chat_stream_and_tools] if "agents-sdk" in MODELS else []
-run(responses, responses_object, two_turns, *tool_checks)
+json_checks = [responses_object] if "json" in MODELS else []
+run(responses, two_turns, *json_checks, *tool_checks)

@@ -45,10 +45,12 @@ async function anObject(model) {
 const checks = {
   "responses": async () => (await generateText({ model: responses(models.text), prompt, maxRetries: 0 })).text,
   "responses, stream": () => streamed(responses(models.text)),
-  "responses, object": () => anObject(responses(models.text)),
   "chat": async () => (await generateText({ model: chats(models.text), prompt, maxRetries: 0 })).text,
   "chat, stream": () => streamed(chats(models.text)),
-  "chat, object": () => anObject(chats(models.text)),
+};
+const jsonChecks = {
+  "responses, object": () => anObject(responses(models.json)),
+  "chat, object": () => anObject(chats(models.json)),
 };
 const toolChecks = {
   "responses, tools": () => withTools(responses(caller), { providerOptions: { openai: { store: false } } }),
@@ -60,4 +62,4 @@ const toolChecks = {
   "chat, tools": () => withTools(chats(caller)),
 };
 
-run(caller ? { ...checks, ...toolChecks } : checks);
+run({ ...checks, ...(models.json ? jsonChecks : {}), ...(caller ? toolChecks : {}) });

@@ -10,6 +10,7 @@ from typing import Any
 from tests.clients.client import Client, Result, Target, check, expect
 
 _RAN = "the fleet was here"
+_CODER = "gpt-6-astra"
 
 
 def _run(target: Target) -> Iterator[Result]:
@@ -18,6 +19,8 @@ def _run(target: Target) -> Iterator[Result]:
     yield check("tells that a model is unknown", lambda: _unknown_model(target))
     if model := target.models.get("codex"):
         yield check("runs a command", lambda: _runs_a_command(target, model))
+    if coder := target.models.get(_CODER):
+        yield check("runs code of a custom tool", lambda: _runs_code(target, coder))
 
 
 def _answers(target: Target) -> str:
@@ -45,6 +48,14 @@ def _runs_a_command(target: Target, model: str) -> str:
     expect(any(_RAN in item.get("aggregated_output", "") for item in ran), events)
     thoughts = [item["text"] for item in _items(events) if item["type"] == "reasoning"]
     return f"thought {thoughts}, ran {[item['command'] for item in ran]}, said {_said(events)}"
+
+
+def _runs_code(target: Target, model: str) -> str:
+    """With this model it offers only custom tools in namespaces, as part of its input."""
+    events = _exec(target, model, "Run some code.")
+    ran = [item for item in _items(events) if item["type"] == "command_execution"]
+    expect(any(_RAN in item.get("aggregated_output", "") for item in ran), events)
+    return f"ran {[item['command'] for item in ran]}, said {_said(events)}"
 
 
 def _exec(
@@ -79,4 +90,7 @@ def _said(events: list[dict[str, Any]]) -> str:
     return said[-1]
 
 
-CLIENT = Client("codex", ["@openai/codex"], _run, [{"name": "exec_command", "arguments": {"cmd": f"echo {_RAN}"}}])
+CALLS = [{"name": "exec_command", "arguments": {"cmd": f"echo {_RAN}"}}]
+_CODE = f'text(await tools.exec_command({{cmd: "echo {_RAN}"}}))'
+CODE_CALLS = [{"name": "functions__exec", "arguments": {"input": _CODE}}]
+CLIENT = Client("codex", ["@openai/codex"], _run, CALLS, {_CODER: CODE_CALLS})

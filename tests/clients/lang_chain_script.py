@@ -33,7 +33,7 @@ def chat_stream():
 
 
 def chat_object():
-    return model().with_structured_output(Place, method="json_schema").invoke("Where?").city
+    return _object(model("json"))
 
 
 def chat_tools():
@@ -49,7 +49,9 @@ def responses_stream():
 
 
 def responses_object():
-    return model(use_responses_api=True).with_structured_output(Place, method="json_schema").invoke("Where?").city
+    return (
+        model("json", use_responses_api=True).with_structured_output(Place, method="json_schema").invoke("Where?").city
+    )
 
 
 def responses_tools():
@@ -64,6 +66,10 @@ def _answer(chat):
     message = chat.invoke("Say hello.", max_tokens=20)
     assert message.usage_metadata["output_tokens"] > 0
     return message.text
+
+
+def _object(chat):
+    return chat.with_structured_output(Place, method="json_schema").invoke("Where?").city
 
 
 def _streamed(chat):
@@ -90,4 +96,5 @@ def _with_tools(chat, streamed=False):
 
 
 tool_checks = [chat_tools, responses_tools, responses_stream_and_tools] if "langchain" in MODELS else []
-run(chat, chat_stream, chat_object, responses, responses_stream, responses_object, *tool_checks)
+json_checks = [chat_object, responses_object] if "json" in MODELS else []
+run(chat, chat_stream, responses, responses_stream, *json_checks, *tool_checks)

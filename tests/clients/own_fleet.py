@@ -17,8 +17,9 @@ THOUGHTS = ("The", " user", " asks", ".")
 def own_fleet(clients: Sequence[Client]) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield the URL of a gateway, and the models by their roles: each client has one that calls its tools."""
     with ExitStack() as stack:
-        instances, models = {}, {"text": TEXT}
+        instances, models = {}, {"text": TEXT, "json": TEXT}
         calls = {"text": (TEXT, ()), **{each.name: (f"sim-{each.name}", each.tool_calls) for each in clients}}
+        calls |= {model: (model, tool_calls) for each in clients for model, tool_calls in each.also.items()}
         for role, (model, tool_calls) in calls.items():
             thinks = () if role == "text" else THOUGHTS
             mlx = stack.enter_context(

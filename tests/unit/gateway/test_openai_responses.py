@@ -372,6 +372,68 @@ def test_what_cannot_be_done_is_refused_by_its_name(fields, param):
     assert str(refusal.value).startswith(f"{param}: ")
 
 
+RICH = {
+    "instructions": "Be brief.",
+    "input": [
+        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Hi"}]},
+        {
+            "role": "user",
+            "content": [{"type": "input_image", "image_url": "data:image/png;base64,a", "detail": "low"}],
+        },
+        {"type": "message", "role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]},
+        {"type": "reasoning", "summary": []},
+        {"type": "function_call", "call_id": "a", "name": "weather", "arguments": "{}", "namespace": "crm"},
+        {"type": "custom_tool_call", "call_id": "b", "name": "apply_patch", "input": "x"},
+        {"type": "local_shell_call", "call_id": "c", "action": {"type": "exec", "command": ["ls"], "env": {}}},
+        {"type": "function_call_output", "call_id": "a", "output": [{"type": "input_text", "text": "sunny"}]},
+        {"type": "additional_tools", "role": "developer", "tools": [{**CRM, "name": "erp"}]},
+    ],
+    "tools": [WEATHER, {"type": "function", "function": {"name": "clock"}}, PATCH, SHELL, CRM],
+    "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "weather"}]},
+    "text": {"format": {"type": "json_schema", "name": "a", "schema": {}, "strict": True}, "verbosity": "low"},
+    "reasoning": {"effort": "low", "summary": "auto"},
+    "metadata": {"a": "b"},
+    "include": ["reasoning.encrypted_content"],
+    "max_output_tokens": 9,
+    "parallel_tool_calls": True,
+    "prompt_cache_key": "d",
+    "top_logprobs": 0,
+    "stream": True,
+}
+"""A body with everything."""
+WORDS = st.sampled_from(["", "message", "function", "custom", "namespace", "user", "input_text", "allowed_tools", "e"])
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | WORDS,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(WORDS | st.just("type"), inner, max_size=2),
+    max_leaves=5,
+)
+
+
+def paths(value, path=()):
+    """The path of each part of this value."""
+    yield path
+    for name, part in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from paths(part, (*path, name))
+
+
+def changed(value, path, to):
+    """This value with another part at this path."""
+    if not path:
+        return to
+    copy = value.copy()
+    copy[path[0]] = changed(value[path[0]], path[1:], to)
+    return copy
+
+
+@given(st.sampled_from([path for path in paths(RICH) if path]), ANYTHING)
+def test_any_body_is_read_or_refused(path, to):
+    try:
+        chat = asked(**changed(RICH, path, to))
+    except InvalidRequest:
+        return
+    json.loads(chat.writer.whole(response([Delta(content="Hi"), call(0, "erp__list", "{}")])))
+
+
 def test_what_has_no_effect_is_accepted():
     chat = asked(
         stream=False,

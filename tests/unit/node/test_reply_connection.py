@@ -211,3 +211,16 @@ def test_a_frame_that_cannot_be_written_ends_its_own_attempt_only(publisher, rep
         reply.put([Delta.model_construct(content="\ud800", reasoning=None, tool_calls=None, resumed=None)], 1)
     reply.put([Delta(content="x")], 2)
     until(lambda: seqs(valkey, reply_to) == [0, 2])
+
+
+def test_what_a_task_could_not_send_is_sent_by_the_thread_of_the_publisher_soon(
+    publisher, reply, valkey, reply_to, monkeypatch
+):
+    def broken(reply_to, body):
+        raise ConnectionResetError
+
+    publisher._next_heartbeat = time.monotonic() + 60
+    time.sleep(0.01)
+    monkeypatch.setattr(publisher._connection._sender, "send", broken)
+    reply.put([Delta(content="x")], 1)
+    until(lambda: set(seqs(valkey, reply_to)) == {0, 1})
