@@ -2,7 +2,7 @@
 
 In reading order:
 
-- the process: `commands`, `serve`, `http_protocol` with `http_refusals`
+- the process: `commands`, `serve`, `listener`, `http_protocol` with `http_refusals`
 - a request: `app` (paths, and what all have in common), `browsers`, `request`, `options`, `models`, `health`,
   `exchange` (through the router), `departure`, `event_stream`, `response`, `problems` (what a client is told when
   something goes wrong)

@@ -98,7 +98,7 @@ class Gateway:
         path = _normalized(request.path)
         dialect = self._dialects.get(path)
         try:
-            if not self._keys.are_needed:
+            if not self._keys.are_needed and not self._settings.socket:  # no page can ask a Unix socket
                 refuse_foreign_pages(request.headers)
             if dialect:
                 facts.operation = path.strip("/")
