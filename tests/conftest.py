@@ -70,14 +70,16 @@ def on_rabbitmq(nodeid):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """With `-n`: the tests of a file run in one process, and so do all of a folder that are on RabbitMQ, which takes
-    seconds to start."""
+    """With `-n`: the tests of a file run in one process, and so do those of a folder that share what takes seconds to
+    start: RabbitMQ, or the fleet behind a gateway."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             file = nodeid.partition("::")[0]
-            return f"rabbitmq {Path(file).parent}" if on_rabbitmq(nodeid) else file
+            if on_rabbitmq(nodeid):
+                return f"rabbitmq {Path(file).parent}"
+            return str(Path(file).parent) if "flow/gateway/" in file else file
 
     config.option.loadscopereorder = False
     return ByFile(config, log)

@@ -207,5 +207,5 @@ def transport_options(settings: Settings) -> dict[str, Any]:
         "socket_timeout": ANSWER_WITHIN,
         "socket_connect_timeout": 5.0,
         "socket_keepalive": True,
-        "health_check_interval": 4,
+        "health_check_interval": 3,
     }

@@ -15,6 +15,8 @@ from kombu.transport.redis import Channel as RedisChannel
 
 ANSWER_WITHIN = 5.0
 """Seconds after which a broker that does not answer counts as lost."""
+PONG_WITHIN = 0.8
+"""The part of that in which a PING to Redis has to be answered: it is sent after seconds of silence."""
 HEARTBEAT = 5.0
 """Seconds between two AMQP heartbeats. RabbitMQ and its clients count each other as lost after two that are missing."""
 BACK_OFF = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0)
@@ -84,7 +86,7 @@ def check_alive(connection: Connection, channel: Any) -> None:
     """
     if not isinstance(channel, RedisChannel):
         connection.heartbeat_check()
-    elif time.monotonic() - channel.subclient.connection.next_health_check > ANSWER_WITHIN:
+    elif time.monotonic() - channel.subclient.connection.next_health_check > PONG_WITHIN * ANSWER_WITHIN:
         raise ConnectionResetError("the broker does not answer")
     else:
         channel.subclient.check_health()  # send PING if nothing was read for `health_check_interval` seconds

@@ -18,6 +18,8 @@ from fleet_worker.broker.control_commands import Command, ControlCommands
 from fleet_worker.broker.reconnecting import ReconnectingThread
 from fleet_worker.broker.topology import Transport, transport_of
 
+PING_EVERY = 2
+"""Seconds of silence after which Redis is asked whether it is there."""
 LISTENS_WITHIN = 2.0
 """Seconds that a starting worker waits until it receives commands; the broker may be away again."""
 CLOSED_WITHIN = 2.0
@@ -81,9 +83,9 @@ class ControlListener:
         return RemoteControl
 
     def _listen(self, connection: Connection) -> None:
-        # Redis is asked every second whether it is there. RabbitMQ need not confirm replies: while a confirmation is
-        # waited for, the next command would be obeyed inside the wait, and take the confirmation of the first.
-        options = {"health_check_interval": 1, "confirm_publish": False}
+        # RabbitMQ need not confirm replies: while a confirmation is waited for, the next command would be obeyed inside
+        # the wait, and take the confirmation of the first.
+        options = {"health_check_interval": PING_EVERY, "confirm_publish": False}
         connection.transport_options = {**connection.transport_options, **options}
         channel = open_channel(connection)
         queue = self._new_queue(self._transport)

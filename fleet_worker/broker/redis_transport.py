@@ -11,12 +11,14 @@ import contextlib
 import json
 import threading
 import time
+from functools import cached_property
 from itertools import count
 from queue import Empty
 from typing import Any, Protocol
 
 from kombu.transport import redis, virtual
 from redis import BlockingConnectionPool, ConnectionPool
+from redis.client import PubSub
 from redis.exceptions import ResponseError
 
 from fleet_worker.broker import tls
@@ -78,6 +80,13 @@ class _SSLConnection(Bounded, tls.RedisConnection):
     pass
 
 
+class _Subscription(PubSub):
+    def check_health(self) -> None:
+        """Ask only if the last question is answered. By itself redis-py asks once more when it reads the answer."""
+        if not self.health_check_response_counter:
+            super().check_health()
+
+
 class Message(OpenedMessage, virtual.Message):  # type: ignore[misc]
     pass
 
@@ -121,6 +130,10 @@ class Channel(redis.Channel):  # type: ignore[misc]
         if not hasattr(pool, "fleet_client"):
             pool.fleet_client = super()._create_client(asynchronous)
         return pool.fleet_client
+
+    @cached_property
+    def subclient(self) -> _Subscription:
+        return _Subscription(self.async_pool)
 
     def maybe_refresh_binding_expiry(self) -> None:
         """Do it later if it is refused. kombu logs a traceback every second then; what is refused is known from
@@ -262,7 +275,7 @@ class Channel(redis.Channel):  # type: ignore[misc]
 
 class Transport(redis.Transport):  # type: ignore[misc]
     Channel = Channel
-    brpop_timeout = 2.0
+    brpop_timeout = 4.0
     """Seconds after which a read that has brought nothing is repeated. 2,000 readers cost Valkey 22 % of a core with
     0.25 s.
 

@@ -25,6 +25,11 @@ _ERRORS = {
 }
 """By status. Others are `invalid_request_error` below 500, and else `api_error`."""
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+_ALWAYS_USED = {
+    "cache_creation": {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 0},
+    "service_tier": "standard",
+}
+"""The rest of the usage: clients with strict types miss it."""
 _SIGNATURE = "ZmxlZXQtd29ya2Vy"
 """Of all thoughts. Clients send them back only with one, and nothing here reads it."""
 _FIELDS_OF_DELTA = {"text": ("text_delta", "text"), "thinking": ("thinking_delta", "thinking")}
@@ -149,7 +154,7 @@ class MessageWriter:
             "role": "assistant",
             "model": self._model,
             "content": content,
-            "usage": usage,
+            "usage": {**usage, **_ALWAYS_USED},
         }
 
     def _usage(self, usage: Usage) -> dict[str, int]:

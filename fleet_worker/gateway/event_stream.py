@@ -29,10 +29,11 @@ class EventStream:
         self._heartbeat = heartbeat
         self._begun = False
         self._written_at = 0.0
-        self._writing = asyncio.Lock()
+        self._beginning = asyncio.Lock()
 
     async def __aenter__(self) -> Self:
-        self._written_at = asyncio.get_running_loop().time()
+        self._loop = asyncio.get_running_loop()
+        self._written_at = self._loop.time()
         self._beating = asyncio.create_task(self._beat())
         return self
 
@@ -42,31 +43,35 @@ class EventStream:
         self._beating.cancel()
 
     async def write(self, deltas: list[Delta]) -> None:
-        await self._write(lambda: self._writer.deltas(deltas))
+        first = b"" if self._begun else await self._begin()
+        if data := first + self._writer.deltas(deltas):
+            self._written_at = self._loop.time()
+            await self._response.write(data)
 
     async def end(self, response: ChatResponse) -> None:
-        async with self._writing:
-            await self._response.end(await self._opened(lambda: self._writer.end(response)))
+        first = await self._begin()
+        await self._response.end(first + self._writer.end(response))
 
-    async def _write(self, made: Callable[[], bytes]) -> None:
-        async with self._writing:
-            if data := await self._opened(made):
-                await self._response.write(data)
-                self._written_at = asyncio.get_running_loop().time()
-
-    async def _opened(self, made: Callable[[], bytes]) -> bytes:
-        """Begin the stream if it has not begun, and return what has to come first, and then what is `made`."""
-        if self._begun:
-            return made()
-        self._begun = True
-        self._response.failed = self._writer.failed
-        await self._response.begin(self._headers(), self._writer.media_type)
-        return self._writer.begin() + made()
+    async def _begin(self) -> bytes:
+        """Begin the stream, unless it has begun already. Return what has to be written first."""
+        async with self._beginning:
+            if self._begun:
+                return b""
+            self._response.failed = self._writer.failed
+            await self._response.begin(self._headers(), self._writer.media_type)
+            self._begun = True
+            return self._writer.begin()
 
     async def _beat(self) -> None:
         with contextlib.suppress(ClientLeft):
             while True:
-                silent_for = asyncio.get_running_loop().time() - self._written_at
+                silent_for = self._loop.time() - self._written_at
                 await asyncio.sleep(self._heartbeat - silent_for if silent_for < self._heartbeat else 0)
                 if silent_for >= self._heartbeat:
-                    await self._write(lambda: self._writer.heartbeat)
+                    await self._write_heartbeat()
+
+    async def _write_heartbeat(self) -> None:
+        self._written_at = self._loop.time()
+        if not self._response.is_paused:  # else there is something to read anyway
+            first = await self._begin()
+            await self._response.write(first + self._writer.heartbeat)

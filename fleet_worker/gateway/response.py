@@ -64,8 +64,8 @@ class Response:
         """Begin a stream, with status 200."""
         await self._start(200, [(b"content-type", media_type), *headers])
 
-    async def write(self, data: bytes) -> None:
-        await self._body(data, more=True)
+    def write(self, data: bytes) -> Awaitable[None]:
+        return self._body(data, more=True)
 
     async def end(self, data: bytes) -> None:
         """Write the last bytes of a stream, in one write with its end."""
@@ -78,19 +78,27 @@ class Response:
         else:  # nothing true can be said any more
             self.break_off()
 
+    @property
+    def is_paused(self) -> bool:
+        """Whether the client reads more slowly than it is written to."""
+        return self._connection.is_write_paused
+
     def break_off(self) -> None:
         """Close the connection, whatever is still to be written."""
         self._connection.abort()
 
-    async def _start(self, status: int, headers: list[Header]) -> None:
+    def _start(self, status: int, headers: list[Header]) -> Awaitable[None]:
         self.status = status
-        await self._send({"type": "http.response.start", "status": status, "headers": [*self._always, *headers]})
+        return self._sent({"type": "http.response.start", "status": status, "headers": [*self._always, *headers]})
 
-    async def _body(self, data: bytes, *, more: bool) -> None:
-        message = {"type": "http.response.body", "body": data, "more_body": more}
-        if not self._connection.is_write_paused:  # a timeout costs more than all else here
-            await self._send(message)
-            return
+    def _body(self, data: bytes, *, more: bool) -> Awaitable[None]:
+        return self._sent({"type": "http.response.body", "body": data, "more_body": more})
+
+    def _sent(self, message: dict[str, Any]) -> Awaitable[None]:
+        # A timeout for each token would cost more than all else here.
+        return self._sent_in_time(message) if self._connection.is_write_paused else self._send(message)
+
+    async def _sent_in_time(self, message: dict[str, Any]) -> None:
         try:
             async with asyncio.timeout(self._write_timeout):
                 await self._send(message)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
 import socket
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from pathlib import Path
+from contextlib import closing
 from types import FrameType
 
 import uvicorn
@@ -20,14 +17,14 @@ from fleet_worker.gateway.http_protocol import BoundedProtocol
 from fleet_worker.gateway.keys import Keys
 from fleet_worker.gateway.ledger import Ledger
 from fleet_worker.gateway.ledger_file import path_of
+from fleet_worker.gateway.listener import BACKLOG, address, allow_connections, listening
 from fleet_worker.gateway.quotas import Quotas
+from fleet_worker.gateway.records import Records
 from fleet_worker.router.router import Router
 from fleet_worker.settings import Settings
 
 log = logging.getLogger(__name__)
 
-BACKLOG = 2048
-"""Connections that wait to be accepted."""
 ANSWERS_LEAVE_WITHIN = 5
 """Seconds in which the last bytes of the answers leave, after the requests have ended."""
 
@@ -41,11 +38,11 @@ def serve(settings: Settings) -> None:
     keys = Keys.load(settings.gateway.keys)
     with (
         Router(settings, patient=False) as router,
-        _listening(settings) as listener,
-        closing(Ledger(path_of(settings))) as ledger,
+        listening(settings) as listener,
+        closing(Ledger(path_of(settings), days=settings.gateway.ledger_days)) as ledger,
     ):
         quotas = Quotas(settings, gateway=ledger.gateway_id, spent=ledger.tokens_since)
-        gateway = Gateway(settings, router, keys, quotas, ledger)
+        gateway = Gateway(settings, router, keys, quotas, Records(ledger, lambda: quotas.are_shared))
         server = Server(settings, gateway, keys, quotas)
         log.info("serves %s %s", address(settings, listener), _whom(keys))
         with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
@@ -57,6 +54,12 @@ class Server(uvicorn.Server):
 
     def __init__(self, settings: Settings, gateway: Gateway, keys: Keys, quotas: Quotas) -> None:
         super().__init__(_config(settings, gateway))
+        try:
+            self.config.load()
+        except OSError as error:  # of ssl: all else was checked
+            why = getattr(error, "reason", None) or error.strerror
+            text = f"gateway.cert and gateway.key: cannot be used ({why}): PEM files that belong together are needed"
+            raise ConfigurationError(text) from None
         self._gateway = gateway
         self._keys = keys
         self._quotas = quotas
@@ -86,15 +89,6 @@ class Server(uvicorn.Server):
         self._asked_to_end.set()
 
 
-def address(settings: Settings, listener: socket.socket) -> str:
-    """Return where the gateway can be reached, as a URL or the path of its socket."""
-    if settings.gateway.socket:
-        return f"unix:{settings.gateway.socket}"
-    host, port = listener.getsockname()[:2]
-    scheme = "https" if settings.gateway.cert else "http"
-    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
-
-
 def _whom(keys: Keys) -> str:
     if keys.are_needed:
         return "to callers with a key"
@@ -103,7 +97,7 @@ def _whom(keys: Keys) -> str:
 
 def _config(settings: Settings, gateway: Gateway) -> uvicorn.Config:
     mine = settings.gateway
-    bounds = {"max_connections": mine.max_connections, "write_timeout": mine.write_timeout}
+    bounds = {"max_connections": allow_connections(mine.max_connections), "write_timeout": mine.write_timeout}
     return uvicorn.Config(
         gateway,
         http=type("Protocol", (BoundedProtocol,), bounds),
@@ -115,48 +109,8 @@ def _config(settings: Settings, gateway: Gateway) -> uvicorn.Config:
         proxy_headers=False,
         ssl_certfile=mine.cert,
         ssl_keyfile=mine.key,
+        ssl_keyfile_password="",  # else OpenSSL asks at the terminal
         timeout_keep_alive=round(mine.keep_alive),
         backlog=BACKLOG,
         timeout_graceful_shutdown=ANSWERS_LEAVE_WITHIN,
     )
-
-
-@contextmanager
-def _listening(settings: Settings) -> Iterator[socket.socket]:
-    """Yield a socket that is bound where the settings say."""
-    path = settings.gateway.socket
-    try:
-        listener = _unix_socket(path) if path else _tcp_socket(settings.gateway.host, settings.gateway.port)
-    except OSError as error:
-        where = (
-            f"gateway.socket {path}" if path else f"gateway.host {settings.gateway.host}, port {settings.gateway.port}"
-        )
-        raise ConfigurationError(f"{where}: cannot be used: {error.strerror or error}; choose another one") from None
-    listener.listen(BACKLOG)
-    try:
-        yield listener
-    finally:
-        listener.close()
-        if path:
-            path.unlink(missing_ok=True)
-
-
-def _tcp_socket(host: str, port: int) -> socket.socket:
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    listener = socket.socket(family)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind(address)
-    return listener
-
-
-def _unix_socket(path: Path) -> socket.socket:
-    """Return a socket that only this user can reach. One that a killed gateway left behind is replaced."""
-    listener = socket.socket(socket.AF_UNIX)
-    if path.is_socket() and listener.connect_ex(str(path)) != 0:
-        path.unlink()
-    before = os.umask(0o177)
-    try:
-        listener.bind(str(path))
-    finally:
-        os.umask(before)
-    return listener

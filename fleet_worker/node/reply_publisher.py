@@ -21,6 +21,8 @@ from fleet_worker.node.reply_writer import ReplyWriter
 from fleet_worker.protocol.reply import Alive, Frame, Reply
 
 HEARTBEAT_EVERY = 1.0
+HEARTBEAT_WITHIN = 0.25
+"""Seconds that a heartbeat may wait for the next frame, to travel with it: streams cost no message more."""
 MOST_FRAMES, LARGE_MESSAGE_BYTES = 500, 384 * 1024
 """Frames and bytes of one message that has several frames: no more JSON values than routers read."""
 FEW_REQUESTS, FEW_FRAMES = 4, 8
@@ -64,6 +66,8 @@ class ReplyPublisher:
         self._due = NEVER
         """When the first of them must be published."""
         self._next_heartbeat = 0.0
+        self._beating: set[str] = set()
+        """Reply queues whose next message is a heartbeat, too."""
         self._count = 0
         """Frames that are in them, without heartbeats."""
         self._lag = 0.0
@@ -195,10 +199,16 @@ class ReplyPublisher:
         now, outbox = time.monotonic(), self._outboxes[reply_to]
         self._lag = max(self._lag, outbox.waits(now))
         frames = outbox.take(now)
-        self._count -= sum(not isinstance(frame, Alive) for frame in frames)
+        self._count -= len(frames)
         self._due = min(outbox.due for outbox in self._outboxes.values())
         self._changed.notify_all()
-        return frames
+        return frames + self._heartbeats(reply_to) if reply_to in self._beating else frames
+
+    def _heartbeats(self, reply_to: str) -> list[Frame]:
+        """Return which requests are in progress, for a message that is published now."""
+        self._beating.discard(reply_to)
+        writers = [writer for writer in self._writers if writer.reply_to == reply_to]
+        return [Alive(id=writer.id, attempt=writer.attempt, seq=writer.appended) for writer in writers]
 
     # In the publisher's thread
 
@@ -224,10 +234,11 @@ class ReplyPublisher:
             self._wait_until_due()
             self._is_publishing, self._has_rest = True, False
             now, ends = time.monotonic(), self._closed.is_set()
-            if has_heartbeats := now >= self._next_heartbeat:
-                self._add_heartbeats(now)
+            if now >= self._next_heartbeat:
+                self._plan_heartbeats(now)
             to_replay, self._to_replay = self._to_replay, set()
             due = [reply_to for reply_to, outbox in self._outboxes.items() if ends or outbox.due <= now]
+            has_heartbeats = not self._beating.isdisjoint(due)
             frames = {reply_to: self._take(reply_to) for reply_to in due}
             self._gathers_until = min(map(self._gap_end, frames, frames.values()), default=NEVER)
         return _Batch(frames, to_replay, has_heartbeats)
@@ -247,18 +258,17 @@ class ReplyPublisher:
     def _is_something_due(self) -> bool:
         return self._closed.is_set() or bool(self._to_replay) or self._has_rest or self._next() <= time.monotonic()
 
-    def _add_heartbeats(self, now: float) -> None:
+    def _plan_heartbeats(self, now: float) -> None:
         """Send something to every router with requests here, also to those whose requests ended a few seconds ago: so
         a broker that was lost right after a last frame is noticed, and the frame is published again."""
         self._next_heartbeat = now + HEARTBEAT_EVERY
         recent = self._connection.recent() | {writer.reply_to for writer in self._writers}
         for reply_to in [each for each, outbox in self._outboxes.items() if not outbox and each not in recent]:
             del self._outboxes[reply_to]
-        for reply_to in recent:
-            self._outboxes[reply_to].due = now
-        for writer in self._writers:
-            alive = Alive(id=writer.id, attempt=writer.attempt, seq=writer.appended)
-            self._outboxes[writer.reply_to].append(alive, 0.0, 0)
+        for outbox in (self._outboxes[reply_to] for reply_to in recent):
+            outbox.due = min(outbox.due, now + HEARTBEAT_WITHIN)
+            self._due = min(self._due, outbox.due)
+        self._beating = recent
 
     def _add_messages(self, reply_to: str, frames: list[Frame]) -> None:
         """Make one message of frames, or several: routers drop what is larger than any message should be."""

@@ -1,10 +1,9 @@
 """Many simulated nodes in one process, cheap enough to be measured against: they answer streams at an even pace.
 
 Each is to the broker what a real node is. Its frames wait in an `Outbox` of the package, so they travel in messages of
-its own, as rarely as those of a real node with that load and a router that far behind. It asks whether the router still
-listens, and its host reports its status. It sends no heartbeats, since none of its streams is ever silent. Only the
-connections of all nodes are shared: what many push at one moment is one write. Frames are bytes that were made before,
-but for their numbers.
+its own, as rarely as those of a real node with that load and a router that far behind, and heartbeats with them. It
+asks whether the router still listens, and its host reports its status. Only the connections of all nodes are shared:
+what many push at one moment is one write. Frames are bytes that were made before, but for their numbers.
 """
 
 from __future__ import annotations
@@ -29,11 +28,12 @@ from fleet_worker.broker.app import create_app
 from fleet_worker.broker.connection import receive
 from fleet_worker.broker.topology import expiry, lane, lane_queue, listening_key, transport_of
 from fleet_worker.node.outbox import NEVER, Outbox
+from fleet_worker.node.reply_publisher import HEARTBEAT_EVERY, HEARTBEAT_WITHIN
 from fleet_worker.node.router_presence import CHECK_EVERY
-from fleet_worker.protocol.reply import Accepted, ChatResponse, Delta, Deltas, Frame, Reply, Timings, Usage
+from fleet_worker.protocol.reply import Accepted, Alive, ChatResponse, Delta, Deltas, Frame, Reply, Timings, Usage
 from fleet_worker.protocol.wire import PROTOCOL_VERSION
 
-__all__ = ["Load", "Pushed", "run"]
+__all__ = ["Load", "Pushed", "command", "run"]
 
 TICK = 0.001
 """Seconds between two writes."""
@@ -112,10 +112,24 @@ class Mini:
         """Of frames as bytes."""
         self.tokens: list[int] = []
         """The numbers of those that are in it."""
-        self.requests = 0
+        self.running: set[Stream] = set()
+        self.beats = False
+        """Whether its next message is a heartbeat, too."""
         self.queued = NEVER
         """When it is looked at next."""
         self._begin = Reply(v=PROTOCOL_VERSION, node=self.node, frames=[]).encode().removesuffix(b"]}")
+
+    def plan_heartbeat(self, now: float) -> None:
+        if self.running:
+            self.outbox.due, self.beats = min(self.outbox.due, now + HEARTBEAT_WITHIN), True
+
+    def take(self, now: float) -> bytes:
+        """Return its message."""
+        frames = self.outbox.take(now)
+        if self.beats:
+            frames += [stream.frame(Alive, stream.frames) for stream in self.running]
+            self.beats = False
+        return self.body(frames)
 
     def body(self, frames: list[bytes]) -> bytes:
         return b"%b%b]}" % (self._begin, b",".join(frames))
@@ -124,6 +138,8 @@ class Mini:
 class Stream:
     def __init__(self, number: int, request_id: str, mini: Mini) -> None:
         self.mini = mini
+        self.frames = 1
+        """So many it has sent."""
         self._about: dict[str, Any] = {"id": request_id, "attempt": 1}
         numbered = self.frame(Deltas, _NUMBER, deltas=[Delta(content=f"{number} ")], tokens=_NUMBER)
         self._token = numbered.replace(b"%", b"%%").replace(b"%d" % _NUMBER, b"%d")
@@ -132,6 +148,7 @@ class Stream:
         return kind(**self._about, seq=seq, **fields).model_dump_json(exclude_none=True).encode()
 
     def token(self, number: int) -> bytes:
+        self.frames += 1
         return self._token % (number + 1, number + 1)
 
     def response(self, tokens: int) -> bytes:
@@ -152,9 +169,10 @@ def _asked_for(connection: Connection, queue: Any, load: Load, wire: Wire) -> li
     def accept(message: Message) -> None:
         envelope = message.payload[0][0]
         mini = minis[len(streams) % len(minis)]
-        mini.reply_to, mini.requests = envelope["reply_to"], mini.requests + 1
+        mini.reply_to = envelope["reply_to"]
         stream = Stream(len(streams), envelope["request_id"], mini)
         streams.append(stream)
+        mini.running.add(stream)
         wire.push([(mini, mini.body([stream.frame(Accepted, 0, instance="local", queue_wait=0.0)]))])
         message.ack()
 
@@ -182,10 +200,16 @@ class _Fleet:
 
     def answer(self) -> Pushed:
         began, cpu = time.monotonic() + 0.2, time.process_time()
-        asks = [(began + CHECK_EVERY * number / len(self._minis), number) for number in range(len(self._minis))]
+        asks, beats = (
+            [(began + every * number / len(self._minis), number) for number in range(len(self._minis))]
+            for every in (CHECK_EVERY, HEARTBEAT_EVERY)
+        )
         while self._generated < self._count or self._queue:
             now = time.monotonic()
             self._generate(int((now - began) * self._load.rate * len(self._streams)) + 1 if now >= began else 0)
+            for number in _due(beats, now, HEARTBEAT_EVERY):
+                self._minis[number].plan_heartbeat(now)
+                self._look_at(self._minis[number])
             self._push()
             asking = list(_due(asks, now, CHECK_EVERY))
             if (waiting := self._wire.ask({self._minis[0].reply_to}, len(asking))) is not None:
@@ -198,13 +222,14 @@ class _Fleet:
         """Let all tokens up to that number come, as they come from MLX servers."""
         until, streams, last = min(until, self._count), self._streams, self._load.tokens - 1
         for number in range(self._generated, until):
-            token, stream = divmod(number, len(streams))
-            mini = streams[stream].mini
+            token, position = divmod(number, len(streams))
+            stream = streams[position]
+            mini = stream.mini
             mini.tokens.append(number)
-            mini.outbox.append(streams[stream].token(token), None if token else 0.0, mini.requests)
+            mini.outbox.append(stream.token(token), None if token else 0.0, len(mini.running))
             if token == last:
-                mini.requests -= 1
-                mini.outbox.append(streams[stream].response(last + 1), 0.0, mini.requests)
+                mini.outbox.append(stream.response(last + 1), 0.0, len(mini.running))
+                mini.running.discard(stream)
             self._look_at(mini)
         self._generated = until
 
@@ -222,7 +247,7 @@ class _Fleet:
             mini.queued = NEVER
             if mini.outbox.due <= now:
                 self._late.append(now - due)
-                pushed.append((mini, mini.body(mini.outbox.take(now))))
+                pushed.append((mini, mini.take(now)))
                 for token in mini.tokens:
                     self._at[token] = now
                 mini.tokens = []
@@ -269,8 +294,8 @@ class RedisWire:
     def ask(self, reply_queues: Iterable[str], times: int) -> None:
         if times:
             keys = [listening_key(name).encode() for name in reply_queues]
-            command = _command(b"PUBSUB", b"NUMSUB", *keys) + _command(b"MGET", *keys)
-            self._asking.sendall(command * times)
+            question = command(b"PUBSUB", b"NUMSUB", *keys) + command(b"MGET", *keys)
+            self._asking.sendall(question * times)
             with contextlib.suppress(BlockingIOError):
                 self._asking.recv(1 << 20)
 
@@ -292,10 +317,10 @@ class RedisWire:
 def _pushes(reply_to: str, body: bytes) -> bytes:
     """As `broker.replies.push` does."""
     key = reply_to.encode()
-    return _command(b"LPUSH", key, body) + _command(b"PEXPIRE", key, b"%d" % (1000 * expiry(reply_to)))
+    return command(b"LPUSH", key, body) + command(b"PEXPIRE", key, b"%d" % (1000 * expiry(reply_to)))
 
 
-def _command(*parts: bytes) -> bytes:
+def command(*parts: bytes) -> bytes:
     return b"*%d\r\n" % len(parts) + b"".join([b"$%d\r\n%b\r\n" % (len(part), part) for part in parts])
 
 

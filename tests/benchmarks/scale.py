@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection as Pipe
 from typing import Any
 
 from fleet_worker import Router, Settings
+from tests.benchmarks.idle import idle_hosts
 from tests.benchmarks.minis import Load, Pushed, run
 from tests.benchmarks.registry import beside, simulated_hosts
 from tests.benchmarks.table import Row, main
@@ -74,12 +75,39 @@ def overload() -> list[Row]:
     ]
 
 
+def idle() -> list[Row]:
+    """A thousand hosts that nobody asks anything, and a router that knows them."""
+    hosts = 1_000
+    with (
+        Valkey() as broker,
+        beside(simulated_hosts, broker.url, hosts, [Load.model]) as (_, registry),
+        beside(idle_hosts, broker.url, hosts, Load.model) as (_, nodes),
+    ):
+        registry.recv()
+        nodes.recv()
+        with _router(broker.url):
+            time.sleep(5)  # all have answered the router's question, and the last connections are settled
+            cpu, router_cpu, began = cpu_seconds(broker.pid), time.process_time(), time.monotonic()
+            time.sleep(20)
+            seconds = time.monotonic() - began
+            cpu, router_cpu = cpu_seconds(broker.pid) - cpu, time.process_time() - router_cpu
+        for pipe in (nodes, registry):
+            pipe.send("end")
+            pipe.recv()
+    name = f"{hosts:,} idle hosts"
+    return [
+        Row(name, "broker CPU", "< 5", 100 * cpu / seconds, "% of a core"),
+        Row(name, "router CPU", "< 5", 100 * router_cpu / seconds, "% of a core"),
+    ]
+
+
 SCENARIOS: dict[str, Callable[[], list[Row]]] = {
     "ten": ten,
     "hundred": hundred,
     "thousand": thousand,
     "rabbitmq": rabbitmq,
     "overload": overload,
+    "idle": idle,
 }
 
 

@@ -2,8 +2,6 @@
 
 `__main__` (options, report), `packages` (installs them), `own_fleet` (a simulated one, with a gateway), `client` (what
 is known of a client); then each client in a file of its own: `openai_node`, `ai_sdk`, `agents_sdk`,
-`lang_chain`, `codex`, `opencode`; `anthropic_node`, `ai_sdk_anthropic`, `claude_code`; `ollama_node`. A library needs a
-script beside it, which its own interpreter runs.
+`lang_chain`, `codex`, `opencode`; `anthropic_node`, `ai_sdk_anthropic`, `claude_code`; `ollama_node`;
+`lang_chain_others`. A library needs a script beside it, which its own interpreter runs.
 """
-
-from tests.mlx_clients import *  # noqa: F403  until all branches know the new name

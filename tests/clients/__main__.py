@@ -27,6 +27,7 @@ from tests.clients import (
     claude_code,
     codex,
     lang_chain,
+    lang_chain_others,
     ollama_node,
     openai_node,
     opencode,
@@ -37,7 +38,7 @@ from tests.clients.packages import install
 
 _OF_OPENAI = (openai_node, ai_sdk, agents_sdk, lang_chain, codex, opencode)
 _OF_ANTHROPIC = (anthropic_node, ai_sdk_anthropic, claude_code)
-CLIENTS = tuple(module.CLIENT for module in (*_OF_OPENAI, *_OF_ANTHROPIC, ollama_node))
+CLIENTS = tuple(module.CLIENT for module in (*_OF_OPENAI, *_OF_ANTHROPIC, ollama_node, lang_chain_others))
 
 
 def main() -> int:

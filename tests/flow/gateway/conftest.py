@@ -1,4 +1,4 @@
-"""One fleet and one gateway for all tests of a file."""
+"""One fleet and one gateway for all tests of this folder."""
 
 import httpx
 import openai
@@ -10,13 +10,13 @@ from tests.gateways import running_gateway
 CHAT, EMBED = "sim-chat", "sim-embed"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def mlx():
     with SimulatedMLX(flavour="vllm_batched", models=[CHAT, EMBED], token_interval=0.002) as server:
         yield server
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def fleet(mlx):
     models = {CHAT: {"features": {"vision": True, "tools": True}}, EMBED: {}}
     instance = {"base_url": mlx.base_url, "limits": {"concurrency": 8}, "models": models}
@@ -24,7 +24,7 @@ def fleet(mlx):
         yield url
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def gateway(fleet):
     with running_gateway(fleet) as process:
         yield process

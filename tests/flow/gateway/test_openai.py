@@ -1,11 +1,16 @@
 """What clients of OpenAI rely on, over real HTTP, through a real node."""
 
+import contextlib
 import json
+import re
+import time
+from urllib.parse import urlsplit
 
 import pytest
 
 from fleet_worker.simulator import reply_tokens
 from tests.flow.gateway.conftest import CHAT, EMBED
+from tests.gateways import Wire, post
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -60,3 +65,44 @@ def test_embeddings_in_both_forms(client, form):
     assert reply.usage.prompt_tokens > 0
     length = 384 if form == "float" else len(reply.data[0].embedding)
     assert all(len(each.embedding) == length for each in reply.data)
+
+
+def test_what_was_used_is_told(http):
+    body = {"model": CHAT, "messages": HELLO, "max_tokens": 4}
+    usage = http.post("/v1/chat/completions", json=body, headers={"x-fleet-tags": "a, b"}).json()["usage"]
+    counted = re.search(r'fleet_gateway_tokens_total{key="anyone",kind="completion"} (.*)', http.get("/metrics").text)
+    assert float(counted[1]) >= usage["completion_tokens"] == 4
+    for _ in range(100):  # the ledger is written once a second
+        told = http.get("/v1/usage?since=1h").json()
+        if told["requests"]:
+            break
+        time.sleep(0.05)
+    assert told["models"][0]["model"] == CHAT
+    assert told["completion_tokens"] >= 4
+
+
+@pytest.mark.parametrize("at_token", [0, 3], ids=["before the first token", "while it is generated"])
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+def test_a_client_that_leaves_stops_its_answer(gateway, mlx, stream, at_token):
+    body = json.dumps({"model": CHAT, "messages": HELLO, "max_tokens": 30, "stream": stream}).encode()
+    with mlx.held(at_token=at_token):
+        for _ in range(3):
+            with Wire(urlsplit(gateway.url).port) as wire:
+                wire.send(post(body))
+                mlx.wait_for(lambda mlx: mlx.counters["running"] == 1)
+            mlx.wait_for(lambda mlx: mlx.counters["running"] == 0, timeout=1)
+
+
+def test_a_client_that_leaves_while_it_waits_never_reaches_a_server(gateway, mlx, http):
+    body = {"model": CHAT, "messages": HELLO, "max_tokens": 3}
+    waiting = {**body, "messages": [{"role": "user", "content": "Nobody waits for this"}]}
+    port = urlsplit(gateway.url).port
+    with contextlib.ExitStack() as stack, mlx.held(at_token=0):
+        for _ in range(8):
+            stack.enter_context(Wire(port)).send(post(json.dumps(body).encode()))
+        mlx.wait_for(lambda mlx: mlx.counters["running"] == 8)
+        with Wire(port) as wire:
+            wire.send(post(json.dumps(waiting).encode(), b"x-request-id: waiting"))
+        gateway.wait_for("error=client_left id=waiting", 5)
+    assert http.post("/v1/chat/completions", json=body).is_success
+    assert waiting["messages"] not in [each.body.get("messages") for each in mlx.requests if each.body]

@@ -46,7 +46,7 @@ USED = [
     (REDIS, "Channel", "_brpop_read", ["Channel"], DOOR),
     (REDIS, "Channel", "_brpop_start", ["Channel", "MultiChannelPoller"], BULK),
     (REDIS, "Channel", "_brpop_sent_at", ["Channel"], BULK),
-    (REDIS, "Channel", "_update_queue_cycle", ["Channel"], "a lane that is joined is served, or left, 2 s late"),
+    (REDIS, "Channel", "_update_queue_cycle", ["Channel"], "a lane that is joined is served, or left, 4 s late"),
     (REDIS, "Channel", "active_queues", ["Channel", "MultiChannelPoller"], "lanes are not read"),
     (REDIS, "Channel", "_closing", ["Channel"], "a router that ends, or lost the broker, waits a second more"),
     ("redis._parsers.resp2", "_RESP2Parser", "_read_response", ["_RESP2Parser"], BULK),

@@ -22,6 +22,8 @@ from fleet_worker.settings import Settings
 from fleet_worker.testing import embedded_broker
 from tests.mlx_clients import SOON, WHY, took_less_than, until
 
+SOMEWHERE = reply_name("test", 60)
+
 
 def accepted(seq=0, attempt=1):
     return Accepted(id="r", attempt=attempt, seq=seq, instance="i", queue_wait=0.0)
@@ -102,6 +104,47 @@ def test_each_heartbeat_tells_of_a_request_in_progress(publisher, inbox):
         assert seen.get(timeout=5).kind == "accepted"
         life = seen.get(timeout=5)
         assert (life.kind, life.seq) == ("alive", 1)
+
+
+@pytest.fixture
+def messages(publisher, monkeypatch):
+    """The kinds of the frames of each message that is sent."""
+    messages, add = [], publisher._connection.add
+
+    def record(reply_to, body, **options):
+        messages.append([frame.kind for frame in Reply.decode(body).frames])
+        add(reply_to, body, **options)
+
+    monkeypatch.setattr(publisher._connection, "add", record)
+    return messages
+
+
+def test_the_heartbeat_of_a_stream_travels_with_its_next_frame(messages, publisher):
+    with publisher.reply("r", 1, SOMEWHERE) as reply:
+        reply.accept(instance="i", queue_wait=0.0, at_once=True)
+        until(lambda: any("alive" in kinds for kinds in messages))
+        until(lambda: publisher._beating)
+        reply.put([Delta(content="x")], 1)
+        until(lambda: ["deltas", "alive"] in messages)
+        assert publisher.take_lag() < reply_publisher.HEARTBEAT_WITHIN / 2
+        reply.fail(ReplyLost("the end"))
+
+
+def test_each_request_has_one_heartbeat_in_each_period_whatever_is_published(messages, publisher, monkeypatch):
+    monkeypatch.setattr(reply_publisher, "HEARTBEAT_EVERY", 0.2)
+    monkeypatch.setattr(reply_publisher, "HEARTBEAT_WITHIN", 0.05)
+    ends = time.monotonic() + 1.0
+    with publisher.reply("r", 1, SOMEWHERE) as reply, publisher.reply("s", 1, SOMEWHERE) as other:
+        other.accept(instance="i", queue_wait=0.0)
+        reply.accept(instance="i", queue_wait=0.0)
+        while time.monotonic() < ends:
+            reply.put([Delta(content="x")], 1)
+            time.sleep(0.02)
+        counts = [kinds.count("alive") for kinds in messages if "alive" in kinds]
+        reply.fail(ReplyLost("the end"))
+        other.fail(ReplyLost("the end"))
+    assert 3 <= len(counts) <= 6
+    assert set(counts[1:]) == {2}
 
 
 def test_a_heartbeat_never_runs_ahead_of_the_frames(publisher, inbox, arrived):
