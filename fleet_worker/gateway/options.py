@@ -25,7 +25,8 @@ def router_options(request: Request, key: Key, default_max_wait: float | None) -
         InvalidRequest: a header has no such value.
         Refused: the key may not ask for that.
     """
-    headers, options = request.headers, RequestOptions(caller={"key": key.name})
+    headers = request.headers
+    options = RequestOptions(caller={"key": key.name}, request_id=request.id)
     options["priority"] = key.priority(_priority(headers.get("x-fleet-priority")))
     if node := headers.get("x-fleet-node"):
         if not key.may_choose_node:
