@@ -32,6 +32,8 @@ class GatewaySettings(Group):
     """TOML file of the keys of all callers. Without it everybody on this host may call."""
     ledger: UserPath | None = None
     """SQLite file with a row for each request. Default: `ledger.sqlite` in `state_dir`."""
+    ledger_days: int = Field(400, ge=1)
+    """Number of days for which the ledger keeps a row."""
     reasoning_field: Literal["reasoning_content", "reasoning", "both"] = "reasoning_content"
     """Field of a chat completion that has the thoughts of a model."""
     heartbeat: float = Field(10.0, gt=0)

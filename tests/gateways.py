@@ -11,6 +11,7 @@ from fleet_worker import Router
 from fleet_worker.gateway.app import Gateway
 from fleet_worker.gateway.keys import Keys
 from fleet_worker.gateway.quotas import Quotas
+from fleet_worker.gateway.records import Records
 from fleet_worker.gateway.serve import Server
 from fleet_worker.host.child_process import child, python
 from fleet_worker.settings import Settings
@@ -40,7 +41,8 @@ def serving(app=None, **settings):
     keys = Keys.load(settings.gateway.keys)
     with Router(settings) as router, socket.create_server(("127.0.0.1", 0)) as listener:
         quotas = Quotas(settings, gateway="test")
-        server = Server(settings, app or Gateway(settings, router, keys, quotas, NoLedger()), keys, quotas)
+        records = Records(NoLedger(), lambda: quotas.are_shared)
+        server = Server(settings, app or Gateway(settings, router, keys, quotas, records), keys, quotas)
         thread = threading.Thread(target=asyncio.run, args=[server.serve([listener])])
         thread.start()
         yield listener.getsockname()[1]
@@ -50,6 +52,8 @@ def serving(app=None, **settings):
 
 class NoLedger:
     """Keeps nothing."""
+
+    dropped = 0
 
     def add(self, row):
         pass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -28,41 +27,36 @@ from fleet_worker.gateway.exchange import Exchange
 from fleet_worker.gateway.facts import Facts
 from fleet_worker.gateway.keys import Keys
 from fleet_worker.gateway.known_fleet import KnownFleet
-from fleet_worker.gateway.ledger import Ledger
 from fleet_worker.gateway.lookups import Lookups
 from fleet_worker.gateway.openai_chat import OpenAIChat
 from fleet_worker.gateway.options import router_options, tags
 from fleet_worker.gateway.problems import Problem, Refused, only, refuse
 from fleet_worker.gateway.quotas import Quotas
+from fleet_worker.gateway.records import Records, shown
 from fleet_worker.gateway.request import BodyMemory, ClientLeft, Receive, Request
 from fleet_worker.gateway.response import Response, Send
 from fleet_worker.gateway.running import Running
-from fleet_worker.gateway.token_counts import most_tokens
+from fleet_worker.gateway.token_counts import most_generated, quick_estimate
 from fleet_worker.router.router import Router
 from fleet_worker.settings import Settings
 
 log = logging.getLogger(__name__)
-access = logging.getLogger("fleet_worker.gateway.access")
-
-CLIENT_LEFT = 499
-"""The status in the log and the ledger of a request whose client did not wait for its answer."""
-_KEY = re.compile(r"sk-[\w-]+")
 
 
 class Gateway:
     """Serves HTTP."""
 
-    def __init__(self, settings: Settings, router: Router, keys: Keys, quotas: Quotas, ledger: Ledger) -> None:
+    def __init__(self, settings: Settings, router: Router, keys: Keys, quotas: Quotas, records: Records) -> None:
         self._settings = settings.gateway
         self._default_max_wait = settings.router.max_wait
         self._bodies = BodyMemory(settings.max_body_bytes)
         self._router = router
         self._keys = keys
         self._quotas = quotas
-        self._ledger = ledger
+        self._records = records
         self.fleet = KnownFleet(router)
         self.running = Running(self._settings.drain_grace)
-        self._lookups = Lookups(settings, self.fleet, self.running, keys, self._bodies)
+        self._lookups = Lookups(settings, self.fleet, self.running, keys, self._bodies, records)
         self._chat = OpenAIChat(self._settings.reasoning_field)
         self._dialects: Mapping[str, Dialect] = {
             "/chat/completions": self._chat,
@@ -92,7 +86,7 @@ class Gateway:
             response.break_off()
             self._report(request, error)
         finally:
-            self._note(request, response, facts)
+            self._records.ended(request, response, facts)
 
     async def _serve(self, request: Request, response: Response, facts: Facts) -> None:
         path = _normalized(request.path)
@@ -106,7 +100,7 @@ class Gateway:
             elif self._lookups.has(path):
                 await self._lookups.answer(path, request, response)
             else:
-                raise refuse(404, "not_found", f"there is nothing at {_shown(request.path)}")
+                raise refuse(404, "not_found", f"there is nothing at {shown(request.path)}")
         except Refused as refusal:
             await self._tell(dialect, request, response, facts, refusal.problem)
         except FleetError as error:
@@ -123,21 +117,25 @@ class Gateway:
             raise only("POST")
         async with self.running.until_the_end():
             key = self._keys.find(request.secret)
-            facts.key, facts.tags = key.name, tags(request)
+            self._records.begun(facts, key)
+            facts.tags = tags(request)
             body = await request.json(self._bodies, self._settings.body_timeout)
             asked = dialect.asked(body, request.id, int(time.time()))
             facts.model_asked = asked.model
             options = router_options(request, key, self._default_max_wait)
             names = models.require(self.fleet.known(), key, asked.model)
             async with while_client_stays(request):
-                tokens = most_tokens(asked.body, request.size) if isinstance(asked, ChatAsked | EmbedAsked) else 0
-                reservation = await self._quotas.reserve(key, tokens)
+                most = 0
+                if isinstance(asked, ChatAsked | EmbedAsked):
+                    facts.prompt_estimate = quick_estimate(asked.body, request.size)
+                    most = most_generated(asked.body)
+                reservation = await self._quotas.reserve(key, facts.prompt_estimate + most)
                 facts.limits = reservation.headers
                 try:
                     exchange = Exchange(self._router, response, facts, options, heartbeat=self._settings.heartbeat)
                     await exchange.run(asked, names)
                 finally:
-                    reservation.settle(facts.tokens)
+                    reservation.settle(facts.prompt_tokens + facts.completion_tokens)
 
     async def _tell(
         self, dialect: Dialect | None, request: Request, response: Response, facts: Facts, problem: Problem
@@ -159,20 +157,7 @@ class Gateway:
     def _report(self, request: Request, error: Exception) -> None:
         log.error("request %s failed: %s in %s", request.id, type(error).__name__, where(error))
 
-    def _note(self, request: Request, response: Response, facts: Facts) -> None:
-        """Write what became of a request into the log, and into the ledger if its key is known."""
-        status = CLIENT_LEFT if facts.error == "client_left" else response.status or 0
-        level = logging.DEBUG if request.method != "POST" and status == 200 else logging.INFO
-        access.log(level, "%s %s %s %s", request.method, _shown(request.path), status, facts.line(request.id))
-        if facts.key and facts.operation:
-            self._ledger.add(facts.row(request.id, facts.key, facts.operation, status))
-
 
 def _normalized(path: str) -> str:
     """Return a path without the version and without a slash at its end."""
     return path.removeprefix("/v1").rstrip("/") or "/"
-
-
-def _shown(path: str) -> str:
-    """Return a path for a log or an error: without what looks like a key."""
-    return _KEY.sub("sk-...", "".join(c if c.isprintable() else "?" for c in path[:100]))

@@ -34,6 +34,9 @@ class Facts:
     ttft: float | None = None
     """From the arrival of the request to the first delta."""
     usage: Usage = field(default_factory=Usage)
+    """As the server counted. If the answer has no end: about how many tokens were delivered."""
+    prompt_estimate: int = 0
+    """Tokens of the prompt, before anybody has counted them."""
     limits: Sequence[Header] = ()
     """Headers that tell what is left of the limits of the key."""
     error: str | None = None
@@ -44,10 +47,14 @@ class Facts:
         return time.monotonic() - self.began
 
     @property
-    def tokens(self) -> int:
-        """Tokens of prompt and answer, as far as they are known."""
-        usage = self.usage
-        return usage.total_tokens or (usage.prompt_tokens or 0) + (usage.completion_tokens or 0)
+    def prompt_tokens(self) -> int:
+        """As the server counted; about as many if it has not, though a node had the request."""
+        counted = self.usage.prompt_tokens or (self.usage.total_tokens or 0) - self.completion_tokens
+        return counted if counted > 0 else self.prompt_estimate if self.node else 0
+
+    @property
+    def completion_tokens(self) -> int:
+        return self.usage.completion_tokens or 0
 
     def note_first_token(self, progress: Progress | None) -> None:
         self.ttft = self.duration
@@ -88,8 +95,8 @@ class Facts:
             "model": self.model,  # not what was asked: that may be any text
             "node": self.node,
             "attempts": self.attempts or None,
-            "in": self.usage.prompt_tokens,
-            "out": self.usage.completion_tokens,
+            "in": self.prompt_tokens or None,
+            "out": self.completion_tokens or None,
             "wait": _rounded(self.queue_wait),
             "ttft": _rounded(self.ttft),
             "total": _rounded(self.duration),
@@ -111,8 +118,8 @@ class Facts:
             node=self.node,
             attempts=self.attempts,
             resumed=self.resumed,
-            prompt_tokens=self.usage.prompt_tokens or 0,
-            completion_tokens=self.usage.completion_tokens or 0,
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.completion_tokens,
             cached_tokens=self.usage.cached_tokens or 0,
             queue_wait=self.queue_wait,
             ttft=self.ttft,

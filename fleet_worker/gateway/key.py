@@ -83,6 +83,9 @@ class Key(Group):
     may_choose_node: bool = False
     """Whether a request may name the node that runs it."""
 
+    may_read_metrics: bool = False
+    """Whether it may read `/metrics`, which name all keys."""
+
     def allows(self, model: str) -> bool:
         return any(model == each or fnmatchcase(model, each) for each in self.models)
 
@@ -120,5 +123,5 @@ def _is_glob(name: str) -> bool:
     return bool(re.search(r"[*?\[]", name))
 
 
-ANYONE = Key(name="anyone", highest_priority="critical", may_choose_node=True)
+ANYONE = Key(name="anyone", highest_priority="critical", may_choose_node=True, may_read_metrics=True)
 """The key of every request to a gateway without keys, which serves only its own machine."""

@@ -42,8 +42,9 @@ FAULTS = (sqlite3.Error, OSError, ConfigurationError)
 class Ledger:
     """Rows are kept for so many days."""
 
-    def __init__(self, path: Path, *, days: float = 400.0) -> None:
-        self._path = path
+    def __init__(self, path: Path, *, days: float = 400) -> None:
+        self.path = path
+        """As it was set; another gateway of this host may hold it, and this one writes a file beside it."""
         self._days = days
         self._rows: deque[Row] = deque()
         self._added = threading.Event()
@@ -83,7 +84,7 @@ class Ledger:
     def _begin(self) -> None:
         """Read what was used before. A file that cannot be opened is opened later."""
         try:
-            self._file = LedgerFile(self._path)
+            self._file = LedgerFile(self.path)
             self.gateway_id, now = self._file.gateway_id, time.time()
             self._used = {at: self._file.tokens_since(at) for at in (begin_of(name, now) for name in BUDGETS)}
         except FAULTS as error:
@@ -121,7 +122,7 @@ class Ledger:
         if self._file and not self._file.is_there:
             self._file.close()
             self._file = None
-        self._file = self._file or LedgerFile(self._path)
+        self._file = self._file or LedgerFile(self.path)
         return self._file
 
     def _forget_old_rows(self, file: LedgerFile) -> None:
@@ -132,7 +133,7 @@ class Ledger:
     def _fail(self, error: Exception) -> None:
         if not self._failing:
             self._failing = True
-            log.error("the ledger %s is not written: %s; requests go on", self._path, error)
+            log.error("the ledger %s is not written: %s; requests go on", self.path, error)
         if self._file:
             with contextlib.suppress(*FAULTS):
                 self._file.close()

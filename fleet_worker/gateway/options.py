@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from typing import cast, get_args
@@ -25,7 +26,8 @@ def router_options(request: Request, key: Key, default_max_wait: float | None) -
         InvalidRequest: a header has no such value.
         Refused: the key may not ask for that.
     """
-    headers, options = request.headers, RequestOptions(caller={"key": key.name})
+    headers = request.headers
+    options = RequestOptions(caller={"key": key.name}, request_id=request.id)
     options["priority"] = key.priority(_priority(headers.get("x-fleet-priority")))
     if node := headers.get("x-fleet-node"):
         if not key.may_choose_node:
@@ -80,4 +82,4 @@ def _of_this_key(idempotency_key: str, key: Key) -> str:
     if len(idempotency_key) > LONGEST_IDEMPOTENCY_KEY:
         text = f"idempotency-key: must have at most {LONGEST_IDEMPOTENCY_KEY} characters"
         raise InvalidRequest(text, param="idempotency-key")
-    return f"{key.name} {idempotency_key}"
+    return f"{key.name} {hashlib.sha256(idempotency_key.encode()).hexdigest()}"

@@ -31,14 +31,15 @@ from fleet_worker.settings import Settings
 
 CONNECT_WITHIN = 2.0
 """Seconds in which the broker has to accept a connection. No request waits for that."""
+_NOTHING = Taken(0.0, "", 0, {})
 
 
 class Quotas:
     """The quotas of all keys. For one event loop; `open` it first, `close` it last.
 
-    Without settings, or on RabbitMQ, it counts alone. `gateway` names this gateway, the same after a restart.
-    `spent(key name, since)` returns the tokens that a key has used here since a time in seconds since the epoch, so
-    that budgets survive a restart.
+    Without settings, or on RabbitMQ, it counts alone. `gateway` names this gateway. If it is the same after a restart,
+    so that budgets survive one, `spent(key name, since)` has to return the tokens that a key has used here since a time
+    in seconds since the epoch.
     """
 
     def __init__(
@@ -80,44 +81,59 @@ class Quotas:
         Raises:
             QuotaExceeded: they have no room for it.
         """
-        wanted = _wanted(key, tokens)
-        if not wanted.limits and not wanted.max_parallel:
-            return Reservation(key.name, wanted, Taken(0.0, "", 0, {}), lambda tokens: None)
-        taken, is_shared = await self._take(key.name, wanted)
-        if taken.refused:
-            raise exceeded(taken, wanted, self._local.running(key.name))
-        return Reservation(key.name, wanted, taken, partial(self._settle, key.name, wanted, taken, is_shared))
+        reservation = Reservation(key.name, _wanted(key, tokens), self._settle)
+        if reservation.wanted.limits or reservation.wanted.max_parallel:
+            await self._take(reservation)
+        if reservation.taken.refused:
+            raise exceeded(reservation.taken, reservation.wanted, self._local.running(key.name))
+        return reservation
 
-    async def _take(self, key: str, wanted: Wanted) -> tuple[Taken, bool]:
-        """Return the answer, and whether it is that of the broker."""
-        shared = self._shared
-        if not shared or not shared.are_there:
-            return self._local.take(key, wanted), False
-        reserved = self._local.take(key, wanted, checks=False)
-        take_back = partial(self._local.change, key, wanted, [(each, -each.charge) for each in wanted.limits])
+    async def _take(self, reservation: Reservation) -> None:
+        key, wanted = reservation.key, reservation.wanted
+        if not self._shared or not self._shared.are_there:
+            reservation.taken = self._local.take(key, wanted)
+            return
+        reserved = reservation.taken = self._local.take(key, wanted, checks=False)  # for what asks at the same time
+        own, late = partial(self._own, key, reserving=True), partial(self._correct, reservation)
         try:
-            taken = await shared.take(key, wanted, partial(self._own, key, reserving=wanted))
+            taken = await self._shared.take(key, wanted, own, late)
         except asyncio.CancelledError:
-            self._settle(key, wanted, reserved, True, 0)
+            reservation.release()
             raise
+        if taken:
+            self._ahead = taken.now - self._clock()
+            reservation.taken, reservation.is_shared = taken, True
+            if not taken.refused:
+                return
+        self._local.change(key, wanted, [(each, -each.charge) for each in wanted.limits], reserved.now)
         if not taken:
-            take_back(reserved.now)
-            return self._local.take(key, wanted), False
-        self._ahead = taken.now - self._clock()
-        if taken.refused:
-            take_back(reserved.now)
-        return taken, True
+            reservation.taken = self._local.take(key, wanted)
 
-    def _settle(self, key: str, wanted: Wanted, taken: Taken, is_shared: bool, tokens: int) -> None:
-        limits = [each for each in wanted.limits if each.name != "rpm"]
-        self._local.change(key, wanted, [(each, tokens - each.charge) for each in limits], taken.now)
-        if self._shared and (limits or wanted.lease):
-            reserved = {each.name: each.charge if is_shared else 0 for each in limits}
-            changes = [(each, tokens - reserved[each.name], each.number(taken.now)) for each in limits]
-            self._shared.settle(key, wanted.lease, changes, partial(self._own, key))
+    def _correct(self, reservation: Reservation, counted: Taken) -> None:
+        """Have a broker that has answered too late count what was decided without it."""
+        wanted, admitted = reservation.wanted, not reservation.taken.refused
+        goes_on, was_counted = admitted and not reservation.has_ended, not counted.refused
+        counts = {limit: admitted if limit.name == "rpm" else goes_on for limit in wanted.limits}
+        self._tell(reservation, [(each, each.charge * (counts[each] - was_counted)) for each in counts], not goes_on)
+        reservation.is_shared = goes_on
+        if goes_on and wanted.lease and self._shared:
+            self._shared.renew(reservation.key, [wanted.lease])
 
-    def _own(self, key: str, limit: Limit, reserving: Wanted | None = None) -> Own:
-        """Return what this gateway has used of a budget, without what is being reserved now."""
+    def _settle(self, reservation: Reservation, tokens: int) -> None:
+        limits = [each for each in reservation.wanted.limits if each.name != "rpm"]
+        charges = [(each, tokens - each.charge) for each in limits]
+        self._local.change(reservation.key, reservation.wanted, charges, reservation.taken.now)
+        self._tell(reservation, charges if reservation.is_shared else [(each, tokens) for each in limits], True)
+
+    def _tell(self, reservation: Reservation, charges: list[tuple[Limit, int]], has_ended: bool) -> None:
+        """Tell the broker what is added to the limits that it counts."""
+        lease = reservation.wanted.lease if has_ended else ""
+        if self._shared and (charges or lease):
+            changes = [(limit, charge, limit.number(reservation.taken.now)) for limit, charge in charges]
+            self._shared.settle(reservation.key, lease, changes, partial(self._own, reservation.key))
+
+    def _own(self, key: str, limit: Limit, *, reserving: bool = False) -> Own:
+        """Return what this gateway has used of a budget; without this request if it is being reserved now."""
         window = self._local.window(key, limit.name)
         return Own(window.number, max(0, window.amount - (limit.charge if reserving else 0)))
 
@@ -144,20 +160,25 @@ class Reservation:
     """What a request has taken from the limits of its key."""
 
     key: str
-    _wanted: Wanted
-    _taken: Taken
-    _end: Callable[[int], None] | None
+    wanted: Wanted
+    _settle: Callable[[Reservation, int], None]
+    taken: Taken = _NOTHING
+    """The answer, and the counts with it."""
+    is_shared: bool = False
+    """Whether the broker counts it."""
+    has_ended: bool = False
 
     @property
     def headers(self) -> Headers:
         """What an answer tells of the limits, as OpenAI does: `x-ratelimit-...`; empty without limits."""
-        return headers(self._taken, self._wanted)
+        return headers(self.taken, self.wanted)
 
     def settle(self, tokens: int) -> None:
         """End the request: it has used so many tokens, of its prompt and its answer. Only the first call counts."""
-        end, self._end = self._end, None
-        if end:
-            end(max(0, tokens))
+        if not self.has_ended:
+            self.has_ended = True
+            if self.wanted.limits or self.wanted.max_parallel:
+                self._settle(self, max(0, tokens))
 
     def release(self) -> None:
         """End the request, if it is not settled: it has used no tokens. It counts as a request."""

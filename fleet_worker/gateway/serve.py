@@ -19,6 +19,7 @@ from fleet_worker.gateway.ledger import Ledger
 from fleet_worker.gateway.ledger_file import path_of
 from fleet_worker.gateway.listener import BACKLOG, address, allow_connections, listening
 from fleet_worker.gateway.quotas import Quotas
+from fleet_worker.gateway.records import Records
 from fleet_worker.router.router import Router
 from fleet_worker.settings import Settings
 
@@ -38,10 +39,10 @@ def serve(settings: Settings) -> None:
     with (
         Router(settings, patient=False) as router,
         listening(settings) as listener,
-        closing(Ledger(path_of(settings))) as ledger,
+        closing(Ledger(path_of(settings), days=settings.gateway.ledger_days)) as ledger,
     ):
         quotas = Quotas(settings, gateway=ledger.gateway_id, spent=ledger.tokens_since)
-        gateway = Gateway(settings, router, keys, quotas, ledger)
+        gateway = Gateway(settings, router, keys, quotas, Records(ledger, lambda: quotas.are_shared))
         server = Server(settings, gateway, keys, quotas)
         log.info("serves %s %s", address(settings, listener), _whom(keys))
         with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:

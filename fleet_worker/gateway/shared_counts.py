@@ -52,7 +52,7 @@ class Own:
 
 
 Change = tuple[Limit, int, int]
-"""A limit, what is added to it, and the number of the window of which it was taken."""
+"""A limit, what is added to it (less than 0: given back), and the number of the window of which that was taken."""
 
 
 @dataclass(slots=True)
@@ -86,12 +86,21 @@ class SharedCounts:
         self._task = asyncio.create_task(self._run(), name="fleet-quotas")
 
     async def close(self) -> None:
+        """Send what waits, if the broker takes it, and close the connection."""
+        if self.are_there:
+            answer = asyncio.get_running_loop().create_future()
+            self._commands.append(_Command(("PING",), answer))
+            self._has_commands.set()
+            await asyncio.wait([answer], timeout=ANSWER_WITHIN)
         while self._task and not self._task.done():
             self._task.cancel()  # again: asyncio.wait_for of Python 3.11 may lose it
             await asyncio.wait([self._task], timeout=0.1)
 
-    async def take(self, key: str, wanted: Wanted, own: Callable[[Limit], Own]) -> Taken | None:
-        """Count a request if it fits. Return None if the broker does not answer in time."""
+    async def take(
+        self, key: str, wanted: Wanted, own: Callable[[Limit], Own], late: Callable[[Taken], object]
+    ) -> Taken | None:
+        """Count a request if it fits. Return None if the broker does not answer in time. If it answers later, `late` is
+        called with the answer."""
         if not self.are_there:
             return None
         words = [self._gateway, wanted.lease, LEASE, wanted.max_parallel or 0]
@@ -99,13 +108,15 @@ class SharedCounts:
             words += [limit.name, limit.most, limit.charge, *_own(limit, own)]
         answer = asyncio.get_running_loop().create_future()
         self._send(TAKE, key, words, answer)
-        await asyncio.wait([answer], timeout=ANSWER_WITHIN)
+        try:
+            await asyncio.wait([answer], timeout=ANSWER_WITHIN)
+        finally:
+            if not answer.done():
+                answer.add_done_callback(lambda answer: answer.cancelled() or late(_taken(answer.result(), wanted)))
         return _taken(answer.result(), wanted) if answer.done() and not answer.cancelled() else None
 
-    def settle(
-        self, key: str, lease: str, changes: Iterable[tuple[Limit, int, int]], own: Callable[[Limit], Own]
-    ) -> None:
-        """End a request. Each change is a limit, what is added to it, and the number of the window it was taken of."""
+    def settle(self, key: str, lease: str, changes: Iterable[Change], own: Callable[[Limit], Own]) -> None:
+        """Change what is counted of a request; with its lease, it has ended."""
         words: list[Any] = [self._gateway, lease]
         for limit, charge, number in changes:
             of_budget = _own(limit, own)

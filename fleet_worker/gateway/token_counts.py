@@ -30,12 +30,25 @@ def estimated_tokens(body: dict[str, Any]) -> int:
     return sum(map(_bytes, _texts(body))) // _BYTES_OF_TOKEN + _beside_texts(body)
 
 
-def most_tokens(body: dict[str, Any], size: int) -> int:
-    """Return about how many tokens a body of so many bytes may use, its answer included: what is reserved for it. The
-    body need not be valid."""
+def quick_estimate(body: dict[str, Any], size: int) -> int:
+    """Return about how many tokens the prompt of a chat or an embedding has that came in a body of so many bytes. Texts
+    are not looked at, and the body need not be valid."""
+    images = [len(str(part.get("image_url"))) for part in _parts(body) if part.get("type") == "image_url"]
+    return max(0, size - sum(images)) // _BYTES_OF_TOKEN + _TOKENS_OF_IMAGE * len(images)
+
+
+def most_generated(body: dict[str, Any]) -> int:
+    """Return how many tokens the answer may have, which are reserved for it. The body need not be valid."""
     limits = [body.get(name) for name in ("max_completion_tokens", "max_tokens")]
     known = [limit for limit in limits if isinstance(limit, int) and limit > 0]
-    return size // _BYTES_OF_TOKEN + (known[0] if known else _TOKENS_OF_ANSWER if "messages" in body else 0)
+    return known[0] if known else _TOKENS_OF_ANSWER if "messages" in body else 0
+
+
+def _parts(body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    messages = body.get("messages")
+    for message in messages if isinstance(messages, list) else ():
+        content = message.get("content") if isinstance(message, dict) else None
+        yield from (part for part in content if isinstance(part, dict)) if isinstance(content, list) else ()
 
 
 def _texts(body: dict[str, Any]) -> Iterator[str]:

@@ -25,8 +25,9 @@ HEARTBEAT_WITHIN = 0.25
 """Seconds that a heartbeat may wait for the next frame, to travel with it: streams cost no message more."""
 MOST_FRAMES, LARGE_MESSAGE_BYTES = 500, 384 * 1024
 """Frames and bytes of one message that has several frames: no more JSON values than routers read."""
-FEW_FRAMES = 8
-"""Frames that a task publishes itself, if nothing has to be waited for."""
+FEW_REQUESTS, FEW_FRAMES = 4, 8
+"""Requests in progress up to which a task publishes its frames itself, and how many frames. With more requests one
+thread is cheaper: frames gather for its next message while it sends one."""
 
 
 class _Batch(NamedTuple):
@@ -42,12 +43,12 @@ class _Batch(NamedTuple):
 class ReplyPublisher:
     """Publishes the frames of a node with one connection, as fast as the broker takes them.
 
-    A frame that is due is published by the thread of its task: waking another one takes longer. A thread of the
-    publisher does what has to be waited for: for a few milliseconds after a publish frames gather for the next one, for
-    longer if the router is behind. So a single token is published at once, and the cost of a token falls as the load of
-    the node or of the router rises. First tokens and last frames never wait. While the broker is away the frames wait,
-    and with `max_pending` of them the tasks wait too. A broker that comes back may have lost messages: the last ones
-    are published again, and the router drops those that it has.
+    At a node with few requests, a frame that is due is published by the thread of its task: waking another one takes
+    longer. A thread of the publisher does all else: for a few milliseconds after a publish frames gather for the next
+    one, for longer if the router is behind. So a single token is published at once, and the cost of a token falls as
+    the load of the node or of the router rises. First tokens and last frames never wait. While the broker is away the
+    frames wait, and with `max_pending` of them the tasks wait too. A broker that comes back may have lost messages: the
+    last ones are published again, and the router drops those that it has.
     """
 
     def __init__(self, connect: Callable[[], Connection], node: str, *, max_pending: int) -> None:
@@ -170,8 +171,9 @@ class ReplyPublisher:
 
     def _is_for_the_task(self, reply_to: str, outbox: Outbox) -> bool:
         """Return whether these frames are due, and can be published without waiting for anything."""
-        is_due = outbox.due <= time.monotonic() and len(outbox) <= FEW_FRAMES
-        return is_due and not (self._is_publishing or self._to_replay) and self._connection.is_free(reply_to)
+        is_small = len(self._writers) <= FEW_REQUESTS and len(outbox) <= FEW_FRAMES
+        is_waiting = outbox.due > time.monotonic() or self._is_publishing or bool(self._to_replay)
+        return is_small and not is_waiting and self._connection.is_free(reply_to)
 
     def _publish_at_once(self, reply_to: str, frames: list[Frame]) -> None:
         is_done = False

@@ -30,8 +30,8 @@ log = logging.getLogger(__name__)
 
 MAX_TICK = 1.5
 """Seconds that one wait for messages may add to the clock, however long the process was frozen in it."""
-GAP_PER_REQUEST = 0.0001
-SHORTEST_GAP, LONGEST_GAP = 0.001, 0.004
+GAP_PER_REQUEST = 0.000125
+SHORTEST_GAP, LONGEST_GAP = 0.001, 0.005
 """Seconds from one read to the next: the more requests are in flight, the more messages one read takes, and none waits
 when they are few. A message that comes after a longer pause is read at once."""
 TRY_FOR = 60.0

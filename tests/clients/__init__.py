@@ -5,5 +5,3 @@ is known of a client); then each client in a file of its own: `openai_node`, `ai
 `lang_chain`, `codex`, `opencode`; `anthropic_node`, `ai_sdk_anthropic`, `claude_code`; `ollama_node`;
 `lang_chain_others`. A library needs a script beside it, which its own interpreter runs.
 """
-
-from tests.mlx_clients import *  # noqa: F403  until all branches know the new name

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import re
+import time
 from urllib.parse import urlsplit
 
 import pytest
@@ -63,6 +65,20 @@ def test_embeddings_in_both_forms(client, form):
     assert reply.usage.prompt_tokens > 0
     length = 384 if form == "float" else len(reply.data[0].embedding)
     assert all(len(each.embedding) == length for each in reply.data)
+
+
+def test_what_was_used_is_told(http):
+    body = {"model": CHAT, "messages": HELLO, "max_tokens": 4}
+    usage = http.post("/v1/chat/completions", json=body, headers={"x-fleet-tags": "a, b"}).json()["usage"]
+    counted = re.search(r'fleet_gateway_tokens_total{key="anyone",kind="completion"} (.*)', http.get("/metrics").text)
+    assert float(counted[1]) >= usage["completion_tokens"] == 4
+    for _ in range(100):  # the ledger is written once a second
+        told = http.get("/v1/usage?since=1h").json()
+        if told["requests"]:
+            break
+        time.sleep(0.05)
+    assert told["models"][0]["model"] == CHAT
+    assert told["completion_tokens"] >= 4
 
 
 @pytest.mark.parametrize("at_token", [0, 3], ids=["before the first token", "while it is generated"])

@@ -23,7 +23,7 @@ from fleet_worker.gateway.dialect import ChatAsked, CountAsked, EmbedAsked
 from fleet_worker.gateway.openai_chat import OpenAIChat
 from fleet_worker.gateway.problems import Refused
 from fleet_worker.gateway.request import parsed
-from fleet_worker.gateway.token_counts import estimated_tokens, most_tokens
+from fleet_worker.gateway.token_counts import estimated_tokens, most_generated, quick_estimate
 from fleet_worker.router.submission import Submission
 
 ID = "0f8fad5b-d9cb-469f-a165-70867728950e"
@@ -140,7 +140,7 @@ def submit(dialect, body):
     content = json.dumps(body).encode()
     asked = dialect.asked(parsed(content), ID, 1)
     if isinstance(asked, ChatAsked | EmbedAsked):
-        most_tokens(asked.body, len(content))
+        assert quick_estimate(asked.body, len(content)) + most_generated(asked.body) >= 0
         operation = "stream_chat" if isinstance(asked, ChatAsked) else "embed"
         Submission.of(Settings(), operation, asked.model, {}, asked.body, {})
     if isinstance(asked, CountAsked):

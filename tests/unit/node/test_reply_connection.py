@@ -16,7 +16,7 @@ from fleet_worker.node.reply_publisher import ReplyPublisher
 from fleet_worker.protocol.reply import Alive, Delta, Reply
 from fleet_worker.settings import Settings
 from fleet_worker.testing import embedded_broker
-from tests.clients import took_less_than, until
+from tests.mlx_clients import took_less_than, until
 
 
 @pytest.fixture(scope="module")

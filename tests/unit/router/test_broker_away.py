@@ -12,7 +12,7 @@ from fleet_worker.host.child_process import child
 from fleet_worker.router import reply_consumer as reply_consumer_module
 from fleet_worker.testing import READY_WITHIN, VALKEY_READY, embedded_broker, valkey_command
 from tests.brokers import free_port
-from tests.clients import HELLO, took_less_than, until
+from tests.mlx_clients import HELLO, took_less_than, until
 from tests.unit.router.test_router import Fleet, accepted, chat, response
 
 SOON = 0.2

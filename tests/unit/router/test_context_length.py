@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fleet_worker import ContextLengthExceeded
 from fleet_worker.router.context_length import PIECE, _loaded, at_least, counted, require_fits
-from tests.clients import took_less_than
+from tests.mlx_clients import took_less_than
 from tests.unit.registry.test_view import about_instance, about_model, say
 from tests.unit.router.test_attempts import request
 from tests.unit.router.test_router import Fleet, accepted, response

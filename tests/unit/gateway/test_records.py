@@ -1,0 +1,83 @@
+"""What is recorded of requests, and who may read it, over HTTP."""
+
+import json
+import logging
+
+import pytest
+
+from fleet_worker.gateway.keys import new_key
+from tests.gateways import ask, get, post, serving
+
+CHAT = b'{"model": "m", "messages": [{"role": "user", "content": "A SECRET PROMPT"}]}'
+
+
+@pytest.fixture(scope="module")
+def secrets():
+    return {name: new_key(name) for name in ("alice", "bob", "prometheus")}
+
+
+@pytest.fixture(scope="module")
+def port(secrets, tmp_path_factory):
+    path = tmp_path_factory.mktemp("keys") / "keys.toml"
+    tables = {name: made.table for name, made in secrets.items()}
+    tables["alice"] += "rpm = 2\n"
+    tables["prometheus"] += "may_read_metrics = true\n"
+    path.write_text("\n".join(tables.values()), "utf-8")
+    path.chmod(0o600)
+    with serving(keys=path) as port:
+        yield port
+
+
+def bearer(made):
+    return b"authorization: Bearer " + made.secret.encode()
+
+
+def answer(port, *words, **options):
+    response = ask(port, get(*words, **options) if words[0].startswith(b"/") else post(*words, **options))
+    return response.status, json.loads(response.body)
+
+
+@pytest.mark.parametrize("path", [b"/v1/usage", b"/metrics", b"/v1/models"])
+def test_nobody_reads_anything_without_a_key(port, path):
+    status, body = answer(port, path)
+    assert (status, body["error"]["code"]) == (401, "invalid_api_key")
+
+
+def test_a_key_reads_its_own_usage_and_no_other(port, secrets):
+    status, body = answer(port, b"/v1/usage?since=24h", bearer(secrets["bob"]))
+    assert (status, body["object"], body["key"], body["requests"]) == (200, "usage", "bob", 0)
+
+
+def test_a_time_that_is_none_is_named(port, secrets):
+    status, body = answer(port, b"/v1/usage?since=yesterday", bearer(secrets["bob"]))
+    assert (status, body["error"]["param"]) == (400, "since")
+
+
+def test_only_some_keys_read_metrics_which_name_all_keys(port, secrets):
+    assert answer(port, b"/metrics", bearer(secrets["bob"]))[0] == 403
+    response = ask(port, get(b"/metrics", bearer(secrets["prometheus"])))
+    assert response.status == 200
+    assert response.headers["content-type"].startswith("text/plain")
+    assert b"fleet_gateway_quotas_shared 0.0" in response.body
+
+
+def test_a_failed_request_is_recorded_without_its_text(port, secrets, caplog):
+    caplog.set_level(logging.INFO)
+    status, _ = answer(port, CHAT, bearer(secrets["bob"]))
+    assert status == 503  # there is no broker
+    text = ask(port, get(b"/metrics", bearer(secrets["prometheus"]))).body.decode()
+    assert 'fleet_gateway_requests_total{key="bob",operation="chat/completions",status="503"} 1.0' in text
+    assert 'fleet_gateway_running{key="bob"} 0.0' in text
+    assert "key=bob" in caplog.text
+    for private in ("SECRET", secrets["bob"].secret):
+        assert private not in caplog.text
+        assert private not in text
+
+
+def test_a_wrong_key_is_in_no_log_and_no_metric(port, secrets, caplog):
+    caplog.set_level(logging.DEBUG)
+    wrong = secrets["alice"].secret[:-4] + "0000"
+    assert answer(port, CHAT, b"x-api-key: " + wrong.encode())[0] == 401
+    text = ask(port, get(b"/metrics", bearer(secrets["prometheus"]))).body.decode()
+    assert 'fleet_gateway_requests_total{key="",operation="chat/completions",status="401"}' in text
+    assert wrong not in caplog.text + text
