@@ -44,12 +44,12 @@ def _messages(given: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def _taken(open_calls: list[dict[str, Any]], name: str | None) -> str:
-    """Remove a call and return its id."""
-    named = [call for call in open_calls if call["function"]["name"] == name] or open_calls
-    if not named:
+    """Remove a call and return its id: the first one of that name, or else the first."""
+    if not open_calls:
         return "call_unknown"
-    open_calls.remove(named[0])
-    call_id: str = named[0]["id"]
+    call = next((call for call in open_calls if call["function"]["name"] == name), open_calls[0])
+    open_calls.remove(call)
+    call_id: str = call["id"]
     return call_id
 
 

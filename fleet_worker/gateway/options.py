@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from typing import cast, get_args
@@ -81,4 +82,4 @@ def _of_this_key(idempotency_key: str, key: Key) -> str:
     if len(idempotency_key) > LONGEST_IDEMPOTENCY_KEY:
         text = f"idempotency-key: must have at most {LONGEST_IDEMPOTENCY_KEY} characters"
         raise InvalidRequest(text, param="idempotency-key")
-    return f"{key.name} {idempotency_key}"
+    return f"{key.name} {hashlib.sha256(idempotency_key.encode()).hexdigest()}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from tests.clients.client import Client, Result, Target, check, expect
 
 _RAN = "the fleet was here"
+_DOT = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 _CODER = "gpt-6-astra"
 
 
@@ -19,6 +21,7 @@ def _run(target: Target) -> Iterator[Result]:
     yield check("tells that a model is unknown", lambda: _unknown_model(target))
     if model := target.models.get("codex"):
         yield check("runs a command", lambda: _runs_a_command(target, model))
+        yield check("shows an image", lambda: _shows_an_image(target, model))
     if coder := target.models.get(_CODER):
         yield check("runs code of a custom tool", lambda: _runs_code(target, coder))
 
@@ -50,6 +53,12 @@ def _runs_a_command(target: Target, model: str) -> str:
     return f"thought {thoughts}, ran {[item['command'] for item in ran]}, said {_said(events)}"
 
 
+def _shows_an_image(target: Target, model: str) -> str:
+    image = target.folder / "dot.png"
+    image.write_bytes(base64.b64decode(_DOT))
+    return _said(_exec(target, model, "What is it?", "--image", str(image), "--"))
+
+
 def _runs_code(target: Target, model: str) -> str:
     """With this model it offers only custom tools in namespaces, as part of its input."""
     events = _exec(target, model, "Run some code.")
@@ -67,7 +76,7 @@ def _exec(
     flags = ["--json", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox", "--model", model]
     given = [word for setting in settings for word in ("-c", setting)]
     codex = str(target.packages / "node_modules" / ".bin" / "codex")
-    command = [codex, "exec", *words, *flags, *given, *(["--ephemeral"] if ephemeral else []), prompt]
+    command = [codex, "exec", *flags, *given, *(["--ephemeral"] if ephemeral else []), *words, prompt]
     if fails:
         command = ["sh", "-c", '! "$@"', "sh", *command]
     printed = target.run(command, {"FLEET_KEY": target.key, "CODEX_HOME": str(_home(target))})

@@ -2,6 +2,7 @@
 
 from langchain.agents import create_agent
 from langchain_anthropic import ChatAnthropic
+from langchain_core.messages import HumanMessage
 from langchain_core.tools import tool
 from langchain_ollama import ChatOllama
 from pydantic import BaseModel
@@ -45,7 +46,7 @@ def messages_object():
 
 
 def messages_counted():
-    return anthropic().get_num_tokens_from_messages([("user", "Say hello.")])
+    return anthropic().get_num_tokens_from_messages([HumanMessage("Say hello.")])
 
 
 def ollama_chat():

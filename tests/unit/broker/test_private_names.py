@@ -1,4 +1,4 @@
-"""Names of kombu, Celery, redis and amqp that are not documented, and that this package uses.
+"""Names of kombu, Celery, redis, amqp and uvicorn that are not documented, and that this package uses.
 
 If one of these tests fails after an upgrade, its text says what of ours does not work any more; nothing else may fail.
 """
@@ -29,6 +29,7 @@ BOUND = "a message of 500 MB is read into memory"
 LOG = "the log shows the user of broker_url, and the texts of errors"
 TRUST = "other CAs than broker_ca are trusted"
 SPINS = "a network that is cut in the middle of a frame stops a node"
+IDLE = "an idle connection to the gateway is never closed, or closed at once"
 SIGNALS = "signals do not end a node, or lose requests"
 
 USED = [
@@ -177,6 +178,13 @@ USED = [
     (WORKER, None, "install_worker_term_hard_handler", ["Worker"], SIGNALS),
     (WORKER, None, "install_worker_int_handler", ["Worker"], SIGNALS),
     (WORKER, None, "install_cry_handler", ["Worker"], SIGNALS),
+    (
+        "uvicorn.protocols.http.httptools_impl",
+        "HttpToolsProtocol",
+        "_unset_keepalive_if_required",
+        ["HttpToolsProtocol"],
+        IDLE,
+    ),
 ]
 
 

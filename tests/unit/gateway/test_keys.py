@@ -131,6 +131,7 @@ def at(**later):
         (at()[:10], True),
         (at(days=2)[:10], False),
     ],
+    ids=["tomorrow", "a second ago", "tomorrow, no zone", "a second ago, no zone", "today", "the day after tomorrow"],
 )
 def test_a_key_ends_at_the_moment_that_is_set(path, alice, expires, is_over):
     path.write_text(f"{alice.table}expires = {expires}\n", "utf-8")

@@ -119,6 +119,7 @@ def test_thinking():
     assert chat(think="low").body["reasoning_effort"] == "low"
     whole = json.loads(chat(think=False).writer.whole(response(content="a", reasoning="hm")))
     assert whole["message"] == {"role": "assistant", "content": "a"}
+    assert b"hm" not in stream(chat(think=False), Delta(reasoning="hm"), Delta(content="a"))
 
 
 def test_images_are_data_urls():
@@ -142,6 +143,19 @@ def test_results_belong_to_calls_by_name_and_order():
     ids = [call["id"] for call in made]
     assert len({*ids}) == 3
     assert [message["tool_call_id"] for message in messages[2:]] == [ids[1], ids[0], ids[2]]
+
+
+def test_results_of_unknown_names_belong_to_calls_in_their_order():
+    calls = [{"function": {"name": name, "arguments": {}}} for name in ("a", "b")]
+    turn = [{"role": "assistant", "tool_calls": calls}, *[{"role": "tool", "content": "seen"}] * 2]
+    messages = chat(messages=[*HELLO, *turn, *turn]).body["messages"]
+    ids = [call["id"] for message in messages for call in message.get("tool_calls", ())]
+    assert len({*ids}) == 4
+    assert [message["tool_call_id"] for message in messages if message["role"] == "tool"] == ids
+
+
+def test_a_result_without_a_call_is_sent():
+    assert chat(messages=[*HELLO, {"role": "tool", "content": "seen"}]).body["messages"][-1]["tool_call_id"]
 
 
 def test_ids_of_calls_are_kept():
@@ -268,6 +282,7 @@ def test_embeddings():
     reply = EmbedResponse(**IDS, usage=Usage(prompt_tokens=2), timings=TIMINGS, data=data, dimensions=4)
     asked = ollama_embed.asked({"model": "sea", "input": ["one", "two"], "truncate": True}, "r", 0)
     EmbedParams.model_validate(asked.body)
+    assert asked.body == {"input": ["one", "two"]}
     with client(asked.writer.whole(reply)) as reading:
         answer = reading.embed("sea", ["one", "two"])
     assert (answer.embeddings, answer.model, answer.prompt_eval_count) == (vectors, "sea", 2)
