@@ -22,7 +22,7 @@ from fleet_worker.gateway import (
 )
 from fleet_worker.gateway.browsers import refuse_foreign_pages
 from fleet_worker.gateway.departure import while_client_stays
-from fleet_worker.gateway.dialect import ChatAsked, Dialect, EmbedAsked
+from fleet_worker.gateway.dialect import ChatAsked, Dialect, EmbedAsked, capability
 from fleet_worker.gateway.exchange import Exchange
 from fleet_worker.gateway.facts import Facts
 from fleet_worker.gateway.keys import Keys
@@ -121,9 +121,9 @@ class Gateway:
             facts.tags = tags(request)
             body = await request.json(self._bodies, self._settings.body_timeout)
             asked = dialect.asked(body, request.id, int(time.time()))
-            facts.model_asked = asked.model
+            facts.model_asked = asked.model[: models.LONGEST_NAME]
             options = router_options(request, key, self._default_max_wait)
-            names = models.require(self.fleet.known(), key, asked.model)
+            names = models.require(self.fleet.known(), key, asked.model, capability(asked))
             async with while_client_stays(request):
                 most = 0
                 if isinstance(asked, ChatAsked | EmbedAsked):

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol, TypeVar, get_origin
 
 from fleet_worker.errors import InvalidRequest
 from fleet_worker.gateway.problems import Problem
+from fleet_worker.instance_settings import Capability
 from fleet_worker.protocol.reply import ChatResponse, Delta, EmbedResponse
 
 
@@ -86,6 +87,13 @@ class LoadAsked:
 
 
 Asked = ChatAsked | EmbedAsked | CountAsked | LoadAsked
+
+
+def capability(asked: Asked) -> Capability | None:
+    """Return what a model must be able to do, in the fleet's words; None if any model will do."""
+    if isinstance(asked, ChatAsked):
+        return "stream_chat" if asked.stream else "chat"
+    return "embed" if isinstance(asked, EmbedAsked) else None
 
 
 class Dialect(Protocol):

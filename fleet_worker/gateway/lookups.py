@@ -16,7 +16,7 @@ from fleet_worker.gateway.keys import Keys
 from fleet_worker.gateway.known_fleet import KnownFleet
 from fleet_worker.gateway.ledger_file import files_of, path_of
 from fleet_worker.gateway.problems import only, refuse
-from fleet_worker.gateway.records import Records
+from fleet_worker.gateway.records import Records, shown
 from fleet_worker.gateway.request import BodyMemory, Request
 from fleet_worker.gateway.response import Response
 from fleet_worker.gateway.running import Running
@@ -65,11 +65,11 @@ class Lookups:
         return await response.whole(status, compact(found).encode("ascii"))
 
     async def _of_ollama(self, path: str, request: Request) -> dict[str, Any]:
-        body = await request.json(self._bodies, self._body_timeout) if request.method == "POST" else {}
         key = self._keys.find(request.secret)
+        body = await request.json(self._bodies, self._body_timeout) if request.method == "POST" else {}
         found = ollama_models.look_up(f"{request.method} {path}", body, self._fleet.known(), key)
         if found is None:
-            raise refuse(404, "not_found", f"{request.method} {path}: the fleet has no such thing")
+            raise refuse(404, "not_found", f"{request.method} {shown(path)}: the fleet has no such thing")
         return found
 
     async def _found(self, path: str, request: Request) -> tuple[int, dict[str, Any]]:

@@ -10,6 +10,13 @@ from fleet_worker.registry.alternatives import nearest
 from fleet_worker.registry.offered import Offered
 from fleet_worker.registry.view import Registry
 
+LONGEST_NAME = 200
+"""Characters. No model of the fleet has a longer name, and each chunk of a stream repeats it."""
+MOST_LISTED = 8
+"""Names in the text of an error."""
+_WORK = {"embed": "embeddings", "chat": "chats", "stream_chat": "chats"}
+"""By capability, in the words of clients."""
+
 
 def listing(registry: Registry, key: Key) -> list[dict[str, Any]]:
     """Return an object of OpenAI's and Anthropic's for each model and alias of this key, sorted."""
@@ -34,19 +41,30 @@ def details(registry: Registry, key: Key, name: str) -> dict[str, Any]:
     return _object(name, [each for model in key.model_of(name) for each in offered.get(model, ())])
 
 
-def require(registry: Registry, key: Key, name: str) -> list[str]:
-    """Return the models that may answer a request for `name`, first choice first.
+def require(registry: Registry, key: Key, name: str, capability: str | None = None) -> list[str]:
+    """Return the models that may answer a request for `name`, first choice first; those only that have the capability.
 
     Raises:
         ModelUnavailable: this key has no such model. Only names are told that it may use.
     """
-    models = key.model_of(name)
+    models = key.model_of(name) if len(name) <= LONGEST_NAME else []
     there = [model for model in models if registry.offerings(model)]
-    if there or (models and not registry.instances()):  # without a registry node nothing is known, and nodes may serve
-        return there or models
-    close = nearest(name, key.visible(registry.models()))
+    able = [model for model in there if registry.offerings(model, capability=capability)]
+    if able or (models and not registry.instances()):  # without a registry node nothing is known, and nodes may serve
+        return able or models
+    if capability and there:
+        raise _not_for(capability, registry, key)
+    close = nearest(name, key.visible(registry.models())) if len(name) <= LONGEST_NAME else []
     advice = f"; did you mean {close[0]}?" if close else "; GET /v1/models lists those of this key"
     raise ModelUnavailable(f"the model does not exist, or this key may not use it{advice}", param="model")
+
+
+def _not_for(capability: str, registry: Registry, key: Key) -> ModelUnavailable:
+    """Return the error for a model that is for other requests. The router would name all models that are for this."""
+    able = {each.model for each in registry.offerings(capability=capability)}
+    own = sorted(name for name in key.visible(registry.models()) if able.intersection(key.model_of(name)))
+    advice = f"those of this key that are: {', '.join(own[:MOST_LISTED])}" if own else "this key has none that is"
+    return ModelUnavailable(f"the model is not for {_WORK.get(capability, capability)}; {advice}", param="model")
 
 
 def _by_model(registry: Registry) -> dict[str, list[Offered]]:

@@ -31,6 +31,8 @@ from fleet_worker.settings import Settings
 
 CONNECT_WITHIN = 2.0
 """Seconds in which the broker has to accept a connection. No request waits for that."""
+MOST_TOKENS = 10**9
+"""That one request may count. A client can ask for any number, and Lua takes a large one for a negative one."""
 _NOTHING = Taken(0.0, "", 0, {})
 
 
@@ -178,7 +180,7 @@ class Reservation:
         if not self.has_ended:
             self.has_ended = True
             if self.wanted.limits or self.wanted.max_parallel:
-                self._settle(self, max(0, tokens))
+                self._settle(self, _counted(tokens))
 
     def release(self) -> None:
         """End the request, if it is not settled: it has used no tokens. It counts as a request."""
@@ -186,7 +188,7 @@ class Reservation:
 
 
 def _wanted(key: Key, tokens: int) -> Wanted:
-    tokens = max(0, tokens)
+    tokens = _counted(tokens)
     limits = (
         _rate("rpm", key.rpm, 1),
         _rate("tpm", key.tpm, tokens),
@@ -195,6 +197,10 @@ def _wanted(key: Key, tokens: int) -> Wanted:
     )
     is_counted = key.max_parallel or key.budget_per_day or key.budget_per_month
     return Wanted(uuid.uuid4().hex if is_counted else "", tuple(filter(None, limits)), key.max_parallel)
+
+
+def _counted(tokens: int) -> int:
+    return min(max(0, tokens), MOST_TOKENS)
 
 
 def _rate(name: str, most: int | None, charge: int) -> Limit | None:

@@ -118,7 +118,7 @@ def moment(text: str) -> float:
         return max(0.0, time.time() - int(ago[1]) * _UNITS[ago[2]])
     try:
         date = datetime.fromisoformat(text.strip())
-        return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
+        return (date if date.tzinfo else date.replace(tzinfo=UTC)).astimezone(UTC).timestamp()
     except (ValueError, OverflowError):
         raise ValueError("must be as 7d, 24h, 30m, or a date as 2026-11-30") from None
 

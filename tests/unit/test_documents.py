@@ -13,6 +13,7 @@ from flower.options import options as flower_options
 
 from fleet_worker import Router, Settings, errors, exit_codes
 from fleet_worker.cli import cli
+from fleet_worker.gateway.key import Key
 from fleet_worker.host.variables import READ_ELSEWHERE
 from fleet_worker.ops.snapshot import LaneStatus, Snapshot
 from fleet_worker.protocol.openai import ChatParams
@@ -218,6 +219,17 @@ def test_the_manual_of_prometheus_knows_every_metric():
     rows = documents.tables(text_of("docker/README.md"), "Prometheus")[0]
     named = {name.removesuffix("_total") for row in rows for name in codes(row[0])}
     assert named - {"fleet_info"} == declared
+
+
+def test_the_manual_of_the_gateway_knows_every_metric():
+    declared = set(re.findall(r"\"(fleet_gateway_\w+)\"", text_of("fleet_worker/gateway/metrics.py")))
+    rows = documents.tables(text_of("fleet_worker/gateway/README.md"), "Metrics")[0]
+    assert {codes(row[0])[0].removesuffix("_total") for row in rows} == declared
+
+
+def test_the_manual_of_the_gateway_knows_every_setting_of_a_key():
+    rows = documents.tables(text_of("fleet_worker/gateway/README.md"), "Keys")[0]
+    assert {name for row in rows for name in codes(row[0])} == Key.model_fields.keys() - {"name"}
 
 
 def test_the_architecture_shows_the_rows_of_the_import_contract():

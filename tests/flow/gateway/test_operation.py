@@ -1,5 +1,6 @@
 """A gateway that is started, stopped, told to read its keys again, and kept busy by slow and idle clients."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -256,6 +257,30 @@ def test_without_a_broker_all_is_refused_until_it_comes(mlx, monkeypatch):
             assert (reply.status_code, reply.headers["x-should-retry"]) == (503, "true")
             assert time.monotonic() - started < 3
             assert gateway.stop() == 0
+
+
+def test_a_full_lane_is_a_429_that_tells_when_to_come_back(fleet, mlx, monkeypatch):
+    monkeypatch.setenv("FLEET_ROUTER__MAX_WAITING", "1")
+    body = post(json.dumps(asked(stream=False)).encode())
+    with running_gateway(fleet) as gateway, contextlib.ExitStack() as stack, mlx.held(at_token=0):
+        for number in range(9):
+            stack.enter_context(Wire(port_of(gateway))).send(body)
+            mlx.wait_for(lambda mlx, number=number: mlx.counters["running"] == min(number + 1, 8))
+        until(lambda: httpx.get(f"{gateway.url}/health").is_success)
+        until(lambda: refused(gateway).status_code == 429, 5)
+        reply = refused(gateway)
+        assert reply.json()["error"]["type"] == "rate_limit_error"
+        assert 1 <= int(reply.headers["retry-after"]) <= 120
+        assert 0 < int(reply.headers["retry-after-ms"]) <= 120_000
+        assert reply.headers["x-should-retry"] == "true"
+        with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="any", max_retries=0) as client:
+            with pytest.raises(openai.RateLimitError) as failure:
+                client.chat.completions.create(**asked())
+            assert failure.value.request_id
+
+
+def refused(gateway):
+    return httpx.post(f"{gateway.url}/v1/chat/completions", json=asked(), headers={"x-fleet-queue-timeout": "0.1"})
 
 
 def test_an_unknown_model_is_answered_with_the_nearest_one(gateway):

@@ -30,6 +30,7 @@ LOG = "the log shows the user of broker_url, and the texts of errors"
 TRUST = "other CAs than broker_ca are trusted"
 SPINS = "a network that is cut in the middle of a frame stops a node"
 IDLE = "an idle connection to the gateway is never closed, or closed at once"
+UNSEEN = "a client of the gateway that leaves is not noticed if it has sent a second request; HTTP/1.0 gets chunks"
 SIGNALS = "signals do not end a node, or lose requests"
 
 USED = [
@@ -185,6 +186,7 @@ USED = [
         ["HttpToolsProtocol"],
         IDLE,
     ),
+    ("uvicorn.protocols.http.httptools_impl", "HttpToolsProtocol", "_start_asgi_task", ["HttpToolsProtocol"], UNSEEN),
 ]
 
 

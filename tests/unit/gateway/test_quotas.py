@@ -528,6 +528,20 @@ def test_what_a_client_that_leaves_has_asked_for_is_given_back(valkey, name):
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("tokens", [10**19, 10**400], ids=["more than Lua can write", "more than it can count"])
+def test_a_request_for_any_number_of_tokens_does_not_change_what_was_used_elsewhere(valkey, name, tokens):
+    async def run():
+        alice = key(name, budget_per_day=1000)
+        async with gateways(valkey.url, "one", "other") as (one, other):
+            (await other.reserve(alice, 0)).settle(600)
+            (await one.reserve(alice, tokens)).release()
+            (await other.reserve(alice, 0)).settle(400)
+            with pytest.raises(QuotaExceeded):
+                await one.reserve(alice, 0)
+
+    asyncio.run(run())
+
+
 def test_the_month_of_the_broker_is_that_of_the_calendar(valkey, name):
     """As the script computes it, for each day of 60 years."""
     days = range(20_000, 42_000)

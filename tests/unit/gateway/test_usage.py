@@ -17,6 +17,8 @@ from fleet_worker.gateway.usage import key_usage, moment, usage
 
 NOW = time.time()
 HOUR = 3600.0
+OUTSIDE = ["0001-01-01T00:00+14:00", "9999-12-31T23:59-14:00"]
+"""Times that have no date in UTC."""
 
 
 def row(key="alice", ago=0.0, **fields):
@@ -128,7 +130,7 @@ def test_a_time_can_be_a_date_in_utc(text):
     assert moment(text) == datetime(2026, 11, 30, tzinfo=UTC).timestamp()
 
 
-@pytest.mark.parametrize("text", ["", "7", "d", "7y", "-7d", "yesterday", "2026-13-01", "1" * 400 + "d"])
+@pytest.mark.parametrize("text", ["", "7", "d", "7y", "-7d", "yesterday", "2026-13-01", "1" * 400 + "d", *OUTSIDE])
 def test_other_times_are_refused(text):
     with pytest.raises(ValueError, match="must be as 7d"):
         moment(text)
