@@ -15,6 +15,7 @@ from fleet_worker.gateway.records import Records
 from fleet_worker.gateway.serve import Server
 from fleet_worker.host.child_process import child, python
 from fleet_worker.settings import Settings
+from fleet_worker.testing import embedded_broker, running_host
 
 READY_WITHIN = 20.0
 
@@ -31,6 +32,15 @@ def running_gateway(broker_url, *, connected=True, **settings):
         process.url = line.split("serves ")[1].split()[0]
         if connected:
             process.wait_for("knows the models", READY_WITHIN)
+        yield process
+
+
+@contextmanager
+def gateway_of(mlx):
+    """Run a gateway, and a fleet of this one simulated server; yield the process of the gateway."""
+    models = {model: {"features": {"vision": True, "tools": True}} for model in mlx.models}
+    instance = {"base_url": mlx.base_url, "limits": {"concurrency": 8}, "models": models}
+    with embedded_broker() as url, running_host(url, {"sim": instance}), running_gateway(url) as process:
         yield process
 
 

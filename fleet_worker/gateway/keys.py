@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
+import re
 import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,6 +118,7 @@ class Keys:
         return True
 
 
+_SECRET = re.compile(r"\bsk-[\w-]{16,}")
 _NOBODY = (bytes(32), ANYONE)
 """What a secret with an unknown id is compared with."""
 
@@ -130,7 +132,14 @@ def _digest(secret: str) -> bytes:
 
 
 def _read(path: Path) -> dict[str, tuple[bytes, Key]]:
-    """Return hash and key by id."""
+    """Return hash and key by id. No error shows a secret, which may stand where a name or a hash belongs."""
+    try:
+        return _checked(path)
+    except ConfigurationError as error:
+        raise ConfigurationError(_SECRET.sub("sk-...", error.message)) from None
+
+
+def _checked(path: Path) -> dict[str, tuple[bytes, Key]]:
     try:
         keys = _File.model_validate(config_file.read_toml(path, MOST_BYTES, named="gateway.keys")).keys
     except ValidationError as error:

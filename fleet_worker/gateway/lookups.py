@@ -67,7 +67,8 @@ class Lookups:
     async def _of_ollama(self, path: str, request: Request) -> dict[str, Any]:
         key = self._keys.find(request.secret)
         body = await request.json(self._bodies, self._body_timeout) if request.method == "POST" else {}
-        found = ollama_models.look_up(f"{request.method} {path}", body, self._fleet.known(), key)
+        method = "GET" if request.method == "HEAD" else request.method
+        found = ollama_models.look_up(f"{method} {path}", body, self._fleet.known(), key)
         if found is None:
             raise refuse(404, "not_found", f"{request.method} {shown(path)}: the fleet has no such thing")
         return found

@@ -56,7 +56,7 @@ class ChatWriter:
         self._after = ',"finish_reason":null}]' + (',"usage":null' if with_usage else "") + "}\n\n"
 
     def whole(self, response: ChatResponse) -> bytes:
-        message: dict[str, Any] = {"role": "assistant", "content": response.content}
+        message: dict[str, Any] = {"role": "assistant", "content": response.content, "refusal": None}
         if response.reasoning:
             message |= dict.fromkeys(self._reasoning, response.reasoning)
         if response.tool_calls:

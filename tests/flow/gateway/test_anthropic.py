@@ -6,6 +6,7 @@ import pytest
 from fleet_worker.simulator import reply_tokens
 from fleet_worker.testing import SimulatedMLX
 from tests.flow.gateway.conftest import CHAT, EMBED
+from tests.gateways import gateway_of
 
 pytestmark = pytest.mark.rest
 
@@ -20,6 +21,13 @@ def mlx():
     options = {"reasoning": THOUGHTS, "tool_calls": calls, "token_interval": 0.002}
     with SimulatedMLX(flavour="vllm_batched", models=[CHAT, EMBED], **options) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def gateway(mlx):
+    """One of its own: the server thinks and calls tools."""
+    with gateway_of(mlx) as process:
+        yield process
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import pytest
 from fleet_worker.simulator import reply_tokens
 from fleet_worker.testing import SimulatedMLX
 from tests.flow.gateway.conftest import CHAT, EMBED
+from tests.gateways import gateway_of
 
 pytestmark = pytest.mark.rest
 
@@ -18,6 +19,13 @@ def mlx():
     calls = [{"name": "look", "arguments": {"at": "größer"}}]
     with SimulatedMLX(flavour="vllm_batched", models=[CHAT, EMBED], reasoning=["Hm", "."], tool_calls=calls) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def gateway(mlx):
+    """One of its own: the server thinks and calls tools."""
+    with gateway_of(mlx) as process:
+        yield process
 
 
 @pytest.fixture
@@ -74,6 +82,7 @@ def test_models_are_listed_and_shown(client):
     assert "completion" in client.show(CHAT).capabilities
     assert "tools" in client.show(f"{CHAT}:latest").capabilities
     assert "embedding" in client.show(EMBED).capabilities
+    assert client._client.head("/api/tags").status_code == 200  # so some clients ask whether it is there
 
 
 def test_a_model_is_loaded_without_a_generation(client, mlx):

@@ -210,6 +210,17 @@ def test_a_fault_shows_no_hash(path, alice):
     assert alice.table.split(":")[1][:10] not in raised.value.message
 
 
+@pytest.mark.parametrize(
+    "text", ["[keys.SECRET]\nhashes = []", "[keys]\nSECRET = 1", '[keys]\na = {SECRET = "b"}', "[SECRET]\n[SECRET]"]
+)
+def test_a_fault_shows_no_secret_that_stands_in_the_wrong_place(path, alice, text):
+    path.write_text(text.replace("SECRET", alice.secret))
+    with pytest.raises(ConfigurationError) as raised:
+        Keys.load(path)
+    assert alice.secret.removeprefix("sk-") not in raised.value.message
+    assert str(path) in raised.value.message
+
+
 def test_reloading_takes_new_keys_and_drops_old_ones(path, alice):
     keys, bob = Keys.load(path), new_key("bob")
     path.write_text(bob.table, "utf-8")
