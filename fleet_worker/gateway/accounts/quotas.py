@@ -26,11 +26,9 @@ from fleet_worker.broker.topology import transport_of
 from fleet_worker.gateway.accounts.counts import Limit, LocalCounts, Taken, Wanted
 from fleet_worker.gateway.accounts.key import Key
 from fleet_worker.gateway.accounts.quota_texts import Headers, exceeded, headers
-from fleet_worker.gateway.accounts.shared_counts import ANSWER_WITHIN, LEASE, Own, SharedCounts
+from fleet_worker.gateway.accounts.shared_counts import LEASE, Own, SharedCounts
 from fleet_worker.settings import Settings
 
-CONNECT_WITHIN = 2.0
-"""Seconds in which the broker has to accept a connection. No request waits for that."""
 MOST_TOKENS = 10**9
 """That one request may count. A client can ask for any number, and Lua takes a large one for a negative one."""
 _NOTHING = Taken(0.0, "", 0, {})
@@ -59,7 +57,7 @@ class Quotas:
         self._shared: SharedCounts | None = None
         self._renewals: asyncio.Task[None] | None = None
         if settings and transport_of(settings.broker_url) == "redis":
-            connect = partial(connection_to, settings, connect_within=CONNECT_WITHIN, answer_within=ANSWER_WITHIN)
+            connect = partial(connection_to, settings)
             self._shared = SharedCounts(gateway or uuid.uuid4().hex, connect, opened=self._report)
 
     @property

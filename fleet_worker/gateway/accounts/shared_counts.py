@@ -30,6 +30,10 @@ log = logging.getLogger(__name__)
 
 ANSWER_WITHIN = 0.2
 """Seconds that a request waits for the broker. Then its gateway decides alone."""
+LOST_AFTER = 0.2
+"""Seconds after which the connection to a broker that does not answer counts as lost."""
+OPEN_WITHIN = 2.0
+"""Seconds in which a connection has to be open. No request waits for that."""
 LEASE = 30
 """Seconds after which a request counts as lost if its gateway has not renewed its lease."""
 MOST_AT_ONCE = 100
@@ -136,7 +140,8 @@ class SharedCounts:
         while True:
             connection = self._connect()
             try:
-                await self._open(connection)
+                async with asyncio.timeout(OPEN_WITHIN):
+                    await self._open(connection)
                 failures = 0
                 await self._exchange(connection)
             except BROKER_ERRORS as error:
@@ -171,7 +176,8 @@ class SharedCounts:
             while self._commands:
                 size = min(MOST_AT_ONCE, len(self._commands))
                 self._asked = [self._commands.popleft() for _ in range(size)]
-                await _ask(connection, self._asked)
+                async with asyncio.timeout(LOST_AFTER):
+                    await _ask(connection, self._asked)
 
     def _note_lost(self, error: BaseException) -> None:
         if not self._is_alone:
