@@ -5,8 +5,8 @@ import logging
 
 import pytest
 
+from fleet_worker.gateway.accounts.keys import new_key
 from fleet_worker.gateway.facts import Facts
-from fleet_worker.gateway.keys import new_key
 from fleet_worker.router.progress import Progress
 from tests.gateways import ask, get, post, serving
 
