@@ -480,6 +480,7 @@ def test_while_the_broker_is_away_each_gateway_counts_alone_and_says_so_once_eac
     assert len([each for each in said if "for all gateways together again" in each]) == 4
 
 
+@pytest.mark.rest
 def test_what_a_broker_counts_too_late_is_given_back(name, monkeypatch):
     monkeypatch.setattr(shared_counts, "LOST_AFTER", 5.0)
 
