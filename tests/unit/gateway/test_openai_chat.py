@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from fleet_worker.gateway.openai_chat import ChatWriter
+from fleet_worker.gateway.dialects.openai_chat import ChatWriter
 from fleet_worker.protocol.reply import ChatResponse, Delta, Timings, Usage, join
 
 ID = "0f8fad5b-d9cb-469f-a165-70867728950e"

@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from fleet_worker.gateway.key import ANYONE
+from fleet_worker.gateway.accounts.key import ANYONE
 from fleet_worker.gateway.options import router_options
 
 

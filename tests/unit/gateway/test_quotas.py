@@ -13,12 +13,12 @@ import redis
 
 from fleet_worker import Settings
 from fleet_worker.broker.topology import quota_keys
-from fleet_worker.gateway import count_scripts, shared_counts
-from fleet_worker.gateway import quotas as module
-from fleet_worker.gateway.counts import number_of
-from fleet_worker.gateway.key import ANYONE, Key
-from fleet_worker.gateway.quota_texts import QuotaExceeded
-from fleet_worker.gateway.quotas import Quotas
+from fleet_worker.gateway.accounts import count_scripts, shared_counts
+from fleet_worker.gateway.accounts import quotas as module
+from fleet_worker.gateway.accounts.counts import number_of
+from fleet_worker.gateway.accounts.key import ANYONE, Key
+from fleet_worker.gateway.accounts.quota_texts import QuotaExceeded
+from fleet_worker.gateway.accounts.quotas import Quotas
 from tests.brokers import Valkey
 
 NOON = calendar.timegm((2026, 12, 31, 12, 0, 0))

@@ -5,8 +5,8 @@ import logging
 
 import pytest
 
+from fleet_worker.gateway.accounts.keys import new_key
 from fleet_worker.gateway.facts import Facts
-from fleet_worker.gateway.keys import new_key
 from tests.gateways import ask, get, post, serving
 
 CHAT = b'{"model": "m", "messages": [{"role": "user", "content": "A SECRET PROMPT"}]}'
