@@ -114,7 +114,7 @@ class Facts:
             key=key,
             tags=self.tags,
             operation=operation,
-            model_asked=self.model_asked,
+            model_asked=self.model_asked if self.model else None,  # a name that is not known may be any text
             model=self.model,
             node=self.node,
             attempts=self.attempts,
