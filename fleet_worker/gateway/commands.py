@@ -12,9 +12,9 @@ import click
 from fleet_worker.errors import ConfigurationError
 
 
-@click.command(short_help="Serve OpenAI and Anthropic clients over HTTP.")
+@click.command(short_help="Serve OpenAI, Anthropic and Ollama clients over HTTP.")
 def gateway() -> None:
-    """Serve OpenAI and Anthropic clients over HTTP, in front of the whole fleet.
+    """Serve OpenAI, Anthropic and Ollama clients over HTTP, in front of the whole fleet.
 
     The address and all else are settings, in the section [gateway] of the file that FLEET_CONFIG names; by default
     http://127.0.0.1:4000. SIGTERM and Ctrl-C let running requests end. SIGHUP reads the file of keys again.
@@ -24,7 +24,7 @@ def gateway() -> None:
     try:
         from fleet_worker.gateway.serve import serve
     except ModuleNotFoundError as error:
-        text = f"the gateway needs {error.name}: pip install 'fleet-worker[gateway]'"
+        text = f"the gateway needs {error.name}: in a checkout, pip install '.[gateway]'"
         raise ConfigurationError(text) from None
     form = "[%(asctime)s: %(levelname)s/gateway] %(message)s"
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format=form)
