@@ -8,9 +8,9 @@ import threading
 from contextlib import ExitStack, contextmanager
 
 from fleet_worker import Router
+from fleet_worker.gateway.accounts.keys import Keys
+from fleet_worker.gateway.accounts.quotas import Quotas
 from fleet_worker.gateway.app import Gateway
-from fleet_worker.gateway.keys import Keys
-from fleet_worker.gateway.quotas import Quotas
 from fleet_worker.gateway.records import Records
 from fleet_worker.gateway.serve import Server
 from fleet_worker.host.child_process import child, python

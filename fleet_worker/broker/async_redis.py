@@ -13,17 +13,18 @@ from fleet_worker.certificates import TLS
 from fleet_worker.settings import Settings
 
 
-def connection_to(settings: Settings, *, connect_within: float, answer_within: float) -> Connection:
-    """Return a connection that is not open yet. The times are seconds: for opening it, and for each answer.
+def connection_to(settings: Settings) -> Connection:
+    """Return a connection that is not open yet.
 
-    All that it does raises one of `faults.BROKER_ERRORS` if the broker is away or refuses.
+    All that it does raises one of `faults.BROKER_ERRORS` if the broker is away or refuses. It waits without limit: its
+    user has to set one, since redis-py would start a task for each.
     """
     tls = ssl_options(settings)
     pool = ConnectionPool.from_url(
         urls.without_parameters(settings.broker_url),
         **({"connection_class": _SecuredConnection, **tls} if tls else {}),
-        socket_connect_timeout=connect_within,
-        socket_timeout=answer_within,
+        socket_connect_timeout=None,
+        socket_timeout=None,
     )
     connection: Connection = pool.make_connection()  # type: ignore[no-untyped-call]
     return connection

@@ -23,15 +23,15 @@ def missing() -> str | None:
     return next((name for name in NEEDS if importlib.util.find_spec(name) is None), None)
 
 
-def start(children: Children, broker_url: str, folder: Path) -> str:
+def start(children: Children, broker_url: str, folder: Path, state_dir: Path) -> str:
     """Start a registry node, which tells what the nodes serve, and a gateway; return the URL of the gateway.
 
-    `folder` has the configuration of each node, and is where they keep their state.
+    `folder` has the configuration of each node.
     """
     whole = "\n".join(file.read_text("utf-8") for file in sorted(folder.glob("*.toml")))
     config = folder / "registry.toml"
     config.write_text(whole, "utf-8")
-    environment = {"FLEET_BROKER_URL": broker_url, "FLEET_STATE_DIR": str(folder)}
+    environment = {"FLEET_BROKER_URL": broker_url, "FLEET_STATE_DIR": str(state_dir)}
     command = node_command("registry@demo")
     registry = children.start("the registry node", command, {**environment, "FLEET_CONFIG": str(config)})
     registry.wait_for("is ready", READY_WITHIN)

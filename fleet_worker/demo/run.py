@@ -35,6 +35,7 @@ EMBED = "all-minilm-l6-v2"
 QUESTION = "What is the capital of France? Answer in one sentence."
 SENTENCES = ["The cat sits on the sofa.", "A kitten rests on the couch.", "Interest rates rose again this quarter."]
 READY_WITHIN = 120.0
+SHORT_FOLDER = "/tmp"  # noqa: S108 - the path of a socket is short, and macOS has a long one for temporary files
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,19 +109,20 @@ def _start_fleet(console: Console, children: Children, *, simulated: bool, with_
     """Start broker, servers, nodes and gateway, in this order; they are stopped in reverse order."""
     with _progress(console) as show:
         folder = Path(children.enter(TemporaryDirectory(prefix="fleet-demo-")))
+        state_dir = Path(children.enter(TemporaryDirectory(prefix="fleet-demo-", dir=SHORT_FOLDER)))
         show("broker", None)
         broker_url = _broker(children, folder)
         servers = _simulated_servers() if simulated else _real_servers(show)
         for server in servers:
             children.start(f"the server of {server.model}", server.command, {"HF_HUB_OFFLINE": "1"})
-        nodes = [_node(children, folder, broker_url, server) for server in servers]
+        nodes = [_node(children, folder, state_dir, broker_url, server) for server in servers]
         for server, node in zip(servers, nodes, strict=True):
             show(f"server and node of {server.model}", None)
             node.wait_for("is ready", READY_WITHIN)
         gateway_url = None
         if with_gateway:
             show("gateway", None)
-            gateway_url = gateway.start(children, broker_url, folder)
+            gateway_url = gateway.start(children, broker_url, folder, state_dir)
     return Fleet(children.enter(Router(Settings(broker_url=broker_url))), gateway_url)
 
 
@@ -192,7 +194,7 @@ def _module(name: str, *arguments: str) -> list[str]:
     return python("-P", "-m", name, *arguments)  # -P: do not import a celery.py from the current folder
 
 
-def _node(children: Children, folder: Path, broker_url: str, server: Server) -> ChildProcess:
+def _node(children: Children, folder: Path, state_dir: Path, broker_url: str, server: Server) -> ChildProcess:
     instance = {
         "base_url": server.base_url,
         "limits": {"concurrency": 2},
@@ -204,7 +206,7 @@ def _node(children: Children, folder: Path, broker_url: str, server: Server) -> 
     environment = {
         "FLEET_CONFIG": str(config),
         "FLEET_BROKER_URL": broker_url,
-        "FLEET_STATE_DIR": str(folder),
+        "FLEET_STATE_DIR": str(state_dir),
         "FLEET_WORKER__START_TIMEOUT": str(READY_WITHIN),
     }
     name = f"{server.instance}@demo"

@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from fleet_worker.errors import FleetError, where
-from fleet_worker.gateway import (
+from fleet_worker.gateway import models
+from fleet_worker.gateway.accounts.keys import Keys
+from fleet_worker.gateway.accounts.quotas import Quotas
+from fleet_worker.gateway.dialects import (
     anthropic_count,
     anthropic_messages,
-    models,
     ollama_chat,
     ollama_embed,
     ollama_embeddings,
@@ -20,21 +22,19 @@ from fleet_worker.gateway import (
     openai_embeddings,
     openai_responses,
 )
-from fleet_worker.gateway.browsers import refuse_foreign_pages
-from fleet_worker.gateway.departure import while_client_stays
-from fleet_worker.gateway.dialect import ChatAsked, Dialect, EmbedAsked, capability
+from fleet_worker.gateway.dialects.dialect import ChatAsked, Dialect, EmbedAsked, capability
+from fleet_worker.gateway.dialects.openai_chat import OpenAIChat
 from fleet_worker.gateway.exchange import Exchange
 from fleet_worker.gateway.facts import Facts
-from fleet_worker.gateway.keys import Keys
+from fleet_worker.gateway.http.browsers import refuse_foreign_pages
+from fleet_worker.gateway.http.departure import while_client_stays
+from fleet_worker.gateway.http.request import BodyMemory, ClientLeft, Receive, Request
+from fleet_worker.gateway.http.response import Response, Send
 from fleet_worker.gateway.known_fleet import KnownFleet
 from fleet_worker.gateway.lookups import Lookups
-from fleet_worker.gateway.openai_chat import OpenAIChat
 from fleet_worker.gateway.options import router_options, tags
 from fleet_worker.gateway.problems import Problem, Refused, only, refuse
-from fleet_worker.gateway.quotas import Quotas
 from fleet_worker.gateway.records import Records, shown
-from fleet_worker.gateway.request import BodyMemory, ClientLeft, Receive, Request
-from fleet_worker.gateway.response import Response, Send
 from fleet_worker.gateway.running import Running
 from fleet_worker.gateway.token_counts import most_generated, quick_estimate
 from fleet_worker.router.router import Router

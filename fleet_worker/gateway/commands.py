@@ -49,20 +49,22 @@ def new_key(name: str) -> None:
 
     It holds the hash of the key only. The key itself is nowhere else: give it to its owner now.
     """
-    from fleet_worker.gateway import keys
+    from fleet_worker.gateway.accounts import keys
 
     made = keys.new_key(name)
     click.echo(made.table)
     click.echo(f"fleet-worker: the key of {name}, which is shown only now:\n\n{made.secret}\n", err=True)
     click.echo(
-        "fleet-worker: the table belongs in the file that gateway.keys names (chmod 600). A gateway that runs\n"
-        "reads it again at SIGHUP. Limits: rpm, tpm, max_parallel, budget_per_day, budget_per_month, expires.",
+        "fleet-worker: the table belongs in the file that gateway.keys names (chmod 600).\n"
+        "A gateway that runs reads it again at SIGHUP. What it may have besides: models,\n"
+        "aliases, fallbacks, rpm, tpm, max_parallel, budget_per_day, expires and others,\n"
+        "which the gateway's manual lists.",
         err=True,
     )
 
 
 def _moment(ctx: click.Context, param: click.Parameter, text: str) -> float:
-    from fleet_worker.gateway.usage import moment
+    from fleet_worker.gateway.accounts.usage import moment
 
     try:
         return moment(text)
@@ -82,9 +84,9 @@ def usage(ledgers: tuple[Path, ...], by: Any, since: float, key: str | None, for
 
     LEDGERS are other files to read, as copies of those of other hosts. All that are given are taken together.
     """
-    from fleet_worker.gateway.ledger_file import files_of, path_of
-    from fleet_worker.gateway.usage import show
-    from fleet_worker.gateway.usage import usage as used_by
+    from fleet_worker.gateway.accounts.ledger_file import files_of, path_of
+    from fleet_worker.gateway.accounts.usage import show
+    from fleet_worker.gateway.accounts.usage import usage as used_by
     from fleet_worker.settings import Settings
 
     files = ledgers or files_of(path_of(Settings()))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 
 from fleet_worker.errors import FleetSaturated, ModelUnavailable, ProviderError, QueueTimeout
-from fleet_worker.gateway.dialect import Asked, ChatAsked, CountAsked, EmbedAsked, LoadAsked
-from fleet_worker.gateway.event_stream import EventStream
+from fleet_worker.gateway.dialects.dialect import Asked, ChatAsked, CountAsked, EmbedAsked, LoadAsked
 from fleet_worker.gateway.facts import Facts
-from fleet_worker.gateway.response import Response
+from fleet_worker.gateway.http.event_stream import EventStream
+from fleet_worker.gateway.http.response import Response
 from fleet_worker.gateway.token_counts import counted_tokens
 from fleet_worker.router.options import RequestOptions
 from fleet_worker.router.router import Router

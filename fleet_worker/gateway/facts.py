@@ -6,8 +6,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from fleet_worker.gateway.ledger_file import Row
-from fleet_worker.gateway.response import Header
+from fleet_worker.gateway.accounts.ledger_file import Row
+from fleet_worker.gateway.http.response import Header
 from fleet_worker.protocol.reply import ChatResponse, EmbedResponse, Usage
 from fleet_worker.router.progress import Progress
 
@@ -113,7 +113,7 @@ class Facts:
             key=key,
             tags=self.tags,
             operation=operation,
-            model_asked=self.model_asked,
+            model_asked=self.model_asked if self.model else None,  # a name that is not known may be any text
             model=self.model,
             node=self.node,
             attempts=self.attempts,

@@ -9,18 +9,19 @@ from typing import Any
 from urllib.parse import parse_qs
 
 from fleet_worker.errors import ConfigurationError, InvalidRequest
-from fleet_worker.gateway import health, models, ollama_models
+from fleet_worker.gateway import health, models
+from fleet_worker.gateway.accounts.key import Key
+from fleet_worker.gateway.accounts.keys import Keys
+from fleet_worker.gateway.accounts.ledger_file import files_of, path_of
+from fleet_worker.gateway.accounts.usage import key_usage, moment
+from fleet_worker.gateway.dialects import ollama_models
+from fleet_worker.gateway.http.request import BodyMemory, Request
+from fleet_worker.gateway.http.response import Response
 from fleet_worker.gateway.json_text import compact
-from fleet_worker.gateway.key import Key
-from fleet_worker.gateway.keys import Keys
 from fleet_worker.gateway.known_fleet import KnownFleet
-from fleet_worker.gateway.ledger_file import files_of, path_of
 from fleet_worker.gateway.problems import only, refuse
 from fleet_worker.gateway.records import Records, shown
-from fleet_worker.gateway.request import BodyMemory, Request
-from fleet_worker.gateway.response import Response
 from fleet_worker.gateway.running import Running
-from fleet_worker.gateway.usage import key_usage, moment
 from fleet_worker.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,8 @@ class Lookups:
     async def _of_ollama(self, path: str, request: Request) -> dict[str, Any]:
         key = self._keys.find(request.secret)
         body = await request.json(self._bodies, self._body_timeout) if request.method == "POST" else {}
-        found = ollama_models.look_up(f"{request.method} {path}", body, self._fleet.known(), key)
+        method = "GET" if request.method == "HEAD" else request.method
+        found = ollama_models.look_up(f"{method} {path}", body, self._fleet.known(), key)
         if found is None:
             raise refuse(404, "not_found", f"{request.method} {shown(path)}: no such thing here{_WAY_OUT}")
         return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fleet_worker.errors import ModelUnavailable
-from fleet_worker.gateway.key import Key
+from fleet_worker.gateway.accounts.key import Key
 from fleet_worker.registry.alternatives import nearest
 from fleet_worker.registry.offered import Offered
 from fleet_worker.registry.view import Registry

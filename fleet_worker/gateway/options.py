@@ -8,9 +8,9 @@ import re
 from typing import cast, get_args
 
 from fleet_worker.errors import InvalidRequest
-from fleet_worker.gateway.key import Key
+from fleet_worker.gateway.accounts.key import Key
+from fleet_worker.gateway.http.request import Request
 from fleet_worker.gateway.problems import refuse
-from fleet_worker.gateway.request import Request
 from fleet_worker.protocol.request import Priority
 from fleet_worker.router.options import RequestOptions
 

@@ -8,12 +8,12 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from fleet_worker.gateway.accounts.key import Key
+from fleet_worker.gateway.accounts.ledger import Ledger
 from fleet_worker.gateway.facts import Facts
-from fleet_worker.gateway.key import Key
-from fleet_worker.gateway.ledger import Ledger
+from fleet_worker.gateway.http.request import Request
+from fleet_worker.gateway.http.response import Response
 from fleet_worker.gateway.problems import refuse
-from fleet_worker.gateway.request import Request
-from fleet_worker.gateway.response import Response
 
 if TYPE_CHECKING:
     from fleet_worker.gateway.metrics import Metrics

@@ -12,13 +12,13 @@ from types import FrameType
 import uvicorn
 
 from fleet_worker.errors import ConfigurationError
+from fleet_worker.gateway.accounts.keys import Keys
+from fleet_worker.gateway.accounts.ledger import Ledger
+from fleet_worker.gateway.accounts.ledger_file import path_of
+from fleet_worker.gateway.accounts.quotas import Quotas
 from fleet_worker.gateway.app import Gateway
-from fleet_worker.gateway.http_protocol import BoundedProtocol
-from fleet_worker.gateway.keys import Keys
-from fleet_worker.gateway.ledger import Ledger
-from fleet_worker.gateway.ledger_file import path_of
+from fleet_worker.gateway.http.http_protocol import BoundedProtocol
 from fleet_worker.gateway.listener import BACKLOG, address, allow_connections, listening
-from fleet_worker.gateway.quotas import Quotas
 from fleet_worker.gateway.records import Records
 from fleet_worker.router.router import Router
 from fleet_worker.settings import Settings

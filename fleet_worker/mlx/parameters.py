@@ -51,7 +51,7 @@ TABLE: Mapping[str, tuple[Treatment, ...]] = {
     "parallel_tool_calls: false":          (_NODE,     _NODE,     _NODE,     _NODE,    _CHECKED,  _NODE,     _CHECKED),
     "response_format: json_object":        (_NODE,     _CHECKED,  _NODE,     _NODE,    _CHECKED,  _CHECKED,  _CHECKED),
     "response_format: json_schema":        (_REFUSED,  _CHECKED,  _CHECKED,  _CHECKED, _CHECKED,  _CHECKED,  _CHECKED),
-    "reasoning_effort":                    (_RENAMED,  _RENAMED,  _RENAMED,  _REFUSED, _SENT,     _SENT,     _SENT),
+    "reasoning_effort":                    (_RENAMED,  _RENAMED,  _RENAMED,  _DROPPED, _SENT,     _SENT,     _SENT),
     "chat_template_kwargs":                (_SENT,     _SENT,     _SENT,     _REFUSED, _SENT,     _RENAMED,  _REFUSED),
     "chat_template_kwargs.thinking_budget": (_SENT,    _SENT,     _REFUSED,  _REFUSED, _SENT,     _RENAMED,  _REFUSED),
     "user":                                (_DROPPED,  _DROPPED,  _DROPPED,  _DROPPED, _DROPPED,  _DROPPED,  _DROPPED),

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from fleet_worker.errors import ProviderError
 from fleet_worker.mlx.chat_templates import with_open_last_turn
 from fleet_worker.mlx.offering import Offering
-from fleet_worker.mlx.parameters import check_parameters, sent_fields
+from fleet_worker.mlx.parameters import check_parameters, sent_fields, treatment
 from fleet_worker.protocol.openai import ChatParams, Message
 
 
@@ -135,7 +135,7 @@ def chat_body(params: ChatParams, offering: Offering, profile: ServerProfile) ->
 def _renamed(params: ChatParams, profile: ServerProfile) -> dict[str, Any]:
     """Return what is said to the chat template, in the fields of this server."""
     kwargs = params.chat_template_kwargs.model_dump(exclude_none=True) if params.chat_template_kwargs else {}
-    if params.reasoning_effort and "reasoning_effort" not in profile.fields:
+    if params.reasoning_effort and treatment("reasoning_effort", profile.kind) == "renamed":
         kwargs = {"reasoning_effort": params.reasoning_effort, **kwargs}
     if profile.kind == "mlx_vlm":
         return kwargs

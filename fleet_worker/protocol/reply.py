@@ -231,10 +231,11 @@ def join(deltas: Iterable[Delta]) -> dict[str, Any]:
 
 
 def _extend_call(call: dict[str, Any], fragment: dict[str, Any]) -> None:
-    """Add a fragment. As OpenAI defines it, id, type and name come once, `function.arguments` comes in parts."""
+    """Add a fragment. As OpenAI defines it, id, type and name come once, `function.arguments` comes in parts. A server
+    may write another id into each: the first counts, as for who reads the stream."""
     for key in ("id", "type"):
         if fragment.get(key):
-            call[key] = fragment[key]
+            call.setdefault(key, fragment[key])
     function = call.setdefault("function", {"name": "", "arguments": ""})
     given = fragment.get("function") or {}
     function["name"] += given.get("name") or ""

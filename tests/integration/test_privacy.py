@@ -188,6 +188,7 @@ def everywhere(word):
             {"role": "user", "content": [{"type": "text", "text": word}, picture], "name": word},
             {"role": "assistant", "tool_calls": [{"id": word, "function": {"name": word, "arguments": word}}]},
             {"role": "tool", "content": word, "tool_call_id": word},
+            {"role": "user", "content": word},
         ],
         "tools": [{"type": "function", "function": {"name": word, "description": word, "parameters": schema}}],
         "response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}},

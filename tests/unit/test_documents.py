@@ -13,7 +13,7 @@ from flower.options import options as flower_options
 
 from fleet_worker import Router, Settings, errors, exit_codes
 from fleet_worker.cli import cli
-from fleet_worker.gateway.key import Key
+from fleet_worker.gateway.accounts.key import Key
 from fleet_worker.host.variables import READ_ELSEWHERE
 from fleet_worker.ops.snapshot import LaneStatus, Snapshot
 from fleet_worker.protocol.openai import ChatParams

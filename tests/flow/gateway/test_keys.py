@@ -11,8 +11,8 @@ import openai
 import pytest
 import redis
 
-from fleet_worker.gateway.keys import new_key
-from fleet_worker.gateway.ledger_file import read_only
+from fleet_worker.gateway.accounts.keys import new_key
+from fleet_worker.gateway.accounts.ledger_file import read_only
 from fleet_worker.host.child_process import python
 from tests.flow.gateway.conftest import CHAT
 from tests.gateways import running_gateway

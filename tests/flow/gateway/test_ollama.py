@@ -82,6 +82,7 @@ def test_models_are_listed_and_shown(client):
     assert "completion" in client.show(CHAT).capabilities
     assert "tools" in client.show(f"{CHAT}:latest").capabilities
     assert "embedding" in client.show(EMBED).capabilities
+    assert client._client.head("/api/tags").status_code == 200  # so some clients ask whether it is there
 
 
 def test_a_model_is_loaded_without_a_generation(client, mlx):

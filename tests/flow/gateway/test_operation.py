@@ -19,7 +19,7 @@ import openai
 import pytest
 
 from fleet_worker import exit_codes
-from fleet_worker.gateway.keys import new_key
+from fleet_worker.gateway.accounts.keys import new_key
 from fleet_worker.host.child_process import ChildFailed
 from fleet_worker.simulator import reply_tokens
 from fleet_worker.testing import SimulatedMLX, running_host

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from fleet_worker.gateway import anthropic_messages
+from fleet_worker.gateway.dialects import anthropic_messages
 from fleet_worker.gateway.problems import Problem
 from fleet_worker.protocol.reply import ChatResponse, Delta, Timings, Usage
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleet_worker.errors import InvalidRequest
-from fleet_worker.gateway import anthropic_count, anthropic_messages
-from fleet_worker.gateway.anthropic_tools import call_id_of, tool_use_id
+from fleet_worker.gateway.dialects import anthropic_count, anthropic_messages
+from fleet_worker.gateway.dialects.anthropic_tools import call_id_of, tool_use_id
 from fleet_worker.gateway.problems import Problem
 from fleet_worker.protocol.openai import ChatParams
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleet_worker import FleetError, Settings
-from fleet_worker.gateway import (
+from fleet_worker.gateway.dialects import (
     anthropic_count,
     anthropic_messages,
     ollama_chat,
@@ -19,10 +19,10 @@ from fleet_worker.gateway import (
     openai_embeddings,
     openai_responses,
 )
-from fleet_worker.gateway.dialect import ChatAsked, CountAsked, EmbedAsked
-from fleet_worker.gateway.openai_chat import OpenAIChat
+from fleet_worker.gateway.dialects.dialect import ChatAsked, CountAsked, EmbedAsked
+from fleet_worker.gateway.dialects.openai_chat import OpenAIChat
+from fleet_worker.gateway.http.request import parsed
 from fleet_worker.gateway.problems import Refused
-from fleet_worker.gateway.request import parsed
 from fleet_worker.gateway.token_counts import estimated_tokens, most_generated, quick_estimate
 from fleet_worker.router.submission import Submission
 

@@ -12,11 +12,11 @@ import zlib
 import pytest
 import zstandard
 
-from fleet_worker.gateway import http_protocol
-from fleet_worker.gateway.browsers import refuse_foreign_pages
+from fleet_worker.gateway.http import http_protocol
+from fleet_worker.gateway.http.browsers import refuse_foreign_pages
+from fleet_worker.gateway.http.request import SMALL_BODY, BodyMemory, ClientLeft
+from fleet_worker.gateway.http.response import Response
 from fleet_worker.gateway.problems import Refused
-from fleet_worker.gateway.request import SMALL_BODY, BodyMemory, ClientLeft
-from fleet_worker.gateway.response import Response
 from tests.gateways import Wire, ask, chunked, get, post, serving
 
 MOST_BYTES = 8 * 1024 * 1024

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fleet_worker.gateway.key import Key
+from fleet_worker.gateway.accounts.key import Key
 
 
 def key(**fields):

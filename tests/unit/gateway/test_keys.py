@@ -8,8 +8,8 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from fleet_worker.errors import ConfigurationError
-from fleet_worker.gateway.key import ANYONE
-from fleet_worker.gateway.keys import InvalidKey, Keys, new_key
+from fleet_worker.gateway.accounts.key import ANYONE
+from fleet_worker.gateway.accounts.keys import InvalidKey, Keys, new_key
 
 
 @pytest.fixture

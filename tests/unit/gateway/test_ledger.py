@@ -8,10 +8,10 @@ import time
 
 import pytest
 
-from fleet_worker.gateway import ledger as module
-from fleet_worker.gateway.counts import begin_of
-from fleet_worker.gateway.ledger import Ledger
-from fleet_worker.gateway.ledger_file import COLUMNS, LedgerFile, Row, files_of, read_only
+from fleet_worker.gateway.accounts import ledger as module
+from fleet_worker.gateway.accounts.counts import begin_of
+from fleet_worker.gateway.accounts.ledger import Ledger
+from fleet_worker.gateway.accounts.ledger_file import COLUMNS, LedgerFile, Row, files_of, read_only
 
 
 @pytest.fixture(autouse=True)

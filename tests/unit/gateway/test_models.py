@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from fleet_worker.errors import ModelUnavailable
-from fleet_worker.gateway.dialect import ChatAsked, CountAsked, EmbedAsked, capability
-from fleet_worker.gateway.key import Key
+from fleet_worker.gateway.accounts.key import Key
+from fleet_worker.gateway.dialects.dialect import ChatAsked, CountAsked, EmbedAsked, capability
 from fleet_worker.gateway.models import LONGEST_NAME, require
 
 CHATS = ("chat", "stream_chat")

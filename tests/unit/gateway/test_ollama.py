@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleet_worker.errors import InvalidRequest
-from fleet_worker.gateway import ollama_chat, ollama_embed, ollama_embeddings, ollama_generate, ollama_models
+from fleet_worker.gateway.dialects import ollama_chat, ollama_embed, ollama_embeddings, ollama_generate, ollama_models
 from fleet_worker.gateway.problems import Problem
 from fleet_worker.protocol.openai import ChatParams, EmbedParams
 from fleet_worker.protocol.reply import ChatResponse, Delta, EmbedResponse, Timings, Usage, pack_vector

@@ -6,7 +6,7 @@ import pytest
 from openai.types import Completion
 
 from fleet_worker.errors import InvalidRequest
-from fleet_worker.gateway import openai_completions
+from fleet_worker.gateway.dialects import openai_completions
 from fleet_worker.gateway.problems import Problem
 from fleet_worker.protocol.reply import ChatResponse, Delta, Timings, Usage
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleet_worker.errors import InvalidRequest
-from fleet_worker.gateway import openai_responses
+from fleet_worker.gateway.dialects import openai_responses
 from fleet_worker.gateway.problems import Problem
 from fleet_worker.protocol.reply import ChatResponse, Delta, Timings, Usage, join
 from tests.open_responses import check_events, check_response, read_events

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from fleet_worker.errors import InvalidRequest
-from fleet_worker.gateway import openai_responses
+from fleet_worker.gateway.dialects import openai_responses
 from fleet_worker.protocol.openai import ChatParams
 
 IMAGE = "data:image/png;base64,iVBORw0KGgo="

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from fleet_worker.errors import InvalidRequest
-from fleet_worker.gateway.key import ANYONE
+from fleet_worker.gateway.accounts.key import ANYONE
 from fleet_worker.gateway.options import router_options
 
 

@@ -5,10 +5,18 @@ import logging
 
 import pytest
 
-from fleet_worker.gateway.keys import new_key
+from fleet_worker.gateway.accounts.keys import new_key
+from fleet_worker.gateway.facts import Facts
 from tests.gateways import ask, get, post, serving
 
 CHAT = b'{"model": "m", "messages": [{"role": "user", "content": "A SECRET PROMPT"}]}'
+
+
+def test_what_a_client_calls_a_model_is_kept_only_if_the_fleet_has_it():
+    facts = Facts(key="alice", operation="chat/completions", model_asked="A SECRET PROMPT")
+    assert facts.row("r", "alice", "chat/completions", 404).model_asked is None
+    facts.model_asked, facts.model = "gpt-4o", "qwen3-14b"
+    assert facts.row("r", "alice", "chat/completions", 200).model_asked == "gpt-4o"
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from click.testing import CliRunner
 
 from fleet_worker.cli import cli
 from fleet_worker.errors import ConfigurationError
-from fleet_worker.gateway.keys import Keys
-from fleet_worker.gateway.ledger_file import LedgerFile, Row
-from fleet_worker.gateway.usage import key_usage, moment, usage
+from fleet_worker.gateway.accounts.keys import Keys
+from fleet_worker.gateway.accounts.ledger_file import LedgerFile, Row
+from fleet_worker.gateway.accounts.usage import key_usage, moment, usage
 
 NOW = time.time()
 HOUR = 3600.0

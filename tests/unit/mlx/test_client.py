@@ -246,7 +246,7 @@ KNOWN["vllm_batched"] = KNOWN["vllm_simple"]
 REFUSED = {
     "vllm_simple": {"frequency_penalty"},
     "vllm_batched": {"frequency_penalty"},
-    "omni": {*SAMPLING, *PENALTIES, "reasoning_effort", "chat_template_kwargs"},
+    "omni": {*SAMPLING, *PENALTIES, "chat_template_kwargs"},
     "rapid_mlx": {"logit_bias"},
     "openai": {*SAMPLING, "chat_template_kwargs"},
 }

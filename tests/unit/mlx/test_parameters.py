@@ -85,8 +85,9 @@ ACCOUNTED = {
         body.get("tool_choice") == value or (value in ("auto", "none") and "tools" not in body)
     ),
     "tools": lambda value, body, rules, dropped: body.get("tools", value) == value,
-    "reasoning_effort": lambda value, body, rules, dropped: any(
-        text in json.dumps(body) for text in (value, {"none": "enable_thinking"}.get(value, "low"))
+    "reasoning_effort": lambda value, body, rules, dropped: (
+        "reasoning_effort" in dropped
+        or any(text in json.dumps(body) for text in (value, {"none": "enable_thinking"}.get(value, "low")))
     ),
     "chat_template_kwargs": lambda value, body, rules, dropped: all(name in json.dumps(body) for name in value),
     **{
