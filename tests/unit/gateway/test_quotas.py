@@ -203,7 +203,7 @@ def test_so_many_requests_run_at_a_time(quotas):
     alice = key(max_parallel=2)
     first, _ = reserve(quotas, alice), reserve(quotas, alice)
     problem = refused(quotas, alice).problem
-    assert problem.message == "this key may have 2 requests at the same time, and so many run: try again in 1 s"
+    assert problem.message == "this key may run 2 requests at the same time: try again in 1 s"
     first.release()
     reserve(quotas, alice)
     refused(quotas, alice)
