@@ -52,7 +52,7 @@ class MessageWriter:
         self._request_id = request_id
         self._input_tokens = input_tokens
         self._thinking = thinking
-        self._calls = ToolCalls(request_id)
+        self._calls = ToolCalls()
         self._blocks = 0
         """Number of blocks begun."""
         self._open: str | None = None

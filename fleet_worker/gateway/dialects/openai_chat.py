@@ -46,7 +46,7 @@ class ChatWriter:
     def __init__(
         self, model: str, request_id: str, created: int, reasoning: tuple[str, ...], *, with_usage: bool
     ) -> None:
-        self._calls = ToolCalls(request_id)
+        self._calls = ToolCalls()
         self._reasoning = reasoning
         self._with_usage = with_usage
         self._shared = f'"id":"chatcmpl-{request_id}","created":{created},"model":{quoted(model)}'

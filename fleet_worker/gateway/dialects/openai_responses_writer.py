@@ -40,7 +40,7 @@ class ResponsesWriter:
         self._id = request_id.replace("-", "")
         self._constant = f'"id":"resp_{self._id}","object":"response","created_at":{created},{compact(echo)[1:-1]}'
         self._tools = tools
-        self._calls = ToolCalls(request_id)
+        self._calls = ToolCalls()
         self._events = Events()
         self._count = 0
         """Items that have begun."""
