@@ -72,12 +72,13 @@ _NEEDED = {
     "list_type": "must be a list",
     "dict_type": "must be a table",
     "model_type": "must be a table",
+    "missing": "is missing",
 }
 """Our words for what pydantic says of a value of a wrong kind."""
 
 
 def _reason(kind: str, text: str) -> str:
-    return _NEEDED.get(kind) or text.removeprefix("Value error, ")
+    return _NEEDED.get(kind) or text.removeprefix("Value error, ").replace("Input should be", "must be", 1)
 
 
 def _unknown_key(place: tuple[int | str, ...], settings: type[BaseModel], value: object) -> str:

@@ -53,6 +53,8 @@ class GatewaySettings(Group):
     def _usable(self) -> GatewaySettings:
         if (self.cert is None) != (self.key is None):
             raise ValueError("gateway.cert and gateway.key belong together: set both, or none")
+        if "/" in self.host:
+            raise ValueError("gateway.host must be a name or an address, without http:// and without a port")
         if self.keys is None and self.socket is None and not _is_loopback(self.host):
             raise ValueError(
                 f"gateway.host {self.host} can be reached from other hosts, and gateway.keys is not set, so everybody "

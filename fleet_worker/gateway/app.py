@@ -100,7 +100,7 @@ class Gateway:
             elif self._lookups.has(path):
                 await self._lookups.answer(path, request, response)
             else:
-                raise refuse(404, "not_found", f"there is nothing at {shown(request.path)}")
+                raise refuse(404, "not_found", f"there is nothing at {shown(request.path)}{_way_out(request.path)}")
         except Refused as refusal:
             await self._tell(dialect, request, response, facts, refusal.problem)
         except FleetError as error:
@@ -156,6 +156,10 @@ class Gateway:
 
     def _report(self, request: Request, error: Exception) -> None:
         log.error("request %s failed: %s in %s", request.id, type(error).__name__, where(error))
+
+
+def _way_out(path: str) -> str:
+    return ": the base URL of this client must not end in /v1" if path.startswith("/v1/v1/") else ""
 
 
 def _normalized(path: str) -> str:

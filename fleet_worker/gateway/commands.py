@@ -12,9 +12,9 @@ import click
 from fleet_worker.errors import ConfigurationError
 
 
-@click.command(short_help="Serve OpenAI and Anthropic clients over HTTP.")
+@click.command(short_help="Serve OpenAI, Anthropic and Ollama clients over HTTP.")
 def gateway() -> None:
-    """Serve OpenAI and Anthropic clients over HTTP, in front of the whole fleet.
+    """Serve OpenAI, Anthropic and Ollama clients over HTTP, in front of the whole fleet.
 
     The address and all else are settings, in the section [gateway] of the file that FLEET_CONFIG names; by default
     http://127.0.0.1:4000. SIGTERM and Ctrl-C let running requests end. SIGHUP reads the file of keys again.
@@ -24,7 +24,7 @@ def gateway() -> None:
     try:
         from fleet_worker.gateway.serve import serve
     except ModuleNotFoundError as error:
-        text = f"the gateway needs {error.name}: pip install 'fleet-worker[gateway]'"
+        text = f"the gateway needs {error.name}: in a checkout, pip install '.[gateway]'"
         raise ConfigurationError(text) from None
     form = "[%(asctime)s: %(levelname)s/gateway] %(message)s"
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format=form)
@@ -55,8 +55,10 @@ def new_key(name: str) -> None:
     click.echo(made.table)
     click.echo(f"fleet-worker: the key of {name}, which is shown only now:\n\n{made.secret}\n", err=True)
     click.echo(
-        "fleet-worker: the table belongs in the file that gateway.keys names (chmod 600). A gateway that runs\n"
-        "reads it again at SIGHUP. Limits: rpm, tpm, max_parallel, budget_per_day, budget_per_month, expires.",
+        "fleet-worker: the table belongs in the file that gateway.keys names (chmod 600).\n"
+        "A gateway that runs reads it again at SIGHUP. What it may have besides: models,\n"
+        "aliases, fallbacks, rpm, tpm, max_parallel, budget_per_day, expires and others,\n"
+        "which the gateway's manual lists.",
         err=True,
     )
 

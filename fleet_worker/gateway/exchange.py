@@ -38,7 +38,7 @@ class Exchange:
         return await self._answer(asked, models[-1])
 
     async def _answer(self, asked: Asked, model: str) -> None:
-        self._facts.model = model
+        self._facts.model, self._facts.node = model, None
         if isinstance(asked, EmbedAsked):
             await self._embed(asked, model)
         elif isinstance(asked, CountAsked):

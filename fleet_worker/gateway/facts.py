@@ -67,7 +67,8 @@ class Facts:
 
     def _note_progress(self, progress: Progress | None) -> None:
         if progress:
-            self.node, self.attempts, self.queue_wait = progress.node, progress.attempt, progress.queue_wait
+            self.node = progress.node or self.node  # none, if the answer was cut off while it waited for another one
+            self.attempts, self.queue_wait = progress.attempt, progress.queue_wait
             self.resumed = progress.resumed > 0
 
     def note_answer(self, response: ChatResponse | EmbedResponse) -> None:
@@ -113,7 +114,7 @@ class Facts:
             key=key,
             tags=self.tags,
             operation=operation,
-            model_asked=self.model_asked,
+            model_asked=self.model_asked if self.model else None,  # a name that is not known may be any text
             model=self.model,
             node=self.node,
             attempts=self.attempts,

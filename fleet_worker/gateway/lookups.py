@@ -27,6 +27,7 @@ from fleet_worker.settings import Settings
 log = logging.getLogger(__name__)
 
 ALIVE = ("/", "/health", "/health/liveliness", "/health/liveness")
+_WAY_OUT = ": models are up to whoever operates the minis; GET /api/tags lists them"
 FOUND = (*ALIVE, "/health/readiness", "/metrics", "/models", "/usage")
 
 
@@ -57,7 +58,7 @@ class Lookups:
         if path.startswith("/api/"):
             status, found = 200, await self._of_ollama(path, request)
         elif request.method not in ("GET", "HEAD"):
-            raise only("GET, HEAD")
+            raise only("GET", "HEAD")
         elif path == "/metrics":
             text, media_type = await self._records.metrics(request, self._keys.find(request.secret))
             return await response.whole(200, text, media_type=media_type)
@@ -71,7 +72,7 @@ class Lookups:
         method = "GET" if request.method == "HEAD" else request.method
         found = ollama_models.look_up(f"{method} {path}", body, self._fleet.known(), key)
         if found is None:
-            raise refuse(404, "not_found", f"{request.method} {shown(path)}: the fleet has no such thing")
+            raise refuse(404, "not_found", f"{request.method} {shown(path)}: no such thing here{_WAY_OUT}")
         return found
 
     async def _found(self, path: str, request: Request) -> tuple[int, dict[str, Any]]:

@@ -42,7 +42,8 @@ def details(registry: Registry, key: Key, name: str) -> dict[str, Any]:
 
 
 def require(registry: Registry, key: Key, name: str, capability: str | None = None) -> list[str]:
-    """Return the models that may answer a request for `name`, first choice first; those only that have the capability.
+    """Return the models that may answer a request for `name`; those only that have the capability. The first choice is
+    the first, but those that no node is ready for now are the last: a request would wait there, and not fail.
 
     Raises:
         ModelUnavailable: this key has no such model. Only names are told that it may use.
@@ -51,12 +52,18 @@ def require(registry: Registry, key: Key, name: str, capability: str | None = No
     there = [model for model in models if registry.offerings(model)]
     able = [model for model in there if registry.offerings(model, capability=capability)]
     if able or (models and not registry.instances()):  # without a registry node nothing is known, and nodes may serve
+        if len(able) > 1:
+            able.sort(key=lambda model: not _is_ready(registry, model))
         return able or models
     if capability and there:
         raise _not_for(capability, registry, key)
     close = nearest(name, key.visible(registry.models())) if len(name) <= LONGEST_NAME else []
     advice = f"; did you mean {close[0]}?" if close else "; GET /v1/models lists those of this key"
     raise ModelUnavailable(f"the model does not exist, or this key may not use it{advice}", param="model")
+
+
+def _is_ready(registry: Registry, model: str) -> bool:
+    return any(each.ready for each in registry.offerings(model))
 
 
 def _not_for(capability: str, registry: Registry, key: Key) -> ModelUnavailable:

@@ -63,17 +63,18 @@ def _priority(text: str | None) -> Priority | None:
 
 def _max_wait(text: str | None, key: Key, default: float | None) -> float | None:
     """Return what the request asks for, or the default, but no more than its key allows."""
-    asked = default if text is None else _seconds("x-fleet-max-wait", text)
+    asked = default if text is None else _seconds("x-fleet-max-wait", text, may_be_0=True)
     return min((each for each in (asked, key.max_wait) if each is not None), default=None)
 
 
-def _seconds(name: str, text: str) -> float:
+def _seconds(name: str, text: str, *, may_be_0: bool = False) -> float:
     try:
         seconds = float(text)
     except ValueError:
         seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise InvalidRequest(f"{name}: must be a number of seconds, more than 0", param=name)
+    if not 0 <= seconds < math.inf or (seconds == 0 and not may_be_0):
+        least = "0 or more" if may_be_0 else "more than 0"
+        raise InvalidRequest(f"{name}: must be a number of seconds, {least}", param=name)
     return seconds
 
 

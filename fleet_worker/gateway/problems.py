@@ -29,6 +29,14 @@ _TOLD: dict[str, tuple[int, str]] = {
     "configuration_error": (500, "configuration_error"),
 }
 """Status and code of an error of the fleet by its own code. All others are 502: the fleet has tried."""
+_HEADERS = {
+    "timeout": "x-fleet-timeout",
+    "queue_timeout": "x-fleet-queue-timeout",
+    "max_wait": "x-fleet-max-wait",
+    "node": "x-fleet-node",
+    "idempotency_key": "idempotency-key",
+}
+"""The headers that clients set, by the argument of the router that each one becomes."""
 _WORTH_ANOTHER_TRY = {"fleet_saturated", "broker_unavailable", "queue_timeout", "overloaded"}
 _RETRY_AFTER = {"broker_unavailable": 2.0, "queue_timeout": 5.0}
 
@@ -58,8 +66,8 @@ class Problem:
         return cls(
             status=status,
             code=code,
-            message=error.message,
-            param=error.param,
+            message=_in_words_of_clients(error),
+            param=_HEADERS.get(error.param or "", error.param),
             retry_after=retry_after,
             may_retry=may_retry if may_retry or status >= 429 else None,
         )
@@ -90,11 +98,19 @@ def refuse(status: int, code: str, message: str, *, param: str | None = None) ->
     return Refused(Problem(status=status, code=code, message=message, param=param))
 
 
-def only(methods: str) -> Refused:
+def only(*methods: str) -> Refused:
     """Return the exception for a method that a path does not have."""
-    text = f"here only {methods} is answered"
-    allow = (b"allow", methods.encode("ascii"))
+    text = f"only {' and '.join(methods)} {'is' if len(methods) == 1 else 'are'} answered here"
+    allow = (b"allow", ", ".join(methods).encode("ascii"))
     return Refused(Problem(status=405, code="method_not_allowed", message=text, more_headers=(allow,)))
+
+
+def _in_words_of_clients(error: FleetError) -> str:
+    """Return its message with the name of the header where the router names its argument."""
+    argument = error.param or ""
+    if argument not in _HEADERS or not (error.message.startswith(f"{argument}:") or "_" in argument):
+        return error.message
+    return error.message.replace(argument, _HEADERS[argument], 1)
 
 
 def _retry_after(error: FleetError) -> float | None:

@@ -57,7 +57,7 @@ class Records:
         if not key.may_read_metrics:
             raise refuse(403, "not_allowed", "this key may not read metrics, which name all keys: may_read_metrics")
         if not self._metrics:
-            raise refuse(404, "not_found", "metrics need one more package: pip install 'fleet-worker[gateway,metrics]'")
+            raise refuse(404, "not_found", "metrics need one more package: in a checkout, pip install '.[metrics]'")
         text, media_type = await asyncio.to_thread(self._metrics.exposition, request.headers.get("accept", ""))
         return text, media_type.encode("ascii")
 

@@ -41,7 +41,7 @@ def most_generated(body: dict[str, Any]) -> int:
     """Return how many tokens the answer may have, which are reserved for it. The body need not be valid."""
     limits = [body.get(name) for name in ("max_completion_tokens", "max_tokens")]
     known = [limit for limit in limits if isinstance(limit, int) and limit > 0]
-    return known[0] if known else _TOKENS_OF_ANSWER if "messages" in body else 0
+    return max(known) if known else _TOKENS_OF_ANSWER if "messages" in body else 0
 
 
 def _parts(body: dict[str, Any]) -> Iterator[dict[str, Any]]:

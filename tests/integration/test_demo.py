@@ -11,6 +11,8 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import anthropic
+import openai
 import pytest
 
 from fleet_worker.demo.models import platform_problem
@@ -182,6 +184,30 @@ def test_with_a_gateway_it_serves_any_client_until_ctrl_c(folder):
         assert process.wait(WITHIN) == 130
     assert len(commands) == 2
     assert_nothing_left(family, folder)
+
+
+@pytest.mark.rest
+def test_clients_talk_to_real_servers_through_its_gateway():
+    if problem := platform_problem():
+        missing(problem)
+    with started([*DEMO, "--gateway"]) as (process, output):
+        said = read(output, until="Ctrl-C stops everything.")
+        url = re.search(r"http://127\.0\.0\.1:\d+", said)[0]
+        question = [{"role": "user", "content": "What is the capital of France?"}]
+        asked = {"model": "smollm2-135m", "messages": question, "max_tokens": 20, "extra_body": {"temperature": 0}}
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=60) as client:
+            whole = client.chat.completions.create(**asked)
+            pieces = [
+                chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**asked, stream=True)
+            ]
+            vectors = client.embeddings.create(model="all-minilm-l6-v2", input=["a cat", "a dog"]).data
+        with anthropic.Anthropic(base_url=url, api_key="none", timeout=60) as client:
+            message = client.messages.create(**asked)
+        process.send_signal(signal.SIGINT)
+        read(output)
+    assert "Paris" in whole.choices[0].message.content
+    assert "".join(pieces) == whole.choices[0].message.content == message.content[0].text
+    assert [len(each.embedding) for each in vectors] == [384, 384]
 
 
 @pytest.mark.rest

@@ -503,3 +503,9 @@ def test_the_worker_s_file_speaks_of_every_setting_of_an_instance():
 
 def test_the_environment_of_the_machine_is_not_seen():
     assert not [name for name in os.environ if name.startswith("FLEET_")]
+
+
+@pytest.mark.parametrize("host", ["http://127.0.0.1", "127.0.0.1/v1", "https://localhost:4000"])
+def test_a_gateway_listens_on_an_address_and_not_on_a_url(host):
+    with pytest.raises(ConfigurationError, match=r"gateway\.host must be a name or an address, without http://"):
+        Settings(gateway={"host": host})

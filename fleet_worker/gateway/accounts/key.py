@@ -22,6 +22,8 @@ _HASH = re.compile(r"[0-9a-f]{8}:[0-9a-f]{64}")
 
 
 def _as_list(value: Any) -> Any:
+    if not isinstance(value, str | list | tuple):
+        raise ValueError("must be the name of a model, or a list of names")
     return [value] if isinstance(value, str) else value
 
 
@@ -64,7 +66,7 @@ class Key(Group):
     """The models that may answer if that one cannot."""
     highest_priority: Priority = "normal"
     """A request that asks for more gets this one."""
-    max_wait: float | None = Field(None, gt=0)
+    max_wait: float | None = Field(None, ge=0)
     """Seconds that a request may wait for a node."""
     rpm: Limit | None = None
     """Requests in a minute."""

@@ -49,7 +49,7 @@ class InvalidKey(Refused):
 class _File(Group):
     """The file of keys."""
 
-    keys: dict[str, Key] = Field(min_length=1)
+    keys: dict[str, Key] = Field({}, validate_default=True)
 
     @field_validator("keys", mode="before")
     @classmethod
@@ -61,6 +61,8 @@ class _File(Group):
     @field_validator("keys")
     @classmethod
     def _with_hashes(cls, keys: dict[str, Key]) -> dict[str, Key]:
+        if not keys:
+            raise ValueError("there is no table [keys.NAME]: fleet-worker keys new NAME prints one")
         for name, key in keys.items():
             if not key.hashes:
                 raise ValueError(f"{name} has no hashes: fleet-worker keys new {name} prints one")

@@ -27,7 +27,7 @@ class QuotaExceeded(Refused):
 def exceeded(taken: Taken, wanted: Wanted, running: Mapping[str, int]) -> QuotaExceeded:
     """`running` are the requests of the key that run on this gateway, and what each has reserved of its budgets."""
     if taken.refused == PARALLEL:
-        text = f"this key may have {_count(wanted.max_parallel or 0, 'request')} at the same time, and so many run"
+        text = f"this key may run {_count(wanted.max_parallel or 0, 'request')} at the same time"
         return _later(taken, wanted, text, BUSY_RETRY_AFTER)
     limit = next(each for each in wanted.limits if each.name == taken.refused)
     window = taken.windows[limit.name]

@@ -99,6 +99,12 @@ def test_an_unknown_model_and_a_wrong_field_have_errors_of_anthropic(client):
     assert wrong.value.body["request_id"] == wrong.value.request_id
 
 
+def test_a_base_url_with_v1_is_named_as_the_mistake(client):
+    wrong = client.copy(base_url=f"{str(client.base_url).rstrip('/')}/v1")
+    with pytest.raises(anthropic.NotFoundError, match="base URL of this client must not end in /v1"):
+        wrong.messages.create(model=CHAT, messages=HELLO, max_tokens=1)
+
+
 def test_models_are_listed_for_the_sdk(client):
     models = list(client.models.list())
     assert [(model.id, model.display_name, model.type) for model in models] == [

@@ -164,18 +164,19 @@ def test_dates_are_in_utc_wherever_the_gateway_runs(path, alice, monkeypatch, te
 # --- Reading the file, and reading it again
 
 FAULTS = {
-    "": "keys: ",
-    "[keys]": "keys: ",
+    "": "keys: there is no table [keys.NAME]: fleet-worker keys new NAME prints one",
+    "[keys]": "keys: there is no table [keys.NAME]",
     "keys = 1": "keys: must be a table",
     "[keys.alice]": "alice has no hashes: fleet-worker keys new alice",
     "[keys.alice]\nhashes = ['x']": "keys.alice.hashes.0: must be as fleet-worker keys new prints it",
     "[keys.alice]\nrpm = 'many'": "keys.alice.rpm: must be a whole number",
-    "[keys.alice]\nrpm = 0": "keys.alice.rpm: ",
+    "[keys.alice]\nrpm = 0": "keys.alice.rpm: must be greater than or equal to 1",
     "[keys.alice]\ntpm = -5": "keys.alice.tpm: ",
     "[keys.alice]\nmodel = 'x'": "keys.alice.model: unknown key, the nearest that exists is models",
-    "[keys.alice]\nhighest_priority = 'urgent'": "keys.alice.highest_priority: ",
+    "[keys.alice]\nhighest_priority = 'urgent'": "keys.alice.highest_priority: must be 'critical', 'high'",
     "[keys.alice]\nexpires = '2027-01-31'": "keys.alice.expires: must be a date",
     "[keys.alice]\nmax_wait = nan": "keys.alice.max_wait: ",
+    "[keys.alice]\naliases = { x = 5 }": "keys.alice.aliases.x: must be the name of a model, or a list of names",
     "[keys.'a b']\nhashes = []": "letters, digits",
     "[key.alice]": "key: unknown key, the nearest that exists is keys",
     "[keys.alice": "not valid TOML",

@@ -16,9 +16,10 @@ CHATS = ("chat", "stream_chat")
 class Fleet:
     """A registry."""
 
-    def __init__(self, **models):
+    def __init__(self, *, unready=(), **models):
         self._offered = [
-            SimpleNamespace(model=name.replace("_", "-"), capabilities=can) for name, can in models.items()
+            SimpleNamespace(model=name.replace("_", "-"), capabilities=can, ready=name not in unready)
+            for name, can in models.items()
         ]
 
     def models(self):
@@ -60,6 +61,15 @@ def test_only_models_of_an_alias_that_can_do_it_are_tried():
     assert require(FLEET, key, "any", "chat") == ["my-chat"]
     assert require(FLEET, key, "any", "embed") == ["my-vectors"]
     assert require(FLEET, key, "any") == ["my-vectors", "my-chat"]
+
+
+def test_a_model_that_no_node_is_ready_for_is_tried_last():
+    key = Key(name="alice", aliases={"any": ("large", "small")}, fallbacks={"large": ("small", "tiny")})
+    fleet = Fleet(unready=("large",), large=CHATS, small=CHATS, tiny=CHATS)
+    assert require(fleet, key, "large", "chat") == ["small", "tiny", "large"]
+    assert require(fleet, key, "any", "chat") == ["small", "tiny", "large"]
+    assert require(Fleet(large=CHATS, small=CHATS), key, "large", "chat") == ["large", "small"]
+    assert require(Fleet(unready=("large", "small"), large=CHATS, small=CHATS), key, "any") == ["large", "small"]
 
 
 def test_a_name_that_no_model_can_have_costs_no_time_and_is_no_alias():

@@ -3,7 +3,7 @@
 import pytest
 
 from fleet_worker import errors
-from fleet_worker.gateway.problems import Problem, refuse
+from fleet_worker.gateway.problems import Problem, only, refuse
 
 
 def told(error):
@@ -63,3 +63,23 @@ def test_what_the_client_did_wrong_has_no_word_on_another_try(status, code, erro
     problem = Problem.of(error)
     assert (problem.status, problem.code, problem.headers) == (status, code, [])
     assert refuse(413, "too_large", "too large").problem.headers == []
+
+
+@pytest.mark.parametrize(
+    ("argument", "message", "header", "told"),
+    [
+        ("timeout", "timeout: must be at most 3600", "x-fleet-timeout", "x-fleet-timeout: must be at most 3600"),
+        ("node", "no node of that name is known", "x-fleet-node", "no node of that name is known"),
+        ("idempotency_key", "the idempotency_key is taken", "idempotency-key", "the idempotency-key is taken"),
+        ("messages.0", "messages.0: must be an object", "messages.0", "messages.0: must be an object"),
+    ],
+)
+def test_clients_are_told_the_header_that_an_argument_of_the_router_came_from(argument, message, header, told):
+    problem = Problem.of(errors.InvalidRequest(message, param=argument))
+    assert (problem.param, problem.message) == (header, told)
+
+
+def test_all_methods_that_a_path_has_are_named():
+    assert only("POST").problem.message == "only POST is answered here"
+    both = only("GET", "HEAD").problem
+    assert (both.message, both.more_headers) == ("only GET and HEAD are answered here", ((b"allow", b"GET, HEAD"),))

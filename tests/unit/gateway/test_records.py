@@ -6,9 +6,18 @@ import logging
 import pytest
 
 from fleet_worker.gateway.accounts.keys import new_key
+from fleet_worker.gateway.facts import Facts
+from fleet_worker.router.progress import Progress
 from tests.gateways import ask, get, post, serving
 
 CHAT = b'{"model": "m", "messages": [{"role": "user", "content": "A SECRET PROMPT"}]}'
+
+
+def test_what_a_client_calls_a_model_is_kept_only_if_the_fleet_has_it():
+    facts = Facts(key="alice", operation="chat/completions", model_asked="A SECRET PROMPT")
+    assert facts.row("r", "alice", "chat/completions", 404).model_asked is None
+    facts.model_asked, facts.model = "gpt-4o", "qwen3-14b"
+    assert facts.row("r", "alice", "chat/completions", 200).model_asked == "gpt-4o"
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +90,21 @@ def test_a_wrong_key_is_in_no_log_and_no_metric(port, secrets, caplog):
     text = ask(port, get(b"/metrics", bearer(secrets["prometheus"]))).body.decode()
     assert 'fleet_gateway_requests_total{key="",operation="chat/completions",status="401"}' in text
     assert wrong not in caplog.text + text
+
+
+def test_a_prompt_counts_also_if_the_answer_was_cut_off_while_it_waited_for_another_node():
+    facts = Facts(prompt_estimate=100)
+    facts.note_first_token(progress(1, "local@mini-1"))
+    facts.note_cut_off(progress(2, None), 7)
+    assert (facts.node, facts.attempts) == ("local@mini-1", 2)
+    assert (facts.prompt_tokens, facts.completion_tokens) == (100, 7)
+
+
+def test_a_prompt_that_no_node_has_taken_counts_nothing():
+    facts = Facts(prompt_estimate=100)
+    facts.note_cut_off(progress(1, None), 0)
+    assert facts.prompt_tokens == 0
+
+
+def progress(attempt, node):
+    return Progress(attempt=attempt, node=node, instance=None, queue_wait=None, resumed=0, past=())

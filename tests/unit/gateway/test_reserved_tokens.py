@@ -27,6 +27,7 @@ def test_a_body_that_is_not_valid_has_an_estimate_too(body):
     [
         ({"messages": [], "max_tokens": 5}, 5),
         ({"messages": [], "max_completion_tokens": 7, "max_tokens": 5}, 7),
+        ({"messages": [], "max_completion_tokens": 1, "max_tokens": 5}, 5),
         ({"messages": [], "max_tokens": -1}, 1000),
         ({"messages": [], "max_tokens": "many"}, 1000),
         ({"input": "x"}, 0),
