@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fleet_worker.errors import FleetError
+from fleet_worker.errors import BrokerUnavailable, FleetError
 
 MOST_RETRY_AFTER = 120.0
 """Seconds. SDKs do not try again at all if they are told a longer time."""
@@ -106,7 +106,10 @@ def only(*methods: str) -> Refused:
 
 
 def _in_words_of_clients(error: FleetError) -> str:
-    """Return its message with the name of the header where the router names its argument."""
+    """Return its message with the name of the header where the router names its argument, and without the address of
+    the broker, which the log of the gateway has."""
+    if isinstance(error, BrokerUnavailable):
+        return "the fleet cannot be reached at the moment: its broker is away"
     argument = error.param or ""
     if argument not in _HEADERS or not (error.message.startswith(f"{argument}:") or "_" in argument):
         return error.message

@@ -66,7 +66,9 @@ def test_what_the_architecture_names_is_in_the_files_that_it_links_there():
         linked = "".join((document.parent / name).read_text("utf-8") for name in re.findall(r"\(([\w/]+\.py)\)", item))
         for name in re.findall(r"`([A-Z]\w+(?:\.\w+)?|\w+\(\))`", item) if linked else ():
             for word in name.removesuffix("()").split("."):
-                assert re.search(rf"^ *(?:def|class) {word}\b|^{word}\b.* = ", linked, re.MULTILINE), f"{name}: {item}"
+                assert re.search(rf"^ *(?:(?:async )?def|class) {word}\b|^{word}\b.* = ", linked, re.MULTILINE), (
+                    f"{name}: {item}"
+                )
 
 
 # --- Snippets

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fleet_worker.gateway.dialects.anthropic_tools import tool_use_id
-from fleet_worker.gateway.dialects.dialect import finish_reason
+from fleet_worker.gateway.dialects.dialect import EVENT_STREAM, finish_reason
 from fleet_worker.gateway.dialects.tool_calls import Fragment, ToolCalls, arguments_of
 from fleet_worker.gateway.json_text import compact, quoted, server_sent
 from fleet_worker.gateway.problems import Problem
@@ -43,7 +43,7 @@ class MessageWriter:
     """
 
     heartbeat = server_sent({"type": "ping"}, "ping")
-    media_type = b"text/event-stream; charset=utf-8"
+    media_type = EVENT_STREAM
 
     def __init__(self, model: str, request_id: str, *, input_tokens: int, thinking: bool | None) -> None:
         """`input_tokens` is told at the beginning of a stream, when nobody has counted them yet. `thinking`: whether
@@ -52,7 +52,7 @@ class MessageWriter:
         self._request_id = request_id
         self._input_tokens = input_tokens
         self._thinking = thinking
-        self._calls = ToolCalls(request_id)
+        self._calls = ToolCalls()
         self._blocks = 0
         """Number of blocks begun."""
         self._open: str | None = None

@@ -21,6 +21,7 @@ from fleet_worker.gateway.dialects.anthropic_request import (
     Turn,
 )
 from fleet_worker.gateway.dialects.anthropic_tools import call_id_of
+from fleet_worker.gateway.dialects.dialect import refused
 
 Part = dict[str, Any]
 """A part of a message of OpenAI: text or an image."""
@@ -96,7 +97,7 @@ class _History:
 
     def messages(self) -> list[dict[str, Any]]:
         if not self._messages:
-            raise InvalidRequest("messages: holds no message of the user", param="messages")
+            raise refused("messages", "holds no message of the user")
         system = [{"role": "system", "content": _BETWEEN.join(self._system)}] if self._system else []
         return [*system, *({**message, "content": _joined(message)} for message in self._messages)]
 
@@ -195,5 +196,4 @@ def _joined(message: dict[str, Any]) -> str | list[Part] | None:
 
 
 def _misplaced(at: int, number: int, reason: str) -> InvalidRequest:
-    param = f"messages.{at}.content.{number}"
-    return InvalidRequest(f"{param}: {reason}", param=param)
+    return refused(f"messages.{at}.content.{number}", reason)

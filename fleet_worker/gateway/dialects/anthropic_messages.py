@@ -5,13 +5,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from fleet_worker.errors import InvalidRequest
 from fleet_worker.gateway.dialects import anthropic_tools
 from fleet_worker.gateway.dialects.anthropic_answer import MessageWriter, error_object
 from fleet_worker.gateway.dialects.anthropic_history import messages_of
 from fleet_worker.gateway.dialects.anthropic_request import WAYS_OUT, MessagesRequest, Prompt
 from fleet_worker.gateway.dialects.client_body import read
-from fleet_worker.gateway.dialects.dialect import ChatAsked
+from fleet_worker.gateway.dialects.dialect import ChatAsked, refused
 from fleet_worker.gateway.json_text import compact
 from fleet_worker.gateway.problems import Problem
 from fleet_worker.gateway.token_counts import estimated_tokens
@@ -20,7 +19,7 @@ from fleet_worker.gateway.token_counts import estimated_tokens
 def asked(body: dict[str, Any], request_id: str, created: int) -> ChatAsked:
     given = read(MessagesRequest, body, WAYS_OUT)
     if given.mcp_servers:
-        raise InvalidRequest("mcp_servers: nothing here connects to one: call it in your client", param="mcp_servers")
+        raise refused("mcp_servers", "nothing here connects to one: call it in your client")
     wanted = {**prompt(given), **_sampling(given), **_thinking(given), **_format(given)}
     writer = MessageWriter(
         given.model,

@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from fleet_worker.errors import InvalidRequest
 from fleet_worker.gateway.dialects.anthropic_request import Choice, Tool
+from fleet_worker.gateway.dialects.dialect import refused
 
 _RUN_BY_ANTHROPIC = re.compile(r"(web_search|web_fetch|code_execution|tool_search_tool|mcp_toolset|advisor)(_|$)")
 """The types of tools that no client carries out, without their versions."""
@@ -28,7 +28,7 @@ def functions(tools: Sequence[Tool]) -> list[dict[str, Any]]:
     """
     own = [_function(tool, f"tools.{at}") for at, tool in enumerate(tools) if not _is_run_by_anthropic(tool)]
     if tools and not own:
-        raise _refused("tools.0.type", "runs at Anthropic, not here: give a tool of your own, or leave it out")
+        raise refused("tools.0.type", "runs at Anthropic, not here: give a tool of your own, or leave it out")
     return own
 
 
@@ -39,12 +39,12 @@ def choice(chosen: Choice | None, tools: Sequence[dict[str, Any]]) -> dict[str, 
     parallel = {"parallel_tool_calls": False} if chosen.disable_parallel_tool_use else {}
     if chosen.type != "tool":
         if not tools:
-            raise _refused("tool_choice", "asks for a tool, but the request has none: add tools, or leave it out")
+            raise refused("tool_choice", "asks for a tool, but the request has none: add tools, or leave it out")
         return {"tool_choice": _CHOICES[chosen.type], **parallel}
     if not chosen.name:
-        raise _refused("tool_choice.name", "is missing: use the name of one of the tools")
+        raise refused("tool_choice.name", "is missing: use the name of one of the tools")
     if chosen.name not in [tool["function"]["name"] for tool in tools]:
-        raise _refused("tool_choice.name", "names no tool that can be called here: use the name of one of the tools")
+        raise refused("tool_choice.name", "names no tool that can be called here: use the name of one of the tools")
     return {"tool_choice": {"type": "function", "function": {"name": chosen.name}}, **parallel}
 
 
@@ -73,13 +73,9 @@ def _is_run_by_anthropic(tool: Tool) -> bool:
 
 def _function(tool: Tool, place: str) -> dict[str, Any]:
     if tool.name is None:
-        raise _refused(f"{place}.name", "is missing")
+        raise refused(f"{place}.name", "is missing")
     if tool.input_schema is None:
         known = "" if tool.type in (None, "custom") else ", since no model here knows the tools of Anthropic by heart"
-        raise _refused(f"{place}.input_schema", f"is missing: describe what the tool takes{known}")
+        raise refused(f"{place}.input_schema", f"is missing: describe what the tool takes{known}")
     described = {"description": tool.description} if tool.description else {}
     return {"type": "function", "function": {"name": tool.name, **described, "parameters": tool.input_schema}}
-
-
-def _refused(param: str, reason: str) -> InvalidRequest:
-    return InvalidRequest(f"{param}: {reason}", param=param)

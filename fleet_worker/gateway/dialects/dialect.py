@@ -11,6 +11,9 @@ from fleet_worker.gateway.problems import Problem
 from fleet_worker.instance_settings import Capability
 from fleet_worker.protocol.reply import ChatResponse, Delta, EmbedResponse
 
+EVENT_STREAM = b"text/event-stream; charset=utf-8"
+"""The media type of server-sent events."""
+
 
 class Writer(Protocol):
     """Makes the answer to one chat: `whole`; or of a stream `begin`, then `deltas`, then `end` or `failed`.
@@ -114,7 +117,7 @@ def take_model(body: dict[str, Any]) -> str:
     """Remove the model from the body and return its name."""
     model = body.pop("model", None)
     if not isinstance(model, str) or not model:
-        raise InvalidRequest("model: must be the name of a model: GET /v1/models lists them", param="model")
+        raise refused("model", "must be the name of a model: GET /v1/models lists them")
     return model
 
 
@@ -124,7 +127,7 @@ def take_switch(body: dict[str, Any], name: str, default: bool = False) -> bool:
     if value is None:
         return default
     if not isinstance(value, bool):
-        raise InvalidRequest(f"{name}: must be true or false", param=name)
+        raise refused(name, "must be true or false")
     return value
 
 

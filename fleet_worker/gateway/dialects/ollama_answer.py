@@ -19,11 +19,11 @@ class AnswerWriter:
 
     media_type = b"application/x-ndjson"
 
-    def __init__(self, model: str, request_id: str, created: int, shape: Shape, *, thinks: bool) -> None:
+    def __init__(self, model: str, created: int, shape: Shape, *, thinks: bool) -> None:
         """`thinks`: whether thoughts are shown."""
         self._shape = shape
         self._thinks = thinks
-        self._calls = ToolCalls(request_id)
+        self._calls = ToolCalls()
         at = datetime.fromtimestamp(created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         self._shared = f'{{"model":{quoted(model)},"created_at":"{at}",'
         is_chat = shape == "message"

@@ -18,7 +18,7 @@ __all__ = ["asked", "problem_body"]
 
 def asked(body: dict[str, Any], request_id: str, created: int) -> ChatAsked | LoadAsked:
     given = read(ChatRequest, body, WAYS_OUT)
-    writer = AnswerWriter(given.model, request_id, created, "message", thinks=given.think is not False)
+    writer = AnswerWriter(given.model, created, "message", thinks=given.think is not False)
     if not given.messages:
         return LoadAsked(given.model, writer.loaded("unload" if unloads(given) else "load"))
     tools = {"tools": [{"type": "function", **tool} for tool in given.tools]} if given.tools else {}

@@ -26,7 +26,7 @@ def asked(body: dict[str, Any], request_id: str, created: int) -> ChatAsked | Lo
     for name, way_out in _REFUSED.items():
         if getattr(given, name):
             raise refused(name, way_out)
-    writer = AnswerWriter(given.model, request_id, created, "response", thinks=given.think is not False)
+    writer = AnswerWriter(given.model, created, "response", thinks=given.think is not False)
     if not given.prompt and not given.images:
         return LoadAsked(given.model, writer.loaded("unload" if unloads(given) else "load"))
     system = [{"role": "system", "content": given.system}] if given.system else []

@@ -5,17 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fleet_worker.errors import InvalidRequest
-from fleet_worker.gateway.dialects.dialect import ChatAsked, finish_reason, take_model, take_switch
+from fleet_worker.gateway.dialects import openai_common
+from fleet_worker.gateway.dialects.dialect import EVENT_STREAM, ChatAsked, finish_reason, take_model, take_switch
+from fleet_worker.gateway.dialects.openai_common import DONE, HEARTBEAT, late_error, take_with_usage, usage_object
 from fleet_worker.gateway.dialects.tool_calls import Fragment, ToolCalls
 from fleet_worker.gateway.json_text import compact, quoted
 from fleet_worker.gateway.problems import Problem
-from fleet_worker.protocol.reply import ChatResponse, Delta, Usage
+from fleet_worker.protocol.reply import ChatResponse, Delta
 
 ReasoningField = Literal["reasoning_content", "reasoning", "both"]
-
-_TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error"}
-_DONE = b"data: [DONE]\n\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +26,11 @@ class OpenAIChat:
         body = dict(body)
         model, stream = take_model(body), take_switch(body, "stream")
         session = body.get("prompt_cache_key")
-        writer = ChatWriter(model, request_id, created, self._fields, with_usage=with_usage(body))
+        writer = ChatWriter(model, request_id, created, self._fields, with_usage=take_with_usage(body))
         return ChatAsked(model, body, stream, writer, session if isinstance(session, str) else None)
 
     def problem_body(self, problem: Problem, request_id: str) -> bytes:
-        return compact({"error": error_object(problem)}).encode("ascii")
+        return openai_common.problem_body(problem, request_id)
 
     @property
     def _fields(self) -> tuple[str, ...]:
@@ -42,13 +40,13 @@ class OpenAIChat:
 class ChatWriter:
     """Makes the answer to one chat completion."""
 
-    heartbeat = b": still at work\n\n"
-    media_type = b"text/event-stream; charset=utf-8"
+    heartbeat = HEARTBEAT
+    media_type = EVENT_STREAM
 
     def __init__(
         self, model: str, request_id: str, created: int, reasoning: tuple[str, ...], *, with_usage: bool
     ) -> None:
-        self._calls = ToolCalls(request_id)
+        self._calls = ToolCalls()
         self._reasoning = reasoning
         self._with_usage = with_usage
         self._shared = f'"id":"chatcmpl-{request_id}","created":{created},"model":{quoted(model)}'
@@ -79,10 +77,10 @@ class ChatWriter:
         if self._with_usage:
             counted = compact(usage_object(response.usage))
             last += f'data: {{{self._shared},"object":"chat.completion.chunk","choices":[],"usage":{counted}}}\n\n'
-        return last.encode("ascii") + _DONE
+        return last.encode("ascii") + DONE
 
     def failed(self, problem: Problem) -> bytes:
-        return f"data: {compact({'error': error_object(problem)})}\n\n".encode("ascii")
+        return late_error(problem)
 
     def _of_delta(self, delta: Delta) -> bytes:
         chunks = []
@@ -98,35 +96,6 @@ class ChatWriter:
 
     def _chunk(self, delta: str) -> bytes:
         return f"{self._before}{delta}{self._after}".encode("ascii")
-
-
-def error_object(problem: Problem) -> dict[str, Any]:
-    """Return the `error` of OpenAI's APIs."""
-    kind = _TYPES.get(problem.status) or ("invalid_request_error" if problem.status < 429 else "server_error")
-    if problem.status == 429:
-        kind = "insufficient_quota" if problem.code == "insufficient_quota" else "rate_limit_error"
-    return {"message": problem.message, "type": kind, "param": problem.param, "code": problem.code}
-
-
-def usage_object(usage: Usage) -> dict[str, Any]:
-    """Return the `usage` of OpenAI's APIs. What the server does not report is 0."""
-    prompt, completion = usage.prompt_tokens or 0, usage.completion_tokens or 0
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": usage.total_tokens or prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens or 0},
-    }
-
-
-def with_usage(body: dict[str, Any]) -> bool:
-    """Remove `stream_options` from the body, and return whether a stream shall end with the usage."""
-    options = body.pop("stream_options", None)
-    if options is None:
-        return False
-    if not isinstance(options, dict):
-        raise InvalidRequest("stream_options: must be an object", param="stream_options")
-    return take_switch(dict(options), "include_usage")
 
 
 def _piece(piece: Fragment) -> dict[str, Any]:

@@ -5,13 +5,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from fleet_worker.gateway.dialects.dialect import ChatAsked, given, refused, take_model, take_switch
-from fleet_worker.gateway.dialects.openai_chat import error_object, usage_object, with_usage
+from fleet_worker.gateway.dialects.dialect import EVENT_STREAM, ChatAsked, given, refused, take_model, take_switch
+from fleet_worker.gateway.dialects.openai_common import (
+    DONE,
+    HEARTBEAT,
+    late_error,
+    problem_body,
+    take_with_usage,
+    usage_object,
+)
 from fleet_worker.gateway.json_text import compact, quoted
 from fleet_worker.gateway.problems import Problem
 from fleet_worker.protocol.reply import ChatResponse, Delta
 
-_DONE = b"data: [DONE]\n\n"
+__all__ = ["asked", "problem_body"]
+
 _REFUSED = {
     "echo": "the prompt is not part of the answer: leave it out",
     "logprobs": "answers come without log probabilities: leave it out",
@@ -34,21 +42,17 @@ def asked(body: dict[str, Any], request_id: str, created: int) -> ChatAsked:
     for name in ("n", "best_of"):
         if body.pop(name, 1) != 1:
             raise refused(name, "send the request once for each answer")
-    writer = CompletionWriter(model, request_id, created, with_usage=with_usage(body))
+    writer = CompletionWriter(model, request_id, created, with_usage=take_with_usage(body))
     session = given(body, "prompt_cache_key", str)
     body["messages"] = [{"role": "user", "content": _prompt(body.pop("prompt", None))}]
     return ChatAsked(model, body, stream, writer, session)
 
 
-def problem_body(problem: Problem, request_id: str) -> bytes:
-    return compact({"error": error_object(problem)}).encode("ascii")
-
-
 class CompletionWriter:
     """Makes the answer to one completion. The thoughts of a model are no part of it: there is no field for them."""
 
-    heartbeat = b": still at work\n\n"
-    media_type = b"text/event-stream; charset=utf-8"
+    heartbeat = HEARTBEAT
+    media_type = EVENT_STREAM
 
     def __init__(self, model: str, request_id: str, created: int, *, with_usage: bool) -> None:
         self._shared = (
@@ -75,10 +79,10 @@ class CompletionWriter:
         last = f'{self._before}"","finish_reason":"{_reason(response)}"}}]{self._usage}}}\n\n'
         if self._with_usage:
             last += f'data: {{{self._shared},"choices":[],"usage":{compact(usage_object(response.usage))}}}\n\n'
-        return last.encode("ascii") + _DONE
+        return last.encode("ascii") + DONE
 
     def failed(self, problem: Problem) -> bytes:
-        return f"data: {compact({'error': error_object(problem)})}\n\n".encode("ascii")
+        return late_error(problem)
 
 
 def _prompt(prompt: Any) -> str:

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from fleet_worker.errors import InvalidRequest
-from fleet_worker.gateway.dialects.dialect import EmbedAsked, take_model
-from fleet_worker.gateway.dialects.openai_chat import error_object
+from fleet_worker.gateway.dialects.dialect import EmbedAsked, refused, take_model
+from fleet_worker.gateway.dialects.openai_common import problem_body
 from fleet_worker.gateway.json_text import compact, quoted
-from fleet_worker.gateway.problems import Problem
 from fleet_worker.protocol.reply import EmbedResponse
+
+__all__ = ["asked", "problem_body"]
 
 
 def asked(body: dict[str, Any], request_id: str, created: int) -> EmbedAsked:
     body = dict(body)
     model, form = take_model(body), body.pop("encoding_format", None)
     if form not in (None, "float", "base64"):
-        raise InvalidRequest('encoding_format: must be "float" or "base64"', param="encoding_format")
+        raise refused("encoding_format", 'must be "float" or "base64"')
     return EmbedAsked(model, body, EmbeddingWriter(model, as_base64=form == "base64"))
-
-
-def problem_body(problem: Problem, request_id: str) -> bytes:
-    return compact({"error": error_object(problem)}).encode("ascii")
 
 
 class EmbeddingWriter:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from fleet_worker.gateway.dialects.dialect import ChatAsked, given, refused, take_model, take_switch
-from fleet_worker.gateway.dialects.openai_chat import error_object
+from fleet_worker.gateway.dialects.openai_common import error_object
 from fleet_worker.gateway.dialects.openai_responses_input import messages_of
 from fleet_worker.gateway.dialects.openai_responses_tools import Tools
 from fleet_worker.gateway.dialects.openai_responses_writer import ResponsesWriter

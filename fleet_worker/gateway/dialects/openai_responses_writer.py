@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any, Final
 
+from fleet_worker.gateway.dialects.dialect import EVENT_STREAM
+from fleet_worker.gateway.dialects.openai_common import DONE, HEARTBEAT
 from fleet_worker.gateway.dialects.openai_responses_items import (
     MESSAGE,
     THOUGHTS,
@@ -23,21 +25,22 @@ from fleet_worker.protocol.reply import ChatResponse, Delta, Usage
 _INCOMPLETE: Final = {"length": "max_output_tokens", "content_filter": "content_filter"}
 _CODES: Final = {"context_length_exceeded", "insufficient_quota", "rate_limit_exceeded"}
 """Codes that clients know. Codex sends a request that failed with any other but `invalid_prompt` again."""
-_DONE: Final = "data: [DONE]\n\n"
-"""The last event, as the Open Responses specification wants it. OpenAI sends none; its SDKs skip it."""
 
 
 class ResponsesWriter:
-    """Makes the answer to one request. `echo` is what a response repeats of it."""
+    """Makes the answer to one request. `echo` is what a response repeats of it.
 
-    heartbeat = b": still at work\n\n"
-    media_type = b"text/event-stream; charset=utf-8"
+    A stream ends with `DONE`, as the Open Responses specification wants it. OpenAI sends none; its SDKs skip it.
+    """
+
+    heartbeat = HEARTBEAT
+    media_type = EVENT_STREAM
 
     def __init__(self, request_id: str, created: int, echo: dict[str, Any], tools: Tools) -> None:
         self._id = request_id.replace("-", "")
         self._constant = f'"id":"resp_{self._id}","object":"response","created_at":{created},{compact(echo)[1:-1]}'
         self._tools = tools
-        self._calls = ToolCalls(request_id)
+        self._calls = ToolCalls()
         self._events = Events()
         self._count = 0
         """Items that have begun."""
@@ -67,13 +70,13 @@ class ResponsesWriter:
     def end(self, response: ChatResponse) -> bytes:
         status, last = self._end(response)
         fields = f'"response":{self._resource(status, response)}'
-        return (last + self._events.of(f"response.{status}", fields) + _DONE).encode("ascii")
+        return (last + self._events.of(f"response.{status}", fields)).encode("ascii") + DONE
 
     def failed(self, problem: Problem) -> bytes:
         for item in self._going_on():
             self._ended[item.index] = item.json("incomplete")
         fields = f'"response":{self._resource("failed", error=_error(problem))}'
-        return (self._events.of("response.failed", fields) + _DONE).encode("ascii")
+        return self._events.of("response.failed", fields).encode("ascii") + DONE
 
     # --- items
 

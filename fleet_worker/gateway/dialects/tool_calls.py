@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -44,8 +45,8 @@ def arguments_of(call: Fragment) -> dict[str, Any]:
 class ToolCalls:
     """Reads the fragments of one answer. Servers leave out ids, or number calls from 1."""
 
-    def __init__(self, request_id: str) -> None:
-        self._ids = f"call_{request_id.replace('-', '')[:20]}"
+    def __init__(self) -> None:
+        self._ids = f"call_{uuid.uuid4().hex[:20]}"  # not of the request's id: clients may use one for a conversation
         self._calls: dict[int, _Call] = {}
 
     def __len__(self) -> int:

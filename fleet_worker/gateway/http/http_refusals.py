@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import http
 
-from fleet_worker.gateway.dialects.openai_chat import error_object
+from fleet_worker.gateway.dialects.openai_common import problem_body
 from fleet_worker.gateway.http.response import JSON, always
-from fleet_worker.gateway.json_text import compact
 from fleet_worker.gateway.problems import Problem
 
 MOST_HEADERS = 128
@@ -36,7 +35,7 @@ TOO_LARGE = Problem(
 
 def answer(problem: Problem, request_id: str) -> bytes:
     """Return the bytes of the last answer on a connection."""
-    body = compact({"error": error_object(problem)}).encode("ascii")
+    body = problem_body(problem, request_id)
     headers = [
         *always(request_id),
         (b"content-type", JSON),

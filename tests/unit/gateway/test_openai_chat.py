@@ -82,3 +82,14 @@ def told(chunks):
     if calls:
         return {**message, "content": message["content"] or None, "tool_calls": calls}
     return message
+
+
+def test_calls_without_ids_get_some_that_no_other_answer_has():
+    """Also if a client gives one id to all requests of a conversation."""
+    calls = [{"function": {"name": "look", "arguments": "{}"}}] * 2
+    ids = set()
+    for _ in range(2):
+        end = response([Delta(tool_calls=calls)], "tool_calls")
+        (choice,) = json.loads(writer().whole(end))["choices"]
+        ids |= {call["id"] for call in choice["message"]["tool_calls"]}
+    assert len(ids) == 4

@@ -83,3 +83,9 @@ def test_all_methods_that_a_path_has_are_named():
     assert only("POST").problem.message == "only POST is answered here"
     both = only("GET", "HEAD").problem
     assert (both.message, both.more_headers) == ("only GET and HEAD are answered here", ((b"allow", b"GET, HEAD"),))
+
+
+def test_nobody_is_told_where_the_broker_is():
+    problem = Problem.of(errors.BrokerUnavailable("the broker at 10.0.0.7:6379 does not run"))
+    assert "10.0.0.7" not in problem.message
+    assert (problem.status, problem.may_retry) == (503, True)
