@@ -29,18 +29,18 @@ from fleet_worker.broker.topology import wake_key
 SOCKET_FREE_WITHIN = 5.0
 """Seconds that a thread waits for the shared socket; another waits that long for an answer of a frozen broker."""
 WAKE_EXPIRES = 10.0
-"""Seconds after which what ends a read is deleted, if that read has ended by itself."""
-
-
+"""Seconds after which the element that should end a read is deleted, if that read has ended by itself."""
 _OUR_CONTENT: dict[str, Any] = {"content-type": "application/json", "content-encoding": "utf-8"}
 
 
 class ReplyReader(Protocol):
     """Reads several elements of one list at once, from the connection that it is given."""
 
-    def ask(self, connection: Any, timeout: float) -> None: ...
+    def ask(self, connection: Any, timeout: float) -> None:
+        """Send the command, with which the broker waits up to `timeout` seconds for the first element."""
 
-    def read(self, connection: Any) -> None: ...
+    def read(self, connection: Any) -> None:
+        """Read the whole answer, and use it."""
 
 
 class SharedSocket:
@@ -107,6 +107,7 @@ class Channel(redis.Channel):  # type: ignore[misc]
         self.async_pool.disconnect()  # kombu asked PING on it: a channel that only publishes would keep that connection
         self._wake_key = wake_key()
         self._is_woken = False
+        """The read that is under way was ended with an element of the list `_wake_key`."""
 
     def _get_pool(self, asynchronous: bool = False) -> Any:
         pool, shared = super()._get_pool(asynchronous), self.connection.client.shared_socket
@@ -144,7 +145,7 @@ class Channel(redis.Channel):  # type: ignore[misc]
     # Messages come in
 
     def _brpop_start(self, timeout: float | None = None) -> None:
-        """Ask for one element of the lists of all queues, or what a read is ended with; or for replies."""
+        """Ask for one element of the lists of all queues, or of the one that ends this read; or for replies."""
         timeout, connection = timeout or self.brpop_timeout, self.client.connection
         self._in_poll, self._brpop_sent_at, self._is_woken = connection, time.monotonic(), False
         if self.reply_reader:
@@ -160,17 +161,18 @@ class Channel(redis.Channel):  # type: ignore[misc]
         self._end_read()
 
     def _end_read(self) -> bool:
-        """End a read of queues that waits. Return False if the broker does not answer.
+        """End a read of queues that waits at the broker, by an element in a list that it reads, too. Return False if
+        the broker does not answer.
 
-        What it may have popped meanwhile is read all the same. Not with CLIENT UNBLOCK, which comes too early if BRPOP
-        is still under way, and which a user may not be allowed.
+        What the read may have popped meanwhile is used all the same; the element then ends the next read. CLIENT
+        UNBLOCK would come too early for a BRPOP that is still on its way, and a user may not be allowed it.
         """
         if not self._in_poll or self.reply_reader or self._is_woken:
             return True
         try:
             with self.conn_or_acquire() as client, client.pipeline(transaction=False) as pipe:
                 pipe.lpush(self._wake_key, b"").pexpire(self._wake_key, round(1000 * WAKE_EXPIRES)).execute()
-        except ResponseError:  # its memory is full, perhaps: the read ends by itself after `brpop_timeout`
+        except ResponseError:  # perhaps its memory is full: the read ends by itself after `brpop_timeout`
             return True
         except self.connection_errors:
             return False
@@ -178,7 +180,7 @@ class Channel(redis.Channel):  # type: ignore[misc]
         return True
 
     def close(self) -> None:
-        """kombu waits for the end of a read that is under way: it may have popped a message."""
+        """End a read that is under way first. kombu waits for its answer: it may have popped a message."""
         if not self._end_read():
             self._in_poll.disconnect()
             self._in_poll = None

@@ -10,7 +10,7 @@ import httpx
 
 _RECEIVE_BYTES = 64 * 1024
 _MOST_OVERHEAD_BYTES = 100 * 1024
-"""Of headers, or of whatever else is not the body, in a row."""
+"""Bytes received in a row that are not the body: headers, marks of chunks, trailers."""
 
 
 class ResponseReader(httpx.SyncByteStream):
@@ -82,6 +82,7 @@ class ResponseReader(httpx.SyncByteStream):
 
     @property
     def _ends_with_the_connection(self) -> bool:
+        """Whether the end of the connection is the end of the body: nothing else tells its length."""
         return not any(name.lower() in (b"content-length", b"transfer-encoding") for name, _ in self._headers)
 
     # Called by the parser

@@ -20,9 +20,9 @@ class Transport(httpx.BaseTransport):
     """Opens a connection for each request; it ends with the response. A request has its `ConnectionGuard` in
     `extensions["guard"]`, and the seconds that connecting may take in `extensions["timeout"]["connect"]`.
 
-    httpx's own transport keeps connections in a pool. The socket of such a connection is not known before the response
-    arrives. And the server may close it just when the next request is sent, which then looks as if the server had died.
-    Besides, it takes several times as long for each chunk of a body, and for each request.
+    httpx's own transport does not tell the socket of a request before the response arrives. It keeps connections in a
+    pool: the server may close one just when the next request is sent, which then looks as if the server had died. And
+    it takes several times as long for each chunk of a body, and for each request.
     """
 
     def __init__(self, tls: ssl.SSLContext | None) -> None:
@@ -67,6 +67,7 @@ def _first_connection(url: httpx.URL, guard: ConnectionGuard, timeout: float | N
 
 
 def _connected(connection: socket.socket, address: Any, guard: ConnectionGuard, timeout: float | None) -> socket.socket:
+    """Connect this socket, from now on guarded; close it if that fails with an `OSError`."""
     try:
         if guard.was_cut.is_set():
             raise ConnectionAbortedError
@@ -89,7 +90,8 @@ def _connected(connection: socket.socket, address: Any, guard: ConnectionGuard, 
 
 
 def _secured(connection: socket.socket, tls: ssl.SSLContext, host: str, timeout: float | None) -> ssl.SSLSocket:
-    """Only the TLS handshake has a timeout; the guard limits everything else."""
+    """Return the connection with TLS; close it if that fails. Only the handshake has a timeout: the guard limits all
+    else."""
     try:
         connection.settimeout(timeout)
         secured = tls.wrap_socket(connection, server_hostname=host)

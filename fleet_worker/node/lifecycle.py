@@ -156,7 +156,7 @@ class Lifecycle:
             self._end_requests(self._node)
         celery_state.should_stop = self._exit_code  # Celery checks it in each turn of its event loop
         if consumer := getattr(self._worker, "consumer", None):
-            consumer.call_soon(lambda: None)  # a turn
+            consumer.call_soon(lambda: None)  # wakes the loop: it may wait for seconds
         if not self._ended.wait(LEAVE_AFTER):
             log.warning("%s leaves: its work is done, and the broker does not answer", self._node.name)
             self._node.close(timeout=1.0)

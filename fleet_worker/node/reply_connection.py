@@ -23,6 +23,8 @@ TRIES = 5
 
 
 class Message(NamedTuple):
+    """The body of one broker message, with its reply queue."""
+
     reply_to: str
     body: bytes
     is_kept: bool
@@ -32,9 +34,9 @@ class Message(NamedTuple):
 class ReplyConnection:
     """Sends messages in the order in which they were added. For one thread at a time.
 
-    On Redis the broker's answer to a message is read just before the next one is sent: nobody waits for it, but
-    `settle` once a second. Messages wait while the broker is away. When it comes back it may have lost some: those of
-    the last seconds are sent again.
+    On Redis the broker's answer to a message is read just before the next one is sent; only `settle`, about once a
+    second, waits for it. Messages wait while the broker is away. When it comes back it may have lost some: those of the
+    last seconds are sent again.
     """
 
     def __init__(self, connect: Callable[[], Connection], closing: threading.Event) -> None:
@@ -44,12 +46,13 @@ class ReplyConnection:
         self._messages: deque[Message] = deque()
         """Those that the broker has not confirmed."""
         self._is_sent = False
-        """The first of them is sent."""
+        """The first of them is sent, and its answer is not read yet."""
         self._error: Exception | None = None
-        """Why it could not be sent at once."""
+        """Why `send_at_once` failed; the next `send_all` or `settle` waits for that, and tries again."""
         self._failing: Message | None = None
-        """The message that could not be sent last, and how often in a row."""
+        """The message that failed last."""
         self._failures = 0
+        """How often it failed in a row."""
         self._replay = ReplayBuffer()
         self._outage = Outage("replies: the broker", log)
         self.learned: Callable[[str, int], object] = lambda reply_to, waiting: None
@@ -58,6 +61,7 @@ class ReplyConnection:
         """Is called when the broker refuses a message."""
 
     def add(self, reply_to: str, body: bytes, *, is_kept: bool = True) -> None:
+        """Add a message, which one of the methods below sends."""
         self._messages.append(Message(reply_to, body, is_kept))
 
     def is_free(self, reply_to: str) -> bool:
@@ -69,7 +73,8 @@ class ReplyConnection:
             return False
 
     def send_at_once(self) -> bool:
-        """Send a message, after `is_free`. Return whether that was all, and no failure: the rest is for `send_all`."""
+        """Send the first message; call it only after `is_free`, then it waits for nothing. Return False if there are
+        more, or if it failed: then call `send_all`."""
         try:
             if self._is_sent:
                 self._confirm()
@@ -79,12 +84,12 @@ class ReplyConnection:
         return not self._unsent
 
     def send_all(self) -> None:
-        """Send all messages, however long the broker is away, unless the node ends."""
+        """Send all messages. While the broker is away, wait and try again; give up only if the node ends."""
         while self._unsent:
             self._go_on()
 
     def settle(self) -> None:
-        """Wait until the broker has all messages."""
+        """As `send_all`, and wait until the broker has confirmed the last one."""
         while self._messages:
             self._go_on()
 
@@ -95,7 +100,7 @@ class ReplyConnection:
 
     @property
     def is_settled(self) -> bool:
-        """The broker has all messages, and none would be sent again."""
+        """Whether the broker has all messages, and none would be sent again."""
         return not self._messages and not self._replay
 
     def recent(self) -> set[str]:
@@ -107,10 +112,11 @@ class ReplyConnection:
 
     @property
     def _unsent(self) -> bool:
-        return self._error is not None or len(self._messages) > self._is_sent
+        """Whether there is a message to send, or a failure to wait for."""
+        return self._error is not None or len(self._messages) > (1 if self._is_sent else 0)
 
     def _go_on(self) -> None:
-        """Take the next step; after a failure wait before the next one."""
+        """Send the next message or read its answer; if that fails, wait."""
         try:
             if self._error:
                 raise self._error

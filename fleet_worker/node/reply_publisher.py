@@ -26,29 +26,34 @@ HEARTBEAT_WITHIN = 0.25
 MOST_FRAMES, LARGE_MESSAGE_BYTES = 500, 384 * 1024
 """Frames and bytes of one message that has several frames: no more JSON values than routers read."""
 FEW_REQUESTS, FEW_FRAMES = 4, 8
-"""Requests in progress up to which a task publishes its frames itself, and how many frames. With more requests one
-thread is cheaper: frames gather for its next message while it sends one."""
+"""Requests in progress, and frames that wait, up to which the thread of a task publishes them itself. With more
+requests the one thread of the publisher is cheaper: frames gather for its next message while it sends one."""
 
 
 class _Batch(NamedTuple):
-    """What the publisher's thread does next."""
+    """What the publisher's thread sends next."""
 
     frames: dict[str, list[Frame]]
     """Those that are due, by reply queue."""
     to_replay: set[str]
     """Reply queues of routers that have missed something."""
     has_heartbeats: bool
+    """One of them is a heartbeat, once a second: then the broker has to confirm them all."""
 
 
 class ReplyPublisher:
     """Publishes the frames of a node with one connection, as fast as the broker takes them.
 
-    At a node with few requests, a frame that is due is published by the thread of its task: waking another one takes
-    longer. A thread of the publisher does all else: for a few milliseconds after a publish frames gather for the next
-    one, for longer if the router is behind. So a single token is published at once, and the cost of a token falls as
-    the load of the node or of the router rises. First tokens and last frames never wait. While the broker is away the
-    frames wait, and with `max_pending` of them the tasks wait too. A broker that comes back may have lost messages: the
-    last ones are published again, and the router drops those that it has.
+    After a publish frames gather for the next one: for a few milliseconds, for longer if the router is behind. So a
+    single token is published at once, and the cost of a token falls as the load of the node or of the router rises.
+    First tokens and last frames never wait. At a node with few requests, a frame that is due at once is published by
+    the thread of its task: waking another thread takes longer. The publisher's own thread does all else.
+
+    While the broker is away the frames wait, and with `max_pending` of them the tasks wait too. A broker that comes
+    back may have lost messages: the last ones are published again, and the router drops those that it has.
+
+    The lock covers everything but the connection. The thread that has set `_is_publishing` under the lock uses the
+    connection, without it; no other thread touches the connection until that is reset.
     """
 
     def __init__(self, connect: Callable[[], Connection], node: str, *, max_pending: int) -> None:
@@ -58,36 +63,38 @@ class ReplyPublisher:
         self._changed = threading.Condition(lock)
         """There is room for a frame, or no reply is in progress."""
         self._wakes = threading.Condition(lock)
-        """The publisher's thread has to look what is due."""
+        """The publisher's thread has to check what is due."""
         self._wakes_at = 0.0
-        """When it looks by itself, as the next in `time.monotonic()` seconds."""
+        """When it checks by itself, in time.monotonic() seconds, as all times here; 0 if it does not wait."""
         self._outboxes: defaultdict[str, Outbox] = defaultdict(Outbox)
         """By reply queue."""
+        self._count = 0
+        """Frames in all of them, without heartbeats."""
         self._due = NEVER
-        """When the first of them must be published."""
+        """When the first of these frames must be published."""
         self._next_heartbeat = 0.0
         self._beating: set[str] = set()
         """Reply queues whose next message is a heartbeat, too."""
-        self._count = 0
-        """Frames that are in them, without heartbeats."""
         self._lag = 0.0
+        """The longest that a frame has waited since `take_lag`, in seconds."""
         self._writers: set[ReplyWriter] = set()
+        """Of the attempts in progress."""
         self._to_replay: set[str] = set()
         """Reply queues of routers that may have missed the last messages."""
         self._closed = threading.Event()
         self._is_publishing = False
-        """One thread is. Only that one uses the connection."""
+        """One thread is, and uses the connection."""
         self._has_rest = False
-        """A task could not publish all that it took."""
+        """A task has left messages in the connection that it could not send at once."""
         self._gathers_until = NEVER
-        """When a gap ends in which more frames are expected."""
+        """When the first gap ends in which more frames are expected."""
         self._connection = ReplyConnection(connect, self._closed)
         self._connection.learned = self.learn
         self._thread = threading.Thread(target=self._run, name="fleet-replies", daemon=True)
         self._thread.start()
 
     def on_refused(self, refused: Callable[[], object]) -> None:
-        """Have it called, in the publisher's thread, when the broker refuses a reply."""
+        """Call this function, in the publisher's thread, when the broker refuses a reply."""
         self._connection.refused = refused
 
     @contextmanager
@@ -186,7 +193,7 @@ class ReplyPublisher:
                 self._wake_in_time()
 
     def _wake_in_time(self) -> None:
-        """Wake the publisher's thread if it would look too late by itself."""
+        """Wake the publisher's thread if it would check too late by itself. A thread that publishes does that later."""
         if not self._is_publishing and (self._has_rest or self._next() < self._wakes_at):
             self._wakes.notify()
 
@@ -196,6 +203,7 @@ class ReplyPublisher:
         return self._due if is_idle else min(self._due, self._next_heartbeat)
 
     def _take(self, reply_to: str) -> list[Frame]:
+        """Return all frames for this router, with its heartbeats if they are due."""
         now, outbox = time.monotonic(), self._outboxes[reply_to]
         self._lag = max(self._lag, outbox.waits(now))
         frames = outbox.take(now)
@@ -205,7 +213,7 @@ class ReplyPublisher:
         return frames + self._heartbeats(reply_to) if reply_to in self._beating else frames
 
     def _heartbeats(self, reply_to: str) -> list[Frame]:
-        """Return which requests are in progress, for a message that is published now."""
+        """Return the heartbeats of the requests of this router, for a message that is published now."""
         self._beating.discard(reply_to)
         writers = [writer for writer in self._writers if writer.reply_to == reply_to]
         return [Alive(id=writer.id, attempt=writer.attempt, seq=writer.appended) for writer in writers]
@@ -228,7 +236,7 @@ class ReplyPublisher:
         self._connection.close()
 
     def _wait_for_batch(self) -> _Batch:
-        """Wait until frames, heartbeats or what was missed are due; return all that is."""
+        """Wait until frames or heartbeats are due, or a router has missed something; return all that is to be sent."""
         with self._changed:
             self._is_publishing = False
             self._wait_until_due()
@@ -244,12 +252,12 @@ class ReplyPublisher:
         return _Batch(frames, to_replay, has_heartbeats)
 
     def _gap_end(self, reply_to: str, frames: list[Frame]) -> float:
-        """Return when the next frames should be due that gather for this router, if some do."""
+        """Return when frames of streams like these are due again; NEVER if it was one, after which none may come."""
         return self._outboxes[reply_to].gap_end(len(self._writers)) if len(frames) > 1 else NEVER
 
     def _wait_until_due(self) -> None:
         while self._is_publishing or not self._is_something_due():
-            # Frames that are expected are worth one timed wait. Else the first one would wake this thread, to wait.
+            # The end of the gap: without that, the first frame in it would wake this thread, only to wait once more.
             self._wakes_at = NEVER if self._is_publishing else min(self._next(), self._gathers_until)
             self._gathers_until = NEVER
             self._wakes.wait(None if self._wakes_at is NEVER else self._wakes_at - time.monotonic())

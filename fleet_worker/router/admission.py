@@ -50,14 +50,16 @@ class _Lane:
     """When a node last accepted a request of this router."""
     latest_accepted: dict[Priority, float] = field(default_factory=dict)
     """Of those that were accepted: when the one that was sent last was sent."""
-
     load: LaneLoad = field(default_factory=LaneLoad)
+    """What tells how long a request would wait."""
     retry_at: dict[Priority, float] = field(default_factory=dict)
     """When the wait is expected to be short enough for one more, after all that were refused so far have come back."""
     count_slots: Callable[[], int] = lambda: 1
+    """That of the last request."""
 
     @property
     def max_depth(self) -> int:
+        """Requests that wait if no node has accepted any since the last answer."""
         return (self.depth or 0) + self.sent
 
 

@@ -85,7 +85,7 @@ class InFlightRequest:
         self._target = None if node else session.nodes.node_for(request)
         """The node that the router chose for the present attempt."""
         self.place: Place | None = None
-        """That of the present attempt in its lane."""
+        """Counts the present attempt in its lane; None until it is admitted."""
         self._submitted_at = 0.0
         self._heard_at = 0.0
         """When its node was last heard, on the clock of the reply consumer."""

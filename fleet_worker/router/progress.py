@@ -1,4 +1,4 @@
-"""How far a request is: for whoever wants to tell it before the answer is complete."""
+"""How far a request is, at any time: also before its answer is complete, and after it failed."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from typing import get_args
 from fleet_worker.protocol.request import Priority
 
 SEEN_FOR = 10.0
-"""Seconds after which what was seen of a lane counts a third; at least three requests must fit into it."""
+"""Seconds after which what was seen of a lane counts a third. Longer if three requests take longer."""
 FIRST_SERVICE = 1.0
 """Seconds that a request is expected to take until one has ended."""
 SMOOTHING = 0.05
@@ -29,6 +29,8 @@ SERVICES_SEEN = 100
 """Requests over which `service` is averaged."""
 LEAST_LEFT = 0.02
 """The share of the slots that is left for a priority, if more of higher ones come than the fleet can do."""
+RANKS: dict[Priority, int] = {level: rank for rank, level in enumerate(get_args(Priority))}
+"""The place of each priority in a list by priority, the highest first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +88,7 @@ class LaneLoad:
         self._at: float | None = None
 
     def tell(self, depths: Sequence[int], slots: int, entered_before: Sequence[int], now: float) -> None:
-        """Learn how many wait, without what has entered since `entered_before` was read (`entered`)."""
+        """Learn the broker's answer. It is without what entered after the question; before it, `entered` was this."""
         self._pass(now)
         self.depths, self.slots = tuple(depths), slots
         self._entered_since = [
@@ -97,6 +99,7 @@ class LaneLoad:
 
     @property
     def entered(self) -> list[int]:
+        """Requests of this router, by priority, that the broker's next answer will include: for `tell`."""
         return list(self._entered_since)
 
     def enter(self, priority: Priority, now: float) -> None:
@@ -107,20 +110,20 @@ class LaneLoad:
         self._entered[RANKS[priority]] += 1
 
     def accept(self, priority: Priority, now: float) -> float:
-        """A node has accepted one. Return for how many it stands, with those of other routers."""
+        """A node has accepted one of our requests. Return how many requests of all routers that stands for."""
         stands_for = max(1.0, self._all / self._own) if self._own else 1.0
         self.leave(priority, now)
         self._running += 1
         return stands_for
 
     def leave(self, priority: Priority, now: float) -> None:
-        """One has left the lane."""
+        """One of our requests has left the lane: a node accepted it, or it ended."""
         self._pass(now)
         self._waiting[RANKS[priority]] -= 1
         self._entered_since[RANKS[priority]] -= 1
 
     def complete(self, seconds: float, stands_for: float, now: float) -> None:
-        """One has ended, so many seconds after a node had accepted it. It stands for so many."""
+        """One has ended, so many `seconds` after a node had accepted it. `stands_for` is what `accept` returned."""
         self._pass(now)
         self._running -= 1
         self._services = min(self._services + 1, SERVICES_SEEN)
@@ -129,6 +132,7 @@ class LaneLoad:
             self._completed += stands_for
 
     def seen(self, priority: Priority, now: float) -> Seen:
+        """Return what is known of the lane, for a request of this priority."""
         self._pass(now)
         rank = RANKS[priority]
         first = slice(rank + 1)
@@ -144,7 +148,8 @@ class LaneLoad:
         )
 
     def _told(self, first: slice) -> float:
-        """Return how many of those that were told go first. If that was one number, the share is that of our own."""
+        """Return how many of `depths` go first. If the broker told one number for all priorities, those of this router
+        are taken for typical."""
         if len(self.depths) == len(RANKS):
             return sum(self.depths[first])
         own = sum(self._waiting)
@@ -169,8 +174,8 @@ class LaneLoad:
 
 
 def _at_most(number: float) -> float:
-    """Return how many of such requests come in the same time, except in one of forty cases. What waits for a small rest
-    of the slots waits twice as long if a few more come."""
+    """Return how many may come next time, where so many came now: chance brings more in one of forty cases. Prefer the
+    larger number: a request that gets only a small rest of the slots waits twice as long if a few more come."""
     return number + 2 * math.sqrt(number)
 
 
@@ -202,6 +207,3 @@ class Place:
                 self._load.leave(self._priority, now)
             else:
                 self._load.complete(now - self._accepted_at, self._stands_for, now)
-
-
-RANKS: dict[Priority, int] = {level: rank for rank, level in enumerate(get_args(Priority))}

@@ -32,8 +32,8 @@ MAX_TICK = 1.5
 """Seconds that one wait for messages may add to the clock, however long the process was frozen in it."""
 GAP_PER_REQUEST = 0.000125
 SHORTEST_GAP, LONGEST_GAP = 0.001, 0.005
-"""Seconds from one read to the next: the more requests are in flight, the more messages one read takes, and none waits
-when they are few. A message that comes after a longer pause is read at once."""
+"""Seconds from one read to the next. They grow with the requests in flight, so that one read takes more messages. A gap
+below the shortest is left out: with few requests no message waits. After a longer pause a message is read at once."""
 TRY_FOR = 60.0
 """Seconds after the last request for which a broker that never answered is tried."""
 PROBE_EVERY = 1.0
@@ -65,6 +65,7 @@ class ReplyConsumer:
         self._read_at = 0.0
         """When the first message of the last read was read, in `time.monotonic()` seconds."""
         self._is_first = True
+        """The next message is the first of its read."""
         self.wakeups = Wakeups()
         self._link = ReconnectingThread("the reply queue", connect, self._listen, self._failed)
         self.clock = 0.0
@@ -168,7 +169,7 @@ class ReplyConsumer:
             self._probe(channel)
             self._link.works()
             before = time.monotonic()
-            self._leave_gap(before)
+            self._wait_for_gap(before)
             self._is_first = True
             with self.wakeups.together():
                 receive_all(1.0)
@@ -176,7 +177,8 @@ class ReplyConsumer:
         with contextlib.suppress(Exception):  # all of it expires
             self._leave(channel)
 
-    def _leave_gap(self, now: float) -> None:
+    def _wait_for_gap(self, now: float) -> None:
+        """Wait until the gap after the last read is over, or this is closed."""
         gap = min(LONGEST_GAP, self._in_flight() * GAP_PER_REQUEST)
         if gap >= SHORTEST_GAP and (left := self._read_at + gap - now) > 0:
             self._link.closed.wait(left)
@@ -203,6 +205,7 @@ class ReplyConsumer:
             self._next_probe = time.monotonic() + PROBE_EVERY
 
     def _receive(self, body: bytes) -> None:
+        """Take one message; raises `Refused`."""
         if self._is_first:
             self._read_at, self._is_first = time.monotonic(), False
         try:

@@ -29,7 +29,7 @@ from fleet_worker.router.submitter import IDLE_AFTER, Submitter
 from fleet_worker.settings import Settings
 
 SHORT = 1_000
-"""Characters of messages that fit into any context window: what all nodes say about theirs is not looked up."""
+"""Characters of messages that fit into any context window: for these it is not looked up."""
 
 
 class Session:
@@ -106,19 +106,16 @@ class Session:
         buffer of its reader's own.
 
         Raises:
-            FleetError: it is refused (`ModelUnavailable`, `UnsupportedParameter`, `FleetSaturated`, `InvalidRequest`
-                for a key of a different request), or the broker did not take it.
+            FleetError: it is refused (`ModelUnavailable`, `UnsupportedParameter`, `ContextLengthExceeded`,
+                `QueueTimeout` for `max_wait`, `FleetSaturated`, `InvalidRequest` for a key of a different request), or
+                the broker did not take it.
         """
         request, node, on_interrupt = asked.request, asked.node, asked.on_interrupt
         has_key = request.idempotency_key != request.request_id
         if has_key and (joined := self._cache.join(request, node, on_interrupt)):
             return joined
         patience = self.require_broker(deadline - time.monotonic())
-        self._registry.require_offered(request.model, request.operation, request.provider_instance, node)
-        self.nodes.require_able(request, node)
-        if context_length.characters(request) > SHORT:
-            context_length.require_fits(request, self.nodes.context_window(request, node))
-        self.nodes.require_soon(request, node, asked.max_wait)
+        self._require_possible(asked)
         left = deadline - time.monotonic()
         request = request.addressed_to(self.replies.name, left)
         started = InFlightRequest(request, node, self, on_interrupt=on_interrupt, queue_timeout=asked.queue_timeout)
@@ -138,6 +135,15 @@ class Session:
             started.give_up(Cancelled("the router was closed"))
         started.submit(patience)
         return started, buffer
+
+    def _require_possible(self, asked: Submission) -> None:
+        """Raise why no node can do what this asks for, or none is expected soon enough."""
+        request, node = asked.request, asked.node
+        self._registry.require_offered(request.model, request.operation, request.provider_instance, node)
+        self.nodes.require_able(request, node)
+        if context_length.characters(request) > SHORT:
+            context_length.require_fits(request, self.nodes.context_window(request, node))
+        self.nodes.require_soon(request, node, asked.max_wait)
 
     def ended(self, request_id: str) -> None:
         """This request needs no more frames."""

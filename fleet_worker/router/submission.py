@@ -86,30 +86,37 @@ class Submission:
             raise InvalidRequest('node: must be the name of a node, as in "local@mini-7"', param="node")
         if not isinstance(instance, str) or not instance:
             raise InvalidRequest('instance: must be the name of an instance, or "any"', param="instance")
-        own_id = _unique_id(request_id)
-        envelope = {
-            "protocol_version": 2,
-            "request_id": own_id,
-            "correlation_id": request_id or own_id,
-            "idempotency_key": idempotency_key or own_id,
-            "attempt": 1,
-            "operation": operation,
-            "provider": "mlx",
-            "provider_instance": instance,
-            "model": model,
-            "params": params,
-            "reply_to": reply_name("unsent", 1),
-            "message_context": message_context or {},
-            "caller": caller or {},
-            "trace_context": trace_context or {},
-            "signed_token": None,
-            "timeout_seconds": seconds,
-            "expires_at": clock.now() + seconds,
-            "priority": priority,
-        }
-        request = FleetRequest.build(envelope)
+        request = _request(
+            operation=operation,
+            provider_instance=instance,
+            model=model,
+            params=params,
+            timeout_seconds=seconds,
+            priority=priority,
+            **_ids(request_id, idempotency_key),
+            message_context=message_context or {},
+            caller=caller or {},
+            trace_context=trace_context or {},
+        )
         request.check_size(settings.max_body_bytes)
         return cls(request, node, on_interrupt, queue_timeout, max_wait)
+
+
+def _request(*, timeout_seconds: float, **fields: Any) -> FleetRequest:
+    """Return the first attempt of a request; raises `InvalidRequest`. `Session.start` gives it its reply queue."""
+    constant = {"protocol_version": 2, "provider": "mlx", "signed_token": None}
+    sent = {"attempt": 1, "reply_to": reply_name("unsent", 1), "expires_at": clock.now() + timeout_seconds}
+    return FleetRequest.build({**constant, **fields, **sent, "timeout_seconds": timeout_seconds})
+
+
+def _ids(request_id: str | None, idempotency_key: str | None) -> dict[str, str]:
+    """Return the ids of a request, from what the caller has given."""
+    own_id = _unique_id(request_id)
+    return {
+        "request_id": own_id,
+        "correlation_id": request_id or own_id,
+        "idempotency_key": idempotency_key or own_id,
+    }
 
 
 def _unique_id(asked: str | None) -> str:
