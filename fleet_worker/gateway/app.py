@@ -134,8 +134,9 @@ class Gateway:
                     reservation.settle(facts.prompt_tokens + facts.completion_tokens)
 
     async def _reserve(self, key: Key, asked: Asked, size: int, facts: Facts) -> Reservation:
-        """Take what a request with a body of `size` bytes may use from the limits of its key. Counting and loading use no
-        tokens.
+        """Take what a request with a body of `size` bytes may use from the limits of its key.
+
+        Counting tokens and loading a model use none.
         """
         generated = 0
         if isinstance(asked, ChatAsked | EmbedAsked):
