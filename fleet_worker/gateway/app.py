@@ -9,8 +9,9 @@ from typing import Any
 
 from fleet_worker.errors import FleetError, where
 from fleet_worker.gateway import models
+from fleet_worker.gateway.accounts.key import Key
 from fleet_worker.gateway.accounts.keys import Keys
-from fleet_worker.gateway.accounts.quotas import Quotas
+from fleet_worker.gateway.accounts.quotas import Quotas, Reservation
 from fleet_worker.gateway.dialects import (
     anthropic_count,
     anthropic_messages,
@@ -22,7 +23,7 @@ from fleet_worker.gateway.dialects import (
     openai_embeddings,
     openai_responses,
 )
-from fleet_worker.gateway.dialects.dialect import ChatAsked, Dialect, EmbedAsked, capability
+from fleet_worker.gateway.dialects.dialect import Asked, ChatAsked, Dialect, EmbedAsked, capability
 from fleet_worker.gateway.dialects.openai_chat import OpenAIChat
 from fleet_worker.gateway.exchange import Exchange
 from fleet_worker.gateway.facts import Facts
@@ -44,7 +45,7 @@ log = logging.getLogger(__name__)
 
 
 class Gateway:
-    """Serves HTTP."""
+    """The application. `Lookups` answers what needs no model; all else goes through an `Exchange`."""
 
     def __init__(self, settings: Settings, router: Router, keys: Keys, quotas: Quotas, records: Records) -> None:
         self._settings = settings.gateway
@@ -82,7 +83,7 @@ class Gateway:
         except ClientLeft:
             response.break_off()
             facts.error = "client_left"
-        except Exception as error:  # while an error was told; its text may hold that of the client
+        except Exception as error:  # a mistake of ours, while an error was written
             response.break_off()
             self._report(request, error)
         finally:
@@ -124,18 +125,26 @@ class Gateway:
             facts.model_asked = asked.model[: models.LONGEST_NAME]
             options = router_options(request, key, self._default_max_wait)
             names = models.require(self.fleet.known(), key, asked.model, capability(asked))
+            exchange = Exchange(self._router, response, facts, options, heartbeat=self._settings.heartbeat)
             async with while_client_stays(request):
-                most = 0
-                if isinstance(asked, ChatAsked | EmbedAsked):
-                    facts.prompt_estimate = quick_estimate(asked.body, request.size)
-                    most = most_generated(asked.body)
-                reservation = await self._quotas.reserve(key, facts.prompt_estimate + most)
-                facts.limits = reservation.headers
+                reservation = await self._reserve(key, asked, request.size, facts)
                 try:
-                    exchange = Exchange(self._router, response, facts, options, heartbeat=self._settings.heartbeat)
                     await exchange.run(asked, names)
                 finally:
                     reservation.settle(facts.prompt_tokens + facts.completion_tokens)
+
+    async def _reserve(self, key: Key, asked: Asked, size: int, facts: Facts) -> Reservation:
+        """Take what a request with a body of `size` bytes may use from the limits of its key.
+
+        Counting tokens and loading a model use none.
+        """
+        generated = 0
+        if isinstance(asked, ChatAsked | EmbedAsked):
+            facts.prompt_estimate = quick_estimate(asked.body, size)
+            generated = most_generated(asked.body)
+        reservation = await self._quotas.reserve(key, facts.prompt_estimate + generated)
+        facts.limits = reservation.headers
+        return reservation
 
     async def _tell(
         self, dialect: Dialect | None, request: Request, response: Response, facts: Facts, problem: Problem
@@ -155,6 +164,7 @@ class Gateway:
         return anthropic_messages if "anthropic-version" in request.headers else self._chat
 
     def _report(self, request: Request, error: Exception) -> None:
+        """Log where it failed, and no text of the error, which may hold that of the client."""
         log.error("request %s failed: %s in %s", request.id, type(error).__name__, where(error))
 
 

@@ -18,7 +18,10 @@ ANOTHER_MODEL_MAY = (ModelUnavailable, FleetSaturated, QueueTimeout, ProviderErr
 
 
 class Exchange:
-    """Answers one request with the models in `models`, of which the first counts that can."""
+    """The way of one request to a model, and of the answer back.
+
+    What becomes known of it is noted in `facts`. `heartbeat`: seconds of silence after which a stream gets one.
+    """
 
     def __init__(self, router: Router, response: Response, facts: Facts, options: RequestOptions, *, heartbeat: float):
         self._router = router
@@ -28,7 +31,11 @@ class Exchange:
         self._heartbeat = heartbeat
 
     async def run(self, asked: Asked, models: list[str]) -> None:
-        """Write the answer. Raises a `FleetError`, also after a stream has begun."""
+        """Write the answer of the first of these models that can give one.
+
+        Raises:
+            FleetError: none can. The stream may have begun.
+        """
         for model in models[:-1]:
             try:
                 return await self._answer(asked, model)
@@ -39,30 +46,17 @@ class Exchange:
 
     async def _answer(self, asked: Asked, model: str) -> None:
         self._facts.model, self._facts.node = model, None
-        if isinstance(asked, EmbedAsked):
-            await self._embed(asked, model)
-        elif isinstance(asked, CountAsked):
-            await self._count(asked, model)
-        elif isinstance(asked, LoadAsked):
-            await self._response.whole(200, asked.answer, self._facts.headers())
-        elif asked.stream:
-            await self._stream(asked, model)
-        else:
-            await self._chat(asked, model)
-
-    async def _embed(self, asked: EmbedAsked, model: str) -> None:
-        response = await self._router.aembed(model, body=asked.body, **self._options)
-        self._facts.note_answer(response)
-        await self._response.whole(200, asked.writer.whole(response), self._facts.headers())
-
-    async def _count(self, asked: CountAsked, model: str) -> None:
-        tokens = await asyncio.to_thread(counted_tokens, model, asked.body)
-        await self._response.whole(200, asked.answer(tokens), self._facts.headers())
-
-    async def _chat(self, asked: ChatAsked, model: str) -> None:
-        response = await self._router.achat(model, body=asked.body, **self._options)
-        self._facts.note_answer(response)
-        await self._response.whole(200, asked.writer.whole(response), self._facts.headers())
+        match asked:
+            case ChatAsked(stream=True):
+                await self._stream(asked, model)
+            case ChatAsked():
+                await self._chat(asked, model)
+            case EmbedAsked():
+                await self._embed(asked, model)
+            case CountAsked():
+                await self._count(asked, model)
+            case LoadAsked():
+                await self._response.whole(200, asked.answer, self._facts.headers())
 
     async def _stream(self, asked: ChatAsked, model: str) -> None:
         stream = self._router.stream_chat(model, body=asked.body, **self._options)
@@ -78,3 +72,17 @@ class Exchange:
                 self._facts.note_cut_off(stream.progress, stream.tokens)
                 raise
             await events.end(stream.response)
+
+    async def _chat(self, asked: ChatAsked, model: str) -> None:
+        response = await self._router.achat(model, body=asked.body, **self._options)
+        self._facts.note_answer(response)
+        await self._response.whole(200, asked.writer.whole(response), self._facts.headers())
+
+    async def _embed(self, asked: EmbedAsked, model: str) -> None:
+        response = await self._router.aembed(model, body=asked.body, **self._options)
+        self._facts.note_answer(response)
+        await self._response.whole(200, asked.writer.whole(response), self._facts.headers())
+
+    async def _count(self, asked: CountAsked, model: str) -> None:
+        tokens = await asyncio.to_thread(counted_tokens, model, asked.body)
+        await self._response.whole(200, asked.answer(tokens), self._facts.headers())

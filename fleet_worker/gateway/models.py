@@ -22,7 +22,7 @@ def listing(registry: Registry, key: Key) -> list[dict[str, Any]]:
     """Return an object of OpenAI's and Anthropic's for each model and alias of this key, sorted."""
     offered = _by_model(registry)
     return [
-        _object(name, [each for model in key.model_of(name) for each in offered.get(model, ())])
+        _object(name, [each for model in key.models_for(name) for each in offered.get(model, ())])
         for name in sorted(key.visible(offered))
     ]
 
@@ -38,7 +38,7 @@ def details(registry: Registry, key: Key, name: str) -> dict[str, Any]:
     """Return the object of one model; raises `ModelUnavailable` as `require` does."""
     require(registry, key, name)
     offered = _by_model(registry)
-    return _object(name, [each for model in key.model_of(name) for each in offered.get(model, ())])
+    return _object(name, [each for model in key.models_for(name) for each in offered.get(model, ())])
 
 
 def require(registry: Registry, key: Key, name: str, capability: str | None = None) -> list[str]:
@@ -48,7 +48,7 @@ def require(registry: Registry, key: Key, name: str, capability: str | None = No
     Raises:
         ModelUnavailable: this key has no such model. Only names are told that it may use.
     """
-    models = key.model_of(name) if len(name) <= LONGEST_NAME else []
+    models = key.models_for(name) if len(name) <= LONGEST_NAME else []
     there = [model for model in models if registry.offerings(model)]
     able = [model for model in there if registry.offerings(model, capability=capability)]
     if able or (models and not registry.instances()):  # without a registry node nothing is known, and nodes may serve
@@ -69,7 +69,7 @@ def _is_ready(registry: Registry, model: str) -> bool:
 def _not_for(capability: str, registry: Registry, key: Key) -> ModelUnavailable:
     """Return the error for a model that is for other requests. The router would name all models that are for this."""
     able = {each.model for each in registry.offerings(capability=capability)}
-    own = sorted(name for name in key.visible(registry.models()) if able.intersection(key.model_of(name)))
+    own = sorted(name for name in key.visible(registry.models()) if able.intersection(key.models_for(name)))
     advice = f"those of this key that are: {', '.join(own[:MOST_LISTED])}" if own else "this key has none that is"
     return ModelUnavailable(f"the model is not for {_WORK.get(capability, capability)}; {advice}", param="model")
 

@@ -9,7 +9,7 @@ from fleet_worker.errors import BrokerUnavailable, FleetError
 MOST_RETRY_AFTER = 120.0
 """Seconds. SDKs do not try again at all if they are told a longer time."""
 
-_TOLD: dict[str, tuple[int, str]] = {
+_STATUS_AND_CODE: dict[str, tuple[int, str]] = {
     "invalid_request": (400, "invalid_request"),
     "context_length_exceeded": (400, "context_length_exceeded"),
     "unsupported_capability": (400, "unsupported_capability"),
@@ -60,7 +60,7 @@ class Problem:
     @classmethod
     def of(cls, error: FleetError) -> Problem:
         own = str(error.metadata.get("code", error.code))
-        status, code = _TOLD.get(own, (502, own))
+        status, code = _STATUS_AND_CODE.get(own, (502, own))
         retry_after = _retry_after(error)
         may_retry = own in _WORTH_ANOTHER_TRY or retry_after is not None
         return cls(

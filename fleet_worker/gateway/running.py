@@ -15,7 +15,7 @@ _DRAINING = Problem(
 
 
 class Running:
-    """Of one event loop."""
+    """The requests of one event loop that run."""
 
     def __init__(self, drain_grace: float) -> None:
         self.drain_grace = drain_grace
@@ -25,8 +25,10 @@ class Running:
 
     @contextlib.asynccontextmanager
     async def until_the_end(self) -> AsyncIterator[None]:
-        """What is inside is a request. Raises `Refused` if the gateway ends, or if its time is over before that of the
-        request.
+        """Use it around a request.
+
+        Raises:
+            Refused: the gateway ends already, or the request has not ended within `drain_grace`.
         """
         if self.draining:
             raise Refused(_DRAINING)

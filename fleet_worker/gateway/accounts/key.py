@@ -84,14 +84,13 @@ class Key(Group):
     """Whether a request may set its time limits."""
     may_choose_node: bool = False
     """Whether a request may name the node that runs it."""
-
     may_read_metrics: bool = False
     """Whether it may read `/metrics`, which name all keys."""
 
     def allows(self, model: str) -> bool:
         return any(model == each or fnmatchcase(model, each) for each in self.models)
 
-    def model_of(self, asked: str) -> list[str]:
+    def models_for(self, asked: str) -> list[str]:
         """Return the models of the fleet that may answer a request for `asked`, first choice first: what an alias
         stands for, or the model itself, and then their fallbacks. It is empty if the key may not use it. What aliases
         and fallbacks name need not be among `models`.

@@ -37,6 +37,9 @@ log = logging.getLogger(__name__)
 PREFIX = "sk-fleet-"
 MOST_BYTES = 10_000_000
 """Bytes of the file: some 20,000 keys."""
+_SECRET = re.compile(r"\bsk-[\w-]{16,}")
+_NOBODY = (bytes(32), ANYONE)
+"""What a secret with an unknown id is compared with."""
 
 
 class InvalidKey(Refused):
@@ -118,11 +121,6 @@ class Keys:
             return False
         log.info("%d keys were read from %s", len(self._by_id), self._path)
         return True
-
-
-_SECRET = re.compile(r"\bsk-[\w-]{16,}")
-_NOBODY = (bytes(32), ANYONE)
-"""What a secret with an unknown id is compared with."""
 
 
 def _id_of(secret: str) -> str:

@@ -12,7 +12,6 @@ BUSY_RETRY_AFTER = 1.0
 """Seconds after which a place among the running requests may be free again."""
 _NOUNS = {"rpm": "request", "tpm": "token"}
 
-
 Headers = tuple[tuple[bytes, bytes], ...]
 
 
@@ -25,7 +24,8 @@ class QuotaExceeded(Refused):
 
 
 def exceeded(taken: Taken, wanted: Wanted, running: Mapping[str, int]) -> QuotaExceeded:
-    """`running` are the requests of the key that run on this gateway, and what each has reserved of its budgets."""
+    """Return the error of a refused request. `running`: what each request of the key that runs on this gateway has
+    reserved of budgets, by its lease."""
     if taken.refused == PARALLEL:
         text = f"this key may run {_count(wanted.max_parallel or 0, 'request')} at the same time"
         return _later(taken, wanted, text, BUSY_RETRY_AFTER)
@@ -63,6 +63,7 @@ def _later(taken: Taken, wanted: Wanted, text: str, retry_after: float) -> Quota
 
 
 def headers(taken: Taken, wanted: Wanted) -> Headers:
+    """Return what is left of the limits of a minute. There are no such headers for budgets."""
     told: list[tuple[bytes, bytes]] = []
     for limit in wanted.limits:
         if noun := _NOUNS.get(limit.name):

@@ -57,7 +57,7 @@ class EventStream:
         async with self._beginning:
             if self._begun:
                 return b""
-            self._response.failed = self._writer.failed
+            self._response.late_error = self._writer.failed
             await self._response.begin(self._headers(), self._writer.media_type)
             self._begun = True
             return self._writer.begin()

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 import uuid
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -28,6 +27,7 @@ from fleet_worker.gateway.http.http_refusals import (
     VERSION,
     answer,
 )
+from fleet_worker.gateway.http.silent_clients import ask_silent_client
 from fleet_worker.gateway.problems import Problem
 
 access = logging.getLogger("fleet_worker.gateway.access")
@@ -36,8 +36,6 @@ REST_WITHIN = 10.0
 """Seconds that a client has to send the rest of a body that nobody needs, so that it can use the connection again."""
 LAST_WORDS_WITHIN = 2.0
 """Seconds that a client has to read why it is disconnected."""
-ASK_SILENT_CLIENT_AFTER = 30
-"""Seconds of silence after which TCP asks whether the client is still there."""
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -62,7 +60,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if len(self.connections) > self.max_connections:
             self.abort()
             return
-        _ask_silent_clients(transport.get_extra_info("socket"))
+        ask_silent_client(transport.get_extra_info("socket"))
         self._limit(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     @property
@@ -242,15 +240,3 @@ def _with_plain_end(cycle: RequestResponseCycle, app: Any) -> Any:
         await app(scope, receive, send_plainly)
 
     return call
-
-
-def _ask_silent_clients(connection: Any) -> None:
-    """Notice a client that vanished without a word, as a computer that sleeps does."""
-    if connection is None or connection.family == getattr(socket, "AF_UNIX", None):
-        return
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    idle = getattr(socket, "TCP_KEEPIDLE", getattr(socket, "TCP_KEEPALIVE", None))  # macOS calls it TCP_KEEPALIVE
-    if idle is not None:
-        connection.setsockopt(socket.IPPROTO_TCP, idle, ASK_SILENT_CLIENT_AFTER)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)

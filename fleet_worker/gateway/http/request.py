@@ -80,7 +80,6 @@ class Request:
             name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
         }
         self._connection: Connection = scope["extensions"]["fleet"]
-        self.client: str = (scope.get("client") or ("",))[0]
         self.size = 0
         """Bytes of the body, once it was read."""
         self.id = _request_id(self.headers.get("x-request-id"))
@@ -98,7 +97,8 @@ class Request:
 
         Raises:
             Refused: it is none, is too large, or did not arrive `within` so many seconds.
-            ClientLeft: the client did.
+            InvalidRequest: it is one that nothing here reads: `parsed` tells why.
+            ClientLeft: the client left before all of it had arrived.
         """
         try:
             async with asyncio.timeout(within):

@@ -52,7 +52,7 @@ class Response:
         self._write_timeout = write_timeout
         self.status: int | None = None
         """None before it has begun."""
-        self.failed: Callable[[Problem], bytes] | None = None
+        self.late_error: Callable[[Problem], bytes] | None = None
         """Makes the error that ends a stream which has begun."""
 
     async def whole(self, status: int, body: bytes, headers: Iterable[Header] = (), media_type: bytes = JSON) -> None:
@@ -73,9 +73,9 @@ class Response:
 
     async def fail(self, problem: Problem) -> None:
         """End an answer that has begun."""
-        if self.failed:
-            await self.end(self.failed(problem))
-        else:  # nothing true can be said any more
+        if self.late_error:
+            await self.end(self.late_error(problem))
+        else:  # a whole answer is on its way: an error cannot follow it
             self.break_off()
 
     @property

@@ -25,30 +25,30 @@ def key(**fields):
 )
 def test_models_are_named_or_globs(models, asked, allowed):
     assert key(models=models).allows(asked) == allowed
-    assert key(models=models).model_of(asked) == ([asked] if allowed else [])
+    assert key(models=models).models_for(asked) == ([asked] if allowed else [])
 
 
 def test_an_alias_stands_for_a_model_or_for_several():
     alice = key(models=[], aliases={"gpt-4o": "large", "claude-*": ["large", "small"], "claude-haiku": "small"})
-    assert alice.model_of("gpt-4o") == ["large"]
-    assert alice.model_of("claude-opus-4") == ["large", "small"]
-    assert alice.model_of("claude-haiku") == ["small"]
-    assert alice.model_of("large") == []
+    assert alice.models_for("gpt-4o") == ["large"]
+    assert alice.models_for("claude-opus-4") == ["large", "small"]
+    assert alice.models_for("claude-haiku") == ["small"]
+    assert alice.models_for("large") == []
 
 
 def test_the_first_glob_counts():
-    assert key(aliases={"a*": "first", "ab*": "second"}).model_of("abc") == ["first"]
+    assert key(aliases={"a*": "first", "ab*": "second"}).models_for("abc") == ["first"]
 
 
 def test_fallbacks_follow_the_first_choices_once():
     alice = key(aliases={"x": ["a", "b"]}, fallbacks={"a": ["c", "b", "a"], "c": "d"})
-    assert alice.model_of("a") == ["a", "c", "b"]
-    assert alice.model_of("x") == ["a", "b", "c"]
-    assert alice.model_of("c") == ["c", "d"]
+    assert alice.models_for("a") == ["a", "c", "b"]
+    assert alice.models_for("x") == ["a", "b", "c"]
+    assert alice.models_for("c") == ["c", "d"]
 
 
 def test_no_other_model_answers_unless_it_is_named():
-    assert key().model_of("a") == ["a"]
+    assert key().models_for("a") == ["a"]
 
 
 def test_a_client_sees_its_own_models_and_the_aliases_that_work():
