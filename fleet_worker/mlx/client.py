@@ -7,6 +7,7 @@ error text contains anything of a request.
 
 from __future__ import annotations
 
+import ssl
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ import httpx
 from pydantic_core import to_json
 from tenacity import (
     Retrying,
-    retry_if_exception_type,
+    retry_if_exception,
     sleep_using_event,
     stop_after_attempt,
     stop_before_delay,
@@ -284,11 +285,11 @@ class MLXClient:
 
     def _send(self, request: httpx.Request, timer: RequestTimer) -> httpx.Response:
         """Return the response once its headers have arrived. Only connecting is tried again, and only for a POST: at
-        that point nothing has reached the server."""
+        that point nothing has reached the server. A bad certificate is not asked for again."""
         was_cut = timer.guard.was_cut
         give_up = stop_before_delay(timer.connect_seconds) | stop_when_event_set(self.unreachable)
         for attempt in Retrying(
-            retry=retry_if_exception_type((httpx.ConnectError, httpx.ConnectTimeout)),
+            retry=retry_if_exception(_may_pass),
             stop=give_up | stop_when_event_set(was_cut) if request.method == "POST" else stop_after_attempt(1),
             wait=wait_exponential(multiplier=0.05, max=1.0) + wait_random(max=0.05),
             sleep=sleep_using_event(was_cut),
@@ -298,6 +299,11 @@ class MLXClient:
                 request.extensions |= {"guard": timer.guard, "timeout": {"connect": timer.connect_timeout}}
                 return self._http.send(request, stream=True)
         raise AssertionError("tenacity returns or raises")
+
+
+def _may_pass(error: BaseException) -> bool:
+    is_of_connecting = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+    return is_of_connecting and not isinstance(error.__cause__, ssl.SSLCertVerificationError)
 
 
 def _checked_url(base_url: str) -> httpx.URL:
