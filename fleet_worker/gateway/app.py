@@ -153,11 +153,11 @@ class Gateway:
         if response.status is not None:
             await response.fail(problem)
             return
-        body = (dialect or self._spoken(request)).problem_body(problem, request.id)
+        body = (dialect or self._dialect_of(request)).problem_body(problem, request.id)
         last = [(b"connection", b"close")] if self.running.draining else []  # then the client asks another gateway
         await response.whole(problem.status, body, [*facts.headers(), *problem.headers, *last])
 
-    def _spoken(self, request: Request) -> Dialect:
+    def _dialect_of(self, request: Request) -> Dialect:
         """Return the dialect of a client that asks for what is not there, or only looks something up."""
         if request.path.startswith("/api/"):
             return ollama_chat

@@ -1,4 +1,4 @@
-"""The commands of the gateway: `fleet-worker gateway`, `keys`, `usage`. Nothing dear is imported before one runs."""
+"""The commands of the gateway: `fleet-worker gateway`, `keys`, `usage`. What is slow to import waits until one runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What becomes known of a request: for headers of its answer, access log, ledger and metrics. It holds no text."""
+"""What becomes known of a request: for headers of its answer, access log, ledger and metrics. It holds no text of
+the request or the answer."""
 
 from __future__ import annotations
 

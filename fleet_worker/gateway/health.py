@@ -1,4 +1,4 @@
-"""Whether this gateway can serve: for load balancers, and for who asks by hand."""
+"""Whether this gateway can serve: for load balancers and operators."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fleet_worker.gateway.known_fleet import KnownFleet
 
 
 def readiness(fleet: KnownFleet, *, draining: bool) -> tuple[int, dict[str, Any]]:
-    """Return an HTTP status, 200 or 503, and what is so."""
+    """Return an HTTP status, 200 or 503, and the JSON object that tells why."""
     if draining:
         return 503, {"status": "draining"}
     if fleet.registry is None or fleet.broker_is_away:

@@ -16,7 +16,7 @@ CONNECT_AGAIN_AFTER = 1.0
 
 
 class KnownFleet:
-    """Reading it asks nobody, and waits for nothing."""
+    """The registry of one router. Reading it sends nothing, and waits for nothing."""
 
     def __init__(self, router: Router) -> None:
         self._router = router

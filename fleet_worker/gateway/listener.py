@@ -76,7 +76,9 @@ def address(settings: Settings, listener: socket.socket) -> str:
 
 
 def allow_connections(most: int) -> int:
-    """Let this process open so many connections; return how many it may. A Mac begins with 256 files."""
+    """Raise the limit of open files for `most` connections, and return how many are possible. On a Mac it is 256 at
+    first.
+    """
     wanted = most + OTHER_FILES
     given = resource.getrlimit(resource.RLIMIT_NOFILE)
     soft, hard = (math.inf if each == resource.RLIM_INFINITY else each for each in given)

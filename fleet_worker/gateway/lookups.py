@@ -1,4 +1,4 @@
-"""What GET requests ask for: models, health, the usage of a key. Nothing of it costs a mini anything."""
+"""What GET requests ask for: models, health, the usage of a key. None of it reaches a node."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FOUND = (*ALIVE, "/health/readiness", "/metrics", "/models", "/usage")
 
 
 class Lookups:
-    """Answers them, and Ollama's, of which some are POST requests."""
+    """Answers these requests, and those of Ollama, of which one is a POST request."""
 
     def __init__(
         self,

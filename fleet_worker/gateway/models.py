@@ -1,4 +1,4 @@
-"""`/v1/models`: what a key may use, as the registry knows it now. Nothing is asked: it costs memory only."""
+"""`/v1/models`: what a key may use, as the registry knows it now. No node is asked."""
 
 from __future__ import annotations
 

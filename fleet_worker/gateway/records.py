@@ -1,4 +1,5 @@
-"""What is recorded of each request: a line in the access log, a row in the ledger, and metrics. It holds no text."""
+"""What is recorded of each request: a line in the access log, a row in the ledger, and metrics. None of it holds text
+of the request or the answer."""
 
 from __future__ import annotations
 
@@ -43,7 +44,7 @@ class Records:
         level = logging.DEBUG if request.method != "POST" and status == 200 else logging.INFO
         access.log(level, "%s %s %s %s", request.method, shown(request.path), status, facts.line(request.id))
         if facts.operation:
-            if facts.key:  # who has none writes nothing to this disk
+            if facts.key:  # a caller without a key must not fill the disk
                 self._ledger.add(facts.row(request.id, facts.key, facts.operation, status))
             if self._metrics:
                 self._metrics.ended(facts, status)

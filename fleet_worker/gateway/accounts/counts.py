@@ -36,8 +36,9 @@ class Window(NamedTuple):
         return Window(number, 0, self.amount if number == self.number + 1 else 0)
 
     def with_charge(self, charge: int, number: int) -> Window:
-        """Return it with something more. What is given back is given back to the window `number`, of which it was
-        taken, or is forgotten with it."""
+        """Return the window with `charge` added. Less than 0 is given back to the window `number`, where it was taken:
+        this one or the one before. What was taken earlier counts no more.
+        """
         if charge >= 0 or number == self.number:
             return self._replace(amount=max(0, self.amount + charge))
         if number == self.number - 1:

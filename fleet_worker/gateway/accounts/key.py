@@ -104,8 +104,8 @@ class Key(Group):
         return self.aliases.get(asked) or next(globs, None)
 
     def visible(self, models: Iterable[str]) -> list[str]:
-        """Return what a client with this key is shown of these models of the fleet: those that it may use, and the
-        aliases, but no globs, of which it has one.
+        """Return the names that a client with this key is shown: those of these models that it may use, and each alias
+        for at least one of them. Aliases that are globs are not shown.
         """
         there = list(dict.fromkeys(models))
         aliases = (name for name, named in self.aliases.items() if not _is_glob(name) and set(named) & set(there))

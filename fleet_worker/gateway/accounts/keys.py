@@ -43,7 +43,7 @@ _NOBODY = (bytes(32), ANYONE)
 
 
 class InvalidKey(Refused):
-    """A request without a key that counts here."""
+    """A request without a valid key."""
 
     def __init__(self, message: str) -> None:
         super().__init__(Problem(status=401, code="invalid_api_key", message=message))

@@ -1,4 +1,4 @@
-"""A gateway without keys serves its own machine. A page in a browser of that machine, from anywhere, is a stranger.
+"""A gateway without keys serves the programs of its own machine, and no pages in a browser there.
 
 A page can send requests to 127.0.0.1: then the browser tells where the page is from, in `Origin`. A page's own name can
 also get that address after it was loaded (DNS rebinding): then that name is in `Host`. Names that nobody can buy are

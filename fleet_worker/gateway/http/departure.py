@@ -1,4 +1,4 @@
-"""A client that leaves before it has its answer: nobody works for it any longer."""
+"""A client that leaves before it has its answer: its request is cancelled."""
 
 from __future__ import annotations
 

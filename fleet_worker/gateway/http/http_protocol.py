@@ -205,7 +205,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self._say_goodbye()
 
     def _say_goodbye(self) -> None:
-        """Close the connection soon. At once, what still arrives would keep the client from reading its answer."""
+        """Close the connection in `LAST_WORDS_WITHIN`. Closed at once, it would be reset by what still arrives, and the
+        client could lose its answer.
+        """
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self._limit(LAST_WORDS_WITHIN, self.abort)

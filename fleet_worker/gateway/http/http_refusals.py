@@ -1,4 +1,4 @@
-"""What a client is told that is no longer listened to, before any application sees its request."""
+"""The last answer to a client that is disconnected before the application sees its request."""
 
 from __future__ import annotations
 
