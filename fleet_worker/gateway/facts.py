@@ -78,7 +78,7 @@ class Facts:
 
     def headers(self) -> list[Header]:
         """What was asked, what answers, and what is left."""
-        told = {
+        fields = {
             "x-fleet-requested-model": self.model_asked,
             "x-fleet-model": self.model,
             "x-fleet-node": self.node,
@@ -86,12 +86,12 @@ class Facts:
             "x-fleet-resumed": str(self.resumed).lower() if self.attempts else None,
             "server-timing": self._timing() or None,
         }
-        own = [(name.encode(), _printable(str(value))) for name, value in told.items() if value is not None]
+        own = [(name.encode(), _printable(str(value))) for name, value in fields.items() if value is not None]
         return [*own, *self.limits]
 
     def line(self, request_id: str) -> str:
         """Return a line for the log."""
-        told: dict[str, object] = {
+        fields: dict[str, object] = {
             "key": self.key,
             "model": self.model,  # not what was asked: that may be any text
             "node": self.node,
@@ -104,7 +104,7 @@ class Facts:
             "error": self.error,
             "id": request_id,
         }
-        return " ".join(f"{name}={_word(value)}" for name, value in told.items() if value is not None)
+        return " ".join(f"{name}={_word(value)}" for name, value in fields.items() if value is not None)
 
     def row(self, request_id: str, key: str, operation: str, status: int) -> Row:
         """Return the row of the ledger."""

@@ -75,14 +75,14 @@ class Problem:
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:
         """When to try again, as the SDKs of OpenAI and Anthropic read it, and `more_headers`."""
-        told = list(self.more_headers)
+        headers = list(self.more_headers)
         if self.retry_after is not None:
             seconds = min(self.retry_after, MOST_RETRY_AFTER)
-            told.append((b"retry-after", b"%d" % max(1, round(seconds + 0.499))))
-            told.append((b"retry-after-ms", b"%d" % (1000 * seconds)))
+            headers.append((b"retry-after", b"%d" % max(1, round(seconds + 0.499))))
+            headers.append((b"retry-after-ms", b"%d" % (1000 * seconds)))
         if self.may_retry is not None:
-            told.append((b"x-should-retry", b"true" if self.may_retry else b"false"))
-        return told
+            headers.append((b"x-should-retry", b"true" if self.may_retry else b"false"))
+        return headers
 
 
 class Refused(Exception):

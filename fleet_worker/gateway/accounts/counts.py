@@ -57,7 +57,7 @@ class Limit:
     def number(self, now: float) -> int:
         return number_of(self.name, now)
 
-    def left(self, now: float) -> float:
+    def seconds_left(self, now: float) -> float:
         """Return the seconds until the window ends."""
         if period := PERIODS[self.name]:
             return period - now % period
@@ -67,7 +67,7 @@ class Limit:
     def used(self, window: Window, now: float) -> float:
         if self.name in BUDGETS:
             return window.amount
-        return window.amount + window.previous * self.left(now) / MINUTE
+        return window.amount + window.previous * self.seconds_left(now) / MINUTE
 
     def fits(self, window: Window, now: float) -> bool:
         """A budget may be exceeded by the request that uses it up: what a request will take is not known before."""
@@ -76,7 +76,7 @@ class Limit:
 
     def fits_after(self, window: Window, now: float) -> float:
         """Return the seconds until the request fits, if nothing else is used."""
-        left, room = self.left(now), self.most - self.charge
+        left, room = self.seconds_left(now), self.most - self.charge
         if self.name in BUDGETS:
             return left
         if window.amount <= room:
@@ -86,8 +86,8 @@ class Limit:
     def empty_after(self, window: Window, now: float) -> float:
         """Return the seconds until all of it can be used again, if nothing else is used."""
         if self.name in BUDGETS:
-            return self.left(now) if window.amount else 0.0
-        return self.left(now) + MINUTE if window.amount else self.left(now) if window.previous else 0.0
+            return self.seconds_left(now) if window.amount else 0.0
+        return self.seconds_left(now) + MINUTE if window.amount else self.seconds_left(now) if window.previous else 0.0
 
 
 def number_of(name: str, now: float) -> int:
@@ -185,7 +185,7 @@ class LocalCounts:
         return self._used[key].running if key in self._used else {}
 
     def budgets(self) -> dict[str, list[str]]:
-        """Return the names of the budgets that each key has used something of, by the name of the key."""
+        """Return by key the budgets of which it has used something."""
         return {key: [name for name in BUDGETS if name in used.windows] for key, used in self._used.items()}
 
 

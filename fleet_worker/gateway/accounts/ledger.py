@@ -40,7 +40,7 @@ FAULTS = (sqlite3.Error, OSError, ConfigurationError)
 
 
 class Ledger:
-    """Rows are kept for so many days."""
+    """The ledger of one gateway. Rows are deleted after `days`."""
 
     def __init__(self, path: Path, *, days: float = 400) -> None:
         self.path = path
@@ -71,8 +71,9 @@ class Ledger:
             self._added.set()
 
     def tokens_since(self, key: str, since: float) -> int:
-        """Return the tokens that a key had used when the ledger was opened, since the begin of the day or of the month
-        of then; 0 for other times."""
+        """Return the tokens that a key had used when the ledger was opened. `since` is the begin of that day or of that
+        month, in seconds since the epoch; for any other time the answer is 0.
+        """
         return self._used.get(since, {}).get(key, 0)
 
     def close(self) -> None:

@@ -37,7 +37,7 @@ def exceeded(taken: Taken, wanted: Wanted, running: Mapping[str, int]) -> QuotaE
     text = f"this key may use {_count(limit.most, 'token')} per {limit.name}, which are used up"
     if taken.running > len(running) or window.amount - sum(running.values()) < limit.most:
         return _later(taken, wanted, f"{text}, or reserved for its requests that run", BUSY_RETRY_AFTER)
-    text = f"{text}; a new {limit.name} begins in {_duration(limit.left(taken.now))}"
+    text = f"{text}; a new {limit.name} begins in {_duration(limit.seconds_left(taken.now))}"
     return QuotaExceeded(
         limit.name,
         Problem(
@@ -64,18 +64,18 @@ def _later(taken: Taken, wanted: Wanted, text: str, retry_after: float) -> Quota
 
 def headers(taken: Taken, wanted: Wanted) -> Headers:
     """Return what is left of the limits of a minute. There are no such headers for budgets."""
-    told: list[tuple[bytes, bytes]] = []
+    shown: list[tuple[bytes, bytes]] = []
     for limit in wanted.limits:
         if noun := _NOUNS.get(limit.name):
             name = b"%ss" % noun.encode()
             window = taken.windows[limit.name]
             left = max(0, int(limit.most - limit.used(window, taken.now)))
-            told += [
+            shown += [
                 (b"x-ratelimit-limit-" + name, b"%d" % limit.most),
                 (b"x-ratelimit-remaining-" + name, b"%d" % left),
                 (b"x-ratelimit-reset-" + name, b"%.3fs" % limit.empty_after(window, taken.now)),
             ]
-    return tuple(told)
+    return tuple(shown)
 
 
 def _count(number: int, noun: str) -> str:

@@ -110,7 +110,10 @@ class Quotas:
             reservation.taken = self._local.take(key, wanted)
 
     def _correct(self, reservation: Reservation, counted: Taken) -> None:
-        """Have a broker that has answered too late count what was decided without it."""
+        """Have a broker that has answered too late count what was decided without it.
+
+        `counted` is its own answer: what it has counted by then is taken from what is to be counted.
+        """
         wanted, admitted = reservation.wanted, not reservation.taken.refused
         goes_on, was_counted = admitted and not reservation.has_ended, not counted.refused
         counts = {limit: admitted if limit.name == "rpm" else goes_on for limit in wanted.limits}

@@ -2,7 +2,7 @@
 
 In reading order:
 
-- what they have in common: `dialect`, `client_body`, `tool_calls`
+- what they have in common: `dialect`, `client_body`, `chat_fields`, `tool_calls`
 - OpenAI's: `openai_common`; `openai_chat`, `openai_completions`, `openai_embeddings`; `openai_responses` with the parts
   `openai_responses_input`, `openai_responses_tools`, `openai_responses_writer` and `openai_responses_items`
 - Anthropic's: `anthropic_messages` with the parts `anthropic_request`, `anthropic_history`, `anthropic_tools` and

@@ -21,6 +21,7 @@ from fleet_worker.gateway.dialects.anthropic_request import (
     Turn,
 )
 from fleet_worker.gateway.dialects.anthropic_tools import call_id_of
+from fleet_worker.gateway.dialects.chat_fields import tool_call
 from fleet_worker.gateway.dialects.dialect import refused
 
 Part = dict[str, Any]
@@ -177,12 +178,7 @@ def _text(text: str) -> Part:
 
 
 def _call(block: ToolUseBlock) -> dict[str, Any]:
-    arguments = json.dumps(block.input, ensure_ascii=False)
-    return {
-        "id": call_id_of(block.id),
-        "type": "function",
-        "function": {"name": block.name, "arguments": arguments},
-    }
+    return tool_call(call_id_of(block.id), block.name, json.dumps(block.input, ensure_ascii=False))
 
 
 def _joined(message: dict[str, Any]) -> str | list[Part] | None:

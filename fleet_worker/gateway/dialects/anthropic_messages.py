@@ -9,6 +9,7 @@ from fleet_worker.gateway.dialects import anthropic_tools
 from fleet_worker.gateway.dialects.anthropic_answer import MessageWriter, error_object
 from fleet_worker.gateway.dialects.anthropic_history import messages_of
 from fleet_worker.gateway.dialects.anthropic_request import WAYS_OUT, MessagesRequest, Prompt
+from fleet_worker.gateway.dialects.chat_fields import schema_format, thinking_switch
 from fleet_worker.gateway.dialects.client_body import read
 from fleet_worker.gateway.dialects.dialect import ChatAsked, refused
 from fleet_worker.gateway.json_text import compact
@@ -58,7 +59,7 @@ def _thinking(given: MessagesRequest) -> dict[str, Any]:
     which is not a promise of Anthropic's either."""
     fields: dict[str, Any] = {}
     if given.thinking and given.thinking.type in ("enabled", "disabled"):
-        fields["chat_template_kwargs"] = {"enable_thinking": given.thinking.type == "enabled"}
+        fields |= thinking_switch(given.thinking.type == "enabled")
     if given.output_config and given.output_config.effort:
         fields["reasoning_effort"] = given.output_config.effort
     return fields
@@ -75,5 +76,4 @@ def _format(given: MessagesRequest) -> dict[str, Any]:
     wanted = (given.output_config and given.output_config.format) or given.output_format
     if not wanted:
         return {}
-    schema = {"name": "answer", "schema": wanted.schema_, "strict": True}
-    return {"response_format": {"type": "json_schema", "json_schema": schema}}
+    return schema_format(wanted.schema_)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from fleet_worker.gateway.dialects.chat_fields import tool_call
 from fleet_worker.gateway.dialects.client_body import read
 from fleet_worker.gateway.dialects.dialect import ChatAsked, LoadAsked
 from fleet_worker.gateway.dialects.ollama_answer import AnswerWriter, problem_body
@@ -56,5 +57,4 @@ def _taken(open_calls: list[dict[str, Any]], name: str | None) -> str:
 def _call(call: ToolCall, number: int) -> dict[str, Any]:
     arguments = call.function.arguments
     text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-    function = {"name": call.function.name, "arguments": text}
-    return {"id": call.id or f"call_{number}", "type": "function", "function": function}
+    return tool_call(call.id or f"call_{number}", call.function.name, text)

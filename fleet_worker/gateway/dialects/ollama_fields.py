@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from fleet_worker.gateway.dialects.chat_fields import NO_LOGPROBS, schema_format, thinking_switch
 from fleet_worker.gateway.dialects.dialect import refused
 from fleet_worker.gateway.dialects.ollama_request import Generation, Options
 
@@ -15,7 +16,7 @@ _NAMES = {"num_predict": "max_tokens", "repeat_penalty": "repetition_penalty"}
 def fields(given: Generation) -> dict[str, Any]:
     """Return all but the messages and tools."""
     if given.logprobs:
-        raise refused("logprobs", "answers come without log probabilities: leave it out")
+        raise refused("logprobs", NO_LOGPROBS)
     return {**_sampling(given.options), **_format(given.format), **_thinking(given.think)}
 
 
@@ -44,11 +45,10 @@ def _format(given: str | dict[str, Any]) -> dict[str, Any]:
         return {}
     if isinstance(given, str):
         return {"response_format": {"type": "json_object"}}
-    schema = {"name": "answer", "schema": given, "strict": True}
-    return {"response_format": {"type": "json_schema", "json_schema": schema}}
+    return schema_format(given)
 
 
 def _thinking(think: bool | str | None) -> dict[str, Any]:
     if isinstance(think, str):
         return {"reasoning_effort": think}
-    return {} if think is None else {"chat_template_kwargs": {"enable_thinking": think}}
+    return {} if think is None else thinking_switch(think)

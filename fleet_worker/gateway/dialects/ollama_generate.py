@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fleet_worker.gateway.dialects.chat_fields import NO_SUFFIX
 from fleet_worker.gateway.dialects.client_body import read
 from fleet_worker.gateway.dialects.dialect import ChatAsked, LoadAsked, refused
 from fleet_worker.gateway.dialects.ollama_answer import AnswerWriter, problem_body
@@ -13,7 +14,7 @@ from fleet_worker.gateway.dialects.ollama_request import WAYS_OUT, GenerateReque
 __all__ = ["asked", "problem_body"]
 
 _REFUSED = {
-    "suffix": "models here write on, they do not fill gaps: put prefix and suffix into the prompt",
+    "suffix": NO_SUFFIX,
     "template": "the chat template of the model is used: leave it out",
     "context": "token ids have another meaning for each model: send the conversation to /api/chat",
     "raw": "the chat template of the model is always used: leave it out",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fleet_worker.gateway.dialects import openai_common
+from fleet_worker.gateway.dialects.chat_fields import tool_call
 from fleet_worker.gateway.dialects.dialect import EVENT_STREAM, ChatAsked, finish_reason, take_model, take_switch
 from fleet_worker.gateway.dialects.openai_common import DONE, HEARTBEAT, late_error, take_with_usage, usage_object
 from fleet_worker.gateway.dialects.tool_calls import Fragment, ToolCalls
@@ -105,4 +106,4 @@ def _piece(piece: Fragment) -> dict[str, Any]:
 
 
 def _whole_call(call: Fragment) -> dict[str, Any]:
-    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+    return tool_call(call.id, call.name, call.arguments)

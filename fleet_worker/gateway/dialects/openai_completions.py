@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fleet_worker.gateway.dialects.chat_fields import NO_LOGPROBS, NO_SUFFIX
 from fleet_worker.gateway.dialects.dialect import EVENT_STREAM, ChatAsked, given, refused, take_model, take_switch
 from fleet_worker.gateway.dialects.openai_common import (
     DONE,
@@ -22,8 +23,8 @@ __all__ = ["asked", "problem_body"]
 
 _REFUSED = {
     "echo": "the prompt is not part of the answer: leave it out",
-    "logprobs": "answers come without log probabilities: leave it out",
-    "suffix": "models here write on, they do not fill gaps: put prefix and suffix into the prompt",
+    "logprobs": NO_LOGPROBS,
+    "suffix": NO_SUFFIX,
     "messages": "this is a field of chats: send prompt, or send it to /v1/chat/completions",
     "tools": "this is a field of chats: send it to /v1/chat/completions",
     "tool_choice": "this is a field of chats: send it to /v1/chat/completions",

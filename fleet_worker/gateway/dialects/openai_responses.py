@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fleet_worker.gateway.dialects.chat_fields import NO_LOGPROBS
 from fleet_worker.gateway.dialects.dialect import ChatAsked, given, refused, take_model, take_switch
 from fleet_worker.gateway.dialects.openai_common import error_object
 from fleet_worker.gateway.dialects.openai_responses_input import messages_of
@@ -38,7 +39,6 @@ _STORED = {
     "prompt": "no prompt is stored here: send its text as instructions, or as input",
 }
 _LOGPROBS = "message.output_text.logprobs"
-_NO_LOGPROBS = "answers come without log probabilities: leave it out"
 _OWN_NAMES = {
     "max_tokens": "max_output_tokens",
     "messages": "input",
@@ -77,9 +77,9 @@ def _refuse_unavailable(body: dict[str, Any]) -> None:
     if given(body, "background", bool):
         raise refused("background", "answers come at once: leave it out")
     if _LOGPROBS in (given(body, "include", list) or ()):
-        raise refused("include", _NO_LOGPROBS)
+        raise refused("include", NO_LOGPROBS)
     if given(body, "top_logprobs", int):
-        raise refused("top_logprobs", _NO_LOGPROBS)
+        raise refused("top_logprobs", NO_LOGPROBS)
 
 
 def _limits(body: dict[str, Any]) -> dict[str, Any]:

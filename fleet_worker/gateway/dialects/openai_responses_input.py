@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from fleet_worker.gateway.dialects.chat_fields import tool_call
 from fleet_worker.gateway.dialects.dialect import given, refused
 from fleet_worker.gateway.dialects.openai_responses_tools import Tools, custom_arguments, flat
 
@@ -106,8 +107,8 @@ class _Chat:
     def _add_call(self, item: dict[str, Any], at: str) -> None:
         if not self._assistant_speaks:
             self.messages.append({"role": "assistant", "content": None})
-        function = _called(item, at)
-        call = {"id": _call_id(item, at), "type": "function", "function": function}
+        name, arguments = _called(item, at)
+        call = tool_call(_call_id(item, at), name, arguments)
         self.messages[-1].setdefault("tool_calls", []).append(call)
 
     def _add_output(self, item: dict[str, Any], at: str) -> None:
@@ -119,12 +120,12 @@ class _Chat:
         return bool(self.messages) and self.messages[-1]["role"] == "assistant"
 
 
-def _called(item: dict[str, Any], at: str) -> dict[str, Any]:
+def _called(item: dict[str, Any], at: str) -> tuple[str, str]:
     """Return name and arguments of a call as the model wrote it."""
     if item["type"] == "local_shell_call":
         action = given(item, "action", dict, f"{at}.") or {}
         told = {name: value for name, value in action.items() if name not in ("type", "env") and value is not None}
-        return {"name": "local_shell", "arguments": json.dumps(told, ensure_ascii=False)}
+        return "local_shell", json.dumps(told, ensure_ascii=False)
     name = given(item, "name", str, f"{at}.")
     if not name:
         raise refused(f"{at}.name", "is missing")
@@ -132,7 +133,7 @@ def _called(item: dict[str, Any], at: str) -> dict[str, Any]:
         arguments = custom_arguments(given(item, "input", str, f"{at}.") or "")
     else:
         arguments = given(item, "arguments", str, f"{at}.") or "{}"
-    return {"name": flat(name, item.get("namespace")), "arguments": arguments}
+    return flat(name, item.get("namespace")), arguments
 
 
 def _call_id(item: dict[str, Any], at: str) -> str:
