@@ -5,6 +5,7 @@ One broker message carries the frames of all requests that a node has for a rout
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import defaultdict
@@ -19,6 +20,8 @@ from fleet_worker.node.outbox import NEVER, Outbox
 from fleet_worker.node.reply_connection import ReplyConnection
 from fleet_worker.node.reply_writer import ReplyWriter
 from fleet_worker.protocol.reply import Alive, Frame, Reply
+
+log = logging.getLogger(__name__)
 
 HEARTBEAT_EVERY = 1.0
 HEARTBEAT_WITHIN = 0.25
@@ -227,7 +230,7 @@ class ReplyPublisher:
             if batch.to_replay:
                 self._connection.send_again(batch.to_replay)
             for reply_to, frames in batch.frames.items():
-                self._add_messages(reply_to, frames)
+                self._add_or_drop(reply_to, frames)
             self._connection.send_all()
             if batch.has_heartbeats:
                 self._connection.settle()
@@ -278,8 +281,16 @@ class ReplyPublisher:
             self._due = min(self._due, outbox.due)
         self._beating = recent
 
+    def _add_or_drop(self, reply_to: str, frames: list[Frame]) -> None:
+        """Add messages with these frames. Drop what is no JSON, or this thread would end, and with it all replies: the
+        router misses the frames, and tries their requests again."""
+        try:
+            self._add_messages(reply_to, frames)
+        except ValueError as error:
+            log.error("%d frames for a router cannot be written and are dropped: %s", len(frames), type(error).__name__)
+
     def _add_messages(self, reply_to: str, frames: list[Frame]) -> None:
-        """Make one message of frames, or several: routers drop what is larger than any message should be."""
+        """Make one message of frames, or several: routers drop what is too large. ValueError: they are no JSON."""
         body = Reply.encoded(self.node, frames)
         half = len(frames) // 2
         if half and (len(frames) > MOST_FRAMES or len(body) > LARGE_MESSAGE_BYTES):

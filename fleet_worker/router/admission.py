@@ -111,9 +111,7 @@ class Admission:
                 self._asking.release()
         with self._lock:
             known = self._known(lane)
-            if known.depth is not None:
-                self._refuse_if_full(lane, known)
-                self._refuse_if_slow(lane, known, priority, max_wait)
+            self._refuse(lane, known, priority, max_wait)
             known.sent += 1
         return Place(known.load, self._lock, priority, time.monotonic())
 
@@ -121,9 +119,8 @@ class Admission:
         """Raise `FleetSaturated` if that is certain by a fresh answer. This asks nobody, and counts nothing."""
         with self._lock:
             known = self._lanes.get(lane)
-            if known and known.depth is not None and time.monotonic() < known.asked_at + DEPTH_IS_FRESH:
-                self._refuse_if_full(lane, known)
-                self._refuse_if_slow(lane, known, priority, max_wait)
+            if known and time.monotonic() < known.asked_at + DEPTH_IS_FRESH:
+                self._refuse(lane, known, priority, max_wait)
 
     def enter(self, lane: str, priority: Priority) -> Place:
         """Count a further attempt of a request, which is sent in any case."""
@@ -206,6 +203,12 @@ class Admission:
         if len(self._lanes) > queue_depth.MOST_LANES:
             self._lanes.popitem(last=False)
         return known
+
+    def _refuse(self, lane: str, known: _Lane, priority: Priority, max_wait: float | None) -> None:
+        """Raise `FleetSaturated` if the lane is full or too slow. Without an answer of the broker it is neither."""
+        if known.depth is not None:
+            self._refuse_if_full(lane, known)
+            self._refuse_if_slow(lane, known, priority, max_wait)
 
     def _refuse_if_full(self, lane: str, known: _Lane) -> None:
         if (known.depth or 0) >= self._max_waiting:

@@ -10,7 +10,7 @@ from redis.exceptions import ResponseError
 from fleet_worker.broker import replies
 from fleet_worker.broker.app import create_app
 from fleet_worker.broker.topology import reply_name
-from fleet_worker.node import reply_connection
+from fleet_worker.node import reply_connection, reply_publisher
 from fleet_worker.node.reply_connection import ReplyConnection
 from fleet_worker.node.reply_publisher import ReplyPublisher
 from fleet_worker.protocol.reply import Alive, Delta, Reply
@@ -205,10 +205,23 @@ def test_a_connection_that_is_lost_under_a_task_loses_nothing(publisher, reply, 
     until(lambda: set(seqs(valkey, reply_to)) == set(range(30)))
 
 
+HALF_A_CHARACTER = Delta.model_construct(content="\ud800", reasoning=None, tool_calls=None, resumed=None)
+
+
 def test_a_frame_that_cannot_be_written_ends_its_own_attempt_only(publisher, reply, valkey, reply_to):
     time.sleep(0.01)
     with pytest.raises(ValueError, match="surrogate"):
-        reply.put([Delta.model_construct(content="\ud800", reasoning=None, tool_calls=None, resumed=None)], 1)
+        reply.put([HALF_A_CHARACTER], 1)
+    reply.put([Delta(content="x")], 2)
+    until(lambda: seqs(valkey, reply_to) == [0, 2])
+
+
+def test_the_thread_of_the_publisher_survives_a_frame_that_cannot_be_written(
+    publisher, reply, valkey, reply_to, monkeypatch, caplog
+):
+    monkeypatch.setattr(reply_publisher, "FEW_REQUESTS", 0)
+    reply.put([HALF_A_CHARACTER], 1)
+    until(lambda: "cannot be written" in caplog.text)
     reply.put([Delta(content="x")], 2)
     until(lambda: seqs(valkey, reply_to) == [0, 2])
 
