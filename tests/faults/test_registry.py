@@ -45,6 +45,7 @@ def test_a_killed_and_a_frozen_node_are_noticed_and_the_other_goes_on(settled, r
     wait_until(lambda: statuses(router)["two"] == "available", WITHIN)
 
 
+@pytest.mark.rest
 def test_a_host_that_ends_says_so_and_one_that_is_killed_is_forgotten(settled, router):
     settled["registry"].signal(signal.SIGTERM)
     wait_until(lambda: set(statuses(router).values()) == {"unavailable"}, WITHIN)

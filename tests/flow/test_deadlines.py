@@ -38,7 +38,7 @@ def test_work_that_expired_in_its_lane_never_reaches_the_server(slow, router, br
     assert len(work(slow)) == 2
 
 
-@pytest.mark.parametrize("expired_for", [1.0, 3600.0])
+@pytest.mark.parametrize("expired_for", [1.0, pytest.param(3600.0, marks=pytest.mark.rest)])
 def test_what_has_expired_does_not_start_though_its_router_may_say_nothing(slow, caller, expired_for):
     request_id = caller.submit(CHAT, timeout=10.0, expires_at=time.time() - expired_for)
     assert caller.last(request_id).code == "expired"

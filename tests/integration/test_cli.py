@@ -26,6 +26,11 @@ WITHIN = 20.0
 BIN = Path(sys.executable).parent
 
 
+def rest(*lines):
+    """What shows the same in another way."""
+    return [pytest.param(line, marks=pytest.mark.rest) for line in lines]
+
+
 @pytest.fixture(scope="module")
 def broker_url():
     """With a user and a password, which no output may show."""
@@ -209,7 +214,7 @@ def test_a_password_that_the_broker_refuses_is_said_at_once(line, broker_url, mo
     assert "running" not in done.stderr
 
 
-@pytest.mark.parametrize("line", ["chat nobody Hello", "chat --no-stream nobody Hello", "embed nobody Hello"])
+@pytest.mark.parametrize("line", ["chat nobody Hello", *rest("chat --no-stream nobody Hello", "embed nobody Hello")])
 def test_a_model_that_nobody_serves_is_said_when_time_is_up(line, node):
     assert_refused(call(f"{line} --timeout 1.5"), 69, "no node took the request", "1.5 s")
 
@@ -261,13 +266,13 @@ def test_a_wrong_configuration_is_one_line_that_names_the_place(configured):
     assert_refused(run(WORKERS[1]), 78, "instances.local.api_keyy")
 
 
-@pytest.mark.parametrize("line", [WORKERS[0], UNNAMED[1]])
+@pytest.mark.parametrize("line", [WORKERS[0], *rest(UNNAMED[1])])
 def test_a_host_on_which_no_instance_has_opted_in_serves_nothing(line, configured):
     configured(local={"base_url": "http://127.0.0.1:1", "fleet": {"enabled": True}})
     assert_refused(run(line), 78, "no instance has opted in", "respond_to_requests = true")
 
 
-@pytest.mark.parametrize("line", [*UNNAMED, "celery -A fleet_worker worker -n wrong@%h"])
+@pytest.mark.parametrize("line", [UNNAMED[0], *rest(UNNAMED[1], "celery -A fleet_worker worker -n wrong@%h")])
 def test_the_instance_must_be_named_if_it_is_not_clear(line, configured):
     configured(one={"base_url": "http://127.0.0.1:1"}, two={"base_url": "http://127.0.0.1:1"})
     assert_refused(run(line), 78, "-n NAME@%h", "one, two")
@@ -307,7 +312,7 @@ def test_a_server_that_refuses_the_key_is_said_without_the_key(configured):
         assert_gave_up(run(WORKERS[0]), 69, "check api_key")
 
 
-@pytest.mark.parametrize("line", [UNNAMED[0], WORKERS[1]])
+@pytest.mark.parametrize("line", [UNNAMED[0], *rest(WORKERS[1])])
 def test_a_worker_becomes_the_node_of_its_instance(line, mlx, configured):
     """Its name, pool, slots and lanes come from the settings, whichever way it is started."""
     instances = {

@@ -133,6 +133,7 @@ def test_a_broker_that_is_given_is_used_and_none_is_started(folder, monkeypatch)
         assert_nothing_left(family, folder)
 
 
+@pytest.mark.rest
 def test_a_broker_that_is_given_and_dead_is_a_clear_failure(folder, monkeypatch):
     port = free_port()
     monkeypatch.setenv("FLEET_BROKER_URL", f"redis://:hush-hush@127.0.0.1:{port}/0")

@@ -142,6 +142,7 @@ def test_a_watch_goes_on_until_ctrl_c(host, broker_url):
     assert {each["instances"][0]["node"] for each in seen} == {"local@mini-7"}
 
 
+@pytest.mark.rest
 def test_a_terminal_is_redrawn_and_left_as_it_was(host, unserved, broker_url, monkeypatch):
     monkeypatch.setenv("FLEET_BROKER_URL", broker_url)
     terminal, theirs = pty.openpty()

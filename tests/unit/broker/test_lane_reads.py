@@ -156,6 +156,7 @@ def test_the_read_of_a_full_broker_ends_by_itself(url, send, valkey):
         assert reader.taken == [(TWO.name, b"2")]
 
 
+@pytest.mark.rest
 def test_a_reader_that_waits_for_nothing_asks_rarely(reader, valkey):
     def asked():
         return valkey.info("commandstats")["cmdstat_brpop"]["calls"]
@@ -166,6 +167,7 @@ def test_a_reader_that_waits_for_nothing_asks_rarely(reader, valkey):
     assert asked() - before <= 1
 
 
+@pytest.mark.rest
 def test_a_silent_subscription_asks_the_broker_once_in_each_interval(url, valkey):
     def asked():
         return valkey.info("commandstats").get("cmdstat_ping", {"calls": 0})["calls"]
@@ -182,6 +184,7 @@ def test_a_silent_subscription_asks_the_broker_once_in_each_interval(url, valkey
         assert 3 <= asked() - before <= 6
 
 
+@pytest.mark.rest
 def test_each_reader_ends_only_its_own_read(url, reader, valkey):
     assert wake_key() != wake_key()
     with a_reader(url) as other:
