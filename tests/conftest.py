@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if belongs(item)]
         config.hook.pytest_deselected(items=left_out)
     if hasattr(config, "workerinput"):  # of pytest-xdist: what takes long begins first, so that all end together
-        items.sort(key=lambda item: (not on_rabbitmq(item.nodeid), TIERS.index(tier(item))))
+        items.sort(key=lambda item: ("rabbitmq" not in item.name, TIERS.index(tier(item))))
 
 
 def tier(item):

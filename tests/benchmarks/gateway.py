@@ -284,7 +284,7 @@ def _lags(streamed: Streamed, load: Load, pushed_at: list[float]) -> Iterator[fl
     """Seconds. The first token of a stream is its number."""
     number = int(NUMBER.findall(streamed.first)[0])
     arrived = itertools.chain.from_iterable([at] * count for at, count in streamed.arrivals)
-    return (at - pushed_at[number * load.tokens + token] for token, at in enumerate(arrived))
+    return (at - pushed_at[token * load.all_streams + number] for token, at in enumerate(arrived))
 
 
 def _p(seconds: list[float], percent: int) -> float:

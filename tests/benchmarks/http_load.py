@@ -23,7 +23,7 @@ class Streamed:
     arrivals: list[tuple[float, int]] = field(default_factory=list)
     """`time.monotonic()` seconds and the number of tokens that came with one read."""
     first: bytes = b""
-    """The first read with a token."""
+    """The first read with a token, and a little of what came before it."""
 
     @property
     def ttft(self) -> float:
@@ -62,9 +62,9 @@ class Connection:
                 break
             cut = tail[-_LONGEST_CUT:]
             if count := len(_TOKEN.findall(cut + data)) - len(_TOKEN.findall(cut)):
-                streamed.first = streamed.first or data
+                streamed.first = streamed.first or tail + data
                 streamed.arrivals.append((now, count))
-            tail = (tail + data)[-16:]
+            tail = (tail + data)[-64:]
         return streamed
 
     async def whole(self, path: str, body: dict[str, Any]) -> bytes:
