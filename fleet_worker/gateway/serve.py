@@ -41,7 +41,8 @@ def serve(settings: Settings) -> None:
         listening(settings) as listener,
         closing(Ledger(path_of(settings), days=settings.gateway.ledger_days)) as ledger,
     ):
-        quotas = Quotas(settings, gateway=ledger.gateway_id, spent=ledger.tokens_since)
+        shared = settings if keys.are_needed else None  # without keys nothing is limited
+        quotas = Quotas(shared, gateway=ledger.gateway_id, spent=ledger.tokens_since)
         gateway = Gateway(settings, router, keys, quotas, Records(ledger, lambda: quotas.are_shared))
         server = Server(settings, gateway, keys, quotas)
         log.info("serves %s %s", address(settings, listener), _whom(keys))
