@@ -51,6 +51,14 @@ def begun(gateway, **fields):
 # --- Silence
 
 
+def wait_for_heartbeats(gateway):
+    """Until a stream beside that of a test, which is silent as well, has got several."""
+    wire, events = begun(gateway)
+    with wire:
+        while events.count(b": still at work") < 3:
+            events += wire.socket.recv(65536)
+
+
 def test_a_stream_that_waits_for_its_first_token_is_kept_open(fleet, mlx):
     with running_gateway(fleet, heartbeat=0.1) as gateway, mlx.held(at_token=0):
         wire, first = begun(gateway)
@@ -77,7 +85,7 @@ def test_the_sdk_of_openai_does_not_notice_heartbeats(hasty, mlx):
     with openai.OpenAI(base_url=f"{hasty.url}/v1", api_key="any", max_retries=0) as client, mlx.held(at_token=3):
         stream = client.chat.completions.create(**asked(6))
         text = next(stream).choices[0].delta.content
-        time.sleep(0.3)
+        wait_for_heartbeats(hasty)
         mlx.release()
         text += "".join(chunk.choices[0].delta.content or "" for chunk in stream)
     assert text == "".join(reply_tokens(HELLO, 6))
@@ -90,7 +98,7 @@ def test_the_sdk_of_anthropic_does_not_notice_them(hasty, mlx):
         anthropic.Anthropic(base_url=hasty.url, api_key="any", max_retries=0) as client,
         client.messages.stream(**said) as stream,
     ):
-        time.sleep(0.3)
+        wait_for_heartbeats(hasty)
         mlx.release()
         assert stream.get_final_text() == "".join(reply_tokens(HELLO, 6))
 
