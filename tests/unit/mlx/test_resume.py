@@ -233,7 +233,7 @@ def test_usage_is_of_the_whole_answer(continuing, flavour):
         for count in (3, 12, 32):
             usage = joined(client, after(count))[1].usage
             assert usage.completion_tokens == 32
-            assert usage.prompt_tokens <= 2  # the simulated servers count words, also of "." and "!"
+            assert usage.prompt_tokens in (4, 5)  # the simulated servers count words, also of "." and "!"
             assert usage.total_tokens == usage.prompt_tokens + 32
 
 
