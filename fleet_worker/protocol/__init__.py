@@ -2,5 +2,5 @@
 
 May import: `errors`. Read in this order: `wire` (what all messages have in common) with `refusals`, `request` with
 `json_values`, `openai` (the bodies it carries) and `openai_fields`, `openai_older`, `openai_shapes`, `reply`, `status`,
-`registry_event`.
+`registry_event`, `cache_digest`.
 """
