@@ -21,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.mlx.offering import Offering
+from fleet_worker.protocol.cache_digest import CacheDigest
 from fleet_worker.protocol.status import InstanceStatus, ModelStatus
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,8 @@ class NodeReport:
     reply_lag: float
     """The longest time in seconds that a frame waited for the broker since the last report."""
     counters: dict[str, Any]
+    prompt_cache: CacheDigest | None = None
+    """None from an older node, and until the prompt cache of its server is known."""
 
 
 _JSON = TypeAdapter(NodeReport)
