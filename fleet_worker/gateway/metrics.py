@@ -74,10 +74,10 @@ class Metrics:
                 self._tokens.labels(key, kind).inc(tokens)
         if facts.cache:
             self._cache.labels(key, facts.cache).inc()
-        if facts.usage.cached_tokens is not None:
-            model = self._model(facts.model)
-            self._prompt_tokens.labels(key, model).inc(facts.prompt_tokens)
-            self._cached_tokens.labels(key, model).inc(facts.usage.cached_tokens)
+        if (cached := facts.usage.cached_tokens) is not None:
+            labels = (key, self._model(facts.model))
+            self._prompt_tokens.labels(*labels).inc(facts.prompt_tokens)
+            self._cached_tokens.labels(*labels).inc(min(max(cached, 0), facts.prompt_tokens))
         for histogram, seconds in ((self._ttft, facts.ttft), (self._queue_wait, facts.queue_wait)):
             if seconds is not None:
                 histogram.labels(key).observe(seconds)

@@ -21,17 +21,11 @@ from fleet_worker.gateway.dialects.dialect import ChatAsked
 OWN = "x-fleet-session"
 LONGEST = 256
 """Characters."""
-FIRST = (
-    "x-session-affinity",
-    "thread-id",
-    "thread_id",
-    "session-id",
-    "session_id",
-    "conversation-id",
-    "conversation_id",
-)
+FIRST = ("x-session-affinity", "thread-id", "thread_id", "session-id", "session_id")
 """Headers of clients that come before others: some clients send several, and the first names the smallest part."""
-OTHERS = re.compile(r"(x-)?([a-z0-9]+-)*(session|thread|conversation|conv|chat)-id|x-([a-z0-9]+-)*(session|affinity)")
+OTHERS = re.compile(
+    r"(x-)?([a-z0-9]+-)*(session|thread|conversation|conv|chat)[-_]id|x-([a-z0-9]+-)*(session|affinity)"
+)
 """Names of all others, of whichever client."""
 AGENT = "x-claude-code-agent-id"
 """A sub-agent has the session of its parent, but another conversation."""
