@@ -127,15 +127,18 @@ class StatusClient:
 
 class StatusServer:
     """The registry node's end: keeps the last report of every connected node, and calls `changed` for a new node, a
-    lost one, and another status, reason, set of lanes or models.
+    lost one, and another status, reason, set of lanes or models; and `digest_changed` for another digest.
 
     Raises:
         ConfigurationError: another registry node of this host listens already, or the socket cannot be created.
     """
 
-    def __init__(self, path: Path, changed: Callable[[], None]) -> None:
+    def __init__(
+        self, path: Path, changed: Callable[[], None], digest_changed: Callable[[], None] = lambda: None
+    ) -> None:
         self._path = path
         self._changed = changed
+        self._digest_changed = digest_changed
         self._lock = threading.Lock()
         self._reports: dict[socket.socket, NodeReport] = {}
         self._closed = False
@@ -180,6 +183,7 @@ class StatusServer:
             with self._lock:
                 self._reports.pop(connection, None)
             self._changed()
+            self._digest_changed()
 
     def _receive(self, connection: socket.socket, report: NodeReport) -> None:
         with self._lock:
@@ -187,6 +191,8 @@ class StatusServer:
             self._reports[connection] = report
         if before is None or _published_at_once(before) != _published_at_once(report):
             self._changed()
+        if before is None or before.prompt_cache != report.prompt_cache:
+            self._digest_changed()
 
 
 def _published_at_once(report: NodeReport) -> tuple[Any, ...]:

@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 from celery.beat import ScheduleEntry
@@ -361,7 +362,7 @@ def test_anything_else_takes_a_new_process(host, change):
 def test_a_router_that_asks_is_answered_with_everything(host):
     queue, receive = host.node.subscription
     assert queue("redis").exchange.name == "llm.registry.ask"
-    receive(None)
+    receive(SimpleNamespace(body=b"{}"))
     assert host.announced == [("readiness", "models")]
 
 
