@@ -15,9 +15,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.mlx.offering import Offering
@@ -34,6 +34,15 @@ LONGEST_PATH = 100
 """Bytes of a Unix socket's path: macOS allows 104, Linux 108."""
 
 
+def _none_if_invalid(value: Any, validate: ValidatorFunctionWrapHandler) -> CacheDigest | None:
+    """Whether a node is ready counts, also if another version cannot use its digest."""
+    try:
+        digest: CacheDigest | None = validate(value)
+    except ValidationError:
+        return None
+    return digest
+
+
 @dataclass(frozen=True, slots=True)
 class NodeReport:
     """What one inference node reports; `counters` is `Counters.report()`. Fields of newer versions are ignored."""
@@ -43,7 +52,7 @@ class NodeReport:
     reply_lag: float
     """The longest time in seconds that a frame waited for the broker since the last report."""
     counters: dict[str, Any]
-    prompt_cache: CacheDigest | None = None
+    prompt_cache: Annotated[CacheDigest | None, WrapValidator(_none_if_invalid)] = None
     """None from an older node, and until the prompt cache of its server is known."""
 
 
