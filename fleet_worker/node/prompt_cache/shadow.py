@@ -9,8 +9,8 @@ one.) `tests/unit/node/prompt_cache/test_shadow.py` compares both.
 from __future__ import annotations
 
 import itertools
-from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable
+from collections import OrderedDict, deque
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 from fleet_worker.protocol.cache_digest import MOST_HELD
@@ -37,10 +37,10 @@ class Shadow:
         self._most = sequences
         self._kept: OrderedDict[str, _Sequence] = OrderedDict()
         """By the id of the whole prompt, in the order of insertion."""
-        self._ids: Counter[str] = Counter()
+        self._ids: dict[str, int] = {}
         """How many sequences have each beginning."""
         self._evicted: deque[list[str]] = deque()
-        self._evicted_ids: Counter[str] = Counter()
+        self._evicted_ids: dict[str, int] = {}
         self._told: list[str] | None = None
 
     @property
@@ -79,7 +79,7 @@ class Shadow:
             if tip in gone:
                 self._drop(tip)
             elif not gone.isdisjoint(kept.ids):
-                self._ids -= Counter(id_ for id_ in kept.ids if id_ in gone)
+                _take(self._ids, [id_ for id_ in kept.ids if id_ in gone])
                 kept.ids = [id_ for id_ in kept.ids if id_ not in gone]
         self._told = None
 
@@ -106,10 +106,10 @@ class Shadow:
         if not chain or not self._most:
             return
         ids = [id_ for id_, _ in chain]
-        for id_ in ids:
-            self._drop(id_)
+        for tip in self._kept.keys() & ids:
+            self._drop(tip)
         self._kept[ids[-1]] = _Sequence(ids, session)
-        self._ids.update(ids)
+        _add(self._ids, ids)
         if len(self._kept) > self._most:
             self._evict()
         self._told = None
@@ -117,17 +117,27 @@ class Shadow:
     def _evict(self) -> None:
         ids = self._drop(next(iter(self._kept)))
         self._evicted.append(ids)
-        self._evicted_ids.update(ids)
+        _add(self._evicted_ids, ids)
         if len(self._evicted) > EVICTED * self._most:
-            self._evicted_ids -= Counter(self._evicted.popleft())
+            _take(self._evicted_ids, self._evicted.popleft())
 
     def _drop(self, tip: str) -> list[str]:
-        kept = self._kept.pop(tip, None)
-        if kept is None:
-            return []
-        self._ids -= Counter(kept.ids)
-        return kept.ids
+        ids = self._kept.pop(tip).ids
+        _take(self._ids, ids)
+        return ids
 
 
-def _longest(chain: Chain, ids: Counter[str]) -> int:
+def _longest(chain: Chain, ids: Container[str]) -> int:
     return next((length for id_, length in reversed(chain) if id_ in ids), 0)
+
+
+def _add(counts: dict[str, int], ids: list[str]) -> None:
+    for id_ in ids:
+        counts[id_] = counts.get(id_, 0) + 1
+
+
+def _take(counts: dict[str, int], ids: list[str]) -> None:
+    for id_ in ids:
+        counts[id_] -= 1
+        if not counts[id_]:
+            del counts[id_]

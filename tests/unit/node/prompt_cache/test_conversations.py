@@ -28,9 +28,7 @@ def test_a_conversation_that_only_grows_does_not_change(conversations, ids):
 
 
 def test_a_time_stamp_in_the_system_prompt_is_seen_in_each_turn(conversations):
-    turns = [
-        prompt(f"It is {hour} h", "hello", *["hi", "and?"] * hour, conversation="c") for hour in range(1, 5)
-    ]
+    turns = [prompt(f"It is {hour} h", "hello", *["hi", "and?"] * hour, conversation="c") for hour in range(1, 5)]
     assert [conversations.changes(turn) for turn in turns] == [None, True, True, True]
 
 
