@@ -1,11 +1,13 @@
 """What a node learns from requests and their answers."""
 
 import timeit
+from contextlib import ExitStack
 
 import pytest
 
 from fleet_worker.mlx.chat_stream import ChatAnswer
 from fleet_worker.node.prompt_cache.prompt_cache import USUAL_PREFILL_SPEED, PromptCache
+from fleet_worker.protocol.cache_digest import CacheDigest
 from fleet_worker.protocol.prompt_prefixes import MOST_PREFIXES, PromptPrefixes
 from fleet_worker.protocol.reply import Usage
 
@@ -100,12 +102,25 @@ def test_a_server_that_says_nothing_is_believed_to_cache(cache):
     assert cache.troubles() == ()
 
 
-@pytest.mark.parametrize("usage", [Usage(), Usage(prompt_tokens=0), Usage(prompt_tokens=0, cached_tokens=9)])
-def test_usage_without_sense_changes_nothing(cache, usage):
+@pytest.mark.parametrize(
+    "usage",
+    [
+        *(Usage(), Usage(prompt_tokens=0), Usage(prompt_tokens=0, cached_tokens=9)),
+        *(Usage(prompt_tokens=5, cached_tokens=2**31 - 1), Usage(prompt_tokens=2**31 - 1, cached_tokens=2**31 - 1)),
+        Usage(prompt_tokens=2**31 - 1, cached_tokens=0, completion_tokens=2**31 - 1),
+    ],
+)
+@pytest.mark.parametrize("seconds", [None, 0.0, 1e-300])
+def test_usage_without_sense_does_no_harm(cache, usage, seconds):
     ask(cache, prompt("a", "b"))
     with cache.serving("r", "m", prompt("a", "b", "c")) as served:
-        served.answered(ChatAnswer("stop", usage, 0.0, None))
+        served.answered(ChatAnswer("stop", usage, seconds, 1e300))
     assert cache._shadow.match(prompt("a", "b", "c")) == 3 * BYTES
+    most = PromptPrefixes(chain=((identity("most"), 2**24 - 1),))
+    with ExitStack() as running:
+        for number in range(256):
+            running.enter_context(cache.serving(f"r-{number}", "m", most))
+        assert CacheDigest.model_validate_json(digest(cache).model_dump_json()) == digest(cache)
 
 
 def test_a_restart_empties_it_and_grows_the_epoch(cache):
