@@ -94,8 +94,7 @@ class Route:
             return True
         if waited < settings.accept_timeout:
             return False
-        silent_for = self._affinity.silent_for(node)
-        if (silent_for is not None and silent_for > settings.lost_after) or self._affinity.has_free_slots(node):
+        if self._affinity.is_silent(node, settings.lost_after) or self._affinity.has_free_slots(node):
             return True
         return waited >= self._placement.patience and self._affinity.another_is_free(request, node)
 

@@ -13,14 +13,16 @@ from fleet_worker.broker.app import create_app
 from fleet_worker.broker.topology import ask_exchange, direct_lane, lane, reply_name, transport_of
 from fleet_worker.errors import BrokerUnavailable, Cancelled, FleetSaturated
 from fleet_worker.protocol.prompt_prefixes import PromptPrefixes
+from fleet_worker.protocol.registry_event import WHOLE_STATUS
 from fleet_worker.protocol.reply import Accepted, Alive, Frame
 from fleet_worker.protocol.request import FleetRequest
 from fleet_worker.registry.view import Registry
 from fleet_worker.router import context_length
 from fleet_worker.router.admission import Admission
 from fleet_worker.router.affinity.affinity import Affinity
-from fleet_worker.router.affinity.prefixes import fleet_key, prefixes_of
+from fleet_worker.router.affinity.prefixes import fleet_key
 from fleet_worker.router.control_publisher import ControlPublisher
+from fleet_worker.router.digest_requests import DigestRequests
 from fleet_worker.router.effects import CancelOrphan
 from fleet_worker.router.idempotency import IdempotencyCache
 from fleet_worker.router.in_flight import InFlightRequest
@@ -46,11 +48,8 @@ class Session:
         self.process = os.getpid()
         self._app = create_app(settings)
         self._registry = registry
-        secret = self.settings.affinity_secret
-        self._key = fleet_key(secret.get_secret_value() if secret else None, settings.broker_url)
-        """Of the hashes that stand for prompts."""
-        self.affinity = Affinity(registry) if self.settings.affinity else None
-        self.nodes = NodeSelection(registry, self.affinity)
+        self._affinity = _affinity(settings, registry)
+        self.nodes = NodeSelection(registry, self._affinity)
         self.scheduler = Scheduler()
         transport = transport_of(settings.broker_url)
         self.submitter = Submitter(self._app, transport)
@@ -64,6 +63,10 @@ class Session:
             self.receive,
             registry,
             in_flight=lambda: len(self._requests),
+            receive_digest=self._affinity.receive if self._affinity else None,
+        )
+        self._digests = (
+            DigestRequests(registry, self.replies, self.submitter, self.scheduler) if self._affinity else None
         )
         self._requests: dict[str, InFlightRequest] = {}
         self._cache = IdempotencyCache(self.settings.idempotency_ttl)
@@ -84,11 +87,15 @@ class Session:
             raise
         self.scheduler.start()
         self._close_idle()
+        if self._digests:
+            self._digests.start()
         self.is_open = True
 
     def close(self) -> None:
         """Cancel all requests in flight, delete the reply queue, and close all connections."""
         self.is_closed = True
+        if self._digests:
+            self._digests.close()
         for request in tuple(self._requests.values()):
             request.give_up(Cancelled("the router was closed"))
         self.scheduler.close()  # after the cancels were published
@@ -143,9 +150,9 @@ class Session:
 
     def _prefixes(self, asked: Submission) -> PromptPrefixes | None:
         """Return the ids of the beginnings of its prompt; None for what has none."""
-        if self.affinity is None or asked.request.operation == "embed":
+        if self._affinity is None or asked.request.operation == "embed":
             return None
-        return prefixes_of(asked.request, self._key, asked.cache.session, asked.cache.scope)
+        return self._affinity.prefixes(asked.request, asked.cache.session, asked.cache.scope)
 
     def _admit(self, request: FleetRequest, route: Route, max_wait: float | None) -> Place:
         """Count a request in its lane; in the shared one if the direct lane of the chosen node is too full or slow."""
@@ -191,8 +198,15 @@ class Session:
         """Ask all registry nodes for their state. Best effort."""
         # A connection that was lost is an error of the broker's client library, not always one of kombu's.
         with contextlib.suppress(Exception):
-            self.submitter.broadcast(ask_exchange(), b"{}", timeout=2.0)
+            self.submitter.broadcast(ask_exchange(), WHOLE_STATUS, timeout=2.0)
 
     def _close_idle(self) -> None:
         self.scheduler.at(time.monotonic() + IDLE_AFTER, self._close_idle)
         self.submitter.close_idle()
+
+
+def _affinity(settings: Settings, registry: Registry) -> Affinity | None:
+    if not settings.router.affinity:
+        return None
+    secret = settings.router.affinity_secret
+    return Affinity(registry, key=fleet_key(secret.get_secret_value() if secret else None, settings.broker_url))

@@ -29,8 +29,8 @@ class Warm:
         self.placed.append((set(failed), blamed))
         return Placement(self.best, prefixes, patience=self.patience)
 
-    def silent_for(self, node):
-        return self.silence
+    def is_silent(self, node, seconds):
+        return self.silence > seconds
 
     def has_free_slots(self, node):
         return self.free
@@ -136,10 +136,9 @@ def test_a_node_that_is_not_ready_any_more_is_left_at_once(route, nodes, waited)
         ({"silence": 5.1}, 5.0, True),
         ({"silence": 5.1}, 4.9, False),
         ({"silence": 4.9}, HOUR, False),
-        ({"silence": None}, HOUR, False),
         ({"free": True}, 5.0, True),
         ({"free": True}, 4.9, False),
-        ({"free": None}, 5.0, False),
+        ({"free": False}, 5.0, False),
         ({"other": True, "patience": 20.0}, 20.0, True),
         ({"other": True, "patience": 20.0}, 19.9, False),
         ({"other": False, "patience": 20.0}, HOUR, False),
