@@ -64,3 +64,5 @@ class DigestsWanted(BrokerMessage):
     hosts: Count
     """How many the router knows: with more of them, each publishes less often."""
     seconds: float = Field(gt=0)
+    at_once: bool = False
+    """The router knows no digests: each host publishes them soon, also without a change."""

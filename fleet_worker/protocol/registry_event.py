@@ -24,6 +24,9 @@ READINESS = "provider-readiness"
 """The model name in events about an instance itself."""
 GONE = "gone"
 """The status of an instance or a model that is not offered any more: routers forget it."""
+WHOLE_STATUS = b"{}"
+"""The question of a router for the status of a host, as it is sent to all. Hosts of version 0.1 answer whatever comes
+with their status."""
 MODEL_MISSING = "the MLX server does not have this model"
 
 _SENSITIVE = frozenset(

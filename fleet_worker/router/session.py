@@ -6,17 +6,20 @@ import contextlib
 import math
 import os
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import cast
 
 from fleet_worker.broker.app import create_app
 from fleet_worker.broker.topology import ask_exchange, direct_lane, lane, reply_name, transport_of
 from fleet_worker.errors import BrokerUnavailable, Cancelled
+from fleet_worker.protocol.registry_event import WHOLE_STATUS
 from fleet_worker.protocol.reply import Accepted, Alive, Frame
 from fleet_worker.registry.view import Registry
 from fleet_worker.router import context_length
 from fleet_worker.router.admission import Admission
 from fleet_worker.router.control_publisher import ControlPublisher
+from fleet_worker.router.digest_requests import DigestRequests
 from fleet_worker.router.effects import CancelOrphan
 from fleet_worker.router.idempotency import IdempotencyCache
 from fleet_worker.router.in_flight import InFlightRequest
@@ -35,7 +38,10 @@ SHORT = 1_000
 class Session:
     """Belongs to the process that made it. It is opened once; once it is closed it stays closed."""
 
-    def __init__(self, settings: Settings, registry: Registry) -> None:
+    def __init__(
+        self, settings: Settings, registry: Registry, receive_digest: Callable[[bytes], object] | None = None
+    ) -> None:
+        """`receive_digest` is called with each digest message of a host; with None there are none."""
         self.settings = settings.router
         self.process = os.getpid()
         self._app = create_app(settings)
@@ -54,6 +60,10 @@ class Session:
             self.receive,
             registry,
             in_flight=lambda: len(self._requests),
+            receive_digest=receive_digest,
+        )
+        self._digests = (
+            DigestRequests(registry, self.replies, self.submitter, self.scheduler) if receive_digest else None
         )
         self._requests: dict[str, InFlightRequest] = {}
         self._cache = IdempotencyCache(self.settings.idempotency_ttl)
@@ -74,11 +84,15 @@ class Session:
             raise
         self.scheduler.start()
         self._close_idle()
+        if self._digests:
+            self._digests.start()
         self.is_open = True
 
     def close(self) -> None:
         """Cancel all requests in flight, delete the reply queue, and close all connections."""
         self.is_closed = True
+        if self._digests:
+            self._digests.close()
         for request in tuple(self._requests.values()):
             request.give_up(Cancelled("the router was closed"))
         self.scheduler.close()  # after the cancels were published
@@ -164,7 +178,7 @@ class Session:
         """Ask all registry nodes for their state. Best effort."""
         # A connection that was lost is an error of the broker's client library, not always one of kombu's.
         with contextlib.suppress(Exception):
-            self.submitter.broadcast(ask_exchange(), b"{}", timeout=2.0)
+            self.submitter.broadcast(ask_exchange(), WHOLE_STATUS, timeout=2.0)
 
     def _close_idle(self) -> None:
         self.scheduler.at(time.monotonic() + IDLE_AFTER, self._close_idle)

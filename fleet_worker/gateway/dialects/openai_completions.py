@@ -12,8 +12,10 @@ from fleet_worker.gateway.dialects.openai_common import (
     HEARTBEAT,
     late_error,
     problem_body,
+    take_session,
     take_with_usage,
     usage_object,
+    user_of,
 )
 from fleet_worker.gateway.json_text import compact, quoted
 from fleet_worker.gateway.problems import Problem
@@ -44,9 +46,10 @@ def asked(body: dict[str, Any], request_id: str, created: int) -> ChatAsked:
         if body.pop(name, 1) != 1:
             raise refused(name, "send the request once for each answer")
     writer = CompletionWriter(model, request_id, created, with_usage=take_with_usage(body))
-    session = given(body, "prompt_cache_key", str)
+    given(body, "prompt_cache_key", str)
+    session = take_session(body)
     body["messages"] = [{"role": "user", "content": _prompt(body.pop("prompt", None))}]
-    return ChatAsked(model, body, stream, writer, session)
+    return ChatAsked(model, body, stream, writer, session, user_of(body))
 
 
 class CompletionWriter:
