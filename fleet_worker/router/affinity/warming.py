@@ -44,7 +44,7 @@ Outcome = Literal["answered", "failed", "not_taken"]
 _ReadyNodes = Callable[[str, Operation], Collection[str]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class WarmUp:
     """One prompt that is due on a node."""
 
@@ -53,6 +53,8 @@ class WarmUp:
     epoch: int
     seconds: float
     """Of prefill, expected."""
+    is_accepted: bool = False
+    """The node has begun it."""
 
 
 @dataclass(slots=True)
@@ -72,8 +74,8 @@ class _Round:
 class Warming:
     """Thread-safe; it sends nothing itself.
 
-    `holders` returns how many bytes of a prompt each node has cached, `ready_nodes` which nodes can do an operation with a
-    model now.
+    `holders` returns how many bytes of a prompt each node has cached; `ready_nodes`, which nodes can do an operation
+    with a model now.
     """
 
     def __init__(
@@ -141,14 +143,11 @@ class Warming:
         self._kept.forget_old(now)
         with self._lock:
             self._rests_until = {node: until for node, until in self._rests_until.items() if until > now}
-            gone = [
-                node for node, current in self._rounds.items() if current.is_over or not self._kept.has_any_of(node)
-            ]
-            for node in gone:
-                del self._rounds[node]
+            rounds = self._rounds.items()
+            self._rounds = {node: each for node, each in rounds if not each.is_over and self._kept.has_any_of(node)}
 
     def _begin(self, digest: CacheDigest, last: _Round | None, now: float) -> _Round:
-        if last and last.under_way:
+        if last and last.under_way and last.under_way.is_accepted:
             self._give_up(last.under_way, now)
         begun = _Round(digest.epoch, digest, is_over=now < self._rests_until.get(digest.node, now))
         self._rounds[digest.node] = begun
