@@ -110,6 +110,7 @@ class PromptCache:
                 decode_speed=self._decode_speed.value,
                 epoch=self._epoch,
                 held=self._shadow.held(),
+                room=self._shadow.room,
             )
 
     def troubles(self) -> tuple[CacheTrouble, ...]:

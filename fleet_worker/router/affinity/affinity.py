@@ -87,8 +87,8 @@ class Affinity:
 
     # --- What nodes tell ---
 
-    def receive(self, body: bytes) -> None:
-        """Learn what the nodes of one host hold and do; raises `Refused` if it is no such message."""
+    def receive(self, body: bytes) -> list[CacheDigest]:
+        """Learn what the nodes of one host hold and do, and return that; raises `Refused` if it is no such message."""
         try:
             message = DigestMessage.decode(body)
         except InvalidRequest:
@@ -98,6 +98,12 @@ class Affinity:
             self._sweep(now)
             for digest in message.digests:
                 self._learn(digest, message.interval, now)
+        return message.digests
+
+    def holders(self, prefixes: PromptPrefixes) -> dict[str, int]:
+        """Return for each node that holds a part of this prompt how many bytes of it."""
+        with self._lock:
+            return self._index.match(prefixes)
 
     def _learn(self, digest: CacheDigest, interval: float, now: float) -> None:
         if digest.node not in self._loads and len(self._loads) >= MOST_NODES:
