@@ -44,6 +44,8 @@ class CacheDigest(ExtensibleModel):
     the cache again for that would swap the model back."""
     held: list[PrefixId] = Field(default=[], max_length=MOST_HELD)
     """Prefixes that the cache is believed to hold."""
+    room: Count | None = None
+    """Prompts that it takes before one of those that it holds has to go; None if that is not known."""
 
 
 class DigestMessage(BrokerMessage):

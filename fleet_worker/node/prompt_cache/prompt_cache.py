@@ -113,6 +113,7 @@ class PromptCache:
                 decode_speed=self._decode_speed.value,
                 epoch=self._epoch,
                 held=self._shadow.held(),
+                room=self._shadow.room,
             )
 
     def troubles(self) -> tuple[CacheTrouble, ...]:
