@@ -186,7 +186,8 @@ class Chat:
     def _prompt(self) -> Prompt:
         """The prompt as the tokens that usage and the prompt cache count."""
         opening = mlx_lm_opening(self.body) if self.flavour.continues(self.body) else None
-        return prompt_of(self.body, opening=opening, thinks=bool(self.machine.reasoning) and not self.machine.think_tags)
+        thinks = bool(self.machine.reasoning) and not self.machine.think_tags
+        return prompt_of(self.body, opening=opening, thinks=thinks)
 
     def _keep(self) -> None:
         """Cache the prompt with as much of its answer as was generated."""
