@@ -21,6 +21,9 @@ from fleet_worker.protocol.status import CacheTrouble
 USUAL_PREFILL_SPEED = 400.0
 """Tokens per second, until it was measured: a model of 8B in 4 bits on an M4 Pro."""
 USUAL_TOKENS_PER_BYTE = 0.25
+MOST_TOKENS_PER_BYTE = 2.0
+LONGEST_PREFILL = 86_400.0
+"""Seconds. What servers say of tokens is not always sensible."""
 MEASURABLE = 256
 """Tokens that must be read for the time to tell a speed. Fewer take about as long as everything else."""
 MEASURABLE_ANSWER = 16
@@ -107,7 +110,7 @@ class PromptCache:
                 node=node,
                 slots=slots,
                 running=running,
-                prefill_left=round(self._prefills.left, 3),
+                prefill_left=round(min(LONGEST_PREFILL, self._prefills.left), 3),
                 prefill_speed=self._prefill_speed.value,
                 decode_speed=self._decode_speed.value,
                 epoch=self._epoch,
@@ -179,7 +182,8 @@ class PromptCache:
     def _compare(self, prompt: ServedPrompt, tokens: int, cached: int | None) -> None:
         """Correct the shadow by what the server had in its cache, if it tells; and find out what is wrong with that."""
         size = prompt.prefixes.size
-        per_byte = self._tokens_per_byte[prompt.model] = tokens / size
+        per_byte = tokens / size
+        self._tokens_per_byte[prompt.model] = min(MOST_TOKENS_PER_BYTE, per_byte)
         held = prompt.believed if cached is None else min(size, int(cached / per_byte))
         is_missed = 2 * held < prompt.believed
         if is_missed:
