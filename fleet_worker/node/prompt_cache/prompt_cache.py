@@ -25,8 +25,8 @@ MOST_TOKENS_PER_BYTE = 2.0
 LONGEST_PREFILL = 86_400.0
 """Seconds. What servers say of tokens is not always sensible."""
 MEASURABLE, MEASURABLE_FOR = 256, 1.0
-"""Tokens that must be read for the time to tell a speed, or seconds that fewer must take. Otherwise everything else takes
-about as long."""
+"""Tokens that must be read for the time to tell a speed, or seconds that fewer must take: otherwise everything else
+takes about as long."""
 MEASURABLE_ANSWER = 16
 """Tokens."""
 MEASURABLE_SECONDS = 0.5
