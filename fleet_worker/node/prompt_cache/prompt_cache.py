@@ -28,6 +28,8 @@ MEASURABLE = 256
 """Tokens that must be read for the time to tell a speed. Fewer take about as long as everything else."""
 MEASURABLE_ANSWER = 16
 """Tokens."""
+MEASURABLE_SECONDS = 0.5
+"""From the first token of an answer to its last. Tokens that come together tell nothing."""
 
 
 @dataclass(slots=True, eq=False)
@@ -174,7 +176,7 @@ class PromptCache:
         if read >= MEASURABLE and answer.ttft:
             self._prefill_speed.measured(read, answer.ttft, alone=prompt.read_alone)
         speed, generated = answer.tokens_per_second, usage.completion_tokens or 0
-        if speed and generated >= MEASURABLE_ANSWER:
+        if speed and generated >= max(MEASURABLE_ANSWER, MEASURABLE_SECONDS * speed):
             self._decode_speed.measured(speed, 1.0, alone=prompt.alone)
 
     def _compare(self, prompt: ServedPrompt, tokens: int, cached: int | None) -> None:
