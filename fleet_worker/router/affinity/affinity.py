@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import heapq
+import random
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from fleet_worker.broker.door import Refused
@@ -17,7 +18,7 @@ from fleet_worker.protocol.request import FleetRequest
 from fleet_worker.registry.view import Registry
 from fleet_worker.router.affinity.choose import WORTH, Candidate, Work, choose, prefill_seconds
 from fleet_worker.router.affinity.index import CacheIndex
-from fleet_worker.router.affinity.lanes import LaneNodes, Lanes
+from fleet_worker.router.affinity.lanes import LaneNodes, Lanes, SpeedClass
 from fleet_worker.router.affinity.lengths import Lengths
 from fleet_worker.router.affinity.load import NodeLoad
 from fleet_worker.router.affinity.outcome import CacheOutcome, outcome_of
@@ -71,14 +72,22 @@ class Affinity:
     `key` is that of all hashes: the same one for all routers of a fleet (`prefixes.fleet_key`).
     """
 
-    def __init__(self, registry: Registry, *, key: bytes, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        *,
+        key: bytes,
+        clock: Callable[[], float] = time.monotonic,
+        rng: random.Random | None = None,
+    ) -> None:
+        self._rng = rng or random.Random()  # noqa: S311 - no secret: it decides between equally good nodes
         self._registry = registry
         self._key = key
         self._clock = clock
         self._lock = threading.RLock()
         self._index = CacheIndex()
         self._loads: dict[str, NodeLoad] = {}
-        self._lanes = Lanes(registry, self._load_of)
+        self._lanes = Lanes(registry, self._load_of, self._rng.shuffle)
         self._lengths: dict[str, Lengths] = {}
         self._in_flight: dict[str, _InFlight] = {}
         self._next_sweep = 0.0
@@ -129,13 +138,24 @@ class Affinity:
             if not failed and not blamed and self._is_all_the_same(lane, work):
                 return Placement(None, prefixes, request.model, work.tokens)
             held = {node: size for node, size in self._index.match(prefixes).items() if node in lane.names}
+            share = work.tokens / prefixes.size if prefixes.size else 0.0
             loads = self._considered(lane, held, failed, now)
             if blamed:
-                loads = [each for each in loads if held.get(each.name, 0) < prefixes.size] or loads
-            share = work.tokens / prefixes.size if prefixes.size else 0.0
-            candidates = [_candidate(each, lane, int(share * held.get(each.name, 0)), now) for each in loads]
-            mean = share * sum(held.values()) / len(lane.loads) if lane.loads else 0.0
-            choice = choose(candidates, work, mean, must=bool(candidates and (failed or blamed)))
+                loads = [each for each in loads if held.get(each[0].name, 0) < prefixes.size] or loads
+            candidates = [
+                Candidate(
+                    load.name,
+                    load.slots,
+                    load.busy(now),
+                    load.before(now),
+                    int(share * held.get(load.name, 0)),
+                    speed.prefill_speed,
+                    speed.decode_speed,
+                )
+                for load, speed in loads
+            ]
+            mean = share * sum(held.values()) / len(lane.names) if lane.names else 0.0
+            choice = choose(candidates, work, mean, tie=self._rng.random, must=bool(candidates and (failed or blamed)))
             best = int(share * max(held.values(), default=0))
             return Placement(
                 node=choice.node,
@@ -232,23 +252,24 @@ class Affinity:
     @staticmethod
     def _is_all_the_same(lane: LaneNodes, work: Work) -> bool:
         """Return whether no choice can save anything: the prompt is short, and all nodes are equally fast."""
-        return len(lane.classes) < 2 and prefill_seconds(work.tokens, 0, lane.slowest_prefill) < WORTH
+        return not lane.classes or (
+            len(lane.classes) == 1 and prefill_seconds(work.tokens, 0, lane.classes[0].prefill_speed) < WORTH
+        )
 
     @staticmethod
-    def _considered(lane: LaneNodes, held: dict[str, int], failed: Collection[str], now: float) -> list[NodeLoad]:
+    def _considered(
+        lane: LaneNodes, held: dict[str, int], failed: Collection[str], now: float
+    ) -> list[tuple[NodeLoad, SpeedClass]]:
         """Return the holders that may be the cheapest, and the least busy of the others of each speed."""
-
-        def least_busy(loads: Iterable[NodeLoad], most: int) -> list[NodeLoad]:
-            return heapq.nsmallest(most, loads, key=lambda load: load.busy(now))
-
-        considered: list[NodeLoad] = []
-        for nodes in lane.classes:
-            usable = [load for load in nodes if load.name not in failed] if failed else nodes
+        considered = []
+        for speed in lane.classes:
             by_size: dict[int, list[NodeLoad]] = {}
-            for load in usable:
-                by_size.setdefault(held.get(load.name, 0), []).append(load)
+            for load in speed.loads:
+                if load.name not in failed:
+                    by_size.setdefault(held.get(load.name, 0), []).append(load)
             for size, loads in by_size.items():
-                considered += least_busy(loads, MOST_HOLDERS if size else LEAST_BUSY)
+                most = MOST_HOLDERS if size else LEAST_BUSY
+                considered += [(load, speed) for load in heapq.nsmallest(most, loads, key=lambda load: load.busy(now))]
         return considered
 
     def _correct(self, node: str, placement: Placement, held: int, usage: Usage, now: float) -> None:
@@ -299,15 +320,3 @@ class Affinity:
         known |= {name for name, load in self._loads.items() if (load.heard_at or 0.0) > now - FORGOTTEN_AFTER}
         self._loads = {name: load for name, load in self._loads.items() if name in known}
         self._index.sweep(known, now)
-
-
-def _candidate(load: NodeLoad, lane: LaneNodes, cached: int, now: float) -> Candidate:
-    return Candidate(
-        load.name,
-        load.slots,
-        load.busy(now),
-        load.before(now),
-        cached,
-        load.prefill_speed or lane.prefill_speed,
-        load.decode_speed or lane.decode_speed,
-    )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import random
+import itertools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from fleet_worker.protocol.request import FleetRequest
 from fleet_worker.registry.view import Registry
@@ -20,28 +21,39 @@ PREFILL_SPEED, DECODE_SPEED = 400.0, 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class LaneNodes:
-    """The ready nodes of one model and operation, in random order."""
+class SpeedClass:
+    """Nodes that are about equally fast. Smaller differences between measured speeds say more about the requests."""
 
-    at: float
     loads: tuple[NodeLoad, ...]
-    names: frozenset[str]
-    classes: tuple[tuple[NodeLoad, ...], ...]
-    """The same nodes; those of a class are about equally fast, the fastest come first."""
+    """In random order."""
     prefill_speed: float
     decode_speed: float
-    """The median speeds, for nodes that have not measured theirs."""
+    """Tokens a second: the medians of what they measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class LaneNodes:
+    """The ready nodes of one model and operation."""
+
+    at: float
+    classes: tuple[SpeedClass, ...]
+    names: frozenset[str]
+    prefill_speed: float
+    """The median of all, in tokens a second."""
 
     @property
-    def slowest_prefill(self) -> float:
-        return min((each.prefill_speed or self.prefill_speed for each in self.loads), default=self.prefill_speed)
+    def loads(self) -> Iterator[NodeLoad]:
+        return itertools.chain.from_iterable(each.loads for each in self.classes)
 
 
 class Lanes:
     """Looks up the nodes of lanes. Not thread-safe."""
 
-    def __init__(self, registry: Registry, load_of: Callable[[str], NodeLoad]) -> None:
+    def __init__(
+        self, registry: Registry, load_of: Callable[[str], NodeLoad], shuffle: Callable[[list[Any]], None]
+    ) -> None:
         self._registry = registry
+        self._shuffle = shuffle
         self._load_of = load_of
         self._known: dict[tuple[str, str], LaneNodes] = {}
 
@@ -66,36 +78,33 @@ class Lanes:
             load.tell_of_registry(offered.instance.slots, offered.instance.running, offered.instance.heard_at)
             if not load.is_silent(now):
                 loads.append(load)
-        random.shuffle(loads)
+        self._shuffle(loads)  # of equally good ones the first is taken
         prefill = _median([each.prefill_speed for each in loads], PREFILL_SPEED)
         decode = _median([each.decode_speed for each in loads], DECODE_SPEED)
-        return LaneNodes(
-            at=now,
-            loads=tuple(loads),
-            names=frozenset(each.name for each in loads),
-            classes=_by_speed(loads, prefill, decode),
-            prefill_speed=prefill,
-            decode_speed=decode,
-        )
+        names = frozenset(each.name for each in loads)
+        return LaneNodes(now, tuple(_by_speed(loads, prefill, decode)), names, prefill)
 
 
-def _median(known: list[float | None], otherwise: float) -> float:
+def _median(known: Iterable[float | None], otherwise: float) -> float:
     return statistics.median([speed for speed in known if speed] or [otherwise])
 
 
-def _by_speed(loads: list[NodeLoad], prefill: float, decode: float) -> tuple[tuple[NodeLoad, ...], ...]:
-    """Return the nodes in classes: nobody is `FASTER` times as fast as another of its class, in decode or prefill."""
-    by_decode = _classes(loads, lambda load: load.decode_speed or decode)
-    return tuple(
-        tuple(part) for each in by_decode for part in _classes(each, lambda load: load.prefill_speed or prefill)
-    )
+def _by_speed(loads: list[NodeLoad], prefill: float, decode: float) -> Iterator[SpeedClass]:
+    """Yield the nodes in classes, in none of which one is `FASTER` times as fast as another, in decode or prefill.
+    Nodes that have not measured their speeds get these."""
+    for by_decode in _classes(loads, lambda load: load.decode_speed or decode):
+        for each in _classes(by_decode, lambda load: load.prefill_speed or prefill):
+            speed = _median((load.prefill_speed for load in each), prefill)
+            yield SpeedClass(tuple(each), speed, _median((load.decode_speed for load in each), decode))
 
 
 def _classes(loads: list[NodeLoad], speed: Callable[[NodeLoad], float]) -> list[list[NodeLoad]]:
-    classes: list[list[NodeLoad]] = []
-    for load in sorted(loads, key=speed, reverse=True):
-        if classes and speed(classes[-1][0]) < FASTER * speed(load):
-            classes[-1].append(load)
-        else:
-            classes.append([load])
+    """Return the nodes in classes, the fastest first, and in a class in the order in which they were given."""
+    limits: list[float] = []
+    for each in sorted(map(speed, loads), reverse=True):
+        if not limits or each * FASTER <= limits[-1]:
+            limits.append(each)
+    classes: list[list[NodeLoad]] = [[] for _ in limits]
+    for load in loads:
+        classes[sum(speed(load) <= limit for limit in limits[1:])].append(load)
     return classes
