@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fleet_worker.protocol.request import FleetRequest
 from fleet_worker.registry.view import Registry
-from fleet_worker.router.affinity.choose import FASTER
+from fleet_worker.router.affinity.choose import FASTER, WORTH, Candidate, Work, prefill_seconds
 from fleet_worker.router.affinity.load import NodeLoad
 
 FACTS_FOR = 0.25
 """Seconds for which the nodes of a lane are not looked up again: with a thousand of them it takes some milliseconds."""
 MOST_LANES = 1_000
+SILENT_AFTER = 5.0
+"""Seconds without a digest after which a node that ran something is not chosen: its host may be gone."""
+LEAST_BUSY = 3
+"""Nodes that are considered of those which hold nothing of a prompt."""
+MOST_HOLDERS = 32
+"""Nodes that are considered of those which hold equally much of it."""
 PREFILL_SPEED, DECODE_SPEED = 400.0, 30.0
 """Tokens a second while no node has measured any."""
 
@@ -30,6 +37,10 @@ class SpeedClass:
     decode_speed: float
     """Tokens a second: the medians of what they measured."""
 
+    def candidate(self, load: NodeLoad, cached: int, now: float) -> Candidate:
+        busy, before = load.busy(now), load.before(now)
+        return Candidate(load.name, load.slots, busy, before, cached, self.prefill_speed, self.decode_speed)
+
 
 @dataclass(frozen=True, slots=True)
 class LaneNodes:
@@ -38,12 +49,31 @@ class LaneNodes:
     at: float
     classes: tuple[SpeedClass, ...]
     names: frozenset[str]
-    prefill_speed: float
-    """The median of all, in tokens a second."""
 
     @property
     def loads(self) -> Iterator[NodeLoad]:
         return itertools.chain.from_iterable(each.loads for each in self.classes)
+
+    def is_even_for(self, work: Work) -> bool:
+        """Return whether no choice saves anything: the prompt is short, and all nodes are about equally fast."""
+        if len(self.classes) != 1:
+            return not self.classes
+        return prefill_seconds(work.tokens, 0, self.classes[0].prefill_speed) < WORTH
+
+    def candidates(self, cached: Mapping[str, int], without: Collection[str], now: float) -> list[Candidate]:
+        """Return the nodes that may be the cheapest: of those that are equally fast, and have equally many tokens of a
+        prompt cached, the least busy ones."""
+        candidates = []
+        for speed in self.classes:
+            by_cached: dict[int, list[NodeLoad]] = {}
+            for load in speed.loads:
+                if load.name not in without:
+                    by_cached.setdefault(cached.get(load.name, 0), []).append(load)
+            for tokens, loads in by_cached.items():
+                most = MOST_HOLDERS if tokens else LEAST_BUSY
+                least_busy = heapq.nsmallest(most, loads, key=lambda load: load.busy(now))
+                candidates += [speed.candidate(load, tokens, now) for load in least_busy]
+        return candidates
 
 
 class Lanes:
@@ -66,23 +96,18 @@ class Lanes:
             lane = self._known[key] = self._looked_up(*key, now)
         return lane
 
-    def prefill_speed_of(self, model: str) -> float:
-        """Return the median speed of the nodes that serve a model, as it was looked up last."""
-        speeds = (lane.prefill_speed for (name, _), lane in self._known.items() if name == model)
-        return next(speeds, PREFILL_SPEED)
-
     def _looked_up(self, model: str, operation: str, now: float) -> LaneNodes:
         loads = []
         for offered in self._registry.offerings(model=model, capability=operation, ready=True):
             load = self._load_of(offered.node)
             load.tell_of_registry(offered.instance.slots, offered.instance.running, offered.instance.heard_at)
-            if not load.is_silent(now):
+            if not (load.is_running and load.is_silent(now, SILENT_AFTER)):
                 loads.append(load)
         self._shuffle(loads)  # of equally good ones the first is taken
         prefill = _median([each.prefill_speed for each in loads], PREFILL_SPEED)
         decode = _median([each.decode_speed for each in loads], DECODE_SPEED)
         names = frozenset(each.name for each in loads)
-        return LaneNodes(now, tuple(_by_speed(loads, prefill, decode)), names, prefill)
+        return LaneNodes(now, tuple(_by_speed(loads, prefill, decode)), names)
 
 
 def _median(known: Iterable[float | None], otherwise: float) -> float:

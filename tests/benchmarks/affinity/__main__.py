@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import statistics
 
-from tests.benchmarks.affinity.figures import POLICIES, Figures, simulate
+from tests.benchmarks.affinity.figures import POLICIES, PRODUCT, Figures, simulate
 from tests.benchmarks.affinity.workloads import WORKLOADS
 
 HEAD = f"{'policy':10} {'p50':>7} {'p95':>7} {'mean':>7} {'cached':>7} {'Jain':>6} {'moved':>6} {'answered':>9}"
@@ -41,15 +41,14 @@ def _row(policy: str, found: list[Figures]) -> str:
 
 
 def _compare(found: dict[str, list[Figures]]) -> None:
-    """Print the product's mean against that of the others, seed by seed: the median ratio, and the worst."""
-    product = found.get("product", [])
+    """Print the product's times divided by those of the others, seed by seed: the medians, and the worst mean."""
+    product = found.get(PRODUCT, [])
     for policy in found:
-        if policy != "product" and product:
-            ratios = [ours.mean / other.mean for ours, other in zip(product, found[policy], strict=True)]
-            p95 = [ours.p95 / other.p95 for ours, other in zip(product, found[policy], strict=True)]
-            print(
-                f"product / {policy}: {statistics.median(ratios):.2f} (worst {max(ratios):.2f}); p95 {statistics.median(p95):.2f}"
-            )
+        if policy != PRODUCT and product:
+            pairs = list(zip(product, found[policy], strict=True))
+            means = [ours.mean / other.mean for ours, other in pairs]
+            p95 = statistics.median(ours.p95 / other.p95 for ours, other in pairs)
+            print(f"product / {policy}: mean {statistics.median(means):.2f} (worst {max(means):.2f}), p95 {p95:.2f}")
 
 
 if __name__ == "__main__":

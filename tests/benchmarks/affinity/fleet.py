@@ -292,7 +292,7 @@ class Fleet:
             self._at(request.ended + request.session.turns[following].pause, self._ask, request.session, following)
 
     def _tell_later(self, mini: Mini) -> None:
-        """Tell all routers what it has: on a change, and not more often than digests are sent."""
+        """Tell all routers what it has: on a change, and every `DIGEST_EVERY` while it runs something."""
         if not mini.tells:
             mini.tells = True
             self._at(max(self.now + 0.02, mini.told_at + DIGEST_EVERY), self._tell, mini)
@@ -301,3 +301,5 @@ class Fleet:
         mini.tells, mini.told_at = False, self.now
         for policy in self._policies:
             policy.told(mini)
+        if mini.running:
+            self._tell_later(mini)
