@@ -37,6 +37,8 @@ class ServerProfile:
     it begins a new turn whatever it is told."""
     health_waits_for: frozenset[str] = frozenset({"/v1/chat/completions", "/v1/embeddings"})
     """The requests of which one blocks `/health`, and all streams, until it has its first content."""
+    forgets_on_swap: bool = False
+    """Its prompt cache belongs to the model that it has loaded. (mlx_lm.server keeps that of each model.)"""
 
     @property
     def fields(self) -> frozenset[str]:
@@ -63,7 +65,7 @@ PROFILES: dict[str, ServerProfile] = {
             continues_by="partial",
             health_waits_for=frozenset(),
         ),
-        ServerProfile(kind="omni", length_shortfall=1, continues_by="always"),
+        ServerProfile(kind="omni", length_shortfall=1, continues_by="always", forgets_on_swap=True),
         ServerProfile(
             kind="rapid_mlx",
             base64_vectors=True,
@@ -73,6 +75,7 @@ PROFILES: dict[str, ServerProfile] = {
         ServerProfile(
             kind="mlx_vlm",
             constants={"context_management": []},
+            forgets_on_swap=True,
             health_waits_for=frozenset({"/v1/embeddings"}),
         ),
         ServerProfile(kind="openai", sends_done=False, base64_vectors=True),

@@ -40,9 +40,12 @@ class CacheDigest(ExtensibleModel):
     decode_speed: Measured | None = None
     """Of a stream that runs alone."""
     epoch: int = Field(default=0, ge=0, lt=2**63)
-    """Grows whenever the cache was emptied: the server was restarted, or its model swapped."""
+    """Grows whenever the server was restarted, which has emptied the cache. Not when it loads another model: to warm
+    the cache again for that would swap the model back."""
     held: list[PrefixId] = Field(default=[], max_length=MOST_HELD)
     """Prefixes that the cache is believed to hold."""
+    room: Count | None = None
+    """Prompts that it takes before one of those that it holds has to go; None if that is not known."""
 
 
 class DigestMessage(BrokerMessage):
