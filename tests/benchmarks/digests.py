@@ -6,20 +6,16 @@ import heapq
 import random
 import secrets
 import time
-from collections.abc import Callable
 from multiprocessing.connection import Connection as Pipe
 from typing import Any
 
 from kombu import Connection, Consumer, Producer
 
-from fleet_worker import Settings
+from fleet_worker import Router, Settings
 from fleet_worker.broker.topology import ask_queue, digest_exchange, transport_of
 from fleet_worker.protocol.cache_digest import CacheDigest, DigestMessage, DigestsWanted
-from fleet_worker.protocol.registry_event import WHOLE_STATUS
 from fleet_worker.registry.digests import DigestPace
-from fleet_worker.registry.view import Registry
 from fleet_worker.router.affinity.affinity import Affinity
-from fleet_worker.router.session import Session
 from tests.benchmarks.registry import drain
 
 __all__ = ["busy_hosts", "listening_router"]
@@ -36,8 +32,8 @@ def busy_hosts(pipe: Pipe, broker_url: str, hosts: int) -> None:
     due: list[tuple[float, int]] = []
 
     def answer(message: Any) -> None:
-        if message.body != WHOLE_STATUS:
-            wanted = DigestsWanted.decode(message.body)
+        if "seconds" in message.payload:
+            wanted = DigestsWanted.model_validate(message.payload)
             for host in played:
                 host.pace.extend(wanted)
             due[:] = sorted((time.monotonic() + host.due_in(), number) for number, host in enumerate(played))
@@ -87,26 +83,20 @@ def _id() -> str:
 def listening_router(pipe: Pipe, broker_url: str, hosts: int, affinity: bool) -> None:
     """Connect a router, say when it knows all hosts, and tell when it is asked how many digests it has received so far,
     and how many seconds they took it beyond what reading from the broker did."""
-    settings = Settings(broker_url=broker_url)
-    registry = Registry()
-    received = _Timed(Affinity(registry, key=b"of the benchmark").receive)
-    session = Session(settings, registry, received if affinity else None)
-    session.open(30)
-    while len(registry.instances()) < hosts or (affinity and not received.count):
-        time.sleep(0.05)
-    pipe.send("knows all")
-    while pipe.recv():
-        pipe.send((received.count, received.seconds))
-    session.close()
+    count, taken, receive = 0, 0.0, Affinity.receive
 
+    def timed(self: Affinity, body: bytes) -> None:
+        nonlocal count, taken
+        began = time.thread_time()
+        receive(self, body)
+        taken += time.thread_time() - began
+        count += 1
 
-class _Timed:
-    def __init__(self, receive: Callable[[bytes], object]) -> None:
-        self._receive = receive
-        self.count, self.seconds = 0, 0.0
-
-    def __call__(self, body: bytes) -> None:
-        began = time.perf_counter()
-        self._receive(body)
-        self.seconds += time.perf_counter() - began
-        self.count += 1
+    Affinity.receive = timed  # type: ignore[method-assign]
+    router_settings: Any = {"affinity": affinity}
+    with Router(Settings(broker_url=broker_url, router=router_settings)) as router:
+        while len(router.registry.instances()) < hosts or (affinity and not count):
+            time.sleep(0.05)
+        pipe.send("knows all")
+        while pipe.recv():
+            pipe.send((count, taken))
