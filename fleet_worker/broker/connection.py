@@ -100,6 +100,13 @@ def check_alive(connection: Connection, channel: Any) -> None:
         channel.subclient.check_health()  # send PING if nothing was read for `health_check_interval` seconds
 
 
+def close_idle(channel: Any) -> None:
+    """Close the socket on which this channel sends commands to Redis: for one that only receives messages of fanouts,
+    and seldom sends something. It is opened again for the next command."""
+    if isinstance(channel, RedisChannel):
+        channel.pool.disconnect()
+
+
 def hang_up(connection: Connection) -> None:
     """Close a connection that failed, within a second or two: the broker may not answer any more."""
     bound_open_broker_sockets(connection, CLOSE_WITHIN)

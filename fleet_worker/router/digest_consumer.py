@@ -10,7 +10,7 @@ from typing import Any
 
 from kombu import Connection, Consumer, Producer
 
-from fleet_worker.broker.connection import check_alive, open_channel, receive_all
+from fleet_worker.broker.connection import check_alive, close_idle, open_channel, receive_all
 from fleet_worker.broker.control_listener import PING_EVERY
 from fleet_worker.broker.door import Refused
 from fleet_worker.broker.reconnecting import ReconnectingThread
@@ -112,9 +112,11 @@ class DigestConsumer:
         Consumer(channel, [digest_queue(self._transport)], on_message=self._take, no_ack=True).consume()
         receive_all(connection, 0.01)  # only now kombu's Redis transport subscribes
         self._requests.connected()
+        close_idle(channel)
         while not self._thread.closed.is_set():
             if wanted := self._requests.next():
                 publish(Producer(channel), ask_exchange(), wanted.encode())
+                close_idle(channel)
             receive_all(connection, 0.5)
             check_alive(connection, channel)
             self._thread.works()

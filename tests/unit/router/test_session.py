@@ -52,9 +52,9 @@ def reply_queues(valkey):
     return list(valkey.scan_iter("*llm.fleet.reply.*"))
 
 
-@pytest.mark.parametrize(("affinity", "held"), [(True, 5), (False, 3)])
+@pytest.mark.parametrize(("affinity", "held"), [(True, 4), (False, 3)])
 def test_an_idle_session_holds_few_connections(valkey, broker_url, quickly_idle, affinity, held):
-    """Two of them for digests of prompt caches."""
+    """One of them for digests of prompt caches."""
     with Router(Settings(broker_url=broker_url, router={"affinity": affinity})) as router:
         router.registry.require_offered = lambda *_: None
         until(lambda: connections(valkey) == held, 5)
