@@ -15,7 +15,7 @@ from fleet_worker.protocol.registry_event import WHOLE_STATUS
 from fleet_worker.testing import SimulatedMLX, running_host
 from tests.mlx_clients import HELLO
 
-pytestmark = pytest.mark.both_brokers
+pytestmark = pytest.mark.rest
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_without_a_router_that_wants_them_there_are_no_digests(broker, host):
 
 def test_a_router_hears_within_two_seconds_what_a_node_has_cached(broker, host):
     with subscribed(broker, digest_queue) as digests, a_router(broker, affinity=True) as router:
-        router.connect()
+        assert router.registry.models() == ["m"]
         assert digests(10, enough=bool), "it has just connected"
         router.chat("m", HELLO, max_tokens=2, timeout=20)
         began = time.monotonic()
