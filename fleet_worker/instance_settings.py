@@ -138,6 +138,9 @@ class Instance(Group):
     """How much it does at the same time."""
     fleet: OptIn = OptIn()
     """Whether it is served, and with what capabilities."""
+    prompt_cache_size: int = Field(10, ge=0, le=1_000)
+    """Number of prompts that the server keeps in its cache, as mlx_lm.server is told by `--prompt-cache-size`.
+    0 if it has none. Routers prefer a node whose server should have the beginning of a prompt."""
     clocks: ServerTimeouts = ServerTimeouts()
     """Timeouts of its requests, in seconds."""
     models: dict[str, Model] = {}

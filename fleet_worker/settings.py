@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import platformdirs
-from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -78,6 +78,12 @@ class RouterSettings(Group):
     """Seconds after which the broker deletes the reply queue of a router that has gone."""
     max_buffered: int = Field(20_000, ge=1)
     """Number of deltas of one stream that may wait for its reader. Beyond it the stream fails."""
+    affinity: bool = True
+    """Send a request to the node whose server has its beginning in the prompt cache, unless that costs more."""
+    affinity_secret: SecretStr | None = Field(None, min_length=8)
+    """Key of the hashes that stand for prompts, the same for all routers. Default: made from the broker's password."""
+    warm_memory: int = Field(64 * 1024 * 1024, ge=0)
+    """Bytes of recent prompts that a router keeps, to run them again on a server that lost its cache; 0 for none."""
 
     @model_validator(mode="after")
     def _bounded(self) -> RouterSettings:

@@ -20,6 +20,8 @@ from fleet_worker.broker.topology import (
     ask_queue,
     cancel_exchange,
     cancel_queue,
+    digest_exchange,
+    digest_queue,
     lane_queue,
     registry_exchange,
     registry_queue,
@@ -62,6 +64,8 @@ def rehearse(channel: Any, transport: Transport) -> Iterator[Step]:
     yield "receive registry events", partial(on.subscribe, registry_queue(transport))
     yield "receive questions of routers", partial(on.subscribe, ask_queue(transport))
     yield "ask for the status of hosts", partial(on.announce, ask_exchange(), b"{}")
+    yield "receive digests of prompt caches", partial(on.subscribe, digest_queue(transport))
+    yield "publish digests of prompt caches", partial(on.announce, digest_exchange(), b"{}")
     yield "cancel a request", partial(on.announce, cancel_exchange(), ControlMessage().encode())
     yield "forget a router that has ended", partial(presence.leave, channel, reply.name)
     yield "delete a reply queue", reply.delete

@@ -133,13 +133,23 @@ def registry_queue(transport: Transport) -> Queue:
 
 
 def ask_exchange() -> Exchange:
-    """Return the exchange on which a router asks all registry nodes for the status of their hosts."""
+    """Return the exchange on which a router asks all registry nodes for the status of their hosts, or for digests."""
     return Exchange("llm.registry.ask", type="fanout", durable=True, delivery_mode="transient")
 
 
 def ask_queue(transport: Transport) -> Queue:
     """Return a new subscription of one registry node."""
     return _subscription("llm.registry.ask", ask_exchange(), "", transport)
+
+
+def digest_exchange() -> Exchange:
+    """Return the exchange on which registry nodes publish the digests of prompt caches."""
+    return Exchange("llm.registry.digest", type="fanout", durable=True, delivery_mode="transient")
+
+
+def digest_queue(transport: Transport) -> Queue:
+    """Return a new subscription of one router."""
+    return _subscription("llm.registry.digest", digest_exchange(), "", transport)
 
 
 def cancel_exchange() -> Exchange:

@@ -33,7 +33,7 @@ from fleet_worker.gateway.http.request import BodyMemory, ClientLeft, Receive, R
 from fleet_worker.gateway.http.response import Response, Send
 from fleet_worker.gateway.known_fleet import KnownFleet
 from fleet_worker.gateway.lookups import Lookups
-from fleet_worker.gateway.options import router_options, tags
+from fleet_worker.gateway.options import prompt_options, router_options, tags
 from fleet_worker.gateway.problems import Problem, Refused, only, refuse
 from fleet_worker.gateway.records import Records, shown
 from fleet_worker.gateway.running import Running
@@ -124,6 +124,8 @@ class Gateway:
             asked = dialect.asked(body, request.id, int(time.time()))
             facts.model_asked = asked.model[: models.LONGEST_NAME]
             options = router_options(request, key, self._default_max_wait)
+            if isinstance(asked, ChatAsked):
+                options |= prompt_options(asked, request, key)
             names = models.require(self.fleet.known(), key, asked.model, capability(asked))
             exchange = Exchange(self._router, response, facts, options, heartbeat=self._settings.heartbeat)
             async with while_client_stays(request):

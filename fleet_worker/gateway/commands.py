@@ -57,8 +57,8 @@ def new_key(name: str) -> None:
     click.echo(
         "fleet-worker: the table belongs in the file that gateway.keys names (chmod 600).\n"
         "A gateway that runs reads it again at SIGHUP. What it may have besides: models,\n"
-        "aliases, fallbacks, rpm, tpm, max_parallel, budget_per_day, expires and others,\n"
-        "which the gateway's manual lists.",
+        "aliases, fallbacks, rpm, tpm, max_parallel, budget_per_day, expires, cache_scope,\n"
+        "keep_warm and others, which the gateway's manual lists.",
         err=True,
     )
 

@@ -36,6 +36,8 @@ class Facts:
     """From the arrival of the request to the first delta."""
     usage: Usage = field(default_factory=Usage)
     """As the server counted. If the answer has no end: about how many tokens were delivered."""
+    cache: str | None = None
+    """Whether the prompt met its cache: hit, miss, cold or moved. None if the router did not look for one."""
     prompt_estimate: int = 0
     """Tokens of the prompt, before anybody has counted them."""
     limits: Sequence[Header] = ()
@@ -76,6 +78,7 @@ class Facts:
         self.node, self.attempts = response.node, len(response.attempts)
         self.queue_wait, self.usage = response.timings.queue_wait, response.usage
         self.resumed = any(attempt.delivered for attempt in response.attempts[:-1])
+        self.cache = response.cache if isinstance(response, ChatResponse) else None
 
     def headers(self) -> list[Header]:
         """What was asked, what answers, and what is left."""
@@ -85,6 +88,7 @@ class Facts:
             "x-fleet-node": self.node,
             "x-fleet-attempts": self.attempts or None,
             "x-fleet-resumed": str(self.resumed).lower() if self.attempts else None,
+            "x-fleet-cache": self.cache,
             "server-timing": self._timing() or None,
         }
         own = [(name.encode(), _printable(str(value))) for name, value in fields.items() if value is not None]
@@ -99,6 +103,8 @@ class Facts:
             "attempts": self.attempts or None,
             "in": self.prompt_tokens or None,
             "out": self.completion_tokens or None,
+            "cached": self.usage.cached_tokens or None,
+            "cache": self.cache,
             "wait": _rounded(self.queue_wait),
             "ttft": _rounded(self.ttft),
             "total": _rounded(self.duration),
@@ -123,6 +129,7 @@ class Facts:
             prompt_tokens=self.prompt_tokens,
             completion_tokens=self.completion_tokens,
             cached_tokens=self.usage.cached_tokens or 0,
+            cache=self.cache,
             queue_wait=self.queue_wait,
             ttft=self.ttft,
             duration=self.duration,

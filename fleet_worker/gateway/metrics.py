@@ -1,6 +1,7 @@
 """Prometheus metrics of a gateway, by the name of the key: what it has served since it started.
 
-Labels are names of keys, operations, statuses and codes of errors, never anything of a request.
+Labels are names of keys, models that have answered, operations, statuses, outcomes and codes of errors, never anything
+of a request.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ NOBODY = ""
 """The label of requests whose key is not known."""
 MOST_CODES = 60
 """Codes of errors that are told apart: some come from nodes."""
+MOST_MODELS = 100
+"""Models that are told apart."""
 OTHER = "other"
 _CODE = re.compile(r"[a-z_]{1,40}")
 
@@ -35,12 +38,19 @@ class Metrics:
         self._registry = to = CollectorRegistry(auto_describe=False, support_collectors_without_names=True)
         to.register(_Sampled(dropped, are_shared))
         self._codes: set[str] = set()
+        self._models: set[str] = set()
         text = "Requests by the status of their answers."
         self._requests = Counter("fleet_gateway_requests", text, ["key", "operation", "status"], registry=to)
         text = "Requests without a whole answer."
         self._errors = Counter("fleet_gateway_errors", text, ["key", "code"], registry=to)
         text = "Tokens of prompts and of answers."
         self._tokens = Counter("fleet_gateway_tokens", text, ["key", "kind"], registry=to)
+        text = "Requests by whether their prompt met its cache."
+        self._cache = Counter("fleet_gateway_cache", text, ["key", "outcome"], registry=to)
+        text = "Tokens of prompts to servers that tell how many of them were cached."
+        self._prompt_tokens = Counter("fleet_gateway_prompt_tokens", text, ["key", "model"], registry=to)
+        text = "Those of them that the servers had in their caches."
+        self._cached_tokens = Counter("fleet_gateway_cached_tokens", text, ["key", "model"], registry=to)
         text, buckets = "Seconds from the arrival of a request to its first token.", BOUNDS["ttft_seconds"]
         self._ttft = Histogram("fleet_gateway_ttft_seconds", text, ["key"], registry=to, buckets=buckets)
         text, buckets = "Seconds until a node took the request.", BOUNDS["queue_wait_seconds"]
@@ -62,6 +72,12 @@ class Metrics:
         for kind, tokens in (("prompt", facts.prompt_tokens), ("completion", facts.completion_tokens)):
             if tokens:
                 self._tokens.labels(key, kind).inc(tokens)
+        if facts.cache:
+            self._cache.labels(key, facts.cache).inc()
+        if (cached := facts.usage.cached_tokens) is not None:
+            labels = (key, self._model(facts.model))
+            self._prompt_tokens.labels(*labels).inc(facts.prompt_tokens)
+            self._cached_tokens.labels(*labels).inc(min(max(cached, 0), facts.prompt_tokens))
         for histogram, seconds in ((self._ttft, facts.ttft), (self._queue_wait, facts.queue_wait)):
             if seconds is not None:
                 histogram.labels(key).observe(seconds)
@@ -70,6 +86,12 @@ class Metrics:
         """Return all metrics in the format that a client accepts, and its content type."""
         encode, media_type = choose_encoder(accepts)
         return encode(self._registry), media_type
+
+    def _model(self, model: str | None) -> str:
+        if not model or (model not in self._models and len(self._models) >= MOST_MODELS):
+            return OTHER
+        self._models.add(model)
+        return model
 
     def _code(self, code: str) -> str:
         if not _CODE.fullmatch(code) or (code not in self._codes and len(self._codes) >= MOST_CODES):

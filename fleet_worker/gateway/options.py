@@ -1,4 +1,5 @@
-"""The router's options of a request: from its headers, as far as the caller's key allows."""
+"""The router's options of a request: from its headers, and what its body says of its conversation, as far as the key of
+the caller allows."""
 
 from __future__ import annotations
 
@@ -9,8 +10,10 @@ from typing import cast, get_args
 
 from fleet_worker.errors import InvalidRequest
 from fleet_worker.gateway.accounts.key import Key
+from fleet_worker.gateway.dialects.dialect import ChatAsked
 from fleet_worker.gateway.http.request import Request
 from fleet_worker.gateway.problems import refuse
+from fleet_worker.gateway.session_key import session_key
 from fleet_worker.protocol.request import Priority
 from fleet_worker.router.options import RequestOptions
 
@@ -42,6 +45,22 @@ def router_options(request: Request, key: Key, default_max_wait: float | None) -
         options["max_wait"] = max_wait
     if idempotency_key := headers.get("idempotency-key"):
         options["idempotency_key"] = _of_this_key(idempotency_key, key)
+    return options
+
+
+def prompt_options(asked: ChatAsked, request: Request, key: Key) -> RequestOptions:
+    """Return what the router is told of a prompt: whose conversation it belongs to, and what its key says about caches.
+
+    Raises:
+        InvalidRequest: a header has no such value.
+    """
+    options = RequestOptions()
+    if session := session_key(asked, request.headers, key):
+        options["session"] = session
+    if key.cache_scope:
+        options["cache_scope"] = key.name
+    if not key.keep_warm:
+        options["keep_warm"] = False
     return options
 
 

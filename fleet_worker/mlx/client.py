@@ -10,7 +10,7 @@ from __future__ import annotations
 import ssl
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
@@ -98,11 +98,19 @@ class MLXClient:
         self._http.close()
 
     def chat(
-        self, params: ChatParams, offering: Offering, *, deadline: float, cancel_token: CancelToken | None = None
+        self,
+        params: ChatParams,
+        offering: Offering,
+        *,
+        deadline: float,
+        cancel_token: CancelToken | None = None,
+        first_content: Callable[[], object] = lambda: None,
     ) -> ChatAnswer:
-        """Return the complete answer. The server streams it nevertheless: only a stream can be cancelled."""
+        """Return the complete answer. The server streams it nevertheless: only a stream can be cancelled.
+
+        `first_content` is called when the server has read the prompt."""
         body = chat_body(params, offering, self._profile)
-        with self._open_stream(body, self._timer(deadline, cancel_token), splitter=None) as stream:
+        with self._open_stream(body, self._timer(deadline, cancel_token, first_content), splitter=None) as stream:
             inside = offering.settings.starts_in_reasoning
             return read_whole(stream, Rules.of(params), starts_in_reasoning=inside)
 
@@ -114,10 +122,12 @@ class MLXClient:
         *,
         deadline: float,
         cancel_token: CancelToken | None = None,
+        first_content: Callable[[], object] = lambda: None,
         resume: Resume | None = None,
     ) -> Iterator[AnswerStream]:
         """Open a stream: iterate over it, then call its `answer()`. Leaving the block ends the generation.
 
+        `first_content` is called when the server has read the prompt, perhaps more than once if it resumes an answer.
         With `resume`, the stream contains only what follows the text that was delivered before.
 
         Raises:
@@ -129,7 +139,8 @@ class MLXClient:
         def open_stream(body: dict[str, Any], from_start: bool) -> AbstractContextManager[ServerStream]:
             # An answer that is continued in its visible text has finished its reasoning.
             splitter = ReasoningSplitter(starts_inside=from_start and offering.settings.starts_in_reasoning)
-            return self._open_stream(body, self._timer(deadline, cancel_token), splitter, from_start=from_start)
+            timer = self._timer(deadline, cancel_token, first_content)
+            return self._open_stream(body, timer, splitter, from_start=from_start)
 
         if resume and (resume.content or resume.reasoning):
             strategies = resume_strategies(params, offering, self._profile, resume)
@@ -251,8 +262,13 @@ class MLXClient:
                 return False
         return True
 
-    def _timer(self, deadline: float, cancel_token: CancelToken | None = None) -> RequestTimer:
-        return RequestTimer(self._timeouts, self._instance.clocks, deadline, cancel_token)
+    def _timer(
+        self,
+        deadline: float,
+        cancel_token: CancelToken | None = None,
+        first_content: Callable[[], object] = lambda: None,
+    ) -> RequestTimer:
+        return RequestTimer(self._timeouts, self._instance.clocks, deadline, cancel_token, first_content)
 
     @contextmanager
     def _response(

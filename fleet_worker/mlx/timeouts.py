@@ -177,8 +177,14 @@ class RequestTimer:
     """The timeouts, the deadline and the cancellation of one request. Times are time.monotonic() seconds."""
 
     def __init__(
-        self, thread: TimeoutThread, timeouts: ServerTimeouts, deadline: float, cancel_token: CancelToken | None = None
+        self,
+        thread: TimeoutThread,
+        timeouts: ServerTimeouts,
+        deadline: float,
+        cancel_token: CancelToken | None = None,
+        first_content: Callable[[], object] = lambda: None,
     ) -> None:
+        """`first_content` is called once, when content has arrived."""
         self.started = time.monotonic()
         self.connect_seconds = min(timeouts.connect, deadline - self.started)
         """Seconds that connecting may take, all tries together."""
@@ -188,6 +194,7 @@ class RequestTimer:
         self._gap = timeouts.gap
         self._deadline = deadline
         self._has_content = False
+        self._first_content = first_content
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -210,7 +217,9 @@ class RequestTimer:
         """Note that content has arrived, and return the time. Until `restart_gap` only the deadline counts: the reader
         may be busy with the content."""
         now = self._thread.last_content = time.monotonic()
-        self._has_content = True
+        if not self._has_content:
+            self._has_content = True
+            self._first_content()
         self.guard.awaits = None
         self.guard.limit = self._deadline
         return now

@@ -16,6 +16,7 @@ from fleet_worker.broker.door import NOT_JSON, Refused, read_json
 from fleet_worker.broker.faults import BROKER_ERRORS, place_of
 from fleet_worker.broker.outage import Outage
 from fleet_worker.errors import InvalidRequest
+from fleet_worker.protocol.prompt_prefixes import HEADER
 from fleet_worker.protocol.request import Address
 
 log = logging.getLogger(__name__)
@@ -140,7 +141,8 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
 
 
 def _make_task(message: Message, ours: frozenset[str]) -> None:
-    """Replace everything that Celery reads of a message: its id and its arguments follow from the envelope alone.
+    """Replace everything that Celery reads of a message: its id and its arguments follow from the envelope alone, and
+    from the header of its prefixes, which is the second argument if it is there.
 
     So no sender decides about time limits, an ETA, callbacks or other tasks to call, and none needs to be trusted.
 
@@ -162,6 +164,8 @@ def _make_task(message: Message, ours: frozenset[str]) -> None:
             task_id = Address.of(envelope).request_id
         except (ValueError, InvalidRequest):
             raise Refused(NO_ADDRESS) from None
+        if HEADER in message.headers:
+            args = [envelope, message.headers[HEADER]]
     message.headers = {"id": task_id, "root_id": task_id, "task": task, "retries": 0, "ignore_result": True}
     message.properties = {"correlation_id": task_id, "priority": message.properties.get("priority")}
     message.content = args, {}, None

@@ -42,19 +42,23 @@ class HealthMonitor:
         running: RunningAttempts,
         settings: WorkerSettings,
         changed: Callable[[], None],
+        restarted: Callable[[], None] = lambda: None,
     ) -> None:
+        """`restarted` is called when a server has come back that was away: what it had in memory is gone."""
         self._mlx = mlx
         self._readiness = readiness
         self._models = models
         self._running = running
         self._settings = settings
         self._changed = changed
+        self._restarted = restarted
         self._next_canary = 0.0
         self._had_canary = False
         self._doubted_models: set[str] = set()
         self._in_doubt_since: float | None = None
         self._next_models = time.monotonic() + settings.models_interval
-        self._was_away = False
+        self._refused_at: float | None = None
+        """When the server last took no connection; None since it did."""
         self._wake = threading.Event()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="fleet-health", daemon=True)
@@ -119,14 +123,14 @@ class HealthMonitor:
         except FleetError:
             self._readiness.connection_refused()
             self._mlx.unreachable.set()
-            self._was_away = True
+            self._refused_at = time.monotonic()
         else:
             self._mlx.unreachable.clear()
             self._readiness.health_answered(ready)
             if ready and not self._settings.canary:
                 self._readiness.canary_ended(None)
-            if self._was_away:
-                self._expect_a_new_server()
+            if self._refused_at is not None:
+                self._expect_a_new_server(self._refused_at)
         self._readiness.content_received(self._mlx.last_content)
         self._readiness.busy_since(self._running.busy_since)
 
@@ -140,10 +144,13 @@ class HealthMonitor:
             time.sleep(CONFIRM_AFTER)
             return self._mlx.health(timeout=self._settings.probe_timeout).ready
 
-    def _expect_a_new_server(self) -> None:
-        """Read the models again: it may be another server now."""
-        self._was_away, self._next_models = False, 0.0
+    def _expect_a_new_server(self, refused_at: float) -> None:
+        """Read the models again: it may be another server now. It is the same if it has sent content meanwhile: it was
+        only too busy for new connections."""
+        self._refused_at, self._next_models = None, 0.0
         self._models.forget_missing()
+        if self._mlx.last_content < refused_at:
+            self._restarted()
 
     def _settle_doubt(self) -> None:
         """Let a canary decide, while requests go on. If the server is too busy for it, the next check sends another."""

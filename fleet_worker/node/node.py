@@ -17,11 +17,13 @@ from fleet_worker.broker.app import door_of
 from fleet_worker.broker.topology import direct_lane, lane, old_lane, transport_of
 from fleet_worker.errors import FleetError, InstanceUnavailable, ModelNotServed, Overloaded, ProviderError
 from fleet_worker.mlx.offering import Offering
+from fleet_worker.mlx.profiles import PROFILES
 from fleet_worker.mlx.timeouts import CancelToken
 from fleet_worker.node.confirmations import Confirmations
 from fleet_worker.node.health_monitor import HealthMonitor
 from fleet_worker.node.lane_consumer import LaneConsumer
 from fleet_worker.node.offered_models import OfferedModels
+from fleet_worker.node.prompt_cache.prompt_cache import PromptCache
 from fleet_worker.node.readiness import Readiness, State
 from fleet_worker.node.reply_publisher import ReplyPublisher
 from fleet_worker.node.router_clocks import RouterClocks
@@ -58,6 +60,10 @@ class Node:
         self.mlx = server.client
         self.models = OfferedModels(settings, self.instance, server.kind, server.models)
         self.running = RunningAttempts()
+        self.prompt_cache = PromptCache(
+            settings.instances[self.instance].prompt_cache_size,
+            forgets_on_swap=PROFILES[server.kind].forgets_on_swap,
+        )
         self.counters = Counters()
         self.door = door_of(app)
         self.router_clocks = RouterClocks()
@@ -82,7 +88,13 @@ class Node:
         """Held while the lanes follow, so that the last of two updates sees the newest facts."""
         self._readiness = Readiness(stall_after=settings.worker.stall_after)
         self._monitor = HealthMonitor(
-            self.mlx, self._readiness, self.models, self.running, settings.worker, self._update_lanes
+            self.mlx,
+            self._readiness,
+            self.models,
+            self.running,
+            settings.worker,
+            self._update_lanes,
+            restarted=self.prompt_cache.clear,
         )
         self._status_client = StatusClient(socket_path(settings.state_dir, self._host), self._report)
         self._tokens_reported = (time.monotonic(), 0)
@@ -236,6 +248,9 @@ class Node:
                 tokens_per_second=self._tokens_per_second(),
                 last_token_age=round(time.monotonic() - last, 3) if last else None,
                 lanes=tuple(sorted(self.lanes)),
+                prompt_tokens=self.counters.prompt_tokens,
+                cached_tokens=self.counters.cached_tokens,
+                cache_troubles=self.prompt_cache.troubles(),
             ),
             models=tuple(
                 model_status(each, state.status if name in available else "unavailable")
@@ -243,6 +258,7 @@ class Node:
             ),
             reply_lag=self.publisher.take_lag(),
             counters={**self.counters.report(), "dropped": self.door.dropped},
+            prompt_cache=self.prompt_cache.digest(self.name, slots=self.slots, running=len(self.running)),
         )
 
     def _tokens_per_second(self) -> float:

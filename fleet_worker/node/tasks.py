@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,14 +23,17 @@ from fleet_worker.errors import (
     ProviderError,
     where,
 )
+from fleet_worker.mlx.chat_stream import ChatAnswer
 from fleet_worker.mlx.offering import Offering, offering_for
 from fleet_worker.mlx.parameters import dropped_parameters
 from fleet_worker.mlx.timeouts import CancelToken
 from fleet_worker.node.node import Node
+from fleet_worker.node.prompt_cache.prompt_cache import ServedPrompt
 from fleet_worker.node.reply_writer import ReplyWriter
 from fleet_worker.node.router_presence import not_listening
 from fleet_worker.protocol import clock
 from fleet_worker.protocol.openai import ChatParams, EmbedParams
+from fleet_worker.protocol.prompt_prefixes import PromptPrefixes
 from fleet_worker.protocol.reply import ChatResponse, EmbedResponse, Timings
 from fleet_worker.protocol.request import Address, FleetRequest
 
@@ -53,31 +56,50 @@ def register_tasks(app: Celery, node: Node) -> None:
         app.task(**options)(_task(node, run))
 
 
-def _task(node: Node, run: Callable[[Work, Any], None]) -> Callable[[Any], None]:
-    def task(envelope: Any) -> None:
+def _task(node: Node, run: Callable[[Work, Any, PromptPrefixes], None]) -> Callable[..., None]:
+    def task(envelope: Any, prefixes: Any = None) -> None:
         with _accepted(node, envelope, run.__name__) as work:
             if work:
-                run(work, work.request.params)
+                run(work, work.request.params, _decoded(prefixes))
 
     return task
 
 
-def chat(work: Work, params: ChatParams) -> None:
-    answer = work.node.mlx.chat(params, work.offering, **work.limits)
+def _decoded(prefixes: Any) -> PromptPrefixes:
+    """Return what the router tells about the prompt: nothing if it is of an older version, or sends nonsense."""
+    try:
+        return PromptPrefixes.decode(prefixes)
+    except InvalidRequest:
+        return PromptPrefixes()
+
+
+def chat(work: Work, params: ChatParams, prefixes: PromptPrefixes) -> None:
+    with work.serving(prefixes) as prompt:
+        answer = work.node.mlx.chat(params, work.offering, first_content=prompt.first_token, **work.limits)
+        prompt.answered(answer)
     work.node.counters.generated(answer.usage.completion_tokens or 0)
+    _respond(work, params, answer)
+
+
+def stream_chat(work: Work, params: ChatParams, prefixes: PromptPrefixes) -> None:
+    mlx = work.node.mlx
+    with work.serving(prefixes) as prompt:
+        options = {"resume": work.request.resume, "first_content": prompt.first_token, **work.limits}
+        with mlx.stream_chat(params, work.offering, **options) as stream:
+            for deltas in stream:
+                work.node.counters.generated(len(deltas))
+                work.reply.put(deltas, stream.tokens)
+        answer = stream.answer()
+        prompt.answered(answer)
+    _respond(work, params, answer)
+
+
+def _respond(work: Work, params: ChatParams, answer: ChatAnswer) -> None:
+    work.node.counters.prompt(work.offering.model, answer.usage.prompt_tokens, answer.usage.cached_tokens)
     work.respond(ChatResponse, metadata=work.metadata(params), **asdict(answer))
 
 
-def stream_chat(work: Work, params: ChatParams) -> None:
-    mlx, resume = work.node.mlx, work.request.resume
-    with mlx.stream_chat(params, work.offering, resume=resume, **work.limits) as stream:
-        for deltas in stream:
-            work.node.counters.generated(len(deltas))
-            work.reply.put(deltas, stream.tokens)
-    work.respond(ChatResponse, metadata=work.metadata(params), **asdict(stream.answer()))
-
-
-def embed(work: Work, params: EmbedParams) -> None:
+def embed(work: Work, params: EmbedParams, _: PromptPrefixes) -> None:
     _check_dimensions(params.dimensions, work.offering.settings.dimensions)
     vectors = work.node.mlx.embed(params.input, work.offering, **work.limits)
     _check_reply_size(sum(map(len, vectors.data)), work.node.settings.max_body_bytes + REPLY_SPARE_BYTES)
@@ -136,6 +158,11 @@ class Work:
     @property
     def limits(self) -> dict[str, Any]:
         return {"deadline": self.deadline, "cancel_token": self.cancel_token}
+
+    def serving(self, prefixes: PromptPrefixes) -> AbstractContextManager[ServedPrompt]:
+        """Let the node know what its server has to read, and when it has, for as long as the block lasts."""
+        model, backend = self.offering.model, self.offering.backend
+        return self.node.prompt_cache.serving(self.request.request_id, model, prefixes, backend=backend)
 
     def metadata(self, params: ChatParams) -> dict[str, Any]:
         """Return what is to be said about the request: which parameters had no influence."""

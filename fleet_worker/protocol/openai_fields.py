@@ -37,7 +37,8 @@ _NO_EFFECT = {
     "verbosity",
 }
 """Dropped, whatever their value: they say how OpenAI stores, bills or hurries an answer, how long it is likely to be,
-and what its stream ends with (here always with the usage). `top_a` is a field of other servers, near to `top_p`."""
+and what its stream ends with (here always with the usage). What names the conversation, `prompt_cache_key`, is read by
+routers and gateways before. `top_a` is a field of other servers, near to `top_p`."""
 _FORMAT = "use response_format"
 _OF_OPERATOR = "whoever operates the server decides it: leave it out"
 _NO_EFFECT_IF: dict[str, tuple[tuple[Any, ...], str]] = {

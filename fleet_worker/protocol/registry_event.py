@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Iterator
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -24,6 +25,9 @@ READINESS = "provider-readiness"
 """The model name in events about an instance itself."""
 GONE = "gone"
 """The status of an instance or a model that is not offered any more: routers forget it."""
+WHOLE_STATUS = b"{}"
+"""The question of a router for the status of a host, as it is sent to all. Hosts of version 0.1 answer whatever comes
+with their status."""
 MODEL_MISSING = "the MLX server does not have this model"
 
 _SENSITIVE = frozenset(
@@ -38,7 +42,8 @@ _SENSITIVE_ENDS = ("_key", "_secret", "_token", "_password")
 
 class RegistryEvent(ExtensibleModel):
     """`offering` is what is offered; `health` is `{ready, status, checked, error?}`; `capacity` has `slots`, `running`,
-    `tokens_per_second`, `last_token_age` and `status_age` (seconds); `lane` lists the lanes that the node consumes.
+    `tokens_per_second`, `last_token_age` and `status_age` (seconds), and what is known about the prompt cache; `lane`
+    lists the lanes that the node consumes.
     """
 
     event_id: str
@@ -88,6 +93,7 @@ class RegistryEvent(ExtensibleModel):
             runtime |= {"server": instance.server, "pid": instance.pid}
             capacity["tokens_per_second"] = instance.tokens_per_second
             capacity["last_token_age"] = instance.last_token_age
+            capacity |= _of_cache(instance)
         return cls.of(
             "offering_heartbeat" if status == known else _TYPES.get(status, "offering_unavailable"),
             offering=_offering(instance, model),
@@ -143,6 +149,14 @@ class Announcement(BrokerMessage):
 
 _INSTANCE, _MODEL = TypeAdapter(InstanceStatus), TypeAdapter(ModelStatus)
 _TYPES: dict[str, EventType] = {"available": "offering_available", "degraded": "offering_degraded"}
+
+
+def _of_cache(instance: InstanceStatus) -> dict[str, Any]:
+    """What is known about the prompt cache. Nodes of older versions, and servers that tell nothing, have less."""
+    counts = {"prompt_tokens": instance.prompt_tokens, "cached_tokens": instance.cached_tokens}
+    troubles = [asdict(each) for each in instance.cache_troubles]
+    known = {name: count for name, count in counts.items() if count is not None}
+    return {**known, "cache_troubles": troubles} if troubles else known
 
 
 def _offering(instance: InstanceStatus, model: ModelStatus | None) -> dict[str, Any]:

@@ -19,6 +19,12 @@ from fleet_worker.protocol.wire import PROTOCOL_VERSION, BrokerMessage, Extensib
 MOST_FRAMES = 20_000
 """Frames of one message that a router reads. Nodes send fewer."""
 MOST_TOKENS = 2**53
+CacheOutcome = Literal["hit", "miss", "cold", "moved"]
+"""What became of a prompt whose beginning a server may have in its prompt cache:
+
+hit: the server had at least half of what the warmest one was believed to have. miss: it was believed to have that, and
+had not. moved: the warmest was another one, which was too busy, gone or failed. cold: none was believed to have any.
+"""
 
 
 class Usage(ExtensibleModel):
@@ -132,6 +138,8 @@ class ChatResponse(_Response):
     finish_reason: str
     stop_string: str | None = Field(None, repr=False)
     """The one of the request that ended it; None if the server cut it off itself, or none did."""
+    cache: CacheOutcome | None = None
+    """Filled in by the router; None if the server does not say what it had, or with `router.affinity = false`."""
     metadata: dict[str, Any] = Field(default={})
     """`dropped_parameters`: names of those that had no influence, since this kind of server does not know them."""
 

@@ -15,10 +15,28 @@ SHOWN = 1_000
 Name = Annotated[str, Field(max_length=255)]
 Reason = Annotated[str, AfterValidator(lambda text: text[:SHOWN])]
 Count = Annotated[int, Field(ge=0, le=1_000_000)]
+Total = Annotated[int, Field(ge=0, le=2**53)]
 Measured = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+MOST_TROUBLES = 10
 
 Status = Literal["starting", "available", "degraded", "unavailable", "drained"]
 STATUSES: tuple[Status, ...] = get_args(Status)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheTrouble:
+    """Why the prompt cache of a server helps less than it could: what `fleet-worker doctor` explains."""
+
+    kind: Name
+    """`changing`: prompts begin differently in each turn of a conversation. `unused`: nothing of what should be cached
+    was. `small`: a larger cache would have held it. A newer node may know more kinds."""
+    model: Name = ""
+    """Of the last request that showed it."""
+    count: Count = 0
+    of: Count = 0
+    """How many requests showed it, of those that could."""
+    request_id: Name = ""
+    """The last one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +67,11 @@ class InstanceStatus:
     """Since it delivered a token, when it was reported; None if it has delivered none yet."""
     lanes: tuple[Name, ...] = ()
     """The lanes that its node consumes now."""
+    prompt_tokens: Total | None = None
+    """Of all chats that its node has answered; None from an older version."""
+    cached_tokens: Total | None = None
+    """How many of these the server had in its prompt cache; None if it does not tell."""
+    cache_troubles: Annotated[tuple[CacheTrouble, ...], Field(max_length=MOST_TROUBLES)] = ()
     status_age: float | None = field(default=None, compare=False)
     """Since it has this status, when it was reported; None from an older version."""
     clock_ahead: float | None = field(default=None, compare=False)
@@ -59,6 +82,13 @@ class InstanceStatus:
     @property
     def ready(self) -> bool:
         return self.status == "available"
+
+    @property
+    def cached_share(self) -> float | None:
+        """How much of all prompts came from the cache, from 0 to 1; None if that is not known."""
+        if self.cached_tokens is None or not self.prompt_tokens:
+            return None
+        return min(1.0, self.cached_tokens / self.prompt_tokens)
 
     @property
     def free(self) -> int:

@@ -24,6 +24,8 @@ class Counters:
         self._sums = dict.fromkeys(BOUNDS, 0.0)
         self._requests: Counter[str] = Counter()
         self._errors: Counter[str] = Counter()
+        self._prompt_tokens: Counter[str] = Counter()
+        self._cached_tokens: Counter[str] = Counter()
         self.tokens = 0
         """Generated tokens in total."""
 
@@ -40,15 +42,38 @@ class Counters:
         with self._lock:
             self.tokens += tokens
 
+    def prompt(self, model: str, tokens: int | None, cached: int | None) -> None:
+        """Count the prompt of a chat, as far as the server tells its tokens, and which of them it had cached."""
+        with self._lock:
+            self._prompt_tokens[model] += tokens or 0
+            if cached is not None:
+                self._cached_tokens[model] += cached
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of all prompts in total."""
+        with self._lock:
+            return self._prompt_tokens.total()
+
+    @property
+    def cached_tokens(self) -> int | None:
+        """Of these, what servers had cached; None if no answer has told yet."""
+        with self._lock:
+            return self._cached_tokens.total() if self._cached_tokens else None
+
     def error(self, code: str) -> None:
         with self._lock:
             self._errors[code] += 1
 
     def report(self) -> dict[str, Any]:
-        """Return `{tokens, requests: {operation: n}, errors: {code: n}, histograms: {name: {buckets: [n], sum}}}`."""
+        """Return `{tokens, prompt_tokens: {model: n}, cached_tokens: {model: n}, requests: {operation: n},
+        errors: {code: n}, histograms: {name: {buckets: [n], sum}}}`. `cached_tokens` has the models whose servers tell.
+        """
         with self._lock:
             return {
                 "tokens": self.tokens,
+                "prompt_tokens": dict(self._prompt_tokens),
+                "cached_tokens": dict(self._cached_tokens),
                 "requests": dict(self._requests),
                 "errors": dict(self._errors),
                 "histograms": {

@@ -22,9 +22,18 @@ from fleet_worker.broker.queue_depth import waiting
 from fleet_worker.broker.topology import ask_queue, direct_lane, lane_queue, transport_of
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.mlx.offering import offerings_of
-from fleet_worker.protocol.registry_event import GONE, READINESS, Announcement, EventType, RegistryEvent
+from fleet_worker.protocol.cache_digest import CacheDigest
+from fleet_worker.protocol.registry_event import (
+    GONE,
+    READINESS,
+    WHOLE_STATUS,
+    Announcement,
+    EventType,
+    RegistryEvent,
+)
 from fleet_worker.protocol.status import InstanceStatus, ModelStatus
 from fleet_worker.registry.beat import Jittered, QuietScheduler
+from fleet_worker.registry.digests import DigestPublisher
 from fleet_worker.registry.publisher import RegistryPublisher
 from fleet_worker.registry.status_socket import NodeReport, StatusServer, model_status, socket_path
 from fleet_worker.settings import REGISTRY, Instance, Settings
@@ -68,19 +77,23 @@ class RegistryNode:
         self._publisher = RegistryPublisher(
             app.connection_for_write, self._transport, self._announcements, self._on_first_round
         )
-        self.status_server = StatusServer(socket_path(settings.state_dir, host), self._publish_all)
+        self._digest_publisher = DigestPublisher(self._publisher.publish_digest, host, self._digests)
+        self.status_server = StatusServer(
+            socket_path(settings.state_dir, host), self._publish_all, self._digest_publisher.changed
+        )
         self._metrics = None if settings.registry.metrics_port is None else self._serve(settings.registry.metrics_port)
         self._schedule()
 
     @property
     def subscription(self) -> Subscription:
-        """A new router asks all hosts for their status."""
-        return ask_queue, lambda _: self._publish_all()
+        """A new router asks all hosts for their status; each router that wants digests says so now and then."""
+        return ask_queue, self._answer
 
     def start(self) -> None:
         """Start the beat in a thread: a beat process would survive a killed worker, and its successor add a second."""
         beat = Service(self._app, max_interval=1, scheduler_cls=QuietScheduler)
         threading.Thread(target=beat.start, name="fleet-beat", daemon=True).start()
+        self._digest_publisher.start()
         self._publish_all()
         if self._metrics:
             log.info("%s serves metrics at %s", self.name, self._metrics.url)
@@ -98,6 +111,7 @@ class RegistryNode:
         self._ending = True
         self.status_server.close()
         self._publish_all()
+        self._digest_publisher.close()
         self._publisher.close(timeout)
         if self._metrics:
             self._metrics.close()
@@ -138,10 +152,23 @@ class RegistryNode:
             @self._app.task(name=task, ignore_result=True, shared=False)  # type: ignore[untyped-decorator]
             def publish(kind: str = kind) -> None:
                 self._publisher.publish(kind)
+                if kind == "readiness":
+                    self._digest_publisher.beat()
 
         self._app.conf.update(task_queues=[queue], worker_concurrency=1, beat_schedule=beats)
 
     # --- What it publishes ---
+
+    def _answer(self, message: Any) -> None:
+        """Raises `Refused`."""
+        if message.body == WHOLE_STATUS:
+            self._publish_all()
+        else:
+            self._digest_publisher.receive(message.body)
+
+    def _digests(self) -> list[CacheDigest]:
+        reports = self.status_server.reports().values()
+        return [report.prompt_cache for report in reports if report.prompt_cache]
 
     def _publish_all(self) -> None:
         self._publisher.publish(*KINDS)

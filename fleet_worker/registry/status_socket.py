@@ -15,12 +15,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.mlx.offering import Offering
+from fleet_worker.protocol.cache_digest import CacheDigest
 from fleet_worker.protocol.status import InstanceStatus, ModelStatus
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,15 @@ LONGEST_PATH = 100
 """Bytes of a Unix socket's path: macOS allows 104, Linux 108."""
 
 
+def _none_if_invalid(value: Any, validate: ValidatorFunctionWrapHandler) -> CacheDigest | None:
+    """Whether a node is ready counts, also if another version cannot use its digest."""
+    try:
+        digest: CacheDigest | None = validate(value)
+    except ValidationError:
+        return None
+    return digest
+
+
 @dataclass(frozen=True, slots=True)
 class NodeReport:
     """What one inference node reports; `counters` is `Counters.report()`. Fields of newer versions are ignored."""
@@ -42,6 +52,8 @@ class NodeReport:
     reply_lag: float
     """The longest time in seconds that a frame waited for the broker since the last report."""
     counters: dict[str, Any]
+    prompt_cache: Annotated[CacheDigest | None, WrapValidator(_none_if_invalid)] = None
+    """None from an older node, and until the prompt cache of its server is known."""
 
 
 _JSON = TypeAdapter(NodeReport)
@@ -124,15 +136,18 @@ class StatusClient:
 
 class StatusServer:
     """The registry node's end: keeps the last report of every connected node, and calls `changed` for a new node, a
-    lost one, and another status, reason, set of lanes or models.
+    lost one, and another status, reason, set of lanes or models; and `digest_changed` for another digest.
 
     Raises:
         ConfigurationError: another registry node of this host listens already, or the socket cannot be created.
     """
 
-    def __init__(self, path: Path, changed: Callable[[], None]) -> None:
+    def __init__(
+        self, path: Path, changed: Callable[[], None], digest_changed: Callable[[], None] = lambda: None
+    ) -> None:
         self._path = path
         self._changed = changed
+        self._digest_changed = digest_changed
         self._lock = threading.Lock()
         self._reports: dict[socket.socket, NodeReport] = {}
         self._closed = False
@@ -177,6 +192,7 @@ class StatusServer:
             with self._lock:
                 self._reports.pop(connection, None)
             self._changed()
+            self._digest_changed()
 
     def _receive(self, connection: socket.socket, report: NodeReport) -> None:
         with self._lock:
@@ -184,6 +200,8 @@ class StatusServer:
             self._reports[connection] = report
         if before is None or _published_at_once(before) != _published_at_once(report):
             self._changed()
+        if before is None or before.prompt_cache != report.prompt_cache:
+            self._digest_changed()
 
 
 def _published_at_once(report: NodeReport) -> tuple[Any, ...]:

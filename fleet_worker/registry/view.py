@@ -57,6 +57,8 @@ class Registry:
         self._asked_at = clock()
         self._heard_at: float | None = None
         self._next_sweep = 0.0
+        self.hosts = 0
+        """How many are known, as of a second ago at most: it costs nothing to ask."""
         self._memory = MemoryBound(most_bytes)
         self._was_full = False
 
@@ -236,6 +238,7 @@ class Registry:
             return
         self._next_sweep = now + SWEEP_EVERY
         self._instances = {key: each for key, each in self._instances.items() if each.expires_at > now}
+        self.hosts = len({host for host, _ in self._instances})
         for name, known in list(self._models.items()):
             self._models[name] = {key: each for key, each in known.items() if each.expires_at > now}
             if not self._models[name]:

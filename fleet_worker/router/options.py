@@ -28,6 +28,9 @@ class RequestOptions(TypedDict, total=False):
     request_id: str | None
     idempotency_key: str | None
     on_interrupt: OnInterrupt
+    session: str | None
+    cache_scope: str | None
+    keep_warm: bool
 
 
 class ChatTemplateOptions(TypedDict, total=False):

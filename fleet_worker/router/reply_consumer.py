@@ -19,6 +19,7 @@ from fleet_worker.broker.reconnecting import ReconnectingThread
 from fleet_worker.broker.topology import ask_exchange, cancel_exchange, registry_queue, reply_queue, transport_of
 from fleet_worker.errors import BrokerUnavailable, Cancelled, InvalidRequest, where
 from fleet_worker.protocol import clock
+from fleet_worker.protocol.registry_event import WHOLE_STATUS
 from fleet_worker.protocol.reply import Frame, Reply
 from fleet_worker.protocol.request import ControlMessage
 from fleet_worker.protocol.wire import PROTOCOL_VERSION
@@ -188,7 +189,7 @@ class ReplyConsumer:
         lost connection ask the nodes for their latest frames: what was on its way, or waited in a queue that was
         deleted, is gone."""
         self._registry.note_asked()
-        publish(Producer(channel), ask_exchange(), b"{}")
+        publish(Producer(channel), ask_exchange(), WHOLE_STATUS)
         if self._link.worked.is_set():
             notice = ControlMessage(missed=self.name, router=self.name, sent_at=clock.now())
             publish(Producer(channel), cancel_exchange(), notice.encode())

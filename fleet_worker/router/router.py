@@ -52,6 +52,9 @@ class Router:
       with `QueueTimeout`, if no node has been ready for longer. Default `router.max_wait`: no limit.
     - `priority`: "critical", "high", "normal" (the default) or "low".
     - `instance`: only instances of that name; default "any". `node`: only that node, as in "local@mini-7".
+    - `session`: a name of the conversation, as `prompt_cache_key` of a body is: its requests go to one node while that
+      is no worse. `cache_scope`: only prompts of the same scope count as equal. `keep_warm`: with False the router does
+      not keep the prompt, to run it again on a server that lost its cache.
     - `caller`, `message_context`, `trace_context`: JSON objects that travel with the request.
     - `request_id`: a name for the request, up to 128 visible ASCII characters: logs and Flower show it, followed by a
       dot and what makes it unique.

@@ -11,18 +11,26 @@ from typing import cast
 
 from fleet_worker.broker.app import create_app
 from fleet_worker.broker.topology import ask_exchange, direct_lane, lane, reply_name, transport_of
-from fleet_worker.errors import BrokerUnavailable, Cancelled
+from fleet_worker.errors import BrokerUnavailable, Cancelled, FleetSaturated
+from fleet_worker.protocol.prompt_prefixes import PromptPrefixes
+from fleet_worker.protocol.registry_event import WHOLE_STATUS
 from fleet_worker.protocol.reply import Accepted, Alive, Frame
+from fleet_worker.protocol.request import FleetRequest
 from fleet_worker.registry.view import Registry
 from fleet_worker.router import context_length
 from fleet_worker.router.admission import Admission
+from fleet_worker.router.affinity.affinity import Affinity
+from fleet_worker.router.affinity.prefixes import fleet_key
 from fleet_worker.router.control_publisher import ControlPublisher
+from fleet_worker.router.digest_consumer import DigestConsumer
 from fleet_worker.router.effects import CancelOrphan
 from fleet_worker.router.idempotency import IdempotencyCache
 from fleet_worker.router.in_flight import InFlightRequest
 from fleet_worker.router.node_selection import NodeSelection
+from fleet_worker.router.queue_wait import Place
 from fleet_worker.router.reply_buffer import ReplyBuffer
 from fleet_worker.router.reply_consumer import ReplyConsumer
+from fleet_worker.router.route import Route
 from fleet_worker.router.scheduler import Scheduler
 from fleet_worker.router.submission import Submission
 from fleet_worker.router.submitter import IDLE_AFTER, Submitter
@@ -40,7 +48,8 @@ class Session:
         self.process = os.getpid()
         self._app = create_app(settings)
         self._registry = registry
-        self.nodes = NodeSelection(registry)
+        self._affinity = _affinity(settings, registry)
+        self.nodes = NodeSelection(registry, self._affinity)
         self.scheduler = Scheduler()
         transport = transport_of(settings.broker_url)
         self.submitter = Submitter(self._app, transport)
@@ -54,6 +63,9 @@ class Session:
             self.receive,
             registry,
             in_flight=lambda: len(self._requests),
+        )
+        self._digests = self._affinity and DigestConsumer(
+            self._app.connection_for_read, transport, registry, self._affinity.receive
         )
         self._requests: dict[str, InFlightRequest] = {}
         self._cache = IdempotencyCache(self.settings.idempotency_ttl)
@@ -74,11 +86,15 @@ class Session:
             raise
         self.scheduler.start()
         self._close_idle()
+        if self._digests:
+            self._digests.start()
         self.is_open = True
 
     def close(self) -> None:
         """Cancel all requests in flight, delete the reply queue, and close all connections."""
         self.is_closed = True
+        if self._digests:
+            self._digests.close()
         for request in tuple(self._requests.values()):
             request.give_up(Cancelled("the router was closed"))
         self.scheduler.close()  # after the cancels were published
@@ -118,14 +134,9 @@ class Session:
         self._require_possible(asked)
         left = deadline - time.monotonic()
         request = request.addressed_to(self.replies.name, left)
-        started = InFlightRequest(request, node, self, on_interrupt=on_interrupt, queue_timeout=asked.queue_timeout)
-        started.place = self.admission.admit(
-            started.lane,
-            request.priority,
-            max_wait=asked.max_wait,
-            # It is kept for as long as the lane is known: without the request, and its prompt.
-            count_slots=partial(self.nodes.slots, request.model, request.operation, request.provider_instance, node),
-        )
+        route = Route(request, node, self.nodes, self._prefixes(asked))
+        started = InFlightRequest(request, route, self, on_interrupt=on_interrupt, queue_timeout=asked.queue_timeout)
+        started.place = self._admit(request, route, asked.max_wait)
         buffer = cast(ReplyBuffer, started.join(left))  # it cannot have failed yet
         if has_key and (joined := self._cache.add(started, node, on_interrupt)):
             started.place.ended(time.monotonic())
@@ -135,6 +146,28 @@ class Session:
             started.give_up(Cancelled("the router was closed"))
         started.submit(patience)
         return started, buffer
+
+    def _prefixes(self, asked: Submission) -> PromptPrefixes | None:
+        """Return the ids of the beginnings of its prompt; None for what has none."""
+        if self._affinity is None or asked.request.operation == "embed":
+            return None
+        return self._affinity.prefixes(asked.request, asked.cache.session, asked.cache.scope)
+
+    def _admit(self, request: FleetRequest, route: Route, max_wait: float | None) -> Place:
+        """Count a request in its lane; in the shared one if the direct lane of the chosen node is too full or slow."""
+        try:
+            return self._admit_to(request, route, max_wait)
+        except FleetSaturated:
+            if not route.leave():
+                raise
+        route.choose(request)
+        return self._admit_to(request, route, max_wait)
+
+    def _admit_to(self, request: FleetRequest, route: Route, max_wait: float | None) -> Place:
+        fits = request.model, request.operation, request.provider_instance, route.node
+        # The function is kept for as long as the lane is known: without the request, and its prompt.
+        slots = partial(self.nodes.slots, *fits)
+        return self.admission.admit(route.lane(request), request.priority, max_wait=max_wait, count_slots=slots)
 
     def _require_possible(self, asked: Submission) -> None:
         """Raise why no node can do what this asks for, or none is expected soon enough."""
@@ -164,8 +197,15 @@ class Session:
         """Ask all registry nodes for their state. Best effort."""
         # A connection that was lost is an error of the broker's client library, not always one of kombu's.
         with contextlib.suppress(Exception):
-            self.submitter.broadcast(ask_exchange(), b"{}", timeout=2.0)
+            self.submitter.broadcast(ask_exchange(), WHOLE_STATUS, timeout=2.0)
 
     def _close_idle(self) -> None:
         self.scheduler.at(time.monotonic() + IDLE_AFTER, self._close_idle)
         self.submitter.close_idle()
+
+
+def _affinity(settings: Settings, registry: Registry) -> Affinity | None:
+    if not settings.router.affinity:
+        return None
+    secret = settings.router.affinity_secret
+    return Affinity(registry, key=fleet_key(secret.get_secret_value() if secret else None, settings.broker_url))

@@ -20,7 +20,21 @@ from fleet_worker.settings import Settings
 
 LONGEST_OWN_ID = 128
 """Characters of the id that a caller gives a request."""
+LONGEST_SESSION = 1_000
+"""Characters of the name of a session or of a cache scope."""
 OPTIONS = frozenset(RequestOptions.__optional_keys__)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheUse:
+    """What a caller says about the prompt cache of the servers."""
+
+    session: str | None = None
+    """A name of the conversation: its requests go to one node while that is no worse."""
+    scope: str | None = None
+    """Only prompts of the same scope count as equal."""
+    keep_warm: bool = True
+    """The router may keep the prompt, to run it again on a server that lost its cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +47,7 @@ class Submission:
     on_interrupt: OnInterrupt
     queue_timeout: float
     max_wait: float | None = None
+    cache: CacheUse = CacheUse()
 
     @classmethod
     def of(
@@ -51,6 +66,7 @@ class Submission:
         """
         own = {name: value for name, value in options.items() if name in OPTIONS}
         params = {**arguments, **{name: value for name, value in options.items() if name not in OPTIONS}}
+        own.setdefault("session", _session_of(params if body is None else body))
         if body is not None:
             model, params = _read_body(operation, model, params, body)
         return cls._checked(settings, operation, model, params, **own)
@@ -72,6 +88,9 @@ class Submission:
         request_id: str | None = None,
         idempotency_key: str | None = None,
         on_interrupt: OnInterrupt = "resume",
+        session: str | None = None,
+        cache_scope: str | None = None,
+        keep_warm: bool = True,
         caller: dict[str, Any] | None = None,
         message_context: dict[str, Any] | None = None,
         trace_context: dict[str, Any] | None = None,
@@ -99,7 +118,8 @@ class Submission:
             trace_context=trace_context or {},
         )
         request.check_size(settings.max_body_bytes)
-        return cls(request, node, on_interrupt, queue_timeout, max_wait)
+        cache = CacheUse(_name("session", session), _name("cache_scope", cache_scope), keep_warm)
+        return cls(request, node, on_interrupt, queue_timeout, max_wait, cache)
 
 
 def _request(*, timeout_seconds: float, **fields: Any) -> FleetRequest:
@@ -117,6 +137,18 @@ def _ids(request_id: str | None, idempotency_key: str | None) -> dict[str, str]:
         "correlation_id": request_id or own_id,
         "idempotency_key": idempotency_key or own_id,
     }
+
+
+def _session_of(body: Mapping[str, Any]) -> str | None:
+    """Return the name that an OpenAI client gives the conversation. One that is too long counts as none."""
+    name = body.get("prompt_cache_key") if isinstance(body, Mapping) else None
+    return name if isinstance(name, str) and 0 < len(name) <= LONGEST_SESSION else None
+
+
+def _name(option: str, asked: str | None) -> str | None:
+    if asked is not None and not (isinstance(asked, str) and 0 < len(asked) <= LONGEST_SESSION):
+        raise InvalidRequest(f"{option}: must be a text of 1 to {LONGEST_SESSION:,} characters", param=option)
+    return asked
 
 
 def _unique_id(asked: str | None) -> str:

@@ -80,6 +80,10 @@ class Key(Group):
     """Tokens in a month of UTC."""
     expires: Annotated[datetime, BeforeValidator(_as_moment)] | None = None
     """When it ends: a date, at 0:00 UTC, or a date and a time."""
+    cache_scope: bool = False
+    """Whether prompts of other keys are no reason to expect its own to be cached, and its own none for theirs."""
+    keep_warm: bool = True
+    """Whether routers may keep its last prompts in memory, to have a server read them again that lost its cache."""
     may_set_timeout: bool = True
     """Whether a request may set its time limits."""
     may_choose_node: bool = False

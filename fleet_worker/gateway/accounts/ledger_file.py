@@ -48,7 +48,8 @@ CREATE TABLE IF NOT EXISTS requests (
     ttft REAL,
     duration REAL NOT NULL,
     status INTEGER NOT NULL,
-    error TEXT
+    error TEXT,
+    cache TEXT
 );
 CREATE INDEX IF NOT EXISTS requests_by_time ON requests (at);
 CREATE INDEX IF NOT EXISTS requests_by_key ON requests (key, at);
@@ -86,10 +87,14 @@ class Row:
     """Of HTTP; 499 if the client left before the answer began."""
     error: str | None = None
     """The code of the error."""
+    cache: str | None = None
+    """Whether the prompt met its cache: hit, miss, cold or moved. None if the router did not look for one."""
 
 
 COLUMNS = tuple(field.name for field in fields(Row))
 _INSERT = f"INSERT INTO requests ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"  # noqa: S608
+_ADDED = {"cache"}
+"""Columns that were not in the first version of the table, all of them texts that may be NULL."""
 
 
 class LedgerFile:
@@ -184,10 +189,18 @@ def _prepare(db: sqlite3.Connection) -> str:
     db.execute("PRAGMA synchronous = NORMAL")
     with db:
         db.executescript(_TABLES)
+        _add_columns(db)
         db.execute(f"PRAGMA user_version = {SCHEMA}")
         db.execute("INSERT INTO gateway SELECT ? WHERE NOT EXISTS (SELECT 1 FROM gateway)", (uuid.uuid4().hex,))
     with closing(db.execute("SELECT id FROM gateway")) as found:
         return str(found.fetchone()[0])
+
+
+def _add_columns(db: sqlite3.Connection) -> None:
+    """Add the columns that a file of an older version lacks. That version still reads and writes the file."""
+    there = {name for _, name, *_ in db.execute("PRAGMA table_info(requests)")}
+    for name in _ADDED - there:
+        db.execute(f"ALTER TABLE requests ADD COLUMN {name} TEXT")
 
 
 def _check_version(db: sqlite3.Connection) -> None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
 
 from fleet_worker.gateway.dialects import anthropic_tools
@@ -16,6 +18,9 @@ from fleet_worker.gateway.json_text import compact
 from fleet_worker.gateway.problems import Problem
 from fleet_worker.gateway.token_counts import estimated_tokens
 
+LONGEST_USER = 1000
+"""Characters of the id of a user that is searched for a session: that of Claude Code has about 200."""
+
 
 def asked(body: dict[str, Any], request_id: str, created: int) -> ChatAsked:
     given = read(MessagesRequest, body, WAYS_OUT)
@@ -28,8 +33,8 @@ def asked(body: dict[str, Any], request_id: str, created: int) -> ChatAsked:
         input_tokens=estimated_tokens(wanted) if given.stream else 0,
         thinking=_shown(given),
     )
-    session = given.metadata.user_id if given.metadata else None
-    return ChatAsked(given.model, wanted, given.stream, writer, session)
+    user = given.metadata.user_id if given.metadata else None
+    return ChatAsked(given.model, wanted, given.stream, writer, _session_in(user or ""))
 
 
 def problem_body(problem: Problem, request_id: str) -> bytes:
@@ -63,6 +68,20 @@ def _thinking(given: MessagesRequest) -> dict[str, Any]:
     if given.output_config and given.output_config.effort:
         fields["reasoning_effort"] = given.output_config.effort
     return fields
+
+
+def _session_in(user: str) -> str | None:
+    """Return the session that Claude Code writes into the id of its user: into JSON, or until 2.1.77 at the end."""
+    if len(user) > LONGEST_USER:
+        return None
+    if at_end := re.search(r"_session_([A-Za-z0-9-]+)$", user):
+        return at_end[1]
+    try:
+        named = json.loads(user)
+    except (ValueError, RecursionError):
+        return None
+    session = named.get("session_id") if isinstance(named, dict) else None
+    return session if isinstance(session, str) else None
 
 
 def _shown(given: MessagesRequest) -> bool | None:

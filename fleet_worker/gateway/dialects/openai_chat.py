@@ -8,7 +8,14 @@ from typing import Any, Literal
 from fleet_worker.gateway.dialects import openai_common
 from fleet_worker.gateway.dialects.chat_fields import tool_call
 from fleet_worker.gateway.dialects.dialect import EVENT_STREAM, ChatAsked, finish_reason, take_model, take_switch
-from fleet_worker.gateway.dialects.openai_common import DONE, HEARTBEAT, late_error, take_with_usage, usage_object
+from fleet_worker.gateway.dialects.openai_common import (
+    DONE,
+    HEARTBEAT,
+    late_error,
+    take_session,
+    take_with_usage,
+    usage_object,
+)
 from fleet_worker.gateway.dialects.tool_calls import Fragment, ToolCalls
 from fleet_worker.gateway.json_text import compact, quoted
 from fleet_worker.gateway.problems import Problem
@@ -26,9 +33,9 @@ class OpenAIChat:
     def asked(self, body: dict[str, Any], request_id: str, created: int) -> ChatAsked:
         body = dict(body)
         model, stream = take_model(body), take_switch(body, "stream")
-        session = body.get("prompt_cache_key")
+        session = take_session(body)
         writer = ChatWriter(model, request_id, created, self._fields, with_usage=take_with_usage(body))
-        return ChatAsked(model, body, stream, writer, session if isinstance(session, str) else None)
+        return ChatAsked(model, body, stream, writer, session)
 
     def problem_body(self, problem: Problem, request_id: str) -> bytes:
         return openai_common.problem_body(problem, request_id)

@@ -13,6 +13,7 @@ HEARTBEAT = b": still at work\n\n"
 """A comment of server-sent events, which clients skip."""
 DONE = b"data: [DONE]\n\n"
 """The last event of a stream that ends well."""
+_SESSION = ("prompt_cache_key", "session_id", "litellm_session_id")
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error"}
 
 
@@ -42,6 +43,15 @@ def usage_object(usage: Usage) -> dict[str, Any]:
         "total_tokens": usage.total_tokens or prompt + completion,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens or 0},
     }
+
+
+def take_session(body: dict[str, Any]) -> str | None:
+    """Remove what a client calls its conversation from the body, and return it: OpenAI's `prompt_cache_key`, or a field
+    of OpenRouter or LiteLLM. None if there is none, or it is no text."""
+    named = [body.pop(name, None) for name in _SESSION]
+    if isinstance(metadata := body.get("metadata"), dict):
+        named.append(metadata.get("session_id"))
+    return next((each for each in named if isinstance(each, str) and each), None)
 
 
 def take_with_usage(body: dict[str, Any]) -> bool:

@@ -12,6 +12,7 @@ from fleet_worker.gateway.dialects.openai_common import (
     HEARTBEAT,
     late_error,
     problem_body,
+    take_session,
     take_with_usage,
     usage_object,
 )
@@ -44,7 +45,8 @@ def asked(body: dict[str, Any], request_id: str, created: int) -> ChatAsked:
         if body.pop(name, 1) != 1:
             raise refused(name, "send the request once for each answer")
     writer = CompletionWriter(model, request_id, created, with_usage=take_with_usage(body))
-    session = given(body, "prompt_cache_key", str)
+    given(body, "prompt_cache_key", str)
+    session = take_session(body)
     body["messages"] = [{"role": "user", "content": _prompt(body.pop("prompt", None))}]
     return ChatAsked(model, body, stream, writer, session)
 

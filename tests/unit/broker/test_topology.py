@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from fleet_worker.broker.topology import (
     EXCHANGE,
     LANE_EXPIRES,
+    digest_queue,
     direct_lane,
     lane,
     lane_queue,
@@ -184,6 +185,19 @@ def test_the_urgent_goes_first_on_brokers_that_count_in_opposite_directions(tran
 )
 def test_the_scheme_of_a_broker_url_tells_its_transport(url, expected):
     assert transport_of(url) == expected
+
+
+@pytest.mark.parametrize("transport", ["redis", "amqp"])
+def test_digests_have_a_fanout_of_their_own_and_leave_with_their_router(transport):
+    """On RabbitMQ each router has a bounded queue, which is deleted with its connection."""
+    queue = digest_queue(transport)
+    assert (queue.exchange.name, queue.exchange.type) == ("llm.registry.digest", "fanout")
+    assert queue.exchange.delivery_mode == 1
+    assert not queue.durable
+    if transport == "amqp":
+        assert queue.name != digest_queue(transport).name
+        assert queue.exclusive
+        assert queue.max_length
 
 
 def test_a_task_is_named_after_its_operation():

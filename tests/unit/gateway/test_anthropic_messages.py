@@ -249,9 +249,9 @@ def test_effort_and_format():
     assert asked(output_format=wanted).body["response_format"] == body["response_format"]
 
 
-def test_the_user_is_the_session():
-    assert asked(metadata={"user_id": "u1"}).session == "u1"
-    assert asked().session is None
+def test_the_session_is_the_one_that_claude_code_writes_into_its_user():
+    assert asked().session is asked(metadata={"user_id": "u1"}).session is None
+    assert asked(metadata={"user_id": '{"device_id": "d", "session_id": "s1"}'}).session == "s1"
 
 
 @given(st.text(min_size=1).filter(lambda text: not text.startswith("toolu_")))

@@ -5,6 +5,7 @@ import os
 import sqlite3
 import stat
 import time
+from contextlib import closing
 
 import pytest
 
@@ -12,6 +13,7 @@ from fleet_worker.gateway.accounts import ledger as module
 from fleet_worker.gateway.accounts.counts import begin_of
 from fleet_worker.gateway.accounts.ledger import Ledger
 from fleet_worker.gateway.accounts.ledger_file import COLUMNS, LedgerFile, Row, files_of, read_only
+from fleet_worker.gateway.accounts.usage import usage
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +60,7 @@ def test_each_field_of_a_row_is_written(path):
         queue_wait=0.5,
         ttft=0.25,
         error="timeout",
+        cache="hit",
     )
     ledger = Ledger(path)
     ledger.add(given)
@@ -126,6 +129,42 @@ def test_a_ledger_tells_what_was_used_before_it_was_opened(path):
         assert (ledger.tokens_since("alice", month), ledger.tokens_since("alice", day)) == (222, 22)
     assert ledger.tokens_since("bob", day) == 7
     assert ledger.tokens_since("carol", day) == ledger.tokens_since("alice", day + 86_400) == 0
+
+
+@pytest.fixture
+def older(path):
+    """A file of the first version, with a row."""
+    ledger = Ledger(path)
+    ledger.add(row("old", cached_tokens=5))
+    ledger.close()
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("ALTER TABLE requests DROP COLUMN cache")
+    return path
+
+
+def test_a_file_of_an_older_version_gets_the_columns_that_it_lacks(older):
+    for name in ("new", "newer"):
+        ledger = Ledger(older)
+        ledger.add(row(name, cache="hit"))
+        ledger.close()
+        assert ledger.dropped == 0
+    assert rows(older, "request_id, cache") == [("old", None), ("new", "hit"), ("newer", "hit")]
+
+
+def test_an_older_version_writes_a_file_that_has_got_columns(older):
+    Ledger(older).close()
+    names = ("at", "request_id", "key", "tags", "operation", "attempts", "resumed", "prompt_tokens")
+    names += ("completion_tokens", "cached_tokens", "duration", "status")
+    with closing(sqlite3.connect(older)) as db, db:
+        assert db.execute("PRAGMA user_version").fetchone() == (1,)
+        values = (1.0, "then", "alice", "[]", "chat/completions", *[0] * 5, 1.0, 200)
+        db.execute(f"INSERT INTO requests ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})", values)
+    assert rows(older) == ["old", "then"]
+
+
+def test_usage_is_read_of_a_file_of_an_older_version(older):
+    (used,) = usage([older], "key", 0)
+    assert (used.name, used.cached_tokens) == ("alice", 5)
 
 
 def test_old_rows_are_deleted(path):

@@ -4,7 +4,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from fleet_worker.gateway.facts import Facts
-from fleet_worker.gateway.metrics import MOST_CODES, Metrics
+from fleet_worker.gateway.metrics import MOST_CODES, MOST_MODELS, Metrics
 from fleet_worker.protocol.reply import Usage
 
 
@@ -44,6 +44,19 @@ def test_tokens_are_those_of_the_server_or_an_estimate_if_a_node_had_the_request
     assert value(metrics, "fleet_gateway_tokens_total", key="alice", kind="completion") == 25
 
 
+def test_what_met_its_cache_is_counted_by_key_and_model(metrics):
+    counted = {"model": "m", "node": "n", "cache": "hit"}
+    metrics.ended(chat(usage=Usage(prompt_tokens=100, cached_tokens=90), **counted), 200)
+    metrics.ended(chat(usage=Usage(prompt_tokens=50, cached_tokens=0), **{**counted, "cache": "cold"}), 200)
+    metrics.ended(chat(usage=Usage(prompt_tokens=7), prompt_estimate=10, model="m", node="n"), 200)
+    metrics.ended(chat(usage=Usage(prompt_tokens=1, cached_tokens=-5), **counted), 200)
+    metrics.ended(chat(model="m"), 503)
+    assert value(metrics, "fleet_gateway_cache_total", key="alice", outcome="hit") == 2
+    assert value(metrics, "fleet_gateway_cache_total", key="alice", outcome="cold") == 1
+    assert value(metrics, "fleet_gateway_prompt_tokens_total", key="alice", model="m") == 151
+    assert value(metrics, "fleet_gateway_cached_tokens_total", key="alice", model="m") == 90
+
+
 def test_times_are_histograms(metrics):
     metrics.ended(chat(ttft=0.3, queue_wait=0.02), 200)
     metrics.ended(chat(), 200)
@@ -73,6 +86,14 @@ def test_strangers_cannot_make_as_many_labels_as_they_like(metrics):
     text, _ = metrics.exposition("")
     assert text.count(b"fleet_gateway_errors_total{") == MOST_CODES + 1
     assert value(metrics, "fleet_gateway_errors_total", key="alice", code="other") == 501 - MOST_CODES
+
+
+def test_an_operator_with_very_many_models_gets_the_first_by_name(metrics):
+    for number in range(MOST_MODELS + 5):
+        metrics.ended(chat(model=f"m{number}", usage=Usage(prompt_tokens=1, cached_tokens=0)), 200)
+    text, _ = metrics.exposition("")
+    assert text.count(b"fleet_gateway_prompt_tokens_total{") == MOST_MODELS + 1
+    assert value(metrics, "fleet_gateway_prompt_tokens_total", key="alice", model="other") == 5
 
 
 def test_ledger_and_quotas_are_read_at_each_scrape(metrics):

@@ -7,6 +7,7 @@ import pytest
 
 from fleet_worker.gateway.accounts.keys import new_key
 from fleet_worker.gateway.facts import Facts
+from fleet_worker.protocol.reply import Attempt, ChatResponse, Timings, Usage
 from fleet_worker.router.progress import Progress
 from tests.gateways import ask, get, post, serving
 
@@ -18,6 +19,32 @@ def test_what_a_client_calls_a_model_is_kept_only_if_the_fleet_has_it():
     assert facts.row("r", "alice", "chat/completions", 404).model_asked is None
     facts.model_asked, facts.model = "gpt-4o", "qwen3-14b"
     assert facts.row("r", "alice", "chat/completions", 200).model_asked == "gpt-4o"
+
+
+def test_whether_a_prompt_met_its_cache_is_told_and_kept():
+    facts = Facts(key="alice", operation="chat/completions")
+    facts.note_answer(answered(cache="moved"))
+    assert (b"x-fleet-cache", b"moved") in facts.headers()
+    assert "cached=60 cache=moved" in facts.line("r")
+    row = facts.row("r", "alice", "chat/completions", 200)
+    assert (row.cache, row.cached_tokens) == ("moved", 60)
+
+
+def test_nothing_is_told_of_a_cache_that_nobody_looked_for():
+    facts = Facts()
+    facts.note_answer(answered(cached_tokens=None))
+    assert b"x-fleet-cache" not in dict(facts.headers())
+    assert "cache" not in facts.line("r")
+
+
+def answered(cache=None, cached_tokens=60):
+    attempts = [Attempt(attempt=1, node="local@mini-1", error=None, delivered=5)]
+    usage = Usage(prompt_tokens=90, completion_tokens=5, cached_tokens=cached_tokens)
+    ids = {"id": "r", "attempt": 1, "seq": 1, "node": "local@mini-1", "instance": "local", "model": "m"}
+    timings = Timings(queue_wait=0.1, duration=1.0)
+    return ChatResponse(
+        **ids, usage=usage, timings=timings, attempts=attempts, content="x", finish_reason="stop", cache=cache
+    )
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +108,11 @@ def test_a_failed_request_is_recorded_without_its_text(port, secrets, caplog):
     for private in ("SECRET", secrets["bob"].secret):
         assert private not in caplog.text
         assert private not in text
+
+
+def test_a_session_that_is_none_is_refused_before_anything_is_sent(port, secrets):
+    status, body = answer(port, CHAT, bearer(secrets["bob"]), b"x-fleet-session: " + b"x" * 300)
+    assert (status, body["error"]["param"]) == (400, "x-fleet-session")
 
 
 def test_a_wrong_key_is_in_no_log_and_no_metric(port, secrets, caplog):

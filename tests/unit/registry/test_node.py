@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 from celery.beat import ScheduleEntry
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleet_worker.broker.app import create_app
+from fleet_worker.protocol.cache_digest import CacheDigest
 from fleet_worker.protocol.registry_event import READINESS
 from fleet_worker.protocol.status import InstanceStatus, ModelStatus
 from fleet_worker.registry import node as registry_node_module
@@ -68,6 +70,9 @@ class Told:
     def publish(self, *kinds):
         assert not self.closed
         self.kinds.append(kinds)
+
+    def publish_digest(self, body):
+        pass
 
     def close(self, timeout):
         self.closed = True
@@ -361,8 +366,50 @@ def test_anything_else_takes_a_new_process(host, change):
 def test_a_router_that_asks_is_answered_with_everything(host):
     queue, receive = host.node.subscription
     assert queue("redis").exchange.name == "llm.registry.ask"
-    receive(None)
+    receive(SimpleNamespace(body=b"{}"))
     assert host.announced == [("readiness", "models")]
+
+
+# --- Digests of prompt caches
+
+
+class Digests:
+    """Instead of their publisher: how often it was told of a beat, and what it received."""
+
+    def __init__(self):
+        self.beats, self.received = 0, []
+
+    def beat(self):
+        self.beats += 1
+
+    def receive(self, body):
+        self.received.append(body)
+
+
+@pytest.fixture
+def digests(host):
+    host.node._digest_publisher = Digests()
+    return host.node._digest_publisher
+
+
+def test_a_router_that_wants_digests_gets_no_whole_status(host, digests):
+    _, receive = host.node.subscription
+    receive(SimpleNamespace(body=b'{"v":1}'))
+    assert digests.received == [b'{"v":1}']
+    assert host.announced == []
+
+
+def test_digests_are_published_with_each_readiness_beat(host, digests):
+    for task in ("registry.publish_models", "registry.publish_readiness", "registry.publish_readiness"):
+        host.app.tasks[task]()
+    assert digests.beats == 2
+
+
+def test_the_digests_of_a_host_are_what_its_nodes_report(host):
+    """An older node reports none."""
+    digest = CacheDigest(node="talk@mini", slots=4, running=1)
+    host.nodes = [replace(report("talk"), prompt_cache=digest), report("vectors")]
+    assert host.node._digests() == [digest]
 
 
 # --- The beat

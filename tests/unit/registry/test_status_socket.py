@@ -6,7 +6,7 @@ import stat
 import tempfile
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import pytest
 
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.mlx.offering import offerings_of
+from fleet_worker.protocol.cache_digest import CacheDigest
 from fleet_worker.protocol.status import InstanceStatus, ModelStatus
 from fleet_worker.registry import status_socket as module
 from fleet_worker.registry.status_socket import (
@@ -33,9 +34,9 @@ MODEL = ModelStatus(model="m", capabilities=("chat",), status="available")
 FACTS = {"pid": 1, "version": "0.1.0", "server": "mlx_lm", "status": "available", "slots": 4, "lanes": ("a",)}
 
 
-def report(instance="local", *, models=(MODEL,), reply_lag=0.0, counters=None, **facts):
+def report(instance="local", *, models=(MODEL,), reply_lag=0.0, counters=None, digest=None, **facts):
     status = InstanceStatus(host="mini", name=instance, node=f"{instance}@mini", **{**FACTS, **facts})
-    return NodeReport(status, models, reply_lag, counters or {"tokens": 0})
+    return NodeReport(status, models, reply_lag, counters or {"tokens": 0}, digest)
 
 
 def line(**facts):
@@ -221,6 +222,32 @@ def test_an_invalid_report_ends_the_connection_and_nothing_else(path, reports, n
         assert reports.changed(4)["other"].instance.status == "degraded"
     assert "local@mini: its status is not received any more (ValidationError)" in caplog.text
     assert SECRET not in caplog.text
+
+
+# --- Digests of prompt caches
+
+DIGEST = CacheDigest(node="local@mini", slots=4, running=0, held=["iB4CYvjf5XQ"])
+
+
+def test_another_digest_is_passed_on_by_itself(path):
+    """Also the first, and that there is none any more: registry events have nothing to do with it."""
+    changed, told = [], []
+    with closing(StatusServer(path, lambda: changed.append(1), lambda: told.append(1))) as reports:
+        with speaking(path) as connection:
+            for running, times in [(0, 1), (0, 1), (1, 2)]:
+                connection.sendall(line(running=running, digest=DIGEST.model_copy(update={"running": running})))
+                until(lambda: len(told) == times, WITHIN)  # noqa: B023
+            assert reports.reports()["local"].prompt_cache.running == 1
+            assert len(changed) == 1
+        until(lambda: len(told) == 3, WITHIN)
+        assert len(changed) == 2
+
+
+def test_a_node_whose_digest_cannot_be_used_is_as_ready_as_before(path, reports):
+    """Another version may tell more of its cache than this one lets in."""
+    with speaking(path) as connection:
+        connection.sendall(line(digest=DIGEST).replace(b"iB4CYvjf5XQ", b"an id of a newer version"))
+        assert reports.changed(1) == {"local": report()}
 
 
 # --- The socket
