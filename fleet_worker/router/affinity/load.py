@@ -10,6 +10,10 @@ BELIEVED_FOR = 30.0
 """Seconds for which the number of running requests counts that a node told."""
 
 
+INTERVALS = 2.5
+"""Between digests, after which a node is silent."""
+
+
 @dataclass(slots=True)
 class Sent:
     """One request of this router at a node."""
@@ -66,9 +70,15 @@ class NodeLoad:
         told = max(0.0, self._prefill_left - (now - self._at))
         return max(self._prefill, told + self._untold_prefill)
 
-    def is_silent(self, now: float) -> bool:
-        """Return whether it runs something, and should have told about it long ago."""
-        return self.heard_at is not None and self._running > 0 and now - self.heard_at > 3 * self.interval + 5.0
+    def is_silent(self, now: float, seconds: float) -> bool:
+        """Return whether no digest has come for `seconds`, and for longer than there are between two. Nodes that run
+        nothing may have nothing to tell."""
+        return self.heard_at is not None and now - self.heard_at > max(seconds, INTERVALS * self.interval)
+
+    @property
+    def is_running(self) -> bool:
+        """Return whether it ran something when it told so last."""
+        return self._running > 0
 
     @property
     def told_free(self) -> bool:
