@@ -26,7 +26,7 @@ from fleet_worker.protocol.reply import ChatResponse
 from fleet_worker.testing import SimulatedMLX, running_host
 from tests.brokers import Valkey
 
-SYSTEM_WORDS, TURN_WORDS, ANSWER_TOKENS = 400, 40, 20
+SYSTEM_WORDS, TURN_WORDS, ANSWER_TOKENS = 800, 40, 20
 PREFILL_RATE = 400.0
 """Tokens a second of a simulated server."""
 DIGESTS_WITHIN = 2.5
@@ -56,7 +56,7 @@ class Minis:
 
 
 @contextmanager
-def minis(broker_url: str, count: int, *, slots: int = 2, **server: Any) -> Iterator[Minis]:
+def minis(broker_url: str, count: int, *, slots: int = 4, **server: Any) -> Iterator[Minis]:
     """Run nodes for so many simulated servers, which prefill at `PREFILL_RATE`."""
     model = f"talk-{uuid.uuid4().hex[:8]}"
     options = {"prefill_rate": PREFILL_RATE, "token_interval": 0.002, "tokens": ANSWER_TOKENS, **server}
