@@ -22,7 +22,7 @@ from fleet_worker.router.admission import Admission
 from fleet_worker.router.affinity.affinity import Affinity
 from fleet_worker.router.affinity.prefixes import fleet_key
 from fleet_worker.router.control_publisher import ControlPublisher
-from fleet_worker.router.digest_requests import DigestRequests
+from fleet_worker.router.digest_consumer import DigestConsumer
 from fleet_worker.router.effects import CancelOrphan
 from fleet_worker.router.idempotency import IdempotencyCache
 from fleet_worker.router.in_flight import InFlightRequest
@@ -63,10 +63,9 @@ class Session:
             self.receive,
             registry,
             in_flight=lambda: len(self._requests),
-            receive_digest=self._affinity.receive if self._affinity else None,
         )
-        self._digests = (
-            DigestRequests(registry, self.replies, self.submitter, self.scheduler) if self._affinity else None
+        self._digests = self._affinity and DigestConsumer(
+            self._app.connection_for_read, transport, registry, self._affinity.receive
         )
         self._requests: dict[str, InFlightRequest] = {}
         self._cache = IdempotencyCache(self.settings.idempotency_ttl)
