@@ -146,6 +146,7 @@ def test_who_does_not_answer_is_named(run):
 
 
 @pytest.mark.rest
+@pytest.mark.parametrize("broker", ["valkey"], indirect=True)  # no broker differs in this
 def test_a_frozen_node_of_a_host_is_named_since_it_takes_work_later(run, nodes):
     nodes["one"].signal(signal.SIGSTOP)
     try:
@@ -161,6 +162,7 @@ def test_a_frozen_node_of_a_host_is_named_since_it_takes_work_later(run, nodes):
 
 
 @pytest.mark.rest
+@pytest.mark.parametrize("broker", ["valkey"], indirect=True)  # no broker differs in this
 def test_a_node_that_has_not_begun_yet_is_named_too(run, broker):
     opted_in = {"FLEET_INSTANCES__LATE__FLEET": '{"enabled": true, "respond_to_requests": true}'}
     with running_host(broker.url, {}, host="attic", env=opted_in):  # only its registry node
