@@ -67,8 +67,8 @@ class Sample:
 
 
 def samples() -> dict[str, Sample]:
-    """By kind: `chat`, `stream_chat`, `embed`, `beat`, `control`, `cancel`, `ask`, `want_digests`, `registry`, `digest`,
-    `reply`."""
+    """By kind: `chat`, `stream_chat`, `embed`, `beat`, `control`, `cancel`, `ask`, `want_digests`, `registry`,
+    `digest`, `reply`."""
     with embedded_broker() as url, redis.Redis.from_url(url) as client, create_app(Settings(broker_url=url)) as app:
         found = {}
         for kind, model in MODELS.items():
