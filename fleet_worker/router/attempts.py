@@ -45,6 +45,8 @@ from fleet_worker.router.transcript import Transcript
 OnInterrupt = Literal["resume", "fail"]
 State = Literal["waiting", "running", "pausing", "ended"]
 
+MOVED = "moved"
+"""In the place of an error's code: the attempt waited in vain for the node that the router had chosen."""
 MAX_DEATHS = 2
 """If so many instances died while they had a request, the request is taken for the cause."""
 RETRY_AFTER_MIN = 1.0
@@ -148,6 +150,18 @@ class Attempts:
         """No node accepted the request in time and it is not in the lane any more: the message was lost, its consumer
         died, or its target node is gone."""
         return self.fail(NodeLost("no node took the request: its message, or the node that it was for, is gone"), now)
+
+    def move(self) -> list[Effect]:
+        """The node that it was sent to does not take it: send it elsewhere at once. That costs no attempt."""
+        self._uncounted += 1
+        effects = self._close_attempt(MOVED, orphaned=True)
+        self.state = "pausing"
+        return [*effects, RetryAfter(0.0)]
+
+    @property
+    def blamed(self) -> bool:
+        """Return whether an instance died while it had this request."""
+        return self._deaths > 0
 
     @property
     def is_last(self) -> bool:

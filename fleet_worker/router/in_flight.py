@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterable
 from typing import Protocol
 
-from fleet_worker.broker.topology import direct_lane, lane
 from fleet_worker.errors import (
     BrokerUnavailable,
     Cancelled,
@@ -30,6 +29,7 @@ from fleet_worker.router.queue_wait import Place
 from fleet_worker.router.readers import Readers
 from fleet_worker.router.reply_buffer import ReplyBuffer
 from fleet_worker.router.reply_consumer import ReplyConsumer
+from fleet_worker.router.route import Route
 from fleet_worker.router.scheduler import Scheduler
 from fleet_worker.router.submitter import Submitter
 from fleet_worker.settings import RouterSettings
@@ -66,7 +66,7 @@ class InFlightRequest:
     def __init__(
         self,
         request: FleetRequest,
-        node: str | None,
+        route: Route,
         session: OpenSession,
         *,
         on_interrupt: OnInterrupt = "resume",
@@ -74,16 +74,13 @@ class InFlightRequest:
     ) -> None:
         self._session = session
         self._queue_timeout = queue_timeout
-        self._node = node
-        """The only node that its caller allows."""
+        self.route = route
         self._deadline = time.monotonic() + request.remaining
         self._attempts = Attempts(
             request, deadline=self._deadline, max_attempts=session.settings.max_attempts, on_interrupt=on_interrupt
         )
         self._lock = threading.RLock()
         self._readers = Readers(session.replies.wakeups, session.settings.max_buffered)
-        self._target = None if node else session.nodes.node_for(request)
-        """The node that the router chose for the present attempt."""
         self.place: Place | None = None
         """Counts the present attempt in its lane; None until it is admitted."""
         self._submitted_at = 0.0
@@ -102,8 +99,7 @@ class InFlightRequest:
     @property
     def lane(self) -> str:
         """The lane of the present attempt."""
-        node = self._node or self._target
-        return direct_lane(node) if node else lane(self.request.operation, self.request.model)
+        return self.route.lane(self.request)
 
     @property
     def answered(self) -> bool:
@@ -156,7 +152,7 @@ class InFlightRequest:
             return self._not_taken(Expired, f"timeout of {seconds:g} s")
 
     def _not_taken(self, kind: type[Expired], limit: str) -> Expired:
-        why, away_for = self._session.nodes.why_waiting(self.request, self._node)
+        why, away_for = self._session.nodes.why_waiting(self.request, self.route.only)
         text = f"no node took the request within its {limit}: {why}"
         return kind(text, away_for=away_for, attempts=self._attempts.report(kind.code))
 
@@ -191,6 +187,7 @@ class InFlightRequest:
             if isinstance(frame, Accepted) and frame.seq == 0:
                 sent_at = self._submitted_at
                 self._session.admission.accepted(self.lane, now - sent_at, self.request.priority, sent_at)
+                self.route.accepted(node)
                 if self.place:
                     self.place.accepted(now)
             self._carry_out(self._attempts.take(node, frame, now))
@@ -205,8 +202,10 @@ class InFlightRequest:
         for effect in effects:
             match effect:
                 case Deliver(frame):
+                    self.route.first_token()
                     self._deliver(frame)
                 case End(frame):
+                    self._attempts.last = frame = self.route.ended(frame)
                     self._deliver(frame)
                     self.ended_at = time.monotonic()
                     self._leave_place()
@@ -238,8 +237,9 @@ class InFlightRequest:
     def _send(self, request: FleetRequest, patience: float) -> None:
         self._missing_since = None
         self._submitted_at = time.monotonic()  # a node may accept it before this returns
+        self.route.sent()
         try:
-            self._session.submitter.submit(request, self.lane, patience=patience)
+            self._session.submitter.submit(request, self.lane, patience=patience, prefixes=self.route.prefixes)
         finally:
             self._submitted_at = time.monotonic()
 
@@ -262,7 +262,8 @@ class InFlightRequest:
             if self._attempts.state != "pausing":
                 return
             request, failed = self._attempts.next_attempt(), set(self._attempts.failed)
-        self._target = None if self._node else self._session.nodes.node_for(request, failed)
+            blamed = self._attempts.blamed
+        self.route.choose(request, failed, blamed=blamed)
         with self._lock:
             if self.place and self._is_waiting(request):
                 self.place = self._session.admission.enter(self.lane, request.priority)
@@ -303,24 +304,25 @@ class InFlightRequest:
         check."""
         settings, replies = self._session.settings, self._session.replies
         request, due = self.request, self._submitted_at + settings.accept_timeout
+        if self.route.is_stranded(request, now - self._submitted_at, settings):
+            self._move(request)
+            return now + CHECK_EVERY
         if now < due:
             return min(due, now + self._queued_check_every)
         queued = self._session.admission.is_queued(self.lane, request.priority, self._submitted_at, BROKER_PATIENCE)
-        if queued and self._is_stranded(request):
-            self._message_lost(request, now)
-        elif queued is not False:
+        if queued is not False:
             self._missing_since = None
             return now + (self._queued_check_every if queued else CHECK_EVERY)
-        elif self._missing_since is None:
+        if self._missing_since is None:
             self._missing_since = replies.clock
         elif replies.silence(self._missing_since) >= CHECK_EVERY:
             self._message_lost(request, now)
         return now + CHECK_EVERY
 
-    def _is_stranded(self, request: FleetRequest) -> bool:
-        """Return whether it waits for a chosen node that is gone, while another one could take the next attempt."""
-        target, is_last = self._target, self._attempts.is_last
-        return target is not None and not is_last and self._session.nodes.waits_in_vain(request, target)
+    def _move(self, request: FleetRequest) -> None:
+        with self._lock:
+            if self._is_waiting(request) and self.route.leave():
+                self._carry_out(self._attempts.move())
 
     def _message_lost(self, request: FleetRequest, now: float) -> None:
         with self._lock:
@@ -332,7 +334,10 @@ class InFlightRequest:
 
     @property
     def _queued_check_every(self) -> float:
-        """Seconds. A node may accept the request right after a check, and be lost `lost_after` seconds later."""
+        """Seconds. A node may accept the request right after a check, and be lost `lost_after` seconds later; one that
+        was chosen may say that it is not ready."""
+        if self.route.is_chosen:
+            return CHECK_EVERY
         return min(self._session.settings.accept_timeout, self._session.settings.lost_after)
 
     def _check_heartbeat(self, now: float) -> float:

@@ -13,6 +13,7 @@ from fleet_worker.protocol.openai import ChatParams
 from fleet_worker.protocol.request import FleetRequest, Operation
 from fleet_worker.registry.offered import fits
 from fleet_worker.registry.view import Registry
+from fleet_worker.router.affinity.affinity import Affinity
 
 COUNTED_FOR = 0.25
 """Seconds for which slots are not counted again: in a fleet of a thousand nodes that takes a millisecond."""
@@ -28,8 +29,9 @@ class _Counted(NamedTuple):
 class NodeSelection:
     """Chooses where an attempt goes, by the present view of the registry."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, affinity: Affinity | None = None) -> None:
         self._registry = registry
+        self.affinity = affinity
         self._known: dict[tuple[str, str, str, str | None], _Counted] = {}
 
     def node_for(self, request: FleetRequest, failed: Collection[str] = ()) -> str | None:
@@ -40,7 +42,7 @@ class NodeSelection:
         but a request for an instance waits for a node of that instance. A node whose server cannot do what a parameter
         asks for counts as failed.
         """
-        wanted, failed = request.provider_instance, {*failed, *self._unable(request, temperature=1.0)}
+        wanted, failed = request.provider_instance, {*failed, *self.unable(request)}
         if wanted == "any":
             ready = self._nodes(request, ready=True) if failed else {}
             return _choose(ready.keys() - failed, ready)
@@ -56,6 +58,14 @@ class NodeSelection:
             allowed = {each for each, (name, _) in nodes.items() if wanted in ("any", name) and node in (None, each)}
             if allowed and allowed <= unable.keys():
                 raise unsupported(unable[min(allowed)], "no server that offers this model does")
+
+    def unable(self, request: FleetRequest) -> set[str]:
+        """Return the nodes whose servers may not be able to do what a parameter asks for."""
+        return set(self._unable(request, temperature=1.0))
+
+    def is_ready(self, request: FleetRequest, node: str) -> bool:
+        """Return whether this node could take the request now."""
+        return node in self._nodes(request, ready=True)
 
     def waits_in_vain(self, request: FleetRequest, node: str) -> bool:
         """Return whether this node is not ready, while another node could take the request."""

@@ -6,26 +6,31 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Callable
 from functools import partial
 from typing import cast
 
 from fleet_worker.broker.app import create_app
 from fleet_worker.broker.topology import ask_exchange, direct_lane, lane, reply_name, transport_of
-from fleet_worker.errors import BrokerUnavailable, Cancelled
+from fleet_worker.errors import BrokerUnavailable, Cancelled, FleetSaturated
+from fleet_worker.protocol.prompt_prefixes import PromptPrefixes
 from fleet_worker.protocol.registry_event import WHOLE_STATUS
 from fleet_worker.protocol.reply import Accepted, Alive, Frame
+from fleet_worker.protocol.request import FleetRequest
 from fleet_worker.registry.view import Registry
 from fleet_worker.router import context_length
 from fleet_worker.router.admission import Admission
+from fleet_worker.router.affinity.affinity import Affinity
+from fleet_worker.router.affinity.prefixes import fleet_key
 from fleet_worker.router.control_publisher import ControlPublisher
 from fleet_worker.router.digest_requests import DigestRequests
 from fleet_worker.router.effects import CancelOrphan
 from fleet_worker.router.idempotency import IdempotencyCache
 from fleet_worker.router.in_flight import InFlightRequest
 from fleet_worker.router.node_selection import NodeSelection
+from fleet_worker.router.queue_wait import Place
 from fleet_worker.router.reply_buffer import ReplyBuffer
 from fleet_worker.router.reply_consumer import ReplyConsumer
+from fleet_worker.router.route import Route
 from fleet_worker.router.scheduler import Scheduler
 from fleet_worker.router.submission import Submission
 from fleet_worker.router.submitter import IDLE_AFTER, Submitter
@@ -38,15 +43,13 @@ SHORT = 1_000
 class Session:
     """Belongs to the process that made it. It is opened once; once it is closed it stays closed."""
 
-    def __init__(
-        self, settings: Settings, registry: Registry, receive_digest: Callable[[bytes], object] | None = None
-    ) -> None:
-        """`receive_digest` is called with each digest message of a host; with None there are none."""
+    def __init__(self, settings: Settings, registry: Registry) -> None:
         self.settings = settings.router
         self.process = os.getpid()
         self._app = create_app(settings)
         self._registry = registry
-        self.nodes = NodeSelection(registry)
+        self._affinity = _affinity(settings, registry)
+        self.nodes = NodeSelection(registry, self._affinity)
         self.scheduler = Scheduler()
         transport = transport_of(settings.broker_url)
         self.submitter = Submitter(self._app, transport)
@@ -60,10 +63,10 @@ class Session:
             self.receive,
             registry,
             in_flight=lambda: len(self._requests),
-            receive_digest=receive_digest,
+            receive_digest=self._affinity.receive if self._affinity else None,
         )
         self._digests = (
-            DigestRequests(registry, self.replies, self.submitter, self.scheduler) if receive_digest else None
+            DigestRequests(registry, self.replies, self.submitter, self.scheduler) if self._affinity else None
         )
         self._requests: dict[str, InFlightRequest] = {}
         self._cache = IdempotencyCache(self.settings.idempotency_ttl)
@@ -132,14 +135,9 @@ class Session:
         self._require_possible(asked)
         left = deadline - time.monotonic()
         request = request.addressed_to(self.replies.name, left)
-        started = InFlightRequest(request, node, self, on_interrupt=on_interrupt, queue_timeout=asked.queue_timeout)
-        started.place = self.admission.admit(
-            started.lane,
-            request.priority,
-            max_wait=asked.max_wait,
-            # It is kept for as long as the lane is known: without the request, and its prompt.
-            count_slots=partial(self.nodes.slots, request.model, request.operation, request.provider_instance, node),
-        )
+        route = Route(request, node, self.nodes, self._prefixes(asked))
+        started = InFlightRequest(request, route, self, on_interrupt=on_interrupt, queue_timeout=asked.queue_timeout)
+        started.place = self._admit(request, route, asked.max_wait)
         buffer = cast(ReplyBuffer, started.join(left))  # it cannot have failed yet
         if has_key and (joined := self._cache.add(started, node, on_interrupt)):
             started.place.ended(time.monotonic())
@@ -149,6 +147,28 @@ class Session:
             started.give_up(Cancelled("the router was closed"))
         started.submit(patience)
         return started, buffer
+
+    def _prefixes(self, asked: Submission) -> PromptPrefixes | None:
+        """Return the ids of the beginnings of its prompt; None for what has none."""
+        if self._affinity is None or asked.request.operation == "embed":
+            return None
+        return self._affinity.prefixes(asked.request, asked.cache.session, asked.cache.scope)
+
+    def _admit(self, request: FleetRequest, route: Route, max_wait: float | None) -> Place:
+        """Count a request in its lane; in the shared one if the direct lane of the chosen node is too full or slow."""
+        try:
+            return self._admit_to(request, route, max_wait)
+        except FleetSaturated:
+            if not route.leave():
+                raise
+        route.choose(request)
+        return self._admit_to(request, route, max_wait)
+
+    def _admit_to(self, request: FleetRequest, route: Route, max_wait: float | None) -> Place:
+        fits = request.model, request.operation, request.provider_instance, route.node
+        # The function is kept for as long as the lane is known: without the request, and its prompt.
+        slots = partial(self.nodes.slots, *fits)
+        return self.admission.admit(route.lane(request), request.priority, max_wait=max_wait, count_slots=slots)
 
     def _require_possible(self, asked: Submission) -> None:
         """Raise why no node can do what this asks for, or none is expected soon enough."""
@@ -183,3 +203,10 @@ class Session:
     def _close_idle(self) -> None:
         self.scheduler.at(time.monotonic() + IDLE_AFTER, self._close_idle)
         self.submitter.close_idle()
+
+
+def _affinity(settings: Settings, registry: Registry) -> Affinity | None:
+    if not settings.router.affinity:
+        return None
+    secret = settings.router.affinity_secret
+    return Affinity(registry, key=fleet_key(secret.get_secret_value() if secret else None, settings.broker_url))

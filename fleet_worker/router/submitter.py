@@ -22,6 +22,7 @@ from fleet_worker.broker.faults import BROKER_ERRORS, is_away, unavailable
 from fleet_worker.broker.queue_depth import SUBMITTED_AT
 from fleet_worker.broker.topology import Transport, priority, route_to, task_name
 from fleet_worker.errors import Cancelled, Expired
+from fleet_worker.protocol.prompt_prefixes import HEADER
 from fleet_worker.protocol.request import FleetRequest
 
 MAX_CONNECTIONS = 16
@@ -46,8 +47,9 @@ class Submitter:
         self._lock = threading.Lock()
         self._broker_clock = BrokerClock()
 
-    def submit(self, request: FleetRequest, lane: str, *, patience: float) -> None:
-        """Send this attempt of a request into a lane. When this returns, the broker has it.
+    def submit(self, request: FleetRequest, lane: str, *, patience: float, prefixes: str | None = None) -> None:
+        """Send this attempt of a request into a lane. When this returns, the broker has it. `prefixes` tells the node
+        the beginnings of its prompt.
 
         While the broker is away or silent it is tried again, for `patience` seconds in all and not beyond the deadline
         of the request.
@@ -60,7 +62,8 @@ class Submitter:
         if request.remaining <= 0:
             raise Expired("the deadline passed before the request was sent")
         patience = min(patience, request.remaining)
-        send = partial(self._send, request, lane, deadline=time.monotonic() + patience, silence=patience / 2)
+        headers = {HEADER: prefixes} if prefixes else {}
+        send = partial(self._send, request, lane, headers, deadline=time.monotonic() + patience, silence=patience / 2)
         attempts = Retrying(
             retry=retry_if_exception(is_away),
             wait=wait_exponential(multiplier=0.05, max=min(1.0, patience / 10)) + wait_random(0, 0.05),
@@ -136,7 +139,9 @@ class Submitter:
         with self._lock:
             return self._idle.popleft()[1] if self._idle and self._idle[0][0] <= before else None
 
-    def _send(self, request: FleetRequest, lane: str, *, deadline: float, silence: float) -> None:
+    def _send(
+        self, request: FleetRequest, lane: str, headers: dict[str, str], *, deadline: float, silence: float
+    ) -> None:
         """Send it once; give up if the broker does not answer within `silence` seconds.
 
         A connection that died while it was idle is noticed before anything is sent. If the broker was lost or silent
@@ -151,7 +156,7 @@ class Submitter:
                 **route_to(lane, self._transport),
                 priority=priority(request.priority, self._transport),
                 # From this the age of a lane's oldest request is known without its body being read.
-                headers={SUBMITTED_AT: self._broker_clock.now(producer.channel)},
+                headers={**headers, SUBMITTED_AT: self._broker_clock.now(producer.channel)},
                 # These are shown in events and in Flower: the lane, never the arguments.
                 argsrepr=lane,
                 kwargsrepr="",

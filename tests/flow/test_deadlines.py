@@ -7,6 +7,7 @@ import pytest
 from fleet_worker import Expired, InstanceUnavailable, RequestTimeout, Router, Settings
 from fleet_worker.protocol.request import FleetRequest
 from fleet_worker.router.in_flight import InFlightRequest
+from fleet_worker.router.route import Route
 from fleet_worker.simulator import Fault, reply_tokens
 from fleet_worker.testing import SimulatedMLX, running_node
 from tests.envelopes import request_of
@@ -105,7 +106,9 @@ def _answer_to(router, changes):
             return envelope
 
     tampered = Tampered.model_construct(**dict(request))
-    in_flight = session._requests[request.request_id] = InFlightRequest(tampered, None, session)
+    in_flight = session._requests[request.request_id] = InFlightRequest(
+        tampered, Route(request, None, session.nodes), session
+    )
     buffer = in_flight.join(10)
     in_flight.submit()
     return buffer.get()

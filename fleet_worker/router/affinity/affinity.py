@@ -12,7 +12,7 @@ from fleet_worker.broker.door import Refused
 from fleet_worker.errors import InvalidRequest
 from fleet_worker.protocol.cache_digest import CacheDigest, DigestMessage
 from fleet_worker.protocol.prompt_prefixes import PromptPrefixes
-from fleet_worker.protocol.reply import Usage
+from fleet_worker.protocol.reply import CacheOutcome, Usage
 from fleet_worker.protocol.request import FleetRequest
 from fleet_worker.registry.view import Registry
 from fleet_worker.router.affinity.choose import WORTH, Candidate, Work, choose, prefill_seconds
@@ -20,7 +20,7 @@ from fleet_worker.router.affinity.index import CacheIndex
 from fleet_worker.router.affinity.lanes import LaneNodes, Lanes
 from fleet_worker.router.affinity.lengths import Lengths
 from fleet_worker.router.affinity.load import NodeLoad
-from fleet_worker.router.affinity.outcome import CacheOutcome, outcome_of
+from fleet_worker.router.affinity.outcome import outcome_of
 from fleet_worker.router.affinity.prefixes import prefixes_of
 
 LEAST_BUSY = 3
@@ -32,6 +32,8 @@ MOST_MODELS = 1_000
 FORGOTTEN_AFTER = 120.0
 """Seconds without a word after which a node is forgotten that the registry does not know."""
 SWEEP_EVERY = 30.0
+INTERVALS = 2.5
+"""Between digests, after which a node that runs something is silent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,19 +214,19 @@ class Affinity:
 
     # --- What a router asks about a request that waits in a direct lane ---
 
-    def has_free_slots(self, node: str, since: float) -> bool | None:
-        """Return whether a node told that it has a free slot; None if it has told nothing since this time."""
+    def has_free_slots(self, node: str) -> bool:
+        """Return whether a node told last that it has a free slot."""
         with self._lock:
             load = self._loads.get(node)
-            if load is None or load.heard_at is None or load.heard_at <= since:
-                return None
-            return load.told_free
+            return load is not None and load.heard_at is not None and load.told_free
 
-    def silent_for(self, node: str) -> float | None:
-        """Return for how many seconds no digest of a node has come; None if none ever has."""
+    def is_silent(self, node: str, seconds: float) -> bool:
+        """Return whether no digest of a node has come for `seconds`, and for longer than there are between two."""
         with self._lock:
             load = self._loads.get(node)
-            return None if load is None or load.heard_at is None else self._clock() - load.heard_at
+            if load is None or load.heard_at is None:
+                return False
+            return self._clock() - load.heard_at > max(seconds, INTERVALS * load.interval)
 
     def another_is_free(self, request: FleetRequest, node: str) -> bool:
         """Return whether another node that may take the request has a free slot."""

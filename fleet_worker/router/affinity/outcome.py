@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from fleet_worker.protocol.reply import CacheOutcome, Usage
 
-from fleet_worker.protocol.reply import Usage
-
-CacheOutcome = Literal["hit", "miss", "cold", "moved"]
 USEFUL = 0.1
 """The share of a prompt from which it counts that a node holds it."""
 

@@ -326,6 +326,18 @@ def test_a_request_that_is_handed_over_again_and_again_costs_no_attempt():
     assert not attempts.is_last
 
 
+def test_a_request_that_no_chosen_node_takes_costs_no_attempt():
+    attempts = attempts_of(max_attempts=2)
+    for attempt in range(1, 8):
+        assert attempts.move() == [CancelOrphan(None, attempt), RetryAfter(0.0)]
+        assert effects_of(attempts, accepted(attempt=attempt)) == []
+        assert attempts.next_attempt().attempt == attempt + 1
+    assert not attempts.is_last
+    assert attempts.failed == set()
+    assert {each.error for each in attempts.history} == {"moved"}
+    assert not attempts.blamed
+
+
 # --- A node whose clock is wrong
 
 EXPIRED = Expired("the request waited 3600.0 s in its lane, longer than its timeout")

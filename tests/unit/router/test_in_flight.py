@@ -14,10 +14,12 @@ from fleet_worker.router.attempts import Attempts
 from fleet_worker.router.effects import AskAgain, CancelOrphan, Confirm
 from fleet_worker.router.idempotency import IdempotencyCache
 from fleet_worker.router.in_flight import InFlightRequest
+from fleet_worker.router.route import Route
 from fleet_worker.router.wakeups import Wakeups
 from fleet_worker.settings import RouterSettings
 from tests.mlx_clients import took_less_than
 from tests.unit.router.test_attempts import DOWN, accepted, deltas, failure, head, request, response
+from tests.unit.router.test_route import PREFIXES, Warm
 
 
 class Later:
@@ -73,7 +75,9 @@ class Fleet:
             control=SimpleNamespace(tell=lambda _, effect: self.told.append(effect)),
             submitter=SimpleNamespace(submit=self._submit),
             nodes=SimpleNamespace(
-                node_for=lambda request, *failed: self.target if failed else self.first,
+                affinity=None,
+                unable=lambda _: set(),
+                node_for=lambda request, avoided: self.target if avoided else self.first,
                 why_waiting=lambda *_: ("nobody has served it for 7 s", 7.0),
                 waits_in_vain=lambda *_: not self.ready,
             ),
@@ -84,15 +88,16 @@ class Fleet:
     def cancelled(self):
         return [effect for effect in self.told if isinstance(effect, CancelOrphan)]
 
-    def _submit(self, request, lane, patience):
+    def _submit(self, request, lane, patience, prefixes):
         if self.refusal:
             raise self.refusal
         _, _, node = lane.partition(".node.")
         self.sent.append((request.attempt, node or None))
 
-    def submit(self, node=None, **options):
+    def submit(self, node=None, prefixes=None, **options):
         asked = options.pop("asked", None) or request()
-        in_flight = InFlightRequest(asked.addressed_to(asked.reply_to), node, self.session, **options)
+        route = Route(asked, node, self.session.nodes, prefixes)
+        in_flight = InFlightRequest(asked.addressed_to(asked.reply_to), route, self.session, **options)
         self.reader = in_flight.join(0.0)
         in_flight.submit()
         return in_flight
@@ -250,7 +255,7 @@ def test_what_is_for_one_node_only_stays_there(fleet):
     assert fleet.sent == [(1, "a@mini"), (2, "a@mini")]
 
 
-@pytest.mark.parametrize(("node", "most", "sent"), [(None, 3, 3), (None, 2, 2), ("b@mini", 3, 2)])
+@pytest.mark.parametrize(("node", "most", "sent"), [(None, 3, 3), (None, 2, 3), ("b@mini", 3, 2)])
 def test_what_waits_for_a_node_that_is_gone_goes_elsewhere_unless_its_caller_wants_that_node(node, most, sent):
     fleet = Fleet(max_attempts=most)
     fleet.target = "b@mini"
@@ -264,6 +269,26 @@ def test_what_waits_for_a_node_that_is_gone_goes_elsewhere_unless_its_caller_wan
         fleet.later.now()
     assert fleet.sent[2:] == [(3, None)][: sent - 2]
     assert fleet.cancelled == [CancelOrphan(None, 2)][: sent - 2]
+
+
+def test_what_a_chosen_node_does_not_take_goes_to_the_shared_lane_at_once(fleet):
+    warm = fleet.session.nodes.affinity = Warm()
+    fleet.session.nodes.is_ready = lambda *_: fleet.ready
+    in_flight = fleet.submit(prefixes=PREFIXES)
+    fleet.later.now()
+    assert fleet.sent == [(1, "a")]
+    fleet.ready = False
+    fleet.later.now()
+    fleet.later.now()
+    assert fleet.sent == [(1, "a"), (2, None)]
+    assert fleet.cancelled == [CancelOrphan(None, 1)]
+    assert not in_flight.receive("a", accepted())
+    assert in_flight.receive("b", accepted(2))
+    in_flight.receive("b", response(1, 2))
+    (answer,) = fleet.read()
+    assert [(each.node, each.error) for each in answer.attempts] == [(None, "moved"), ("b", None)]
+    assert answer.cache == in_flight._attempts.last.cache == "hit"
+    assert warm.told == [("sent", "a"), ("sent", None), ("accepted", "b"), ("ended", answer.usage, answer.node)]
 
 
 def test_a_broker_that_is_away_is_waited_for(fleet):
@@ -294,7 +319,7 @@ def test_what_was_answered_although_the_broker_never_said_that_it_has_it_is_answ
 
     fleet.session.submitter.submit = submit
 
-    in_flight = InFlightRequest(request().addressed_to("r"), None, fleet.session)
+    in_flight = InFlightRequest(request().addressed_to("r"), Route(request(), None, fleet.session.nodes), fleet.session)
     buffer = in_flight.join(5.0)
     in_flight.submit()
     assert [frame.kind for frame in fleet.read(buffer)] == ["response"]
@@ -517,7 +542,9 @@ def test_the_wait_in_the_lane_is_measured_by_the_clock_of_the_router_alone(fleet
 
 def test_a_node_may_accept_a_request_before_its_submission_has_returned(fleet):
     fleet.session.submitter.submit = lambda *_, **options: in_flight.receive("a", accepted())
-    in_flight = InFlightRequest(request().addressed_to("replies"), None, fleet.session)
+    in_flight = InFlightRequest(
+        request().addressed_to("replies"), Route(request(), None, fleet.session.nodes), fleet.session
+    )
     in_flight.submit()
     assert 0 <= fleet.accepted[0][1] < 5
 
