@@ -3,5 +3,5 @@
 May import: `registry`, `broker`, `mlx`, `protocol`, `settings`, `errors`. Read in this order: `router`, `options`,
 `submission`, `call`, `session`, `in_flight`, `readers`, `attempts`, `transcript`, `progress`, `effects`, `blame`,
 `node_selection`, `context_length`, `admission`, `queue_wait`, `submitter`, `control_publisher`, `reply_consumer`,
-`digest_requests`, `reply_buffer`, `wakeups`, `scheduler`, `idempotency`.
+`digest_requests`, `warm_ups`, `reply_buffer`, `wakeups`, `scheduler`, `idempotency`.
 """

@@ -12,13 +12,14 @@ from fleet_worker.broker.topology import direct_lane
 from fleet_worker.errors import FleetError
 from fleet_worker.protocol.cache_digest import CacheDigest
 from fleet_worker.protocol.prompt_prefixes import PromptPrefixes
-from fleet_worker.protocol.reply import Accepted, ChatResponse, EmbedResponse, Failure, Frame
+from fleet_worker.protocol.reply import Accepted, ChatResponse, Failure, Frame
 from fleet_worker.protocol.request import FleetRequest
 from fleet_worker.router.affinity.kept_prompts import KeptPrompts
 from fleet_worker.router.affinity.warming import Outcome, Warming, WarmUp
 from fleet_worker.router.attempts import MOVED
 from fleet_worker.router.control_publisher import ControlPublisher
 from fleet_worker.router.effects import CancelOrphan, Confirm
+from fleet_worker.router.route import LastFrame
 from fleet_worker.router.scheduler import Scheduler
 from fleet_worker.router.submitter import Submitter
 
@@ -83,7 +84,7 @@ class WarmUps:
         """Note a request that is in flight: `ended` tells what became of it."""
         self._asked[request.request_id] = request, prefixes
 
-    def ended(self, request_id: str, last: ChatResponse | EmbedResponse | Failure | None) -> None:
+    def ended(self, request_id: str, last: LastFrame) -> None:
         """Keep the prompt of a request that was answered, unless a node has failed with it: it may be the cause."""
         request, prefixes = self._asked.pop(request_id, (None, PromptPrefixes()))
         if request and isinstance(last, ChatResponse) and {each.error for each in last.attempts} <= {None, MOVED}:
