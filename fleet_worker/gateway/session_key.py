@@ -34,8 +34,8 @@ AGENT = "x-claude-code-agent-id"
 def session_key(asked: ChatAsked, headers: Mapping[str, str], key: Key) -> str | None:
     """Return the session key of a chat, which no caller with another key can have; None if there is none.
 
-    The first of these counts: our own header, the body, a header of a client, the user that the body names. It returns
-    a hash: the client's text goes no further.
+    The first of these counts: our own header, the body, a header of a client. What names a user counts for nothing: all
+    their conversations have it. It returns a hash: the client's text goes no further.
 
     Raises:
         InvalidRequest: our own header holds none.
@@ -56,7 +56,6 @@ def _of_client(asked: ChatAsked, headers: Mapping[str, str]) -> Iterator[str]:
     for name in (*FIRST, *sorted(filter(OTHERS.fullmatch, headers))):
         if "parent" not in name:
             yield headers.get(name, "")
-    yield asked.user or ""
 
 
 def _is_usable(text: str) -> bool:

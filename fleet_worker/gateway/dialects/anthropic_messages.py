@@ -34,7 +34,7 @@ def asked(body: dict[str, Any], request_id: str, created: int) -> ChatAsked:
         thinking=_shown(given),
     )
     user = given.metadata.user_id if given.metadata else None
-    return ChatAsked(given.model, wanted, given.stream, writer, _session_in(user or ""), user)
+    return ChatAsked(given.model, wanted, given.stream, writer, _session_in(user or ""))
 
 
 def problem_body(problem: Problem, request_id: str) -> bytes:

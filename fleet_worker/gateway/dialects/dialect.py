@@ -59,8 +59,6 @@ class ChatAsked:
     writer: Writer
     session: str | None = None
     """What the client calls its conversation, if it does."""
-    user: str | None = None
-    """What it calls its user, who may have several conversations."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,6 @@ from fleet_worker.gateway.dialects.openai_common import (
     take_session,
     take_with_usage,
     usage_object,
-    user_of,
 )
 from fleet_worker.gateway.dialects.tool_calls import Fragment, ToolCalls
 from fleet_worker.gateway.json_text import compact, quoted
@@ -36,7 +35,7 @@ class OpenAIChat:
         model, stream = take_model(body), take_switch(body, "stream")
         session = take_session(body)
         writer = ChatWriter(model, request_id, created, self._fields, with_usage=take_with_usage(body))
-        return ChatAsked(model, body, stream, writer, session, user_of(body))
+        return ChatAsked(model, body, stream, writer, session)
 
     def problem_body(self, problem: Problem, request_id: str) -> bytes:
         return openai_common.problem_body(problem, request_id)

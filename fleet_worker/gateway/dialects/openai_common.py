@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from fleet_worker.gateway.dialects.dialect import given, take_switch
@@ -53,12 +52,6 @@ def take_session(body: dict[str, Any]) -> str | None:
     if isinstance(metadata := body.get("metadata"), dict):
         named.append(metadata.get("session_id"))
     return next((each for each in named if isinstance(each, str) and each), None)
-
-
-def user_of(body: Mapping[str, Any]) -> str | None:
-    """Return what a client calls its user, if that is a text."""
-    user = body.get("user")
-    return user if isinstance(user, str) else None
 
 
 def take_with_usage(body: dict[str, Any]) -> bool:

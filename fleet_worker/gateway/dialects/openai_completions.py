@@ -15,7 +15,6 @@ from fleet_worker.gateway.dialects.openai_common import (
     take_session,
     take_with_usage,
     usage_object,
-    user_of,
 )
 from fleet_worker.gateway.json_text import compact, quoted
 from fleet_worker.gateway.problems import Problem
@@ -49,7 +48,7 @@ def asked(body: dict[str, Any], request_id: str, created: int) -> ChatAsked:
     given(body, "prompt_cache_key", str)
     session = take_session(body)
     body["messages"] = [{"role": "user", "content": _prompt(body.pop("prompt", None))}]
-    return ChatAsked(model, body, stream, writer, session, user_of(body))
+    return ChatAsked(model, body, stream, writer, session)
 
 
 class CompletionWriter:

@@ -9,7 +9,7 @@ from typing import Any
 
 from fleet_worker.gateway.dialects.chat_fields import NO_LOGPROBS
 from fleet_worker.gateway.dialects.dialect import ChatAsked, given, refused, take_model, take_switch
-from fleet_worker.gateway.dialects.openai_common import error_object, take_session, user_of
+from fleet_worker.gateway.dialects.openai_common import error_object, take_session
 from fleet_worker.gateway.dialects.openai_responses_input import messages_of
 from fleet_worker.gateway.dialects.openai_responses_tools import Tools
 from fleet_worker.gateway.dialects.openai_responses_writer import ResponsesWriter
@@ -59,7 +59,7 @@ def asked(body: dict[str, Any], request_id: str, created: int) -> ChatAsked:
     chat["messages"] = messages_of(body, tools)
     writer = ResponsesWriter(request_id, created, {"model": model, **_echo(body, tools)}, tools)
     given(body, "prompt_cache_key", str)
-    return ChatAsked(model, chat, stream, writer, take_session(dict(body)), user_of(body))
+    return ChatAsked(model, chat, stream, writer, take_session(dict(body)))
 
 
 def problem_body(problem: Problem, request_id: str) -> bytes:

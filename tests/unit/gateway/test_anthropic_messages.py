@@ -249,10 +249,8 @@ def test_effort_and_format():
     assert asked(output_format=wanted).body["response_format"] == body["response_format"]
 
 
-def test_the_user_is_told_and_the_session_that_claude_code_writes_into_it():
-    assert (asked().session, asked().user) == (None, None)
-    chat = asked(metadata={"user_id": "u1"})
-    assert (chat.session, chat.user) == (None, "u1")
+def test_the_session_is_the_one_that_claude_code_writes_into_its_user():
+    assert asked().session is asked(metadata={"user_id": "u1"}).session is None
     assert asked(metadata={"user_id": '{"device_id": "d", "session_id": "s1"}'}).session == "s1"
 
 

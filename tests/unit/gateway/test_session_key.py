@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from fleet_worker.errors import InvalidRequest
-from fleet_worker.gateway.accounts.key import Key
+from fleet_worker.errors import InvalidRequest, ModelUnavailable
+from fleet_worker.gateway.accounts.key import ANYONE, Key
 from fleet_worker.gateway.dialects import (
     anthropic_messages,
     ollama_chat,
@@ -17,8 +17,12 @@ from fleet_worker.gateway.dialects import (
 )
 from fleet_worker.gateway.dialects.anthropic_messages import LONGEST_USER
 from fleet_worker.gateway.dialects.openai_chat import OpenAIChat
+from fleet_worker.gateway.known_fleet import KnownFleet
 from fleet_worker.gateway.options import prompt_options
 from fleet_worker.gateway.session_key import LONGEST
+from fleet_worker.registry.view import Registry
+from fleet_worker.router.router import Router
+from tests.gateways import ask, post, serving
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
 ID = "54c1eb09-bc4c-4d2f-98eb-6d2ab2d5e2fe"
@@ -100,14 +104,10 @@ def test_other_headers_name_none(name):
         ("chat", {"session_id": ID}),
         ("chat", {"litellm_session_id": ID}),
         ("chat", {"metadata": {"session_id": ID}}),
-        ("chat", {"user": ID}),
-        ("chat", {"prompt_cache_key": ID, "user": "u", "session_id": "s"}),
+        ("chat", {"prompt_cache_key": ID, "session_id": "s"}),
         ("responses", {"prompt_cache_key": ID}),
         ("responses", {"metadata": {"session_id": ID}}),
-        ("responses", {"user": ID}),
         ("completions", {"prompt_cache_key": ID}),
-        ("completions", {"user": ID}),
-        ("messages", {"metadata": {"user_id": ID}}),
         ("messages", {"metadata": {"user_id": f"user_0a1b_account__session_{ID}"}}),
         ("messages", {"metadata": {"user_id": f"user_0a1b_account_{OTHER_ID}_session_{ID}"}}),
         ("messages", {"metadata": {"user_id": json.dumps({"device_id": "d", "account_uuid": "", "session_id": ID})}}),
@@ -120,11 +120,11 @@ def test_bodies_name_it(dialect, body):
 @pytest.mark.parametrize(
     ("headers", "body"),
     [
-        ({"x-fleet-session": ID, "x-session-affinity": "a"}, {"prompt_cache_key": "b", "user": "c"}),
-        ({"x-session-affinity": "a"}, {"prompt_cache_key": ID, "user": "c"}),
-        ({"x-session-affinity": ID, "x-session-id": "a"}, {"user": "c"}),
-        ({"session-id": "a", "thread-id": ID}, {"user": "c"}),
-        ({"x-parent-session-id": "a", "x-session-id": ID}, {"user": "c"}),
+        ({"x-fleet-session": ID, "x-session-affinity": "a"}, {"prompt_cache_key": "b"}),
+        ({"x-session-affinity": "a"}, {"prompt_cache_key": ID}),
+        ({"x-session-affinity": ID, "x-session-id": "a"}, {}),
+        ({"session-id": "a", "thread-id": ID}, {}),
+        ({"x-parent-session-id": "a", "x-session-id": ID}, {}),
         ({"x-zed-session-id": "a", "x-chat-id": ID}, {}),
     ],
 )
@@ -132,9 +132,18 @@ def test_what_names_the_smallest_part_comes_first(headers, body):
     assert session(headers, **body) == OWN
 
 
-def test_a_session_of_claude_code_comes_before_its_user_and_a_header_too():
-    user = {"metadata": {"user_id": "everything-of-one-user"}}
-    assert session({"x-claude-code-session-id": ID}, "messages", **user) == OWN
+@pytest.mark.parametrize(
+    ("dialect", "body"),
+    [
+        ("chat", {"user": ID, "safety_identifier": ID, "metadata": {"user_id": ID}}),
+        ("responses", {"user": ID}),
+        ("completions", {"user": ID}),
+        ("messages", {"metadata": {"user_id": ID}}),
+    ],
+)
+def test_a_user_is_no_conversation(dialect, body):
+    assert session(None, dialect, **body) is None
+    assert session({"x-claude-code-session-id": ID}, dialect, **body) == OWN
 
 
 def test_a_sub_agent_has_a_conversation_of_its_own():
@@ -162,8 +171,8 @@ def test_what_is_no_text_is_ignored(value):
 
 
 @pytest.mark.parametrize("user", ["{", '{"session_id": 7}', '{"session_id": ""}', "7", "null", "_session_"])
-def test_a_user_without_a_session_counts_as_a_user(user):
-    assert session(None, "messages", metadata={"user_id": user}) == session({"x-fleet-session": user})
+def test_a_user_may_have_any_form(user):
+    assert session(None, "messages", metadata={"user_id": user}) is None
 
 
 def test_a_user_that_is_nested_deep_harms_nothing():
@@ -190,6 +199,22 @@ def test_no_text_of_the_client_goes_further():
 
 def test_a_key_may_have_a_scope_of_its_own_and_prompts_that_are_not_kept():
     assert options(caller=key(cache_scope=True, keep_warm=False)) == {"cache_scope": "alice", "keep_warm": False}
+
+
+def test_the_router_is_told_over_http(monkeypatch):
+    told = []
+
+    async def achat(self, model, **options):
+        told.append(options["session"])
+        raise ModelUnavailable("this is a test")
+
+    monkeypatch.setattr(KnownFleet, "known", lambda _: Registry())
+    monkeypatch.setattr(Router, "achat", achat)
+    body = json.dumps({"model": "m", "messages": MESSAGES}).encode()
+    with serving() as port:
+        for name in (b"X-Session-Affinity", b"session_id", b"X-OpenWebUI-Chat-Id"):
+            assert ask(port, post(body, name + b": " + ID.encode())).status == 404
+    assert told == [session({"x-session-id": ID}, caller=ANYONE)] * 3
 
 
 def test_a_long_name_of_a_header_costs_no_time():

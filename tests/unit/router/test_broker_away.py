@@ -85,7 +85,7 @@ def test_requests_of_all_tasks_are_answered_at_once_though_all_threads_wait(monk
 def test_the_time_to_come_back_is_counted_from_when_the_broker_was_missed(monkeypatch):
     patience = []
     with Fleet(connect_timeout=5.0) as fleet:
-        fleet.session.submitter.submit = lambda request, lane, patience: patiently(patience)
+        fleet.session.submitter.submit = lambda request, lane, patience, **_: patiently(patience)
 
         def patiently(seconds):
             patience.append(seconds)

@@ -74,7 +74,7 @@ class Fleet:
         self.session.scheduler.start()
         self.session.is_open = True
         self.session.submitter = SimpleNamespace(
-            submit=lambda request, lane, patience: self.publish(request, lane), close=lambda: None
+            submit=lambda request, lane, patience, prefixes: self.publish(request, lane), close=lambda: None
         )
         self.session.admission = SimpleNamespace(
             admit=lambda *_, **__: None,
