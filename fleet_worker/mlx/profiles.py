@@ -158,14 +158,15 @@ def _message(message: Message) -> dict[str, Any]:
 
 
 def continued_body(
-    body: dict[str, Any], partial: str, offering: Offering, profile: ServerProfile
+    body: dict[str, Any], partial: str, offering: Offering, profile: ServerProfile, *, front: str = " "
 ) -> dict[str, Any] | None:
     """Return the body with which a server continues `partial`, the beginning of its answer to `body`.
 
     None if this server cannot continue an answer. mlx_lm.server needs the model's chat template for it, since it
     answers 404 to the flags that others take. It also crashes if the whole prompt is in its cache, which happens if
-    `max_tokens` ended an earlier answer to the same request exactly where `partial` ends: a space before the text makes
-    it another prompt.
+    `max_tokens` ended an earlier answer to the same request exactly where `partial` ends: `front`, white space before
+    the text, makes it another prompt. It must differ also between two continuations of which one is a token longer:
+    mlx_lm.server 0.32 caches each prompt without its last token.
     """
     messages: list[dict[str, Any]] = [*body["messages"], {"role": "assistant", "content": partial}]
     kwargs: dict[str, Any] = {}
@@ -182,7 +183,7 @@ def continued_body(
             template = offering.template.tool_use if "tools" in body else offering.template.default
             # The prompt then ends inside an open tag, but what was delivered is visible text.
             closing_tag = "\n</think>\n\n" if offering.settings.starts_in_reasoning else ""
-            kwargs = {"chat_template": with_open_last_turn(template, before_text=f"{closing_tag} ")}
+            kwargs = {"chat_template": with_open_last_turn(template, before_text=f"{closing_tag}{front}")}
         case _:
             return None
     continued = {**body, "messages": messages}

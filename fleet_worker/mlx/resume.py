@@ -86,7 +86,8 @@ def _continuations(
         # A token is at least one byte, so this is enough for the text that is repeated.
         limit = tokens_left + (profile.length_shortfall or 0) + len(again.encode())
         limited = {**body, "max_tokens": limit}
-        if continued := continued_body(limited, delivered[:cut], offering, profile):
+        front = "  " if at_end else " "
+        if continued := continued_body(limited, delivered[:cut], offering, profile, front=front):
             overlap = OverlapFilter(delivered, again=again, stop=stop, guess_space=at_end)
             yield ResumeStrategy(continued, overlap, tokens_left)
 

@@ -23,6 +23,7 @@ from fleet_worker.errors import (
     ProviderError,
     where,
 )
+from fleet_worker.mlx.chat_stream import ChatAnswer
 from fleet_worker.mlx.offering import Offering, offering_for
 from fleet_worker.mlx.parameters import dropped_parameters
 from fleet_worker.mlx.timeouts import CancelToken
@@ -33,7 +34,7 @@ from fleet_worker.node.router_presence import not_listening
 from fleet_worker.protocol import clock
 from fleet_worker.protocol.openai import ChatParams, EmbedParams
 from fleet_worker.protocol.prompt_prefixes import PromptPrefixes
-from fleet_worker.protocol.reply import ChatResponse, EmbedResponse, Timings, Usage
+from fleet_worker.protocol.reply import ChatResponse, EmbedResponse, Timings
 from fleet_worker.protocol.request import Address, FleetRequest
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ def chat(work: Work, params: ChatParams, prefixes: PromptPrefixes) -> None:
         answer = work.node.mlx.chat(params, work.offering, first_content=prompt.first_token, **work.limits)
         prompt.answered(answer)
     work.node.counters.generated(answer.usage.completion_tokens or 0)
-    work.respond(ChatResponse, metadata=work.metadata(params), **asdict(answer))
+    _respond(work, params, answer)
 
 
 def stream_chat(work: Work, params: ChatParams, prefixes: PromptPrefixes) -> None:
@@ -90,6 +91,11 @@ def stream_chat(work: Work, params: ChatParams, prefixes: PromptPrefixes) -> Non
                 work.reply.put(deltas, stream.tokens)
         answer = stream.answer()
         prompt.answered(answer)
+    _respond(work, params, answer)
+
+
+def _respond(work: Work, params: ChatParams, answer: ChatAnswer) -> None:
+    work.node.counters.prompt(work.offering.model, answer.usage.prompt_tokens, answer.usage.cached_tokens)
     work.respond(ChatResponse, metadata=work.metadata(params), **asdict(answer))
 
 
@@ -168,14 +174,12 @@ class Work:
         self,
         frame: type[ChatResponse] | type[EmbedResponse],
         *,
-        usage: Usage,
         ttft: float | None = None,
         tokens_per_second: float | None = None,
         **fields: Any,
     ) -> None:
         """End the reply with a frame of these fields and timings, and count the request."""
         queue_wait = self.queue_wait
-        self.node.counters.prompt(self.offering.model, usage.prompt_tokens, usage.cached_tokens)
         self.node.counters.request(
             self.request.operation,
             queue_wait_seconds=queue_wait,
@@ -184,8 +188,7 @@ class Work:
         )
         duration = time.monotonic() - self.started
         timings = Timings(queue_wait=queue_wait, duration=duration, ttft=ttft, tokens_per_second=tokens_per_second)
-        about = {"instance": self.node.instance, "model": self.offering.model, "usage": usage}
-        self.reply.end(frame, **about, timings=timings, **fields)
+        self.reply.end(frame, instance=self.node.instance, model=self.offering.model, timings=timings, **fields)
 
 
 @contextmanager

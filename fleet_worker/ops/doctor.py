@@ -18,6 +18,7 @@ from fleet_worker.config_file import config_path
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.host.variables import mistyped
 from fleet_worker.ops.broker_checks import broker, clock, connected
+from fleet_worker.ops.cache_checks import prompt_caches
 from fleet_worker.ops.clocks import ADVICE, clocks_of, described, wrong_clocks
 from fleet_worker.ops.findings import Finding, at_once
 from fleet_worker.ops.server_checks import WITHIN as INSTANCES_WITHIN
@@ -119,10 +120,11 @@ def fleet(settings: Settings) -> list[Finding]:
     with connected(settings) as connection, Router(settings) as router:
         registry = router.registry
         replies = create_app(settings).control.ping(timeout=2.0, connection=connection)
-        wrong = wrong_clocks(clocks_of(registry.instances()))
+        known = registry.instances()
     expected = [f"{name}@{settings.host}" for name, instance in settings.instances.items() if instance.opted_in]
     found = compare_nodes([name for reply in replies for name in reply], expected)
-    return [*found, *(Finding("warning", each, ADVICE) for each in described(wrong))]
+    wrong = described(wrong_clocks(clocks_of(known)))
+    return [*found, *(Finding("warning", each, ADVICE) for each in wrong), *prompt_caches(known)]
 
 
 def compare_nodes(answers: Sequence[str], expected: Sequence[str] = ()) -> list[Finding]:

@@ -94,6 +94,8 @@ class Snapshot:
             "free": instance.free,
             "tokens_per_second": instance.tokens_per_second,
             "last_token_age": None if token_age is None else round(token_age, 3),
+            "prompt_tokens": instance.prompt_tokens,
+            "cached_tokens": instance.cached_tokens,
             "server": instance.server,
             "version": instance.version,
             "heard_age": round(self.taken_at - instance.heard_at, 3),

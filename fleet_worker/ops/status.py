@@ -32,6 +32,8 @@ NO_LANES = (
     "No lanes are known. Redis and Valkey forget lanes that were not used for a day; on RabbitMQ only the lanes are\n"
     "known that registry nodes name."
 )
+INSTANCES_FIT = 80
+"""Columns of a terminal that take the table of instances, whose columns are many."""
 COLOURS = {"available": "green", "starting": "cyan", "drained": "cyan", "degraded": "yellow"}
 
 
@@ -113,8 +115,9 @@ def _summary(snapshot: Snapshot) -> Iterator[Text]:
 
 
 def _instances(snapshot: Snapshot) -> Iterator[RenderableType]:
-    figures = ("used", "free", "tok/s", "last token")
-    listing = Listing("node", "status", "models", *figures, "server", "version", numbers=figures, whole=("status",))
+    figures = ("used", "free", "tok/s", "from cache", "last token")
+    headers = ("node", "status", "models", *figures, "server", "version")
+    listing = Listing(*headers, numbers=figures, whole=("status",), fits=INSTANCES_FIT)
     for each in snapshot.instances:
         models = (
             offered.model if offered.ready or not each.ready else f"{offered.model} (not there)"
@@ -127,6 +130,7 @@ def _instances(snapshot: Snapshot) -> Iterator[RenderableType]:
             cell(str(each.running)),
             cell(str(each.free)),
             cell(f"{each.tokens_per_second:.1f}"),
+            cell("-" if each.cached_share is None else f"{each.cached_share:.0%}"),
             cell(_age(snapshot.token_age(each))),
             cell(each.server or "-"),
             cell(each.version or "-"),

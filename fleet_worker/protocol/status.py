@@ -68,7 +68,7 @@ class InstanceStatus:
     lanes: tuple[Name, ...] = ()
     """The lanes that its node consumes now."""
     prompt_tokens: Total | None = None
-    """Of all answers since its node began; None from an older version."""
+    """Of all chats that its node has answered; None from an older version."""
     cached_tokens: Total | None = None
     """How many of these the server had in its prompt cache; None if it does not tell."""
     cache_troubles: Annotated[tuple[CacheTrouble, ...], Field(max_length=MOST_TROUBLES)] = ()

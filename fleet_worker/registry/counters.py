@@ -43,7 +43,7 @@ class Counters:
             self.tokens += tokens
 
     def prompt(self, model: str, tokens: int | None, cached: int | None) -> None:
-        """Count the prompt of an answer, as far as the server tells its tokens, and which of them it had cached."""
+        """Count the prompt of a chat, as far as the server tells its tokens, and which of them it had cached."""
         with self._lock:
             self._prompt_tokens[model] += tokens or 0
             if cached is not None:

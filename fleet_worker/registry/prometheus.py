@@ -1,7 +1,7 @@
 """Prometheus metrics of one host, computed at each scrape from the last reports of its nodes.
 
 Nodes count from their start (`counters`), so counters return to 0 when a node restarts, as Prometheus expects. Labels
-are nodes, lanes, operations and error codes, never anything of a request.
+are nodes, lanes, models, operations and error codes, never anything of a request.
 """
 
 from __future__ import annotations
@@ -110,6 +110,7 @@ class HostCollector:
             "instances": _instances(reports),
             "gauges": _gauges(live),
             "counts": _counts(live),
+            "prompts": _prompts(live),
             "histograms": _histograms(live),
             "dropped": _dropped(dropped),
             "lanes": _lanes(reports),
@@ -202,6 +203,23 @@ def _counts(live: list[NodeReport]) -> Iterator[Metric]:
         for code, count in {**_NO_ERRORS, **counters["errors"]}.items():
             errors.add_metric([node, code], count)
     yield from (tokens, requests, errors)
+
+
+def _prompts(live: list[NodeReport]) -> Iterator[Metric]:
+    """Nodes of older versions count no prompts; servers that do not tell what they had cached have no such sample."""
+    labels = ["node", "model"]
+    prompts = CounterMetricFamily("fleet_prompt_tokens", "Tokens of the prompts of all answered chats.", labels=labels)
+    text = "Tokens of these prompts that the server had in its prompt cache."
+    cached = CounterMetricFamily("fleet_cached_prompt_tokens", text, labels=labels)
+    for report in live:
+        node, counters = report.instance.node, report.counters
+        if "prompt_tokens" in counters:
+            models = {model.model: 0 for model in report.models if "embed" not in model.capabilities}
+            for model, tokens in {**models, **counters["prompt_tokens"]}.items():
+                prompts.add_metric([node, model], tokens)
+            for model, tokens in counters["cached_tokens"].items():
+                cached.add_metric([node, model], tokens)
+    yield from (prompts, cached)
 
 
 def _dropped(by_node: Mapping[str, Mapping[str, int]]) -> Iterator[Metric]:

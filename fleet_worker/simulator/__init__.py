@@ -10,7 +10,12 @@ or as a process, which prints its address as one line of JSON and ends on SIGTER
 
     python -m fleet_worker.simulator --flavour mlx_lm --model sim-chat --ttft 0.02
 
-In reading order: server, machine, chats, texts, flavours, servers, refusals, replies, manners, chunks, answers.
+Its prompt cache is that of mlx_lm.server 0.32: ten sequences (`prompt_cache_size`), of which any beginning can be used
+(or only whole ones, `trimmable=False`); `usage` tells how much of a prompt was cached, and with a `prefill_rate` only
+the rest takes time. A token is a word or a marker of the chat template. `forget()` empties the cache.
+
+In reading order: server, machine, chats, scripts, texts, prompts, prompt_cache, flavours, servers, refusals, replies,
+manners, chunks, answers.
 """
 
 from fleet_worker.simulator.flavours import Flavour

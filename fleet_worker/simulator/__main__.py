@@ -39,7 +39,7 @@ def _options(arguments: Sequence[str] | None) -> Mapping[str, Any]:
     for option in fields(Machine):
         flag = "--" + option.name.replace("_", "-")
         if isinstance(option.default, bool):
-            parser.add_argument(flag, action="store_true", default=None)
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None)
         elif isinstance(option.default, int | float | str):
             choices = list(FLAVOURS) if option.name == "flavour" else None
             parser.add_argument(flag, type=type(option.default), choices=choices, help=f"default: {option.default}")

@@ -3,41 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping
 from functools import cached_property
 from typing import Any
 
 from fleet_worker.simulator.answers import Answer, answer
-from fleet_worker.simulator.chunks import DONE, Chunks, completion, tool_call
+from fleet_worker.simulator.chunks import DONE, Chunks, completion
 from fleet_worker.simulator.machine import Machine, Request
 from fleet_worker.simulator.manners import ENDINGS
-from fleet_worker.simulator.refusals import Body, is_poison
+from fleet_worker.simulator.prompt_cache import Kind, Tokens
+from fleet_worker.simulator.prompts import CALL, Prompt, prompt_of
+from fleet_worker.simulator.refusals import is_poison
 from fleet_worker.simulator.replies import INTERRUPTIONS, Fault, Reply
+from fleet_worker.simulator.scripts import Script, script_of
 from fleet_worker.simulator.servers import mlx_lm_opening
-from fleet_worker.simulator.texts import first_characters, first_of, json_tokens, reply_tokens, whole_tokens, without
 
-PREFILL_STEP = 2048  # tokens between two keepalive comments of mlx_lm.server 0.32
+PREFILL_STEP = 2048  # tokens that mlx_lm.server 0.32 prefills before the other streams get a token
+LONGEST_STEP = 0.25  # seconds: the step is shorter where prefill is slow, so that tests need not be
 CLIENT_CHECK = 0.2  # seconds between two checks whether the client is still there
 RELEASE_CHECK = 0.01  # seconds between two checks whether a held reply may go on
 
 
 class Died(Exception):
     """The generation thread died under a request."""
-
-
-@dataclass(frozen=True, slots=True)
-class Script:
-    """The content of a reply: its tokens, of which the first `thinking` are reasoning, and then tool calls."""
-
-    tokens: Sequence[str]
-    thinking: int
-    silent: int  # tokens of the tool calls, which are no text
-    calls: Sequence[Mapping[str, Any]]
-    finish: str
 
 
 class Chat:
@@ -51,6 +41,7 @@ class Chat:
         self.streamed = body.get("stream") is True and not (fault and fault.kind == "unstreamed")
         self.model = str(body.get("model") or "default_model")
         self._struck = False
+        self._cached = 0  # tokens of the prompt that need no prefill
         self._first_token = 0.0  # when it is due
 
     async def run(self) -> None:
@@ -67,6 +58,10 @@ class Chat:
                 return await self._generate()
             except Died:
                 self.reply.closes = True
+            except ConnectionError:
+                if self._alone and self.record.generated:
+                    self._keep()
+                raise
 
     def _unserved(self) -> Answer | None:
         if not self.body["messages"]:
@@ -86,7 +81,11 @@ class Chat:
         """mlx_lm.server 0.32: requests share a batch if their model strings are the same, and with a seed never."""
         if not self.flavour.batches_by_model:
             return None
-        return self.model if self.body.get("seed") is None else object()
+        return object() if self._alone else self.model
+
+    @property
+    def _alone(self) -> bool:
+        return self.flavour.batches_by_model and self.body.get("seed") is not None
 
     async def _generate(self) -> None:
         await self._check()
@@ -94,20 +93,29 @@ class Chat:
             return await self._without_engine()
         if self.flavour.swaps and not await self.engine.load(self.model):
             return await self.reply.whole(self.flavour.unknown_model(self.model))
-        if self.flavour.batches_by_model and (is_poison(self.body) or self._is_cached()):
+        whole = self._recall()
+        if self.flavour.batches_by_model and (is_poison(self.body) or (whole and not self._alone)):
             self.engine.die()
             return await self._without_engine()
+        if self.flavour.batches_by_model and whole:
+            return await self._nothing_to_prefill()
         return await (self._stream() if self.streamed else self._whole())
 
-    def _is_cached(self) -> bool:
-        return self.body.get("seed") is None and self.engine.has_cached(self._text)
+    def _recall(self) -> bool:
+        """Look the prompt up in the cache; return whether it is there as a whole."""
+        prompt = self._prompt.tokens
+        cached = self.engine.prompts.match(self.machine.name_of(self.model), prompt)
+        self._cached = min(cached, len(prompt) - 1)
+        self.record.prompt_tokens, self.record.cached_tokens = len(prompt), self._cached
+        self.machine.count(prompt_tokens=len(prompt), cached_tokens=self._cached)
+        return cached == len(prompt)
 
-    @cached_property
-    def _text(self) -> str:
-        """The prompt as one text."""
-        if self.flavour.continues(self.body):
-            return json.dumps(self.body["messages"][:-1]) + mlx_lm_opening(self.body)
-        return json.dumps(self.body["messages"])
+    async def _nothing_to_prefill(self) -> None:
+        """mlx_lm.server 0.32 fails so on a prompt that is wholly cached; in a batch its generation thread dies."""
+        self.reply.closes = True
+        if self.streamed:
+            self.reply.start_stream()
+        self.reply.on_end()
 
     async def _without_engine(self) -> None:
         """mlx_lm.server 0.32.2 fails fast; older ones, and other servers, are silent."""
@@ -118,7 +126,7 @@ class Chat:
     # --- the two kinds of answer
 
     async def _stream(self) -> None:
-        script = self._script()
+        script = self._script
         if not self.reply.started:
             self.reply.start_stream()
         await self._prefill()
@@ -129,9 +137,7 @@ class Chat:
             self._account(end - start)
             texts = [f" {_now():.6f}"] * (end - start) if self.machine.stamped else said[start:end]
             await self.reply.send(self._chunks.tokens(texts, script.thinking - start))
-        if self.flavour.batches_by_model:
-            ending = "<|tool_call|>" * script.silent + "<|im_end|>" * (script.finish != "length")
-            self.engine.keep(self._text + "".join(script.tokens) + ending)
+        self._keep()
         if not await self._strikes(sys.maxsize):
             await self.reply.finish([*self._chunks.calls(script.calls), *self._ending(script)])
 
@@ -153,12 +159,13 @@ class Chat:
         return {}
 
     async def _whole(self) -> None:
-        script = self._script()
+        script = self._script
         await self._prefill()
         async for start, end in self._ticks(len(script.tokens) + script.silent):
             if await self._strikes(start):
                 return
             self._account(end - start)
+        self._keep()
         if await self._strikes(sys.maxsize):
             return
         message: dict[str, Any] = {"content": "".join(script.tokens[script.thinking :]) or None}
@@ -176,102 +183,71 @@ class Chat:
         return Chunks(self.flavour, self.model)
 
     @cached_property
-    def _prompt(self) -> list[str]:
-        """The prompt as the tokens that usage and the prefix cache count."""
-        return [word for message in self.body["messages"] for word in str(message.get("content")).split()]
+    def _prompt(self) -> Prompt:
+        """The prompt as the tokens that usage and the prompt cache count."""
+        opening = mlx_lm_opening(self.body) if self.flavour.continues(self.body) else None
+        thinks = bool(self.machine.reasoning) and not self.machine.think_tags
+        return prompt_of(self.body, opening=opening, thinks=thinks)
 
-    @cached_property
-    def _cached(self) -> int:
-        return self.engine.recall(self._prompt) if self.machine.prefill_rate else 0
+    def _keep(self) -> None:
+        """Cache the prompt with as much of its answer as was generated."""
+        script, said = self._script, self._script.tokens[: self.record.generated]
+        thoughts, content = "".join(said[: script.thinking]), "".join(said[script.thinking :])
+        ended = script.finish != "length" and self.record.generated >= len(script.tokens) + script.silent
+        sequence = self._prompt.answered(thoughts, content, script.calls if ended else (), ended=ended)
+        self._insert(sequence if script.calls or not script.silent else (*sequence, CALL), "assistant")
+
+    def _insert(self, tokens: Tokens, kind: Kind) -> None:
+        self.engine.prompts.insert(self.machine.name_of(self.model), tokens, kind)
 
     def _usage(self, script: Script) -> dict[str, Any]:
-        return self.flavour.usage(len(self._prompt), len(script.tokens) + script.silent, self._cached)
+        return self.flavour.usage(len(self._prompt.tokens), len(script.tokens) + script.silent, self._cached)
 
+    @cached_property
     def _script(self) -> Script:
-        limit = self.flavour.limit(self.body)
-        thoughts = self._thoughts()
-        has_results = self.body["messages"][-1].get("role") == "tool"
-        calls = self.machine.tool_calls if self.body.get("tools") and not has_results else ()
-        content, natural = ([], 0) if calls else self._stopped(*self._content(limit))
-        silent = sum(len(json.dumps(call)) // 4 for call in calls)
-        cut = len(thoughts) + natural + silent >= limit
-        tokens = [*thoughts, *content][: limit - 1 if cut and self.flavour.drops_last else limit]
-        unlimited = "tool_calls" if calls else "stop"
-        limited = "length" if self.flavour.says_length else "stop"
-        return Script(
-            tokens=tokens,
-            thinking=0 if self.machine.think_tags else min(len(thoughts), len(tokens)),
-            silent=min(silent, limit - len(tokens)),
-            calls=[] if cut else [tool_call(call, index) for index, call in enumerate(calls)],
-            finish=limited if cut else unlimited,
-        )
-
-    def _thoughts(self) -> list[str]:
-        """The tokens of reasoning. A continued reply has none: they came with its beginning."""
-        reasoning = () if self.flavour.continues(self.body) else self.machine.reasoning
-        return ["<think>", *reasoning, "</think>"] if reasoning and self.machine.think_tags else list(reasoning)
-
-    def _content(self, limit: int) -> tuple[list[str], int]:
-        """The visible tokens, as far as the limit allows, and how many there would be without one."""
-        wanted = self.body.get("response_format") or {}
-        if wanted.get("type") in self.flavour.json_formats:
-            whole = json_tokens(wanted)
-            return whole[:limit], len(whole)
-        whole = self._reply(self.body["messages"], limit)
-        if not self.flavour.continues(self.body):
-            return whole, self.machine.tokens
-        *before, partial = self.body["messages"]
-        rest, said = self._reply(before, self.machine.tokens), str(partial.get("content"))
-        said = said.rstrip() if self.flavour.trims_partial else said
-        if not "".join(rest).startswith(said):
-            return whole, self.machine.tokens  # this model would not have begun so: continue with any text
-        left = len(said)
-        while rest and left >= len(rest[0]):
-            left -= len(rest.pop(0))
-        if rest:
-            rest[0] = rest[0][left:] if self.flavour.keeps_space else rest[0][left:].removeprefix(" ")
-        if self.machine.drift is not None:
-            rest[self.machine.drift :] = reversed(rest[self.machine.drift :])
-        return rest, len(rest)
-
-    def _stopped(self, content: list[str], natural: int) -> tuple[list[str], int]:
-        """What a stop string of the request leaves of the content, and how many tokens there would be."""
-        stop = self.body.get("stop") or []
-        texts = [stop] if isinstance(stop, str) else stop
-        if self.flavour.stop == "ignored":
-            return content, natural
-        ending = texts if self.flavour.stop == "ends" else whole_tokens(content, texts)
-        end = first_of(ending, "".join(content))
-        if end is not None:
-            content = first_characters(content, end)
-            return content, len(content)
-        return without(content, texts) if self.flavour.stop == "cut" else content, natural
-
-    def _reply(self, messages: Sequence[Body], limit: int) -> list[str]:
-        return reply_tokens(messages, limit, tokens=self.machine.tokens, separators=self.machine.separators)
+        return script_of(self.machine, self.body)
 
     # --- the timing
 
     async def _prefill(self) -> None:
-        """Wait as long as reading the prompt takes. Meanwhile mlx_lm.server 0.32 sends a comment at every step, and no
-        token of any stream."""
-        begin, rate, new = _now(), self.machine.prefill_rate or float("inf"), len(self._prompt) - self._cached
-        if self.machine.prefill_rate:
-            begin = max(begin, self.engine.busy_until)
-            self.engine.busy_until = begin + new / rate
-        self._first_token = begin + new / rate + self.machine.ttft
-        if self.streamed and self.flavour.prefill_comments:
-            for done in (*range(PREFILL_STEP, new, PREFILL_STEP), new):
-                await self._until(begin + done / rate)
-                await self.reply.send([b": keepalive %d/%d\n\n" % (done, new)])
+        """Wait as long as reading the prompt takes, and cache its beginnings. Meanwhile mlx_lm.server 0.32 sends a
+        comment at every step, and one token of every other stream."""
+        cached, prompt = self._cached, self._prompt
+        new, done, comments = len(prompt.tokens) - cached, 0, list[bytes]()
+        for end in self._step_ends():
+            if self.machine.prefill_rate:
+                async with self.engine.prefill(end - done) as due:
+                    await self._until(due)
+            for at, kind in () if self._alone else prompt.boundaries:
+                if done < at - cached <= end:
+                    self._insert(prompt.tokens[:at], kind)
+            done = end
+            comments += [b": keepalive %d/%d\n\n" % (at, new) for at in ((end - 1, end) if 1 < end == new else (end,))]
+            if self.streamed and self.flavour.prefill_comments and (self.machine.prefill_rate or end == new):
+                await self.reply.send(comments)
+                comments = []
+        self._first_token = _now() + self.machine.ttft
+
+    def _step_ends(self) -> list[int]:
+        """Where the steps of prefill end, in tokens that are not cached: at the end of a system prompt, too."""
+        rate, length = self.machine.prefill_rate, len(self._prompt.tokens)
+        step = max(1, min(PREFILL_STEP, int(rate * LONGEST_STEP))) if rate else PREFILL_STEP
+        ends = [0]
+        for stop in (*(at for at, kind in self._prompt.boundaries if kind == "system"), length):
+            if stop > self._cached:
+                ends += [*range(ends[-1] + step, stop - self._cached, step), stop - self._cached]
+        return ends[1:]
 
     async def _ticks(self, tokens: int) -> AsyncIterator[tuple[int, int]]:
-        """Yield the ranges of tokens that are sent together, each when it is due."""
+        """Yield the ranges of tokens that are sent together, each when it is due. A step of prefill delays them all."""
         interval, step = self.machine.token_interval, self._step()
         for start in range(0, tokens, step):
             end = min(start + step, tokens)
             await self._while_held(end)
-            await self._until(max(self._first_token + (end - 1) * interval, self.engine.busy_until))
+            due = self._first_token + (end - 1) * interval
+            late = max(0.0, self.engine.step_ends - due)
+            self._first_token += late
+            await self._until(due + late)
             yield start, end
 
     async def _while_held(self, end: int) -> None:
@@ -287,7 +263,8 @@ class Chat:
             return 1
         if self.fault and self.fault.kind == "join":
             return 2
-        return 1 if self.machine.token_interval or self.machine.flush_each else self.machine.tokens_per_write
+        single = self.machine.token_interval or self.machine.flush_each or self.machine.prefill_rate
+        return 1 if single else self.machine.tokens_per_write
 
     async def _until(self, due: float) -> None:
         """Sleep until `due`; check meanwhile whether the client has left or the engine has died."""

@@ -57,7 +57,8 @@ class Flavour:
     usage_on_finish: bool = False
     usage_chunk: str | None = "empty"  # if asked: its choices are empty, or a second finish choice; None: no such chunk
     usage_object: str = "chat.completion.chunk"
-    cached_tokens: bool = False
+    caches: bool = True  # prompts
+    cached_tokens: bool = False  # in usage
     after_error: str = "done"  # what follows an error event: "finish" and done, "done", or "nothing"
     aliases: tuple[str, ...] = ()  # paths that also work without /v1
     limits: tuple[str, ...] = ("max_completion_tokens", "max_tokens")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from fleet_worker.simulator.flavours import Flavour
+from fleet_worker.simulator.prompt_cache import PromptCache
 from fleet_worker.simulator.refusals import Body
 from fleet_worker.simulator.replies import Fault
 from fleet_worker.simulator.servers import FLAVOURS
@@ -25,6 +26,8 @@ class Request:
     headers: Mapping[str, str]
     body: Any = None
     fault: str | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # of these
     generated: int = 0  # tokens
     generated_after_leave: int = 0
     finished: bool = False  # answered to the end, if only with an error
@@ -58,7 +61,9 @@ class Machine:
     tool_calls: Sequence[Body] = ()  # the reply to requests with tools, but not to results of tools
     dimensions: int = 384
     api_key: str = ""
-    prefill_rate: float = 0.0  # prompt tokens a second, while no stream moves; 0: prefill takes no time
+    prefill_rate: float = 0.0  # prompt tokens a second that are not cached; 0: prefill takes no time
+    prompt_cache_size: int = 10  # sequences that its prompt cache holds; 0: no cache
+    trimmable: bool = True  # any beginning of a cached sequence can be used, else only a whole one
     load_delay: float = 0.0  # seconds to make another model the resident one
     old_health: bool = False  # as mlx_lm.server up to 0.32.0: healthy with a dead thread, and requests hang
     keep_alive: float = 5.0  # seconds until an idle connection is closed
@@ -102,6 +107,13 @@ class Machine:
         finally:
             self.release()
 
+    def forget(self) -> None:
+        """Empty the prompt cache."""
+        self.engine.prompts = self.empty_cache()
+
+    def empty_cache(self) -> PromptCache:
+        return PromptCache(self.prompt_cache_size if self.behaviour.caches else 0, trimmable=self.trimmable)
+
     @property
     def requests(self) -> list[Request]:
         """Snapshots of the last requests, oldest first."""
@@ -111,8 +123,9 @@ class Machine:
     @property
     def counters(self) -> Mapping[str, int]:
         """Totals since the start: connections, requests, finished, disconnected, generated, generated_after_leave,
-        loads, evictions; and current values: open_connections, running."""
-        return Counter({**self._counts, "running": self.engine.running})
+        prompt_tokens, cached_tokens, loads, evictions; and current values: open_connections, running, and
+        cached_sequences of the prompt cache."""
+        return Counter({**self._counts, "running": self.engine.running, "cached_sequences": len(self.engine.prompts)})
 
     @property
     def generated_after_leave(self) -> int:
@@ -139,6 +152,10 @@ class Machine:
     def dies_loudly(self) -> bool:
         """Whether the server reports a dead generation thread, as of these servers only mlx_lm.server 0.32.2 does."""
         return self.behaviour.batches_by_model and not self.old_health
+
+    def name_of(self, model: str) -> str:
+        """The name of the model that a request asks for."""
+        return self.models[0] if model == "default_model" else model
 
     def next_fault(self, path: str, raw: bytes) -> Fault | None:
         """Return the first planned fault that fits this request, and count it as used."""
@@ -171,13 +188,13 @@ class Engine:
         self.slots = machine.slots or machine.behaviour.slots
         self.dead = False
         self.resident: str | None = machine.models[0]
-        self.busy_until = 0.0  # end of the current prefill: no stream sends tokens before
+        self.prompts = machine.empty_cache()
+        self.step_ends = 0.0  # of the current step of prefill: no stream sends tokens before
         self.running = 0
         self._machine = machine
         self._key: object = None
         self._waiting: deque[tuple[object, asyncio.Future[None]]] = deque()
-        self._prompts: deque[list[str]] = deque(maxlen=10)
-        self._finished: deque[str] = deque(maxlen=10)
+        self._prefill = asyncio.Lock()
         self._loading = asyncio.Lock()
 
     @asynccontextmanager
@@ -220,7 +237,7 @@ class Engine:
 
     async def load(self, model: str) -> bool:
         """Make this model the resident one; return whether it exists. If not, no model is resident."""
-        wanted = self._machine.models[0] if model == "default_model" else model
+        wanted = self._machine.name_of(model)
         async with self._loading:
             if wanted not in self._machine.models:
                 self.resident = None
@@ -232,22 +249,11 @@ class Engine:
                 self._machine.count(loads=1)
             return True
 
-    def keep(self, text: str) -> None:
-        """Cache a prompt with its reply; shorter cached texts that it begins with are dropped."""
-        others = [each for each in self._finished if not text.startswith(each)]
-        self._finished = deque([*others, text], maxlen=10)
-
-    def has_cached(self, text: str) -> bool:
-        """Whether the whole prompt is cached. In a batch this kills the generation thread of mlx_lm.server 0.32."""
-        return text in self._finished
-
-    def recall(self, prompt: Sequence[str]) -> int:
-        """Return how many tokens of this prompt are cached, as the start of an earlier one; cache it."""
-        known = max((_common(prompt, old) for old in self._prompts), default=0)
-        self._prompts.append(list(prompt))
-        return max(0, min(known, len(prompt) - 1))
-
-
-def _common(one: Sequence[str], other: Sequence[str]) -> int:
-    pairs = zip(one, other, strict=False)
-    return next((at for at, (left, right) in enumerate(pairs) if left != right), min(len(one), len(other)))
+    @asynccontextmanager
+    async def prefill(self, tokens: int) -> AsyncIterator[float]:
+        """Take the machine for one step of prefill, in turn with other prompts; yield the time at which it ends."""
+        async with self._prefill:
+            self.step_ends = (
+                max(asyncio.get_running_loop().time(), self.step_ends) + tokens / self._machine.prefill_rate
+            )
+            yield self.step_ends

@@ -144,6 +144,9 @@ class Exchange:
             return answer(200, [{**vars(request), "model": request.model} for request in self.machine.requests])
         if self.record.path == "/simulated/counters":
             return answer(200, self.machine.counters)
+        if self.record.path == "/simulated/forget":
+            self.machine.forget()
+            return answer(200, {})
         try:
             if self.record.path == "/simulated/held":
                 self.machine.held_at = from_json(self.raw)["at_token"]

@@ -209,6 +209,7 @@ MLX_VLM = Flavour(
     role_in_deltas=True,
     nulls=("usage", "timings"),
     tool_calls="last",
+    caches=False,
     cached_tokens=True,
     after_error="nothing",
     aliases=("/chat/completions", "/embeddings", "/models"),

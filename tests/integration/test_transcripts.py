@@ -7,6 +7,7 @@ import json
 import re
 import socket
 from contextlib import closing
+from typing import NamedTuple
 
 import pytest
 
@@ -307,6 +308,47 @@ def pieces_of(url, **asked):
     events = talk(url, "POST", CHAT, chat(stream=True, **asked)).events
     deltas = [event["choices"][0]["delta"] for event in events if event != "[DONE]"]
     return [delta["content"] for delta in deltas if delta.get("content")]
+
+
+# --- What it caches
+
+
+def test_a_conversation_is_cached_with_its_answers(url):
+    """The next turn has only its own tokens to be read; the same prompt again has one."""
+    asked = [{"role": "system", "content": "Answer in a few words."}, *QUESTION]
+    first, answer = counted(url, asked)
+    again, _ = counted(url, asked)
+    assert (again.prompt, again.cached) == (first.prompt, first.prompt - 1)
+    turn, _ = counted(url, [*asked, answer, {"role": "user", "content": "And of Spain?"}])
+    assert first.prompt < turn.cached < turn.prompt
+    other, _ = counted(url, [*asked[:1], {"role": "user", "content": "What is the capital of Peru?"}])
+    assert 0 < other.cached < first.prompt
+    changed, _ = counted(url, [{"role": "system", "content": "Now answer in a few words."}, *QUESTION])
+    assert changed.cached < other.cached
+
+
+@pytest.mark.parametrize("alone", [{}, {"seed": 1}], ids=["in a batch", "alone"])
+def test_the_prompt_of_an_interrupted_answer_is_cached(url, alone):
+    asked = [{"role": "user", "content": f"Tell me a tale of mice and a cat. {alone}"}]
+    with closing(Client(url, model={"backend": "default_model"})) as client:
+        with client.open(asked, max_tokens=5000, logit_bias=ENDLESS, seconds=120, **alone) as stream:
+            next(iter(stream))
+        client.ask(QUESTION, max_tokens=1, seed=1, seconds=120)  # which waits for all that runs
+    again, _ = counted(url, asked)
+    assert again.cached == again.prompt - 1
+
+
+class Counted(NamedTuple):
+    prompt: int
+    cached: int
+
+
+def counted(url, messages):
+    """The tokens of this prompt, and the message of the answer."""
+    answer = talk(url, "POST", CHAT, chat(messages=messages, max_tokens=5)).json
+    usage = answer["usage"]
+    counts = Counted(usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"])
+    return counts, answer["choices"][0]["message"]
 
 
 # --- Our client with it

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import json
+import re
 import signal
 import socket
 import ssl
@@ -137,7 +138,7 @@ def test_mlx_lm_ends_a_stream_by_closing_the_connection():
         assert head.startswith(b"HTTP/1.0 200 OK\r\n")
         assert b"content-length" not in head.lower()
         assert b"chunked" not in head
-        assert body.startswith(b": keepalive 1/1\n\ndata: {")
+        assert body.startswith(b": keepalive 3/4\n\n: keepalive 4/4\n\ndata: {")
         assert body.endswith(b"\n\ndata: [DONE]\n\n")
 
 
@@ -613,19 +614,21 @@ def test_vllm_simple_refuses_a_second_request():
         assert read_all(first).endswith(b"0\r\n\r\n")
 
 
-def test_prefill_freezes_every_stream_and_remembers_prompts():
-    """mlx_lm comments its prefill step by step, and a prompt seen before costs nothing."""
+def test_prefill_is_commented_step_by_step():
+    """mlx_lm does it, and then for the last token. What is cached is not counted, and costs nothing."""
     long = [{"role": "user", "content": "word " * 5000}]
     with SimulatedMLX(prefill_rate=25_000, token_interval=0.001, tokens=400) as server:
         other = connect(server, max_tokens=400)
         server.wait_for(lambda s: s.counters["generated"] > 5)
         response = post(server, messages=long, stream_options={"include_usage": True})
-        assert ": keepalive 2048/5000\n\n: keepalive 4096/5000\n\n: keepalive 5000/5000\n\n" in response.text
+        steps = re.findall(": keepalive (.*)\n", response.text)
+        assert steps == ["2048/5002", "4096/5002", "5001/5002", "5002/5002"]
         other.close()
         start = time.perf_counter()
-        again = chunks(server, messages=long, stream_options={"include_usage": True})[-1]
+        again = post(server, messages=long, stream_options={"include_usage": True})
         assert time.perf_counter() - start < 0.15
-        assert again["usage"]["prompt_tokens_details"] == {"cached_tokens": 4999}
+        assert again.text.startswith(": keepalive 1/1\n\ndata: {")
+        assert payloads(again.text)[-2]["usage"]["prompt_tokens_details"] == {"cached_tokens": 5002}
 
 
 def test_a_stream_stands_still_while_another_prompt_is_read():

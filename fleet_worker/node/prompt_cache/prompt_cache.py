@@ -21,10 +21,15 @@ from fleet_worker.protocol.status import CacheTrouble
 USUAL_PREFILL_SPEED = 400.0
 """Tokens per second, until it was measured: a model of 8B in 4 bits on an M4 Pro."""
 USUAL_TOKENS_PER_BYTE = 0.25
+MOST_TOKENS_PER_BYTE = 2.0
+LONGEST_PREFILL = 86_400.0
+"""Seconds. What servers say of tokens is not always sensible."""
 MEASURABLE = 256
 """Tokens that must be read for the time to tell a speed. Fewer take about as long as everything else."""
 MEASURABLE_ANSWER = 16
 """Tokens."""
+MEASURABLE_SECONDS = 0.5
+"""From the first token of an answer to its last. Tokens that come together tell nothing."""
 
 
 @dataclass(slots=True, eq=False)
@@ -105,7 +110,7 @@ class PromptCache:
                 node=node,
                 slots=slots,
                 running=running,
-                prefill_left=round(self._prefills.left, 3),
+                prefill_left=round(min(LONGEST_PREFILL, self._prefills.left), 3),
                 prefill_speed=self._prefill_speed.value,
                 decode_speed=self._decode_speed.value,
                 epoch=self._epoch,
@@ -171,13 +176,14 @@ class PromptCache:
         if read >= MEASURABLE and answer.ttft:
             self._prefill_speed.measured(read, answer.ttft, alone=prompt.read_alone)
         speed, generated = answer.tokens_per_second, usage.completion_tokens or 0
-        if speed and generated >= MEASURABLE_ANSWER:
+        if speed and generated >= max(MEASURABLE_ANSWER, MEASURABLE_SECONDS * speed):
             self._decode_speed.measured(speed, 1.0, alone=prompt.alone)
 
     def _compare(self, prompt: ServedPrompt, tokens: int, cached: int | None) -> None:
         """Correct the shadow by what the server had in its cache, if it tells; and find out what is wrong with that."""
         size = prompt.prefixes.size
-        per_byte = self._tokens_per_byte[prompt.model] = tokens / size
+        per_byte = tokens / size
+        self._tokens_per_byte[prompt.model] = min(MOST_TOKENS_PER_BYTE, per_byte)
         held = prompt.believed if cached is None else min(size, int(cached / per_byte))
         is_missed = 2 * held < prompt.believed
         if is_missed:

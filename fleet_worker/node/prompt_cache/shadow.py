@@ -2,14 +2,15 @@
 
 The rules are those of `LRUPromptCache` in mlx_lm 0.32, which keeps whole sequences (a prompt with its answer) and can
 use any beginning of one. The oldest inserted one goes first, and a hit refreshes nothing. What is the beginning of a
-newer one is dropped. `tests/unit/node/prompt_cache/test_shadow.py` compares both.
+newer one is dropped. (The system prompt of a request that was cancelled is kept for longer there: it may not even be
+one.) `tests/unit/node/prompt_cache/test_shadow.py` compares both.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable
+from collections import OrderedDict, deque
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 from fleet_worker.protocol.cache_digest import MOST_HELD
@@ -27,7 +28,6 @@ LAST = 3
 class _Sequence:
     ids: list[str]
     session: str | None
-    is_answered: bool
 
 
 class Shadow:
@@ -37,10 +37,10 @@ class Shadow:
         self._most = sequences
         self._kept: OrderedDict[str, _Sequence] = OrderedDict()
         """By the id of the whole prompt, in the order of insertion."""
-        self._ids: Counter[str] = Counter()
+        self._ids: dict[str, int] = {}
         """How many sequences have each beginning."""
         self._evicted: deque[list[str]] = deque()
-        self._evicted_ids: Counter[str] = Counter()
+        self._evicted_ids: dict[str, int] = {}
         self._told: list[str] | None = None
 
     @property
@@ -63,11 +63,11 @@ class Shadow:
     def prefilled(self, prefixes: PromptPrefixes) -> None:
         """The prompt has been read. Its first beginning, the system prompt, is kept from then on, unless it was."""
         if prefixes.chain[:1] and prefixes.chain[0][0] not in self._ids:
-            self._insert(prefixes.chain[:1], None, is_answered=False)
+            self._insert(prefixes.chain[:1], None)
 
     def answered(self, prefixes: PromptPrefixes) -> None:
         """The answer has ended. The whole prompt is kept from then on."""
-        self._insert(prefixes.chain, prefixes.session, is_answered=True)
+        self._insert(prefixes.chain, prefixes.session)
 
     def forget(self, prefixes: PromptPrefixes, above: int) -> None:
         """Believe no more that anything longer than `above` of this prompt is held: the server had to read it.
@@ -79,7 +79,7 @@ class Shadow:
             if tip in gone:
                 self._drop(tip)
             elif not gone.isdisjoint(kept.ids):
-                self._ids -= Counter(id_ for id_ in kept.ids if id_ in gone)
+                _take(self._ids, [id_ for id_ in kept.ids if id_ in gone])
                 kept.ids = [id_ for id_ in kept.ids if id_ not in gone]
         self._told = None
 
@@ -102,34 +102,42 @@ class Shadow:
         forks = (id_ for id_, after in itertools.pairwise(ids) if counts[id_] > counts[after])
         return (*filter(None, [kept.session]), *ids[:1], *ids[-LAST:], *forks)
 
-    def _insert(self, chain: Chain, session: str | None, *, is_answered: bool) -> None:
+    def _insert(self, chain: Chain, session: str | None) -> None:
         if not chain or not self._most:
             return
         ids = [id_ for id_, _ in chain]
-        for id_ in ids:
-            self._drop(id_)
-        self._kept[ids[-1]] = _Sequence(ids, session, is_answered)
-        self._ids.update(ids)
+        for tip in self._kept.keys() & ids:
+            self._drop(tip)
+        self._kept[ids[-1]] = _Sequence(ids, session)
+        _add(self._ids, ids)
         if len(self._kept) > self._most:
             self._evict()
         self._told = None
 
     def _evict(self) -> None:
-        """Evict the oldest answer; a beginning that was kept for itself only if there are no answers."""
-        oldest = next((tip for tip, kept in self._kept.items() if kept.is_answered), None) or next(iter(self._kept))
-        ids = self._drop(oldest)
+        ids = self._drop(next(iter(self._kept)))
         self._evicted.append(ids)
-        self._evicted_ids.update(ids)
+        _add(self._evicted_ids, ids)
         if len(self._evicted) > EVICTED * self._most:
-            self._evicted_ids -= Counter(self._evicted.popleft())
+            _take(self._evicted_ids, self._evicted.popleft())
 
     def _drop(self, tip: str) -> list[str]:
-        kept = self._kept.pop(tip, None)
-        if kept is None:
-            return []
-        self._ids -= Counter(kept.ids)
-        return kept.ids
+        ids = self._kept.pop(tip).ids
+        _take(self._ids, ids)
+        return ids
 
 
-def _longest(chain: Chain, ids: Counter[str]) -> int:
+def _longest(chain: Chain, ids: Container[str]) -> int:
     return next((length for id_, length in reversed(chain) if id_ in ids), 0)
+
+
+def _add(counts: dict[str, int], ids: list[str]) -> None:
+    for id_ in ids:
+        counts[id_] = counts.get(id_, 0) + 1
+
+
+def _take(counts: dict[str, int], ids: list[str]) -> None:
+    for id_ in ids:
+        counts[id_] -= 1
+        if not counts[id_]:
+            del counts[id_]

@@ -1,5 +1,6 @@
 """A stream that broke off is continued by every flavour of the simulated server as if nothing had happened."""
 
+import re
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -176,7 +177,8 @@ def test_mlx_lm_is_not_sent_the_end_of_an_answer_as_it_may_have_cached_it(contin
     with continuing() as (server, client):
         joined(client, Resume(content=WHOLE[:20] + " something", tokens=5), temperature=WARM)
         prompts = [request.body["chat_template_kwargs"]["chat_template"] for request in server.requests]
-        assert ['" " + all_messages' in prompt for prompt in prompts] == [True, True]
+        fronts = [re.search('"( +)" [+] all_messages', prompt)[1] for prompt in prompts]
+        assert fronts == [" ", "  "]  # nor a prompt that is another one without its last token
 
 
 # --- Its length
@@ -233,7 +235,7 @@ def test_usage_is_of_the_whole_answer(continuing, flavour):
         for count in (3, 12, 32):
             usage = joined(client, after(count))[1].usage
             assert usage.completion_tokens == 32
-            assert usage.prompt_tokens <= 2  # the simulated servers count words, also of "." and "!"
+            assert usage.prompt_tokens in (4, 5)  # the simulated servers count words, also of "." and "!"
             assert usage.total_tokens == usage.prompt_tokens + 32
 
 

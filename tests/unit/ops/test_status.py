@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 
 from fleet_worker.ops.snapshot import LaneStatus, Snapshot
-from fleet_worker.ops.status import NO_LANES, NO_REGISTRY_NODE, UNSERVED, tables
+from fleet_worker.ops.status import INSTANCES_FIT, NO_LANES, NO_REGISTRY_NODE, UNSERVED, tables
 from fleet_worker.protocol.status import InstanceStatus
 from fleet_worker.registry.offered import Offered
 from fleet_worker.terminal import FITS_A_TABLE, UNLIMITED, output
@@ -25,6 +25,8 @@ def instance(name="local", host="mini-7", **fields):
         "slots": 8,
         "running": 3,
         "tokens_per_second": 31.25,
+        "prompt_tokens": 3_000,
+        "cached_tokens": 2_610,
         "last_token_age": 0.44,
         "server": "mlx_lm",
         "version": "0.1.0",
@@ -75,6 +77,7 @@ def test_every_row_is_one_line_without_a_width():
         "3",
         "5",
         "31.2",
+        "87%",
         "0.4s",
         "mlx_lm",
         "0.1.0",
@@ -100,16 +103,16 @@ def test_the_top_lines_are_a_summary():
     assert third == f"{UNSERVED}: 1 lane with waiting requests"
 
 
-@pytest.mark.parametrize("width", [30, 40, 60, 71, 72, 80, 100, 160])
+@pytest.mark.parametrize("width", [30, 40, 60, 71, 72, 79, 80, 100, 160])
 def test_no_terminal_is_too_narrow_for_it(width):
     """Nothing is cut off: in a table a long name goes on below itself, and without one there are paragraphs."""
     text = printed(FLEET, width)
     assert max(map(len, text.splitlines())) <= width
     assert words(f"embed@mini-7 is unavailable: {WHY}") in words(text)
-    table = width >= FITS_A_TABLE
-    assert "mlx-community/Qwen3-14B-4bit" in (column(text, "models", "used") if table else words(text))
-    assert CHAT in (column(text, "lane", "waiting") if table else words(text))
-    for said in ("unavailable", "31.2", "0.4s", "mlx_lm", "0.1.0", "12", "3.2s", "75s"):
+    instances, lanes = width >= INSTANCES_FIT, width >= FITS_A_TABLE
+    assert "mlx-community/Qwen3-14B-4bit" in (column(text, "models", "used") if instances else words(text))
+    assert CHAT in (column(text, "lane", "waiting") if lanes else words(text))
+    for said in ("unavailable", "31.2", "87%", "0.4s", "mlx_lm", "0.1.0", "12", "3.2s", "75s"):
         assert said in text.split()
     assert text.count(UNSERVED) == 2
 
@@ -139,6 +142,16 @@ def test_the_lane_of_one_node_is_shown_if_something_waits_in_it():
     idle, busy = (snapshot([instance()], [], [lane(DIRECT, depth)]) for depth in (0, 1))
     assert DIRECT not in printed(idle)
     assert DIRECT in printed(busy)
+
+
+@pytest.mark.parametrize(
+    ("prompt_tokens", "cached_tokens", "said"),
+    [(None, None, "-"), (0, 0, "-"), (9, None, "-"), (9, 0, "0%"), (1_000, 996, "100%"), (3, 9, "100%")],
+)
+def test_how_much_of_all_prompts_came_from_the_cache(prompt_tokens, cached_tokens, said):
+    text = printed(snapshot([instance(prompt_tokens=prompt_tokens, cached_tokens=cached_tokens)], [], []))
+    (row,) = [line.split() for line in text.splitlines() if line.startswith("local@mini-7 ")]
+    assert row[3:8] == ["3", "5", "31.2", said, "0.4s"]
 
 
 def test_unknown_figures_are_shown_as_unknown():

@@ -159,10 +159,33 @@ def test_counters_are_those_of_the_node():
     assert {scraped[name].type for name in ("fleet_tokens", "fleet_requests", "fleet_errors")} == {"counter"}
 
 
+def test_prompts_are_counted_by_model_and_what_was_cached_where_the_server_tells():
+    counters = Counters()
+    counters.prompt("qwen3-14b", 900, 600)
+    counters.prompt("qwen3-14b", 100, 0)
+    counters.prompt("silent", 50, None)
+    counters.prompt("silent", None, None)
+    scraped = seen(report(counters=counters, models=(CHAT, EMBED)))
+    for model, tokens in (("qwen3-14b", 1_000), ("silent", 50)):
+        assert scraped.of("fleet_prompt_tokens_total", model=model, **NODE) == tokens
+    assert scraped.of("fleet_cached_prompt_tokens_total", model="qwen3-14b", **NODE) == 600
+    assert len(scraped["fleet_cached_prompt_tokens"].samples) == 1
+    assert "minilm" not in {sample.labels["model"] for sample in scraped["fleet_prompt_tokens"].samples}
+
+
+def test_a_node_of_an_older_version_counts_no_prompts():
+    older = report()
+    del older.counters["prompt_tokens"], older.counters["cached_tokens"]
+    scraped = seen(older)
+    assert "fleet_prompt_tokens" not in scraped
+    assert scraped.of("fleet_tokens_total", **NODE) == 0
+
+
 def test_what_may_happen_is_counted_from_0():
     """Prometheus would not count the first request and the first error as an increase."""
     scraped = seen(report())
     assert scraped.of("fleet_requests_total", operation="stream_chat", **NODE) == 0
+    assert scraped.of("fleet_prompt_tokens_total", model="qwen3-14b", **NODE) == 0
     assert scraped.of("fleet_errors_total", code="instance_unavailable", **NODE) == 0
     assert not any(sample.labels["operation"] == "embed" for sample in scraped["fleet_requests"].samples)
 
