@@ -211,8 +211,9 @@ class Session:
     def _make_warm_ups(self, affinity: Affinity | None) -> WarmUps:
         kept = KeptPrompts(self.settings.warm_memory if affinity else 0)
         holders = affinity.holders if affinity else lambda prefixes: {}
+        warms = affinity.warms if affinity else lambda node, prefixes: None
         warming = Warming(kept, holders, self.nodes.ready)
-        return WarmUps(warming, kept, self.replies.name, self.submitter, self.control, self.scheduler)
+        return WarmUps(warming, kept, warms, self.replies.name, self.submitter, self.control, self.scheduler)
 
     def ask(self) -> None:
         """Ask all registry nodes for their state. Best effort."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fleet_worker.broker.topology import direct_lane
@@ -53,6 +54,7 @@ class WarmUps:
         self,
         warming: Warming,
         kept: KeptPrompts,
+        warms: Callable[[str, PromptPrefixes], None],
         reply_to: str,
         submitter: Submitter,
         control: ControlPublisher,
@@ -60,6 +62,8 @@ class WarmUps:
     ) -> None:
         self._warming = warming
         self._kept = kept
+        self._warms = warms
+        """Called when a node reads a prompt, and when it has read it."""
         self._reply_to = reply_to
         self._submitter = submitter
         self._control = control
@@ -96,6 +100,11 @@ class WarmUps:
     # --- What nodes tell ---
 
     def heard(self, digest: CacheDigest) -> None:
+        """Take a digest. A prompt that the node is reading is not among those that it holds, and yet nowhere warmer."""
+        for sent in tuple(self._sent.values()):
+            warm_up = sent.warm_up
+            if warm_up.is_accepted and (warm_up.node, warm_up.epoch) == (digest.node, digest.epoch):
+                self._warms(warm_up.node, warm_up.prompt.prefixes)
         if self._warming.heard(digest, time.monotonic()):
             self._scheduler.soon(self._send_due)
 
@@ -107,12 +116,14 @@ class WarmUps:
         match frame:
             case Accepted():
                 sent.warm_up.is_accepted = True
+                self._warms(node, sent.warm_up.prompt.prefixes)
                 if frame.asks:
                     self._control.tell(frame.id, Confirm(node, frame.attempt))
             case Failure():
                 declined = frame.code in NOT_TO_BLAME or frame.metadata.get("handed_over") is True
                 self._end(frame.id, "not_taken" if declined else "failed")
             case ChatResponse():
+                self._warms(node, sent.warm_up.prompt.prefixes)
                 self._end(frame.id, "answered")
         return True
 

@@ -39,7 +39,16 @@ class Router:
         self._calls: list[tuple[float, Callable[[], object]]] = []
         self.kept = KeptPrompts(10_000_000)
         self.warming = Warming(self.kept, lambda prefixes: {}, lambda model, operation: {A})
-        self.warm_ups = WarmUps(self.warming, self.kept, REPLY_TO, self, self, self)  # type: ignore[arg-type]
+        self.warm: list[tuple[str, PromptPrefixes]] = []
+        self.warm_ups = WarmUps(
+            self.warming,
+            self.kept,
+            lambda node, prefixes: self.warm.append((node, prefixes)),
+            REPLY_TO,
+            self,  # type: ignore[arg-type]
+            self,  # type: ignore[arg-type]
+            self,  # type: ignore[arg-type]
+        )
         self.warm_ups.start()
 
     def at(self, when: float, call: Callable[[], object]) -> None:
@@ -124,6 +133,19 @@ def test_its_frames_are_wanted_until_it_has_ended(router: Router) -> None:
     assert router.warm_ups.receive(A, response(router.id))
     assert not router.warm_ups.receive(A, accepted)
     assert len(router.kept) == 1
+
+
+def test_its_conversation_is_sent_there_as_soon_as_it_is_read(router: Router) -> None:
+    """A digest that comes meanwhile does not name it."""
+    assert router.warm == []
+    router.warm_ups.receive(A, Accepted(id=router.id, attempt=1, seq=0, instance="local", queue_wait=0.0))
+    assert len(router.warm) == 1
+    router.lose_cache(epoch=2)
+    assert len(router.warm) == 2
+    router.warm_ups.receive(A, response(router.id))
+    assert router.warm == [(A, PREFIXES)] * 3
+    router.lose_cache(epoch=2)
+    assert len(router.warm) == 3
 
 
 @pytest.mark.parametrize(
