@@ -80,6 +80,14 @@ def receive(connection: Connection, timeout: float) -> None:
         connection.drain_events(timeout=timeout)
 
 
+def receive_all(connection: Connection, timeout: float) -> None:
+    """Wait at most `timeout` seconds for a message, and call the consumers of all that have arrived by then."""
+    receive(connection, timeout)
+    if connection.transport.driver_type == "amqp":  # on Redis kombu has read all of them
+        while connection.connection.transport.has_more:
+            connection.connection.blocking_read()
+
+
 def check_alive(connection: Connection, channel: Any) -> None:
     """Raise an error if the broker is silent. To be called about once a second by a thread that only reads messages of
     fanouts: a network that was cut brings no messages, and no errors either.
@@ -90,6 +98,13 @@ def check_alive(connection: Connection, channel: Any) -> None:
         raise ConnectionResetError("the broker does not answer")
     else:
         channel.subclient.check_health()  # send PING if nothing was read for `health_check_interval` seconds
+
+
+def close_idle(channel: Any) -> None:
+    """Close the socket on which this channel sends commands to Redis: for one that only receives messages of fanouts,
+    and seldom sends something. It is opened again for the next command."""
+    if isinstance(channel, RedisChannel):
+        channel.pool.disconnect()
 
 
 def hang_up(connection: Connection) -> None:

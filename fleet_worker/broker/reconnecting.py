@@ -19,7 +19,7 @@ class ReconnectingThread:
     connection.
 
     Nobody waits for this thread: a broker that is away, slow or frozen only delays it. `name` tells in the log what is
-    refused, or what was interrupted if it had worked before.
+    refused, or what was interrupted if it had worked before and is not `is_quiet`.
     """
 
     def __init__(
@@ -28,6 +28,8 @@ class ReconnectingThread:
         connect: Callable[[], Connection],
         use: Callable[[Connection], None],
         failed: Callable[[Exception], object] = lambda error: None,
+        *,
+        is_quiet: bool = False,
     ) -> None:
         self._connect = connect
         self._use = use
@@ -36,7 +38,7 @@ class ReconnectingThread:
         """Set when a connection has worked for the first time."""
         self.closed = threading.Event()
         self._outage = Outage(
-            f"{name}: the broker", log, is_quiet=lambda: not self.worked.is_set() or self.closed.is_set()
+            f"{name}: the broker", log, is_quiet=lambda: is_quiet or not self.worked.is_set() or self.closed.is_set()
         )
         self._thread = threading.Thread(target=self._run, name=f"fleet-{name}", daemon=True)
 

@@ -1,6 +1,6 @@
 """Publishes what the nodes of a host tell about their prompt caches, while a router wants to know it.
 
-Best effort, in a thread and on a connection of its own: registry events neither wait for it nor fail with it.
+Best effort, and in a thread of its own: no registry event fails with it.
 """
 
 from __future__ import annotations
@@ -12,12 +12,8 @@ import threading
 import time
 from collections.abc import Callable
 
-from kombu import Connection
-
-from fleet_worker.broker.connection import Publisher
 from fleet_worker.broker.door import Refused
 from fleet_worker.broker.outage import Outage
-from fleet_worker.broker.topology import digest_exchange
 from fleet_worker.errors import InvalidRequest
 from fleet_worker.protocol.cache_digest import LEASE, MOST_DIGESTS, CacheDigest, DigestMessage, DigestsWanted
 
@@ -28,8 +24,6 @@ SHORTEST_INTERVAL = 1.0
 every 5 s almost as well (simulated)."""
 MESSAGES_A_SECOND = 200
 """What a router hears at most from all hosts together."""
-IDLE_AFTER = 60.0
-"""Seconds after which the connection is closed if no router wants digests."""
 
 
 class DigestPace:
@@ -86,18 +80,17 @@ class DigestPace:
 
 
 class DigestPublisher:
-    """One thread, which calls `digests` for what the nodes told last. Its connection is opened once a router wants
-    digests. No method waits for the broker."""
+    """One thread. It calls `digests` for what the nodes told last, and `publish` with a message, which may raise any
+    error. No method waits for either."""
 
     def __init__(
         self,
-        connect: Callable[[], Connection],
+        publish: Callable[[bytes], object],
         host: str,
         digests: Callable[[], list[CacheDigest]],
         pace: DigestPace | None = None,
     ) -> None:
-        self._publisher = Publisher(connect)
-        self._exchange = digest_exchange()
+        self._publish = publish
         self._host = host
         self._digests = digests
         self._lock = threading.Lock()
@@ -142,24 +135,19 @@ class DigestPublisher:
             digests = self._digests()[:MOST_DIGESTS]
             with self._lock:
                 seconds = self._pace.due_in(digests)
-                is_wanted = self._pace.is_wanted
                 if not seconds:
                     self._pace.publishing(digests)
             if not seconds:
-                self._publish(digests)
-            elif not self._changed.wait(min(seconds, IDLE_AFTER)) and not is_wanted:
-                self._publisher.close()
+                self._send(digests)
+            else:
+                self._changed.wait(None if seconds == math.inf else seconds)
             self._changed.clear()
-        self._publisher.close()
 
-    def _publish(self, digests: list[CacheDigest]) -> None:
+    def _send(self, digests: list[CacheDigest]) -> None:
         try:
             message = DigestMessage(v=1, host=self._host, interval=self._pace.interval, digests=digests)
-            self._publisher.publish(
-                message.encode(), exchange=self._exchange.name, routing_key="", declare=lambda _: self._exchange
-            )
-        except Exception as error:  # no other event may fail with it
-            self._publisher.drop()
+            self._publish(message.encode())
+        except Exception as error:
             self.beat()
             self._closed.wait(self._outage.failed(error))
         else:

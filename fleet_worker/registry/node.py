@@ -77,7 +77,7 @@ class RegistryNode:
         self._publisher = RegistryPublisher(
             app.connection_for_write, self._transport, self._announcements, self._on_first_round
         )
-        self._digest_publisher = DigestPublisher(app.connection_for_write, host, self._digests)
+        self._digest_publisher = DigestPublisher(self._publisher.publish_digest, host, self._digests)
         self.status_server = StatusServer(
             socket_path(settings.state_dir, host), self._publish_all, self._digest_publisher.changed
         )
@@ -111,8 +111,8 @@ class RegistryNode:
         self._ending = True
         self.status_server.close()
         self._publish_all()
-        self._publisher.close(timeout)
         self._digest_publisher.close()
+        self._publisher.close(timeout)
         if self._metrics:
             self._metrics.close()
 

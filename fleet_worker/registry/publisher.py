@@ -11,7 +11,7 @@ from kombu import Connection
 
 from fleet_worker.broker.connection import Publisher
 from fleet_worker.broker.faults import describe
-from fleet_worker.broker.topology import Transport, registry_exchange
+from fleet_worker.broker.topology import Transport, digest_exchange, registry_exchange
 from fleet_worker.protocol.registry_event import Announcement
 
 log = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ PAUSE = 0.05
 
 
 class RegistryPublisher:
-    """One thread with one connection, which publishes in rounds. `announcements(kinds)` yields type and message of each
+    """One connection, and a thread which publishes in rounds. `announcements(kinds)` yields type and message of each
     event at the time of publishing; its iteration goes on when the broker has taken a message. A round that fails is
     given up, and its kinds are part of the next one.
     """
@@ -34,7 +34,10 @@ class RegistryPublisher:
         begun: Callable[[], object] = lambda: None,
     ) -> None:
         self._publisher = Publisher(connect)
+        self._publishing = threading.Lock()
+        """Held by the thread that uses the connection."""
         self._exchange = registry_exchange(transport)
+        self._digest_exchange = digest_exchange()
         self._announcements = announcements
         self._begun = begun
         """Called once, when the broker has taken the first round."""
@@ -56,6 +59,19 @@ class RegistryPublisher:
             self._wanted |= frozenset(kinds)
             self._changed.notify()
 
+    def publish_digest(self, body: bytes) -> None:
+        """Publish a digest message now, in the thread of the caller; raises the error if the broker does not take it.
+        It is no event: neither a round nor what is counted of rounds depends on it."""
+        with self._publishing:
+            if self._closed:
+                return
+            exchange = self._digest_exchange
+            try:
+                self._publisher.publish(body, exchange=exchange.name, routing_key="", declare=lambda _: exchange)
+            except Exception:
+                self._publisher.drop()
+                raise
+
     def close(self, timeout: float = 2.0) -> None:
         """Publish what is still wanted and end, within `timeout` seconds."""
         with self._changed:
@@ -70,10 +86,12 @@ class RegistryPublisher:
                 kinds, self._wanted = self._wanted, frozenset()
             if not kinds:
                 break
-            self._publish_round(kinds | self._failed)
+            with self._publishing:
+                self._publish_round(kinds | self._failed)
             with self._changed:
                 self._changed.wait_for(lambda: self._closed, PAUSE)
-        self._publisher.close()
+        with self._publishing:
+            self._publisher.close()
 
     def _publish_round(self, kinds: frozenset[str]) -> None:
         try:

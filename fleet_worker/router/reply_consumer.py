@@ -7,7 +7,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from kombu import Connection, Consumer, Producer
@@ -17,14 +16,7 @@ from fleet_worker.broker.connection import Publisher, open_channel
 from fleet_worker.broker.door import Refused
 from fleet_worker.broker.faults import is_away, needs_operator, unavailable
 from fleet_worker.broker.reconnecting import ReconnectingThread
-from fleet_worker.broker.topology import (
-    ask_exchange,
-    cancel_exchange,
-    digest_queue,
-    registry_queue,
-    reply_queue,
-    transport_of,
-)
+from fleet_worker.broker.topology import ask_exchange, cancel_exchange, registry_queue, reply_queue, transport_of
 from fleet_worker.errors import BrokerUnavailable, Cancelled, InvalidRequest, where
 from fleet_worker.protocol import clock
 from fleet_worker.protocol.registry_event import WHOLE_STATUS
@@ -52,8 +44,7 @@ PROBE_EVERY = 1.0
 class ReplyConsumer:
     """One reply queue and one thread for all requests of a router. `receive` is called with each frame and its node.
 
-    The same thread and connection bring the events of registry nodes to `registry`, and their digests of prompt caches
-    to `receive_digest`, unless that is None. It may raise `Refused`.
+    The same thread and connection bring the events of registry nodes to `registry`.
     """
 
     def __init__(
@@ -64,14 +55,12 @@ class ReplyConsumer:
         receive: Callable[[str, Frame], object],
         registry: Registry,
         in_flight: Callable[[], int] = lambda: 1,
-        receive_digest: Callable[[bytes], object] | None = None,
     ) -> None:
         self.name = name
         self._connect = connect
         self._broker_url = broker_url
         self._on_frame = receive
         self._registry = registry
-        self._receive_digest = receive_digest
         self._in_flight = in_flight
         """Returns how many requests are in flight."""
         self._read_at = 0.0
@@ -84,8 +73,6 @@ class ReplyConsumer:
         """Seconds of consuming so far. It stands still while the broker or this process is frozen or cut off."""
         self._began_at = 0.0
         """When it last began to consume, on this clock."""
-        self.connections = 0
-        """How many times it has begun to consume: what was published in between is missing."""
         self._decided = threading.Event()
         """Set when it consumes, when the broker refuses, or when this is closed."""
         self._patient = True
@@ -170,12 +157,12 @@ class ReplyConsumer:
     def _listen(self, connection: Connection) -> None:
         channel = open_channel(connection)
         receive_all = replies.consume(connection, channel, self.name, self._receive)
-        self._subscribe(channel)
+        events = registry_queue(transport_of(self._broker_url))
+        Consumer(channel, [events], on_message=self._registry.receive, no_ack=True).consume()
         receive_all(0.01)  # only now kombu's Redis transport subscribes
         self._announce(channel)
         presence.appear(channel, self.name)  # before the first request, or nodes take this router for gone
         self._began_at, self._next_probe = self.clock, time.monotonic() + PROBE_EVERY
-        self.connections += 1
         self._link.works()
         self._away_since = None
         self._decided.set()
@@ -190,13 +177,6 @@ class ReplyConsumer:
             self.clock += min(time.monotonic() - before, MAX_TICK)
         with contextlib.suppress(Exception):  # all of it expires
             self._leave(channel)
-
-    def _subscribe(self, channel: Any) -> None:
-        transport = transport_of(self._broker_url)
-        Consumer(channel, [registry_queue(transport)], on_message=self._registry.receive, no_ack=True).consume()
-        if self._receive_digest:
-            take = partial(_take_digest, self._receive_digest)
-            Consumer(channel, [digest_queue(transport)], on_message=take, no_ack=True).consume()
 
     def _wait_for_gap(self, now: float) -> None:
         """Wait until the gap after the last read is over, or this is closed."""
@@ -249,13 +229,3 @@ class ReplyConsumer:
             sender = replies.sender_on(Publisher(lambda: connection).channel)
             sender.send(self.name, empty)
             sender.confirm()
-
-
-def _take_digest(receive: Callable[[bytes], object], message: Any) -> None:
-    """Raises `Refused`, whatever fails: any other error would end the connection that brings the replies."""
-    try:
-        receive(message.body)
-    except Refused:
-        raise
-    except Exception as error:
-        raise Refused("a digest could not be used", f"{type(error).__name__} at {where(error)}") from None

@@ -24,7 +24,7 @@ from fleet_worker.router.affinity.kept_prompts import KeptPrompts
 from fleet_worker.router.affinity.prefixes import fleet_key
 from fleet_worker.router.affinity.warming import Warming
 from fleet_worker.router.control_publisher import ControlPublisher
-from fleet_worker.router.digest_requests import DigestRequests
+from fleet_worker.router.digest_consumer import DigestConsumer
 from fleet_worker.router.effects import CancelOrphan
 from fleet_worker.router.idempotency import IdempotencyCache
 from fleet_worker.router.in_flight import InFlightRequest
@@ -66,10 +66,9 @@ class Session:
             self.receive,
             registry,
             in_flight=lambda: len(self._requests),
-            receive_digest=partial(self._receive_digest, self._affinity) if self._affinity else None,
         )
-        self._digests = (
-            DigestRequests(registry, self.replies, self.submitter, self.scheduler) if self._affinity else None
+        self._digests = self._affinity and DigestConsumer(
+            self._app.connection_for_read, transport, registry, partial(self._receive_digest, self._affinity)
         )
         self._warm_ups = self._make_warm_ups(self._affinity)
         self._requests: dict[str, InFlightRequest] = {}

@@ -46,8 +46,8 @@ class _Sent:
 class WarmUps:
     """Keeps the prompts of this router's callers, and sends those that are due, one at a time for each node.
 
-    `receive` and `heard` run in the thread of the reply consumer, the rest in that of the scheduler and those of
-    callers.
+    `receive` runs in the thread of the reply consumer, `heard` in that of the digest consumer, the rest in that of the
+    scheduler and those of callers.
     """
 
     def __init__(

@@ -273,8 +273,10 @@ def simulated_hosts(pipe: Pipe, broker_url: str, hosts: int = HOSTS, models: Seq
             key = "llm.registry.offering_heartbeat"
             producer.publish(body, routing_key=key, content_type="application/json", content_encoding="utf-8")
 
-        def answer(_: Any) -> None:
+        def answer(message: Any) -> None:
             nonlocal answering
+            if message.payload:  # it is no question for the status
+                return
             started = time.monotonic()
             for bodies in said:
                 for body in bodies.values():
@@ -282,10 +284,10 @@ def simulated_hosts(pipe: Pipe, broker_url: str, hosts: int = HOSTS, models: Seq
             answering = time.monotonic() - started
 
         with Consumer(listening.channel(), [ask_queue(transport)], on_message=answer, no_ack=True):
-            _drain(listening, 0.01)
+            drain(listening, 0.01)
             pipe.send("listening")
             while not pipe.poll():
-                _drain(listening, max(0.001, due[0][0] - time.monotonic()))
+                drain(listening, max(0.001, due[0][0] - time.monotonic()))
                 while due[0][0] <= time.monotonic():
                     moment, number, kind = due[0]
                     publish(said[number][kind])
@@ -320,7 +322,7 @@ def _said_by(host: str, models: Sequence[str]) -> dict[str, bytes]:
     }
 
 
-def _drain(connection: Connection, seconds: float) -> None:
+def drain(connection: Connection, seconds: float) -> None:
     with contextlib.suppress(socket.timeout):
         connection.drain_events(timeout=seconds)
 

@@ -19,14 +19,17 @@ from multiprocessing.connection import Connection as Pipe
 from typing import Any
 
 from fleet_worker import Router, Settings
+from tests.benchmarks.digests import busy_hosts, listening_router
 from tests.benchmarks.idle import idle_hosts
 from tests.benchmarks.minis import Load, Pushed, run
 from tests.benchmarks.registry import beside, simulated_hosts
 from tests.benchmarks.table import Row, main
-from tests.benchmarks.usage import cpu_seconds
+from tests.benchmarks.usage import cpu_seconds, rss_mb
 from tests.brokers import RabbitMQ, Valkey
 
 Broker = Valkey | RabbitMQ
+_Usage = tuple[float, float]
+"""CPU in percent of a core, and memory in MB."""
 
 MESSAGES = [{"role": "user", "content": "Tell me about the sea."}]
 
@@ -101,6 +104,47 @@ def idle() -> list[Row]:
     ]
 
 
+def digests() -> list[Row]:
+    """A thousand hosts that all run something; a router that hears what they have cached, after one that does not."""
+    hosts, seconds = 1_000, 30
+    with Valkey() as broker, beside(simulated_hosts, broker.url, hosts, [Load.model]) as (_, registry):
+        registry.recv()
+        without, _, _ = _beside_hosts(broker, hosts, seconds, affinity=False)
+        with beside(busy_hosts, broker.url, hosts) as (_, nodes):
+            nodes.recv()
+            with_them, count, taken = _beside_hosts(broker, hosts, seconds, affinity=True)
+            nodes.send("end")
+            nodes.recv()
+        registry.send("end")
+        registry.recv()
+    name = f"digests of {hosts:,} busy hosts"
+    return [
+        Row(name, "messages/s", "<= 200", count / seconds),
+        Row(name, "a message: read it and know it", "", 1e6 * taken / count, "us"),
+        Row(name, "router CPU, more than without", "<= 3", with_them[0] - without[0], "% of a core"),
+        Row(name, "router CPU", "", with_them[0], "% of a core"),
+        Row(name, "router memory, more than without", "<= 20", with_them[1] - without[1], "MB"),
+    ]
+
+
+def _beside_hosts(broker: Valkey, hosts: int, seconds: float, *, affinity: bool) -> tuple[_Usage, int, float]:
+    """Return what a router that asks nothing uses, how many digests it hears, and the seconds that these take it."""
+    with beside(listening_router, broker.url, hosts, affinity) as (router, told):
+        told.recv()
+        time.sleep(10)  # each host has told it something
+        before, cpu = _asked(told), cpu_seconds(router.pid)
+        time.sleep(seconds)
+        after, cpu = _asked(told), cpu_seconds(router.pid) - cpu
+        usage = 100 * cpu / seconds, rss_mb(router.pid)
+        told.send(None)
+    return usage, after[0] - before[0], after[1] - before[1]
+
+
+def _asked(pipe: Pipe) -> Any:
+    pipe.send(True)
+    return pipe.recv()
+
+
 SCENARIOS: dict[str, Callable[[], list[Row]]] = {
     "ten": ten,
     "hundred": hundred,
@@ -108,6 +152,7 @@ SCENARIOS: dict[str, Callable[[], list[Row]]] = {
     "rabbitmq": rabbitmq,
     "overload": overload,
     "idle": idle,
+    "digests": digests,
 }
 
 

@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
-import heapq
+import random
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from fleet_worker.broker.door import Refused
 from fleet_worker.errors import InvalidRequest
 from fleet_worker.protocol.cache_digest import CacheDigest, DigestMessage
+from fleet_worker.protocol.openai import ChatParams
 from fleet_worker.protocol.prompt_prefixes import PromptPrefixes
 from fleet_worker.protocol.reply import CacheOutcome, Usage
 from fleet_worker.protocol.request import FleetRequest
 from fleet_worker.registry.view import Registry
-from fleet_worker.router.affinity.choose import WORTH, Candidate, Work, choose, prefill_seconds
+from fleet_worker.router.affinity.choose import Work, choose, prefill_seconds
 from fleet_worker.router.affinity.index import CacheIndex
-from fleet_worker.router.affinity.lanes import LaneNodes, Lanes
+from fleet_worker.router.affinity.lanes import PREFILL_SPEED, Lanes
 from fleet_worker.router.affinity.lengths import Lengths
 from fleet_worker.router.affinity.load import NodeLoad
 from fleet_worker.router.affinity.outcome import outcome_of
 from fleet_worker.router.affinity.prefixes import prefixes_of
 
-LEAST_BUSY = 3
-"""Nodes of each speed that are considered beside those that hold a part of the prompt."""
-MOST_HOLDERS = 64
-"""Nodes that hold equally much of a prompt and are considered: the least busy ones."""
 MOST_NODES = 20_000
 MOST_MODELS = 1_000
 FORGOTTEN_AFTER = 120.0
 """Seconds without a word after which a node is forgotten that the registry does not know."""
 SWEEP_EVERY = 30.0
-INTERVALS = 2.5
-"""Between digests, after which a node that runs something is silent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +68,22 @@ class Affinity:
     `key` is that of all hashes: the same one for all routers of a fleet (`prefixes.fleet_key`).
     """
 
-    def __init__(self, registry: Registry, *, key: bytes, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        *,
+        key: bytes,
+        clock: Callable[[], float] = time.monotonic,
+        rng: random.Random | None = None,
+    ) -> None:
+        self._rng = rng or random.Random()  # noqa: S311 - no secret: it decides between equally good nodes
         self._registry = registry
         self._key = key
         self._clock = clock
         self._lock = threading.RLock()
         self._index = CacheIndex()
         self._loads: dict[str, NodeLoad] = {}
-        self._lanes = Lanes(registry, self._load_of)
+        self._lanes = Lanes(registry, self._load_of, self._rng.shuffle)
         self._lengths: dict[str, Lengths] = {}
         self._in_flight: dict[str, _InFlight] = {}
         self._next_sweep = 0.0
@@ -137,29 +140,27 @@ class Affinity:
         with self._lock:
             now = self._clock()
             lane = self._lanes.nodes_for(request, now)
-            lengths = self._lengths_of(request.model)
-            work = Work(lengths.tokens(prefixes.size), self._answer_of(request, lengths), lengths.answer_seconds)
-            if not failed and not blamed and self._is_all_the_same(lane, work):
+            work = self._work_of(request, prefixes)
+            must = bool(failed) or blamed
+            if not must and lane.is_even_for(work):
                 return Placement(None, prefixes, request.model, work.tokens)
-            held = {node: size for node, size in self._index.match(prefixes).items() if node in lane.names}
-            loads = self._considered(lane, held, failed, now)
+            held = self._index.match(prefixes)
+            cached = {node: size * work.tokens // prefixes.size for node, size in held.items() if node in lane.names}
+            candidates = lane.candidates(cached, failed, now)
             if blamed:
-                loads = [each for each in loads if held.get(each.name, 0) < prefixes.size] or loads
-            share = work.tokens / prefixes.size if prefixes.size else 0.0
-            candidates = [_candidate(each, lane, int(share * held.get(each.name, 0)), now) for each in loads]
-            mean = share * sum(held.values()) / len(lane.loads) if lane.loads else 0.0
-            choice = choose(candidates, work, mean, must=bool(candidates and (failed or blamed)))
-            best = int(share * max(held.values(), default=0))
-            return Placement(
-                node=choice.node,
-                prefixes=prefixes,
-                model=request.model,
-                tokens=work.tokens,
-                expected=choice.cached,
-                best=best,
-                prefill=choice.prefill,
-                patience=choice.patience,
-            )
+                candidates = [each for each in candidates if each.cached < work.tokens] or candidates
+            mean_cached = sum(cached.values()) / max(1, len(lane.names))
+            choice = choose(candidates, work, mean_cached, tie=self._rng.random, must=must)
+        return Placement(
+            node=choice.node,
+            prefixes=prefixes,
+            model=request.model,
+            tokens=work.tokens,
+            expected=choice.cached,
+            best=max(cached.values(), default=0),
+            prefill=choice.prefill,
+            patience=choice.patience,
+        )
 
     def sent(self, request_id: str, placement: Placement) -> None:
         """Note that an attempt is sent: the first one, or another one after a failure or a move."""
@@ -182,7 +183,7 @@ class Affinity:
             else:
                 self._leave(request_id)
                 request.at, request.held = node, self._tokens_held(node, placement)
-                speed = load.prefill_speed or self._speed(placement.model)
+                speed = load.prefill_speed or PREFILL_SPEED
                 load.send(request_id, prefill_seconds(placement.tokens, request.held, speed), accepted=True)
             self._index.send(node, placement.prefixes, now)
 
@@ -229,9 +230,7 @@ class Affinity:
         """Return whether no digest of a node has come for `seconds`, and for longer than there are between two."""
         with self._lock:
             load = self._loads.get(node)
-            if load is None or load.heard_at is None:
-                return False
-            return self._clock() - load.heard_at > max(seconds, INTERVALS * load.interval)
+            return load is not None and load.is_silent(self._clock(), seconds)
 
     def another_is_free(self, request: FleetRequest, node: str) -> bool:
         """Return whether another node that may take the request has a free slot."""
@@ -242,27 +241,11 @@ class Affinity:
 
     # --- Inside ---
 
-    @staticmethod
-    def _is_all_the_same(lane: LaneNodes, work: Work) -> bool:
-        """Return whether no choice can save anything: the prompt is short, and all nodes are equally fast."""
-        return len(lane.classes) < 2 and prefill_seconds(work.tokens, 0, lane.slowest_prefill) < WORTH
-
-    @staticmethod
-    def _considered(lane: LaneNodes, held: dict[str, int], failed: Collection[str], now: float) -> list[NodeLoad]:
-        """Return the holders that may be the cheapest, and the least busy of the others of each speed."""
-
-        def least_busy(loads: Iterable[NodeLoad], most: int) -> list[NodeLoad]:
-            return heapq.nsmallest(most, loads, key=lambda load: load.busy(now))
-
-        considered: list[NodeLoad] = []
-        for nodes in lane.classes:
-            usable = [load for load in nodes if load.name not in failed] if failed else nodes
-            by_size: dict[int, list[NodeLoad]] = {}
-            for load in usable:
-                by_size.setdefault(held.get(load.name, 0), []).append(load)
-            for size, loads in by_size.items():
-                considered += least_busy(loads, MOST_HOLDERS if size else LEAST_BUSY)
-        return considered
+    def _work_of(self, request: FleetRequest, prefixes: PromptPrefixes) -> Work:
+        lengths = self._lengths_of(request.model)
+        most = request.params.max_tokens if isinstance(request.params, ChatParams) else None
+        answer_tokens = min(lengths.answer_tokens, most or lengths.answer_tokens)
+        return Work(lengths.tokens(prefixes.size), answer_tokens, lengths.answer_seconds)
 
     def _correct(self, node: str, placement: Placement, held: int, usage: Usage, now: float) -> None:
         """Believe what the server told about its cache, and that it holds the answered prompt from now on."""
@@ -274,14 +257,6 @@ class Affinity:
     def _tokens_held(self, node: str, placement: Placement) -> int:
         size = placement.prefixes.size
         return placement.tokens * self._index.held_by(node, placement.prefixes) // size if size else 0
-
-    def _speed(self, model: str) -> float:
-        return self._lanes.prefill_speed_of(model)
-
-    @staticmethod
-    def _answer_of(request: FleetRequest, lengths: Lengths) -> float:
-        limit = getattr(request.params, "max_tokens", None)
-        return min(lengths.answer_tokens, limit) if limit else lengths.answer_tokens
 
     def _leave(self, request_id: str) -> None:
         request = self._in_flight.get(request_id)
@@ -312,15 +287,3 @@ class Affinity:
         known |= {name for name, load in self._loads.items() if (load.heard_at or 0.0) > now - FORGOTTEN_AFTER}
         self._loads = {name: load for name, load in self._loads.items() if name in known}
         self._index.sweep(known, now)
-
-
-def _candidate(load: NodeLoad, lane: LaneNodes, cached: int, now: float) -> Candidate:
-    return Candidate(
-        load.name,
-        load.slots,
-        load.busy(now),
-        load.before(now),
-        cached,
-        load.prefill_speed or lane.prefill_speed,
-        load.decode_speed or lane.decode_speed,
-    )

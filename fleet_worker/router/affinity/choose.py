@@ -9,7 +9,6 @@ Own prefill counts once for each request there, since a server answers nobody wh
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,7 +20,7 @@ LONG = 2.0
 one node take much longer than on two."""
 FASTER = 1.5
 """A node whose prefill or whose answers are so many times as fast is preferred while it has free slots."""
-SHORT_PATIENCE = 0.5
+SHORT_PATIENCE = 2.0
 """Seconds that a request waits in a direct lane beyond what is expected."""
 TWICE_AS_SLOW = 30_000
 """Tokens of a prompt after which another one takes twice as long to prefill (M4 and M4 Pro, Llama 8B of 4 bits)."""
@@ -74,15 +73,16 @@ def choose(
     work: Work,
     mean_cached: float,
     *,
+    tie: Callable[[], float],
     must: bool = False,
-    random: Callable[[], float] = random.random,
 ) -> Choice:
-    """Return where a request goes. `mean_cached` is what all nodes hold of it on average, in tokens.
+    """Return where a request goes. `mean_cached` is what all nodes hold of it on average, in tokens. `tie` is a random
+    number that decides between nodes which are equally good.
 
     With `must` it is a node in any case: the cheapest. There must be at least one candidate then.
     """
     costs = {each: cost(each, work) for each in candidates}
-    ranked = sorted(candidates, key=lambda each: (costs[each], each.busy, random()))
+    ranked = sorted(candidates, key=lambda each: (costs[each], each.busy, tie()))
     if not ranked:
         return Choice(None, 0, 0.0, 0.0)
     best = ranked[0]

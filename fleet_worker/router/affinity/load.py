@@ -10,6 +10,10 @@ BELIEVED_FOR = 30.0
 """Seconds for which the number of running requests counts that a node told."""
 
 
+INTERVALS = 2.5
+"""Between digests, after which a node is silent."""
+
+
 @dataclass(slots=True)
 class Sent:
     """One request of this router at a node."""
@@ -66,9 +70,15 @@ class NodeLoad:
         told = max(0.0, self._prefill_left - (now - self._at))
         return max(self._prefill, told + self._untold_prefill)
 
-    def is_silent(self, now: float) -> bool:
-        """Return whether it runs something, and should have told about it long ago."""
-        return self.heard_at is not None and self._running > 0 and now - self.heard_at > 3 * self.interval + 5.0
+    def is_silent(self, now: float, seconds: float) -> bool:
+        """Return whether no digest has come for `seconds`, and for longer than there are between two. Nodes that run
+        nothing may have nothing to tell."""
+        return self.heard_at is not None and now - self.heard_at > max(seconds, INTERVALS * self.interval)
+
+    @property
+    def is_running(self) -> bool:
+        """Return whether it ran something when it told so last."""
+        return self._running > 0
 
     @property
     def told_free(self) -> bool:
@@ -98,12 +108,14 @@ class NodeLoad:
     def first_token(self, request_id: str) -> None:
         if sent := self._own.get(request_id):
             sent.prefill = 0.0
+            self._correct(sent)
             self._count()
 
     def end(self, request_id: str) -> None:
         sent = self._own.pop(request_id, None)
         if sent is not None:
             self._running = max(0, self._running - sent.told)
+            self._correct(sent)
             self._count()
 
     def _learn(self, slots: int, running: int, prefill_left: float, now: float) -> None:
@@ -112,6 +124,13 @@ class NodeLoad:
         for sent in self._own.values():
             sent.told = sent.accepted
         self._count()
+
+    def _correct(self, done: Sent) -> None:
+        """Take what is done from what the node told, if all that it runs is of this router. The next turn of an agent
+        comes at once: until another digest comes, it must not find its node busy with the turn before."""
+        told = [sent.prefill for sent in self._own.values() if sent.told]
+        if done.told and self._running <= len(told):
+            self._prefill_left = min(self._prefill_left, sum(told))
 
     def _count(self) -> None:
         """Count again what this router has there: there are few, and this is read more often."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import base64
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from hashlib import blake2b
-from typing import Final
+from typing import Final, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from pydantic_core import to_json
@@ -34,11 +34,23 @@ def fleet_key(secret: str | None, broker_url: str) -> bytes:
     return blake2b(secret.encode(), digest_size=32, person=b"fleet affinity").digest()
 
 
+class _Boundary(NamedTuple):
+    """Where prompts may part. The id is that of the first `end` bytes."""
+
+    end: int
+    length: int
+    """Bytes that a server with a prompt of that end has in its cache: with its own answer, if that follows here."""
+    ends_message: bool
+
+
 def prefixes_of(
     request: FleetRequest, key: bytes, session: str | None = None, scope: str | None = None
 ) -> PromptPrefixes:
     """Return the ids of the beginnings of a chat's prompt. There is a boundary after the tools and after each message,
     and every `STEP` bytes inside one.
+
+    A server that was asked has its answer in its cache, too, and nobody but the client can say later what the answer
+    was. So there is no boundary after an answer: it adds to the length of the beginning before it.
 
     `session` is the session key of the client. Requests of different `scope` have no id in common, and so have those
     for different models.
@@ -48,7 +60,9 @@ def prefixes_of(
         return PromptPrefixes()
     owner = to_json([request.model, scope])
     messages = [_canonical(message, key) for message in params.messages]
-    parts = [*([to_json(params.tools)] if params.tools else []), *messages]
+    parts = [(part, message.role == "assistant") for part, message in zip(messages, params.messages, strict=True)]
+    if params.tools:
+        parts.insert(0, (to_json(params.tools), False))
     return PromptPrefixes(
         session=None if session is None else _id(key, b"session", owner, session.encode()),
         conversation=_conversation(params.messages, messages, key, owner),
@@ -56,41 +70,44 @@ def prefixes_of(
     )
 
 
-def _chain(parts: Sequence[bytes], key: bytes, root: bytes) -> tuple[tuple[str, int], ...]:
-    prompt = memoryview(b"".join(parts))
+def _chain(parts: Sequence[tuple[bytes, bool]], key: bytes, root: bytes) -> tuple[tuple[str, int], ...]:
+    prompt = memoryview(b"".join(part for part, _ in parts))
     state = blake2b(root, key=key, digest_size=8, person=b"prompt")
-    chain, before = [], 0
-    for length in _selected(list(_boundaries(parts))):
-        state.update(prompt[before:length])
+    chain, hashed = [], 0
+    for end, length, _ in _selected(_boundaries(parts)):
+        state.update(prompt[hashed:end])
         chain.append((_text(state.digest()), length))
-        before = length
+        hashed = end
     return tuple(chain)
 
 
-def _boundaries(parts: Sequence[bytes]) -> Iterator[tuple[int, bool]]:
-    """Yield each length at which prompts may part, and whether it is the end of a message."""
+def _boundaries(parts: Sequence[tuple[bytes, bool]]) -> list[_Boundary]:
+    """Return all boundaries of these messages, of which some are answers."""
+    boundaries: list[_Boundary] = []
     start = 0
-    for part in parts:
+    for part, is_answer in parts:
         end = start + len(part)
-        for inside in range(start + STEP, end, STEP):
-            yield inside, False
-        yield end, True
+        if is_answer and boundaries:
+            boundaries[-1] = boundaries[-1]._replace(length=end)
+        else:
+            boundaries += [_Boundary(inside, inside, False) for inside in range(start + STEP, end, STEP)]
+            boundaries.append(_Boundary(end, end, True))
         start = end
+    return boundaries
 
 
-def _selected(boundaries: Sequence[tuple[int, bool]]) -> list[int]:
-    """Return the lengths that get an id: all if they are few, else those where prompts are most likely to part.
+def _selected(boundaries: Sequence[_Boundary]) -> Sequence[_Boundary]:
+    """Return the boundaries that get an id: all if they are few, else those where prompts are most likely to part.
 
     That is at the first ones (shared instructions) and at the last ones; a following turn adds messages, so the ends of
     messages count more. Between them they are even, and stay where they are when the prompt grows.
     """
-    lengths = [length for length, _ in boundaries if length <= MOST_BYTES]
-    if len(lengths) <= MOST_PREFIXES:
-        return lengths
-    ends = [length for length, is_end in boundaries[: len(lengths)] if is_end]
-    stride = next(stride for stride in map((2).__pow__, itertools.count()) if len(lengths) <= stride * EVEN)
-    even = lengths[stride - 1 :: stride]
-    return sorted({*lengths[:FIRST], *even, *ends[-LAST_ENDS:], *lengths[-LAST:]})
+    boundaries = [boundary for boundary in boundaries if boundary.length <= MOST_BYTES]
+    if len(boundaries) <= MOST_PREFIXES:
+        return boundaries
+    stride = next(stride for stride in map((2).__pow__, itertools.count()) if len(boundaries) <= stride * EVEN)
+    ends = [boundary for boundary in boundaries if boundary.ends_message][-LAST_ENDS:]
+    return sorted({*boundaries[:FIRST], *boundaries[stride - 1 :: stride], *ends, *boundaries[-LAST:]})
 
 
 def _canonical(message: Message, key: bytes) -> bytes:

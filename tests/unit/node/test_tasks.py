@@ -217,6 +217,15 @@ def test_what_seems_to_have_expired_does_not_start_before_its_router_has_confirm
     assert [frame.kind for frame in node.frames] == ["accepted", "error"]
 
 
+def test_what_only_seems_to_have_expired_starts_once_its_router_has_told_its_time_to_anybody(
+    connected, run, monkeypatch
+):
+    node = connected(answer=lambda node, frame: node.router_clocks.told(REPLY_TO, clock.now() - 3600))
+    monkeypatch.setattr(confirmations, "ANSWER_WITHIN", 0.1)
+    run("chat", expires_at=clock.now() - 3600 + 15)
+    assert node.frames[-1].kind == "response"
+
+
 def test_what_was_submitted_before_the_node_heard_cancels_does_not_start_if_it_was_cancelled(connected, run):
     for knows in (False, True):
         node = connected(since=1.0, answer=cancel)

@@ -8,7 +8,7 @@ from contextlib import closing, suppress
 import pytest
 from kombu import Connection, Consumer
 
-from fleet_worker.broker.topology import registry_queue
+from fleet_worker.broker.topology import digest_queue, registry_queue
 from fleet_worker.protocol.registry_event import Announcement, RegistryEvent
 from fleet_worker.registry import publisher as module
 from fleet_worker.registry.publisher import RegistryPublisher
@@ -265,3 +265,36 @@ def test_what_the_broker_did_not_take_is_part_of_the_next_round(publisher, host)
     assert host.rounds[-1] == {"models", "readiness"}
     publisher.publish("readiness")
     until(lambda: host.rounds[-1] == {"readiness"})
+
+
+# --- Digests of prompt caches
+
+
+def test_a_digest_goes_to_an_exchange_of_its_own_on_the_same_connection(publisher, host, heard):
+    with connection() as listening, listening.channel() as channel:
+        digests = digest_queue("redis")(channel)
+        digests.declare()
+        digests.purge()
+        publisher.publish("available")
+        heard(1)
+        publisher.publish_digest(b"{}")
+        assert digests.get().body == b"{}"
+    assert host.connects == 1
+
+
+def test_a_digest_that_fails_fails_no_event_and_is_no_round(publisher, host, heard):
+    host.away = True
+    with pytest.raises(ConnectionRefusedError):
+        publisher.publish_digest(b"{}")
+    assert publisher.failures == 0
+    host.away = False
+    publisher.publish("available")
+    heard(1)
+    assert host.rounds == [{"available"}]
+
+
+def test_after_its_end_no_digest_opens_the_connection_again(host):
+    publisher = RegistryPublisher(host.connect, "redis", host.announcements)
+    publisher.close(WITHIN)
+    publisher.publish_digest(b"{}")
+    assert host.connects == 0

@@ -7,14 +7,12 @@ from contextlib import contextmanager
 import pytest
 
 from fleet_worker.broker import replies
-from fleet_worker.broker.app import create_app, door_of
-from fleet_worker.broker.door import Refused
-from fleet_worker.broker.topology import digest_exchange, reply_name
+from fleet_worker.broker.app import create_app
+from fleet_worker.broker.topology import reply_name
 from fleet_worker.protocol.reply import Accepted, Reply
 from fleet_worker.registry.view import Registry
 from fleet_worker.router import reply_consumer
 from fleet_worker.router.reply_consumer import ReplyConsumer
-from fleet_worker.router.submitter import publish
 from fleet_worker.settings import Settings
 from fleet_worker.testing import embedded_broker
 
@@ -85,30 +83,3 @@ def test_a_lone_answer_and_what_comes_after_a_pause_are_read_at_once(reading, in
     began = time.monotonic()
     send()
     assert read()[0] - began < GAP / 2
-
-
-# --- Digests of prompt caches
-
-
-def test_digests_arrive_beside_replies_and_none_of_them_ends_the_connection():
-    """Not one that is refused, and not one that its receiver fails with."""
-    digests = queue.SimpleQueue()
-
-    def receive(body):
-        digests.put(body)
-        if body != b"{}":
-            raise Refused("it is no digest") if body == b"1" else ValueError("hunter2")
-
-    with embedded_broker() as url, create_app(Settings(broker_url=url)) as app:
-        consumer = ReplyConsumer(
-            app.connection_for_read, url, reply_name("test", 60), print, Registry(), receive_digest=receive
-        )
-        consumer.start(5)
-        with app.connection_for_write() as connection:
-            for body in (b"1", b"2", b"{}"):
-                publish(connection.Producer(), digest_exchange(), body)
-        assert [digests.get(timeout=5) for _ in range(3)] == [b"1", b"2", b"{}"]
-        dropped = door_of(app).dropped
-        assert dropped == {"it is no digest": 1, "a digest could not be used": 1}
-        assert consumer.connections == 1
-        consumer.close()
