@@ -143,7 +143,8 @@ class Affinity:
             work = self._work_of(request, prefixes)
             must = bool(failed) or blamed
             if not must and lane.is_even_for(work):
-                return Placement(None, prefixes, request.model, work.tokens)
+                best = self._index.most_held(prefixes, lane.names) * work.tokens // max(1, prefixes.size)
+                return Placement(None, prefixes, request.model, work.tokens, expected=best, best=best)
             held = self._index.match(prefixes)
             cached = {node: size * work.tokens // prefixes.size for node, size in held.items() if node in lane.names}
             candidates = lane.candidates(cached, failed, now)
