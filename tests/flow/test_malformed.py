@@ -46,6 +46,7 @@ HEADERS = [
     *({**TASK, "expires": each} for each in ("2001-01-01T00:00:00", {"a": 1})),
     *({**TASK, "stamped_headers": each} for each in (5, ["x"])),
     *({**TASK, "compression": each} for each in ("zlib", "bzip2", "nothing")),
+    *({**TASK, "fleet_prefixes": each} for each in (5, ["x"], "x" * 900)),
     {},
 ]
 CONTENT = [

@@ -50,6 +50,11 @@ class CacheIndex:
             return max(held, prefixes.size // SESSION_SHARE)
         return held
 
+    def most_held(self, prefixes: PromptPrefixes, nodes: Collection[str]) -> int:
+        """Return how many bytes of this prompt the warmest of these nodes holds, whatever its session says."""
+        chain = reversed(prefixes.chain)
+        return next((length for id_, length in chain if not self._nodes_with(id_).isdisjoint(nodes)), 0)
+
     def tell(self, node: str, held: Iterable[str], now: float) -> None:
         """Learn all that a node holds, from a digest that came `now`; less of it if this index is full."""
         before = {id_: id_ for id_ in self._ids_of(node)}
