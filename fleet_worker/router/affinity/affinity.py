@@ -108,6 +108,11 @@ class Affinity:
         with self._lock:
             return self._index.match(prefixes)
 
+    def warms(self, node: str, prefixes: PromptPrefixes) -> None:
+        """Note that a node has begun to read a prompt, or has read it, for no request of a caller."""
+        with self._lock:
+            self._index.send(node, prefixes, self._clock())
+
     def _learn(self, digest: CacheDigest, interval: float, now: float) -> None:
         if digest.node not in self._loads and len(self._loads) >= MOST_NODES:
             return
