@@ -228,6 +228,14 @@ def test_what_a_node_holds_no_more_is_forgotten() -> None:
     assert fleet.place(LONG).expected == 0
 
 
+def test_a_digest_that_was_on_its_way_does_not_hide_what_was_answered_since() -> None:
+    fleet = _Fleet("a", "b")
+    fleet.run(LONG, "a")
+    fleet.now += 0.2
+    fleet.tell("a", held=[])
+    assert fleet.place(LONG).node == "a"
+
+
 def test_nodes_that_are_gone_are_forgotten() -> None:
     fleet = _Fleet("a", "b")
     fleet.run(LONG, "a")

@@ -49,16 +49,6 @@ class _Index(RuleBasedStateMachine):
         self.index.send(node, prompt, self.now)
         self.sent |= {(node, id_): self.now for id_ in _ids(prompt)}
 
-    @rule(node=nodes, prompt=prompts, above=st.sampled_from([0, 100, 250, 400]))
-    def an_answer_was_not_cached(self, node: str, prompt: PromptPrefixes, above: int) -> None:
-        self.index.take_back(node, prompt, above)
-        gone = {id_ for id_, length in prompt.chain if length > above}
-        if prompt.session and above < prompt.size // 4:
-            gone.add(SESSION)
-        self.told[node] = self.told.get(node, set()) - gone
-        for id_ in gone:
-            self.sent.pop((node, id_), None)
-
     @rule(node=nodes)
     def a_cache_is_emptied(self, node: str) -> None:
         self.index.empty(node)
