@@ -94,8 +94,8 @@ class ControlListener:
         self._commands.channel = connection.channel() if self._transport == "amqp" else channel
         has_commands = self._consume_commands(connection)
         receive(connection, 0.01)  # only now kombu's Redis transport subscribes
-        self._thread.works()
         self._connected(True, has_commands)
+        self._thread.works()  # the worker begins to take work
         while not self._thread.closed.is_set():
             receive(connection, 0.5)
             check_alive(connection, channel)

@@ -258,15 +258,21 @@ def _tell_accepted(
         FleetError: the router does not want it, or it has expired, as far as anybody can tell.
     """
     accepted: dict[str, Any] = {"instance": node.instance, "queue_wait": age or 0.0}
-    seeming_age = clock.now() - request.submitted_at if age is None else age
-    seems_expired = seeming_age >= request.timeout_seconds
-    if not seems_expired and not node.confirmations.may_be_cancelled(seeming_age):
+    seeming_age = _seeming_age(node, request)
+    if seeming_age < request.timeout_seconds and not node.confirmations.may_be_cancelled(seeming_age):
         reply.accept(**accepted, asks=node.router_clocks.is_to_ask(request.reply_to) or None)
         return
     with node.confirmations.asked(request.request_id, request.attempt, cancel_token) as is_confirmed:
         reply.accept(**accepted, asks=True, at_once=True)
-        if not is_confirmed() and seems_expired:
+        # Another notice of its router, for any node, may have told its time meanwhile.
+        if not is_confirmed() and (seeming_age := _seeming_age(node, request)) >= request.timeout_seconds:
             raise _expired(seeming_age)
+
+
+def _seeming_age(node: Node, request: FleetRequest) -> float:
+    """Return the seconds since its caller submitted it; by our clock if that of its router is not known."""
+    age = node.router_clocks.age(request)
+    return clock.now() - request.submitted_at if age is None else age
 
 
 def _expired(age: float) -> Expired:

@@ -25,8 +25,8 @@ _ID = f"[A-Za-z0-9_-]{{{ID_LENGTH}}}"
 _DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 _VALUES = {digit: value for value, digit in enumerate(_DIGITS)}
 _RECORD = ID_LENGTH + 4
-_HEADER = re.compile(rf"({_ID})?\.({_ID})?\.((?:[A-Za-z0-9_-]{{{_RECORD}}}){{0,{MOST_PREFIXES}}})")
-"""It has at most 984 characters: headers of more than 1,000 are dropped on the way (`broker.door`)."""
+_HEADER = re.compile(rf"({_ID})?\.(?:({_ID})({_ID})?)?\.((?:[A-Za-z0-9_-]{{{_RECORD}}}){{0,{MOST_PREFIXES}}})")
+"""It has at most 995 characters: headers of more than 1,000 are dropped on the way (`broker.door`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,9 @@ class PromptPrefixes:
     chain: tuple[tuple[str, int], ...] = ()
     """The ids of growing beginnings, each with its length: bytes of the prompt as canonical JSON. The last one is the
     whole prompt. At most `MOST_PREFIXES`."""
+    opening: str | None = None
+    """The id of the beginning up to the end of that first answer: another one in the same conversation shows that the
+    tools, or the messages before the first user message, have changed."""
 
     @property
     def size(self) -> int:
@@ -48,10 +51,10 @@ class PromptPrefixes:
         return self.chain[-1][1] if self.chain else 0
 
     def encode(self) -> str:
-        """Return the text of the header: session, conversation, and for each beginning its id and its length in four
-        digits of base64url."""
+        """Return the text of the header: session, conversation with its opening, and for each beginning its id and its
+        length in four digits of base64url."""
         records = "".join(id_ + _encode_length(length) for id_, length in self.chain)
-        return f"{self.session or ''}.{self.conversation or ''}.{records}"
+        return f"{self.session or ''}.{self.conversation or ''}{self.opening or ''}.{records}"
 
     @classmethod
     def decode(cls, text: Any) -> PromptPrefixes:
@@ -59,13 +62,13 @@ class PromptPrefixes:
         found = _HEADER.fullmatch(text) if isinstance(text, str) else None
         if found is None:
             raise InvalidRequest(f"not a valid header {HEADER}: it is made by a router")
-        session, conversation, records = found.groups()
+        session, conversation, opening, records = found.groups()
         starts = range(0, len(records), _RECORD)
         chain = tuple((records[at : at + ID_LENGTH], _decode_length(records[at + ID_LENGTH :][:4])) for at in starts)
         lengths = [0, *(length for _, length in chain)]
         if any(after <= before for before, after in itertools.pairwise(lengths)):
             raise InvalidRequest(f"not a valid header {HEADER}: its prefixes do not grow")
-        return cls(session, conversation, chain)
+        return cls(session, conversation, chain, opening)
 
 
 def _encode_length(length: int) -> str:

@@ -49,7 +49,19 @@ VALUES: tuple[Any, ...] = (
 TASK_HEADERS = (
     *("id", "task", "lang", "shadow", "eta", "expires", "group", "group_index", "retries", "timelimit", "root_id"),
     *("parent_id", "argsrepr", "kwargsrepr", "origin", "ignore_result", "replaced_task_nesting", "stamped_headers"),
-    *("stamps", "delay", "x-delay", "x-death", "redelivered", "clock", "ticket", "expiration", "hostname", "utc"),
+    *(
+        "fleet_prefixes",
+        "stamps",
+        "delay",
+        "x-delay",
+        "x-death",
+        "redelivered",
+        "clock",
+        "ticket",
+        "expiration",
+        "hostname",
+        "utc",
+    ),
     *(
         "compression",
         "callbacks",

@@ -12,7 +12,8 @@ FORGOTTEN_AFTER = 3600.0
 """Seconds after which a trouble that was not seen again is none any more."""
 LONG = 1_000
 """Tokens of a beginning that is worth to be found in the cache."""
-CHANGED_PROMPTS = 3
+CHANGED_PROMPTS, CHANGED_SHARE = 3, 0.02
+"""Fewer may be different conversations that began with the same words."""
 UNUSED_BEGINNINGS = 5
 MOST = 1_000
 """Requests after which older ones count half."""
@@ -62,7 +63,7 @@ class Troubles:
         """Return one trouble of each kind at most."""
         changing, unused, small = self._changing, self._unused, self._too_small
         found = []
-        if self._is_recent(changing) and changing.count >= CHANGED_PROMPTS:
+        if self._is_recent(changing) and changing.count >= max(CHANGED_PROMPTS, CHANGED_SHARE * changing.of):
             found.append(_trouble("changing", changing))
         if self._is_recent(unused) and unused.count >= UNUSED_BEGINNINGS:
             found.append(_trouble("unused", unused))

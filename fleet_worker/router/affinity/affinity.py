@@ -108,6 +108,11 @@ class Affinity:
         with self._lock:
             return self._index.match(prefixes)
 
+    def warms(self, node: str, prefixes: PromptPrefixes) -> None:
+        """Note that a node has begun to read a prompt, or has read it, for no request of a caller."""
+        with self._lock:
+            self._index.send(node, prefixes, self._clock())
+
     def _learn(self, digest: CacheDigest, interval: float, now: float) -> None:
         if digest.node not in self._loads and len(self._loads) >= MOST_NODES:
             return
@@ -138,7 +143,8 @@ class Affinity:
             work = self._work_of(request, prefixes)
             must = bool(failed) or blamed
             if not must and lane.is_even_for(work):
-                return Placement(None, prefixes, request.model, work.tokens)
+                best = self._index.most_held(prefixes, lane.names) * work.tokens // max(1, prefixes.size)
+                return Placement(None, prefixes, request.model, work.tokens, expected=best, best=best)
             held = self._index.match(prefixes)
             cached = {node: size * work.tokens // prefixes.size for node, size in held.items() if node in lane.names}
             candidates = lane.candidates(cached, failed, now)

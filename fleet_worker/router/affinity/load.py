@@ -108,12 +108,14 @@ class NodeLoad:
     def first_token(self, request_id: str) -> None:
         if sent := self._own.get(request_id):
             sent.prefill = 0.0
+            self._correct(sent)
             self._count()
 
     def end(self, request_id: str) -> None:
         sent = self._own.pop(request_id, None)
         if sent is not None:
             self._running = max(0, self._running - sent.told)
+            self._correct(sent)
             self._count()
 
     def _learn(self, slots: int, running: int, prefill_left: float, now: float) -> None:
@@ -122,6 +124,13 @@ class NodeLoad:
         for sent in self._own.values():
             sent.told = sent.accepted
         self._count()
+
+    def _correct(self, done: Sent) -> None:
+        """Take what is done from what the node told, if all that it runs is of this router. The next turn of an agent
+        comes at once: until another digest comes, it must not find its node busy with the turn before."""
+        told = [sent.prefill for sent in self._own.values() if sent.told]
+        if done.told and self._running <= len(told):
+            self._prefill_left = min(self._prefill_left, sum(told))
 
     def _count(self) -> None:
         """Count again what this router has there: there are few, and this is read more often."""

@@ -59,14 +59,17 @@ def prefixes_of(
     if not isinstance(params, ChatParams):
         return PromptPrefixes()
     owner = to_json([request.model, scope])
+    root = owner + to_json(_effort(params))
     messages = [_canonical(message, key) for message in params.messages]
-    parts = [(part, message.role == "assistant") for part, message in zip(messages, params.messages, strict=True)]
-    if params.tools:
-        parts.insert(0, (to_json(params.tools), False))
+    tools = [to_json(params.tools)] if params.tools else []
+    are_answers = [message.role == "assistant" for message in params.messages]
+    parts = [*((part, False) for part in tools), *zip(messages, are_answers, strict=True)]
+    asked, answered = _first_turn(params.messages)
     return PromptPrefixes(
         session=None if session is None else _id(key, b"session", owner, session.encode()),
-        conversation=_conversation(params.messages, messages, key, owner),
-        chain=_chain(parts, key, owner + to_json(_effort(params))),
+        conversation=_id(key, b"conversation", owner, messages[asked], messages[answered]) if answered else None,
+        opening=_id(key, b"opening", root, *tools, *messages[: answered + 1]) if answered else None,
+        chain=_chain(parts, key, root),
     )
 
 
@@ -126,12 +129,11 @@ def _canonical(message: Message, key: bytes) -> bytes:
     return to_json([role, content, calls, message.name] if calls or message.name else [role, content])
 
 
-def _conversation(messages: Sequence[Message], canonical: Sequence[bytes], key: bytes, owner: bytes) -> str | None:
+def _first_turn(messages: Sequence[Message]) -> tuple[int, int]:
+    """Return the places of the first user message and of the answer to it: 0 and 0 if there is no answer."""
     roles = [message.role for message in messages]
-    if "user" not in roles or "assistant" not in roles[(asked := roles.index("user")) :]:
-        return None
-    answered = roles.index("assistant", asked)
-    return _id(key, b"conversation", owner, canonical[asked], canonical[answered])
+    asked = roles.index("user") if "user" in roles else len(roles)
+    return (asked, roles.index("assistant", asked)) if "assistant" in roles[asked:] else (0, 0)
 
 
 def _effort(params: ChatParams) -> str | None:

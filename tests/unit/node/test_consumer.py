@@ -16,6 +16,7 @@ from fleet_worker.broker.door import NOT_JSON, OpenedMessage, Refused
 from fleet_worker.broker.outage import STEADY_AFTER
 from fleet_worker.node.consumer import NO_ADDRESS, NO_TASK, UNKNOWN_TASK, Consumer
 from fleet_worker.node.tasks import Request
+from fleet_worker.protocol.prompt_prefixes import HEADER
 
 SECRET, TASK = "swordfish", "fleet.chat"
 ENVELOPE = {"request_id": "r-1", "attempt": 1, "reply_to": "llm.fleet.reply.test.abc.60", "model": SECRET}
@@ -117,6 +118,15 @@ def test_a_task_is_made_anew_from_its_envelope(receive, started, headers):
         "kwargs": {},
         "hostname": "",
     }
+
+
+@pytest.mark.parametrize("prefixes", ["..", "x", 5, ["x"], None])
+def test_the_header_with_the_prefixes_of_a_prompt_is_an_argument(receive, started, prefixes):
+    """Whatever it is: the task reads it."""
+    receive([[ENVELOPE], {}, {}], **{HEADER: prefixes})
+    ((_, _, request, body, *_),) = started
+    assert body == ([ENVELOPE, prefixes], {}, None)
+    assert HEADER not in request
 
 
 @pytest.mark.parametrize(

@@ -117,12 +117,19 @@ class Watched:
         self.readiness = Readiness(stall_after=20.0, clock=lambda: self.now)
         self.models, self.running = Models(), Running()
         self.changes = []
+        self.restarts = []
         self.on_change = lambda: None
         self.settings = WorkerSettings(**{"probe_interval": 0.002, "stall_after": 20, **settings})
 
     def __enter__(self):
         self.monitor = HealthMonitor(
-            self.server, self.readiness, self.models, self.running, self.settings, self._changed
+            self.server,
+            self.readiness,
+            self.models,
+            self.running,
+            self.settings,
+            self._changed,
+            lambda: self.restarts.append(self.now),
         )
         self.monitor.start()
         return self
@@ -536,3 +543,34 @@ def test_its_end_does_not_wait_for_a_canary(watched):
         watched.monitor.close()
         assert time.monotonic() - started < 1
     assert watched.server.checks == 1
+
+
+def test_a_server_that_comes_back_was_restarted(available):
+    available.server.failing = DOWN
+    available.checked(1)
+    assert available.restarts == []
+    available.server.failing = None
+    available.checked(1)
+    assert available.restarts == [1002.0]
+    available.checked(1)
+    assert available.restarts == [1002.0]
+
+
+def test_a_server_that_sends_content_while_it_takes_no_connection_was_not_restarted(available):
+    """It has more clients than it accepts at a time."""
+    available.server.failing = DOWN
+    available.checked(1)
+    available.now += 1
+    available.server.last_content = available.now
+    available.server.failing = None
+    available.checked(1)
+    assert available.models.forgotten == 1
+    assert available.restarts == []
+
+
+def test_a_server_that_was_only_late_was_not_restarted(available):
+    available.server.failing = RequestTimeout("late")
+    available.checked(1)
+    available.server.failing = None
+    available.checked(1)
+    assert available.restarts == []

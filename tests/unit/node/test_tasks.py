@@ -1,6 +1,7 @@
 """The tasks of a node in this process: a simulated MLX server, no broker, and the frames that would be published."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -15,10 +16,11 @@ from fleet_worker.node.router_clocks import RouterClocks
 from fleet_worker.node.server_discovery import find_server
 from fleet_worker.node.tasks import register_tasks
 from fleet_worker.protocol import clock
+from fleet_worker.protocol.prompt_prefixes import PromptPrefixes
 from fleet_worker.settings import Settings
 from fleet_worker.simulator import Fault
 from fleet_worker.testing import SimulatedMLX
-from tests.mlx_clients import took_less_than
+from tests.mlx_clients import took_less_than, until
 
 CHAT, EMBED = "sim-chat", "sim-embed"
 HELLO = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5}
@@ -56,14 +58,14 @@ def node(node_and_tasks, monkeypatch):
 def run(node_and_tasks, request):
     """Returns a function that runs a task for an envelope of the wire, with changes."""
 
-    def run(task, model=CHAT, params=HELLO, **changes):
+    def run(task, model=CHAT, params=HELLO, prefixes=(), **changes):
         expires_at = clock.now() + 20
         envelope = {"protocol_version": 2, "operation": task, "provider": "mlx", "provider_instance": "any"}
         envelope |= {"request_id": request.node.name, "correlation_id": "c", "idempotency_key": "k", "attempt": 1}
         envelope |= {"model": model, "params": params, "reply_to": "llm.fleet.reply.test.60", "priority": "normal"}
         envelope |= {"timeout_seconds": 20, "expires_at": expires_at, "signed_token": None}
         envelope |= {"message_context": {}, "caller": {}, "trace_context": {}}
-        return node_and_tasks[1][f"fleet.{task}"].run(envelope | changes)
+        return node_and_tasks[1][f"fleet.{task}"].run(envelope | changes, *prefixes)
 
     return run
 
@@ -85,6 +87,56 @@ def test_a_request_is_accepted_and_answered_in_frames_without_a_gap(node, run, o
     assert (last.node, last.instance, last.model) == ("one@test", "one", model)
     assert 0 < last.timings.duration < 10
     assert node.counters.report()["requests"][operation] == before + 1
+
+
+PREFIXES = PromptPrefixes("session____", None, (("system_____", 40), ("prompt_____", 90)))
+
+
+def held(node):
+    return node._report().prompt_cache.held
+
+
+@pytest.mark.parametrize("operation", ["chat", "stream_chat"])
+def test_what_an_answered_prompt_left_in_the_cache_is_told(node, run, mlx, operation, monkeypatch):
+    monkeypatch.setattr(mlx, "flush_each", True)
+    node.prompt_cache.clear()
+    with mlx.held(at_token=2), ThreadPoolExecutor() as pool:
+        answered = pool.submit(run, operation, prefixes=[PREFIXES.encode()])
+        until(lambda: held(node) == ["system_____"])  # its first token has come
+        mlx.release()
+        answered.result()
+    assert held(node) == ["session____", "system_____", "prompt_____"]
+    told = node._report()
+    assert (told.prompt_cache.node, told.prompt_cache.slots, told.prompt_cache.running) == ("one@test", 1, 0)
+    assert told.instance.prompt_tokens == sum(told.counters["prompt_tokens"].values()) > 0
+    assert told.instance.cached_tokens is None  # vllm-mlx does not tell
+
+
+@pytest.mark.parametrize(
+    "header", ["", "x", 5, None, ["x"], {"x": 1}, True, "x" * 984, PREFIXES.encode()[:-1], "..\n", b".."]
+)
+def test_a_header_that_makes_no_sense_ends_nothing_and_holds_nothing(node, run, header):
+    node.prompt_cache.clear()
+    run("chat", prefixes=[header])
+    assert node.frames[-1].kind == "response"
+    assert held(node) == []
+
+
+def test_a_request_that_fails_is_not_held(node, run, mlx):
+    node.prompt_cache.clear()
+    mlx.fail(Fault("status", status=500))
+    with pytest.raises(FleetError):
+        run("chat", prefixes=[PREFIXES.encode()])
+    assert held(node) == []
+    assert node._report().prompt_cache.prefill_left == 0
+
+
+def test_embeddings_have_nothing_to_do_with_it(node, run):
+    node.prompt_cache.clear()
+    before = node._report().instance.prompt_tokens
+    run("embed", EMBED, {"input": "a"}, prefixes=[PREFIXES.encode()])
+    assert held(node) == []
+    assert node._report().instance.prompt_tokens == before
 
 
 def refused(node, run, **changes):
@@ -215,6 +267,15 @@ def test_what_seems_to_have_expired_does_not_start_before_its_router_has_confirm
     with took_less_than(5.0):
         assert refused(node, run, expires_at=clock.now() - 1).code == ("cancelled" if answer else "expired")
     assert [frame.kind for frame in node.frames] == ["accepted", "error"]
+
+
+def test_what_only_seems_to_have_expired_starts_once_its_router_has_told_its_time_to_anybody(
+    connected, run, monkeypatch
+):
+    node = connected(answer=lambda node, frame: node.router_clocks.told(REPLY_TO, clock.now() - 3600))
+    monkeypatch.setattr(confirmations, "ANSWER_WITHIN", 0.1)
+    run("chat", expires_at=clock.now() - 3600 + 15)
+    assert node.frames[-1].kind == "response"
 
 
 def test_what_was_submitted_before_the_node_heard_cancels_does_not_start_if_it_was_cancelled(connected, run):

@@ -17,7 +17,8 @@ LENGTHS = st.lists(st.integers(1, MOST_BYTES), max_size=MOST_PREFIXES, unique=Tr
 @st.composite
 def _prefixes(draw: st.DrawFn) -> PromptPrefixes:
     chain = tuple((draw(IDS), length) for length in draw(LENGTHS))
-    return PromptPrefixes(draw(st.none() | IDS), draw(st.none() | IDS), chain)
+    conversation = draw(st.none() | IDS)
+    return PromptPrefixes(draw(st.none() | IDS), conversation, chain, draw(st.none() | IDS) if conversation else None)
 
 
 @given(_prefixes())
@@ -28,7 +29,7 @@ def test_what_was_encoded_is_decoded(prefixes: PromptPrefixes) -> None:
 def test_the_longest_header_is_let_in() -> None:
     """Headers of more than `SHORT` characters are dropped on the way."""
     chain = tuple(("A" * 11, MOST_BYTES - 64 + n) for n in range(MOST_PREFIXES))
-    assert len(PromptPrefixes("s" * 11, "c" * 11, chain).encode()) <= SHORT
+    assert len(PromptPrefixes("s" * 11, "c" * 11, chain, "o" * 11).encode()) <= SHORT
 
 
 @pytest.mark.parametrize(

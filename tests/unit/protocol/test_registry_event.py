@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from fleet_worker.errors import InvalidRequest, PolicyError
 from fleet_worker.protocol.registry_event import MODEL_MISSING, READINESS, Announcement, RegistryEvent
-from fleet_worker.protocol.status import STATUSES, InstanceStatus, ModelStatus
+from fleet_worker.protocol.status import STATUSES, CacheTrouble, InstanceStatus, ModelStatus
 
 SENSITIVE = [
     *("access_key", "api_key", "authorization", "bearer", "client_secret", "credential", "credentials", "endpoint"),
@@ -204,6 +204,9 @@ def test_anything_else_is_refused(body):
 
 statuses = st.sampled_from(STATUSES)
 texts = st.text(max_size=8)
+troubles = st.builds(
+    CacheTrouble, kind=texts, model=texts, count=st.integers(0, 99), of=st.integers(0, 99), request_id=texts
+)
 instances = st.builds(
     InstanceStatus,
     host=texts,
@@ -219,6 +222,9 @@ instances = st.builds(
     tokens_per_second=st.floats(0, 1e6),
     last_token_age=st.none() | st.floats(0, 1e6),
     lanes=st.lists(texts, max_size=3).map(tuple),
+    prompt_tokens=st.none() | st.integers(0, 2**53),
+    cached_tokens=st.none() | st.integers(0, 2**53),
+    cache_troubles=st.lists(troubles, max_size=3).map(tuple),
 )
 models = st.builds(
     ModelStatus,

@@ -2,15 +2,16 @@
 
 import pytest
 
-from fleet_worker.node.prompt_cache.conversations import REMEMBERED, USUAL_BEGINNINGS, Conversations
+from fleet_worker.node.prompt_cache.conversations import HELPERS, LAST, REMEMBERED, Conversations
 from fleet_worker.protocol.prompt_prefixes import PromptPrefixes
 
 TOOLS = "tools"
 
 
-def prompt(*messages, conversation=None, session=None, size=100):
-    chain = tuple((str(messages[:number]), number * size) for number in range(1, len(messages) + 1))
-    return PromptPrefixes(session, conversation, chain)
+def prompt(*messages, conversation=None, session=None, opening=3):
+    """With a conversation, the first `opening` messages are those up to the first answer."""
+    chain = tuple((str(messages[:number]), number * 100) for number in range(1, len(messages) + 1))
+    return PromptPrefixes(session, conversation, chain, str(messages[:opening]) if conversation else None)
 
 
 @pytest.fixture
@@ -20,21 +21,39 @@ def conversations():
 
 @pytest.mark.parametrize("ids", [{"conversation": "c"}, {"session": "s"}, {"conversation": "c", "session": "s"}])
 def test_a_conversation_that_only_grows_does_not_change(conversations, ids):
-    messages = ["system"]
-    assert conversations.changes(prompt(*messages, "hello", **ids)) is None
+    messages = ["system", "hello", "hi"]
+    assert conversations.changes(prompt(*messages, "more", **ids)) is None
     for number in range(10):
         messages += [f"question {number}", f"answer {number}"]
         assert conversations.changes(prompt(*messages, "more", **ids)) is False
 
 
-def test_a_time_stamp_in_the_system_prompt_is_seen_in_each_turn(conversations):
-    turns = [prompt(f"It is {hour} h", "hello", *["hi", "and?"] * hour, conversation="c") for hour in range(1, 5)]
-    assert [conversations.changes(turn) for turn in turns] == [None, True, True, True]
+@pytest.mark.parametrize("before", [(), (TOOLS,), (TOOLS, "long", "rules")], ids=len)
+@pytest.mark.parametrize("session", [None, "s"])
+def test_a_time_stamp_before_the_first_question_is_seen(conversations, before, session):
+    def turn(hour):
+        ids = {"conversation": "c", "session": session, "opening": len(before) + 3}
+        return prompt(*before, f"It is {hour} h", "hello", *["hi", "and?"] * hour, **ids)
+
+    assert [conversations.changes(turn(hour)) for hour in range(1, 6)] == [None, True, True, True, True]
 
 
-def test_a_time_stamp_behind_tools_is_seen_once_the_conversation_is_longer(conversations):
-    turns = [prompt(TOOLS, f"It is {hour} h", *["hi"] * 2 * hour, conversation="c") for hour in range(1, 5)]
-    assert [conversations.changes(turn) for turn in turns] == [None, True, True, True]
+def test_conversations_with_the_same_first_question_and_answer_are_not_one_that_changes(conversations):
+    """Everybody says hello, to applications with prompts of their own."""
+    found = []
+    for number in range(12):
+        for application in ("shop", "school", "bank"):
+            said = ["hello", "hi", f"question {number}", f"answer {number}", "thanks"]
+            found.append(conversations.changes(prompt(application, *said, conversation="c")))
+    assert found == [None, True, True, *[False] * 33]
+
+
+def test_a_prompt_that_was_edited_now_and_then_does_not_change_in_each_turn(conversations):
+    found = []
+    for version in range(10):
+        for _ in range(3):
+            found.append(conversations.changes(prompt(f"version {version}", "hello", "hi", conversation="c")))
+    assert not any(found)
 
 
 def test_an_edited_last_message_is_no_change(conversations):
@@ -56,7 +75,7 @@ def test_a_session_whose_prompts_all_begin_differently_is_seen(conversations):
     found = [
         conversations.changes(prompt(f"It is {hour} h", session="s", conversation=f"c{hour}")) for hour in range(20)
     ]
-    assert found == [None, *[False] * (USUAL_BEGINNINGS - 1), *[True] * (20 - USUAL_BEGINNINGS)]
+    assert found == [None, *[False] * (HELPERS - 1), *[True] * (20 - HELPERS)]
 
 
 def test_nothing_is_known_of_other_requests(conversations):
@@ -68,7 +87,10 @@ def test_nothing_is_known_of_other_requests(conversations):
 
 def test_it_remembers_the_last_ones_only(conversations):
     for number in range(REMEMBERED + 1):
-        conversations.changes(prompt("a", conversation=f"c{number}", session=f"s{number}"))
-    assert conversations.changes(prompt("b", conversation="c0", session="s0")) is None
+        conversations.changes(prompt("a", conversation=f"c{number}"))
+    assert conversations.changes(prompt("b", conversation="c0")) is None
     assert conversations.changes(prompt("b", conversation=f"c{REMEMBERED}")) is True
-    assert len(conversations._last) == len(conversations._sessions) == REMEMBERED
+    assert len(conversations._seen) == REMEMBERED
+    for number in range(100):
+        conversations.changes(prompt(f"{number}", conversation="c"))
+    assert len(conversations._seen[None, "c"].beginnings) == LAST

@@ -37,7 +37,7 @@ def cache(clock):
 def prompt(*messages, **ids):
     """Ids have 11 characters."""
     chain = tuple((identity("".join(messages[:number])), number * BYTES) for number in range(1, len(messages) + 1))
-    return PromptPrefixes(ids.get("session"), ids.get("conversation"), chain)
+    return PromptPrefixes(ids.get("session"), ids.get("conversation"), chain, ids.get("opening"))
 
 
 def identity(text):
@@ -236,7 +236,8 @@ def test_a_cache_that_is_larger_than_the_setting_says_is_not_too_small(cache):
 
 def test_a_conversation_that_changes_at_its_beginning_is_noticed(cache):
     for turn in range(5):
-        ask(cache, prompt(f"It is {turn} h", "b", conversation="conversation"), request_id=f"r-{turn}")
+        ids = {"conversation": "c", "opening": f"It is {turn} h"}
+        ask(cache, prompt(f"It is {turn} h", "b", **ids), request_id=f"r-{turn}")
     assert [(each.kind, each.request_id) for each in cache.troubles()] == [("changing", "r-4")]
 
 

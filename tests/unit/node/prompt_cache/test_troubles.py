@@ -52,6 +52,12 @@ def test_prompts_that_change_are_told_with_the_last_one(troubles):
     )
 
 
+def test_a_few_of_many_prompts_that_seem_to_change_are_no_trouble(troubles):
+    for number in range(300):
+        troubles.began("m", "r", changes=number < 5)
+    assert troubles.found() == ()
+
+
 def test_a_cache_that_never_helps_is_told_until_it_helps_once(troubles):
     for _ in range(UNUSED_BEGINNINGS):
         assert troubles.found() == ()

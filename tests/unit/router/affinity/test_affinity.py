@@ -84,6 +84,16 @@ def test_a_short_prompt_goes_to_the_shared_lane() -> None:
     assert fleet.place("hi").node is None
 
 
+def test_what_became_of_a_short_prompt_is_told_too() -> None:
+    fleet = _Fleet("a", "b")
+    short = "x" * 300
+    assert fleet.place(short).node is None
+    assert fleet.run(short, "a") == "cold"
+    assert fleet.run(short, "a", cached=80) == "hit"
+    assert fleet.run(short, "b") == "moved"
+    assert fleet.run(short, "a") == "miss"
+
+
 def test_after_a_failure_it_is_the_next_warmest() -> None:
     fleet = _Fleet("a", "b", "c")
     fleet.run(LONG, "a")
