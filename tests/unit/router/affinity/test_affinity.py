@@ -246,6 +246,18 @@ def test_a_digest_that_was_on_its_way_does_not_hide_what_was_answered_since() ->
     assert fleet.place(LONG).node == "a"
 
 
+def test_what_has_just_been_answered_is_held_though_the_last_digest_came_before() -> None:
+    fleet = _Fleet("a", "b")
+    request, prefixes = fleet.asked(LONG)
+    fleet.affinity.sent("1", fleet.affinity.place(request, prefixes))
+    fleet.affinity.accepted("1", "b")
+    fleet.now += 1.0
+    fleet.tell("b", running=1)
+    assert fleet.affinity.holders(prefixes) == {}
+    fleet.affinity.ended("1", Usage(prompt_tokens=10_000, cached_tokens=0), "b")
+    assert fleet.affinity.holders(prefixes) == {"b": prefixes.size}
+
+
 def test_nodes_that_are_gone_are_forgotten() -> None:
     fleet = _Fleet("a", "b")
     fleet.run(LONG, "a")
