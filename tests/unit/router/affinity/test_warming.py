@@ -41,8 +41,8 @@ class Fleet:
             CacheDigest(**{"node": node, "slots": 4, "running": 0, "epoch": epoch, **said}), self.now
         )
 
-    def answer(self, name: str, node: str = A, *, size: int = 40_000, age: float = 0.0) -> None:
-        request = FleetRequest.build(envelope(params={"messages": [user(name)]}))
+    def answer(self, name: str, node: str = A, *, size: int = 40_000, age: float = 0.0, model: str = "m") -> None:
+        request = FleetRequest.build(envelope(model=model, params={"messages": [user(name)]}))
         prefixes = PromptPrefixes(chain=((prompt_id(name), size),))
         epoch = self.warming.epoch_of(node)
         self.kept.keep(request, prefixes, tokens=size // 4, node=node, epoch=epoch, now=self.now - age)
@@ -118,6 +118,14 @@ def test_the_one_with_the_most_to_gain_comes_first(fleet: Fleet) -> None:
     fleet.held[prompt_id("long")] = {B: 5_000}
     fleet.tell(epoch=2)
     assert fleet.warm() == ["long", "short", "old"]
+
+
+def test_no_server_swaps_its_model_for_it(fleet: Fleet) -> None:
+    fleet.answer("long", age=5.0, size=80_000, model="another")
+    fleet.answer("latest", age=1.0)
+    fleet.answer("before", age=9.0)
+    fleet.tell(epoch=2)
+    assert fleet.warm() == ["latest", "before"]
 
 
 @pytest.mark.parametrize("holder", [A, B])
