@@ -95,12 +95,29 @@ def test_a_restarted_host_has_another_epoch_not_a_higher_one(fleet: Fleet) -> No
     assert fleet.warm() == ["one"]
 
 
-def test_after_the_second_restart_it_is_warmed_again(fleet: Fleet) -> None:
+@pytest.mark.parametrize("epochs", [(2, 3), (3, 2)])
+def test_after_the_second_restart_it_is_warmed_again(fleet: Fleet, epochs: tuple[int, int]) -> None:
     fleet.answer("one")
-    for epoch in (2, 3):
+    for epoch in epochs:
         fleet.held.clear()
         fleet.tell(epoch=epoch)
         assert fleet.warm() == ["one"]
+
+
+def test_what_a_node_answered_before_it_told_anything_may_be_older_than_its_cache(fleet: Fleet) -> None:
+    fleet.answer("one", "local@c")
+    for epoch in (1, 2):
+        fleet.tell("local@c", epoch=epoch)
+        assert fleet.warm() == []
+
+
+def test_what_was_evicted_since_then_is_not_run_twice(fleet: Fleet) -> None:
+    fleet.answer("one")
+    fleet.tell(epoch=2)
+    (first,) = fleet.due()
+    fleet.end(first)
+    fleet.held.clear()
+    assert fleet.warm() == []
 
 
 def test_what_a_node_answered_since_then_is_warm_already(fleet: Fleet) -> None:
