@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from fleet_worker.protocol.prompt_prefixes import PromptPrefixes
+from fleet_worker.router.affinity import index as index_module
 from fleet_worker.router.affinity.index import KEPT_FOR, MOST_OWN, ON_THE_WAY, CacheIndex
 
 NODES = ["a", "b", "c"]
@@ -119,3 +120,18 @@ def test_a_hundred_nodes_with_sixty_prefixes_take_less_than_2_mb() -> None:
     used, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert used < 2e6
+
+
+def test_what_all_nodes_tell_together_is_bounded(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """Forged digests leave no memory for more; what is forgotten makes room again."""
+    monkeypatch.setattr(index_module, "MOST_TOLD", 100)
+    index = CacheIndex()
+    index.tell("known", [f"a{number}" for number in range(60)], now=0.0)
+    index.tell("forged", [f"b{number}" for number in range(60)], now=0.0)
+    assert len(index._told["forged"]) == 40
+    index.tell("known", [f"a{number}" for number in range(1, 61)], now=1.0)
+    assert len(index._told["known"]) == 60
+    index.empty("forged")
+    index.take_back("known", PromptPrefixes(chain=(("a7", 10),)), above=0)
+    index.tell("other", [f"c{number}" for number in range(60)], now=1.0)
+    assert (len(index._told["known"]), len(index._told["other"])) == (59, 41)
