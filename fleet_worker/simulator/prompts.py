@@ -57,10 +57,11 @@ def prompt_of(body: Body, *, opening: str | None, thinks: bool) -> Prompt:
 def _system(tools: Sequence[str], messages: Sequence[Body], tokens: Tokens) -> list[tuple[int, Kind]]:
     """Return where the system prompt ends: what another question to it would share."""
     first = next((at for at, message in enumerate(messages) if message.get("role") != "system"), 0)
+    if not first or messages[-1].get("role") != "user":
+        return []
     other = (*tools, *_turns([*messages[:first], {"role": "user"}]))
     shared = common(other, tokens)
-    found = first and messages[-1].get("role") == "user" and shared < len(other)
-    return [(shared, "system")] if found else []
+    return [(shared, "system")] if shared < len(other) else []
 
 
 def _turns(messages: Sequence[Body]) -> list[str]:
