@@ -3,5 +3,6 @@
 May import: `registry`, `broker`, `mlx`, `protocol`, `settings`, `errors`. Read in this order: `router`, `options`,
 `submission`, `call`, `session`, `in_flight`, `readers`, `attempts`, `transcript`, `progress`, `effects`, `blame`,
 `route`, `node_selection`, `affinity` (a room of its own), `context_length`, `admission`, `queue_wait`, `submitter`,
-`control_publisher`, `reply_consumer`, `digest_consumer`, `reply_buffer`, `wakeups`, `scheduler`, `idempotency`.
+`control_publisher`, `reply_consumer`, `digest_consumer`, `warm_ups`, `reply_buffer`, `wakeups`, `scheduler`,
+`idempotency`.
 """

@@ -29,7 +29,7 @@ from fleet_worker.router.queue_wait import Place
 from fleet_worker.router.readers import Readers
 from fleet_worker.router.reply_buffer import ReplyBuffer
 from fleet_worker.router.reply_consumer import ReplyConsumer
-from fleet_worker.router.route import Route
+from fleet_worker.router.route import LastFrame, Route
 from fleet_worker.router.scheduler import Scheduler
 from fleet_worker.router.submitter import Submitter
 from fleet_worker.settings import RouterSettings
@@ -53,7 +53,7 @@ class OpenSession(Protocol):
     control: ControlPublisher
     scheduler: Scheduler
 
-    def ended(self, request_id: str) -> None: ...
+    def ended(self, request_id: str, last: LastFrame) -> None: ...
 
 
 class InFlightRequest:
@@ -210,7 +210,7 @@ class InFlightRequest:
                     self.ended_at = time.monotonic()
                     self._leave_place()
                     self._readers.end()
-                    self._session.ended(self.request.request_id)
+                    self._session.ended(self.request.request_id, frame)
                 case RetryAfter(seconds):
                     self._leave_place()
                     self._session.scheduler.at(time.monotonic() + seconds, self._retry)

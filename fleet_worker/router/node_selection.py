@@ -63,6 +63,10 @@ class NodeSelection:
         """Return the nodes whose servers may not be able to do what a parameter asks for."""
         return set(self._unable(request, temperature=1.0))
 
+    def ready(self, model: str, operation: Operation) -> set[str]:
+        """Return the nodes that can do this now."""
+        return {each.node for each in self._registry.offerings(model, capability=operation, ready=True)}
+
     def is_ready(self, request: FleetRequest, node: str) -> bool:
         """Return whether this node could take the request now."""
         return node in self._nodes(request, ready=True)

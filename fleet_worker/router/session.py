@@ -20,7 +20,9 @@ from fleet_worker.registry.view import Registry
 from fleet_worker.router import context_length
 from fleet_worker.router.admission import Admission
 from fleet_worker.router.affinity.affinity import Affinity
+from fleet_worker.router.affinity.kept_prompts import KeptPrompts
 from fleet_worker.router.affinity.prefixes import fleet_key
+from fleet_worker.router.affinity.warming import Warming
 from fleet_worker.router.control_publisher import ControlPublisher
 from fleet_worker.router.digest_consumer import DigestConsumer
 from fleet_worker.router.effects import CancelOrphan
@@ -30,10 +32,11 @@ from fleet_worker.router.node_selection import NodeSelection
 from fleet_worker.router.queue_wait import Place
 from fleet_worker.router.reply_buffer import ReplyBuffer
 from fleet_worker.router.reply_consumer import ReplyConsumer
-from fleet_worker.router.route import Route
+from fleet_worker.router.route import LastFrame, Route
 from fleet_worker.router.scheduler import Scheduler
 from fleet_worker.router.submission import Submission
 from fleet_worker.router.submitter import IDLE_AFTER, Submitter
+from fleet_worker.router.warm_ups import WarmUps
 from fleet_worker.settings import Settings
 
 SHORT = 1_000
@@ -65,8 +68,9 @@ class Session:
             in_flight=lambda: len(self._requests),
         )
         self._digests = self._affinity and DigestConsumer(
-            self._app.connection_for_read, transport, registry, self._affinity.receive
+            self._app.connection_for_read, transport, registry, partial(self._receive_digest, self._affinity)
         )
+        self._warm_ups = self._make_warm_ups(self._affinity)
         self._requests: dict[str, InFlightRequest] = {}
         self._cache = IdempotencyCache(self.settings.idempotency_ttl)
         self.is_open = False
@@ -88,6 +92,7 @@ class Session:
         self._close_idle()
         if self._digests:
             self._digests.start()
+        self._warm_ups.start()
         self.is_open = True
 
     def close(self) -> None:
@@ -95,6 +100,7 @@ class Session:
         self.is_closed = True
         if self._digests:
             self._digests.close()
+        self._warm_ups.close()
         for request in tuple(self._requests.values()):
             request.give_up(Cancelled("the router was closed"))
         self.scheduler.close()  # after the cancels were published
@@ -134,7 +140,8 @@ class Session:
         self._require_possible(asked)
         left = deadline - time.monotonic()
         request = request.addressed_to(self.replies.name, left)
-        route = Route(request, node, self.nodes, self._prefixes(asked))
+        prefixes = self._prefixes(asked)
+        route = Route(request, node, self.nodes, prefixes)
         started = InFlightRequest(request, route, self, on_interrupt=on_interrupt, queue_timeout=asked.queue_timeout)
         started.place = self._admit(request, route, asked.max_wait)
         buffer = cast(ReplyBuffer, started.join(left))  # it cannot have failed yet
@@ -142,6 +149,8 @@ class Session:
             started.place.ended(time.monotonic())
             return joined
         self._requests[request.request_id] = started
+        if prefixes and asked.cache.keep_warm:
+            self._warm_ups.asked(request, prefixes)
         if self.is_closed:  # it came too late to be cancelled with the others
             started.give_up(Cancelled("the router was closed"))
         started.submit(patience)
@@ -178,9 +187,10 @@ class Session:
             context_length.require_fits(request, self.nodes.context_window(request, node))
         self.nodes.require_soon(request, node, asked.max_wait)
 
-    def ended(self, request_id: str) -> None:
-        """This request needs no more frames."""
+    def ended(self, request_id: str, last: LastFrame) -> None:
+        """This request needs no more frames after its last one."""
         self._requests.pop(request_id, None)
+        self._warm_ups.ended(request_id, last)
 
     def receive(self, node: str, frame: Frame) -> None:
         """Hand a frame to its request.
@@ -189,9 +199,20 @@ class Session:
         earlier cancel may have been lost.
         """
         request = self._requests.get(frame.id)
-        wanted = request is not None and request.receive(node, frame)
+        wanted = (request or self._warm_ups).receive(node, frame)
         if not wanted and isinstance(frame, Accepted | Alive):
             self.control.tell(frame.id, CancelOrphan(node, frame.attempt))
+
+    def _receive_digest(self, affinity: Affinity, body: bytes) -> None:
+        for digest in affinity.receive(body):
+            self._warm_ups.heard(digest)
+
+    def _make_warm_ups(self, affinity: Affinity | None) -> WarmUps:
+        kept = KeptPrompts(self.settings.warm_memory if affinity else 0)
+        holders = affinity.holders if affinity else lambda prefixes: {}
+        warms = affinity.warms if affinity else lambda node, prefixes: None
+        warming = Warming(kept, holders, self.nodes.ready)
+        return WarmUps(warming, kept, warms, self.replies.name, self.submitter, self.control, self.scheduler)
 
     def ask(self) -> None:
         """Ask all registry nodes for their state. Best effort."""

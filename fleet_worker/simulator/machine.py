@@ -253,7 +253,6 @@ class Engine:
     async def prefill(self, tokens: int) -> AsyncIterator[float]:
         """Take the machine for one step of prefill, in turn with other prompts; yield the time at which it ends."""
         async with self._prefill:
-            self.step_ends = (
-                max(asyncio.get_running_loop().time(), self.step_ends) + tokens / self._machine.prefill_rate
-            )
+            begin = max(asyncio.get_running_loop().time(), self.step_ends)
+            self.step_ends = begin + tokens / self._machine.prefill_rate
             yield self.step_ends

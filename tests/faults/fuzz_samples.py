@@ -17,6 +17,7 @@ from fleet_worker.broker.app import create_app
 from fleet_worker.broker.topology import ask_exchange, cancel_exchange, direct_lane, lane, lane_queue, reply_name
 from fleet_worker.errors import InvalidRequest
 from fleet_worker.node.reply_publisher import ReplyPublisher
+from fleet_worker.protocol.cache_digest import CacheDigest, DigestMessage, DigestsWanted
 from fleet_worker.protocol.openai import ChatParams
 from fleet_worker.protocol.registry_event import Announcement, RegistryEvent
 from fleet_worker.protocol.request import ControlMessage, FleetRequest
@@ -66,7 +67,8 @@ class Sample:
 
 
 def samples() -> dict[str, Sample]:
-    """By kind: `chat`, `stream_chat`, `embed`, `beat`, `control`, `cancel`, `ask`, `registry`, `reply`."""
+    """By kind: `chat`, `stream_chat`, `embed`, `beat`, `control`, `cancel`, `ask`, `want_digests`, `registry`,
+    `digest`, `reply`."""
     with embedded_broker() as url, redis.Redis.from_url(url) as client, create_app(Settings(broker_url=url)) as app:
         found = {}
         for kind, model in MODELS.items():
@@ -90,9 +92,15 @@ def samples() -> dict[str, Sample]:
             found["cancel"] = published()
             Submitter(app, "redis").broadcast(ask_exchange(), b"{}")
             found["ask"] = published()
+            wanted = DigestsWanted(v=1, hosts=3, seconds=90.0)
+            Submitter(app, "redis").broadcast(ask_exchange(), wanted.encode())
+            found["want_digests"] = published()
             announcer = RegistryPublisher(app.connection_for_write, "redis", lambda kinds: announcements())
             announcer.publish("readiness")
             found["registry"] = published()
+            digest = CacheDigest(node="one@test", slots=4, running=1, prefill_speed=262.5, held=["iB4CYvjf5XQ"])
+            announcer.publish_digest(DigestMessage(v=1, host="test", interval=1.0, digests=[digest]).encode())
+            found["digest"] = published()
             announcer.close()
         return {kind: Sample.read(kind, stored) for kind, stored in found.items()}
 

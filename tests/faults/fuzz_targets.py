@@ -22,6 +22,8 @@ FANOUTS = {
     "control": "llm.fleet.control.pidbox",
     "cancel": "llm.fleet.cancel",
     "ask": "llm.registry.ask",
+    "want_digests": "llm.registry.ask",
+    "digest": "llm.registry.digest",
     "registry": "llm.registry",
 }
 LANES = [

@@ -127,6 +127,7 @@ def test_nobody_notices_that_an_mlx_server_was_killed(client, fleet):
     assert_nothing_was_noticed(readers)
 
 
+@pytest.mark.parametrize("broker", ["valkey"], indirect=True)  # no broker differs in this
 def test_without_another_node_a_stream_ends_with_an_error(client, fleet, gateway):
     readers = read(client, fleet, 4, "all nodes")
     for part in (*fleet.nodes.values(), *fleet.servers.values()):

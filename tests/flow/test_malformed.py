@@ -29,7 +29,10 @@ MB = 1024 * 1024
 MOST_GROWTH = 64 * MB
 TASK = {"task": "fleet.chat", "id": "x"}
 ADDRESSED = {"request_id": "r-1", "attempt": 1, "reply_to": "llm.fleet.reply.nobody.abc.5"}
-FANOUTS = ("llm.fleet.cancel", "llm.registry", "llm.registry.ask", "llm.fleet.control.pidbox")
+FANOUTS = (
+    *("llm.fleet.cancel", "llm.fleet.control.pidbox"),
+    *("llm.registry", "llm.registry.ask", "llm.registry.digest"),
+)
 BODIES = [
     *(b"{}", b"5", b"null", b"[1]", b"[]", b"[[], {}]", b"[5, {}, {}]", b'[[{"a": 1}], {}, {}]', b"[[], {}, {}]"),
     *(b"\xff", b"[", b'"\\ud83d"', b"NaN", b"[[1],{},1]", b"\x80\x04K\x05.", b"[" * 100_000, b"9" * 10_000),

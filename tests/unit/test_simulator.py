@@ -976,6 +976,7 @@ def test_the_simulator_runs_as_a_process():
         "two",
     ]
     options = ["--tokens", "5", "--token-interval", "0.001", "--faults", '[{"kind": "status", "status": 503}]']
+    options += ["--prompt-cache-size", "0", "--no-trimmable"]
     with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         hello = json.loads(process.stdout.readline())
@@ -993,6 +994,7 @@ def test_the_simulator_runs_as_a_process():
             assert [request["fault"] for request in requests] == ["status", "eof", None]
             assert requests[0]["model"] is None
             assert requests[1]["model"] == "two"
+            assert [request["cached_tokens"] for request in requests] == [0, 0, 0]
             assert client.get("/simulated/counters").json()["requests"] == 3
             client.post("/simulated/held", json={"at_token": 1}).raise_for_status()
             with client.stream("POST", "/v1/chat/completions", json={**chat, "stream": True}) as held:

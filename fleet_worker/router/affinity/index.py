@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable
 
 from fleet_worker.protocol.prompt_prefixes import PromptPrefixes
 
 MOST_OWN = 256
 """Ids that are remembered of what this router sent to one node, until that node itself tells what it holds."""
+MOST_TOLD = 300_000
+"""Ids in the last digests of all nodes together, about 50 MB: anybody who may use the broker may send digests."""
 KEPT_FOR = 900.0
 """Seconds for which a node that tells nothing is believed to hold what it was sent."""
 ON_THE_WAY = 0.5
@@ -24,6 +27,7 @@ class CacheIndex:
 
     def __init__(self) -> None:
         self._told: dict[str, tuple[str, ...]] = {}
+        self._told_in_all = 0
         self._sent: dict[str, dict[str, float]] = {}
         """By node: when each id was sent there last, the oldest first."""
         self._holders: dict[str, str | set[str]] = {}
@@ -46,11 +50,17 @@ class CacheIndex:
             return max(held, prefixes.size // SESSION_SHARE)
         return held
 
+    def most_held(self, prefixes: PromptPrefixes, nodes: Collection[str]) -> int:
+        """Return how many bytes of this prompt the warmest of these nodes holds, whatever its session says."""
+        chain = reversed(prefixes.chain)
+        return next((length for id_, length in chain if not self._nodes_with(id_).isdisjoint(nodes)), 0)
+
     def tell(self, node: str, held: Iterable[str], now: float) -> None:
-        """Learn all that a node holds, from a digest that came `now`."""
+        """Learn all that a node holds, from a digest that came `now`; less of it if this index is full."""
         before = {id_: id_ for id_ in self._ids_of(node)}
+        room = max(0, MOST_TOLD - self._told_in_all + len(self._told.get(node, ())))
         # One text for each id: those of every new digest would take as much memory again.
-        self._told[node] = tuple(before.get(id_, id_) for id_ in held)
+        self._keep(node, tuple(before.get(id_, id_) for id_ in itertools.islice(held, room)))
         sent = self._sent.pop(node, {})
         if newer := {id_: at for id_, at in sent.items() if at > now - ON_THE_WAY}:
             self._sent[node] = newer
@@ -68,19 +78,10 @@ class CacheIndex:
         self._add(node, ids)
         self._forget_sent(node, list(sent)[:-MOST_OWN])
 
-    def take_back(self, node: str, prefixes: PromptPrefixes, above: int) -> None:
-        """Note that a node held no more than so many bytes of this prompt."""
-        gone = {id_ for id_, length in prefixes.chain if length > above}
-        if prefixes.session and above < prefixes.size // SESSION_SHARE:
-            gone.add(prefixes.session)
-        self._told[node] = tuple(id_ for id_ in self._told.get(node, ()) if id_ not in gone)
-        self._forget_sent(node, gone)
-        self._remove(node, gone)
-
     def empty(self, node: str) -> None:
         """Note that a node holds nothing: it is gone, or its cache was emptied."""
         self._remove(node, self._ids_of(node))
-        self._told.pop(node, None)
+        self._told_in_all -= len(self._told.pop(node, ()))
         self._sent.pop(node, None)
 
     def sweep(self, known: Collection[str], now: float) -> None:
@@ -95,6 +96,10 @@ class CacheIndex:
         if holders is None:
             return _NONE
         return {holders} if isinstance(holders, str) else holders
+
+    def _keep(self, node: str, told: tuple[str, ...]) -> None:
+        self._told_in_all += len(told) - len(self._told.get(node, ()))
+        self._told[node] = told
 
     def _ids_of(self, node: str) -> list[str]:
         return [*self._told.get(node, ()), *self._sent.get(node, ())]

@@ -70,8 +70,8 @@ class KeptPrompts:
     ) -> None:
         """Keep the prompt of a request that was answered `now`, if it is long enough. Images are not kept: no server
         has them in its cache."""
-        params = request.params
-        if not isinstance(params, ChatParams) or prefixes.size < LEAST_SIZE or params.has_images:
+        params, is_short = request.params, prefixes.size < LEAST_SIZE
+        if self._most_bytes < OWN_MEMORY or not isinstance(params, ChatParams) or is_short or params.has_images:
             return
         prompt = KeptPrompt(_bare(request, params), prefixes, tokens, node, epoch, now, 0)
         prompt.memory = OWN_MEMORY + memory_of(prompt.request.params)

@@ -81,7 +81,7 @@ class Fleet:
                 why_waiting=lambda *_: ("nobody has served it for 7 s", 7.0),
                 waits_in_vain=lambda *_: not self.ready,
             ),
-            ended=self.ended.append,
+            ended=lambda request_id, last: self.ended.append(request_id),
         )
 
     @property
