@@ -175,6 +175,10 @@ class Node:
         self.publisher.close(timeout)
         self.mlx.close()
 
+    def tell_ended(self) -> None:
+        """A request ended: tell the registry node soon what the server has cached now, and which slot is free."""
+        self._status_client.send_soon()
+
     @contextmanager
     def counting_failures(self, model: str, request_id: str, cancel_token: CancelToken) -> Iterator[None]:
         """Count an error within this block against the server, unless the request was cancelled, or had to share the

@@ -58,9 +58,12 @@ def register_tasks(app: Celery, node: Node) -> None:
 
 def _task(node: Node, run: Callable[[Work, Any, PromptPrefixes], None]) -> Callable[..., None]:
     def task(envelope: Any, prefixes: Any = None) -> None:
-        with _accepted(node, envelope, run.__name__) as work:
-            if work:
-                run(work, work.request.params, _decoded(prefixes))
+        try:
+            with _accepted(node, envelope, run.__name__) as work:
+                if work:
+                    run(work, work.request.params, _decoded(prefixes))
+        finally:
+            node.tell_ended()
 
     return task
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import socket
 import threading
@@ -27,6 +28,8 @@ from fleet_worker.protocol.status import InstanceStatus, ModelStatus
 log = logging.getLogger(__name__)
 
 REPORT_EVERY = 1.0  # seconds
+SOON_APART = 0.25
+"""Seconds between two reports because requests have ended, however many do."""
 SILENT_AFTER = 3.5
 """Seconds without a report after which a node counts as frozen."""
 LONGEST_LINE = 1024 * 1024  # bytes
@@ -97,13 +100,23 @@ class StatusClient:
         self._wake = threading.Event()
         self._closed = False
         self._socket: socket.socket | None = None
+        self._sent_at = -math.inf
+        self._can_wait = False
+        """The next report is not urgent."""
         self._thread = threading.Thread(target=self._run, name="fleet-status-client", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def send_now(self) -> None:
+        self._can_wait = False
         self._wake.set()
+
+    def send_soon(self) -> None:
+        """Send a report, `SOON_APART` seconds after the last one or later: callers may be many."""
+        if not self._can_wait:
+            self._can_wait = True
+            self._wake.set()
 
     def close(self) -> None:
         self._closed = True
@@ -119,9 +132,13 @@ class StatusClient:
                 log.error("the status of this node could not be reported (%s)", type(error).__name__)
             self._wake.wait(REPORT_EVERY)
             self._wake.clear()
+            if self._can_wait:
+                self._wake.wait(max(0.0, self._sent_at + SOON_APART - time.monotonic()))
+                self._can_wait = False
         self._disconnect()
 
     def _send(self) -> None:
+        self._sent_at = time.monotonic()
         if self._socket is None:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             self._socket.settimeout(REPORT_EVERY)

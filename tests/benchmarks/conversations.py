@@ -1,8 +1,10 @@
 """Conversations through several routers, with prompt-cache affinity and without, on the same minis.
 
     python -m tests.benchmarks.conversations [--minis 4] [--routers 2] [--conversations 8] [--turns 6] [--pause 1.5]
+    python -m tests.benchmarks.conversations --speeds
 
-Broker, simulated servers and nodes are processes of their own. Each turn goes through a router chosen at random.
+Broker and nodes are processes of their own. Each turn goes through a router chosen at random. With --speeds: how many
+of 32 short requests of 4 clients each of two minis answers, of which one is four times slower.
 """
 
 from __future__ import annotations
@@ -24,9 +26,11 @@ from fleet_worker.protocol.reply import ChatResponse
 from fleet_worker.testing import SimulatedMLX, running_host
 from tests.brokers import Valkey
 
-SYSTEM_WORDS, TURN_WORDS, ANSWER_TOKENS = 400, 40, 20
+SYSTEM_WORDS, TURN_WORDS, ANSWER_TOKENS = 800, 40, 20
 PREFILL_RATE = 400.0
 """Tokens a second of a simulated server."""
+DIGESTS_WITHIN = 2.5
+"""Seconds after which a new router has heard of all nodes."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Minis:
 
 
 @contextmanager
-def minis(broker_url: str, count: int, *, slots: int = 2, **server: Any) -> Iterator[Minis]:
+def minis(broker_url: str, count: int, *, slots: int = 4, **server: Any) -> Iterator[Minis]:
     """Run nodes for so many simulated servers, which prefill at `PREFILL_RATE`."""
     model = f"talk-{uuid.uuid4().hex[:8]}"
     options = {"prefill_rate": PREFILL_RATE, "token_interval": 0.002, "tokens": ANSWER_TOKENS, **server}
@@ -74,6 +78,7 @@ def routers(fleet: Minis, count: int, **settings: Any) -> Iterator[list[Router]]
         ]
         for router in made:
             router.registry.wait_for(fleet.model, 10)
+        time.sleep(DIGESTS_WITHIN)
         yield made
 
 
@@ -113,6 +118,10 @@ def later(turns: Sequence[Turn]) -> list[Turn]:
     return [turn for turn in turns if turn.number]
 
 
+def _name(affinity: bool) -> str:
+    return "affinity" if affinity else "shared lane"
+
+
 def row(name: str, turns: Sequence[Turn]) -> str:
     ttft = [turn.ttft for turn in later(turns)]
     warm = statistics.fmean(turn.cached_share > 0.5 for turn in later(turns))
@@ -120,19 +129,40 @@ def row(name: str, turns: Sequence[Turn]) -> str:
     return f"{name:14} {warm:10.1%} {statistics.fmean(ttft):10.3f} {statistics.median(ttft):10.3f}   {said}"
 
 
+def two_speeds(broker_url: str, affinity: bool) -> Counter[str]:
+    """Return how many requests each mini answered, after both have shown their speed."""
+    hello = [{"role": "user", "content": "Hello"}]
+    with minis(broker_url, 2, slots=4, prefill_rate=0.0, token_interval=0.01, tokens=64) as fleet:
+        fleet.servers["mini-1"].token_interval = 0.04
+        with routers(fleet, 1, affinity=affinity) as (router,):
+            for node in (each.node for each in router.registry.offerings(fleet.model)):
+                router.chat(fleet.model, hello, node=node)
+            time.sleep(DIGESTS_WITHIN)
+            with ThreadPoolExecutor(4) as clients:
+                answers = clients.map(lambda _: router.chat(fleet.model, hello), range(32))
+                return Counter(answer.instance for answer in answers)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     for name, default in (("minis", 4), ("routers", 2), ("conversations", 8), ("turns", 6), ("runs", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--pause", type=float, default=1.5, help="seconds before each following turn")
+    parser.add_argument("--speeds", action="store_true")
     args = parser.parse_args()
+    if args.speeds:
+        with Valkey() as valkey:
+            for affinity in (False, True):
+                answered = two_speeds(valkey.url, affinity)
+                print(f"{_name(affinity):14} slow : fast = {answered['mini-1']} : {answered['mini-0']}", flush=True)
+        return
     print(f"{'later turns':14} {'> .5 cached':>10} {'TTFT mean':>10} {'p50':>10}   all turns")
     with Valkey() as valkey, minis(valkey.url, args.minis) as fleet:
         for _ in range(args.runs):
             for affinity in (False, True):
                 with routers(fleet, args.routers, affinity=affinity) as made:
                     done = talk(fleet, made, args.conversations, args.turns, args.pause)
-                    print(row("affinity" if affinity else "shared lane", done), flush=True)
+                    print(row(_name(affinity), done), flush=True)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,9 @@ USUAL_TOKENS_PER_BYTE = 0.25
 MOST_TOKENS_PER_BYTE = 2.0
 LONGEST_PREFILL = 86_400.0
 """Seconds. What servers say of tokens is not always sensible."""
-MEASURABLE = 256
-"""Tokens that must be read for the time to tell a speed. Fewer take about as long as everything else."""
+MEASURABLE, MEASURABLE_FOR = 256, 1.0
+"""Tokens that must be read for the time to tell a speed, or seconds that fewer must take: otherwise everything else
+takes about as long."""
 MEASURABLE_ANSWER = 16
 """Tokens."""
 MEASURABLE_SECONDS = 0.5
@@ -173,7 +174,8 @@ class PromptCache:
             read = (usage.prompt_tokens or 0) if prompt.prefixes.chain and not prompt.believed else 0
         else:
             read = (usage.prompt_tokens or 0) - usage.cached_tokens
-        if read >= MEASURABLE and answer.ttft:
+        takes_long = prompt.read_alone and (answer.ttft or 0.0) >= MEASURABLE_FOR and read >= MEASURABLE_ANSWER
+        if answer.ttft and (read >= MEASURABLE or takes_long):
             self._prefill_speed.measured(read, answer.ttft, alone=prompt.read_alone)
         speed, generated = answer.tokens_per_second, usage.completion_tokens or 0
         if speed and generated >= max(MEASURABLE_ANSWER, MEASURABLE_SECONDS * speed):

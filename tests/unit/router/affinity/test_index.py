@@ -50,16 +50,6 @@ class _Index(RuleBasedStateMachine):
         self.index.send(node, prompt, self.now)
         self.sent |= {(node, id_): self.now for id_ in _ids(prompt)}
 
-    @rule(node=nodes, prompt=prompts, above=st.sampled_from([0, 100, 250, 400]))
-    def an_answer_was_not_cached(self, node: str, prompt: PromptPrefixes, above: int) -> None:
-        self.index.take_back(node, prompt, above)
-        gone = {id_ for id_, length in prompt.chain if length > above}
-        if prompt.session and above < prompt.size // 4:
-            gone.add(SESSION)
-        self.told[node] = self.told.get(node, set()) - gone
-        for id_ in gone:
-            self.sent.pop((node, id_), None)
-
     @rule(node=nodes)
     def a_cache_is_emptied(self, node: str) -> None:
         self.index.empty(node)
@@ -132,6 +122,5 @@ def test_what_all_nodes_tell_together_is_bounded(monkeypatch) -> None:  # type: 
     index.tell("known", [f"a{number}" for number in range(1, 61)], now=1.0)
     assert len(index._told["known"]) == 60
     index.empty("forged")
-    index.take_back("known", PromptPrefixes(chain=(("a7", 10),)), above=0)
     index.tell("other", [f"c{number}" for number in range(60)], now=1.0)
-    assert (len(index._told["known"]), len(index._told["other"])) == (59, 41)
+    assert (len(index._told["known"]), len(index._told["other"])) == (60, 40)
