@@ -128,6 +128,21 @@ def test_a_cache_that_was_emptied_is_cold() -> None:
     assert fleet.place(LONG).expected == 0
 
 
+def test_what_nobody_asked_for_is_known_where_it_is_read() -> None:
+    fleet = _Fleet("a", "b")
+    _, prefixes = fleet.asked(LONG)
+    assert fleet.affinity.holders(prefixes) == {}
+    fleet.affinity.warms("a", prefixes)
+    assert fleet.affinity.holders(prefixes) == {"a": prefixes.size}
+    assert fleet.place(LONG).node == "a"
+
+
+def test_what_nodes_tell_is_returned() -> None:
+    said = CacheDigest(node="a", slots=4, running=0, epoch=7)
+    fleet = _Fleet("a")
+    assert fleet.affinity.receive(DigestMessage(v=1, host="a", interval=1.0, digests=[said]).encode()) == [said]
+
+
 def test_what_is_no_digest_is_refused() -> None:
     with pytest.raises(Refused):
         _Fleet().affinity.receive(b'{"v": 1}')
