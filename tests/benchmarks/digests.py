@@ -85,12 +85,13 @@ def listening_router(pipe: Pipe, broker_url: str, hosts: int, affinity: bool) ->
     and how many seconds they took it beyond what reading from the broker did."""
     count, taken, receive = 0, 0.0, Affinity.receive
 
-    def timed(self: Affinity, body: bytes) -> None:
+    def timed(self: Affinity, body: bytes) -> list[CacheDigest]:
         nonlocal count, taken
         began = time.thread_time()
-        receive(self, body)
+        digests = receive(self, body)
         taken += time.thread_time() - began
         count += 1
+        return digests
 
     Affinity.receive = timed  # type: ignore[method-assign]
     router_settings: Any = {"affinity": affinity}

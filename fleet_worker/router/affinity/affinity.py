@@ -215,8 +215,9 @@ class Affinity:
             self._lengths_of(request.placement.model).learn(request.placement.prefixes.size, usage, seconds)
             if node is None or not request.accepted:
                 return None
+            # Whatever the server had in its cache before, it has this prompt now.
+            self._index.send(node, request.placement.prefixes, now)
             held = request.held if node == request.at else 0
-            self._correct(node, request.placement, held, usage, now)
             return outcome_of(usage, best=request.placement.best, held=held, tokens=request.placement.tokens)
 
     # --- What a router asks about a request that waits in a direct lane ---
@@ -247,13 +248,6 @@ class Affinity:
         most = request.params.max_tokens if isinstance(request.params, ChatParams) else None
         answer_tokens = min(lengths.answer_tokens, most or lengths.answer_tokens)
         return Work(lengths.tokens(prefixes.size), answer_tokens, lengths.answer_seconds)
-
-    def _correct(self, node: str, placement: Placement, held: int, usage: Usage, now: float) -> None:
-        """Believe what the server told about its cache, and that it holds the answered prompt from now on."""
-        prefixes, cached = placement.prefixes, usage.cached_tokens
-        if cached is not None and usage.prompt_tokens and cached < held / 2:
-            self._index.take_back(node, prefixes, int(cached / usage.prompt_tokens * prefixes.size))
-        self._index.send(node, prefixes, now)
 
     def _tokens_held(self, node: str, placement: Placement) -> int:
         size = placement.prefixes.size

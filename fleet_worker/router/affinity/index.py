@@ -78,15 +78,6 @@ class CacheIndex:
         self._add(node, ids)
         self._forget_sent(node, list(sent)[:-MOST_OWN])
 
-    def take_back(self, node: str, prefixes: PromptPrefixes, above: int) -> None:
-        """Note that a node held no more than so many bytes of this prompt."""
-        gone = {id_ for id_, length in prefixes.chain if length > above}
-        if prefixes.session and above < prefixes.size // SESSION_SHARE:
-            gone.add(prefixes.session)
-        self._keep(node, tuple(id_ for id_ in self._told.get(node, ()) if id_ not in gone))
-        self._forget_sent(node, gone)
-        self._remove(node, gone)
-
     def empty(self, node: str) -> None:
         """Note that a node holds nothing: it is gone, or its cache was emptied."""
         self._remove(node, self._ids_of(node))

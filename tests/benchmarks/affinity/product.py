@@ -32,7 +32,7 @@ class Product:
         self._affinity = Affinity(registry, key=b"", clock=lambda: fleet.now, rng=self._rng)
 
     def route(self, request: Request) -> tuple[int | None, float]:
-        placement = self._affinity.place(_ENVELOPE, request.turn.prefixes)
+        placement = self._affinity.place(ENVELOPE, request.turn.prefixes)
         self._placements[id(request)] = placement
         self._affinity.sent(_id(request), placement)
         if placement.node is None:
@@ -40,7 +40,7 @@ class Product:
         return int(placement.node), placement.patience
 
     def may_move(self, request: Request) -> bool:
-        return self._affinity.another_is_free(_ENVELOPE, _name(request.lane))
+        return self._affinity.another_is_free(ENVELOPE, _name(request.lane))
 
     def moved(self, request: Request) -> None:
         placement = dataclasses.replace(self._placements[id(request)], node=None)
@@ -86,7 +86,7 @@ def _events_of(mini: Mini) -> list[RegistryEvent]:
     return [RegistryEvent.about(instance), RegistryEvent.about(instance, model)]
 
 
-_ENVELOPE = FleetRequest.build(
+ENVELOPE = FleetRequest.build(
     {
         "protocol_version": 2,
         "request_id": "r",

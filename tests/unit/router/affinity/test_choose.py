@@ -39,6 +39,9 @@ def _chosen(
             id="waiting there is longer than prefill here",
         ),
         pytest.param([_node("a"), _node("b", cached=7_900, busy=30)], 8_000, "a", id="thirty wait at the warm one"),
+        pytest.param(
+            [_node("a", cached=4_000), _node("b", cached=4_500, busy=3)], 8_000, "a", id="its prefill would stop three"
+        ),
         pytest.param([_node("a"), _node("b", cached=7_900, busy=5)], 8_000, "b", id="two wait at the warm one"),
         pytest.param([_node("a"), _node("b", cached=600, busy=9)], 700, SHARED, id="they wait for less than it saves"),
         pytest.param([_node("a"), _node("b", cached=90)], 100, SHARED, id="it saves a moment only"),

@@ -149,8 +149,9 @@ def test_whatever_the_lengths_a_following_turn_finds_the_one_before(sizes: list[
 
 def test_a_long_text_that_follows_does_not_hide_the_turn_before() -> None:
     """A tool's result of a megabyte has 250 boundaries."""
-    before = _prefixes(SYSTEM, ASKED)
-    after = _prefixes(SYSTEM, ASKED, ANSWERED, {"role": "tool", "content": "x" * 1_000_000})
+    turns = [each for _ in range(15) for each in (ASKED, ANSWERED)]
+    before = _prefixes(SYSTEM, *turns, AGAIN)
+    after = _prefixes(SYSTEM, *turns, AGAIN, ANSWERED, {"role": "tool", "content": "x" * 1_000_000})
     assert _shared(before, after) >= before.size
 
 
