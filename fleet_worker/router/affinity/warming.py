@@ -68,6 +68,8 @@ class _Round:
     begun: int = 0
     seconds: float = 0.0
     under_way: WarmUp | None = None
+    model: str | None = None
+    """That of the latest prompt. Those of other models are left out: a server may have to swap its model for them."""
     is_over: bool = False
 
 
@@ -182,7 +184,10 @@ class Warming:
         the most of them first. A prompt counts less the older it is."""
         lost = [each for each in self._kept.answered_by(node) if each.epoch not in (None, current.epoch)]
         latest = heapq.nlargest(MOST_CONSIDERED, lost, key=lambda prompt: prompt.answered_at)
-        gains = [(prompt, self._gain(node, prompt, ready)) for prompt in latest if prompt.answered_at > now - KEPT_FOR]
+        if latest and current.model is None:
+            current.model = latest[0].request.model
+        usable = [each for each in latest if each.request.model == current.model and each.answered_at > now - KEPT_FOR]
+        gains = [(prompt, self._gain(node, prompt, ready)) for prompt in usable]
         worth = [(prompt, gain) for prompt, gain in gains if gain >= LEAST_SIZE]
         return sorted(worth, key=lambda one: -one[1] * 0.5 ** ((now - one[0].answered_at) / HALF_LIFE))
 

@@ -185,6 +185,7 @@ def test_without_a_broker_nothing_is_sent(router: Router) -> None:
     router.warm_ups.receive(A, response(router.id))
     router.error = BrokerUnavailable("It is away.")
     router.lose_cache(epoch=3)
+    assert len(router.told) == 1  # the broker may have it all the same
     router.error = None
     router.wait(5.0)
     assert (len(router.sent), len(router.kept)) == (1, 1)

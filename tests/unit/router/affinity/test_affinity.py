@@ -128,6 +128,21 @@ def test_a_cache_that_was_emptied_is_cold() -> None:
     assert fleet.place(LONG).expected == 0
 
 
+def test_what_nobody_asked_for_is_known_where_it_is_read() -> None:
+    fleet = _Fleet("a", "b")
+    _, prefixes = fleet.asked(LONG)
+    assert fleet.affinity.holders(prefixes) == {}
+    fleet.affinity.warms("a", prefixes)
+    assert fleet.affinity.holders(prefixes) == {"a": prefixes.size}
+    assert fleet.place(LONG).node == "a"
+
+
+def test_what_nodes_tell_is_returned() -> None:
+    said = CacheDigest(node="a", slots=4, running=0, epoch=7)
+    fleet = _Fleet("a")
+    assert fleet.affinity.receive(DigestMessage(v=1, host="a", interval=1.0, digests=[said]).encode()) == [said]
+
+
 def test_what_is_no_digest_is_refused() -> None:
     with pytest.raises(Refused):
         _Fleet().affinity.receive(b'{"v": 1}')
@@ -244,6 +259,18 @@ def test_a_digest_that_was_on_its_way_does_not_hide_what_was_answered_since() ->
     fleet.now += 0.2
     fleet.tell("a", held=[])
     assert fleet.place(LONG).node == "a"
+
+
+def test_what_has_just_been_answered_is_held_though_the_last_digest_came_before() -> None:
+    fleet = _Fleet("a", "b")
+    request, prefixes = fleet.asked(LONG)
+    fleet.affinity.sent("1", fleet.affinity.place(request, prefixes))
+    fleet.affinity.accepted("1", "b")
+    fleet.now += 1.0
+    fleet.tell("b", running=1)
+    assert fleet.affinity.holders(prefixes) == {}
+    fleet.affinity.ended("1", Usage(prompt_tokens=10_000, cached_tokens=0), "b")
+    assert fleet.affinity.holders(prefixes) == {"b": prefixes.size}
 
 
 def test_nodes_that_are_gone_are_forgotten() -> None:

@@ -100,7 +100,7 @@ def test_what_is_sent_to_a_node_that_tells_nothing_is_bounded() -> None:
     assert index.match(PromptPrefixes(chain=((f"{3 * MOST_OWN - 1:011}", 100),))) == {"old": 100}
 
 
-def test_a_hundred_nodes_with_sixty_prefixes_take_less_than_2_mb() -> None:
+def test_a_hundred_nodes_with_sixty_prefixes_take_less_than_800_kb() -> None:
     """None of them held by two nodes, and each told twice."""
     index = CacheIndex()
     tracemalloc.start()
@@ -109,7 +109,7 @@ def test_a_hundred_nodes_with_sixty_prefixes_take_less_than_2_mb() -> None:
             index.tell(f"local@mini-{node:04}", [f"{node:05}{n:06}" for n in range(60)], now)
     used, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert used < 2e6
+    assert used < 0.8e6
 
 
 def test_what_all_nodes_tell_together_is_bounded(monkeypatch) -> None:  # type: ignore[no-untyped-def]

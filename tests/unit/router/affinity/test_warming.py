@@ -41,8 +41,8 @@ class Fleet:
             CacheDigest(**{"node": node, "slots": 4, "running": 0, "epoch": epoch, **said}), self.now
         )
 
-    def answer(self, name: str, node: str = A, *, size: int = 40_000, age: float = 0.0) -> None:
-        request = FleetRequest.build(envelope(params={"messages": [user(name)]}))
+    def answer(self, name: str, node: str = A, *, size: int = 40_000, age: float = 0.0, model: str = "m") -> None:
+        request = FleetRequest.build(envelope(model=model, params={"messages": [user(name)]}))
         prefixes = PromptPrefixes(chain=((prompt_id(name), size),))
         epoch = self.warming.epoch_of(node)
         self.kept.keep(request, prefixes, tokens=size // 4, node=node, epoch=epoch, now=self.now - age)
@@ -95,12 +95,29 @@ def test_a_restarted_host_has_another_epoch_not_a_higher_one(fleet: Fleet) -> No
     assert fleet.warm() == ["one"]
 
 
-def test_after_the_second_restart_it_is_warmed_again(fleet: Fleet) -> None:
+@pytest.mark.parametrize("epochs", [(2, 3), (3, 2)])
+def test_after_the_second_restart_it_is_warmed_again(fleet: Fleet, epochs: tuple[int, int]) -> None:
     fleet.answer("one")
-    for epoch in (2, 3):
+    for epoch in epochs:
         fleet.held.clear()
         fleet.tell(epoch=epoch)
         assert fleet.warm() == ["one"]
+
+
+def test_what_a_node_answered_before_it_told_anything_may_be_older_than_its_cache(fleet: Fleet) -> None:
+    fleet.answer("one", "local@c")
+    for epoch in (1, 2):
+        fleet.tell("local@c", epoch=epoch)
+        assert fleet.warm() == []
+
+
+def test_what_was_evicted_since_then_is_not_run_twice(fleet: Fleet) -> None:
+    fleet.answer("one")
+    fleet.tell(epoch=2)
+    (first,) = fleet.due()
+    fleet.end(first)
+    fleet.held.clear()
+    assert fleet.warm() == []
 
 
 def test_what_a_node_answered_since_then_is_warm_already(fleet: Fleet) -> None:
@@ -118,6 +135,14 @@ def test_the_one_with_the_most_to_gain_comes_first(fleet: Fleet) -> None:
     fleet.held[prompt_id("long")] = {B: 5_000}
     fleet.tell(epoch=2)
     assert fleet.warm() == ["long", "short", "old"]
+
+
+def test_no_server_swaps_its_model_for_it(fleet: Fleet) -> None:
+    fleet.answer("long", age=5.0, size=80_000, model="another")
+    fleet.answer("latest", age=1.0)
+    fleet.answer("before", age=9.0)
+    fleet.tell(epoch=2)
+    assert fleet.warm() == ["latest", "before"]
 
 
 @pytest.mark.parametrize("holder", [A, B])

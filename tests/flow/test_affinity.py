@@ -1,0 +1,67 @@
+"""Conversations through several routers meet the prompt caches of their servers."""
+
+import statistics
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.benchmarks.conversations import DIGESTS_WITHIN, later, minis, routers, talk, words
+
+
+@pytest.fixture(scope="module")
+def fleet(broker):
+    with minis(broker.url, 2, slots=2) as fleet:
+        yield fleet
+
+
+@pytest.fixture
+def warm(fleet):
+    with routers(fleet, 2) as made:
+        yield made
+
+
+@pytest.mark.both_brokers
+def test_conversations_find_their_servers_again_through_any_router(fleet, warm):
+    turns = talk(fleet, warm, 3, 3, 1.2)
+    assert [turn.response.cache for turn in later(turns)] == ["hit"] * 6
+    assert min(turn.cached_share for turn in later(turns)) > 0.5
+
+
+@pytest.mark.rest
+def test_a_popular_prompt_uses_all_servers(fleet, warm):
+    popular = words("popular", 600)
+
+    def ask(number):
+        question = [{"role": "system", "content": popular}, {"role": "user", "content": words(number, 5)}]
+        return warm[number % 2].chat(fleet.model, question, max_tokens=8, timeout=60).instance
+
+    with ThreadPoolExecutor(8) as pool:
+        answered = Counter(pool.map(ask, range(48)))
+    assert min(answered["mini-0"], answered["mini-1"]) >= 16
+
+
+@pytest.mark.rest
+def test_a_session_key_finds_its_server_again_though_the_whole_prompt_has_changed(fleet, warm):
+    def ask(router, number):
+        question = [{"role": "user", "content": words(number, 600)}]
+        return router.chat(fleet.model, question, max_tokens=8, session="one", timeout=60).node
+
+    first = ask(warm[0], 1)
+    time.sleep(DIGESTS_WITHIN)
+    assert ask(warm[1], 2) == first
+
+
+@pytest.mark.rest
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("broker", ["valkey"], indirect=True)
+def test_later_turns_begin_in_half_the_time_that_they_need_without_affinity(broker):
+    ttft = {}
+    with minis(broker.url, 4) as fleet:
+        for affinity in (False, True):
+            with routers(fleet, 2, affinity=affinity) as made:
+                turns = later(talk(fleet, made, 8, 4, 1.5))
+                ttft[affinity] = statistics.fmean(turn.ttft for turn in turns)
+    assert statistics.fmean(turn.cached_share > 0.5 for turn in turns) >= 0.95
+    assert ttft[True] <= ttft[False] / 2
