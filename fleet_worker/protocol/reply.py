@@ -191,7 +191,9 @@ class Alive(_Frame):
     kind: Literal["alive"] = "alive"
 
 
-Frame = Accepted | Deltas | ChatResponse | EmbedResponse | Failure | Alive
+LastFrame = ChatResponse | EmbedResponse | Failure
+"""With one of these a reply ends."""
+Frame = Accepted | Deltas | LastFrame | Alive
 
 
 class Reply(BrokerMessage):

@@ -29,12 +29,11 @@ from fleet_worker.protocol.reply import (
     Accepted,
     Alive,
     Attempt,
-    ChatResponse,
     Delta,
     Deltas,
-    EmbedResponse,
     Failure,
     Frame,
+    LastFrame,
 )
 from fleet_worker.protocol.request import FleetRequest, Resume
 from fleet_worker.router.blame import Blame
@@ -86,7 +85,7 @@ class Attempts:
         self.delivered = Transcript()
         """What the readers got of a stream, from all attempts."""
         self._tokens = 0
-        self.last: ChatResponse | EmbedResponse | Failure | None = None
+        self.last: LastFrame | None = None
         """The frame with which it ended."""
         self._deadline = deadline
         self._began = deadline - request.timeout_seconds
@@ -267,7 +266,7 @@ class Attempts:
         self._tokens = frame.tokens
         return Deliver(frame)
 
-    def _end(self, frame: ChatResponse | EmbedResponse | Failure) -> End:
+    def _end(self, frame: LastFrame) -> End:
         if isinstance(frame, Failure):
             metadata = {**frame.metadata, "attempts": [each.model_dump() for each in self.history]}
             if "retry_after" in metadata:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fleet_worker.protocol.reply import ChatResponse, Deltas, EmbedResponse, Failure
+from fleet_worker.protocol.reply import Deltas, LastFrame
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class Deliver:
 class End:
     """Hand this last frame to every reader: the request has ended."""
 
-    frame: ChatResponse | EmbedResponse | Failure
+    frame: LastFrame
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from fleet_worker.errors import (
     ReplyOverflow,
     RequestTimeout,
 )
-from fleet_worker.protocol.reply import Accepted, Failure, Frame
+from fleet_worker.protocol.reply import Accepted, Failure, Frame, LastFrame
 from fleet_worker.protocol.request import FleetRequest
 from fleet_worker.router.admission import Admission
 from fleet_worker.router.attempts import Attempts, OnInterrupt
@@ -29,17 +29,14 @@ from fleet_worker.router.queue_wait import Place
 from fleet_worker.router.readers import Readers
 from fleet_worker.router.reply_buffer import ReplyBuffer
 from fleet_worker.router.reply_consumer import ReplyConsumer
-from fleet_worker.router.route import LastFrame, Route
-from fleet_worker.router.scheduler import Scheduler
+from fleet_worker.router.route import Route
+from fleet_worker.router.scheduler import BROKER_PATIENCE, Scheduler
 from fleet_worker.router.submitter import Submitter
 from fleet_worker.settings import RouterSettings
 
 CHECK_EVERY = 1.0
 """Seconds between two checks of a request that is not in its lane, as its `Accepted` frame may be on its way; and
 between two tries to send it while the broker is away."""
-
-BROKER_PATIENCE = 0.5
-"""Seconds that the scheduler thread waits for a broker: other calls are due too."""
 
 
 class OpenSession(Protocol):

@@ -13,7 +13,6 @@ from fleet_worker.protocol.openai import ChatParams
 from fleet_worker.protocol.request import FleetRequest, Operation
 from fleet_worker.registry.offered import fits
 from fleet_worker.registry.view import Registry
-from fleet_worker.router.affinity.affinity import Affinity
 
 COUNTED_FOR = 0.25
 """Seconds for which slots are not counted again: in a fleet of a thousand nodes that takes a millisecond."""
@@ -29,9 +28,8 @@ class _Counted(NamedTuple):
 class NodeSelection:
     """Chooses where an attempt goes, by the present view of the registry."""
 
-    def __init__(self, registry: Registry, affinity: Affinity | None = None) -> None:
+    def __init__(self, registry: Registry) -> None:
         self._registry = registry
-        self.affinity = affinity
         self._known: dict[tuple[str, str, str, str | None], _Counted] = {}
 
     def node_for(self, request: FleetRequest, failed: Collection[str] = ()) -> str | None:

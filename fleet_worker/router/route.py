@@ -7,27 +7,32 @@ from collections.abc import Collection
 
 from fleet_worker.broker.topology import direct_lane, lane
 from fleet_worker.protocol.prompt_prefixes import PromptPrefixes
-from fleet_worker.protocol.reply import ChatResponse, EmbedResponse, Failure
+from fleet_worker.protocol.reply import ChatResponse, LastFrame
 from fleet_worker.protocol.request import FleetRequest
 from fleet_worker.router.affinity.affinity import Affinity, Placement
 from fleet_worker.router.node_selection import NodeSelection
 from fleet_worker.settings import RouterSettings
-
-LastFrame = ChatResponse | EmbedResponse | Failure
 
 
 class Route:
     """Chosen before each attempt. If the node that was chosen does not take the request, it goes to the shared lane."""
 
     def __init__(
-        self, request: FleetRequest, only: str | None, nodes: NodeSelection, prefixes: PromptPrefixes | None = None
+        self,
+        request: FleetRequest,
+        only: str | None,
+        nodes: NodeSelection,
+        affinity: Affinity | None = None,
+        prefixes: PromptPrefixes | None = None,
     ) -> None:
         """`only` is the only node that the caller allows. Without `prefixes` nothing is known of the prompt."""
         self._id = request.request_id
         self.only = only
         self._nodes = nodes
-        self._prefixes = prefixes
-        self._affinity = None if only or request.provider_instance != "any" or not prefixes else nodes.affinity
+        self.prefixes = prefixes
+        """What the node is told about the prompt."""
+        may_choose = not only and request.provider_instance == "any"
+        self._affinity = affinity if may_choose and prefixes else None
         """None if the prompt does not count for this request."""
         self._placement: Placement | None = None
         """What affinity has chosen for the present attempt."""
@@ -55,11 +60,6 @@ class Route:
         """Return the lane of the present attempt."""
         return direct_lane(self.node) if self.node else lane(request.operation, request.model)
 
-    @property
-    def prefixes(self) -> str | None:
-        """What the node is told about the beginnings of the prompt."""
-        return self._prefixes.encode() if self._prefixes else None
-
     def choose(self, request: FleetRequest, failed: Collection[str] = (), *, blamed: bool = False) -> None:
         """Choose anew, for the next attempt. `failed`: nodes on which earlier ones failed. `blamed`: an instance died
         with this request, so it should not meet what another one has cached of it."""
@@ -76,7 +76,7 @@ class Route:
         avoided = {*self._failed, *self._nodes.unable(request)}
         if self._placement and self._left and not avoided:
             return dataclasses.replace(self._placement, node=None)
-        return affinity.place(request, self._prefixes or PromptPrefixes(), avoided | self._left, blamed=blamed)
+        return affinity.place(request, self.prefixes or PromptPrefixes(), avoided | self._left, blamed=blamed)
 
     def leave(self) -> bool:
         """The chosen node does not take it: `choose` no more. Return False if none was chosen."""

@@ -14,6 +14,8 @@ from fleet_worker.errors import where
 
 log = logging.getLogger(__name__)
 
+BROKER_PATIENCE = 0.5
+"""Seconds that a call may wait for the broker: other calls are due too."""
 NEVER = float("inf")
 
 

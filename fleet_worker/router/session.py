@@ -12,31 +12,25 @@ from typing import cast
 from fleet_worker.broker.app import create_app
 from fleet_worker.broker.topology import ask_exchange, direct_lane, lane, reply_name, transport_of
 from fleet_worker.errors import BrokerUnavailable, Cancelled, FleetSaturated
-from fleet_worker.protocol.prompt_prefixes import PromptPrefixes
 from fleet_worker.protocol.registry_event import WHOLE_STATUS
-from fleet_worker.protocol.reply import Accepted, Alive, Frame
+from fleet_worker.protocol.reply import Accepted, Alive, Frame, LastFrame
 from fleet_worker.protocol.request import FleetRequest
 from fleet_worker.registry.view import Registry
 from fleet_worker.router import context_length
 from fleet_worker.router.admission import Admission
-from fleet_worker.router.affinity.affinity import Affinity
-from fleet_worker.router.affinity.kept_prompts import KeptPrompts
-from fleet_worker.router.affinity.prefixes import fleet_key
-from fleet_worker.router.affinity.warming import Warming
 from fleet_worker.router.control_publisher import ControlPublisher
-from fleet_worker.router.digest_consumer import DigestConsumer
 from fleet_worker.router.effects import CancelOrphan
 from fleet_worker.router.idempotency import IdempotencyCache
 from fleet_worker.router.in_flight import InFlightRequest
 from fleet_worker.router.node_selection import NodeSelection
+from fleet_worker.router.prompt_caches import PromptCaches
 from fleet_worker.router.queue_wait import Place
 from fleet_worker.router.reply_buffer import ReplyBuffer
 from fleet_worker.router.reply_consumer import ReplyConsumer
-from fleet_worker.router.route import LastFrame, Route
+from fleet_worker.router.route import Route
 from fleet_worker.router.scheduler import Scheduler
 from fleet_worker.router.submission import Submission
 from fleet_worker.router.submitter import IDLE_AFTER, Submitter
-from fleet_worker.router.warm_ups import WarmUps
 from fleet_worker.settings import Settings
 
 SHORT = 1_000
@@ -51,8 +45,7 @@ class Session:
         self.process = os.getpid()
         self._app = create_app(settings)
         self._registry = registry
-        self._affinity = _affinity(settings, registry)
-        self.nodes = NodeSelection(registry, self._affinity)
+        self.nodes = NodeSelection(registry)
         self.scheduler = Scheduler()
         transport = transport_of(settings.broker_url)
         self.submitter = Submitter(self._app, transport)
@@ -67,12 +60,9 @@ class Session:
             registry,
             in_flight=lambda: len(self._requests),
         )
-        self._digests = self._affinity and DigestConsumer(
-            self._app.connection_for_read, transport, registry, partial(self._receive_digest, self._affinity)
-        )
-        self._warm_ups = self._make_warm_ups(self._affinity)
+        self._prompt_caches = self._make_prompt_caches(settings) if self.settings.affinity else None
         self._requests: dict[str, InFlightRequest] = {}
-        self._cache = IdempotencyCache(self.settings.idempotency_ttl)
+        self._answers = IdempotencyCache(self.settings.idempotency_ttl)
         self.is_open = False
         self.is_closed = False
 
@@ -90,17 +80,15 @@ class Session:
             raise
         self.scheduler.start()
         self._close_idle()
-        if self._digests:
-            self._digests.start()
-        self._warm_ups.start()
+        if self._prompt_caches:
+            self._prompt_caches.start()
         self.is_open = True
 
     def close(self) -> None:
         """Cancel all requests in flight, delete the reply queue, and close all connections."""
         self.is_closed = True
-        if self._digests:
-            self._digests.close()
-        self._warm_ups.close()
+        if self._prompt_caches:
+            self._prompt_caches.close()
         for request in tuple(self._requests.values()):
             request.give_up(Cancelled("the router was closed"))
         self.scheduler.close()  # after the cancels were published
@@ -134,33 +122,32 @@ class Session:
         """
         request, node, on_interrupt = asked.request, asked.node, asked.on_interrupt
         has_key = request.idempotency_key != request.request_id
-        if has_key and (joined := self._cache.join(request, node, on_interrupt)):
+        if has_key and (joined := self._answers.join(request, node, on_interrupt)):
             return joined
         patience = self.require_broker(deadline - time.monotonic())
         self._require_possible(asked)
         left = deadline - time.monotonic()
         request = request.addressed_to(self.replies.name, left)
-        prefixes = self._prefixes(asked)
-        route = Route(request, node, self.nodes, prefixes)
+        route = self._route(asked, request)
         started = InFlightRequest(request, route, self, on_interrupt=on_interrupt, queue_timeout=asked.queue_timeout)
         started.place = self._admit(request, route, asked.max_wait)
         buffer = cast(ReplyBuffer, started.join(left))  # it cannot have failed yet
-        if has_key and (joined := self._cache.add(started, node, on_interrupt)):
+        if has_key and (joined := self._answers.add(started, node, on_interrupt)):
             started.place.ended(time.monotonic())
             return joined
         self._requests[request.request_id] = started
-        if prefixes and asked.cache.keep_warm:
-            self._warm_ups.asked(request, prefixes)
+        if self._prompt_caches and route.prefixes and asked.cache.keep_warm:
+            self._prompt_caches.asked(request, route.prefixes)
         if self.is_closed:  # it came too late to be cancelled with the others
             started.give_up(Cancelled("the router was closed"))
         started.submit(patience)
         return started, buffer
 
-    def _prefixes(self, asked: Submission) -> PromptPrefixes | None:
-        """Return the ids of the beginnings of its prompt; None for what has none."""
-        if self._affinity is None or asked.request.operation == "embed":
-            return None
-        return self._affinity.prefixes(asked.request, asked.cache.session, asked.cache.scope)
+    def _route(self, asked: Submission, request: FleetRequest) -> Route:
+        caches = self._prompt_caches
+        if caches is None:
+            return Route(request, asked.node, self.nodes)
+        return Route(request, asked.node, self.nodes, caches.affinity, caches.prefixes(asked))
 
     def _admit(self, request: FleetRequest, route: Route, max_wait: float | None) -> Place:
         """Count a request in its lane; in the shared one if the direct lane of the chosen node is too full or slow."""
@@ -190,7 +177,8 @@ class Session:
     def ended(self, request_id: str, last: LastFrame) -> None:
         """This request needs no more frames after its last one."""
         self._requests.pop(request_id, None)
-        self._warm_ups.ended(request_id, last)
+        if self._prompt_caches:
+            self._prompt_caches.ended(request_id, last)
 
     def receive(self, node: str, frame: Frame) -> None:
         """Hand a frame to its request.
@@ -198,21 +186,10 @@ class Session:
         If a node reports progress on a request that no caller waits for, send a cancel. Repeat on every heartbeat: an
         earlier cancel may have been lost.
         """
-        request = self._requests.get(frame.id)
-        wanted = (request or self._warm_ups).receive(node, frame)
+        receiver = self._requests.get(frame.id) or self._prompt_caches
+        wanted = receiver is not None and receiver.receive(node, frame)
         if not wanted and isinstance(frame, Accepted | Alive):
             self.control.tell(frame.id, CancelOrphan(node, frame.attempt))
-
-    def _receive_digest(self, affinity: Affinity, body: bytes) -> None:
-        for digest in affinity.receive(body):
-            self._warm_ups.heard(digest)
-
-    def _make_warm_ups(self, affinity: Affinity | None) -> WarmUps:
-        kept = KeptPrompts(self.settings.warm_memory if affinity else 0)
-        holders = affinity.holders if affinity else lambda prefixes: {}
-        warms = affinity.warms if affinity else lambda node, prefixes: None
-        warming = Warming(kept, holders, self.nodes.ready)
-        return WarmUps(warming, kept, warms, self.replies.name, self.submitter, self.control, self.scheduler)
 
     def ask(self) -> None:
         """Ask all registry nodes for their state. Best effort."""
@@ -220,13 +197,18 @@ class Session:
         with contextlib.suppress(Exception):
             self.submitter.broadcast(ask_exchange(), WHOLE_STATUS, timeout=2.0)
 
+    def _make_prompt_caches(self, settings: Settings) -> PromptCaches:
+        return PromptCaches(
+            settings,
+            self._registry,
+            self._app.connection_for_read,
+            self.nodes.ready,
+            self.replies.name,
+            self.submitter,
+            self.control,
+            self.scheduler,
+        )
+
     def _close_idle(self) -> None:
         self.scheduler.at(time.monotonic() + IDLE_AFTER, self._close_idle)
         self.submitter.close_idle()
-
-
-def _affinity(settings: Settings, registry: Registry) -> Affinity | None:
-    if not settings.router.affinity:
-        return None
-    secret = settings.router.affinity_secret
-    return Affinity(registry, key=fleet_key(secret.get_secret_value() if secret else None, settings.broker_url))

@@ -22,7 +22,7 @@ from fleet_worker.broker.faults import BROKER_ERRORS, is_away, unavailable
 from fleet_worker.broker.queue_depth import SUBMITTED_AT
 from fleet_worker.broker.topology import Transport, priority, route_to, task_name
 from fleet_worker.errors import Cancelled, Expired
-from fleet_worker.protocol.prompt_prefixes import HEADER
+from fleet_worker.protocol.prompt_prefixes import HEADER, PromptPrefixes
 from fleet_worker.protocol.request import FleetRequest
 
 MAX_CONNECTIONS = 16
@@ -47,7 +47,9 @@ class Submitter:
         self._lock = threading.Lock()
         self._broker_clock = BrokerClock()
 
-    def submit(self, request: FleetRequest, lane: str, *, patience: float, prefixes: str | None = None) -> None:
+    def submit(
+        self, request: FleetRequest, lane: str, *, patience: float, prefixes: PromptPrefixes | None = None
+    ) -> None:
         """Send this attempt of a request into a lane. When this returns, the broker has it. `prefixes` tells the node
         the beginnings of its prompt.
 
@@ -62,7 +64,7 @@ class Submitter:
         if request.remaining <= 0:
             raise Expired("the deadline passed before the request was sent")
         patience = min(patience, request.remaining)
-        headers = {HEADER: prefixes} if prefixes else {}
+        headers = {HEADER: prefixes.encode()} if prefixes else {}
         send = partial(self._send, request, lane, headers, deadline=time.monotonic() + patience, silence=patience / 2)
         attempts = Retrying(
             retry=retry_if_exception(is_away),

@@ -13,20 +13,17 @@ from fleet_worker.broker.topology import direct_lane
 from fleet_worker.errors import FleetError
 from fleet_worker.protocol.cache_digest import CacheDigest
 from fleet_worker.protocol.prompt_prefixes import PromptPrefixes
-from fleet_worker.protocol.reply import Accepted, ChatResponse, Failure, Frame
+from fleet_worker.protocol.reply import Accepted, ChatResponse, Failure, Frame, LastFrame
 from fleet_worker.protocol.request import FleetRequest
 from fleet_worker.router.affinity.kept_prompts import KeptPrompts
 from fleet_worker.router.affinity.warming import Outcome, Warming, WarmUp
 from fleet_worker.router.attempts import MOVED
 from fleet_worker.router.control_publisher import ControlPublisher
 from fleet_worker.router.effects import CancelOrphan, Confirm
-from fleet_worker.router.route import LastFrame
-from fleet_worker.router.scheduler import Scheduler
+from fleet_worker.router.scheduler import BROKER_PATIENCE, Scheduler
 from fleet_worker.router.submitter import Submitter
 
 CHECK_EVERY = 1.0
-BROKER_PATIENCE = 0.5
-"""Seconds that the scheduler thread waits for a broker: other calls are due too."""
 TAKEN_WITHIN = 10.0
 """Seconds after which a node without a free slot gets no more of them."""
 LONGEST = 300.0
@@ -153,7 +150,7 @@ class WarmUps:
         ids = dict.fromkeys(("request_id", "correlation_id", "idempotency_key"), request_id)
         request = warm_up.prompt.request.model_copy(update={**ids, "timeout_seconds": seconds})
         self._sent[request_id] = _Sent(warm_up, now + TAKEN_WITHIN, now + seconds)
-        lane, prefixes = direct_lane(warm_up.node), warm_up.prompt.prefixes.encode()
+        lane, prefixes = direct_lane(warm_up.node), warm_up.prompt.prefixes
         try:
             self._submitter.submit(
                 request.addressed_to(self._reply_to), lane, patience=BROKER_PATIENCE, prefixes=prefixes

@@ -51,7 +51,7 @@ class Pair:
         self.messages += [{"role": "assistant", "content": answer.content}, {"role": "user", "content": "Go on."}]
         self.warm = answer.node
         (self.cold,) = self.servers.keys() - {self.warm}
-        loads = self.router._session._affinity._loads
+        loads = self.router._session._prompt_caches.affinity._loads
         until(lambda: loads[self.warm].prefill_speed, 10)
 
     def ask(self, **options):

@@ -41,7 +41,7 @@ MOST_CONSIDERED: Final = 100
 MOST_NODES: Final = 10_000
 
 Outcome = Literal["answered", "failed", "not_taken"]
-_ReadyNodes = Callable[[str, Operation], Collection[str]]
+ReadyNodes = Callable[[str, Operation], Collection[str]]
 
 
 @dataclass(slots=True, eq=False)
@@ -84,7 +84,7 @@ class Warming:
         self,
         kept: KeptPrompts,
         holders: Callable[[PromptPrefixes], Mapping[str, int]],
-        ready_nodes: _ReadyNodes,
+        ready_nodes: ReadyNodes,
     ) -> None:
         self._kept = kept
         self._holders = holders
@@ -186,7 +186,7 @@ class Warming:
         current.under_way = WarmUp(prompt, node, current.epoch, seconds)
         return current.under_way
 
-    def _most_to_gain(self, node: str, current: _Round, ready: _ReadyNodes, now: float) -> list[tuple[KeptPrompt, int]]:
+    def _most_to_gain(self, node: str, current: _Round, ready: ReadyNodes, now: float) -> list[tuple[KeptPrompt, int]]:
         """Return the prompts that the server had before, each with the bytes that no ready node has of it; the one with
         the most of them first. A prompt counts less the older it is."""
         lost = [each for each in self._kept.answered_by(node) if each.epoch not in (None, current.epoch)]
@@ -198,7 +198,7 @@ class Warming:
         worth = [(prompt, gain) for prompt, gain in gains if gain >= LEAST_SIZE]
         return sorted(worth, key=lambda one: -one[1] * 0.5 ** ((now - one[0].answered_at) / HALF_LIFE))
 
-    def _gain(self, node: str, prompt: KeptPrompt, ready: _ReadyNodes) -> int:
+    def _gain(self, node: str, prompt: KeptPrompt, ready: ReadyNodes) -> int:
         able = {node, *ready(prompt.request.model, prompt.request.operation)}
         held = (size for holder, size in self._holders(prompt.prefixes).items() if holder in able)
         return prompt.prefixes.size - max(held, default=0)

@@ -64,7 +64,7 @@ class Fleet:
         self.told = []
         self.first = self.target = None
         self.ready = True
-        self.refusal = None
+        self.refusal = self.affinity = None
         self.session = SimpleNamespace(
             settings=RouterSettings.model_construct(**patient),
             scheduler=self.later,
@@ -75,7 +75,6 @@ class Fleet:
             control=SimpleNamespace(tell=lambda _, effect: self.told.append(effect)),
             submitter=SimpleNamespace(submit=self._submit),
             nodes=SimpleNamespace(
-                affinity=None,
                 unable=lambda _: set(),
                 node_for=lambda request, avoided: self.target if avoided else self.first,
                 why_waiting=lambda *_: ("nobody has served it for 7 s", 7.0),
@@ -96,7 +95,7 @@ class Fleet:
 
     def submit(self, node=None, prefixes=None, **options):
         asked = options.pop("asked", None) or request()
-        route = Route(asked, node, self.session.nodes, prefixes)
+        route = Route(asked, node, self.session.nodes, self.affinity, prefixes)
         in_flight = InFlightRequest(asked.addressed_to(asked.reply_to), route, self.session, **options)
         self.reader = in_flight.join(0.0)
         in_flight.submit()
@@ -272,7 +271,7 @@ def test_what_waits_for_a_node_that_is_gone_goes_elsewhere_unless_its_caller_wan
 
 
 def test_what_a_chosen_node_does_not_take_goes_to_the_shared_lane_at_once(fleet):
-    warm = fleet.session.nodes.affinity = Warm()
+    warm = fleet.affinity = Warm()
     fleet.session.nodes.is_ready = lambda *_: fleet.ready
     in_flight = fleet.submit(prefixes=PREFIXES)
     fleet.later.now()

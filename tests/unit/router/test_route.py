@@ -53,8 +53,7 @@ class Warm:
 
 
 class Nodes:
-    def __init__(self, affinity=None):
-        self.affinity = affinity
+    def __init__(self):
         self.cannot, self.away, self.chosen = set(), set(), None
 
     def node_for(self, request, avoided):
@@ -76,13 +75,13 @@ def warm():
 
 
 @pytest.fixture
-def nodes(warm):
-    return Nodes(warm)
+def nodes():
+    return Nodes()
 
 
 @pytest.fixture
-def route(nodes):
-    return Route(request(), None, nodes, PREFIXES)
+def route(nodes, warm):
+    return Route(request(), None, nodes, warm, PREFIXES)
 
 
 def is_stranded(route, waited):
@@ -96,27 +95,27 @@ def test_it_goes_to_the_warmest_node(route):
 
 def test_it_goes_to_the_shared_lane_if_affinity_says_so(nodes, warm):
     warm.best = None
-    route = Route(request(), None, nodes, PREFIXES)
+    route = Route(request(), None, nodes, warm, PREFIXES)
     assert route.lane(request()) == lane("stream_chat", "m")
     assert not route.is_chosen
     assert not is_stranded(route, HOUR)
 
 
 def test_what_a_caller_wants_on_one_node_is_not_placed(nodes, warm):
-    route = Route(request(), "b", nodes, PREFIXES)
+    route = Route(request(), "b", nodes, warm, PREFIXES)
     assert route.lane(request()) == "llm.fleet.node.b"
-    assert (warm.placed, route.prefixes) == ([], PREFIXES.encode())
+    assert (warm.placed, route.prefixes) == ([], PREFIXES)
     assert not is_stranded(route, HOUR)
 
 
 def test_what_a_caller_wants_on_an_instance_is_not_placed(nodes, warm):
     nodes.chosen = "c"
-    route = Route(request().model_copy(update={"provider_instance": "two"}), None, nodes, PREFIXES)
+    route = Route(request().model_copy(update={"provider_instance": "two"}), None, nodes, warm, PREFIXES)
     assert (route.node, warm.placed) == ("c", [])
 
 
 def test_with_affinity_off_nothing_is_told(warm):
-    route = Route(request(), None, Nodes(), None)
+    route = Route(request(), None, Nodes())
     assert (route.node, route.prefixes) == (None, None)
     frame = response(1)
     assert route.ended(frame) is frame
@@ -149,7 +148,7 @@ def test_a_chosen_node_is_left_when_it_would_have_taken_the_request_or_another_i
     nodes, warm, said, waited, stranded
 ):
     warm.patience = said.pop("patience", math.inf)
-    route = Route(request(), None, nodes, PREFIXES)
+    route = Route(request(), None, nodes, warm, PREFIXES)
     vars(warm).update(said)
     assert is_stranded(route, waited) is stranded
 
@@ -190,7 +189,7 @@ def test_after_a_failure_a_chosen_node_is_left_only_for_another_one(route, nodes
 
 def test_a_node_whose_server_cannot_do_it_counts_as_failed(nodes, warm):
     nodes.cannot = {"c"}
-    route = Route(request(), None, nodes, PREFIXES)
+    route = Route(request(), None, nodes, warm, PREFIXES)
     assert warm.placed == [({"c"}, False)]
     route.leave()
     route.choose(request())

@@ -474,8 +474,8 @@ def test_a_request_that_joins_another_one_leaves_its_place(fleet):
     fleet.answers = [[accepted(), response("hi")]]
     chat(fleet, idempotency_key="k")
     places.told.clear()
-    join, answers = fleet.session._cache.join, [lambda *key: None]  # the other one comes a moment later
-    fleet.session._cache.join = lambda *key: (answers.pop() if answers else join)(*key)
+    join, answers = fleet.session._answers.join, [lambda *key: None]  # the other one comes a moment later
+    fleet.session._answers.join = lambda *key: (answers.pop() if answers else join)(*key)
     chat(fleet, idempotency_key="k")
     assert (places.told, len(fleet.requests)) == ([(1, "ended")], 1)
 

@@ -33,7 +33,7 @@ class Router:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1_000.0
         monkeypatch.setattr(warm_ups_module, "time", SimpleNamespace(monotonic=lambda: self.now))
-        self.sent: list[tuple[FleetRequest, str, str | None]] = []
+        self.sent: list[tuple[FleetRequest, str, PromptPrefixes | None]] = []
         self.told: list[tuple[str, ToNode]] = []
         self.error: FleetError | None = None
         self._calls: list[tuple[float, Callable[[], object]]] = []
@@ -117,7 +117,7 @@ def router(monkeypatch: pytest.MonkeyPatch) -> Router:
 
 def test_it_is_one_token_for_nobody_at_the_lowest_priority(router: Router) -> None:
     ((request, lane, prefixes),) = router.sent
-    assert (lane, prefixes) == (direct_lane(A), PREFIXES.encode())
+    assert (lane, prefixes) == (direct_lane(A), PREFIXES)
     assert request.request_id.startswith("warm-up.")
     assert (request.priority, request.caller, request.reply_to) == ("low", {}, REPLY_TO)
     assert request.encode()["params"] == {"messages": [user("A secret.")], "max_tokens": 1, "temperature": 0.0}
