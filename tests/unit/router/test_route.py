@@ -219,7 +219,7 @@ def test_affinity_forgets_a_request_that_failed(route, warm):
 
 def test_a_request_that_was_given_up_while_it_was_sent_counts_nowhere():
     warm = Warm()
-    route = Route(request(), None, Nodes(warm), PREFIXES)
+    route = Route(request(), None, Nodes(), warm, PREFIXES)
     route.ended(failure(0, DOWN))
     route.sent()
     assert warm.told[-1] == ("ended", None, None)
