@@ -89,8 +89,11 @@ class Route:
         node = self._target
         if node is None:
             return False
-        if self._affinity is None or self._placement is None or self._failed:
+        if self._affinity is None or self._placement is None:
             return waited >= settings.accept_timeout and self._nodes.waits_in_vain(request, node)
+        if self._failed:
+            is_silent = self._affinity.is_silent(node, settings.lost_after) and self._has_another(request, node)
+            return waited >= settings.accept_timeout and (is_silent or self._nodes.waits_in_vain(request, node))
         if not self._nodes.is_ready(request, node):
             return True
         if waited < settings.accept_timeout:
@@ -98,6 +101,10 @@ class Route:
         if self._affinity.is_silent(node, settings.lost_after) or self._affinity.has_free_slots(node):
             return True
         return waited >= self._placement.patience and self._affinity.another_is_free(request, node)
+
+    def _has_another(self, request: FleetRequest, node: str) -> bool:
+        """Return whether there is a ready node besides this one, and those that failed or did not take it."""
+        return bool(self._nodes.ready(request.model, request.operation) - {node, *self._failed, *self._left})
 
     # What affinity learns
 

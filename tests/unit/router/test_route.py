@@ -55,6 +55,7 @@ class Warm:
 class Nodes:
     def __init__(self):
         self.cannot, self.away, self.chosen = set(), set(), None
+        self.all = {"a", "b"}
 
     def node_for(self, request, avoided):
         return self.chosen
@@ -64,6 +65,9 @@ class Nodes:
 
     def is_ready(self, request, node):
         return node not in self.away
+
+    def ready(self, model, operation):
+        return self.all - self.away
 
     def waits_in_vain(self, request, node):
         return node in self.away
@@ -181,6 +185,11 @@ def test_after_a_failure_and_a_node_that_did_not_take_it_neither_is_tried_again(
 def test_after_a_failure_a_chosen_node_is_left_only_for_another_one(route, nodes, warm):
     warm.best, warm.silence = "b", HOUR
     route.choose(request(), {"a"})
+    assert not is_stranded(route, HOUR)
+    nodes.all = {"a", "b", "c"}
+    assert is_stranded(route, 5.0)
+    assert not is_stranded(route, 4.9)
+    warm.silence = 0.0
     assert not is_stranded(route, HOUR)
     nodes.away.add("b")
     assert is_stranded(route, 5.0)
