@@ -56,6 +56,11 @@ class Route:
         """The node whose direct lane the present attempt goes to; None for the shared lane."""
         return self.only or self._target
 
+    @property
+    def expected_wait(self) -> float:
+        """Seconds that it waits for a slot of the chosen node; 0 in the shared lane, about which others know more."""
+        return self._placement.wait if self._placement and self._target else 0.0
+
     def lane(self, request: FleetRequest) -> str:
         """Return the lane of the present attempt."""
         return direct_lane(self.node) if self.node else lane(request.operation, request.model)
