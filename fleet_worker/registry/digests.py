@@ -24,6 +24,8 @@ SHORTEST_INTERVAL = 1.0
 every 5 s almost as well (simulated)."""
 MESSAGES_A_SECOND = 200
 """What a router hears at most from all hosts together."""
+LONGEST_INTERVAL = 60.0
+"""Seconds, however many hosts a message says that there are."""
 
 
 class DigestPace:
@@ -37,8 +39,7 @@ class DigestPace:
         self._hosts = 0
         """The largest number that a router has said, until `_hosts_until`."""
         self._hosts_until = -math.inf
-        self._earliest = -math.inf
-        """When the next message may be published."""
+        self._not_before = self._published_at = -math.inf
         self._is_due = False
         """Whether it is to be published without a change, too."""
         self._published: list[CacheDigest] = []
@@ -46,7 +47,12 @@ class DigestPace:
     @property
     def interval(self) -> float:
         """Seconds from one message to the next, at least."""
-        return max(SHORTEST_INTERVAL, self._hosts / MESSAGES_A_SECOND)
+        return max(SHORTEST_INTERVAL, self._spread)
+
+    @property
+    def _spread(self) -> float:
+        """Seconds in which all hosts together may publish once."""
+        return min(LONGEST_INTERVAL, self._hosts / MESSAGES_A_SECOND)
 
     @property
     def is_wanted(self) -> bool:
@@ -60,8 +66,9 @@ class DigestPace:
         if wanted.hosts >= self._hosts or now >= self._hosts_until:
             self._hosts, self._hosts_until = wanted.hosts, until
         if is_first or wanted.at_once:
+            if is_first or not self._is_due:  # else one that asks again and again would delay it
+                self._not_before = now + self._draw() * self._spread
             self._is_due = True
-            self._earliest = max(self._earliest, now + self._draw() * self._hosts / MESSAGES_A_SECOND)
 
     def beat(self) -> None:
         """Publish as soon as it is allowed, also without a change."""
@@ -72,11 +79,11 @@ class DigestPace:
         runs_something = any(digest.running for digest in digests)
         if not self.is_wanted or not (self._is_due or runs_something or digests != self._published):
             return math.inf
-        return max(0.0, self._earliest - self._clock())
+        return max(0.0, max(self._not_before, self._published_at + self.interval) - self._clock())
 
     def publishing(self, digests: list[CacheDigest]) -> None:
         self._is_due, self._published = False, digests
-        self._earliest = self._clock() + self.interval
+        self._published_at = self._clock()
 
 
 class DigestPublisher:

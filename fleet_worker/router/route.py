@@ -39,6 +39,7 @@ class Route:
         self._target: str | None = None
         """The node that the router has chosen for the present attempt."""
         self._has_token = False
+        self._is_over = False
         self._failed: frozenset[str] = frozenset()
         """Nodes on which earlier attempts failed."""
         self._left: set[str] = set()
@@ -104,6 +105,8 @@ class Route:
         self._has_token = False
         if self._affinity and self._placement:
             self._affinity.sent(self._id, self._placement)
+            if self._is_over:  # another thread has given it up meanwhile
+                self._affinity.ended(self._id, None, None)
 
     def accepted(self, node: str) -> None:
         if self._affinity:
@@ -116,6 +119,7 @@ class Route:
 
     def ended(self, frame: LastFrame) -> LastFrame:
         """Return the last frame; that of an answer tells what became of the cached prompt."""
+        self._is_over = True
         if self._affinity is None:
             return frame
         if not isinstance(frame, ChatResponse):

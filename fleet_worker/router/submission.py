@@ -7,13 +7,14 @@ import re
 import sys
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from fleet_worker.broker.topology import is_node_name, reply_name
 from fleet_worker.errors import InvalidRequest
-from fleet_worker.protocol import clock
+from fleet_worker.protocol import clock, json_values
 from fleet_worker.protocol.request import REQUEST_ID, FleetRequest, Operation, Priority, params_of_client
+from fleet_worker.protocol.wire import field_names
 from fleet_worker.router.attempts import OnInterrupt
 from fleet_worker.router.options import RequestOptions
 from fleet_worker.settings import Settings
@@ -29,9 +30,9 @@ OPTIONS = frozenset(RequestOptions.__optional_keys__)
 class CacheUse:
     """What a caller says about the prompt cache of the servers."""
 
-    session: str | None = None
+    session: str | None = field(default=None, repr=False)
     """A name of the conversation: its requests go to one node while that is no worse."""
-    scope: str | None = None
+    scope: str | None = field(default=None, repr=False)
     """Only prompts of the same scope count as equal."""
     keep_warm: bool = True
     """The router may keep the prompt, to run it again on a server that lost its cache."""
@@ -96,6 +97,8 @@ class Submission:
         trace_context: dict[str, Any] | None = None,
     ) -> Submission:
         limits = settings.router
+        if not isinstance(keep_warm, bool):  # "false" would count as true
+            raise InvalidRequest("keep_warm: must be True or False", param="keep_warm")
         if on_interrupt not in get_args(OnInterrupt):
             raise InvalidRequest('on_interrupt: must be "resume" or "fail"', param="on_interrupt")
         queue_timeout = _seconds("queue_timeout", queue_timeout, limits.queue_timeout)
@@ -148,6 +151,7 @@ def _session_of(body: Mapping[str, Any]) -> str | None:
 def _name(option: str, asked: str | None) -> str | None:
     if asked is not None and not (isinstance(asked, str) and 0 < len(asked) <= LONGEST_SESSION):
         raise InvalidRequest(f"{option}: must be a text of 1 to {LONGEST_SESSION:,} characters", param=option)
+    json_values.check(asked, field_names, option)  # its text is hashed
     return asked
 
 

@@ -127,9 +127,12 @@ class Warming:
         """Learn what became of one: the node has answered it, it failed, or no slot was free for it."""
         with self._lock:
             current = self._rounds.get(warm_up.node)
-            if current is None or current.under_way is not warm_up:  # the server lost its cache once more
+            if current is None or current.under_way is not warm_up:
                 return
-            current.under_way, current.not_before = None, now + DIGEST_WITHIN
+            current.under_way = None
+            if warm_up.epoch != current.epoch:  # the server lost its cache once more
+                return
+            current.not_before = now + DIGEST_WITHIN
             current.digest = current.digest.model_copy(update={"running": 0})  # what it told counted this one
             if outcome == "answered":
                 warm_up.prompt.epoch = warm_up.epoch
@@ -147,9 +150,13 @@ class Warming:
             self._rounds = {node: each for node, each in rounds if not each.is_over and self._kept.has_any_of(node)}
 
     def _begin(self, digest: CacheDigest, last: _Round | None, now: float) -> _Round:
-        if last and last.under_way and last.under_way.is_accepted:
-            self._give_up(last.under_way, now)
-        begun = _Round(digest.epoch, digest, is_over=now < self._rests_until.get(digest.node, now))
+        waiting = last.under_way if last else None
+        if waiting and waiting.is_accepted:
+            self._give_up(waiting, now)
+            waiting = None
+        # What still waits there is waited for: whoever tells other epochs again and again gets no more of them.
+        is_over = now < self._rests_until.get(digest.node, now)
+        begun = _Round(digest.epoch, digest, under_way=waiting, is_over=is_over)
         self._rounds[digest.node] = begun
         return begun
 

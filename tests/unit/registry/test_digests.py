@@ -235,3 +235,22 @@ def test_a_host_of_more_nodes_than_a_message_may_have_publishes_the_first(publis
     host.digests = IDLE * 101
     publisher.receive(WANTED)
     assert len(host.next().digests) == 100
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_one_message_with_a_wrong_number_of_hosts_does_not_silence_a_host(pace, clock, at_once):
+    publish_first(pace, clock, BUSY)
+    want(pace, hosts=1_000_000, seconds=1e300, at_once=at_once)
+    assert pace.due_in(BUSY) < 61
+    clock.now += 60
+    pace.publishing(BUSY)
+    clock.now += 40
+    want(pace)
+    assert pace.due_in(BUSY) < 1
+
+
+def test_routers_that_ask_again_and_again_delay_nothing(pace, clock):
+    for _ in range(70):
+        want(pace, hosts=1_000_000, at_once=True)
+        clock.now += 1
+    assert pace.due_in(IDLE) == 0

@@ -215,3 +215,11 @@ def test_affinity_forgets_a_request_that_failed(route, warm):
     frame = failure(1, DOWN)
     assert route.ended(frame) is frame
     assert warm.told == [("ended", None, None)]
+
+
+def test_a_request_that_was_given_up_while_it_was_sent_counts_nowhere():
+    warm = Warm()
+    route = Route(request(), None, Nodes(), warm, PREFIXES)
+    route.ended(failure(0, DOWN))
+    route.sent()
+    assert warm.told[-1] == ("ended", None, None)

@@ -276,3 +276,16 @@ def test_what_is_over_is_forgotten(fleet: Fleet) -> None:
     fleet.now += KEPT_FOR
     fleet.warming.forget_old(fleet.now)
     assert (len(fleet.kept), fleet.warming._rounds) == (0, {})
+
+
+def test_a_node_that_tells_another_epoch_each_time_gets_one_at_a_time(fleet: Fleet) -> None:
+    for name in ("one", "two", "three"):
+        fleet.answer(name)
+    sent = []
+    for epoch in range(2, 50):
+        fleet.tell(epoch=epoch)
+        sent += fleet.due()
+    assert len(sent) == 1
+    fleet.end(sent[0], "not_taken")
+    fleet.tell(epoch=50)
+    assert len(fleet.due()) == 1

@@ -1,0 +1,39 @@
+"""What a caller says of prompt caches is checked before anything is sent."""
+
+import pytest
+
+from fleet_worker.errors import InvalidRequest
+from fleet_worker.router.submission import Submission
+from fleet_worker.settings import Settings
+
+SETTINGS = Settings(broker_url="redis://127.0.0.1:1/0", host="mini")
+
+
+def asked(**options):
+    return Submission.of(SETTINGS, "chat", "m", {"messages": [{"role": "user", "content": "Hi"}]}, None, options)
+
+
+@pytest.mark.parametrize("value", ["", "x" * 1_001, 3, True, [], {}, b"x", "half an emoji \ud83d"])
+@pytest.mark.parametrize("option", ["session", "cache_scope"])
+def test_what_is_no_name_is_refused(option, value):
+    with pytest.raises(InvalidRequest) as refused:
+        asked(**{option: value})
+    assert refused.value.metadata["param"] == option
+
+
+@pytest.mark.parametrize("value", ["false", "no", 0, 1, None, []])
+def test_whether_a_prompt_may_be_kept_is_never_guessed(value):
+    with pytest.raises(InvalidRequest) as refused:
+        asked(keep_warm=value)
+    assert refused.value.metadata["param"] == "keep_warm"
+
+
+@pytest.mark.parametrize("value", [None, 3, True, "", [], {}, "x" * 1_001])
+def test_a_prompt_cache_key_that_is_no_name_counts_as_none(value):
+    assert asked(prompt_cache_key=value).cache.session is None
+
+
+def test_no_repr_shows_the_names_that_a_caller_has_given():
+    shown = repr(asked(session="alice-7", cache_scope="team-3"))
+    assert "alice-7" not in shown
+    assert "team-3" not in shown
