@@ -33,7 +33,7 @@ class Candidate(NamedTuple):
     slots: int
     busy: int
     """Requests that it has, the waiting ones included."""
-    before: float
+    prefill_before: float
     """Seconds of prefill that a new request waits for."""
     cached: int
     """Tokens of the request's prompt that it is believed to hold."""
@@ -119,7 +119,7 @@ def prefill_seconds(tokens: int, cached: float, speed: float) -> float:
 
 def _wait(candidate: Candidate, work: Work) -> float:
     over = candidate.busy + 1 - candidate.slots
-    return candidate.before + max(0, over) * work.answer_seconds / candidate.slots
+    return candidate.prefill_before + max(0, over) * work.answer_seconds / candidate.slots
 
 
 def _is_faster(one: Candidate, other: Candidate) -> bool:

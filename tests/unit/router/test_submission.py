@@ -42,7 +42,9 @@ def test_a_mistyped_option_is_told_with_the_one_that_is_meant(name, meant):
 def test_a_mistyped_field_is_not_taken_for_an_option():
     with pytest.raises(InvalidRequest, match="max_token: unknown field, the nearest that exists is max_tokens"):
         asked(max_token=3)
-    with pytest.raises(InvalidRequest, match="max_token: is no option of the router: with a body, it belongs into that"):
+    with pytest.raises(
+        InvalidRequest, match="max_token: is no option of the router: with a body, it belongs into that"
+    ):
         Submission.of(SETTINGS, "chat", "m", {}, {"messages": []}, {"max_token": 3})
 
 
