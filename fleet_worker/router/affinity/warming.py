@@ -177,7 +177,8 @@ class Warming:
         if node not in ready(prompt.request.model, prompt.request.operation):
             return None
         if not current.begun:
-            log.info("%s has lost its prompt cache: %d recent prompts are run again", node, min(len(due), MOST_PROMPTS))
+            most = min(len(due), MOST_PROMPTS)
+            log.info("%s has lost its prompt cache: it reads recent prompts again, %d at most", node, most)
         seconds = prompt.tokens * gain / prompt.prefixes.size / (current.digest.prefill_speed or USUAL_PREFILL_SPEED)
         current.begun += 1
         current.seconds += seconds
