@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -78,6 +79,8 @@ _NEEDED = {
 
 
 def _reason(kind: str, text: str) -> str:
+    if kind == "too_short" and (least := re.match(r"Value should have at least (\d+) items", text)):  # of a secret
+        return f"must have at least {least[1]} characters"
     return _NEEDED.get(kind) or text.removeprefix("Value error, ").replace("Input should be", "must be", 1)
 
 

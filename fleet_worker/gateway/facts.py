@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from fleet_worker.gateway.accounts.ledger_file import Row
 from fleet_worker.gateway.http.response import Header
-from fleet_worker.protocol.reply import ChatResponse, EmbedResponse, Usage
+from fleet_worker.protocol.reply import CacheOutcome, ChatResponse, EmbedResponse, Usage
 from fleet_worker.router.progress import Progress
 
 
@@ -36,8 +36,8 @@ class Facts:
     """From the arrival of the request to the first delta."""
     usage: Usage = field(default_factory=Usage)
     """As the server counted. If the answer has no end: about how many tokens were delivered."""
-    cache: str | None = None
-    """Whether the prompt met its cache: hit, miss, cold or moved. None if the router did not look for one."""
+    cache: CacheOutcome | None = None
+    """Whether the prompt met its cache. None without an answer, or if its server does not tell what was cached."""
     prompt_estimate: int = 0
     """Tokens of the prompt, before anybody has counted them."""
     limits: Sequence[Header] = ()

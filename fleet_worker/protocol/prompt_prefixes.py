@@ -18,14 +18,19 @@ HEADER: Final = "fleet_prefixes"
 MOST_PREFIXES: Final = 64
 ID_LENGTH: Final = 11
 """Characters of an id: 64 bits in base64url."""
+ID: Final = f"[A-Za-z0-9_-]{{{ID_LENGTH}}}"
+"""Regular expression of an id."""
 MOST_BYTES: Final = 2**24 - 1
 """Bytes of a prompt up to which its beginnings have ids."""
+USUAL_TOKENS_PER_BYTE: Final = 0.25
+"""Of canonical JSON, until answers have told more."""
+MOST_TOKENS_PER_BYTE: Final = 2.0
+"""That are believed: what servers say of tokens is not always sensible."""
 
-_ID = f"[A-Za-z0-9_-]{{{ID_LENGTH}}}"
 _DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 _VALUES = {digit: value for value, digit in enumerate(_DIGITS)}
 _RECORD = ID_LENGTH + 4
-_HEADER = re.compile(rf"({_ID})?\.(?:({_ID})({_ID})?)?\.((?:[A-Za-z0-9_-]{{{_RECORD}}}){{0,{MOST_PREFIXES}}})")
+_HEADER = re.compile(rf"({ID})?\.(?:({ID})({ID})?)?\.((?:[A-Za-z0-9_-]{{{_RECORD}}}){{0,{MOST_PREFIXES}}})")
 """It has at most 995 characters: headers of more than 1,000 are dropped on the way (`broker.door`)."""
 
 

@@ -26,6 +26,7 @@ from fleet_worker.router.effects import Deliver, Effect, End, RetryAfter
 from fleet_worker.router.node_selection import NodeSelection
 from fleet_worker.router.progress import Progress
 from fleet_worker.router.queue_wait import Place
+from fleet_worker.router.queue_watch import QueueWatch
 from fleet_worker.router.readers import Readers
 from fleet_worker.router.reply_buffer import ReplyBuffer
 from fleet_worker.router.reply_consumer import ReplyConsumer
@@ -34,9 +35,9 @@ from fleet_worker.router.scheduler import BROKER_PATIENCE, Scheduler
 from fleet_worker.router.submitter import Submitter
 from fleet_worker.settings import RouterSettings
 
-CHECK_EVERY = 1.0
-"""Seconds between two checks of a request that is not in its lane, as its `Accepted` frame may be on its way; and
-between two tries to send it while the broker is away."""
+TRY_EVERY = 1.0
+"""Seconds between two tries to send a further attempt while the broker is away; and between two looks at a request that
+is neither in a lane nor at a node."""
 
 
 class OpenSession(Protocol):
@@ -80,11 +81,9 @@ class InFlightRequest:
         self._readers = Readers(session.replies.wakeups, session.settings.max_buffered)
         self.place: Place | None = None
         """Counts the present attempt in its lane; None until it is admitted."""
-        self._submitted_at = 0.0
+        self._queue_watch = QueueWatch(session.settings, session.admission, session.replies)
         self._heard_at = 0.0
         """When its node was last heard, on the clock of the reply consumer."""
-        self._missing_since: float | None = None
-        """Since when it is known not to be in its lane, on the same clock."""
         self.ended_at: float | None = None
         """time.monotonic() seconds."""
 
@@ -171,7 +170,7 @@ class InFlightRequest:
         except BaseException:  # also a KeyboardInterrupt: other readers may have joined
             self.give_up(Cancelled("the request was not sent"))
             raise
-        self._check_at(self._submitted_at + self._queued_check_every)
+        self._check_at(self._queue_watch.first_check(self.route))
         self._limit_wait()
 
     def receive(self, node: str, frame: Frame) -> bool:
@@ -182,7 +181,7 @@ class InFlightRequest:
             self._heard_at = self._session.replies.clock
             now = time.monotonic()
             if isinstance(frame, Accepted) and frame.seq == 0:
-                sent_at = self._submitted_at
+                sent_at = self._queue_watch.sent_at
                 self._session.admission.accepted(self.lane, now - sent_at, self.request.priority, sent_at)
                 self.route.accepted(node)
                 if self.place:
@@ -232,13 +231,11 @@ class InFlightRequest:
         self._drop_left()
 
     def _send(self, request: FleetRequest, patience: float) -> None:
-        self._missing_since = None
-        self._submitted_at = time.monotonic()  # a node may accept it before this returns
-        self.route.sent()
-        try:
+        with self._lock:
+            if self._attempts.state != "ended":  # or nothing would tell the route of its end
+                self.route.sent()
+        with self._queue_watch.sending():
             self._session.submitter.submit(request, self.lane, patience=patience, prefixes=self.route.prefixes)
-        finally:
-            self._submitted_at = time.monotonic()
 
     def _limit_wait(self) -> None:
         ends = self._attempts.waits_since + self._queue_timeout
@@ -276,7 +273,7 @@ class InFlightRequest:
             if not isinstance(error, BrokerUnavailable) or not error.retryable:
                 self.give_up(error)
                 return
-            self._session.scheduler.at(time.monotonic() + CHECK_EVERY, lambda: self._send_again(request))
+            self._session.scheduler.at(time.monotonic() + TRY_EVERY, lambda: self._send_again(request))
 
     def _check(self) -> None:
         """Find out whether the present attempt is lost, and schedule the next check."""
@@ -287,7 +284,7 @@ class InFlightRequest:
             self.give_up(self.timed_out(self.request.timeout_seconds))
             return
         checks = {"waiting": self._check_queued, "running": self._check_heartbeat}
-        next_at = now + CHECK_EVERY
+        next_at = now + TRY_EVERY
         try:
             next_at = checks[state](now) if state in checks else next_at
         finally:
@@ -297,45 +294,19 @@ class InFlightRequest:
         self._session.scheduler.at(min(when, self._deadline), self._check)
 
     def _check_queued(self, now: float) -> float:
-        """Find out whether an attempt that no node has accepted is still in its lane; return the time of the next
-        check."""
-        settings, replies = self._session.settings, self._session.replies
-        request, due = self.request, self._submitted_at + settings.accept_timeout
-        if self.route.is_stranded(request, now - self._submitted_at, settings):
-            self._move(request)
-            return now + CHECK_EVERY
-        if now < due:
-            return min(due, now + self._queued_check_every)
-        queued = self._session.admission.is_queued(self.lane, request.priority, self._submitted_at, BROKER_PATIENCE)
-        if queued is not False:
-            self._missing_since = None
-            return now + (self._queued_check_every if queued else CHECK_EVERY)
-        if self._missing_since is None:
-            self._missing_since = replies.clock
-        elif replies.silence(self._missing_since) >= CHECK_EVERY:
-            self._message_lost(request, now)
-        return now + CHECK_EVERY
-
-    def _move(self, request: FleetRequest) -> None:
+        """Find out whether an attempt that no node has accepted still waits well; return the time of the next check."""
+        request = self.request
+        verdict, next_at = self._queue_watch.check(request, self.route, now)
         with self._lock:
-            if self._is_waiting(request) and self.route.leave():
-                self._carry_out(self._attempts.move())
-
-    def _message_lost(self, request: FleetRequest, now: float) -> None:
-        with self._lock:
-            if self._is_waiting(request):
-                self._carry_out(self._attempts.message_lost(now))
+            if verdict != "waits" and self._is_waiting(request):
+                if verdict == "lost":
+                    self._carry_out(self._attempts.message_lost(now))
+                elif self.route.leave():
+                    self._carry_out(self._attempts.move())
+        return next_at
 
     def _is_waiting(self, request: FleetRequest) -> bool:
         return self._attempts.state == "waiting" and self._attempts.request is request
-
-    @property
-    def _queued_check_every(self) -> float:
-        """Seconds. A node may accept the request right after a check, and be lost `lost_after` seconds later; one that
-        was chosen may say that it is not ready."""
-        if self.route.is_chosen:
-            return CHECK_EVERY
-        return min(self._session.settings.accept_timeout, self._session.settings.lost_after)
 
     def _check_heartbeat(self, now: float) -> float:
         """Find out whether the node that has it is still heard; return the time of the next check."""

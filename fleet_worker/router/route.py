@@ -101,11 +101,11 @@ class Route:
             return waited >= settings.accept_timeout and (is_silent or self._nodes.waits_in_vain(request, node))
         if not self._nodes.is_ready(request, node):
             return True
+        if waited >= self._placement.patience and self._affinity.another_is_free(request, node):
+            return True
         if waited < settings.accept_timeout:
             return False
-        if self._affinity.is_silent(node, settings.lost_after) or self._affinity.has_free_slots(node):
-            return True
-        return waited >= self._placement.patience and self._affinity.another_is_free(request, node)
+        return self._affinity.is_silent(node, settings.lost_after) or self._affinity.has_free_slots(node)
 
     def _has_another(self, request: FleetRequest, node: str) -> bool:
         """Return whether there is a ready node besides this one, and those that failed or did not take it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 import sys
@@ -70,7 +71,13 @@ class Submission:
         own.setdefault("session", _session_of(params if body is None else body))
         if body is not None:
             model, params = _read_body(operation, model, params, body)
-        return cls._checked(settings, operation, model, params, **own)
+        try:
+            return cls._checked(settings, operation, model, params, **own)
+        except InvalidRequest as error:
+            if error.param in params and (meant := _option_meant(error.param)):
+                text = f"{error.param}: unknown option, the nearest that exists is {meant}"
+                raise InvalidRequest(text, param=error.param) from None
+            raise
 
     @classmethod
     def _checked(
@@ -148,6 +155,13 @@ def _session_of(body: Mapping[str, Any]) -> str | None:
     return name if isinstance(name, str) and 0 < len(name) <= LONGEST_SESSION else None
 
 
+def _option_meant(name: str) -> str | None:
+    """Return the option that is most like a name, if no field of a body is more like it."""
+    known = field_names() | OPTIONS
+    nearest = [] if name in known else difflib.get_close_matches(name, known, n=1)
+    return next((each for each in nearest if each in OPTIONS), None)
+
+
 def _name(option: str, asked: str | None) -> str | None:
     if asked is not None and not (isinstance(asked, str) and 0 < len(asked) <= LONGEST_SESSION):
         raise InvalidRequest(f"{option}: must be a text of 1 to {LONGEST_SESSION:,} characters", param=option)
@@ -174,7 +188,9 @@ def _read_body(
         raise InvalidRequest("body: must be an object with the fields of an OpenAI request", param="body")
     if given := [name for name, value in beside.items() if value is not None]:
         name = given[0]
-        raise InvalidRequest(f"{name}: is no option of the router: with a body, it belongs into that", param=name)
+        meant = _option_meant(name)
+        instead = f"the nearest that exists is {meant}" if meant else "with a body, it belongs into that"
+        raise InvalidRequest(f"{name}: is no option of the router: {instead}", param=name)
     return body.get("model") if model is None else model, params_of_client(operation, body)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fleet_worker.broker.topology import direct_lane
 from fleet_worker.errors import FleetError
 from fleet_worker.protocol.cache_digest import CacheDigest
-from fleet_worker.protocol.prompt_prefixes import PromptPrefixes
+from fleet_worker.protocol.prompt_prefixes import USUAL_TOKENS_PER_BYTE, PromptPrefixes
 from fleet_worker.protocol.reply import Accepted, ChatResponse, Failure, Frame, LastFrame
 from fleet_worker.protocol.request import FleetRequest
 from fleet_worker.router.affinity.kept_prompts import KeptPrompts
@@ -90,7 +90,7 @@ class WarmUps:
         request, prefixes = self._asked.pop(request_id, (None, PromptPrefixes()))
         if request and isinstance(last, ChatResponse) and {each.error for each in last.attempts} <= {None, MOVED}:
             node = last.node
-            tokens = last.usage.prompt_tokens or prefixes.size // 4
+            tokens = last.usage.prompt_tokens or round(prefixes.size * USUAL_TOKENS_PER_BYTE)
             epoch, now = self._warming.epoch_of(node), time.monotonic()
             self._kept.keep(request, prefixes, tokens=tokens, node=node, epoch=epoch, now=now)
 

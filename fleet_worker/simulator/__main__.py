@@ -30,7 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _options(arguments: Sequence[str] | None) -> Mapping[str, Any]:
-    parser = argparse.ArgumentParser(prog="python -m fleet_worker.simulator")
+    parser = argparse.ArgumentParser(
+        prog="python -m fleet_worker.simulator",
+        description="A simulated MLX server. Times are seconds, rates are tokens a second. What each option means is "
+        "written beside the fields of Machine, in machine.py of this package.",
+    )
     parser.add_argument("--model", action="append", dest="models", help="a model that it serves; may be repeated")
     parser.add_argument("--listed", action="append", help="a model that /v1/models lists; may be repeated")
     parser.add_argument("--reasoning", action="append", help="a token of reasoning before every reply; may be repeated")

@@ -99,6 +99,11 @@ def test_a_key_that_is_like_no_other_is_only_unknown(configure):
     assert refused() == "configuration: xyzzy: unknown key"
 
 
+def test_a_secret_that_is_too_short_is_told_how_long_it_must_be(configure):
+    configure("[router]\naffinity_secret = 'hunter2'")
+    assert refused() == "configuration: router.affinity_secret: must have at least 8 characters"
+
+
 def test_a_model_name_with_a_dot_is_told_to_be_quoted(configure):
     configure("[instances.a.models.qwen3.5-14b]\ncontext_window = 8")
     assert refused().endswith('unknown key; a name with a dot needs quotes: [instances.a.models."qwen3.5-14b"]')

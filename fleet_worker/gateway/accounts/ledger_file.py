@@ -88,7 +88,7 @@ class Row:
     error: str | None = None
     """The code of the error."""
     cache: str | None = None
-    """Whether the prompt met its cache: hit, miss, cold or moved. None if the router did not look for one."""
+    """Whether the prompt met its cache: hit, miss, cold or moved. None without an answer, or if that is not known."""
 
 
 COLUMNS = tuple(field.name for field in fields(Row))

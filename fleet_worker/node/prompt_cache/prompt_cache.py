@@ -12,25 +12,14 @@ from fleet_worker.mlx.chat_stream import ChatAnswer
 from fleet_worker.node.prompt_cache.conversations import Conversations
 from fleet_worker.node.prompt_cache.prefills import Prefills
 from fleet_worker.node.prompt_cache.shadow import Shadow
-from fleet_worker.node.prompt_cache.speeds import PeakSpeed
+from fleet_worker.node.prompt_cache.speeds import Speeds
 from fleet_worker.node.prompt_cache.troubles import LONG, Troubles
-from fleet_worker.protocol.cache_digest import CacheDigest
-from fleet_worker.protocol.prompt_prefixes import PromptPrefixes
+from fleet_worker.protocol.cache_digest import USUAL_PREFILL_SPEED, CacheDigest
+from fleet_worker.protocol.prompt_prefixes import MOST_TOKENS_PER_BYTE, USUAL_TOKENS_PER_BYTE, PromptPrefixes
 from fleet_worker.protocol.status import CacheTrouble
 
-USUAL_PREFILL_SPEED = 400.0
-"""Tokens per second, until it was measured: a model of 8B in 4 bits on an M4 Pro."""
-USUAL_TOKENS_PER_BYTE = 0.25
-MOST_TOKENS_PER_BYTE = 2.0
 LONGEST_PREFILL = 86_400.0
-"""Seconds. What servers say of tokens is not always sensible."""
-MEASURABLE, MEASURABLE_FOR = 256, 1.0
-"""Tokens that must be read for the time to tell a speed, or seconds that fewer must take: otherwise everything else
-takes about as long."""
-MEASURABLE_ANSWER = 16
-"""Tokens."""
-MEASURABLE_SECONDS = 0.5
-"""From the first token of an answer to its last. Tokens that come together tell nothing."""
+"""Seconds that are told: what servers say of tokens is not always sensible."""
 
 
 @dataclass(slots=True, eq=False)
@@ -75,7 +64,7 @@ class PromptCache:
         self._forgets_on_swap = forgets_on_swap
         self._running: set[ServedPrompt] = set()
         self._prefills = Prefills(clock)
-        self._prefill_speed, self._decode_speed = PeakSpeed(), PeakSpeed()
+        self._speeds = Speeds()
         self._tokens_per_byte: dict[str, float] = {}
         self._backend: str | None = None
         self._epoch = int(time.time())  # only ever compared with earlier ones of this node
@@ -112,8 +101,8 @@ class PromptCache:
                 slots=slots,
                 running=running,
                 prefill_left=round(min(LONGEST_PREFILL, self._prefills.left), 3),
-                prefill_speed=self._prefill_speed.value,
-                decode_speed=self._decode_speed.value,
+                prefill_speed=self._speeds.prefill,
+                decode_speed=self._speeds.decode,
                 epoch=self._epoch,
                 held=self._shadow.held(),
                 room=self._shadow.room,
@@ -161,7 +150,7 @@ class PromptCache:
         for other in self._running:
             other.alone = False
         self._running.add(prompt)
-        speed = self._prefill_speed.value or USUAL_PREFILL_SPEED
+        speed = self._speeds.prefill or USUAL_PREFILL_SPEED
         self._prefills.began(prompt, self._tokens(prompt, prefixes.size - prompt.believed) / speed)
         return prompt
 
@@ -169,17 +158,11 @@ class PromptCache:
         return size * self._tokens_per_byte.get(prompt.model, USUAL_TOKENS_PER_BYTE)
 
     def _measure(self, prompt: ServedPrompt, answer: ChatAnswer) -> None:
-        usage = answer.usage
-        if usage.cached_tokens is None:  # nobody knows what was cached, unless nothing was
-            read = (usage.prompt_tokens or 0) if prompt.prefixes.chain and not prompt.believed else 0
-        else:
-            read = (usage.prompt_tokens or 0) - usage.cached_tokens
-        takes_long = prompt.read_alone and (answer.ttft or 0.0) >= MEASURABLE_FOR and read >= MEASURABLE_ANSWER
-        if answer.ttft and (read >= MEASURABLE or takes_long):
-            self._prefill_speed.measured(read, answer.ttft, alone=prompt.read_alone)
-        speed, generated = answer.tokens_per_second, usage.completion_tokens or 0
-        if speed and generated >= max(MEASURABLE_ANSWER, MEASURABLE_SECONDS * speed):
-            self._decode_speed.measured(speed, 1.0, alone=prompt.alone)
+        tokens, cached = answer.usage.prompt_tokens or 0, answer.usage.cached_tokens
+        if cached is None:  # nobody knows what was cached, unless nothing was
+            is_new = prompt.prefixes.chain and not prompt.believed
+            cached = 0 if is_new else tokens
+        self._speeds.learn(answer, tokens - cached, read_alone=prompt.read_alone, alone=prompt.alone)
 
     def _compare(self, prompt: ServedPrompt, tokens: int, cached: int | None) -> None:
         """Correct the shadow by what the server had in its cache, if it tells; and find out what is wrong with that."""

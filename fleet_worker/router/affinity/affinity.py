@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from fleet_worker.broker.door import Refused
 from fleet_worker.errors import InvalidRequest
-from fleet_worker.protocol.cache_digest import CacheDigest, DigestMessage
+from fleet_worker.protocol.cache_digest import USUAL_PREFILL_SPEED, CacheDigest, DigestMessage
 from fleet_worker.protocol.openai import ChatParams
 from fleet_worker.protocol.prompt_prefixes import PromptPrefixes
 from fleet_worker.protocol.reply import CacheOutcome, Usage
@@ -18,7 +18,7 @@ from fleet_worker.protocol.request import FleetRequest
 from fleet_worker.registry.view import Registry
 from fleet_worker.router.affinity.choose import Work, choose, prefill_seconds
 from fleet_worker.router.affinity.index import CacheIndex
-from fleet_worker.router.affinity.lanes import PREFILL_SPEED, Lanes
+from fleet_worker.router.affinity.lanes import LaneNodes, Lanes
 from fleet_worker.router.affinity.lengths import Lengths
 from fleet_worker.router.affinity.load import NodeLoad
 from fleet_worker.router.affinity.outcome import outcome_of
@@ -82,7 +82,7 @@ class Affinity:
         self._registry = registry
         self._key = key
         self._clock = clock
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self._index = CacheIndex()
         self._loads: dict[str, NodeLoad] = {}
         self._lanes = Lanes(registry, self._load_of, self._rng.shuffle)
@@ -147,8 +147,7 @@ class Affinity:
             if not must and lane.is_even_for(work):
                 best = self._index.most_held(prefixes, lane.names) * work.tokens // max(1, prefixes.size)
                 return Placement(None, prefixes, request.model, work.tokens, expected=best, best=best)
-            held = self._index.match(prefixes)
-            cached = {node: size * work.tokens // prefixes.size for node, size in held.items() if node in lane.names}
+            cached = self._cached(prefixes, work, lane)
             candidates = lane.candidates(cached, failed, now)
             if blamed:
                 candidates = [each for each in candidates if each.cached < work.tokens] or candidates
@@ -187,7 +186,7 @@ class Affinity:
             else:
                 self._leave(request_id)
                 request.at, request.held = node, self._tokens_held(node, placement)
-                speed = load.prefill_speed or PREFILL_SPEED
+                speed = load.prefill_speed or USUAL_PREFILL_SPEED
                 load.send(request_id, prefill_seconds(placement.tokens, request.held, speed), accepted=True)
             self._index.send(node, placement.prefixes, now)
 
@@ -251,6 +250,11 @@ class Affinity:
         most = request.params.max_tokens if isinstance(request.params, ChatParams) else None
         answer_tokens = min(lengths.answer_tokens, most or lengths.answer_tokens)
         return Work(lengths.tokens(prefixes.size), answer_tokens, lengths.answer_seconds)
+
+    def _cached(self, prefixes: PromptPrefixes, work: Work, lane: LaneNodes) -> dict[str, int]:
+        """Return for each node of a lane that holds a part of this prompt how many tokens of it."""
+        held = self._index.match(prefixes)
+        return {node: size * work.tokens // prefixes.size for node, size in held.items() if node in lane.names}
 
     def _tokens_held(self, node: str, placement: Placement) -> int:
         size = placement.prefixes.size

@@ -33,7 +33,7 @@ class Candidate(NamedTuple):
     slots: int
     busy: int
     """Requests that it has, the waiting ones included."""
-    before: float
+    prefill_before: float
     """Seconds of prefill that a new request waits for."""
     cached: int
     """Tokens of the request's prompt that it is believed to hold."""
@@ -120,7 +120,7 @@ def prefill_seconds(tokens: int, cached: float, speed: float) -> float:
 
 
 def _wait(candidate: Candidate, work: Work) -> float:
-    return candidate.before + _wait_for_slot(candidate, work)
+    return candidate.prefill_before + _wait_for_slot(candidate, work)
 
 
 def _wait_for_slot(candidate: Candidate, work: Work) -> float:

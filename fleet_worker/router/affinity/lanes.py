@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fleet_worker.protocol.cache_digest import USUAL_PREFILL_SPEED
 from fleet_worker.protocol.request import FleetRequest
 from fleet_worker.registry.view import Registry
 from fleet_worker.router.affinity.choose import FASTER, WORTH, Candidate, Work, prefill_seconds
@@ -23,8 +24,8 @@ LEAST_BUSY = 3
 """Nodes that are considered of those which hold nothing of a prompt."""
 MOST_HOLDERS = 32
 """Nodes that are considered of those which hold equally much of it."""
-PREFILL_SPEED, DECODE_SPEED = 400.0, 30.0
-"""Tokens a second while no node has measured any."""
+DECODE_SPEED = 30.0
+"""Tokens a second of an answer, while no node has measured any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class SpeedClass:
     """Tokens a second: the medians of what they measured."""
 
     def candidate(self, load: NodeLoad, cached: int, now: float) -> Candidate:
-        busy, before = load.busy(now), load.before(now)
+        busy, before = load.busy(now), load.prefill_before(now)
         return Candidate(load.name, load.slots, busy, before, cached, self.prefill_speed, self.decode_speed)
 
 
@@ -104,7 +105,7 @@ class Lanes:
             if not (load.is_running and load.is_silent(now, SILENT_AFTER)):
                 loads.append(load)
         self._shuffle(loads)  # of equally good ones the first is taken
-        prefill = _median([each.prefill_speed for each in loads], PREFILL_SPEED)
+        prefill = _median([each.prefill_speed for each in loads], USUAL_PREFILL_SPEED)
         decode = _median([each.decode_speed for each in loads], DECODE_SPEED)
         names = frozenset(each.name for each in loads)
         return LaneNodes(now, tuple(_by_speed(loads, prefill, decode)), names)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from fleet_worker.protocol.prompt_prefixes import MOST_TOKENS_PER_BYTE, USUAL_TOKENS_PER_BYTE
 from fleet_worker.protocol.reply import Usage
 
-TOKENS_PER_BYTE = 0.25
-"""Of a prompt's canonical JSON, before anything is learned."""
-LEAST_PER_BYTE, MOST_PER_BYTE = 0.02, 2.0
+LEAST_PER_BYTE = 0.02
 ANSWER_TOKENS = 250.0
 ANSWER_SECONDS = 5.0
 """From the first token of an answer to its end."""
@@ -24,11 +23,11 @@ class Lengths:
         self.answer_tokens = ANSWER_TOKENS
         self.answer_seconds = ANSWER_SECONDS
         self._bytes = KNOWN_BYTES
-        self._tokens = KNOWN_BYTES * TOKENS_PER_BYTE
+        self._tokens = KNOWN_BYTES * USUAL_TOKENS_PER_BYTE
 
     @property
     def tokens_per_byte(self) -> float:
-        return min(max(self._tokens / self._bytes, LEAST_PER_BYTE), MOST_PER_BYTE)
+        return min(max(self._tokens / self._bytes, LEAST_PER_BYTE), MOST_TOKENS_PER_BYTE)
 
     def tokens(self, size: int) -> int:
         """Return how many tokens a prompt of so many bytes probably has."""
@@ -39,7 +38,7 @@ class Lengths:
         is unknown."""
         if size and usage.prompt_tokens and usage.prompt_tokens > 0:
             self._bytes += size - WEIGHT * self._bytes
-            self._tokens += min(usage.prompt_tokens, MOST_PER_BYTE * size) - WEIGHT * self._tokens
+            self._tokens += min(usage.prompt_tokens, MOST_TOKENS_PER_BYTE * size) - WEIGHT * self._tokens
         if usage.completion_tokens and 0 < usage.completion_tokens <= LONGEST_ANSWER:
             self.answer_tokens += WEIGHT * (usage.completion_tokens - self.answer_tokens)
         if seconds is not None:

@@ -8,10 +8,8 @@ from fleet_worker.protocol.cache_digest import CacheDigest
 
 BELIEVED_FOR = 30.0
 """Seconds for which the number of running requests counts that a node told."""
-
-
 INTERVALS = 2.5
-"""Between digests, after which a node is silent."""
+"""A node is silent if no digest has come for so many times the seconds that it takes between two."""
 
 
 @dataclass(slots=True)
@@ -65,7 +63,7 @@ class NodeLoad:
         told = self._running if now - self._at < BELIEVED_FOR else 0
         return max(len(self._own), told + self._untold)
 
-    def before(self, now: float) -> float:
+    def prefill_before(self, now: float) -> float:
         """Return the seconds of prefill that a new request has to wait for."""
         told = max(0.0, self._prefill_left - (now - self._at))
         return max(self._prefill, told + self._untold_prefill)

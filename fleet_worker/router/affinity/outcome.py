@@ -9,13 +9,9 @@ USEFUL = 0.1
 
 
 def outcome_of(usage: Usage, *, best: int, held: int, tokens: int) -> CacheOutcome | None:
-    """Return what became of a prompt, of which there are about so many `tokens`: the warmest node was believed to hold
-    `best` of them, the node that answered `held`. None if its server does not tell what was cached.
+    """Return what became of a prompt of about so many `tokens`; None if its server does not tell what was cached.
 
-    - cold: no node was believed to hold a useful part.
-    - hit: the server had at least half of what the warmest node was believed to hold.
-    - miss: it had less, though it was believed to have it.
-    - moved: the warmest node was another one, which was too busy, gone or failed.
+    The warmest node was believed to hold `best` of them, the node that answered `held`.
     """
     if usage.cached_tokens is None or not usage.prompt_tokens:
         return None

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Final, Literal
 
-from fleet_worker.protocol.cache_digest import CacheDigest
+from fleet_worker.protocol.cache_digest import USUAL_PREFILL_SPEED, CacheDigest
 from fleet_worker.protocol.prompt_prefixes import PromptPrefixes
 from fleet_worker.protocol.request import Operation
 from fleet_worker.router.affinity.kept_prompts import KEPT_FOR, LEAST_SIZE, KeptPrompt, KeptPrompts
@@ -28,8 +28,6 @@ SPARE_ROOM: Final = 2
 """Prompts for which the cache keeps room."""
 MOST_SECONDS: Final = 60.0
 """Expected seconds of prefill on one node after which no further prompt is begun."""
-USUAL_SPEED: Final = 400.0
-"""Tokens of prefill per second, while a node has not measured its own."""
 HALF_LIFE: Final = 120.0
 """Seconds after which a conversation is half as likely to go on soon."""
 RESTS_FOR: Final = KEPT_FOR
@@ -179,8 +177,9 @@ class Warming:
         if node not in ready(prompt.request.model, prompt.request.operation):
             return None
         if not current.begun:
-            log.info("%s has lost its prompt cache: %d recent prompts are run again", node, min(len(due), MOST_PROMPTS))
-        seconds = prompt.tokens * gain / prompt.prefixes.size / (current.digest.prefill_speed or USUAL_SPEED)
+            most = min(len(due), MOST_PROMPTS)
+            log.info("%s has lost its prompt cache: it reads recent prompts again, %d at most", node, most)
+        seconds = prompt.tokens * gain / prompt.prefixes.size / (current.digest.prefill_speed or USUAL_PREFILL_SPEED)
         current.begun += 1
         current.seconds += seconds
         current.under_way = WarmUp(prompt, node, current.epoch, seconds)

@@ -290,6 +290,16 @@ def test_what_a_chosen_node_does_not_take_goes_to_the_shared_lane_at_once(fleet)
     assert warm.told == [("sent", "a"), ("sent", None), ("accepted", "b"), ("ended", answer.usage, answer.node)]
 
 
+def test_affinity_counts_no_attempt_of_a_request_that_has_ended(fleet):
+    """Or its node would look busy for ever."""
+    warm = fleet.affinity = Warm()
+    fleet.session.nodes.is_ready = lambda *_: True
+    in_flight = fleet.submit(prefixes=PREFIXES)
+    in_flight.give_up(Cancelled("nobody waits"))
+    in_flight._send(request(), 0.0)
+    assert warm.told == [("sent", "a"), ("ended", None, None)]
+
+
 def test_a_broker_that_is_away_is_waited_for(fleet):
     in_flight = fleet.submit()
     fleet.refusal = BrokerUnavailable("away", retryable=True)
@@ -535,7 +545,7 @@ def test_the_wait_in_the_lane_is_measured_by_the_clock_of_the_router_alone(fleet
     time.sleep(0.02)
     in_flight.receive("a", accepted(queue_wait=3600.0))
     ((lane, wait, priority, sent_at),) = fleet.accepted
-    assert (lane, priority, sent_at) == ("llm.fleet.stream_chat.m", "normal", in_flight._submitted_at)
+    assert (lane, priority, sent_at) == ("llm.fleet.stream_chat.m", "normal", in_flight._queue_watch.sent_at)
     assert 0.02 <= wait < 5
 
 

@@ -147,7 +147,7 @@ def test_a_node_that_is_not_ready_any_more_is_left_at_once(route, nodes, waited)
         ({"other": True, "patience": 20.0}, 20.0, True),
         ({"other": True, "patience": 20.0}, 19.9, False),
         ({"other": False, "patience": 20.0}, HOUR, False),
-        ({"other": True, "patience": 0.5}, 4.9, False),
+        ({"other": True, "patience": 0.5}, 0.5, True),
     ],
 )
 def test_a_chosen_node_is_left_when_it_would_have_taken_the_request_or_another_is_free(

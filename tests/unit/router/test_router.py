@@ -412,7 +412,7 @@ def test_a_broker_that_does_not_take_the_first_attempt_ends_the_request_every_ti
 
 
 def test_a_broker_that_does_not_take_a_further_attempt_is_tried_until_it_does(fleet, monkeypatch):
-    monkeypatch.setattr(in_flight_module, "CHECK_EVERY", 0.01)
+    monkeypatch.setattr(in_flight_module, "TRY_EVERY", 0.01)
     fleet.answers = [[DOWN], *[BrokerUnavailable("away", retryable=True)] * 2, [accepted(), response("late")]]
     assert chat(fleet).content == "late"
     assert fleet.attempts == [1, 2, 2, 2]

@@ -28,6 +28,26 @@ def test_whether_a_prompt_may_be_kept_is_never_guessed(value):
     assert refused.value.metadata["param"] == "keep_warm"
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"), [("sesion", "session"), ("cache_scpe", "cache_scope"), ("keepwarm", "keep_warm")]
+)
+def test_a_mistyped_option_is_told_with_the_one_that_is_meant(name, meant):
+    with pytest.raises(InvalidRequest, match=f"the nearest that exists is {meant}$") as refused:
+        asked(**{name: "x"})
+    assert refused.value.param == name
+    with pytest.raises(InvalidRequest, match=f"the nearest that exists is {meant}$"):
+        Submission.of(SETTINGS, "chat", "m", {}, {"messages": []}, {name: "x"})
+
+
+def test_a_mistyped_field_is_not_taken_for_an_option():
+    with pytest.raises(InvalidRequest, match="max_token: unknown field, the nearest that exists is max_tokens"):
+        asked(max_token=3)
+    with pytest.raises(
+        InvalidRequest, match="max_token: is no option of the router: with a body, it belongs into that"
+    ):
+        Submission.of(SETTINGS, "chat", "m", {}, {"messages": []}, {"max_token": 3})
+
+
 @pytest.mark.parametrize("value", [None, 3, True, "", [], {}, "x" * 1_001])
 def test_a_prompt_cache_key_that_is_no_name_counts_as_none(value):
     assert asked(prompt_cache_key=value).cache.session is None

@@ -6,8 +6,8 @@ from contextlib import ExitStack
 import pytest
 
 from fleet_worker.mlx.chat_stream import ChatAnswer
-from fleet_worker.node.prompt_cache.prompt_cache import USUAL_PREFILL_SPEED, PromptCache
-from fleet_worker.protocol.cache_digest import CacheDigest
+from fleet_worker.node.prompt_cache.prompt_cache import PromptCache
+from fleet_worker.protocol.cache_digest import USUAL_PREFILL_SPEED, CacheDigest
 from fleet_worker.protocol.prompt_prefixes import MOST_PREFIXES, PromptPrefixes
 from fleet_worker.protocol.reply import Usage
 

@@ -14,9 +14,9 @@ SLOTS, PREFILL, DECODE = 4, 400.0, 40.0
 SHARED = None
 
 
-def _node(name: str, *, busy: int = 0, before: float = 0.0, cached: int = 0, times: float = 1.0) -> Candidate:
+def _node(name: str, *, busy: int = 0, prefill_before: float = 0.0, cached: int = 0, times: float = 1.0) -> Candidate:
     """A node that is so many times as fast as the others."""
-    return Candidate(name, SLOTS, busy, before, cached, PREFILL * times, DECODE * times)
+    return Candidate(name, SLOTS, busy, prefill_before, cached, PREFILL * times, DECODE * times)
 
 
 def _chosen(
@@ -33,7 +33,7 @@ def _chosen(
         pytest.param([_node("a", cached=4_000), _node("b", cached=7_900)], 8_000, "b", id="the warmer one"),
         pytest.param([_node("a"), _node("b", cached=7_900, busy=3)], 8_000, "b", id="warm, with a free slot"),
         pytest.param(
-            [_node("a"), _node("b", cached=7_900, before=60.0)],
+            [_node("a"), _node("b", cached=7_900, prefill_before=60.0)],
             8_000,
             "a",
             id="waiting there is longer than prefill here",
@@ -84,7 +84,7 @@ def test_of_equal_nodes_each_is_chosen_as_often() -> None:
 
 def test_it_may_wait_as_long_as_expected_and_as_long_as_it_saves() -> None:
     near = _chosen(_node("a"), _node("b", cached=7_900)).patience
-    far = _chosen(_node("a"), _node("b", cached=7_900, before=5.0)).patience
+    far = _chosen(_node("a"), _node("b", cached=7_900, prefill_before=5.0)).patience
     assert 10.0 < near < 30.0
     assert far == pytest.approx(near + 5.0)
 

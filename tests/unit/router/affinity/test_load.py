@@ -21,37 +21,37 @@ def tell(load, running, prefill_left):
 
 def test_a_node_that_told_of_our_request_only_is_idle_as_soon_as_that_has_ended(load):
     tell(load, running=1, prefill_left=10.0)
-    assert (load.busy(100.0), load.before(100.0)) == (1, 10.0)
+    assert (load.busy(100.0), load.prefill_before(100.0)) == (1, 10.0)
     load.first_token("own")
-    assert (load.busy(100.0), load.before(100.0)) == (1, 0.0)
+    assert (load.busy(100.0), load.prefill_before(100.0)) == (1, 0.0)
     load.end("own")
-    assert (load.busy(100.0), load.before(100.0)) == (0, 0.0)
+    assert (load.busy(100.0), load.prefill_before(100.0)) == (0, 0.0)
 
 
 def test_it_is_idle_also_if_the_request_failed_before_its_first_token(load):
     tell(load, running=1, prefill_left=10.0)
     load.end("own")
-    assert (load.busy(100.0), load.before(100.0)) == (0, 0.0)
+    assert (load.busy(100.0), load.prefill_before(100.0)) == (0, 0.0)
 
 
 def test_of_two_own_requests_the_other_is_still_to_be_prefilled(load):
     load.send("other", 4.0, accepted=True)
     tell(load, running=2, prefill_left=15.0)
     load.end("own")
-    assert (load.busy(100.0), load.before(100.0)) == (1, 4.0)
+    assert (load.busy(100.0), load.prefill_before(100.0)) == (1, 4.0)
 
 
 def test_what_a_node_does_for_others_is_known_to_that_node_only(load):
     tell(load, running=2, prefill_left=10.0)
     load.end("own")
-    assert (load.busy(100.0), load.before(100.0)) == (1, 10.0)
+    assert (load.busy(100.0), load.prefill_before(100.0)) == (1, 10.0)
 
 
 def test_the_end_of_a_request_of_which_the_node_did_not_know_yet_changes_nothing_that_it_told(load):
     tell(load, running=1, prefill_left=10.0)
     load.send("newer", 1.0, accepted=False)
     load.end("newer")
-    assert (load.busy(100.0), load.before(100.0)) == (1, 10.0)
+    assert (load.busy(100.0), load.prefill_before(100.0)) == (1, 10.0)
 
 
 def _told(load: NodeLoad, now: float, running: int = 0, prefill_left: float = 0.0) -> None:
@@ -62,7 +62,7 @@ def test_what_was_sent_adds_to_what_was_told_before() -> None:
     load = NodeLoad("a")
     _told(load, 1.0, running=2, prefill_left=3.0)
     load.send("r", 5.0, accepted=False)
-    assert (load.busy(1.0), load.before(1.0)) == (3, 8.0)
+    assert (load.busy(1.0), load.prefill_before(1.0)) == (3, 8.0)
 
 
 def test_what_was_accepted_is_counted_once_when_the_node_tells_of_it() -> None:
@@ -70,14 +70,14 @@ def test_what_was_accepted_is_counted_once_when_the_node_tells_of_it() -> None:
     load.send("r", 5.0, accepted=False)
     load.accept("r")
     _told(load, 1.0, running=3, prefill_left=4.0)
-    assert (load.busy(1.0), load.before(1.0)) == (3, 5.0)
+    assert (load.busy(1.0), load.prefill_before(1.0)) == (3, 5.0)
 
 
 def test_what_waits_in_its_lane_is_not_told_and_counts_beside() -> None:
     load = NodeLoad("a")
     load.send("r", 5.0, accepted=False)
     _told(load, 1.0, running=3, prefill_left=4.0)
-    assert (load.busy(1.0), load.before(1.0)) == (4, 9.0)
+    assert (load.busy(1.0), load.prefill_before(1.0)) == (4, 9.0)
 
 
 def test_what_has_ended_is_running_no_more_though_the_node_told_so() -> None:
@@ -92,10 +92,10 @@ def test_prefill_is_over_with_the_first_token_and_what_was_told_grows_old() -> N
     load = NodeLoad("a")
     load.send("r", 5.0, accepted=True)
     load.first_token("r")
-    assert load.before(1.0) == 0.0
+    assert load.prefill_before(1.0) == 0.0
     _told(load, 1.0, running=4, prefill_left=3.0)
-    assert load.before(3.0) == 1.0
-    assert load.before(9.0) == 0.0
+    assert load.prefill_before(3.0) == 1.0
+    assert load.prefill_before(9.0) == 0.0
     assert load.busy(1.0 + BELIEVED_FOR) == 1
 
 

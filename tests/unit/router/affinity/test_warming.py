@@ -83,7 +83,7 @@ def test_a_server_that_lost_its_cache_is_warmed_once(fleet: Fleet, caplog: pytes
     with caplog.at_level(logging.INFO):
         assert fleet.tell(epoch=2)
         assert fleet.warm() == ["one"]
-    assert caplog.messages == [f"{A} has lost its prompt cache: 1 recent prompts are run again"]
+    assert caplog.messages == [f"{A} has lost its prompt cache: it reads recent prompts again, 1 at most"]
     fleet.held.clear()
     assert not fleet.tell(epoch=2)
     assert fleet.due() == []
