@@ -129,8 +129,8 @@ class PromptCache:
             self._shadow.answered(prompt.prefixes)
 
     def _note_model(self, backend: str) -> None:
-        """Clear the shadow if the server loads another model, and then forgets. The epoch stays: to warm the cache again
-        would swap the model back."""
+        """Clear the shadow if the server loads another model, and then forgets. The epoch stays: to warm the cache
+        again would swap the model back."""
         if self._forgets_on_swap and self._backend not in (None, backend):
             self._shadow.clear()
         self._backend = backend
