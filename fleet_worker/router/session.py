@@ -165,7 +165,7 @@ class Session:
         fits = request.model, request.operation, request.provider_instance, route.node
         # The function is kept for as long as the lane is known: without the request, and its prompt.
         slots = partial(self.nodes.slots, *fits)
-        shared = lane(request.operation, request.model) if route.is_chosen else None
+        shared = lane(request.operation, request.model) if route.node else None
         return self.admission.admit(
             route.lane(request), request.priority, max_wait=max_wait, count_slots=slots, beside=shared
         )

@@ -194,6 +194,8 @@ def everywhere(word):
         "response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}},
         "stop": [word],
         "user": word,
+        "session": word,
+        "cache_scope": word,
         "caller": {"name": word},
         "message_context": {word: word},
         "trace_context": {"baggage": word},
@@ -305,7 +307,8 @@ def test_a_request_that_a_node_refuses_leaves_no_trace(fleet, node, word, refusa
 
 def test_a_request_that_the_router_refuses_quotes_nothing(fleet, node, word, caplog):
     said = []
-    for options in ({"temperature": word}, {"tools": word}, {"timeout": word}, {"priority": word}, {"caller": word}):
+    wrong = [{name: word} for name in ("temperature", "tools", "timeout", "priority", "caller", "keep_warm")]
+    for options in [*wrong, {"session": [word]}, {"cache_scope": 100 * word}]:
         with pytest.raises(FleetError) as caught:
             fleet.router.chat(CHAT, **everywhere(word) | options, node=node)
         said.append(told_by(caught.value))
