@@ -50,6 +50,8 @@ class Placement:
     """Tokens that are believed to be cached at the warmest node."""
     prefill: float = 0.0
     """Seconds of prefill that are expected there."""
+    wait: float = 0.0
+    """Seconds until a slot is expected to be free there."""
     patience: float = 0.0
     """Seconds that it may wait there before it is better off in the shared lane."""
 
@@ -162,6 +164,7 @@ class Affinity:
             expected=choice.cached,
             best=max(cached.values(), default=0),
             prefill=choice.prefill,
+            wait=choice.wait,
             patience=choice.patience,
         )
 
