@@ -49,7 +49,7 @@ def router_options(request: Request, key: Key, default_max_wait: float | None) -
 
 
 def prompt_options(asked: ChatAsked, request: Request, key: Key) -> RequestOptions:
-    """Return what the router is told of a prompt: whose conversation it belongs to, and what its key says about caches.
+    """Return what the router is told of a prompt: to which conversation it belongs, and what its key says about caches.
 
     Raises:
         InvalidRequest: a header has no such value.

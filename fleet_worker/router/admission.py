@@ -95,8 +95,10 @@ class Admission:
         *,
         max_wait: float | None = None,
         count_slots: Callable[[], int] = lambda: 1,
+        beside: str | None = None,
     ) -> Place:
-        """Count a request that is about to be sent. `count_slots` tells how many slots are ready for this lane.
+        """Count a request that is about to be sent. `count_slots` tells how many slots are ready for this lane;
+        `beside` is another lane that they serve, too.
 
         Raises:
             FleetSaturated: `max_waiting` requests wait in that lane, or this one would wait for more than `max_wait`
@@ -113,7 +115,8 @@ class Admission:
             known = self._known(lane)
             self._refuse(lane, known, priority, max_wait)
             known.sent += 1
-        return Place(known.load, self._lock, priority, time.monotonic())
+            other = self._known(beside).load if beside else None
+        return Place(known.load, self._lock, priority, time.monotonic(), other)
 
     def refuse(self, lane: str, priority: Priority, max_wait: float | None) -> None:
         """Raise `FleetSaturated` if that is certain by a fresh answer. This asks nobody, and counts nothing."""

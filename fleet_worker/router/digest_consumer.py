@@ -28,7 +28,7 @@ FIRST_ANSWERS_WITHIN = 1.1
 """Seconds after the first request for which the digests of all hosts are waited for: a host publishes one a second."""
 REPEAT_EVERY = LEASE / 3
 SOONEST = 5.0
-"""Seconds from one request to the next that is due to a host that came, or to some that came or went."""
+"""Seconds between two requests, if only a few hosts have come or gone."""
 FEW = 100
 """Hosts, up to which all publish as often as they may: how many they are makes no difference."""
 SHORT_WAIT = 0.02
@@ -50,6 +50,7 @@ class DigestRequests:
         self._said = 0
         """The number of hosts in the last request."""
         self._is_new = True
+        """Nothing was asked since it has connected."""
         self._has_host_come = False
 
     def connected(self, *, again: bool = False) -> None:
@@ -64,15 +65,15 @@ class DigestRequests:
     def next(self) -> DigestsWanted | None:
         """Return the request that is to be published now, if one is."""
         now, hosts = self._clock(), self._hosts()
-        if now < self._due_at and (self._is_new or not self._is_early(hosts, now - self._sent_at)):
+        if now < self._due_at and (self._is_new or not self._cannot_wait(hosts, now - self._sent_at)):
             return None
         wanted = DigestsWanted(v=1, hosts=hosts, seconds=LEASE, at_once=self._is_new)
         self._sent_at, self._due_at, self._said = now, now + REPEAT_EVERY, hosts
         self._is_new = self._has_host_come = False
         return wanted
 
-    def _is_early(self, hosts: int, since: float) -> bool:
-        """Whether it cannot wait until it is due."""
+    def _cannot_wait(self, hosts: int, since: float) -> bool:
+        """Return whether the next request must come before it is due. `since`: seconds since the last one."""
         now, said = max(FEW, hosts), max(FEW, self._said)
         if now >= 2 * said or said >= 2 * now:
             return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Collection
@@ -31,6 +32,7 @@ class NodeSelection:
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
         self._known: dict[tuple[str, str, str, str | None], _Counted] = {}
+        self._ready: dict[tuple[str, str], tuple[float, frozenset[str]]] = {}
 
     def node_for(self, request: FleetRequest, failed: Collection[str] = ()) -> str | None:
         """Return None to use the shared lane (the default).
@@ -61,13 +63,22 @@ class NodeSelection:
         """Return the nodes whose servers may not be able to do what a parameter asks for."""
         return set(self._unable(request, temperature=1.0))
 
-    def ready(self, model: str, operation: Operation) -> set[str]:
-        """Return the nodes that can do this now."""
-        return {each.node for each in self._registry.offerings(model, capability=operation, ready=True)}
+    def ready(self, model: str, operation: Operation) -> frozenset[str]:
+        """Return the nodes that can do this now. The answer may be `COUNTED_FOR` old: each request that waits in a
+        direct lane asks once a second."""
+        at, nodes = self._ready.get((model, operation), (-math.inf, frozenset()))
+        if time.monotonic() >= at + COUNTED_FOR:
+            if len(self._ready) >= MOST_COUNTED:
+                self._ready.clear()
+            nodes = frozenset(
+                each.node for each in self._registry.offerings(model=model, capability=operation, ready=True)
+            )
+            self._ready[model, operation] = time.monotonic(), nodes
+        return nodes
 
     def is_ready(self, request: FleetRequest, node: str) -> bool:
-        """Return whether this node could take the request now."""
-        return node in self._nodes(request, ready=True)
+        """Return whether this node could take the request now; as old as that of `ready`."""
+        return node in self.ready(request.model, request.operation)
 
     def waits_in_vain(self, request: FleetRequest, node: str) -> bool:
         """Return whether this node is not ready, while another node could take the request."""

@@ -131,6 +131,13 @@ class LaneLoad:
         if self._is_backlogged:
             self._completed += stands_for
 
+    def take_slot(self) -> None:
+        """A slot that serves this lane works on one of our requests that came another way."""
+        self._running += 1
+
+    def free_slot(self) -> None:
+        self._running -= 1
+
     def seen(self, priority: Priority, now: float) -> Seen:
         """Return what is known of the lane, for a request of this priority."""
         self._pass(now)
@@ -182,8 +189,17 @@ def _at_most(number: float) -> float:
 class Place:
     """One attempt of a request, from when it is sent into its lane until its end. Each method may be called twice."""
 
-    def __init__(self, load: LaneLoad, lock: AbstractContextManager[object], priority: Priority, now: float) -> None:
+    def __init__(
+        self,
+        load: LaneLoad,
+        lock: AbstractContextManager[object],
+        priority: Priority,
+        now: float,
+        beside: LaneLoad | None = None,
+    ) -> None:
+        """`beside` is another lane that its node serves with the same slots."""
         self._load = load
+        self._beside = beside
         self._lock = lock
         self._priority = priority
         self._accepted_at: float | None = None
@@ -197,6 +213,8 @@ class Place:
             if self._accepted_at is None and not self._ended:
                 self._accepted_at = now
                 self._stands_for = self._load.accept(self._priority, now)
+                if self._beside:
+                    self._beside.take_slot()
 
     def ended(self, now: float) -> None:
         with self._lock:
@@ -207,3 +225,5 @@ class Place:
                 self._load.leave(self._priority, now)
             else:
                 self._load.complete(now - self._accepted_at, self._stands_for, now)
+                if self._beside:
+                    self._beside.free_slot()

@@ -56,6 +56,11 @@ class Route:
         """The node whose direct lane the present attempt goes to; None for the shared lane."""
         return self.only or self._target
 
+    @property
+    def expected_wait(self) -> float:
+        """Seconds that it waits for a slot of the chosen node; 0 in the shared lane, about which others know more."""
+        return self._placement.wait if self._placement and self._target else 0.0
+
     def lane(self, request: FleetRequest) -> str:
         """Return the lane of the present attempt."""
         return direct_lane(self.node) if self.node else lane(request.operation, request.model)
@@ -89,8 +94,11 @@ class Route:
         node = self._target
         if node is None:
             return False
-        if self._affinity is None or self._placement is None or self._failed:
+        if self._affinity is None or self._placement is None:
             return waited >= settings.accept_timeout and self._nodes.waits_in_vain(request, node)
+        if self._failed:
+            is_silent = self._affinity.is_silent(node, settings.lost_after) and self._has_another(request, node)
+            return waited >= settings.accept_timeout and (is_silent or self._nodes.waits_in_vain(request, node))
         if not self._nodes.is_ready(request, node):
             return True
         if waited >= self._placement.patience and self._affinity.another_is_free(request, node):
@@ -98,6 +106,10 @@ class Route:
         if waited < settings.accept_timeout:
             return False
         return self._affinity.is_silent(node, settings.lost_after) or self._affinity.has_free_slots(node)
+
+    def _has_another(self, request: FleetRequest, node: str) -> bool:
+        """Return whether there is a ready node besides this one, and those that failed or did not take it."""
+        return bool(self._nodes.ready(request.model, request.operation) - {node, *self._failed, *self._left})
 
     # What affinity learns
 

@@ -154,7 +154,9 @@ class Session:
     def _admit(self, request: FleetRequest, route: Route, max_wait: float | None) -> Place:
         """Count a request in its lane; in the shared one if the direct lane of the chosen node is too full or slow."""
         try:
-            return self._admit_to(request, route, max_wait)
+            if max_wait is None or route.expected_wait <= max_wait:
+                return self._admit_to(request, route, max_wait)
+            route.leave()
         except FleetSaturated:
             if not route.leave():
                 raise
@@ -165,7 +167,10 @@ class Session:
         fits = request.model, request.operation, request.provider_instance, route.node
         # The function is kept for as long as the lane is known: without the request, and its prompt.
         slots = partial(self.nodes.slots, *fits)
-        return self.admission.admit(route.lane(request), request.priority, max_wait=max_wait, count_slots=slots)
+        shared = lane(request.operation, request.model) if route.is_chosen else None
+        return self.admission.admit(
+            route.lane(request), request.priority, max_wait=max_wait, count_slots=slots, beside=shared
+        )
 
     def _require_possible(self, asked: Submission) -> None:
         """Raise why no node can do what this asks for, or none is expected soon enough."""

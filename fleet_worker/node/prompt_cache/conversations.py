@@ -10,12 +10,12 @@ from fleet_worker.protocol.prompt_prefixes import PromptPrefixes
 REMEMBERED = 200
 """Conversations and sessions: the last ones."""
 HELPERS = 4
-"""Different beginnings that one session has for good reasons: the helpers of an agent have prompts of their own."""
+"""How many beginnings one session may have for good reasons: the helpers of an agent have prompts of their own."""
 SHARE = 0.6
-"""Of the turns that begin anew. With fewer, several conversations have the same first question and answer, or a prompt
-was edited."""
+"""The share of its turns that begin anew, above which a conversation counts as changing. With fewer, several
+conversations have the same first question and answer, or a prompt was edited."""
 LAST = 8
-"""So many beginnings of a conversation are remembered."""
+"""How many beginnings of each conversation are remembered."""
 
 
 @dataclass(slots=True)

@@ -33,7 +33,7 @@ class ServedPrompt:
     believed: int
     """What the cache was believed to hold of it."""
     evicted: int
-    """What it held once."""
+    """What it held once, of what it has evicted since."""
     continues: bool
     """It begins with all of a sequence that is held."""
     alone: bool
@@ -51,7 +51,7 @@ class ServedPrompt:
 
 
 class PromptCache:
-    """Safe for all threads. `sequences` is how many the server keeps, 0 if it has no cache.
+    """Safe for any number of threads. `sequences` is how many the server keeps, 0 if it has no cache.
 
     `forgets_on_swap`: the server loses its cache when it loads another model.
     """
@@ -129,7 +129,8 @@ class PromptCache:
             self._shadow.answered(prompt.prefixes)
 
     def _note_model(self, backend: str) -> None:
-        """Without a new epoch: who warmed the cache again for that would have the model swapped back."""
+        """Clear the shadow if the server loads another model, and then forgets. The epoch stays: to warm the cache
+        again would swap the model back."""
         if self._forgets_on_swap and self._backend not in (None, backend):
             self._shadow.clear()
         self._backend = backend

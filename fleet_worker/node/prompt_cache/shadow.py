@@ -1,9 +1,10 @@
 """What the prompt cache of an MLX server is believed to hold.
 
 The rules are those of `LRUPromptCache` in mlx_lm 0.32, which keeps whole sequences (a prompt with its answer) and can
-use any beginning of one. The oldest inserted one goes first, and a hit refreshes nothing. What is the beginning of a
-newer one is dropped. (The system prompt of a request that was cancelled is kept for longer there: it may not even be
-one.) `tests/unit/node/prompt_cache/test_shadow.py` compares both.
+use any beginning of one. The one that was inserted first goes first, and a hit refreshes nothing. A sequence that is
+the beginning of a newer one is dropped. (mlx_lm keeps the system prompt of a cancelled request for longer. Here it is a
+sequence like others: the first beginning of a prompt may be something else.)
+`tests/unit/node/prompt_cache/test_shadow.py` compares both.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Chain = tuple[tuple[str, int], ...]
 EVICTED = 3
 """Evicted sequences that are remembered, for each one that is held."""
 LAST = 3
-"""Of the last beginnings of each sequence, so many are told: the last messages may be edited."""
+"""How many of the last beginnings of each sequence are told: the last messages may be edited."""
 
 
 @dataclass(slots=True)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from fleet_worker.protocol.status import CacheTrouble
 
 FORGOTTEN_AFTER = 3600.0
-"""Seconds after which a trouble that was not seen again is none any more."""
+"""Seconds after which a trouble that was not seen again is forgotten."""
 LONG = 1_000
-"""Tokens of a beginning that is worth to be found in the cache."""
+"""Tokens from which it matters whether a beginning is found in the cache."""
 CHANGED_PROMPTS, CHANGED_SHARE = 3, 0.02
 """Fewer may be different conversations that began with the same words."""
 UNUSED_BEGINNINGS = 5

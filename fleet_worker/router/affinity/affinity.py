@@ -25,10 +25,13 @@ from fleet_worker.router.affinity.outcome import outcome_of
 from fleet_worker.router.affinity.prefixes import prefixes_of
 
 MOST_NODES = 20_000
+"""Nodes whose digests are taken: anybody who may use the broker may send some."""
 MOST_MODELS = 1_000
+"""Models whose lengths are known; beyond that they are learned anew."""
 FORGOTTEN_AFTER = 120.0
-"""Seconds without a word after which a node is forgotten that the registry does not know."""
+"""Seconds without a digest after which a node that the registry does not know is forgotten."""
 SWEEP_EVERY = 30.0
+"""Seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +45,13 @@ class Placement:
     tokens: int = 0
     """Of the prompt, as far as this can be known before."""
     expected: int = 0
-    """Tokens that are believed to be cached there; in the shared lane, at the warmest node."""
+    """Tokens that are believed to be cached there; for the shared lane, at the warmest node."""
     best: int = 0
     """Tokens that are believed to be cached at the warmest node."""
     prefill: float = 0.0
     """Seconds of prefill that are expected there."""
+    wait: float = 0.0
+    """Seconds until a slot is expected to be free there."""
     patience: float = 0.0
     """Seconds that it may wait there before it is better off in the shared lane."""
 
@@ -159,6 +164,7 @@ class Affinity:
             expected=choice.cached,
             best=max(cached.values(), default=0),
             prefill=choice.prefill,
+            wait=choice.wait,
             patience=choice.patience,
         )
 

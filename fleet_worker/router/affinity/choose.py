@@ -66,6 +66,8 @@ class Choice(NamedTuple):
     """Seconds of prefill that are expected there."""
     patience: float
     """Seconds that it may wait there before it is better off in the shared lane."""
+    wait: float = 0.0
+    """Seconds until a slot is expected to be free there."""
 
 
 def choose(
@@ -118,8 +120,12 @@ def prefill_seconds(tokens: int, cached: float, speed: float) -> float:
 
 
 def _wait(candidate: Candidate, work: Work) -> float:
+    return candidate.prefill_before + _wait_for_slot(candidate, work)
+
+
+def _wait_for_slot(candidate: Candidate, work: Work) -> float:
     over = candidate.busy + 1 - candidate.slots
-    return candidate.prefill_before + max(0, over) * work.answer_seconds / candidate.slots
+    return max(0, over) * work.answer_seconds / candidate.slots
 
 
 def _is_faster(one: Candidate, other: Candidate) -> bool:
@@ -127,4 +133,5 @@ def _is_faster(one: Candidate, other: Candidate) -> bool:
 
 
 def _to(best: Candidate, work: Work, saved: float) -> Choice:
-    return Choice(best.node, best.cached, own_prefill(best, work), _wait(best, work) + saved + SHORT_PATIENCE)
+    patience = _wait(best, work) + saved + SHORT_PATIENCE
+    return Choice(best.node, best.cached, own_prefill(best, work), patience, _wait_for_slot(best, work))

@@ -39,7 +39,8 @@ class _Boundary(NamedTuple):
 
     end: int
     length: int
-    """Bytes that a server with a prompt of that end has in its cache: with its own answer, if that follows here."""
+    """Bytes up to the end of the answer, if one follows here: a server that has read the prompt up to `end` has its own
+    answer in the cache, too. Otherwise as `end`."""
     ends_message: bool
 
 

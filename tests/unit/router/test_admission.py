@@ -311,6 +311,22 @@ def test_a_free_slot_is_no_wait(told):
     assert too_slow(told, max_wait=0.0).retryable
 
 
+def test_a_slot_that_works_on_what_came_by_a_direct_lane_is_not_free(told):
+    started(told, 4)
+    places = [told.admit(f"llm.fleet.node.{node}", beside=LANE) for node in range(4)]
+    for place in places:
+        place.accepted(told.now)
+        place.accepted(told.now)
+    told.now += 1
+    assert too_slow(told, max_wait=0.0).retryable
+    for place in places:
+        place.ended(told.now)
+        place.ended(told.now)
+    for _ in range(4):
+        told.admit(LANE, max_wait=0.0, count_slots=lambda: 4).accepted(told.now)
+    assert too_slow(told, max_wait=0.0).retryable
+
+
 def test_a_higher_priority_counts_only_what_goes_first(told):
     started(told, 4, priority="low")
     told.depths[LANE] = (0, 1, 3, 5)

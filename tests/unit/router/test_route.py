@@ -1,6 +1,7 @@
 """The way of a request: the shared lane or a direct one, chosen before each attempt."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,6 +10,7 @@ from fleet_worker.protocol.prompt_prefixes import PromptPrefixes
 from fleet_worker.protocol.reply import Usage
 from fleet_worker.router.affinity.affinity import Placement
 from fleet_worker.router.route import Route
+from fleet_worker.router.session import Session
 from fleet_worker.settings import RouterSettings
 from tests.unit.router.test_attempts import DOWN, failure, request, response
 
@@ -21,13 +23,13 @@ class Warm:
     """An `Affinity` that chooses what a test says, and keeps what it is told."""
 
     def __init__(self):
-        self.best, self.patience = "a", math.inf
+        self.best, self.patience, self.wait = "a", math.inf, 0.0
         self.silence, self.free, self.other = 0.0, False, False
         self.placed, self.told = [], []
 
     def place(self, request, prefixes, failed, *, blamed):
         self.placed.append((set(failed), blamed))
-        return Placement(self.best, prefixes, patience=self.patience)
+        return Placement(self.best, prefixes, patience=self.patience, wait=self.wait)
 
     def is_silent(self, node, seconds):
         return self.silence > seconds
@@ -55,6 +57,7 @@ class Warm:
 class Nodes:
     def __init__(self):
         self.cannot, self.away, self.chosen = set(), set(), None
+        self.all = {"a", "b"}
 
     def node_for(self, request, avoided):
         return self.chosen
@@ -64,6 +67,9 @@ class Nodes:
 
     def is_ready(self, request, node):
         return node not in self.away
+
+    def ready(self, model, operation):
+        return self.all - self.away
 
     def waits_in_vain(self, request, node):
         return node in self.away
@@ -182,6 +188,11 @@ def test_after_a_failure_a_chosen_node_is_left_only_for_another_one(route, nodes
     warm.best, warm.silence = "b", HOUR
     route.choose(request(), {"a"})
     assert not is_stranded(route, HOUR)
+    nodes.all = {"a", "b", "c"}
+    assert is_stranded(route, 5.0)
+    assert not is_stranded(route, 4.9)
+    warm.silence = 0.0
+    assert not is_stranded(route, HOUR)
     nodes.away.add("b")
     assert is_stranded(route, 5.0)
     assert not is_stranded(route, 4.9)
@@ -223,3 +234,15 @@ def test_a_request_that_was_given_up_while_it_was_sent_counts_nowhere():
     route.ended(failure(0, DOWN))
     route.sent()
     assert warm.told[-1] == ("ended", None, None)
+
+
+@pytest.mark.parametrize(
+    ("wait", "max_wait", "admitted"), [(5.0, None, ["a"]), (5.0, 5.0, ["a"]), (5.0, 4.9, [None]), (0.0, 0.0, ["a"])]
+)
+def test_who_may_not_wait_for_the_warm_node_goes_to_the_shared_lane(route, warm, wait, max_wait, admitted):
+    warm.wait = wait
+    route.choose(request())
+    asked = []
+    session = SimpleNamespace(_admit_to=lambda request, route, max_wait: asked.append(route.node))
+    Session._admit(session, request(), route, max_wait)
+    assert asked == admitted

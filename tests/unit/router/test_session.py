@@ -10,6 +10,7 @@ from fleet_worker import Router, Settings
 from fleet_worker.errors import QueueTimeout, UnsupportedParameter
 from fleet_worker.protocol.openai import ChatParams
 from fleet_worker.registry.view import Registry
+from fleet_worker.router import node_selection
 from fleet_worker.router import session as session_module
 from fleet_worker.router import submitter as submitter_module
 from fleet_worker.router.node_selection import MOST_COUNTED, NodeSelection
@@ -197,6 +198,21 @@ def test_a_request_for_a_node_that_nobody_knows_yet_is_not_refused():
 )
 def test_an_attempt_goes_into_its_lane_unless_the_wrong_one_may_take_it_there(nodes, instance, failed, node):
     assert NodeSelection(Told(**nodes)).node_for(request(instance), failed) == node
+
+
+def test_many_requests_that_wait_in_direct_lanes_do_not_look_up_all_nodes_each(monkeypatch):
+    told, now = Told(a=("one", 1), b=("one", 0)), [100.0]
+    monkeypatch.setattr(node_selection, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    looked_up, look_up = [], told.offerings
+    told.offerings = lambda *args, **options: looked_up.append(args) or look_up(*args, **options)
+    selection = NodeSelection(told)
+    for _ in range(100):
+        assert selection.is_ready(request(), "a")
+        assert not selection.is_ready(request(), "b")
+    assert len(looked_up) == 1
+    told.nodes["a"] = ("one", 0)
+    now[0] += 0.25
+    assert not selection.is_ready(request(), "a")
 
 
 def test_who_has_more_slots_is_chosen_more_often():

@@ -89,6 +89,12 @@ def test_it_may_wait_as_long_as_expected_and_as_long_as_it_saves() -> None:
     assert far == pytest.approx(near + 5.0)
 
 
+@pytest.mark.parametrize(("busy", "wait"), [(0, 0.0), (3, 0.0), (4, 1.5), (5, 3.0)])
+def test_the_wait_for_a_slot_is_without_that_for_other_prompts(busy: int, wait: float) -> None:
+    choice = _chosen(_node("a", prefill_before=300.0), _node("b", cached=7_900, prefill_before=5.0, busy=busy))
+    assert (choice.node, choice.wait) == ("b", wait)
+
+
 def test_the_shared_lane_is_told_what_is_cached_at_best() -> None:
     assert _chosen(_node("a", cached=500), _node("b", cached=520), tokens=600) == Choice(
         None, 520, pytest.approx(0.2, abs=0.05), 0.0
