@@ -126,6 +126,8 @@ class Session:
             return joined
         patience = self.require_broker(deadline - time.monotonic())
         self._require_possible(asked)
+        if self._prompt_caches:
+            self._prompt_caches.wait_until_known(asked, deadline)
         left = deadline - time.monotonic()
         request = request.addressed_to(self.replies.name, left)
         route = self._route(asked, request)
