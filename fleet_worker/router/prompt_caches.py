@@ -53,9 +53,8 @@ class PromptCaches:
         warming = Warming(kept, self.affinity.holders, ready_nodes)
         self._warm_ups = WarmUps(warming, kept, self.affinity.warms, reply_to, submitter, control, scheduler)
         self._digests = DigestConsumer(connect, transport_of(settings.broker_url), registry, self._receive_digests)
-
         self._known_at = 0.0
-        """time.monotonic() seconds."""
+        """When the first digests are not waited for any longer: time.monotonic() seconds."""
 
     def start(self) -> None:
         self._known_at = time.monotonic() + KNOWN_WITHIN

@@ -182,7 +182,7 @@ class Session:
         self.nodes.require_soon(request, node, asked.max_wait)
 
     def ended(self, request_id: str, last: LastFrame) -> None:
-        """This request needs no more frames after its last one."""
+        """Forget a request that has ended with this frame."""
         self._requests.pop(request_id, None)
         if self._prompt_caches:
             self._prompt_caches.ended(request_id, last)
