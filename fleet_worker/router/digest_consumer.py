@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -20,19 +19,18 @@ from fleet_worker.errors import where
 from fleet_worker.protocol.cache_digest import LEASE, DigestMessage, DigestsWanted
 from fleet_worker.protocol.registry_event import READINESS, RegistryEvent
 from fleet_worker.registry.view import Registry
+from fleet_worker.router.first_digests import FirstDigests
 from fleet_worker.router.submitter import publish
 
 AGAIN_AFTER = 1.0
 """Seconds from a new connection, after a lost one, to the first request: hosts must find the broker again, too."""
-FIRST_ANSWERS_WITHIN = 1.1
-"""Seconds after the first request for which the digests of all hosts are waited for: a host publishes one a second."""
 REPEAT_EVERY = LEASE / 3
 SOONEST = 5.0
 """Seconds between two requests, if only a few hosts have come or gone."""
 FEW = 100
 """Hosts, up to which all publish as often as they may: how many they are makes no difference."""
-SHORT_WAIT = 0.02
-"""Seconds of one wait for messages until the first digests have come: requests of callers may wait for them."""
+LONG_WAIT, SHORT_WAIT = 0.5, 0.02
+"""Seconds of one wait for messages; the short one until the first digests have come, as requests may wait for them."""
 GAP = 0.1
 """Seconds between two reads. One message that is read alone costs three times as much as one of several (measured)."""
 
@@ -96,11 +94,7 @@ class DigestConsumer:
         self._registry = registry
         self._receive = receive
         self._take = partial(_take, self._hear)
-        self._heard: set[str] = set()
-        """The hosts whose digests have come in the first round."""
-        self._first_round_ends = math.inf
-        """time.monotonic() seconds."""
-        self._is_first_round_over = threading.Event()
+        self.first = FirstDigests(lambda: registry.hosts)
         self._requests = DigestRequests(lambda: registry.hosts)
         self._unsubscribe: Callable[[], None] = lambda: None
         # That the broker is away is logged by the thread of the replies.
@@ -110,14 +104,9 @@ class DigestConsumer:
         self._unsubscribe = self._registry.subscribe(self._requests.hear)
         self._thread.start()
 
-    def wait_for_first(self, timeout: float) -> bool:
-        """Wait until all known hosts have told what they hold, or some took too long; return False after `timeout`
-        seconds."""
-        return self._is_first_round_over.wait(timeout)
-
     def close(self) -> None:
         """Return at once. The thread ends within a second."""
-        self._is_first_round_over.set()
+        self.first.end()
         self._unsubscribe()
         self._thread.close()
 
@@ -129,35 +118,27 @@ class DigestConsumer:
             connection.connection.transport.read_ahead()
         Consumer(channel, [digest_queue(self._transport)], on_message=self._take, no_ack=True).consume()
         receive_all(connection, 0.01)  # only now kombu's Redis transport subscribes
-        is_first_round = not self._is_first_round_over.is_set() and self._registry.wait_for_answers().hosts > 0
-        if not is_first_round:
-            self._is_first_round_over.set()
-        self._requests.connected(again=not is_first_round)
+        if not self.first.is_over and not self._registry.wait_for_answers().hosts:
+            self.first.end()  # there is nobody to wait for
+        self._requests.connected(again=self.first.is_over)
         close_idle(channel)
         while not self._thread.closed.is_set():
             if wanted := self._requests.next():
                 publish(Producer(channel), ask_exchange(), wanted.encode())
                 close_idle(channel)
-                self._first_round_ends = min(self._first_round_ends, time.monotonic() + FIRST_ANSWERS_WITHIN)
-            is_first_round = not self._is_first_round_over.is_set()
-            receive_all(connection, SHORT_WAIT if is_first_round else 0.5)
+                self.first.asked()
+            receive_all(connection, LONG_WAIT if self.first.is_over else SHORT_WAIT)
             check_alive(connection, channel)
             self._thread.works()
-            if is_first_round:
-                self._end_first_round()
-            else:
+            if self.first.is_over:
                 self._thread.closed.wait(GAP)
+            else:
+                self.first.check()
 
     def _hear(self, body: bytes) -> None:
         self._receive(body)
-        if not self._is_first_round_over.is_set():
-            self._heard.add(DigestMessage.decode(body).host)
-
-    def _end_first_round(self) -> None:
-        """End it if all known hosts have answered, or its time is over."""
-        have_all_told = self._first_round_ends < math.inf and 0 < self._registry.hosts <= len(self._heard)
-        if have_all_told or time.monotonic() >= self._first_round_ends:
-            self._is_first_round_over.set()
+        if not self.first.is_over:
+            self.first.heard(DigestMessage.decode(body).host)
 
 
 def _take(receive: Callable[[bytes], object], message: Any) -> None:

@@ -72,7 +72,7 @@ class PromptCaches:
         if left <= 0 or asked.node or asked.request.provider_instance != "any":
             return
         if context_length.characters(asked.request) >= LONG_PROMPT:
-            self._digests.wait_for_first(left)
+            self._digests.first.wait(left)
 
     def prefixes(self, asked: Submission) -> PromptPrefixes | None:
         """Return the ids of the beginnings of its prompt; None for what has none."""

@@ -15,6 +15,7 @@ from fleet_worker.protocol.status import InstanceStatus
 from fleet_worker.registry.view import Registry
 from fleet_worker.router import digest_consumer as module
 from fleet_worker.router.digest_consumer import DigestConsumer, DigestRequests
+from fleet_worker.router.first_digests import ANSWERED_WITHIN
 from fleet_worker.router.submitter import publish
 from fleet_worker.settings import Settings
 from fleet_worker.testing import embedded_broker
@@ -206,22 +207,22 @@ def told(app):
 
 def test_the_first_round_is_over_when_all_hosts_have_told(told):
     consumer, tell = told
-    consumer._first_round_ends += 60
+    consumer.first._due_at += 60
     for host in ("mini-1", "mini-1"):
         tell(host)
-    assert not consumer.wait_for_first(0.1)
+    assert not consumer.first.wait(0.1)
     tell("mini-2")
-    assert consumer.wait_for_first(5)
+    assert consumer.first.wait(5)
 
 
 def test_a_host_that_tells_nothing_is_not_waited_for_for_long(told):
     consumer, tell = told
-    consumer._first_round_ends -= module.FIRST_ANSWERS_WITHIN - 0.2
+    consumer.first._due_at -= ANSWERED_WITHIN - 0.2
     tell("mini-1")
-    assert consumer.wait_for_first(5)
+    assert consumer.first.wait(5)
 
 
 def test_nobody_waits_for_a_consumer_that_is_closed():
     consumer = DigestConsumer(lambda: None, "redis", Registry(), print)
     consumer.close()
-    assert consumer.wait_for_first(5)
+    assert consumer.first.wait(5)

@@ -19,7 +19,7 @@ LATER = 1e9
 def caches(monkeypatch):
     """Those of a router that was just connected; `waited` are the seconds that it was ready to wait."""
     waited = []
-    digests = SimpleNamespace(start=lambda: None, wait_for_first=waited.append)
+    digests = SimpleNamespace(start=lambda: None, first=SimpleNamespace(wait=waited.append))
     monkeypatch.setattr(module, "DigestConsumer", lambda *_: digests)
     scheduler = SimpleNamespace(at=lambda *_: None)
     caches = PromptCaches(SETTINGS, Registry(), None, lambda *_: set(), "reply", None, None, scheduler)
