@@ -81,8 +81,8 @@ class RouterSettings(Group):
     affinity: bool = True
     """Send a request to the node whose server has its beginning in the prompt cache, unless that costs more."""
     affinity_secret: SecretStr | None = Field(None, min_length=8)
-    """Key of the hashes that stand for prompts, of 8 or more characters, the same for all routers. Default: made from
-    the broker's password."""
+    """Key of the hashes that stand for prompts, the same for all routers: 8 characters or more.
+    Default: made from the password of the broker."""
     warm_memory: int = Field(64 * 1024 * 1024, ge=0)
     """Bytes of recent prompts that a router keeps, to run them again on a server that lost its cache; 0 for none."""
 

@@ -47,9 +47,10 @@ def gateway_of(mlx):
 @contextmanager
 def serving(app=None, **settings):
     """Serve HTTP in a thread of this process, without any fleet; yield the port. `app`: instead of the gateway."""
-    settings = Settings(broker_url="redis://127.0.0.1:1", gateway={"port": 0, **settings})
+    folder = tempfile.TemporaryDirectory()
+    settings = Settings(broker_url="redis://127.0.0.1:1", state_dir=folder.name, gateway={"port": 0, **settings})
     keys = Keys.load(settings.gateway.keys)
-    with Router(settings) as router, socket.create_server(("127.0.0.1", 0)) as listener:
+    with folder, Router(settings) as router, socket.create_server(("127.0.0.1", 0)) as listener:
         quotas = Quotas(settings, gateway="test")
         records = Records(NoLedger(), lambda: quotas.are_shared)
         server = Server(settings, app or Gateway(settings, router, keys, quotas, records), keys, quotas)

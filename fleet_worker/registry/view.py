@@ -139,6 +139,7 @@ class Registry:
                 until = self._asked_at + FIRST_ANSWER_WITHIN if heard_at is None else heard_at + QUIET
                 left = min(until, self._asked_at + ALL_ANSWERS_WITHIN) - now
                 if left <= 0:
+                    self._count_hosts()
                     return self
                 self._changed.wait(left)
 
@@ -238,13 +239,16 @@ class Registry:
             return
         self._next_sweep = now + SWEEP_EVERY
         self._instances = {key: each for key, each in self._instances.items() if each.expires_at > now}
-        self.hosts = len({host for host, _ in self._instances})
+        self._count_hosts()
         for name, known in list(self._models.items()):
             self._models[name] = {key: each for key, each in known.items() if each.expires_at > now}
             if not self._models[name]:
                 del self._models[name]
         of_models = ((*key, model) for model, known in self._models.items() for key in known)
         self._memory.keep_only([*((*key, READINESS) for key in self._instances), *of_models])
+
+    def _count_hosts(self) -> None:
+        self.hosts = len({host for host, _ in self._instances})
 
     def _offered(self, model: str | None) -> Iterator[Offered]:
         """An offering exists while neither the model nor its instance has expired."""

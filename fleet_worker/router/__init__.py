@@ -3,6 +3,6 @@
 May import: `registry`, `broker`, `mlx`, `protocol`, `settings`, `errors`. Read in this order: `router`, `options`,
 `submission`, `call`, `session`, `in_flight`, `readers`, `attempts`, `transcript`, `progress`, `effects`, `blame`,
 `route`, `node_selection`, `affinity` (a room of its own), `queue_watch`, `prompt_caches`, `digest_consumer`,
-`warm_ups`, `context_length`, `admission`, `queue_wait`, `submitter`, `control_publisher`, `reply_consumer`,
-`reply_buffer`, `wakeups`, `scheduler`, `idempotency`.
+`first_digests`, `warm_ups`, `context_length`, `admission`, `queue_wait`, `submitter`, `control_publisher`,
+`reply_consumer`, `reply_buffer`, `wakeups`, `scheduler`, `idempotency`.
 """

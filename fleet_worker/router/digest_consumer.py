@@ -16,18 +16,21 @@ from fleet_worker.broker.door import Refused
 from fleet_worker.broker.reconnecting import ReconnectingThread
 from fleet_worker.broker.topology import Transport, ask_exchange, digest_queue
 from fleet_worker.errors import where
-from fleet_worker.protocol.cache_digest import LEASE, DigestsWanted
+from fleet_worker.protocol.cache_digest import LEASE, DigestMessage, DigestsWanted
 from fleet_worker.protocol.registry_event import READINESS, RegistryEvent
 from fleet_worker.registry.view import Registry
+from fleet_worker.router.first_digests import FirstDigests
 from fleet_worker.router.submitter import publish
 
-FIRST_AFTER = 1.0
-"""Seconds from the connection to the first request: then the router knows how many hosts there are."""
+AGAIN_AFTER = 1.0
+"""Seconds from a new connection, after a lost one, to the first request: hosts must find the broker again, too."""
 REPEAT_EVERY = LEASE / 3
 SOONEST = 5.0
 """Seconds between two requests, if only a few hosts have come or gone."""
 FEW = 100
 """Hosts, up to which all publish as often as they may: how many they are makes no difference."""
+LONG_WAIT, SHORT_WAIT = 0.5, 0.02
+"""Seconds of one wait for messages; the short one until the first digests have come, as requests may wait for them."""
 GAP = 0.1
 """Seconds between two reads. One message that is read alone costs three times as much as one of several (measured)."""
 
@@ -48,9 +51,9 @@ class DigestRequests:
         """Nothing was asked since it has connected."""
         self._has_host_come = False
 
-    def connected(self) -> None:
+    def connected(self, *, again: bool = False) -> None:
         """What was published before this connection is missing."""
-        self._is_new, self._due_at = True, self._clock() + FIRST_AFTER
+        self._is_new, self._due_at = True, self._clock() + (AGAIN_AFTER if again else 0.0)
 
     def hear(self, event: RegistryEvent) -> None:
         """Called with each change in the registry, in the thread that receives replies."""
@@ -89,7 +92,9 @@ class DigestConsumer:
     ) -> None:
         self._transport = transport
         self._registry = registry
-        self._take = partial(_take, receive)
+        self._receive = receive
+        self._take = partial(_take, self._hear)
+        self.first = FirstDigests(lambda: registry.hosts)
         self._requests = DigestRequests(lambda: registry.hosts)
         self._unsubscribe: Callable[[], None] = lambda: None
         # That the broker is away is logged by the thread of the replies.
@@ -101,6 +106,7 @@ class DigestConsumer:
 
     def close(self) -> None:
         """Return at once. The thread ends within a second."""
+        self.first.end()
         self._unsubscribe()
         self._thread.close()
 
@@ -112,16 +118,27 @@ class DigestConsumer:
             connection.connection.transport.read_ahead()
         Consumer(channel, [digest_queue(self._transport)], on_message=self._take, no_ack=True).consume()
         receive_all(connection, 0.01)  # only now kombu's Redis transport subscribes
-        self._requests.connected()
+        if not self.first.is_over and not self._registry.wait_for_answers().hosts:
+            self.first.end()  # there is nobody to wait for
+        self._requests.connected(again=self.first.is_over)
         close_idle(channel)
         while not self._thread.closed.is_set():
             if wanted := self._requests.next():
                 publish(Producer(channel), ask_exchange(), wanted.encode())
                 close_idle(channel)
-            receive_all(connection, 0.5)
+                self.first.asked()
+            receive_all(connection, LONG_WAIT if self.first.is_over else SHORT_WAIT)
             check_alive(connection, channel)
             self._thread.works()
-            self._thread.closed.wait(GAP)
+            if self.first.is_over:
+                self._thread.closed.wait(GAP)
+            else:
+                self.first.check()
+
+    def _hear(self, body: bytes) -> None:
+        self._receive(body)
+        if not self.first.is_over:
+            self.first.heard(DigestMessage.decode(body).host)
 
 
 def _take(receive: Callable[[bytes], object], message: Any) -> None:

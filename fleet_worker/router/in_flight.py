@@ -232,7 +232,7 @@ class InFlightRequest:
 
     def _send(self, request: FleetRequest, patience: float) -> None:
         with self._lock:
-            if self._attempts.state != "ended":  # or nothing would tell the route of its end
+            if self._attempts.state != "ended":  # or nothing would end it at the route again
                 self.route.sent()
         with self._queue_watch.sending():
             self._session.submitter.submit(request, self.lane, patience=patience, prefixes=self.route.prefixes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from kombu import Connection
@@ -11,6 +12,7 @@ from fleet_worker.protocol.prompt_prefixes import PromptPrefixes
 from fleet_worker.protocol.reply import Frame, LastFrame
 from fleet_worker.protocol.request import FleetRequest
 from fleet_worker.registry.view import Registry
+from fleet_worker.router import context_length
 from fleet_worker.router.affinity.affinity import Affinity
 from fleet_worker.router.affinity.kept_prompts import KeptPrompts
 from fleet_worker.router.affinity.prefixes import fleet_key
@@ -22,6 +24,11 @@ from fleet_worker.router.submission import Submission
 from fleet_worker.router.submitter import Submitter
 from fleet_worker.router.warm_ups import WarmUps
 from fleet_worker.settings import Settings
+
+LONG_PROMPT = 8_000
+"""Characters: a server reads them for some seconds, and longer than a new router needs to learn what is cached."""
+KNOWN_WITHIN = 1.5
+"""Seconds from the start after which no prompt waits for that."""
 
 
 class PromptCaches:
@@ -46,8 +53,11 @@ class PromptCaches:
         warming = Warming(kept, self.affinity.holders, ready_nodes)
         self._warm_ups = WarmUps(warming, kept, self.affinity.warms, reply_to, submitter, control, scheduler)
         self._digests = DigestConsumer(connect, transport_of(settings.broker_url), registry, self._receive_digests)
+        self._known_at = 0.0
+        """When the first digests are not waited for any longer: time.monotonic() seconds."""
 
     def start(self) -> None:
+        self._known_at = time.monotonic() + KNOWN_WITHIN
         self._digests.start()
         self._warm_ups.start()
 
@@ -55,6 +65,14 @@ class PromptCaches:
         """Return at once; a warm-up that is under way is cancelled."""
         self._digests.close()
         self._warm_ups.close()
+
+    def wait_until_known(self, asked: Submission, deadline: float) -> None:
+        """Wait until nodes have told a new router what they hold, if the prompt is long and may go to any of them."""
+        left = min(self._known_at, deadline) - time.monotonic()
+        if left <= 0 or asked.node or asked.request.provider_instance != "any":
+            return
+        if context_length.characters(asked.request) >= LONG_PROMPT:
+            self._digests.first.wait(left)
 
     def prefixes(self, asked: Submission) -> PromptPrefixes | None:
         """Return the ids of the beginnings of its prompt; None for what has none."""

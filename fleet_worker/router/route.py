@@ -39,7 +39,6 @@ class Route:
         self._target: str | None = None
         """The node that the router has chosen for the present attempt."""
         self._has_token = False
-        self._is_over = False
         self._failed: frozenset[str] = frozenset()
         """Nodes on which earlier attempts failed."""
         self._left: set[str] = set()
@@ -78,13 +77,15 @@ class Route:
             self._target = self._placement.node
 
     def _place(self, request: FleetRequest, affinity: Affinity, blamed: bool) -> Placement:
+        """Ask affinity; but what a chosen node did not take goes to the shared lane, unless a node there is to be
+        avoided."""
         avoided = {*self._failed, *self._nodes.unable(request)}
         if self._placement and self._left and not avoided:
             return dataclasses.replace(self._placement, node=None)
         return affinity.place(request, self.prefixes or PromptPrefixes(), avoided | self._left, blamed=blamed)
 
     def leave(self) -> bool:
-        """The chosen node does not take it: `choose` no more. Return False if none was chosen."""
+        """The chosen node does not take it: `choose` another way from now on. Return False if none was chosen."""
         if self._target is not None:
             self._left.add(self._target)
         return self._target is not None
@@ -111,14 +112,12 @@ class Route:
         """Return whether there is a ready node besides this one, and those that failed or did not take it."""
         return bool(self._nodes.ready(request.model, request.operation) - {node, *self._failed, *self._left})
 
-    # What affinity learns
+    # --- What affinity learns ---
 
     def sent(self) -> None:
         self._has_token = False
         if self._affinity and self._placement:
             self._affinity.sent(self._id, self._placement)
-            if self._is_over:  # another thread has given it up meanwhile
-                self._affinity.ended(self._id, None, None)
 
     def accepted(self, node: str) -> None:
         if self._affinity:
@@ -131,7 +130,6 @@ class Route:
 
     def ended(self, frame: LastFrame) -> LastFrame:
         """Return the last frame; that of an answer tells what became of the cached prompt."""
-        self._is_over = True
         if self._affinity is None:
             return frame
         if not isinstance(frame, ChatResponse):

@@ -126,6 +126,8 @@ class Session:
             return joined
         patience = self.require_broker(deadline - time.monotonic())
         self._require_possible(asked)
+        if self._prompt_caches:
+            self._prompt_caches.wait_until_known(asked, deadline)
         left = deadline - time.monotonic()
         request = request.addressed_to(self.replies.name, left)
         route = self._route(asked, request)
@@ -180,7 +182,7 @@ class Session:
         self.nodes.require_soon(request, node, asked.max_wait)
 
     def ended(self, request_id: str, last: LastFrame) -> None:
-        """This request needs no more frames after its last one."""
+        """Forget a request that has ended with this frame."""
         self._requests.pop(request_id, None)
         if self._prompt_caches:
             self._prompt_caches.ended(request_id, last)

@@ -97,7 +97,7 @@ class WarmUps:
     # --- What nodes tell ---
 
     def heard(self, digest: CacheDigest) -> None:
-        """Take a digest. A prompt that the node is reading is not among those that it holds, and yet nowhere warmer."""
+        """Take a digest. It does not name a prompt that is still being read: what was sent there is noted again."""
         for sent in tuple(self._sent.values()):
             warm_up = sent.warm_up
             if warm_up.is_accepted and (warm_up.node, warm_up.epoch) == (digest.node, digest.epoch):

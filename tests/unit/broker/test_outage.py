@@ -6,20 +6,14 @@ import pytest
 from redis.exceptions import NoPermissionError
 
 from fleet_worker.broker.outage import LOGGED_EVERY, REFUSED_BACK_OFF, STEADY_AFTER, STEADY_AFTER_REFUSAL, Outage
+from tests.clock import Clock
 
 AWAY, REFUSED = ConnectionResetError(), NoPermissionError("No permissions to access a channel")
 
 
-class Clock:
-    now = 100.0
-
-    def __call__(self):
-        return self.now
-
-
 @pytest.fixture
 def clock():
-    return Clock()
+    return Clock(100.0)
 
 
 @pytest.fixture

@@ -20,21 +20,14 @@ from fleet_worker.gateway.accounts.key import ANYONE, Key
 from fleet_worker.gateway.accounts.quota_texts import QuotaExceeded
 from fleet_worker.gateway.accounts.quotas import Quotas
 from tests.brokers import Valkey
+from tests.clock import Clock
 
 NOON = calendar.timegm((2026, 12, 31, 12, 0, 0))
 
 
-class Clock:
-    def __init__(self, now=NOON):
-        self.now = now
-
-    def __call__(self):
-        return self.now
-
-
 @pytest.fixture
 def clock():
-    return Clock()
+    return Clock(NOON)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from fleet_worker.broker.door import Refused
 from fleet_worker.protocol.cache_digest import LEASE, CacheDigest, DigestMessage, DigestsWanted
 from fleet_worker.registry import digests as module
 from fleet_worker.registry.digests import DigestPace, DigestPublisher
+from tests.clock import Clock
 from tests.mlx_clients import until
 
 IDLE = [CacheDigest(node="local@mini", slots=4, running=0)]
@@ -18,16 +19,9 @@ BUSY = [CacheDigest(node="local@mini", slots=4, running=1)]
 NEVER = math.inf
 
 
-class Clock:
-    now = 1_000.0
-
-    def __call__(self):
-        return self.now
-
-
 @pytest.fixture
 def clock():
-    return Clock()
+    return Clock(1_000.0)
 
 
 @pytest.fixture

@@ -9,12 +9,13 @@ from fleet_worker.broker.app import create_app, door_of
 from fleet_worker.broker.connection import receive
 from fleet_worker.broker.door import Refused
 from fleet_worker.broker.topology import ask_queue, digest_exchange
-from fleet_worker.protocol.cache_digest import DigestsWanted
+from fleet_worker.protocol.cache_digest import DigestMessage, DigestsWanted
 from fleet_worker.protocol.registry_event import RegistryEvent
 from fleet_worker.protocol.status import InstanceStatus
 from fleet_worker.registry.view import Registry
 from fleet_worker.router import digest_consumer as module
 from fleet_worker.router.digest_consumer import DigestConsumer, DigestRequests
+from fleet_worker.router.first_digests import ANSWERED_WITHIN
 from fleet_worker.router.submitter import publish
 from fleet_worker.settings import Settings
 from fleet_worker.testing import embedded_broker
@@ -28,7 +29,7 @@ class Router:
         self.clock = Clock()
         self.hosts = 3
         self.requests = DigestRequests(lambda: self.hosts, self.clock)
-        self.requests.connected()
+        self.requests.connected(again=True)
 
     def wait(self, seconds):
         """Return the requests that are sent meanwhile."""
@@ -51,7 +52,13 @@ def router():
     return Router()
 
 
-def test_it_asks_a_second_after_it_has_connected_and_then_every_30(router):
+def test_a_new_router_asks_at_once():
+    router = Router()
+    router.requests.connected()
+    assert router.requests.next() == DigestsWanted(v=1, hosts=3, seconds=90.0, at_once=True)
+
+
+def test_it_asks_a_second_after_it_has_connected_again_and_then_every_30(router):
     assert router.requests.next() is None
     assert router.wait(1) == [DigestsWanted(v=1, hosts=3, seconds=90.0, at_once=True)]
     assert router.wait(29) == []
@@ -60,7 +67,7 @@ def test_it_asks_a_second_after_it_has_connected_and_then_every_30(router):
 
 def test_it_asks_for_all_digests_again_when_it_has_connected_again(router):
     router.wait(1)
-    router.requests.connected()
+    router.requests.connected(again=True)
     assert [each.at_once for each in router.wait(5)] == [True]
 
 
@@ -110,7 +117,7 @@ def app():
 @pytest.fixture
 def start(app, monkeypatch):
     """Start a consumer with this function; it asks as soon as it is connected."""
-    monkeypatch.setattr(module, "FIRST_AFTER", 0.0)
+    monkeypatch.setattr(module, "AGAIN_AFTER", 0.0)
     monkeypatch.setattr(module, "GAP", 0.01)
     started = []
 
@@ -166,3 +173,56 @@ def test_after_a_lost_connection_it_asks_for_all_of_them_again(app, start):
             if each["id"] not in others:
                 client.client_kill_filter(_id=each["id"])
         assert next_request().at_once
+
+
+# --- A new router waits for it
+
+
+@pytest.fixture
+def told(app):
+    """A consumer of a registry that knows two hosts, and a function with which one of these tells its digests."""
+    registry, taken = Registry(), queue.SimpleQueue()
+    for host in ("mini-1", "mini-2"):
+        say(registry, became("available"), host=host)
+    consumer = DigestConsumer(app.connection_for_read, "redis", registry, taken.put)
+
+    def tell(host):
+        with app.connection_for_write() as connection:
+            publish(
+                connection.Producer(), digest_exchange(), DigestMessage(v=1, host=host, interval=1, digests=[]).encode()
+            )
+        taken.get(timeout=5)
+
+    with app.connection_for_read() as connection, connection.channel() as channel:
+        asked = queue.SimpleQueue()
+        with Consumer(channel, [ask_queue("redis")], on_message=lambda each: asked.put(each.body), no_ack=True):
+            receive(connection, 0.01)
+            consumer.start()
+            receive(connection, 5)
+            assert DigestsWanted.decode(asked.get_nowait()) == DigestsWanted(v=1, hosts=2, seconds=90.0, at_once=True)
+            yield consumer, tell
+    consumer.close()
+    consumer._thread.close(5)
+
+
+def test_the_first_round_is_over_when_all_hosts_have_told(told):
+    consumer, tell = told
+    consumer.first._due_at += 60
+    for host in ("mini-1", "mini-1"):
+        tell(host)
+    assert not consumer.first.wait(0.1)
+    tell("mini-2")
+    assert consumer.first.wait(5)
+
+
+def test_a_host_that_tells_nothing_is_not_waited_for_for_long(told):
+    consumer, tell = told
+    consumer.first._due_at -= ANSWERED_WITHIN - 0.2
+    tell("mini-1")
+    assert consumer.first.wait(5)
+
+
+def test_nobody_waits_for_a_consumer_that_is_closed():
+    consumer = DigestConsumer(lambda: None, "redis", Registry(), print)
+    consumer.close()
+    assert consumer.first.wait(5)

@@ -228,14 +228,6 @@ def test_affinity_forgets_a_request_that_failed(route, warm):
     assert warm.told == [("ended", None, None)]
 
 
-def test_a_request_that_was_given_up_while_it_was_sent_counts_nowhere():
-    warm = Warm()
-    route = Route(request(), None, Nodes(), warm, PREFIXES)
-    route.ended(failure(0, DOWN))
-    route.sent()
-    assert warm.told[-1] == ("ended", None, None)
-
-
 @pytest.mark.parametrize(
     ("wait", "max_wait", "admitted"), [(5.0, None, ["a"]), (5.0, 5.0, ["a"]), (5.0, 4.9, [None]), (0.0, 0.0, ["a"])]
 )

@@ -1,17 +1,12 @@
 import pytest
 
 from fleet_worker.node.prompt_cache.prefills import Prefills
+from tests.clock import Clock
 
 
 @pytest.fixture
 def clock():
-    class Clock:
-        now = 100.0
-
-        def __call__(self):
-            return self.now
-
-    return Clock()
+    return Clock(100.0)
 
 
 def test_what_is_left_gets_less_as_the_server_reads(clock):

@@ -10,6 +10,7 @@ from fleet_worker.node.prompt_cache.prompt_cache import PromptCache
 from fleet_worker.protocol.cache_digest import USUAL_PREFILL_SPEED, CacheDigest
 from fleet_worker.protocol.prompt_prefixes import MOST_PREFIXES, PromptPrefixes
 from fleet_worker.protocol.reply import Usage
+from tests.clock import Clock
 
 BYTES = 4_000
 """Of each message."""
@@ -17,16 +18,9 @@ TOKENS = 1_000
 """Of each message: the simulated tokenizer takes four bytes for a token."""
 
 
-class Clock:
-    now = 50.0
-
-    def __call__(self):
-        return self.now
-
-
 @pytest.fixture
 def clock():
-    return Clock()
+    return Clock(50.0)
 
 
 @pytest.fixture

@@ -9,18 +9,12 @@ from fleet_worker.node.prompt_cache.troubles import (
     Troubles,
 )
 from fleet_worker.protocol.status import CacheTrouble
-
-
-class Clock:
-    now = 5.0
-
-    def __call__(self):
-        return self.now
+from tests.clock import Clock
 
 
 @pytest.fixture
 def clock():
-    return Clock()
+    return Clock(5.0)
 
 
 @pytest.fixture
