@@ -154,8 +154,7 @@ class Affinity:
             candidates = lane.candidates(cached, failed, now)
             if blamed:
                 candidates = [each for each in candidates if each.cached < work.tokens] or candidates
-            mean_cached = sum(cached.values()) / max(1, len(lane.names))
-            choice = choose(candidates, work, mean_cached, tie=self._rng.random, must=must)
+            choice = choose(candidates, work, lane.mean(cached), tie=self._rng.random, must=must)
         return Placement(
             node=choice.node,
             prefixes=prefixes,

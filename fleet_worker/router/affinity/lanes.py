@@ -55,6 +55,10 @@ class LaneNodes:
     def loads(self) -> Iterator[NodeLoad]:
         return itertools.chain.from_iterable(each.loads for each in self.classes)
 
+    def mean(self, cached: Mapping[str, int]) -> float:
+        """Return how many tokens a node has cached on average; `cached` names those that have any."""
+        return sum(cached.values()) / max(1, len(self.names))
+
     def is_even_for(self, work: Work) -> bool:
         """Return whether no choice saves anything: the prompt is short, and all nodes are about equally fast."""
         if len(self.classes) != 1:
