@@ -1,6 +1,7 @@
 import socket
 import threading
 from contextlib import closing, contextmanager
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from fleet_worker import FleetSaturated, Settings
 from fleet_worker.broker.app import create_app
 from fleet_worker.broker.queue_depth import MOST_LANES
 from fleet_worker.broker.topology import direct_lane, lane, transport_of
+from fleet_worker.errors import Cancelled
 from fleet_worker.router import admission as admission_module
 from fleet_worker.router.admission import Admission
 from fleet_worker.router.submitter import Submitter
@@ -236,6 +238,25 @@ def test_what_was_overtaken_does_not_wait_in_its_lane(told):
     told.depths[LANE] = None
     told.now += 1
     assert told.is_queued(LANE, "normal", 1008.0, 1.0) is None
+
+
+def test_a_broker_that_gave_no_answer_is_not_asked_about_every_lane(told, monkeypatch):
+    asked = []
+
+    @contextmanager
+    def silent(timeout):
+        asked.append(timeout)
+        raise Cancelled("no answer")
+        yield
+
+    monkeypatch.setattr(told, "_producer", silent)
+    monkeypatch.setattr(told, "_ask_broker", partial(Admission._ask_broker, told))
+    for node in range(100):
+        assert told.is_queued(f"llm.fleet.node.{node}", "normal", told.now, 0.5) is None
+    assert asked == [0.5]
+    told.now += 1
+    told.is_queued(LANE, "normal", told.now, 0.5)
+    assert asked == [0.5, 0.5]
 
 
 def test_not_more_lanes_are_remembered_than_are_good(told):
