@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from fleet_worker.broker.topology import direct_lane
 from fleet_worker.errors import FleetError
@@ -103,7 +104,7 @@ class WarmUps:
             if warm_up.is_accepted and (warm_up.node, warm_up.epoch) == (digest.node, digest.epoch):
                 self._warms(warm_up.node, warm_up.prompt.prefixes)
         if self._warming.heard(digest, time.monotonic()):
-            self._scheduler.soon(self._send_due)
+            self._scheduler.soon(partial(self._send_due, digest.node))
 
     def receive(self, node: str, frame: Frame) -> bool:
         """Take a frame of a request that this has sent; return False if it is none, or not wanted any more."""
@@ -140,8 +141,9 @@ class WarmUps:
                 self._end(request_id, "failed", cancel=True)
         self._send_due()
 
-    def _send_due(self) -> None:
-        for warm_up in self._warming.due(time.monotonic()):
+    def _send_due(self, only: str | None = None) -> None:
+        """`only`: the node of which something was heard. All of them would take too long after each digest."""
+        for warm_up in self._warming.due(time.monotonic(), only):
             self._send(warm_up)
 
     def _send(self, warm_up: WarmUp) -> None:
@@ -166,4 +168,4 @@ class WarmUps:
         if cancel:
             self._control.tell(request_id, CancelOrphan(sent.warm_up.node, 1))
         self._warming.ended(sent.warm_up, outcome, time.monotonic())
-        self._scheduler.soon(self._send_due)
+        self._scheduler.soon(partial(self._send_due, sent.warm_up.node))

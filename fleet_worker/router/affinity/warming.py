@@ -114,9 +114,9 @@ class Warming:
             current.digest, current.not_before = digest, 0.0
             return not current.is_over
 
-    def due(self, now: float) -> Iterator[WarmUp]:
-        """Yield what is to be sent now. Each of these must be `ended` at some time."""
-        for node in list(self._rounds):
+    def due(self, now: float, only: str | None = None) -> Iterator[WarmUp]:
+        """Yield what is to be sent now, to all nodes or to one. Each of these must be `ended` at some time."""
+        for node in list(self._rounds) if only is None else [only]:
             with self._lock:
                 current = self._rounds.get(node)
                 next_one = self._next(node, current, now) if current else None

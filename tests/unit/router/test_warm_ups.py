@@ -215,3 +215,12 @@ def test_a_request_that_failed_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> N
 def test_what_is_old_is_forgotten_without_any_traffic(router: Router) -> None:
     router.wait(KEPT_FOR)
     assert len(router.kept) == 0
+
+
+def test_a_digest_makes_its_own_node_be_looked_at_and_no_other(router: Router, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: list[str | None] = []
+    monkeypatch.setattr(router.warming, "due", lambda now, only=None: looked_at.append(only) or [])
+    router.lose_cache(epoch=3)
+    assert looked_at == [A]
+    router.wait(1.0)
+    assert looked_at == [A, None]
