@@ -6,6 +6,8 @@ from fleet_worker.protocol.reply import CacheOutcome, Usage
 
 USEFUL = 0.1
 """The share of a prompt from which it counts that a node holds it."""
+FEW = 64
+"""Tokens that are read so soon that it does not matter where they are cached."""
 
 
 def outcome_of(usage: Usage, *, best: int, held: int, tokens: int) -> CacheOutcome | None:
@@ -20,4 +22,6 @@ def outcome_of(usage: Usage, *, best: int, held: int, tokens: int) -> CacheOutco
     half = best / tokens / 2
     if usage.cached_tokens / usage.prompt_tokens >= half:
         return "hit"
+    if best < FEW:
+        return "cold"
     return "miss" if held / tokens >= half else "moved"
