@@ -71,14 +71,15 @@ def minis(broker_url: str, count: int, *, slots: int = 4, **server: Any) -> Iter
 
 
 @contextmanager
-def routers(fleet: Minis, count: int, **settings: Any) -> Iterator[list[Router]]:
+def routers(fleet: Minis, count: int, settle: float = DIGESTS_WITHIN, **settings: Any) -> Iterator[list[Router]]:
+    """Connect so many routers, and give them some seconds to hear of all nodes."""
     with ExitStack() as stack:
         made = [
             stack.enter_context(Router(Settings(broker_url=fleet.broker_url, router=settings))) for _ in range(count)
         ]
         for router in made:
             router.registry.wait_for(fleet.model, 10)
-        time.sleep(DIGESTS_WITHIN)
+        time.sleep(settle)
         yield made
 
 

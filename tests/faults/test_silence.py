@@ -150,6 +150,7 @@ def test_a_frozen_broker_is_noticed_and_costs_no_frame(broker, caplog):
         stream.goes_on_within(NOTICED_WITHIN)
 
 
+@pytest.mark.rest
 def test_a_node_whose_network_was_cut_hears_cancels_again(broker, relay):
     cancelled = queue.SimpleQueue()
     app = app_of(relay.url)

@@ -97,6 +97,7 @@ def test_a_broker_that_is_frozen_for_a_moment_has_one_copy_then(broker, waiting)
     assert sorted(waiting.copies()) == sorted(sent)
 
 
+@pytest.mark.rest
 def test_a_broker_that_stays_frozen_is_given_up(broker, waiting):
     """By more threads than there are connections, too."""
     with frozen(broker), ThreadPoolExecutor(24) as pool:

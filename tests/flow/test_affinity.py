@@ -19,7 +19,7 @@ def fleet(broker):
 
 @pytest.fixture
 def warm(fleet):
-    with routers(fleet, 2) as made:
+    with routers(fleet, 2, settle=0.0) as made:
         yield made
 
 

@@ -141,7 +141,6 @@ def test_a_message_that_vanished_is_missed_in_a_lane_that_is_never_empty(node, m
         assert [each.result(20) for each in crowds] == [None] * 3
 
 
-@pytest.mark.both_brokers
 def test_what_other_routers_send_counts_too(unchecked, admission_of):
     model = f"m-{uuid.uuid4().hex[:8]}"
     admission, name = admission_of(4), lane("chat", model)

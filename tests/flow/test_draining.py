@@ -136,6 +136,7 @@ def test_a_host_means_all_its_nodes_and_they_stay_drained_through_a_reload_and_a
     assert isinstance(caller.last(waiting), ChatResponse)
 
 
+@pytest.mark.rest
 def test_who_does_not_answer_is_named(run):
     code, said, error = run("drain", "three@mini", "one@mini")
     assert (code, said.split()[0]) == (69, "one@mini")

@@ -300,6 +300,7 @@ def test_a_server_that_serves_nothing_is_a_matter_of_configuration(configured):
         assert_gave_up(run(WORKERS[0]), 78, "[instances.local.models]")
 
 
+@pytest.mark.rest
 def test_a_listed_model_that_does_not_do_what_the_instance_is_for_is_named(configured, mlx):
     fleet = {"enabled": True, "respond_to_requests": True, "capabilities": ["chat"]}
     configured(local={"base_url": mlx.base_url, "fleet": fleet, "models": {"bge-talks": {}}})

@@ -190,6 +190,7 @@ def test_a_configuration_that_cannot_be_used_is_told_first(text, word, configure
     assert found[-1][0] == "warning"
 
 
+@pytest.mark.rest
 def test_a_router_has_a_warning_only(configured, broker_url):
     configured("[router]\ntimeout = 60.0")
     code, found = findings()

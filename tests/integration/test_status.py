@@ -228,6 +228,7 @@ def answering_hosts(url, pauses):
         thread.join(WITHIN)
 
 
+@pytest.mark.rest
 def test_without_a_registry_node_the_lanes_are_shown_all_the_same():
     with guarded_broker() as (_, url), Router(Settings(broker_url=url)) as router, waiting_request(router):
         text, in_json = at_once([url], [url, "--json"])
