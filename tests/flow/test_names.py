@@ -36,7 +36,7 @@ def test_models_whose_names_look_alike_never_get_each_others_requests(broker):
 @pytest.mark.rest
 def test_a_node_serves_the_lanes_of_routers_that_are_not_updated_yet_if_it_is_told_to(broker, monkeypatch):
     from fleet_worker.broker import topology
-    from fleet_worker.router import in_flight
+    from fleet_worker.router import route
 
     with (
         SimulatedMLX(models=["Qwen/Qwen3-8B"]) as mlx,
@@ -46,7 +46,7 @@ def test_a_node_serves_the_lanes_of_routers_that_are_not_updated_yet_if_it_is_to
         Router(Settings(broker_url=broker.url)) as router,
     ):
         assert router.chat("Qwen/Qwen3-8B", HELLO, max_tokens=1, timeout=20).node == "sim@test"
-        monkeypatch.setattr(in_flight, "lane", topology.old_lane)
+        monkeypatch.setattr(route, "lane", topology.old_lane)
         assert router.chat("Qwen/Qwen3-8B", HELLO, max_tokens=1, timeout=20).node == "sim@test"
 
 
