@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console, ConsoleOptions, JustifyMethod, RenderableType
 from rich.table import Table
@@ -39,14 +39,20 @@ def count(number: int, noun: str) -> str:
 
 
 class Listing:
-    """Rows of cells: a table, or a paragraph for each row where a table does not fit. Nothing is cut off."""
+    """Rows of cells: a table, or a paragraph for each row where a table does not fit. No cell is cut off."""
 
     def __init__(
-        self, *headers: str, numbers: tuple[str, ...] = (), whole: tuple[str, ...] = (), fits: int = FITS_A_TABLE
+        self,
+        *headers: str,
+        numbers: tuple[str, ...] = (),
+        whole: tuple[str, ...] = (),
+        spare: tuple[str, ...] = (),
+        fits: int = FITS_A_TABLE,
     ) -> None:
         """`numbers` names the columns to align to the right, `whole` those that are never folded. A terminal of at
-        least `fits` columns gets a table."""
+        least `fits` columns gets a table; without the `spare` columns, one after the other, if it is too wide."""
         self._fits = fits
+        self._spare = spare
         self._headers = headers
         self._numbers = numbers
         self._whole = whole
@@ -57,19 +63,29 @@ class Listing:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         if options.max_width >= self._fits:
-            yield self._table()
+            yield self._widest_table(console, options)
         else:
             for row in self._rows:
                 yield from self._paragraph(row)
 
-    def _table(self) -> Table:
+    def _widest_table(self, console: Console, options: ConsoleOptions) -> Table:
+        """Return the table with all columns that fit; if even the spare ones make no difference, what is long is
+        folded."""
+        table = self._table(self._headers)
+        for number in range(1, len(self._spare) + 1):
+            if console.measure(table, options=options.update(max_width=UNLIMITED)).maximum <= options.max_width:
+                break
+            table = self._table([each for each in self._headers if each not in self._spare[:number]])
+        return table
+
+    def _table(self, headers: Sequence[str]) -> Table:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-        for header in self._headers:
+        for header in headers:
             justify: JustifyMethod = "right" if header in self._numbers else "left"
             name = header.replace(" ", "\n") if header in self._numbers else header
             table.add_column(name, justify=justify, no_wrap=header in self._whole, overflow="fold")
         for row in self._rows:
-            table.add_row(*row)
+            table.add_row(*(each for header, each in zip(self._headers, row, strict=True) if header in headers))
         return table
 
     def _paragraph(self, row: tuple[Text, ...]) -> Iterator[RenderableType]:

@@ -117,7 +117,7 @@ def _summary(snapshot: Snapshot) -> Iterator[Text]:
 def _instances(snapshot: Snapshot) -> Iterator[RenderableType]:
     figures = ("used", "free", "tok/s", "from cache", "last token")
     headers = ("node", "status", "models", *figures, "server", "version")
-    listing = Listing(*headers, numbers=figures, whole=("status",), fits=INSTANCES_FIT)
+    listing = Listing(*headers, numbers=figures, whole=("status",), spare=("version", "server"), fits=INSTANCES_FIT)
     for each in snapshot.instances:
         models = (
             offered.model if offered.ready or not each.ready else f"{offered.model} (not there)"
