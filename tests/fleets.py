@@ -268,7 +268,7 @@ def conversation(of: object) -> list[dict[str, str]]:
     return [{"role": "user", "content": f"What is to be said about {of}?"}]
 
 
-def until(true: Callable[[], object], seconds: float = 20.0) -> float:
+def until(true: Callable[[], object], seconds: float = 10.0) -> float:
     """Wait until it is true; return the seconds that it took."""
     started = time.monotonic()
     while not true():

@@ -138,7 +138,7 @@ def took_less_than(seconds):
     assert time.monotonic() - started < seconds
 
 
-def until(true, seconds=20.0):
+def until(true, seconds=5.0):
     """Wait until it is true."""
     ends = time.monotonic() + seconds
     while not true():

@@ -48,7 +48,7 @@ def fleet(broker):
 def router(broker, fleet):
     with Router(Settings(broker_url=broker.url, router={"lost_after": 2.0})) as router:
         fleet.wait_until_ready(router, fleet.servers)
-        until(lambda: idle(fleet))
+        until(lambda: idle(fleet), 5)
         yield router
 
 
@@ -85,12 +85,12 @@ def test_what_nobody_reads_any_more_is_not_generated_a_second_later(fleet, route
         until(lambda: sum(server.running for server in fleet.servers.values()) == 2 * SLOTS)
         for stream in reversed(streams):  # those that wait first: else a slot would be free for them
             leave(stream)
-        took.append(until(lambda: idle(fleet)))
+        took.append(until(lambda: idle(fleet), 5))
         said = generated(fleet)
         time.sleep(0.3)
         assert (generated(fleet), begun(fleet) - before) == (said, 2 * SLOTS)
     print(f"{len(took) * 2 * SLOTS} streams, {broker.name}: their servers stopped within {max(took):.2f} s")
-    assert sorted(took)[(len(took) - 1) // 2] <= CANCEL_WITHIN  # the machine has other work, too
+    assert max(took) <= CANCEL_WITHIN
 
 
 def test_a_request_that_is_cancelled_before_its_first_token_frees_its_slot(fleet, router):

@@ -81,7 +81,7 @@ def test_a_node_killed_at_a_random_token_costs_no_stream_anything_but_a_pause(fl
     told = rounds(fleet, router, draw, lambda name: fleet.nodes[name].kill())
     figures = report(f"node killed {ROUNDS} times, {broker.name}", told)
     assert all(one.identical for one in told), figures
-    assert median_gap(told) <= LOST_AFTER + 2.5, figures
+    assert median_gap(told) <= LOST_AFTER + 1.0, figures
 
 
 @pytest.mark.rest
@@ -89,7 +89,7 @@ def test_a_server_killed_at_a_random_token_costs_no_stream_anything_but_a_pause(
     told = rounds(fleet, router, draw, lambda name: fleet.servers[name].kill())
     figures = report(f"MLX server killed {ROUNDS} times, {broker.name}", told)
     assert all(one.identical for one in told), figures
-    assert median_gap(told) <= LOST_AFTER, figures
+    assert median_gap(told) <= 1.5, figures
 
 
 def last_words(fleet):
@@ -160,7 +160,7 @@ def test_a_frozen_node_is_replaced_and_says_nothing_more_after_it_thaws(broker, 
         assert all(one.identical for one in crowd.told), figures
         assert sorted(len(one.attempts) for one in crowd.told) == [1] * (8 - working) + [2] * working, figures
         fleet.wait_until_ready(router, [victim])
-        until(lambda: fleet.busy() == [])
+        until(lambda: fleet.busy() == [], 5)
 
 
 @pytest.mark.rest

@@ -43,7 +43,7 @@ class Lane:
 
     def gives_up(self, seconds, **options):
         """Within a second more."""
-        with took_less_than(max(seconds + 1, 1.9 * seconds)), pytest.raises(BrokerUnavailable) as caught:
+        with took_less_than(seconds + 1), pytest.raises(BrokerUnavailable) as caught:
             self.send(**options)
         assert caught.value.retryable
         assert f"within {seconds:g} s" in caught.value.message
@@ -111,7 +111,7 @@ def test_a_router_that_is_closed_while_it_sends_waits_for_no_broker(broker, wait
     with frozen(broker), ThreadPoolExecutor(24) as pool:
         calls = [pool.submit(waiting.send, patience=3) for _ in range(24)]
         until(lambda: waiting.session.submitter._slots._value == 0)
-        with took_less_than(2):  # of the three seconds that they have
+        with took_less_than(1):
             waiting.session.close()
         assert {type(call.exception(10)) for call in calls} <= {Cancelled, BrokerUnavailable}
 
@@ -137,7 +137,7 @@ def test_an_answer_that_comes_too_late_is_not_that_of_another_lane(broker, waiti
     admission, empty = waiting.session.admission, lane_at(broker.url)
     waiting.send()
     assert admission.depth(waiting.name) == 1
-    with frozen(broker), took_less_than(4):
+    with frozen(broker), took_less_than(1.5):
         assert admission.depth(waiting.name, timeout=0.4) is None
     assert admission.depth(empty.name, timeout=5) == 0
 

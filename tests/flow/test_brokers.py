@@ -96,7 +96,7 @@ def test_nothing_keeps_a_connection_that_broke(broker):
 def test_a_closed_router_leaves_no_connection_open(broker):
     before = open_files()
     assert from_eight_threads(Settings(broker_url=broker.url)) > before + 4
-    until(lambda: open_files() <= before)
+    until(lambda: open_files() <= before, 5)
 
 
 def from_eight_threads(settings):

@@ -13,7 +13,7 @@ from fleet_worker.protocol.reply import ChatResponse
 from fleet_worker.testing import SimulatedMLX, running_host
 from tests.callers import Caller
 from tests.flow.conftest import work
-from tests.mlx_clients import until
+from tests.mlx_clients import took_less_than, until
 
 ABANDONED_AFTER = 5.0
 IMPATIENT = {"FLEET_WORKER__ABANDONED_AFTER": str(ABANDONED_AFTER)}
@@ -58,21 +58,18 @@ def asked(mlx, text):
 @pytest.mark.both_brokers
 def test_a_cancelled_stream_frees_its_slot_within_a_second_and_its_server_stops(caller, model, mlx):
     before = mlx.generated_after_leave
-    first, took = caller.begin(model), []
-    while len(took) < 3 and min(took, default=1.0) >= 1.0:  # the machine has other work, too
-        second, cancelled = caller.submit(model), time.monotonic()
+    first = caller.begin(model)
+    second = caller.submit(model)
+    with took_less_than(1.0):
         caller.cancel((first, 1))
-        until(lambda second=second: caller.node(second))
-        took.append(time.monotonic() - cancelled)
-        assert caller.last(first).code == "cancelled"
-        assert not caller.last(first).retryable
-        first = second
-    assert min(took) < 1.0
-    mlx.wait_for(lambda mlx: any(request.disconnected for request in work(mlx)))
-    caller.cancel((first, 1), node="one@test")
+        until(lambda: caller.node(second))
     assert caller.last(first).code == "cancelled"
-    mlx.wait_for(lambda mlx: mlx.counters["running"] == 0)
-    assert mlx.generated_after_leave - before < 50 * (len(took) + 1)  # a second
+    assert not caller.last(first).retryable
+    mlx.wait_for(lambda mlx: any(request.disconnected for request in work(mlx)), 1)
+    caller.cancel((second, 1), node="one@test")
+    assert caller.last(second).code == "cancelled"
+    mlx.wait_for(lambda mlx: mlx.counters["running"] == 0, 1)
+    assert mlx.generated_after_leave - before < 20
 
 
 def test_a_cancelled_request_that_waits_in_its_lane_never_starts(caller, model, mlx):

@@ -82,13 +82,11 @@ def test_a_lane_that_was_deleted_is_joined_again_within_a_second_and_what_runs_g
     with running_node(broker.url, "kept@test", base_url=mlx.base_url, **slots) as node, mlx.held(at_token=3):
         with router.stream_chat(model, HELLO, max_tokens=5, timeout=30) as stream:
             next(stream)
-            took = []
-            while len(took) < 3 and min(took, default=1.0) >= 1.0:  # the machine has other work, too
-                before, deleted = len(node.lines), time.monotonic()
-                broker.delete_queue(lane("chat", model))
-                until(lambda before=before: "Started consuming" in "".join(list(node.lines)[before:]), 10)
-                took.append(time.monotonic() - deleted)
-            assert min(took) < 1.0
+            before = len(node.lines)
+            broker.delete_queue(lane("chat", model))
+            deleted = time.monotonic()
+            until(lambda: any("Started consuming" in line for line in list(node.lines)[before:]), 10)
+            assert time.monotonic() - deleted < 1.0
             mlx.release()
             assert router.chat(model, HELLO, max_tokens=1, timeout=10).node == "kept@test"
             list(stream)

@@ -38,13 +38,10 @@ def test_a_request_for_a_model_whose_instances_are_all_away_says_since_when(host
         until(lambda: router.registry.offerings(model, ready=False), 10)
         went = time.monotonic()
         time.sleep(1)
-        with (
-            took_less_than(9),
-            pytest.raises(QueueTimeout, match="nobody has served chat of that model for") as caught,
-        ):
+        with took_less_than(4), pytest.raises(QueueTimeout, match="nobody has served chat of that model for") as caught:
             router.chat(model, HELLO, timeout=60)
         assert 2 <= caught.value.metadata["away_for"] <= time.monotonic() - went + 2
-        with took_less_than(9), pytest.raises(QueueTimeout):
+        with took_less_than(3), pytest.raises(QueueTimeout):
             list(router.stream_chat(model, HELLO, timeout=60, queue_timeout=0.3))
         mlx.restart()
         assert router.chat(model, HELLO, max_tokens=1, timeout=20, queue_timeout=20).node == "one@test"
@@ -57,7 +54,7 @@ def test_a_lane_that_is_too_slow_is_left_and_its_work_never_starts(host, mlx, br
         router.registry.wait_for(model, 10)
         with mlx.held(at_token=1), router.stream_chat(model, HELLO, max_tokens=5, timeout=60) as running:
             next(running)
-            with took_less_than(9), pytest.raises(QueueTimeout, match="busy") as caught:
+            with took_less_than(3), pytest.raises(QueueTimeout, match="busy") as caught:
                 router.chat(model, HELLO, timeout=60, queue_timeout=0.5)
             assert caught.value.metadata["away_for"] == 0.0
             mlx.release()

@@ -96,7 +96,7 @@ def test_a_model_that_nobody_offers_fails_at_once(router, servers):
     started = time.monotonic()
     with pytest.raises(ModelUnavailable, match="both") as caught:
         ask(router, "bath")
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 2
     assert caught.value.metadata["nearest"] == ["both"]
     for options in ({"model": "first", "instance": "two"}, {"model": "nothing-like-it"}):
         with pytest.raises(ModelUnavailable):
@@ -210,12 +210,9 @@ def test_only_the_lanes_of_a_model_that_is_gone_are_left(router, servers):
 
 
 def test_the_figures_of_this_moment_can_be_asked_for(router):
-    """Most of six times within half a second: the beat of one second alone would not do that."""
+    """Six times within half a second: the beat of one second alone would not do that."""
     wait_until(lambda: statuses(router) == {"one": "available", "two": "available"})
-    took = []
     for _ in range(6):
         before = time.monotonic()
         router.registry.refresh()
-        heard = wait_until(lambda before=before: min(each.heard_at for each in router.registry.instances()) > before)
-        took.append(heard)
-    assert sorted(took)[3] < 0.5
+        wait_until(lambda before=before: min(state.heard_at for state in router.registry.instances()) > before, 0.5)

@@ -58,7 +58,7 @@ def counted(connections):
 @pytest.mark.rest
 def test_a_router_holds_four_connections_and_one_for_each_thread_that_submits(connections, unchecked):
     model = f"m-{uuid.uuid4().hex[:8]}"
-    until(lambda: len(connections()) <= IDLE)
+    until(lambda: len(connections()) <= IDLE, 5)
     with counted(connections) as counts, ThreadPoolExecutor(THREADS) as pool:
 
         def submit_for_a_while(_):
@@ -77,7 +77,7 @@ def test_a_router_holds_four_connections_and_one_for_each_thread_that_submits(co
 def test_no_connection_is_opened_for_each_request(connections, unchecked):
     model = f"m-{uuid.uuid4().hex[:8]}"
     submit(unchecked, model)
-    until(lambda: len(connections()) <= IDLE + 1)
+    until(lambda: len(connections()) <= IDLE + 1, 5)
     before = connections()
     for _ in range(50):
         submit(unchecked, model)

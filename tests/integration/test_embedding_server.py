@@ -196,12 +196,13 @@ def test_an_unknown_route_is_refused_in_the_same_shape(
 
 def test_health_answers_and_abandoned_work_ends(client: httpx.Client) -> None:
     """A request for minutes of work blocks neither /health nor, once its client has left, the next request."""
-    with httpx.Client(base_url=client.base_url, trust_env=False, timeout=4) as impatient:
+    with httpx.Client(base_url=client.base_url, trust_env=False, timeout=1.5) as impatient:
         thread = threading.Thread(target=lambda: _until_timeout(impatient, input=[LONG_TEXT] * 2048))
         thread.start()
         time.sleep(0.5)  # the work has begun
+        started = time.monotonic()
         assert client.get("/health").json() == {"status": "ok"}
-        assert thread.is_alive()  # it waits for its answer
+        assert time.monotonic() - started < 1
         thread.join()
 
     started = time.monotonic()
@@ -212,15 +213,13 @@ def test_health_answers_and_abandoned_work_ends(client: httpx.Client) -> None:
 def test_a_reused_connection_is_not_delayed(client: httpx.Client) -> None:
     """TCP_NODELAY is on: without it each answer on a reused connection waits 40 ms for an acknowledgement."""
     with httpx.Client(base_url=client.base_url, trust_env=False) as fresh:
-        medians = []
-        while len(medians) < 5 and min(medians, default=0.035) >= 0.035:  # the machine has other work, too
-            times = []
-            for _ in range(20):
-                started = time.monotonic()
-                fresh.get("/v1/models")
-                times.append(time.monotonic() - started)
-            medians.append(sorted(times)[10])
-    assert min(medians) < 0.035
+        times = []
+        for _ in range(20):
+            started = time.monotonic()
+            fresh.get("/v1/models")
+            times.append(time.monotonic() - started)
+    assert min(times[1:]) < 0.02
+    assert sorted(times)[10] < 0.035
 
 
 def test_texts_are_never_logged(server: tuple[httpx.Client, ChildProcess]) -> None:

@@ -90,7 +90,7 @@ def test_a_client_that_leaves_stops_its_answer(gateway, mlx, stream, at_token):
             with Wire(urlsplit(gateway.url).port) as wire:
                 wire.send(post(body))
                 mlx.wait_for(lambda mlx: mlx.counters["running"] == 1)
-            mlx.wait_for(lambda mlx: mlx.counters["running"] == 0)
+            mlx.wait_for(lambda mlx: mlx.counters["running"] == 0, timeout=1)
 
 
 def test_a_client_that_leaves_while_it_waits_never_reaches_a_server(gateway, mlx, http):

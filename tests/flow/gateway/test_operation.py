@@ -150,7 +150,7 @@ def test_what_runs_too_long_ends_with_an_error(fleet, mlx):
             assert b"[DONE]" not in first + events
             assert other.answer().status == 503
         assert gateway.wait(5) == 0
-        mlx.wait_for(lambda mlx: mlx.counters["running"] == 0)
+        mlx.wait_for(lambda mlx: mlx.counters["running"] == 0, timeout=1)
 
 
 def test_keys_are_read_again_while_streams_run(fleet, mlx, tmp_path):
@@ -260,8 +260,10 @@ def test_without_a_broker_all_is_refused_until_it_comes(mlx, monkeypatch):
                 until(lambda: httpx.get(f"{gateway.url}/health/readiness").status_code == 200, 15)
                 assert httpx.post(f"{gateway.url}/v1/chat/completions", json=asked(3)).text.endswith("[DONE]\n\n")
             broker.stop()
-            reply = httpx.post(f"{gateway.url}/v1/chat/completions", json=asked(3), timeout=20)
+            started = time.monotonic()
+            reply = httpx.post(f"{gateway.url}/v1/chat/completions", json=asked(3), timeout=60)
             assert (reply.status_code, reply.headers["x-should-retry"]) == (503, "true")
+            assert time.monotonic() - started < 3
             assert gateway.stop() == 0
 
 
@@ -273,7 +275,7 @@ def test_a_full_lane_is_a_429_that_tells_when_to_come_back(fleet, mlx, monkeypat
             stack.enter_context(Wire(port_of(gateway))).send(body)
             mlx.wait_for(lambda mlx, number=number: mlx.counters["running"] == min(number + 1, 8))
         until(lambda: httpx.get(f"{gateway.url}/health").is_success)
-        until(lambda: refused(gateway).status_code == 429)
+        until(lambda: refused(gateway).status_code == 429, 5)
         reply = refused(gateway)
         assert reply.json()["error"]["type"] == "rate_limit_error"
         assert 1 <= int(reply.headers["retry-after"]) <= 120
@@ -300,8 +302,8 @@ def test_an_unknown_model_is_answered_with_the_nearest_one(gateway):
 
 @pytest.mark.timeout(180)
 def test_two_hundred_clients_that_leave_at_random_moments_leave_nothing_behind(gateway, mlx):
-    draw, took = random.Random(7), []
-    for _ in range(200):
+    draw = random.Random(7)
+    for number in range(200):
         kind = draw.choice(["stream", "whole", "embed", "pipelined"])
         body = asked(2000, kind != "whole") if kind != "embed" else {"model": EMBED, "input": ["text"] * 300}
         with Wire(port_of(gateway)) as wire:
@@ -313,11 +315,10 @@ def test_two_hundred_clients_that_leave_at_random_moments_leave_nothing_behind(g
             if draw.random() < 0.5:  # it vanishes instead of saying goodbye
                 wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         left = time.monotonic()
-        mlx.wait_for(lambda mlx: mlx.counters["running"] == 0)
-        took.append(time.monotonic() - left)
-    assert sorted(took)[-10] < 1  # the machine has other work, too
+        mlx.wait_for(lambda mlx: mlx.counters["running"] == 0, timeout=1)
+        assert time.monotonic() - left < 1, f"client {number}: {kind}"
     time.sleep(0.3)  # those that left at once may still come
-    mlx.wait_for(lambda mlx: mlx.counters["running"] == 0)
+    mlx.wait_for(lambda mlx: mlx.counters["running"] == 0, timeout=1)
     assert httpx.post(f"{gateway.url}/v1/chat/completions", json=asked(3)).text.endswith("[DONE]\n\n")
 
 
@@ -335,9 +336,9 @@ def test_idle_and_slow_clients_cost_little_memory_and_nobody_else():
             grown = memory(gateway.pid) - before
             for wire in idle + slow:
                 wire.socket.close()
-            until(lambda: mlx.counters["running"] == 0)
+            until(lambda: mlx.counters["running"] == 0, 5)
     assert grown < 25, f"{grown} MB"
-    assert sorted(gaps)[-4] < 1  # the machine has other work, too
+    assert max(gaps) < 1
 
 
 def begun_slowly(gateway):
