@@ -38,8 +38,8 @@ WHOLE = pytest.StashKey[bool]()
 def pytest_collection_modifyitems(config, items):
     for item in items:
         item.add_marker(tier(item))
-        if tier(item) != "unit" and not item.get_closest_marker("timeout"):
-            item.add_marker(pytest.mark.timeout(150))  # processes start within it, and RabbitMQ
+        if on_rabbitmq(item.nodeid) and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(150))  # RabbitMQ starts within the time of its first test
     if not config.stash[WHOLE]:
         belongs = is_of_the_rest if config.option.rest else is_short
         left_out = [item for item in items if not belongs(item)]

@@ -14,6 +14,7 @@ from fleet_worker.protocol.status import InstanceStatus, ModelStatus
 from fleet_worker.registry.view import Registry
 from fleet_worker.router.affinity.affinity import Affinity, Placement
 from tests.benchmarks.affinity.fleet import DIGEST_EVERY, Fleet, Mini, Request
+from tests.envelopes import envelope
 
 DAY = 24 * 3600.0
 
@@ -32,7 +33,7 @@ class Product:
         self._affinity = Affinity(registry, key=b"", clock=lambda: fleet.now, rng=self._rng)
 
     def route(self, request: Request) -> tuple[int | None, float]:
-        placement = self._affinity.place(ENVELOPE, request.turn.prefixes)
+        placement = self._affinity.place(REQUEST, request.turn.prefixes)
         self._placements[id(request)] = placement
         self._affinity.sent(_id(request), placement)
         if placement.node is None:
@@ -40,7 +41,7 @@ class Product:
         return int(placement.node), placement.patience
 
     def may_move(self, request: Request) -> bool:
-        return self._affinity.another_is_free(ENVELOPE, _name(request.lane))
+        return self._affinity.another_is_free(REQUEST, _name(request.lane))
 
     def moved(self, request: Request) -> None:
         placement = dataclasses.replace(self._placements[id(request)], node=None)
@@ -86,26 +87,5 @@ def _events_of(mini: Mini) -> list[RegistryEvent]:
     return [RegistryEvent.about(instance), RegistryEvent.about(instance, model)]
 
 
-ENVELOPE = FleetRequest.build(
-    {
-        "protocol_version": 2,
-        "request_id": "r",
-        "correlation_id": "r",
-        "idempotency_key": "r",
-        "attempt": 1,
-        "operation": "stream_chat",
-        "provider": "mlx",
-        "provider_instance": "any",
-        "model": "m",
-        "params": {"messages": [{"role": "user", "content": "Hi"}]},
-        "reply_to": "llm.fleet.reply.mini-7.0123456789ab.120",
-        "message_context": {},
-        "caller": {},
-        "trace_context": {},
-        "signed_token": None,
-        "timeout_seconds": 300.0,
-        "expires_at": 2_000_000_000.0,
-        "priority": "normal",
-    }
-)
+REQUEST = FleetRequest.build(envelope(model="m"))
 """Its prompt is not read: `place` gets the ids of a turn."""
