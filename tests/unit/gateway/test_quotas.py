@@ -274,7 +274,7 @@ def name(request):
 @pytest.fixture
 def patient(monkeypatch):
     """The gateways wait for the broker on a machine that is busy with other work, too, and decide nothing alone."""
-    for limit in ("ANSWER_WITHIN", "LOST_AFTER"):
+    for limit in ("ANSWER_WITHIN", "LOST_AFTER", "OPEN_WITHIN"):
         monkeypatch.setattr(shared_counts, limit, 5.0)
 
 
@@ -608,7 +608,7 @@ def _month_of():
 
 
 @pytest.mark.rest
-def test_with_tls_only_the_right_broker_is_believed(name):
+def test_with_tls_only_the_right_broker_is_believed(patient):
     async def run(secured):
         for files, is_there in ((secured.files, True), (without_ca(secured.files), False)):
             quotas = Quotas(Settings(broker_url=secured.url, **files), gateway="one")
