@@ -32,8 +32,8 @@ Examples:
   fleet-worker chat qwen3-14b "Why is the sky blue?"
   git diff | fleet-worker chat qwen3-14b --system "Review this diff." -
   fleet-worker embed all-minilm-l6-v2 "a text" "another"
-  fleet-worker doctor --config worker.toml  what is wrong, and what to do
-  fleet-worker status --watch               instances, models, waiting requests
+  fleet-worker doctor --config worker.toml  what is wrong here
+  fleet-worker status --watch               instances, models, waiting work
   fleet-worker drain local@mini-7 --wait    no new work there, until undrain
 """
 
