@@ -14,8 +14,8 @@ requests, so an instance in doubt goes on with its work, and a canary decides: i
 It is sent at once if the attempts were of as many different requests, otherwise when no other request runs that could
 be the proof. An instance that was silent in the middle of work is then degraded, and needs a proof.
 
-Orders override all of it. In this order: the node is ending; an operator has drained it; the host has paused it, because
-the owner of the machine needs it, or because its MLX server is being restarted. Each ends by its own counterpart only,
+Orders override all of it. In this order: the node is ending; an operator has drained it; its host has paused it, since
+the owner of the machine needs it, or since its MLX server is being restarted. Each ends by its own counterpart only,
 and then the instance needs a proof.
 """
 
