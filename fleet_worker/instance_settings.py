@@ -181,15 +181,13 @@ class Instance(Group):
     ca: PemFile | None = None
     """PEM file of the CA of an `https://` server. Without it, the CAs count that browsers trust."""
     serve: CommandLine | None = None
-    """Command line of the server, a text or a list of words, which `fleet-worker up` runs without a shell. `{port}` is
-    the port of `base_url`; without that, 8080 or the next one that no other instance has."""
+    """Command line of the server, which `fleet-worker up` then runs, without a shell. `{port}`: that of `base_url`."""
     environment: Environment = Field({}, repr=False)
-    """Variables for the server that `serve` starts, as in `{ HF_HOME = "~/models" }`. They are never shown."""
+    """Variables for the server of `serve`, as in `{ HF_HOME = "~/models" }`. They are never shown."""
     serve_timeout: float = Field(900.0, gt=0)
-    """Seconds that this server has from its start until it accepts connections. Then it is ended and started again."""
+    """Seconds that the server of `serve` has to accept connections. Then it is ended and started again."""
     max_memory: ByteSize | None = Field(None, ge=100_000_000)
-    """Memory of this server with its child processes, as in `"12 GB"`. Beyond it, it is started again between two
-    requests."""
+    """Bytes, or text as in `"12 GB"`: if the server of `serve` and its children use more, it is started again."""
     server: Server = "auto"
     """The software of the server; `auto` asks it."""
     usage: AllowedUse = AllowedUse()

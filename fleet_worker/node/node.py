@@ -298,8 +298,9 @@ def can_follow(settings: Settings, old: Settings, name: str) -> bool:
 def _fixed(settings: Settings, name: str) -> dict[str, Any]:
     """The settings that a running node cannot change."""
     offered = {"models", "model_whitelist", "model_blacklist", "features", "fleet", "usage"}
+    of_the_server = {"serve", "environment", "serve_timeout", "max_memory"}  # `fleet-worker up` reads them
     return {
-        "instance": settings.instances[name].model_dump(exclude=offered),
+        "instance": settings.instances[name].model_dump(exclude=offered | of_the_server),
         "settings": settings.model_dump(exclude={"instances", "features", "router", "registry"}),
     }
 
