@@ -26,6 +26,7 @@ from pydantic_settings import (
 )
 
 from fleet_worker import config_file, urls
+from fleet_worker.availability_settings import AvailabilitySettings
 from fleet_worker.certificates import OF_BROKER, TLS, check_content
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.gateway_settings import GatewaySettings
@@ -33,6 +34,7 @@ from fleet_worker.instance_settings import Capability, Features, Group, Instance
 
 __all__ = [
     "REGISTRY",
+    "AvailabilitySettings",
     "Capability",
     "Features",
     "GatewaySettings",
@@ -167,6 +169,8 @@ class Settings(Group, BaseSettings):
     """Settings of the registry node of this host."""
     gateway: GatewaySettings = GatewaySettings()
     """Settings of `fleet-worker gateway`."""
+    availability: AvailabilitySettings = AvailabilitySettings()
+    """When this host works, and when its owner has it alone."""
     instances: dict[str, Instance] = {}
     """The MLX servers of this host by name: letters, digits, `-`, `_`."""
 
