@@ -20,15 +20,41 @@ MOST_BYTES = 1_000_000
 
 
 def config_path() -> Path | None:
-    """Return the path that FLEET_CONFIG names; None if it is not set."""
+    """Return the path that FLEET_CONFIG or `--config` names; None if there is none."""
     name = os.environ.get("FLEET_CONFIG")
     return Path(os.path.expanduser(name)) if name else None
+
+
+_of_option: list[str] = []
+"""What `use` was given last."""
+
+
+def use(name: str, *, exists: bool = True) -> None:
+    """Make `name` the configuration file of this process and of those that it starts, as FLEET_CONFIG does.
+
+    Raises:
+        ConfigurationError: it cannot be read, unless it need not exist.
+    """
+    os.environ["FLEET_CONFIG"] = name
+    _of_option[:] = [name]
+    path = Path(os.path.expanduser(name))
+    try:
+        if exists:
+            path.open("rb").close()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in it
+        reason = getattr(error, "strerror", None) or "that is no path"
+        raise ConfigurationError(f"{named_by()} names {path}, which cannot be read: {reason}") from None
+
+
+def named_by() -> str:
+    """Return what has named the configuration file, for texts of errors."""
+    return "--config" if [os.environ.get("FLEET_CONFIG")] == _of_option else "FLEET_CONFIG"
 
 
 def read() -> dict[str, Any]:
     """Return the content of the configuration file, empty if there is none; raises `ConfigurationError`."""
     path = config_path()
-    return read_toml(path, MOST_BYTES, named="FLEET_CONFIG") if path else {}
+    return read_toml(path, MOST_BYTES, named=named_by()) if path else {}
 
 
 def read_toml(path: Path, most_bytes: int, *, named: str) -> dict[str, Any]:

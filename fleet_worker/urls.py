@@ -3,6 +3,7 @@ the name of a parameter."""
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
@@ -42,6 +43,14 @@ def broker_url(url: str) -> str:
 
 def uses_tls(url: str) -> bool:
     return urlsplit(url).scheme in _TLS_SCHEMES
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether a name or an address can be reached from its own host only."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def secure(scheme: str) -> str:

@@ -30,7 +30,7 @@ from fleet_worker.node.router_clocks import RouterClocks
 from fleet_worker.node.router_presence import RouterPresence
 from fleet_worker.node.running_attempts import RunningAttempts
 from fleet_worker.node.server_discovery import Server
-from fleet_worker.protocol.status import InstanceStatus
+from fleet_worker.protocol.status import InstanceStatus, Status
 from fleet_worker.registry.counters import Counters
 from fleet_worker.registry.status_socket import NodeReport, StatusClient, model_status, socket_path
 from fleet_worker.settings import Settings
@@ -156,13 +156,27 @@ class Node:
         self.server_restarts += 1
         self.prompt_cache.clear()
 
-    def restart_server(self) -> str:
-        """Have `fleet-worker up` restart its MLX server; return why not, or an empty text."""
-        return f"its server is not managed: set serve for instance {self.instance}"
+    def pause(self, status: Status, reason: str) -> None:
+        """Take no work until `resume`, as a drained node does; an operator's drain stays in force beside it."""
+        self._readiness.pause(status, reason)
+        self._update_lanes()
 
-    def hand_over(self) -> None:
+    def resume(self) -> None:
+        """End a pause: take work again as soon as the server has proved that it works."""
+        self._readiness.resume()
+        self._monitor.canary_now()
+        self._update_lanes()
+
+    def restart_server(self) -> str:
+        """Ask `fleet-worker up` to restart the MLX server of this node; return why it does not, or "".
+
+        Before it does, it pauses this node, so that no request fails.
+        """
+        return f"{self.name}: no fleet-worker up manages its MLX server"
+
+    def hand_over(self, reason: str = "the node is being drained") -> None:
         """Stop what is running, so that other nodes go on with it."""
-        if stopped := self.running.stop(lambda: InstanceUnavailable("the node is being drained", handed_over=True)):
+        if stopped := self.running.stop(lambda: InstanceUnavailable(reason, handed_over=True)):
             self.handed_over += stopped
             log.warning("%s hands over what is still running: %d", self.name, stopped)
 
@@ -222,7 +236,7 @@ class Node:
 
     def _log_left(self, left: Iterable[str]) -> None:
         self._served -= frozenset(left)
-        level = logging.INFO if self.drained else logging.WARNING
+        level = logging.INFO if self._readiness.is_ordered else logging.WARNING
         for each in sorted(left):
             log.log(level, "%s leaves lane %s: %s", self.name, each, self.state.reason or "the model is not there")
 
@@ -292,8 +306,9 @@ def can_follow(settings: Settings, old: Settings, name: str) -> bool:
 def _fixed(settings: Settings, name: str) -> dict[str, Any]:
     """The settings that a running node cannot change."""
     offered = {"models", "model_whitelist", "model_blacklist", "features", "fleet", "usage"}
+    of_the_server = {"serve", "environment", "serve_timeout", "max_memory"}  # `fleet-worker up` reads them
     return {
-        "instance": settings.instances[name].model_dump(exclude=offered),
+        "instance": settings.instances[name].model_dump(exclude=offered | of_the_server),
         "settings": settings.model_dump(exclude={"instances", "features", "router", "registry"}),
     }
 

@@ -12,8 +12,11 @@ Proof is a token of a request, or a canary that worked. A `degraded` instance is
 A doubt: FAILURES attempts failed in a row, or work is in progress and no token comes. It may be the fault of these
 requests, so an instance in doubt goes on with its work, and a canary decides: it is a proof, or it confirms the doubt.
 It is sent at once if the attempts were of as many different requests, otherwise when no other request runs that could
-be the proof. An instance that was silent in the middle of work is then degraded, and needs a proof. `drained` overrides
-all of it: an operator, or the end of the node, wants it to take no work.
+be the proof. An instance that was silent in the middle of work is then degraded, and needs a proof.
+
+Orders override all of it. In this order: the node is ending; an operator has drained it; its host has paused it, since
+the owner of the machine needs it, or since its MLX server is being restarted. Each ends by its own counterpart only,
+and then the instance needs a proof.
 """
 
 from __future__ import annotations
@@ -74,6 +77,7 @@ class Readiness:
         self._failed: set[str] = set()
         """The requests of these failures, at most FAILURES of them."""
         self._drained = self._ending = False
+        self._paused: State | None = None
 
     # Observed by the tasks
 
@@ -149,7 +153,7 @@ class Readiness:
             if self._doubt:
                 self._require_proof(*self._doubt)
 
-    # Ordered by an operator, or by the end of the node
+    # Ordered by the end of the node, by an operator, or by the host
 
     def drain(self, *, ending: bool = False) -> None:
         """Take no more work, whatever the server can do; for good if the node is ending."""
@@ -164,16 +168,42 @@ class Readiness:
                 self._drained = False
                 self._require_proof("starting", "not tried since it was drained")
 
+    def pause(self, status: Status, reason: str) -> None:
+        """Take no work until `resume`, and show this: the server may be stopped meanwhile, which is no fault."""
+        with self._lock:
+            self._paused = State(status, reason)
+
+    def resume(self) -> None:
+        """Take work again after a proof. All that was observed may be true of an earlier process of the server only."""
+        with self._lock:
+            if self._paused:
+                self._unproven = "starting", f"not tried since it was paused: {self._paused.reason}"
+                self._paused = self._doubt = self._late_since = self._silent_since = None
+                self._health_ready, self._last_fault = False, self._clock()
+                self._failures = 0
+                self._failed.clear()
+
     # The result
+
+    @property
+    def paused(self) -> State | None:
+        """What a pause shows; None without one. A drain may hide it."""
+        return self._paused
+
+    @property
+    def is_ordered(self) -> bool:
+        """Return whether an order keeps it from work, whatever the server can do."""
+        return self._drained or self._paused is not None
 
     @property
     def needs_canary(self) -> bool:
         """True if the server says that it is ready, and only a canary or a request can prove it."""
-        return self._unproven is not None and self._late_since is None and self._health_ready
+        is_unproven = self._unproven is not None and self._paused is None
+        return is_unproven and self._late_since is None and self._health_ready
 
     def in_doubt(self, *, idle: bool) -> bool:
         """Return whether a canary has to decide now; unless the instance is idle, a request may be the proof."""
-        if self._doubt is None or self._unproven is not None or self._late_since is not None:
+        if self._doubt is None or self._unproven is not None or self._late_since is not None or self._paused:
             return False
         return idle or not 0 < len(self._failed) < FAILURES
 
@@ -190,6 +220,8 @@ class Readiness:
                 return State("drained", "the node is ending")
             if self._drained:
                 return State("drained", "it takes no work until fleet-worker undrain")
+            if self._paused:
+                return self._paused
             if self._unproven:
                 return State(*self._unproven)
             if self._late_since is not None:

@@ -19,7 +19,8 @@ Total = Annotated[int, Field(ge=0, le=2**53)]
 Measured = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 MOST_TROUBLES = 10
 
-Status = Literal["starting", "available", "degraded", "unavailable", "drained"]
+Status = Literal["starting", "available", "degraded", "unavailable", "drained", "away"]
+"""`away`: the owner of the machine needs it. To an older router it is, as all that it does not know, not ready."""
 STATUSES: tuple[Status, ...] = get_args(Status)
 
 

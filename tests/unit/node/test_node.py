@@ -1,4 +1,4 @@
-"""What a node logs of its lanes."""
+"""What keeps a node from its lanes, and what it logs of them."""
 
 from types import SimpleNamespace
 
@@ -30,9 +30,10 @@ def node():
     [
         (lambda node: node.drain(), "INFO"),
         (lambda node: node.drain(ending=True), "INFO"),
+        (lambda node: node.pause("away", "a user is at it"), "INFO"),
         (lambda node: (node._readiness.connection_refused(), node._update_lanes()), "WARNING"),
     ],
-    ids=["drained", "ending", "its server is gone"],
+    ids=["drained", "ending", "paused", "its server is gone"],
 )
 def test_a_node_that_is_meant_to_leave_its_lanes_does_not_warn_of_it(node, leave, level, caplog):
     caplog.set_level("INFO", "fleet_worker")
@@ -42,3 +43,16 @@ def test_a_node_that_is_meant_to_leave_its_lanes_does_not_warn_of_it(node, leave
     left = [record for record in caplog.records if "leaves lane" in record.getMessage()]
     assert {record.levelname for record in left} == {level}
     assert node.lanes == frozenset()
+
+
+def test_a_paused_node_leaves_its_lanes_until_its_server_has_proved_itself_again(node):
+    node._readiness.canary_ended(None)
+    node._update_lanes()
+    wanted = node._lane_consumer.wanted
+    node.pause("away", "a user is at it")
+    assert (node.state.status, node._lane_consumer.wanted) == ("away", frozenset())
+    node.resume()
+    assert (node.state.status, node._lane_consumer.wanted) == ("starting", frozenset())
+    node._readiness.canary_ended(None)
+    node._update_lanes()
+    assert node._lane_consumer.wanted == wanted != frozenset()
