@@ -93,6 +93,8 @@ class Node:
         self.state = State("starting")
         self.handed_over = 0
         """Requests that were handed over to other nodes since this one was drained."""
+        self.server_restarts = 0
+        """How often its server was restarted, or replaced, since this process began."""
         self._lane_consumer = LaneConsumer(app, transport)
         self._lane_consumer.changed = self._on_lanes_changed
         self.publisher.on_refused(self._lane_consumer.reply_refused)
@@ -108,7 +110,7 @@ class Node:
             self.running,
             settings.worker,
             self._update_lanes,
-            restarted=self.prompt_cache.clear,
+            restarted=self.server_restarted,
         )
         self._status_client = StatusClient(socket_path(settings.state_dir, self._host), self._report)
         self._host_link = HostLink(self, up_socket_path(settings.state_dir, self._host))
@@ -170,6 +172,11 @@ class Node:
         self._readiness.undrain()
         self._monitor.canary_now()
         self._update_lanes()
+
+    def server_restarted(self) -> None:
+        """Another process is its server now: what the last one had in memory is gone."""
+        self.server_restarts += 1
+        self.prompt_cache.clear()
 
     def pause(self, status: Status, reason: str) -> None:
         """Take no work until `resume`, as a drained node does; an operator's drain stays in force beside it."""
@@ -296,6 +303,7 @@ class Node:
                 server=self.server_kind,
                 version=VERSION,
                 pid=os.getpid(),
+                server_restarts=self.server_restarts,
                 slots=self.slots,
                 running=len(self.running),
                 tokens_per_second=self._tokens_per_second(),
@@ -329,8 +337,9 @@ def can_follow(settings: Settings, old: Settings, name: str) -> bool:
 def _fixed(settings: Settings, name: str) -> dict[str, Any]:
     """The settings that a running node cannot change."""
     offered = {"models", "model_whitelist", "model_blacklist", "features", "fleet", "usage"}
+    of_the_server = {"serve", "environment", "serve_timeout", "max_memory"}  # `fleet-worker up` reads them
     return {
-        "instance": settings.instances[name].model_dump(exclude=offered),
+        "instance": settings.instances[name].model_dump(exclude=offered | of_the_server),
         "settings": settings.model_dump(exclude={"instances", "features", "router", "registry"}),
     }
 
