@@ -24,6 +24,7 @@ from fleet_worker.host.child_process import python
 from fleet_worker.host.file_lock import Held, file_name, hold, holder, open_lock
 from fleet_worker.host.node_process import NEVER, Backoff, NodeProcess
 from fleet_worker.host.parent_pipe import NODE_LOCK, PARENT_PIPE, parent_pipe
+from fleet_worker.host.unserved import unserved
 from fleet_worker.host.variables import mistyped
 from fleet_worker.settings import REGISTRY, Settings
 
@@ -106,7 +107,7 @@ class Supervisor:
         """Run a node for each instance that has opted in, and the registry node. Disturb none whose settings have not
         changed. Raises `ConfigurationError` if no instance has opted in.
         """
-        for found in mistyped(settings):
+        for found in (*mistyped(settings), *unserved(settings)):
             log.warning("%s", found)
         instances = [*settings.serving(), REGISTRY]
         old, self._settings = self._settings, settings

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from fleet_worker.setup.config_commands import config
 from fleet_worker.setup.service_commands import service
 
-COMMANDS = (service,)
+COMMANDS = (
+    config,
+    service,
+)
