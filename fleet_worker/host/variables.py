@@ -35,7 +35,7 @@ def mistyped(settings: Settings) -> Iterator[str]:
         if not group.startswith(PREFIX) or group in READ_ELSEWHERE:
             continue
         if group not in known:
-            like = config_file.nearest(name.upper().removeprefix(PREFIX), [each.removeprefix(PREFIX) for each in known])
+            like = config_file.nearest(group.removeprefix(PREFIX), [each.removeprefix(PREFIX) for each in known])
             yield f"the variable {name} is not read{like.replace('is ', f'is {PREFIX}', 1)}"
         elif group == "FLEET_INSTANCES" and instance and instance not in in_file:
             made = settings.instances.get(instance)
