@@ -2,5 +2,5 @@
 
 May import: everything except `cli`, `setup`, `celery` and `demo`. Read in this order: `commands`, `status`, `snapshot`,
 `drain`, `doctor`, `clocks`, `cache_checks`, `findings`, `broker_checks`, `rights_checks`, `tls_checks`,
-`server_checks`.
+`server_checks`, `availability_checks`.
 """
