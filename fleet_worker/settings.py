@@ -30,7 +30,17 @@ from fleet_worker.availability_settings import AvailabilitySettings
 from fleet_worker.certificates import OF_BROKER, TLS, check_content
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.gateway_settings import GatewaySettings
-from fleet_worker.instance_settings import Capability, Features, Group, Instance, Model, PemFile, Server, ServerTimeouts
+from fleet_worker.instance_settings import (
+    Capability,
+    Features,
+    Group,
+    Instance,
+    Model,
+    PemFile,
+    Server,
+    ServerTimeouts,
+    with_ports,
+)
 
 __all__ = [
     "REGISTRY",
@@ -241,7 +251,7 @@ class Settings(Group, BaseSettings):
                 raise ValueError("an instance is named with letters, digits, '-' and '_' only")
             if name == REGISTRY:
                 raise ValueError(f"'{REGISTRY}' is the name of the registry node: give the instance another name")
-        return instances
+        return with_ports(instances)
 
     def serving(self) -> dict[str, Instance]:
         """Return the instances that have opted in, by name; raises `ConfigurationError` if there is none."""
