@@ -121,7 +121,7 @@ def test_the_memory_pressure_of_a_mac_is_that_of_its_kernel(printed, level, syst
 @pytest.mark.parametrize("printed", ["", "3", "sysctl: unknown oid"])
 def test_another_level_is_no_answer(printed, system):
     system(sysctl=printed)
-    with pytest.raises(ValueError, match="MemoryPressure|invalid literal"):
+    with pytest.raises(ValueError, match=r"MemoryPressure|invalid literal"):
         macos.MacProbes().memory_pressure()
 
 
