@@ -8,7 +8,6 @@ only, so that no chat program changes it.
 from __future__ import annotations
 
 import base64
-import json
 import re
 import zlib
 from typing import Annotated, Literal
@@ -52,10 +51,10 @@ class Invitation(_Part):
 
     broker_url: BrokerUrl = Field(repr=False)
     """Without an account."""
-    other_address: str | None = Field(None, pattern=r"^[\w.:%-]{1,255}$")
+    other_address: str | None = Field(None, max_length=255, pattern=r"^[0-9A-Za-z_.:%-]+$")
     """Another address of the same broker, for hosts that do not find the name in broker_url."""
     broker_ca: str | None = Field(None, max_length=20_000, repr=False)
-    id: str = Field("", pattern=r"^[0-9a-f]{0,32}$")
+    id: str = Field("", max_length=32, pattern=r"^[0-9a-f]*$")
     """Names the account of single use, and the key that it may read."""
     secret: str = Field("", max_length=100, repr=False)
     membership: Membership | None = Field(None, repr=False)
@@ -88,16 +87,16 @@ def decode(line: str) -> Invitation:
         text = f"the invitation is of another version, {version[1]}: install the same fleet-worker on both hosts"
         raise ConfigurationError(text)
     try:
-        return Invitation.model_validate(_unpacked(word[len(VERSION) :].upper()))
+        return Invitation.model_validate_json(_unpacked(word[len(VERSION) :].upper()))
     except (ValueError, zlib.error):  # also pydantic's
         raise ConfigurationError(f"the invitation is damaged: copy the whole line again, or {ANOTHER}") from None
 
 
-def _unpacked(code: str) -> object:
+def _unpacked(code: str) -> bytes:
     """Raises `ValueError` or `zlib.error`."""
     packed = base64.b32decode(code + "=" * (-len(code) % 8))
     unpacking = zlib.decompressobj()
     text = unpacking.decompress(packed[:-4], 100_000)
     if not unpacking.eof or zlib.crc32(text).to_bytes(4) != packed[-4:]:
         raise ValueError("it is cut off, or changed")
-    return json.loads(text)
+    return text

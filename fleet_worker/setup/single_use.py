@@ -17,7 +17,9 @@ from urllib.parse import quote, unquote, urlsplit
 
 from pydantic import ValidationError
 from redis import ConnectionPool, Redis
+from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, NoPermissionError, ResponseError
+from redis.retry import Retry
 
 from fleet_worker.broker.faults import BROKER_ERRORS, unavailable
 from fleet_worker.broker.tls import RedisConnection, ssl_options
@@ -26,12 +28,13 @@ from fleet_worker.errors import ConfigurationError
 from fleet_worker.ops.broker_checks import connected
 from fleet_worker.settings import Settings
 from fleet_worker.setup.invitation import ANOTHER, Invitation, Membership
+from fleet_worker.urls import with_account
 
 VALID = 600.0
 """Seconds for which an invitation can be used."""
 ANSWER_WITHIN = 5.0
 _NAME = "fleet-invitation:"
-"""Begins the name of the account, and that of the key. Not one of `llm.`: the accounts of minis may read all of those."""
+"""Begins the name of the account, and that of the key. Without `llm.`: accounts of minis may read all such keys."""
 _GONE = (
     f"the invitation is not valid any more: it was used, or is older than {VALID / 60:.0f} minutes, or the broker was "
     "restarted"
@@ -56,9 +59,9 @@ def make(settings: Settings, membership: Membership) -> tuple[str, str] | None:
         try:
             _remove_leftovers(client)
             client.execute_command("ACL", "SETUSER", name, *rules)
-            client.set(name, membership.model_dump_json(exclude_defaults=True), px=round(VALID * 1000))
         except ResponseError:  # this user may not, a provider has disabled it, or it is older than Redis 6
             return None
+        client.set(name, membership.model_dump_json(exclude_defaults=True), px=round(VALID * 1000))
     return id_, secret
 
 
@@ -85,13 +88,6 @@ def redeem(invitation: Invitation, **tls: Path | None) -> Membership:
         raise ConfigurationError(text) from None
 
 
-def with_account(broker_url: str, account: str) -> str:
-    """Return the URL with this account, as in USER:PASSWORD, instead of its own; empty for none."""
-    scheme, _, rest = broker_url.partition("://")
-    authority, slash, path = rest.partition("/")
-    return f"{scheme}://{account and account + '@'}{authority.rpartition('@')[2]}{slash}{path}"
-
-
 def _take(client: Redis, name: str, broker_url: str) -> Any:
     """Return what the key holds, and remove it; None if the broker does not know the account, or the key is gone."""
     try:
@@ -103,11 +99,11 @@ def _take(client: Redis, name: str, broker_url: str) -> Any:
 
 
 def _client(settings: Settings) -> Redis:
-    """Return a client that sends nothing but what it is told: the account may do nothing else."""
+    """Return a client that asks once, since what it asks for is given away once."""
     url = urlsplit(settings.broker_url)
     options: dict[str, Any] = {"username": unquote(url.username or ""), "password": url.password}
     options |= {"socket_timeout": ANSWER_WITHIN, "socket_connect_timeout": ANSWER_WITHIN}
-    options |= {"protocol": 2, "lib_name": None, "lib_version": None}
+    options |= {"protocol": 2, "retry": Retry(NoBackoff(), 0)}
     if tls := ssl_options(settings):
         options |= {"connection_class": RedisConnection, **tls}
     return Redis(connection_pool=ConnectionPool(host=url.hostname or "localhost", port=url.port or 6379, **options))
