@@ -65,9 +65,9 @@ def make(settings: Settings, membership: Membership) -> tuple[str, str] | None:
     return id_, secret
 
 
-def redeem(invitation: Invitation, **tls: Path | None) -> Membership:
-    """Return the membership that the broker keeps for this invitation, which is used up then. `tls`: `broker_cert` and
-    `broker_key`, if the broker asks for a client certificate.
+def redeem(invitation: Invitation, cert: Path | None = None, key: Path | None = None) -> Membership:
+    """Return the membership that the broker keeps for this invitation, which is used up then. `cert` and `key`: PEM
+    files, if the broker asks for a client certificate.
 
     Raises:
         ConfigurationError: the invitation is used or too old, or the broker does not know it.
@@ -77,8 +77,10 @@ def redeem(invitation: Invitation, **tls: Path | None) -> Membership:
         return invitation.membership
     name = _NAME + invitation.id
     url = with_account(invitation.broker_url, f"{quote(name, safe='')}:{invitation.secret}")
-    with _ca_file(invitation.broker_ca) as ca, _client(Settings(broker_url=url, broker_ca=ca, **tls)) as client:
-        kept = _take(client, name, invitation.broker_url)
+    with _ca_file(invitation.broker_ca) as ca:
+        settings = Settings(broker_url=url, broker_ca=ca, broker_cert=cert, broker_key=key)
+        with _client(settings) as client:
+            kept = _take(client, name, invitation.broker_url)
     if not kept:
         raise ConfigurationError(f"{_GONE}: {ANOTHER}")
     try:
