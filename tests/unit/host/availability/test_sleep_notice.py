@@ -29,7 +29,7 @@ _SIGNAL = (
     "signal time=1764441012.512 sender=:1.3 -> destination=(null destination) serial=214 "
     "path=/org/freedesktop/login1; interface=org.freedesktop.login1.Manager; member=PrepareForSleep"
 )
-DBUS_MONITOR = f"""signal time=1764441000.105 sender=org.freedesktop.DBus -> destination=:1.88 serial=2 member=NameAcquired
+DBUS_MONITOR = f"""signal time=1764441000.105 sender=org.freedesktop.DBus -> destination=:1.88 member=NameAcquired
    string ":1.88"
 {_SIGNAL}
    boolean true
