@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 MOST_BYTES = 1_000_000
 """Bytes of the file; a larger one is no configuration."""
+DEFAULT = Path("~/fleet/worker.toml")
+"""The file that `init`, `join` and `quickstart` write, and that all commands read, if no other is named."""
 
 
 def config_path() -> Path | None:
@@ -44,6 +46,12 @@ def use(name: str, *, exists: bool = True) -> None:
     except (OSError, ValueError) as error:  # ValueError: a NUL in it
         reason = getattr(error, "strerror", None) or "that is no path"
         raise ConfigurationError(f"{named_by()} names {path}, which cannot be read: {reason}") from None
+
+
+def use_default() -> None:
+    """Make DEFAULT the configuration file, if it exists and FLEET_CONFIG is not set, not even to an empty text."""
+    if "FLEET_CONFIG" not in os.environ and DEFAULT.expanduser().is_file():
+        os.environ["FLEET_CONFIG"] = str(DEFAULT.expanduser())
 
 
 def named_by() -> str:

@@ -27,7 +27,10 @@ def fleet_worker(line, given=b""):
     streams = {"stdin": io.TextIOWrapper(io.BytesIO(given), "utf-8")}
     streams |= {name: io.TextIOWrapper(io.BytesIO(), "utf-8") for name in ("stdout", "stderr")}
     with pytest.MonkeyPatch.context() as patched:
-        patched.setitem(os.environ, "FLEET_CONFIG", os.environ.get("FLEET_CONFIG", ""))  # --config sets both
+        given_file = os.environ.get("FLEET_CONFIG")
+        patched.setenv("FLEET_CONFIG", given_file or "")  # --config sets it, which is undone at the end
+        if given_file is None:
+            del os.environ["FLEET_CONFIG"]
         patched.setattr(config_file, "_of_option", [])
         for name, value in {"argv": ["fleet-worker", *shlex.split(line)], **streams}.items():
             patched.setattr(sys, name, value)

@@ -79,6 +79,8 @@ class Node:
         self.state = State("starting")
         self.handed_over = 0
         """Requests that were handed over to other nodes since this one was drained."""
+        self.server_restarts = 0
+        """How often its server was restarted, or replaced, since this process began."""
         self._lane_consumer = LaneConsumer(app, transport)
         self._lane_consumer.changed = self._on_lanes_changed
         self.publisher.on_refused(self._lane_consumer.reply_refused)
@@ -94,7 +96,7 @@ class Node:
             self.running,
             settings.worker,
             self._update_lanes,
-            restarted=self.prompt_cache.clear,
+            restarted=self.server_restarted,
         )
         self._status_client = StatusClient(socket_path(settings.state_dir, self._host), self._report)
         self._tokens_reported = (time.monotonic(), 0)
@@ -148,6 +150,11 @@ class Node:
         self._readiness.undrain()
         self._monitor.canary_now()
         self._update_lanes()
+
+    def server_restarted(self) -> None:
+        """Another process is its server now: what the last one had in memory is gone."""
+        self.server_restarts += 1
+        self.prompt_cache.clear()
 
     def pause(self, status: Status, reason: str) -> None:
         """Take no work until `resume`, as a drained node does; an operator's drain stays in force beside it."""
@@ -265,6 +272,7 @@ class Node:
                 server=self.server_kind,
                 version=VERSION,
                 pid=os.getpid(),
+                server_restarts=self.server_restarts,
                 slots=self.slots,
                 running=len(self.running),
                 tokens_per_second=self._tokens_per_second(),

@@ -24,6 +24,7 @@ from fleet_worker.node.log_privacy import begin_log, drop_beats, protect_logs
 from fleet_worker.node.name_claim import NameClaim
 from fleet_worker.node.node import Node, lanes_of
 from fleet_worker.node.remote_control import commands_of, subscription_of
+from fleet_worker.node.restart_commands import restart_commands
 from fleet_worker.node.server_discovery import find_server
 from fleet_worker.node.tasks import Request, register_tasks
 from fleet_worker.registry import node as registry_node
@@ -87,7 +88,8 @@ class Worker(celery_worker.Worker):  # type: ignore[misc]
         if isinstance(node, RegistryNode):
             subscription, connected = node.subscription, claim.connected
         else:
-            subscription, commands = subscription_of(node), {**commands, **commands_of(node)}
+            subscription = subscription_of(node)
+            commands |= {**commands_of(node), **restart_commands(node, lifecycle.restart)}
             connected = partial(_connected, node, claim)
         ControlListener(self.app, node.name, subscription, commands, connected)
         lifecycle.begin(startup)

@@ -61,6 +61,8 @@ class InstanceStatus:
     """Of fleet-worker on that host."""
     pid: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     """The process id of the node; None if no node reports."""
+    server_restarts: Total | None = None
+    """How often its server was restarted, or replaced, since that process began; None from an older version."""
     slots: Count = 0
     running: Count = 0
     tokens_per_second: Measured = 0.0

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import os
+import re
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import tomlkit
+from tomlkit.items import Item, Table
+
+from fleet_worker.config_file import config_path
+from fleet_worker.errors import ConfigurationError
+
+DEFAULT = Path("~/fleet/worker.toml")
+"""Where the manual has it."""
+_OPTED_IN = "{{ enabled = true, respond_to_requests = true, capabilities = {} }}"
+_CHATS, _EMBEDS = '["chat", "stream_chat"]', '["embed"]'
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerInstance:
-    """One instance: `base_url` of a server that runs, or the command line of one that `up` runs."""
+    """One instance: `base_url` of a server that runs, or `serve`, the command line of one that `up` runs."""
 
     base_url: str | None = None
     serve: str | None = None
-    models: Mapping[str, str] = field(default_factory=dict)
-    """The backend of each model, by public name."""
+    models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """The settings of each model by public name, as in {"qwen3-14b": {"backend": "default_model"}}."""
     concurrency: int = 4
     embeds: bool = False
     """Whether its models embed, instead of chatting."""
@@ -22,16 +37,87 @@ class WorkerInstance:
 
 @dataclass(frozen=True, slots=True)
 class WorkerFile:
-    """What stands in the file."""
+    """What stands in the file. `sections` are other tables of it, as in {"up": {"broker": True}}."""
 
     broker_url: str
     host: str | None = None
     broker_ca: Path | None = None
     instances: Mapping[str, WorkerInstance] = field(default_factory=dict)
+    sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    made_by: str = "fleet-worker init"
 
     def text(self) -> str:
-        """Return the TOML."""
-        return ""
+        """Return the TOML, which is read back as these values."""
+        file = tomlkit.document()
+        file.add(tomlkit.comment(f"This host in its fleet; made by {self.made_by}. Change it as you like."))
+        file.add(tomlkit.comment("All settings, with explanations: fleet-worker config example"))
+        file.add(tomlkit.nl())
+        file.add(tomlkit.comment("The broker of the fleet. The URL may hold a password: keep this file to yourself."))
+        file["broker_url"] = _text(self.broker_url)
+        if self.broker_ca:
+            file["broker_ca"] = _text(str(self.broker_ca))
+            file["broker_ca"].comment("the CA that issued the broker's certificate")
+        if self.host:
+            file["host"] = self.host
+            file["host"].comment("name of this host in the fleet, as in local@mini-7")
+        for name, values in self.sections.items():
+            file.add(tomlkit.nl())
+            file[name] = _table(values)
+        if self.instances:
+            file.add(tomlkit.nl())
+            file["instances"] = _instances(self.instances)
+        return tomlkit.dumps(file)
+
+
+def _table(values: Mapping[str, Any]) -> Table:
+    table = tomlkit.table()
+    for name, value in values.items():
+        table[name] = _text(value) if isinstance(value, str) else value
+    return table
+
+
+def _instances(instances: Mapping[str, WorkerInstance]) -> Table:
+    tables = tomlkit.table(is_super_table=True)
+    for name, instance in instances.items():
+        tables[name] = _instance(instance)
+    return tables
+
+
+def _instance(instance: WorkerInstance) -> Table:
+    table = tomlkit.table()
+    if instance.serve:
+        table.add(tomlkit.comment("The MLX server: fleet-worker up starts it, and again when it ends."))
+        table["serve"] = _text(instance.serve)
+    if instance.base_url:
+        table.add(tomlkit.comment("The MLX server, which runs already: fleet-worker up does not start it."))
+        table["base_url"] = _text(instance.base_url)
+    table["limits"] = tomlkit.value(f"{{ concurrency = {instance.concurrency:d} }}")
+    table["limits"].comment("requests at the same time")
+    table["fleet"] = tomlkit.value(_OPTED_IN.format(_EMBEDS if instance.embeds else _CHATS))
+    if instance.models:
+        models = tomlkit.table(is_super_table=True)
+        for name, settings in instance.models.items():
+            models[name] = _table(settings)
+        table["models"] = models
+    return table
+
+
+def _text(value: str) -> Item:
+    """Return a text as a person would quote it: 'serve "a model"', without a backslash before each quote."""
+    as_it_is = re.search(r'["\\]', value) and value.isprintable() and "'" not in value
+    return tomlkit.string(value, literal=bool(as_it_is))
+
+
+def place(output: str | None) -> Path:
+    """Return where to write: `output`, else what `--config` or FLEET_CONFIG names, else `DEFAULT`."""
+    chosen = Path(output) if output else config_path() or DEFAULT
+    return Path(os.path.expanduser(chosen)).absolute()
+
+
+def check_free(path: Path, *, force: bool = False) -> None:
+    """Raise `ConfigurationError` if a file is there already, unless it may be replaced."""
+    if os.path.lexists(path) and not force:
+        raise ConfigurationError(f"{path} exists already: --force replaces it, --output FILE writes another one")
 
 
 def write(path: Path, text: str, *, force: bool = False) -> None:
@@ -40,3 +126,30 @@ def write(path: Path, text: str, *, force: bool = False) -> None:
     Raises:
         ConfigurationError: it exists, unless `force` is given, or it cannot be written.
     """
+    check_free(path, force=force)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # only its owner may read it
+        try:
+            with open(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            _put(Path(name), path, force=force)
+        finally:
+            Path(name).unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def _put(made: Path, path: Path, *, force: bool) -> None:
+    """Give it its name: by a link, which, unlike a rename, never replaces what another has just put there."""
+    if force:
+        made.replace(path)
+        return
+    try:
+        os.link(made, path)
+    except FileExistsError:
+        check_free(path)
+    except OSError:  # a file system without links
+        made.replace(path)
