@@ -26,7 +26,7 @@ _BY_WEIGHT: tuple[Cause, ...] = ("memory", "fault", "operator", "configuration")
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """A restart of the server, or its replacement if its `configuration` has changed."""
+    """A restart of the server."""
 
     cause: Cause
     reason: str
@@ -127,7 +127,7 @@ class ServerPlan:
         self.due = NEVER
         must_be_off = not self.wanted or (self.away is not None and self.away.stops_server)
         wish, self._wish = self._wish, None
-        if wish and wish.cause != "configuration" and (self.off or must_be_off):
+        if self.off or must_be_off:
             wish = None  # the next server is a new one anyway
         if wish and (quiet or not seen.serves):
             self._held = wish.reason
