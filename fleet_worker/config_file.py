@@ -27,8 +27,8 @@ def config_path() -> Path | None:
     return Path(os.path.expanduser(name)) if name else None
 
 
-_of_option: list[str] = []
-"""What `use` was given last."""
+_named_by: dict[str, str] = {}
+"""What has named a file, if that was not FLEET_CONFIG."""
 
 
 def use(name: str, *, exists: bool = True) -> None:
@@ -38,7 +38,7 @@ def use(name: str, *, exists: bool = True) -> None:
         ConfigurationError: it cannot be read, unless it need not exist.
     """
     os.environ["FLEET_CONFIG"] = name
-    _of_option[:] = [name]
+    _named_by[name] = "--config"
     path = Path(os.path.expanduser(name))
     try:
         if exists:
@@ -51,12 +51,13 @@ def use(name: str, *, exists: bool = True) -> None:
 def use_default() -> None:
     """Make DEFAULT the configuration file, if it exists and FLEET_CONFIG is not set, not even to an empty text."""
     if "FLEET_CONFIG" not in os.environ and DEFAULT.expanduser().is_file():
-        os.environ["FLEET_CONFIG"] = str(DEFAULT.expanduser())
+        os.environ["FLEET_CONFIG"] = name = str(DEFAULT.expanduser())
+        _named_by[name] = "the default"
 
 
 def named_by() -> str:
     """Return what has named the configuration file, for texts of errors."""
-    return "--config" if [os.environ.get("FLEET_CONFIG")] == _of_option else "FLEET_CONFIG"
+    return _named_by.get(os.environ.get("FLEET_CONFIG", ""), "FLEET_CONFIG")
 
 
 def read() -> dict[str, Any]:

@@ -29,8 +29,8 @@ NOBODY_STARTS_IT = "nothing would start it again: it was not started by fleet-wo
 def restart_commands(node: Node, restart: Callable[[], str]) -> dict[str, Command]:
     """Return the control commands by name. `restart` ends the process, or returns why not.
 
-    Each replies with an `error` (empty if it is obeyed), the `pid` and `server_restarts` before it, and the seconds of
-    `grace` that running requests have.
+    Each replies with an `error` (empty if it is obeyed), the seconds after which one that comes too soon can come again
+    (`again_in`), the `pid` and `server_restarts` before it, and the seconds of `grace` that running requests have.
     """
 
     def restart_node() -> str:
@@ -40,27 +40,26 @@ def restart_commands(node: Node, restart: Callable[[], str]) -> dict[str, Comman
         return ""
 
     return {
-        "restart": _Limited(node, restart_node),
-        "restart_server": _Limited(node, node.restart_server),
+        "restart": _Limited(node, "this node", restart_node),
+        "restart_server": _Limited(node, "its MLX server", node.restart_server),
     }
 
 
 class _Limited:
     """A restart that is not obeyed again too soon."""
 
-    def __init__(self, node: Node, act: Callable[[], str]) -> None:
+    def __init__(self, node: Node, what: str, act: Callable[[], str]) -> None:
         self._node = node
+        self._what = what
         self._act = act
         self._last = time.monotonic()
 
     def __call__(self, state: Any) -> dict[str, Any]:
         before = {"pid": os.getpid(), "server_restarts": self._node.server_restarts}
-        error = self._refusal() or self._act()
+        again_in = max(0.0, self._last + RESTARTS_APART - time.monotonic())
+        error = f"it was restarted just now: try again in {again_in:.0f} s" if again_in else self._act()
         if not error:
             self._last = time.monotonic()
-            log.warning("%s is told by an operator to restart", self._node.name)
-        return {**before, "error": error, "grace": self._node.settings.worker.drain_grace}
-
-    def _refusal(self) -> str:
-        left = self._last + RESTARTS_APART - time.monotonic()
-        return f"it was restarted just now: try again in {left:.0f} s" if left > 0 else ""
+            log.warning("%s: an operator restarts %s", self._node.name, self._what)
+        grace = self._node.settings.worker.drain_grace
+        return {**before, "error": error, "again_in": again_in, "grace": grace}

@@ -1,4 +1,4 @@
-"""The commands of an operator: `drain`, `undrain`, `doctor`, `status`. What is slow to import waits until one runs."""
+"""The commands of an operator, from `drain` to `status`. What is slow to import waits until one runs."""
 
 from __future__ import annotations
 
@@ -46,6 +46,32 @@ def undrain(nodes: tuple[str, ...]) -> None:
     sys.exit(undrain(Settings(), nodes))
 
 
+@click.command(short_help="Restart nodes, or their MLX servers, one after the other.")
+@click.argument("nodes", metavar="[NODE...]", nargs=-1)
+@click.option("--all", "everything", is_flag=True, help="All nodes of the fleet that take work.")
+@click.option("--server", is_flag=True, help="Restart the MLX servers of the nodes, which fleet-worker up must manage.")
+@click.option(
+    "--timeout",
+    type=Seconds(min=0, min_open=True),
+    help="Seconds that each has to come back: 120, a server 900. The grace of its requests is added.",
+)
+def restart(nodes: tuple[str, ...], everything: bool, server: bool, timeout: float | None) -> None:
+    """Restart nodes, or their MLX servers, one after the other. No request fails: others continue what is running.
+
+    NODE is a node, as in local@mini-7, a host, as in mini-7 (all its inference nodes), or an instance of this host, as
+    in local. The first node that does not come back ends the command, which tells what was not restarted.
+    The exit code is 69 if a node does not answer, and 1 if one was not restarted, or is not back in time.
+    """
+    from fleet_worker.ops import restart as module
+    from fleet_worker.settings import Settings
+
+    if everything == bool(nodes):
+        raise click.UsageError("name the nodes to restart, or give --all")
+    if everything:
+        sys.exit(module.restart_all(Settings(), server=server, timeout=timeout))
+    sys.exit(module.restart(Settings(), nodes, server=server, timeout=timeout))
+
+
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print each finding as a line of JSON.")
 def doctor(as_json: bool) -> None:
@@ -85,4 +111,4 @@ def status(as_json: bool, every: float | None) -> None:
     show(Settings(), as_json=as_json, every=every)
 
 
-COMMANDS = (drain, undrain, doctor, status)
+COMMANDS = (drain, undrain, restart, doctor, status)

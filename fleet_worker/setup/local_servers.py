@@ -32,6 +32,8 @@ class LocalServer:
     started_with: str = ""
     """The model in the command line of mlx_lm.server; empty if that cannot be read."""
     wants_key: bool = False
+    one_at_a_time: bool = False
+    """Whether it runs one request at a time, as the simple engine of vllm-mlx."""
 
 
 def local_servers(ports: Iterable[int] = PORTS, *, within: float = WITHIN) -> list[LocalServer]:
@@ -53,10 +55,11 @@ def server_at(url: str, *, within: float = WITHIN) -> LocalServer | None:
     timeouts = ServerTimeouts(connect=within / 2)  # for each of the two requests
     with closing(MLXClient(Instance(clocks=timeouts), url)) as client:
         try:
-            kind = client.identify().server
+            health = client.identify()
         except FleetError:
             return None
-        found = LocalServer(url, kind)
+        kind = health.server
+        found = LocalServer(url, kind, one_at_a_time=health.engine == "simple")
         try:
             models = client.models()
         except (Unauthorized, RequestTimeout) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tempfile
@@ -13,13 +14,11 @@ from typing import Any
 import tomlkit
 from tomlkit.items import Item, Table
 
-from fleet_worker.config_file import config_path
+from fleet_worker.config_file import DEFAULT, config_path
 from fleet_worker.errors import ConfigurationError
+from fleet_worker.settings import Capability
 
-DEFAULT = Path("~/fleet/worker.toml")
-"""Where the manual has it."""
 _OPTED_IN = "{{ enabled = true, respond_to_requests = true, capabilities = {} }}"
-_CHATS, _EMBEDS = '["chat", "stream_chat"]', '["embed"]'
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,19 +30,19 @@ class WorkerInstance:
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """The settings of each model by public name, as in {"qwen3-14b": {"backend": "default_model"}}."""
     concurrency: int = 4
-    embeds: bool = False
-    """Whether its models embed, instead of chatting."""
+    capabilities: tuple[Capability, ...] = ("chat", "stream_chat")
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerFile:
-    """What stands in the file. `sections` are other tables of it, as in {"up": {"broker": True}}."""
+    """What stands in the file. `more` is the text of other sections, for its end."""
 
     broker_url: str
     host: str | None = None
     broker_ca: Path | None = None
+    max_body_bytes: int | None = None
     instances: Mapping[str, WorkerInstance] = field(default_factory=dict)
-    sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    more: str = ""
     made_by: str = "fleet-worker init"
 
     def text(self) -> str:
@@ -60,13 +59,13 @@ class WorkerFile:
         if self.host:
             file["host"] = self.host
             file["host"].comment("name of this host in the fleet, as in local@mini-7")
-        for name, values in self.sections.items():
-            file.add(tomlkit.nl())
-            file[name] = _table(values)
+        if self.max_body_bytes:
+            file["max_body_bytes"] = self.max_body_bytes
+            file["max_body_bytes"].comment("the same on all hosts of the fleet")
         if self.instances:
             file.add(tomlkit.nl())
             file["instances"] = _instances(self.instances)
-        return tomlkit.dumps(file)
+        return tomlkit.dumps(file) + (f"\n{self.more.strip()}\n" if self.more else "")
 
 
 def _table(values: Mapping[str, Any]) -> Table:
@@ -93,7 +92,7 @@ def _instance(instance: WorkerInstance) -> Table:
         table["base_url"] = _text(instance.base_url)
     table["limits"] = tomlkit.value(f"{{ concurrency = {instance.concurrency:d} }}")
     table["limits"].comment("requests at the same time")
-    table["fleet"] = tomlkit.value(_OPTED_IN.format(_EMBEDS if instance.embeds else _CHATS))
+    table["fleet"] = tomlkit.value(_OPTED_IN.format(json.dumps(instance.capabilities)))
     if instance.models:
         models = tomlkit.table(is_super_table=True)
         for name, settings in instance.models.items():

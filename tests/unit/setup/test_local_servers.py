@@ -52,7 +52,9 @@ def web_server(answers, *, protocol="HTTP/1.1", server="Werkzeug/3", other=(404,
 def test_every_kind_of_server_is_found_with_its_models(flavour):
     with SimulatedMLX(flavour=flavour, models=["sim-chat"], listed=["sim-chat", "sim-embed"]) as mlx:
         found = local_servers([port_of(mlx.base_url)])
-    assert found == [LocalServer(mlx.base_url, KINDS[flavour] if flavour != "omni" else "openai", found[0].models)]
+    kind = KINDS[flavour] if flavour != "omni" else "openai"
+    single = flavour == "vllm_simple"
+    assert found == [LocalServer(mlx.base_url, kind, found[0].models, one_at_a_time=single)]
     assert "sim-chat" in found[0].models
 
 

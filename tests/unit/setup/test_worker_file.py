@@ -18,10 +18,13 @@ QWEN = {"backend": "default_model", "chat_template": "mlx-community/Qwen2.5-7B"}
 FULL = WorkerFile(
     BROKER,
     host="mini-7",
-    sections={"gateway": {"port": 4001}},
+    max_body_bytes=1_000_000,
+    more="# Ours.\n[gateway]\nport = 4001",
     instances={
         "local": WorkerInstance(base_url="http://127.0.0.1:8080", models={"qwen2.5-7b": QWEN}),
-        "embed": WorkerInstance(base_url="http://127.0.0.1:8000", models={"minilm": {}}, embeds=True, concurrency=2),
+        "embed": WorkerInstance(
+            base_url="http://127.0.0.1:8000", models={"minilm": {}}, capabilities=("embed",), concurrency=2
+        ),
     },
 )
 TEXTS = st.text(st.characters(codec="utf-8"))
@@ -33,6 +36,7 @@ def test_the_file_is_a_configuration(tmp_path, monkeypatch):
     monkeypatch.delenv("FLEET_BROKER_URL", raising=False)
     read = Settings()
     assert (read.broker_url, read.host, read.gateway.port) == (BROKER, "mini-7", 4001)
+    assert read.max_body_bytes == 1_000_000
     assert list(read.serving()) == ["local", "embed"]
     local, embed = read.instances.values()
     assert (local.base_url, local.limits.concurrency, local.capabilities) == (
