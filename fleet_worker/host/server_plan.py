@@ -13,9 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from fleet_worker.host.node_process import NEVER
 from fleet_worker.protocol.host_messages import Order, Pause, Resume
 
-NEVER = float("inf")
 LATE = 5.0
 """Seconds beyond the grace of a pause after which nobody waits for its node any more: it is frozen."""
 STARTS = "its MLX server starts"
