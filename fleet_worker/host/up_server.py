@@ -113,7 +113,7 @@ class UpServer:
         new = _listen(path)
         self._stop_listening()
         self._path, self._socket = path, new
-        self._selector.register(new, selectors.EVENT_READ, self._accept)
+        self._selector.register(new, selectors.EVENT_READ, lambda _events: self._accept(new))
 
     def close(self) -> None:
         self._stop_listening()
@@ -137,10 +137,10 @@ class UpServer:
         self._selector.unregister(connection)
         self._gone(client)
 
-    def _accept(self, _events: int) -> None:
-        for _ in range(READ_AT_ONCE if self._socket else 0):
+    def _accept(self, listening: socket.socket) -> None:
+        for _ in range(READ_AT_ONCE):
             try:
-                connection, _ = self._socket.accept()
+                connection, _ = listening.accept()
             except BlockingIOError:
                 return
             except OSError:  # too many open files; or the client has disconnected already, on macOS
