@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -100,13 +99,10 @@ def up() -> None:
     SIGTERM and Ctrl-C let running requests end. A second one kills the nodes. SIGHUP reads the configuration again.
     """
     from fleet_worker.host.file_lock import Held
-    from fleet_worker.host.supervisor import Supervisor
+    from fleet_worker.setup.foreground import run_up
 
-    supervisor = Supervisor(_settings())
-    form = "[%(asctime)s: %(levelname)s/up] %(message)s"  # like the lines of the nodes, in the same output
-    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format=form)
     try:
-        sys.exit(supervisor.run())
+        sys.exit(run_up(_settings()))
     except Held as error:
         running = f"fleet-worker: fleet-worker up runs already on this host, pid {error.pid or 'unknown'}"
         click.echo(f"{running}: fleet-worker reload makes it read the configuration again", err=True)

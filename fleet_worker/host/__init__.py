@@ -1,8 +1,7 @@
 """The processes of one host: `fleet-worker up` and its children, and the service that starts it.
 
-May import: `protocol` and what is below it. Read in this order: `supervisor`, `hosted_instance`,
-`server_plan`, `node_process`, `companions`, `programs`, `owner`, `switchboard`, `up_server`, `up_socket`, `event_loop`,
-`embedded_broker`, `child_process`, `parent_pipe`, `variables`, `file_lock`, `service`, `service_files`, `launchd`,
-`systemd`. The rooms `servers` (managed MLX servers) and `availability` (the owner comes first) know nothing of these but
-`child_process`, `file_lock` and the constants of `node_process`.
+May import: `protocol` and what is below it. Read in this order: `supervisor`, `hosted_instance`, `server_plan`,
+`node_process`, `companions`, `programs`, `owner`, `switchboard`, `up_server`, `up_socket`, `event_loop`,
+`embedded_broker`, `child_process`, `parent_pipe`, `variables`, `unserved`, `file_lock`, `service`, `service_files`,
+`launchd`, `systemd`. The room `servers` runs MLX servers, `availability` watches the owner of the host.
 """

@@ -28,6 +28,7 @@ from fleet_worker.host.programs import Launcher, node_command
 from fleet_worker.host.switchboard import Switchboard
 from fleet_worker.host.up_server import Client
 from fleet_worker.host.up_socket import lock_path, socket_path
+from fleet_worker.host.unserved import unserved
 from fleet_worker.host.variables import mistyped
 from fleet_worker.protocol.host_messages import Done, HostStatus, NodeNews, Restart
 from fleet_worker.settings import REGISTRY, Settings
@@ -103,10 +104,8 @@ class Supervisor:
         Raises:
             ConfigurationError: no instance has opted in, or the embedded broker cannot be started.
         """
-        for found in mistyped(settings):
+        for found in (*mistyped(settings), *unserved(settings)):
             log.warning("%s", found)
-        if unused := [name for name, instance in settings.instances.items() if not instance.opted_in]:
-            log.info("not in use, as they have not opted in: %s", ", ".join(unused))
         instances = [*settings.serving(), REGISTRY]
         old, self._settings, self._launcher.settings = self._settings, settings, settings
         yield from self._companions.settle(old, settings)
