@@ -26,9 +26,9 @@ from fleet_worker.host.owner import Owner
 from fleet_worker.host.parent_pipe import parent_pipe
 from fleet_worker.host.programs import Launcher, node_command
 from fleet_worker.host.switchboard import Switchboard
+from fleet_worker.host.unserved import unserved
 from fleet_worker.host.up_server import Client
 from fleet_worker.host.up_socket import lock_path, socket_path
-from fleet_worker.host.unserved import unserved
 from fleet_worker.host.variables import mistyped
 from fleet_worker.protocol.host_messages import Done, HostStatus, NodeNews, Restart
 from fleet_worker.settings import REGISTRY, Settings
