@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
-import math
 import sys
 from collections.abc import Iterable
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,7 +12,11 @@ import click
 from fleet_worker import exit_codes
 from fleet_worker.config_file import config_path
 from fleet_worker.errors import BrokerUnavailable, ConfigurationError, Expired, FleetError, InvalidRequest
-from fleet_worker.gateway import commands
+from fleet_worker.gateway.commands import COMMANDS as OF_GATEWAY
+from fleet_worker.ops.commands import COMMANDS as OF_OPERATOR
+from fleet_worker.seconds import Seconds
+from fleet_worker.setup import config_option
+from fleet_worker.setup.commands import COMMANDS as OF_SETUP
 
 if TYPE_CHECKING:
     from fleet_worker.protocol.reply import Delta
@@ -23,32 +24,22 @@ if TYPE_CHECKING:
 
 _EXAMPLES = """\b
 Examples:
-  fleet-worker demo                                   a whole fleet on this machine
-  FLEET_CONFIG=worker.toml fleet-worker up            all nodes of this host
-  FLEET_CONFIG=worker.toml fleet-worker worker --instance local
-  FLEET_CONFIG=worker.toml fleet-worker service install
+  fleet-worker demo                         a whole fleet on this machine
+  fleet-worker up --config worker.toml      all nodes of this host
+  fleet-worker worker --config worker.toml --instance local
+  fleet-worker service install --config worker.toml
   fleet-worker chat qwen3-14b "Why is the sky blue?"
   git diff | fleet-worker chat qwen3-14b --system "Review this diff." -
   fleet-worker embed all-minilm-l6-v2 "a text" "another"
-  FLEET_CONFIG=worker.toml fleet-worker doctor        what is wrong here, and what to do
-  fleet-worker status --watch                         instances, models and waiting requests
-  fleet-worker drain local@mini-7 --wait              no new work for this node, until undrain
+  fleet-worker doctor --config worker.toml  what is wrong here
+  fleet-worker status --watch               instances, models, waiting work
+  fleet-worker drain local@mini-7 --wait    no new work there, until undrain
 """
 
 
-class _Seconds(click.FloatRange):
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        with suppress(ValueError):
-            if not math.isnan(float(value)):
-                return float(super().convert(value, param, ctx))
-        option = param.opts[0] if param else "this option"
-        before = f"; put the node before it: fleet-worker drain {value} {option}" if "@" in str(value) else ""
-        raise click.BadParameter(f"it takes a number of seconds{before}", ctx, param)
-
-
-_TIMEOUT = click.option("--timeout", type=_Seconds(min=0, min_open=True), help="Seconds for the whole request.")
+_TIMEOUT = click.option("--timeout", type=Seconds(min=0, min_open=True), help="Seconds for the whole request.")
 _QUEUE_TIMEOUT = click.option(
-    "--queue-timeout", type=_Seconds(min=0, min_open=True), help="Seconds that it may wait until a node takes it."
+    "--queue-timeout", type=Seconds(min=0, min_open=True), help="Seconds that it may wait until a node takes it."
 )
 
 
@@ -63,12 +54,12 @@ def _settings() -> Settings:  # imported here, so that --help loads no pydantic
 def cli() -> None:
     """Mac minis that run MLX servers, as one inference service.
 
-    All settings come from the file that FLEET_CONFIG names and from FLEET_* variables, as in
+    All settings come from the file that --config or FLEET_CONFIG names, and from FLEET_* variables, as in
     FLEET_BROKER_URL=redis://broker:6379/0.
     """
 
 
-for each in commands.COMMANDS:
+for each in (*OF_SETUP, *OF_GATEWAY, *OF_OPERATOR):
     cli.add_command(each)
 
 
@@ -101,64 +92,6 @@ def worker(instance: str | None, loglevel: str, celery_options: tuple[str, ...])
     sys.exit(celery.main(arguments, prog_name="celery", standalone_mode=False))
 
 
-@cli.group("service", short_help="Run `fleet-worker up` as a service of this user.")
-def service_commands() -> None:
-    """Run `fleet-worker up` as a service of this user: by launchd on macOS, by systemd on Linux."""
-
-
-@service_commands.command("install")
-@click.option("--print", "only_print", is_flag=True, help="Only print the file, and install nothing.")
-def install_service(only_print: bool) -> None:
-    """Write the file of the service and start it. If it is installed already, restart it.
-
-    FLEET_CONFIG must name a file with all settings: the service gets no other variable of this shell.
-    """
-    from fleet_worker.host.service import configuration, service_manager
-
-    config, left_out, ends_within = configuration()
-    manager = service_manager(ends_within)
-    text = manager.text(config)
-    if left_out:
-        advice = f"write these settings to {config} instead, and chmod 600 that file"
-        click.echo(f"fleet-worker: the service does not get {', '.join(left_out)}: {advice}", err=True)
-    problem = None if only_print else manager.problem()
-    if only_print or problem:
-        click.echo(text, nl=False)
-        if problem:
-            click.echo(f"fleet-worker: nothing was installed: {problem}", err=True)
-        click.echo(f"fleet-worker: this text belongs in {manager.file}", err=True)
-        sys.exit(exit_codes.UNAVAILABLE if problem else 0)
-    manager.install(text)
-    click.echo("\n".join([f"Installed and started: {manager.file}", *manager.hints]))
-
-
-@service_commands.command("uninstall")
-def uninstall_service() -> None:
-    """Stop the service, as SIGTERM does, and remove its file."""
-    from fleet_worker.host.service import service_manager
-
-    manager = service_manager()
-    if (problem := manager.problem()) and manager.file.exists():
-        click.echo(f"fleet-worker: {manager.file} is still there: {problem}", err=True)
-        sys.exit(exit_codes.UNAVAILABLE)
-    removed = not problem and manager.uninstall()
-    click.echo(f"Stopped and removed: {manager.file}" if removed else "The service is not installed.")
-
-
-@service_commands.command("status")
-def service_status() -> None:
-    """Tell whether the service runs: exit code 0 if it does, 3 if not, 69 if that cannot be known."""
-    from fleet_worker.host.service import service_manager
-
-    manager = service_manager()
-    if problem := manager.problem():
-        click.echo(f"fleet-worker: {problem}", err=True)
-        sys.exit(exit_codes.UNAVAILABLE)
-    running, text = manager.status()
-    click.echo(text)
-    sys.exit(0 if running else exit_codes.NOT_RUNNING)
-
-
 @cli.command(short_help="Run all nodes of this host.")
 def up() -> None:
     """Run a node for every instance of this host that has opted in, and its registry node; restart what ends.
@@ -166,13 +99,10 @@ def up() -> None:
     SIGTERM and Ctrl-C let running requests end. A second one kills the nodes. SIGHUP reads the configuration again.
     """
     from fleet_worker.host.file_lock import Held
-    from fleet_worker.host.supervisor import Supervisor
+    from fleet_worker.setup.foreground import run_up
 
-    supervisor = Supervisor(_settings())
-    form = "[%(asctime)s: %(levelname)s/up] %(message)s"  # like the lines of the nodes, in the same output
-    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format=form)
     try:
-        sys.exit(supervisor.run())
+        sys.exit(run_up(_settings()))
     except Held as error:
         running = f"fleet-worker: fleet-worker up runs already on this host, pid {error.pid or 'unknown'}"
         click.echo(f"{running}: fleet-worker reload makes it read the configuration again", err=True)
@@ -181,47 +111,21 @@ def up() -> None:
 
 @cli.command(short_help="Read the configuration again.")
 def reload() -> None:
-    """Make the `fleet-worker up` of this host read its configuration again."""
-    from fleet_worker.host.supervisor import reload_running
+    """Make the `fleet-worker up` of this host read its configuration again, and tell what that changed.
 
-    if not (pid := reload_running(_settings())):  # which refuses a wrong configuration before up reads it
-        click.echo("fleet-worker: no fleet-worker up runs on this host", err=True)
+    The exit code is 69 if no `up` runs on this host, and 78 if the configuration is wrong: then it stays as it was.
+    """
+    from fleet_worker.host.up_socket import NoUp, ask
+    from fleet_worker.protocol.host_messages import Reload
+
+    try:
+        done = ask(_settings(), Reload(), within=30.0)  # which refuses a wrong configuration before up reads it
+    except NoUp as error:
+        click.echo(f"fleet-worker: {error}", err=True)
         sys.exit(exit_codes.UNAVAILABLE)
-    click.echo(f"fleet-worker up, pid {pid}, reads its configuration again; the result is in its log")
-
-
-@cli.command(short_help="Stop nodes from taking new work.")
-@click.argument("nodes", metavar="NODE...", nargs=-1, required=True)
-@click.option(
-    "--wait",
-    "seconds",
-    type=_Seconds(min=0),
-    is_flag=False,
-    flag_value=math.inf,  # stands for the worker.drain_grace of each node
-    metavar="[SECONDS]",
-    help="Wait until no request runs there. After SECONDS, or worker.drain_grace of the node, others continue them.",
-)
-def drain(nodes: tuple[str, ...], seconds: float | None) -> None:
-    """Stop nodes from taking new work, until `undrain` or their restart. Running requests continue.
-
-    NODE is a node, as in local@mini-7, or a host, as in mini-7: all its inference nodes.
-    The exit code is 69 if a node does not answer, and 1 if with --wait a node still has work in the end.
-    """
-    from fleet_worker.ops.drain import drain
-
-    sys.exit(drain(_settings(), nodes, wait=seconds))
-
-
-@cli.command(short_help="Let drained nodes take work again.")
-@click.argument("nodes", metavar="NODE...", nargs=-1, required=True)
-def undrain(nodes: tuple[str, ...]) -> None:
-    """Let drained nodes take work again, once their MLX servers have proved that they work.
-
-    NODE is as for drain. The exit code is 69 if a node does not answer, and 1 if it is shutting down.
-    """
-    from fleet_worker.ops.drain import undrain
-
-    sys.exit(undrain(_settings(), nodes))
+    if done.error:
+        raise ConfigurationError(done.error)
+    click.echo(f"The configuration was read again: {done.text or 'nothing has changed'}")
 
 
 @cli.command()
@@ -282,42 +186,7 @@ def embed(model: str, texts: tuple[str, ...], **options: Any) -> None:
         click.echo(json.dumps({"input": text, "embedding": vector}, ensure_ascii=False))
 
 
-@cli.command()
-@click.option("--json", "as_json", is_flag=True, help="Print each finding as a line of JSON.")
-def doctor(as_json: bool) -> None:
-    """Find what is wrong here, and tell what to do.
-
-    Checks the configuration, the broker and its clock, the MLX servers, this machine, and the nodes of the fleet.
-    The exit code is 0 without a finding, 1 after warnings, 2 after errors, 78 if the configuration cannot be used.
-    """
-    from fleet_worker.ops.doctor import examine
-    from fleet_worker.ops.findings import exit_code, show
-
-    findings = examine()
-    show(findings, as_json=as_json)
-    sys.exit(exit_code(findings))
-
-
-@cli.command(short_help="Show instances, models and waiting requests.")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON object with the keys instances, models and lanes.")
-@click.option(
-    "--watch",
-    "every",
-    type=_Seconds(min=0.1, max=86_400),
-    is_flag=False,
-    flag_value=2.0,
-    metavar="[SECONDS]",
-    help="Show it again every 2 seconds, or as often as given here, until Ctrl-C.",
-)
-def status(as_json: bool, every: float | None) -> None:
-    """Show all instances of the fleet, their state, and the requests that wait in each lane.
-
-    The registry node of each host reports them. A lane with waiting requests that no node serves is marked as
-    NOBODY SERVES THIS. The lane of a single node is shown only if requests wait in it.
-    """
-    from fleet_worker.ops.status import show
-
-    show(_settings(), as_json=as_json, every=every)
+config_option.add_to(cli)
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -17,18 +17,53 @@ if TYPE_CHECKING:
 
 MOST_BYTES = 1_000_000
 """Bytes of the file; a larger one is no configuration."""
+DEFAULT = Path("~/fleet/worker.toml")
+"""The file that `init`, `join` and `quickstart` write, and that all commands read, if no other is named."""
 
 
 def config_path() -> Path | None:
-    """Return the path that FLEET_CONFIG names; None if it is not set."""
+    """Return the path that FLEET_CONFIG or `--config` names; None if there is none."""
     name = os.environ.get("FLEET_CONFIG")
     return Path(os.path.expanduser(name)) if name else None
+
+
+_named_by: dict[str, str] = {}
+"""What has named a file, if that was not FLEET_CONFIG."""
+
+
+def use(name: str, *, exists: bool = True) -> None:
+    """Make `name` the configuration file of this process and of those that it starts, as FLEET_CONFIG does.
+
+    Raises:
+        ConfigurationError: it cannot be read, unless it need not exist.
+    """
+    os.environ["FLEET_CONFIG"] = name
+    _named_by[name] = "--config"
+    path = Path(os.path.expanduser(name))
+    try:
+        if exists:
+            path.open("rb").close()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in it
+        reason = getattr(error, "strerror", None) or "that is no path"
+        raise ConfigurationError(f"{named_by()} names {path}, which cannot be read: {reason}") from None
+
+
+def use_default() -> None:
+    """Make DEFAULT the configuration file, if it exists and FLEET_CONFIG is not set, not even to an empty text."""
+    if "FLEET_CONFIG" not in os.environ and DEFAULT.expanduser().is_file():
+        os.environ["FLEET_CONFIG"] = name = str(DEFAULT.expanduser())
+        _named_by[name] = "the default"
+
+
+def named_by() -> str:
+    """Return what has named the configuration file, for texts of errors."""
+    return _named_by.get(os.environ.get("FLEET_CONFIG", ""), "FLEET_CONFIG")
 
 
 def read() -> dict[str, Any]:
     """Return the content of the configuration file, empty if there is none; raises `ConfigurationError`."""
     path = config_path()
-    return read_toml(path, MOST_BYTES, named="FLEET_CONFIG") if path else {}
+    return read_toml(path, MOST_BYTES, named=named_by()) if path else {}
 
 
 def read_toml(path: Path, most_bytes: int, *, named: str) -> dict[str, Any]:
@@ -52,13 +87,16 @@ def explain(error: ValidationError, settings: type[BaseModel]) -> str:
 
 def faults(error: ValidationError, settings: type[BaseModel]) -> str:
     """Return the place and the reason of every fault in `settings`, without the values: one may be a key."""
-    found = []
+    return "; ".join(text for _, text in each_fault(error, settings))
+
+
+def each_fault(error: ValidationError, settings: type[BaseModel]) -> Iterator[tuple[tuple[int | str, ...], str]]:
+    """Yield the place of each fault, as ("router", "timeout"), and its text, which begins with the place."""
     for fault in error.errors(include_url=False, include_context=False):
         place = fault["loc"]
         unknown = fault["type"] == "extra_forbidden"
         reason = _unknown_key(place, settings, fault["input"]) if unknown else _reason(fault["type"], fault["msg"])
-        found.append(": ".join(filter(None, [".".join(map(str, place)), reason])))
-    return "; ".join(found)
+        yield place, ": ".join(filter(None, [".".join(map(str, place)), reason]))
 
 
 _NEEDED = {

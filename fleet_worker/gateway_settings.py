@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,6 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from fleet_worker.certificates import check_file
 from fleet_worker.instance_settings import Group
+from fleet_worker.urls import is_loopback
 
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 PemFile = Annotated[Path, AfterValidator(check_file)]
@@ -55,16 +55,9 @@ class GatewaySettings(Group):
             raise ValueError("gateway.cert and gateway.key belong together: set both, or none")
         if "/" in self.host:
             raise ValueError("gateway.host must be a name or an address, without http:// and without a port")
-        if self.keys is None and self.socket is None and not _is_loopback(self.host):
+        if self.keys is None and self.socket is None and not is_loopback(self.host):
             raise ValueError(
                 f"gateway.host {self.host} can be reached from other hosts, and gateway.keys is not set, so everybody "
                 "there could use the fleet: make a key with fleet-worker keys new NAME"
             )
         return self
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

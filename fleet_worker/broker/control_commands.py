@@ -30,6 +30,9 @@ READ_ONLY = ("ping", "stats", "conf", "active_queues", "registered", "active", "
 """Commands of Celery that change nothing. Flower and `celery status` ask for them; none shows what a request holds."""
 EVENTS_ARE_ON = "enable_events"
 """Flower sends this command every five seconds. Nodes always send task events, so it changes nothing."""
+BY_NAME = frozenset({"restart", "restart_server"})
+"""Commands that are obeyed only by nodes whose names they have, and not by all of a host or of the fleet: they would
+all be away at the same time."""
 MOST_NODES = 5_000
 """Names in the `destination` of one command."""
 COMMANDS_A_SECOND, COMMANDS_AT_ONCE = 50, 200
@@ -102,10 +105,14 @@ class ControlCommands:
         return str(self._app.control.mailbox.reply_exchange.name)
 
     def _is_addressed(self, command: _CommandMessage) -> bool:
-        """A node is addressed by its name, by `*@HOST`, or with all others. kombu's patterns are not obeyed: with a
-        regular expression of a stranger this thread may never be done."""
+        """A node is addressed by its name, by `*@HOST`, or with all others; but see `BY_NAME`.
+
+        kombu's patterns are not obeyed: with a regular expression of a stranger this thread may never be done.
+        """
         if command.pattern:
             raise Refused(PATTERN)
+        if command.method in BY_NAME:
+            return self._name in (command.destination or ())
         return not command.destination or not self._addresses.isdisjoint(command.destination)
 
     def _run(self, method: str) -> Any:

@@ -16,7 +16,7 @@ from fleet_worker.errors import ConfigurationError
 def gateway() -> None:
     """Serve OpenAI, Anthropic and Ollama clients over HTTP, in front of the whole fleet.
 
-    The address and all else are settings, in the section [gateway] of the file that FLEET_CONFIG names; by default
+    The address and all else are settings, in the section [gateway] of the configuration file; by default
     http://127.0.0.1:4000. SIGTERM and Ctrl-C let running requests end. SIGHUP reads the file of keys again.
     """
     from fleet_worker.settings import Settings

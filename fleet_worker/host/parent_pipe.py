@@ -55,6 +55,11 @@ def attach_to_parent(node_name: str, *, grace: float) -> None:
         _hold(int(descriptor), node_name, grace + 5.0)
 
 
+def is_supervised() -> bool:
+    """In a node: return whether `fleet-worker up` has started this process, and starts it again when it ends."""
+    return PARENT_PIPE in os.environ
+
+
 def _end_with_parent(descriptor: int, grace: float) -> None:
     os.read(descriptor, 1)
     log.warning("fleet-worker up has ended, so this node shuts down")

@@ -9,7 +9,6 @@ from pathlib import Path
 
 _MOST_FOLDERS = 100
 """Of those that a server reports."""
-_HUB = "~/.cache/huggingface/hub"
 
 
 def folders_of(backend: str, reported: Iterable[str]) -> Iterator[Path]:
@@ -33,11 +32,17 @@ def folder_of(name: str) -> Path:
     return cached_folder_of(name)
 
 
-def cached_folder_of(repository: str) -> Path:
+def hub_folder() -> Path:
+    """Return the folder of the Hugging Face cache; it may not exist. The variables are those of huggingface_hub."""
+    named = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = os.environ.get("HF_HOME") or f"{cache}/huggingface"
+    return Path(named or f"{home}/hub").expanduser()
+
+
+def cached_folder_of(repository: str, hub: Path | None = None) -> Path:
     """Return the folder of the Hugging Face cache for the main revision of this repository; it may not exist."""
-    home = os.environ.get("HF_HOME")
-    hub = Path(os.environ.get("HF_HUB_CACHE") or (f"{home}/hub" if home else _HUB)).expanduser()
-    model = hub / f"models--{repository.replace('/', '--')}"
+    model = (hub or hub_folder()) / f"models--{repository.replace('/', '--')}"
     return model / "snapshots" / (text_of(model / "refs" / "main") or "none").strip()
 
 

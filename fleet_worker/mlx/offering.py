@@ -107,19 +107,24 @@ def _public_name(reported: str) -> str:
 
 def features_of(name: str, model: Model, instance: Instance, provider: Mapping[str, bool]) -> dict[str, Feature]:
     """Return every feature of a model, decided by the first source that has a value for it."""
-    embeds = bool(_EMBEDDING.search(name))
+    is_embedding = embeds(name)
     only_embeds = name in instance.models and instance.capabilities == ("embed",)
     sources = {
         "model": _canonical(model.features),
         "instance": _canonical(instance.features),
         "provider": _canonical(provider),
         "listed": _text_features(embeds=True) if model.dimensions or only_embeds else {},
-        "catalog": {**_text_features(embeds=embeds), "vision": not embeds and bool(_VISION.search(name))},
+        "catalog": {**_text_features(embeds=is_embedding), "vision": not is_embedding and bool(_VISION.search(name))},
     }
     features = dict.fromkeys(FEATURES, Feature(False, "default"))
     for source, values in reversed(sources.items()):
         features |= {feature: Feature(value, source) for feature, value in values.items() if feature in features}
     return features
+
+
+def embeds(name: str) -> bool:
+    """Tell whether a model of this name makes embeddings, as far as a name can tell."""
+    return bool(_EMBEDDING.search(name))
 
 
 def _canonical(features: Mapping[str, bool]) -> dict[str, bool]:

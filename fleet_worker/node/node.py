@@ -8,20 +8,30 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from celery import Celery
 from celery.worker import state as celery_state
 
 from fleet_worker.broker.app import door_of
-from fleet_worker.broker.topology import direct_lane, lane, old_lane, transport_of
-from fleet_worker.errors import FleetError, InstanceUnavailable, ModelNotServed, Overloaded, ProviderError
-from fleet_worker.mlx.offering import Offering
+from fleet_worker.broker.topology import transport_of
+from fleet_worker.errors import (
+    ConfigurationError,
+    ConnectionFailure,
+    FleetError,
+    InstanceUnavailable,
+    ModelNotServed,
+    Overloaded,
+    ProviderError,
+)
+from fleet_worker.host.up_socket import NoUp, ask
+from fleet_worker.host.up_socket import socket_path as up_socket_path
 from fleet_worker.mlx.profiles import PROFILES
 from fleet_worker.mlx.timeouts import CancelToken
 from fleet_worker.node.confirmations import Confirmations
 from fleet_worker.node.health_monitor import HealthMonitor
-from fleet_worker.node.lane_consumer import LaneConsumer
+from fleet_worker.node.host_link import HostLink
+from fleet_worker.node.lane_consumer import LaneConsumer, lanes_of
+from fleet_worker.node.new_settings import can_follow
 from fleet_worker.node.offered_models import OfferedModels
 from fleet_worker.node.prompt_cache.prompt_cache import PromptCache
 from fleet_worker.node.readiness import Readiness, State
@@ -30,7 +40,8 @@ from fleet_worker.node.router_clocks import RouterClocks
 from fleet_worker.node.router_presence import RouterPresence
 from fleet_worker.node.running_attempts import RunningAttempts
 from fleet_worker.node.server_discovery import Server
-from fleet_worker.protocol.status import InstanceStatus
+from fleet_worker.protocol.host_messages import Restart
+from fleet_worker.protocol.status import InstanceStatus, Status
 from fleet_worker.registry.counters import Counters
 from fleet_worker.registry.status_socket import NodeReport, StatusClient, model_status, socket_path
 from fleet_worker.settings import Settings
@@ -38,6 +49,8 @@ from fleet_worker.version import VERSION
 
 log = logging.getLogger(__name__)
 
+ANSWERED_WITHIN = 5.0
+"""Seconds in which `up` answers that it restarts a server."""
 LANES_LEFT_WITHIN = 2.0
 """Seconds to wait for lanes to be left before the node counts as idle: the broker may be away."""
 
@@ -79,6 +92,10 @@ class Node:
         self.state = State("starting")
         self.handed_over = 0
         """Requests that were handed over to other nodes since this one was drained."""
+        self.server_restarts = 0
+        """How often its server was restarted, or replaced, since this process began."""
+        self._restarts_before = 0
+        """What that was at the beginning of a pause."""
         self._lane_consumer = LaneConsumer(app, transport)
         self._lane_consumer.changed = self._on_lanes_changed
         self.publisher.on_refused(self._lane_consumer.reply_refused)
@@ -86,6 +103,8 @@ class Node:
         """The lanes that the log calls served."""
         self._updating = threading.Lock()
         """Held while the lanes follow, so that the last of two updates sees the newest facts."""
+        self._host_link = HostLink(self, up_socket_path(settings.state_dir, self._host))
+        self.running.changed = self._host_link.changed
         self._readiness = Readiness(stall_after=settings.worker.stall_after)
         self._monitor = HealthMonitor(
             self.mlx,
@@ -94,7 +113,9 @@ class Node:
             self.running,
             settings.worker,
             self._update_lanes,
-            restarted=self.prompt_cache.clear,
+            restarted=self.server_restarted,
+            prefill_speed=lambda: self.prompt_cache.prefill_speed,
+            fault_changed=self._host_link.changed,
         )
         self._status_client = StatusClient(socket_path(settings.state_dir, self._host), self._report)
         self._tokens_reported = (time.monotonic(), 0)
@@ -113,6 +134,11 @@ class Node:
         return self.state.status == "drained"
 
     @property
+    def fault(self) -> str:
+        """Why its server has to be restarted; empty if it need not."""
+        return self._monitor.fault.text
+
+    @property
     def held(self) -> int:
         """The number of messages that were taken and are not done, whether or not their tasks have begun."""
         return len(celery_state.reserved_requests)
@@ -122,6 +148,7 @@ class Node:
         self.presence.start()
         self._monitor.start()
         self._status_client.start()
+        self._host_link.start()
 
     def reload(self, settings: Settings) -> bool:
         """Follow new settings of what is offered; return False if others changed, which need a new process.
@@ -149,9 +176,43 @@ class Node:
         self._monitor.canary_now()
         self._update_lanes()
 
-    def hand_over(self) -> None:
-        """Stop what is running, so that other nodes go on with it."""
-        if stopped := self.running.stop(lambda: InstanceUnavailable("the node is being drained", handed_over=True)):
+    def server_restarted(self) -> None:
+        """Another process is its server now: what the last one had in memory is gone."""
+        self.server_restarts += 1
+        self.prompt_cache.clear()
+
+    def pause(self, status: Status, reason: str) -> None:
+        """Take no work until `resume`, as a drained node does; an operator's drain stays in force beside it."""
+        self._readiness.pause(status, reason)
+        self._restarts_before = self.server_restarts
+        self._monitor.fault.forget()
+        self._update_lanes()
+
+    def resume(self) -> None:
+        """End a pause: take work again as soon as the server has proved that it works."""
+        self.running.refusal = None
+        paused, is_unseen = self._readiness.paused, self.server_restarts == self._restarts_before
+        if paused and paused.status == "starting" and is_unseen:
+            self._monitor.server_is_replaced()
+        self._readiness.resume()
+        self._monitor.canary_now()
+        self._update_lanes()
+
+    def restart_server(self) -> str:
+        """Ask the `up` of this host to restart the MLX server of this node; return why it does not, or "".
+
+        Before it does, it pauses this node, so that no request fails.
+        """
+        try:
+            return ask(self.settings, Restart(self.instance, server=True), within=ANSWERED_WITHIN).error
+        except (NoUp, ConfigurationError) as error:
+            return str(error)
+
+    def hand_over(self, reason: str = "the node is being drained") -> None:
+        """Stop what is running, so that other nodes go on with it; during a pause, what begins later as well."""
+        if self._readiness.paused:
+            self.running.refusal = lambda: InstanceUnavailable(reason, handed_over=True)
+        if stopped := self.running.stop(lambda: InstanceUnavailable(reason, handed_over=True)):
             self.handed_over += stopped
             log.warning("%s hands over what is still running: %d", self.name, stopped)
 
@@ -170,6 +231,7 @@ class Node:
     def close(self, timeout: float = 10.0) -> None:
         """Publish the last frames within `timeout` seconds, then close all connections."""
         self.presence.close()
+        self._host_link.close()
         self._monitor.close()
         self._status_client.close()
         self.publisher.close(timeout)
@@ -182,18 +244,19 @@ class Node:
     @contextmanager
     def counting_failures(self, model: str, request_id: str, cancel_token: CancelToken) -> Iterator[None]:
         """Count an error within this block against the server, unless the request was cancelled, or had to share the
-        only slot: that is told as `disturbed`."""
+        only slot: that is told as `disturbed`. A server that is away during a pause was stopped on purpose."""
         try:
             yield
         except FleetError as error:
             if cancel_token.error is None:
-                if self.slots == 1 and type(error) in (ProviderError, Overloaded) and self.mlx.may_be_occupied:
+                if self._readiness.paused and isinstance(error, InstanceUnavailable | ConnectionFailure):
+                    error.metadata["handed_over"] = True
+                elif self.slots == 1 and type(error) in (ProviderError, Overloaded) and self.mlx.may_be_occupied:
                     error.metadata["disturbed"] = True
                 elif isinstance(error, ModelNotServed):
                     self._monitor.check_model(model)
                 else:
-                    self._readiness.failed(error, request_id)
-                    self._monitor.check_now()
+                    self._monitor.request_failed(error, request_id)
             raise
 
     def _update_lanes(self) -> None:
@@ -211,7 +274,7 @@ class Node:
 
     def _log_left(self, left: Iterable[str]) -> None:
         self._served -= frozenset(left)
-        level = logging.INFO if self.drained else logging.WARNING
+        level = logging.INFO if self._readiness.is_ordered else logging.WARNING
         for each in sorted(left):
             log.log(level, "%s leaves lane %s: %s", self.name, each, self.state.reason or "the model is not there")
 
@@ -247,6 +310,7 @@ class Node:
                 server=self.server_kind,
                 version=VERSION,
                 pid=os.getpid(),
+                server_restarts=self.server_restarts,
                 slots=self.slots,
                 running=len(self.running),
                 tokens_per_second=self._tokens_per_second(),
@@ -269,25 +333,3 @@ class Node:
         """Since the last report."""
         (before, tokens), self._tokens_reported = self._tokens_reported, (time.monotonic(), self.counters.tokens)
         return round((self._tokens_reported[1] - tokens) / max(self._tokens_reported[0] - before, 0.001), 1)
-
-
-def can_follow(settings: Settings, old: Settings, name: str) -> bool:
-    """Return whether a running node of this instance can follow these settings without a new process."""
-    instance = settings.instances.get(name)
-    return instance is not None and instance.opted_in and _fixed(settings, name) == _fixed(old, name)
-
-
-def _fixed(settings: Settings, name: str) -> dict[str, Any]:
-    """The settings that a running node cannot change."""
-    offered = {"models", "model_whitelist", "model_blacklist", "features", "fleet", "usage"}
-    return {
-        "instance": settings.instances[name].model_dump(exclude=offered),
-        "settings": settings.model_dump(exclude={"instances", "features", "router", "registry"}),
-    }
-
-
-def lanes_of(node_name: str, offerings: dict[str, Offering], settings: Settings) -> list[str]:
-    """Return the lanes of a node: one for each capability and model, and its direct lane."""
-    names = (lane, old_lane) if settings.worker.old_lanes else (lane,)
-    work = [(each, offering.model) for offering in offerings.values() for each in offering.capabilities]
-    return [*sorted({name(*each) for name in names for each in work}), direct_lane(node_name)]

@@ -12,8 +12,11 @@ Proof is a token of a request, or a canary that worked. A `degraded` instance is
 A doubt: FAILURES attempts failed in a row, or work is in progress and no token comes. It may be the fault of these
 requests, so an instance in doubt goes on with its work, and a canary decides: it is a proof, or it confirms the doubt.
 It is sent at once if the attempts were of as many different requests, otherwise when no other request runs that could
-be the proof. An instance that was silent in the middle of work is then degraded, and needs a proof. `drained` overrides
-all of it: an operator, or the end of the node, wants it to take no work.
+be the proof. An instance that was silent in the middle of work is then degraded, and needs a proof.
+
+Orders override all of it. In this order: the node is ending; an operator has drained it; its host has paused it, since
+the owner of the machine needs it, or since its MLX server is being restarted. Each ends by its own counterpart only,
+and then the instance needs a proof.
 """
 
 from __future__ import annotations
@@ -66,6 +69,8 @@ class Readiness:
         self._late_since: float | None = None
         self._silent_since: float | None = None
         """Since when neither `/health` has answered nor content has come."""
+        self.began_late = False
+        """Whether the server took connections, and gave no answer, when that began: its process has not ended."""
         self._health_ready = False
         self._last_content = 0.0
         self._last_fault = 0.0
@@ -74,6 +79,7 @@ class Readiness:
         self._failed: set[str] = set()
         """The requests of these failures, at most FAILURES of them."""
         self._drained = self._ending = False
+        self._paused: State | None = None
 
     # Observed by the tasks
 
@@ -115,7 +121,8 @@ class Readiness:
             if self._last_content >= asked:
                 return
             self._late_since = self._late_since or asked
-            self._silent_since = self._silent_since or asked
+            if self._silent_since is None:
+                self._silent_since, self.began_late = asked, True
             if self._clock() - self._late_since >= GIVE_UP_AFTER:
                 self._require_proof("unavailable", "the MLX server does not answer")
 
@@ -123,7 +130,8 @@ class Readiness:
         """Nothing listens at the server's address, or it closes the connection. (A frozen server refuses too, once its
         backlog is full.)"""
         with self._lock:
-            self._silent_since = self._silent_since or self._clock()
+            if self._silent_since is None:
+                self._silent_since, self.began_late = self._clock(), False
             self._late_since, self._health_ready = None, False
             self._require_proof("unavailable", "the MLX server does not accept connections")
 
@@ -149,7 +157,7 @@ class Readiness:
             if self._doubt:
                 self._require_proof(*self._doubt)
 
-    # Ordered by an operator, or by the end of the node
+    # Ordered by the end of the node, by an operator, or by the host
 
     def drain(self, *, ending: bool = False) -> None:
         """Take no more work, whatever the server can do; for good if the node is ending."""
@@ -164,16 +172,42 @@ class Readiness:
                 self._drained = False
                 self._require_proof("starting", "not tried since it was drained")
 
+    def pause(self, status: Status, reason: str) -> None:
+        """Take no work until `resume`, and show this: the server may be stopped meanwhile, which is no fault."""
+        with self._lock:
+            self._paused = State(status, reason)
+
+    def resume(self) -> None:
+        """Take work again after a proof. All that was observed may be true of an earlier process of the server only."""
+        with self._lock:
+            if self._paused:
+                self._unproven = "starting", f"not tried since it was paused: {self._paused.reason}"
+                self._paused = self._doubt = self._late_since = self._silent_since = None
+                self._health_ready, self._last_fault = False, self._clock()
+                self._failures = 0
+                self._failed.clear()
+
     # The result
+
+    @property
+    def paused(self) -> State | None:
+        """What a pause shows; None without one. A drain may hide it."""
+        return self._paused
+
+    @property
+    def is_ordered(self) -> bool:
+        """Return whether an order keeps it from work, whatever the server can do."""
+        return self._drained or self._paused is not None
 
     @property
     def needs_canary(self) -> bool:
         """True if the server says that it is ready, and only a canary or a request can prove it."""
-        return self._unproven is not None and self._late_since is None and self._health_ready
+        is_unproven = self._unproven is not None and self._paused is None
+        return is_unproven and self._late_since is None and self._health_ready
 
     def in_doubt(self, *, idle: bool) -> bool:
         """Return whether a canary has to decide now; unless the instance is idle, a request may be the proof."""
-        if self._doubt is None or self._unproven is not None or self._late_since is not None:
+        if self._doubt is None or self._unproven is not None or self._late_since is not None or self._paused:
             return False
         return idle or not 0 < len(self._failed) < FAILURES
 
@@ -190,6 +224,8 @@ class Readiness:
                 return State("drained", "the node is ending")
             if self._drained:
                 return State("drained", "it takes no work until fleet-worker undrain")
+            if self._paused:
+                return self._paused
             if self._unproven:
                 return State(*self._unproven)
             if self._late_since is not None:

@@ -19,9 +19,9 @@ from fleet_worker.broker.topology import transport_of
 from fleet_worker.errors import BrokerUnavailable
 from fleet_worker.ops.findings import Finding, Severity
 from fleet_worker.ops.rights_checks import rights
-from fleet_worker.ops.tls_checks import encryption, is_loopback
+from fleet_worker.ops.tls_checks import encryption
 from fleet_worker.settings import Settings
-from fleet_worker.urls import secure, uses_tls
+from fleet_worker.urls import is_loopback, secure, uses_tls
 
 SLOW = 0.05
 """Seconds; a longer round trip is a warning."""
@@ -33,7 +33,7 @@ def broker(settings: Settings) -> list[Finding]:
     try:
         with connected(settings) as connection:
             found = [*ask(connection, place_of(settings.broker_url)), *rights(connection, transport)]
-            return [*found, *exposure(settings.broker_url), *encryption(settings, connection)]
+            return [*found, *exposure(settings), *encryption(settings, connection)]
     except BrokerUnavailable as error:
         return [Finding("error", error.message, error.metadata["advice"])]
 
@@ -117,9 +117,14 @@ def redis_settings(info: Mapping[str, Any], save: str | None) -> Iterator[Findin
         yield Finding("error", found, "free space on its disk, and read its log")
 
 
-def exposure(broker_url: str) -> Iterator[Finding]:
-    """Check the protection of a broker that is not on this host."""
+def exposure(settings: Settings) -> Iterator[Finding]:
+    """Check the protection of a broker that other hosts reach."""
+    broker_url = settings.broker_url
     url = urlsplit(broker_url)
+    if settings.up.broker and settings.up.address:
+        found = "the embedded broker has no TLS: everyone on the network can read requests and replies"
+        advice = "run it in a network that you trust; otherwise use a broker of your own, with TLS (docker/README.md)"
+        yield Finding("warning", found, advice)
     if is_loopback(url.hostname or "localhost"):
         return
     if not url.password:

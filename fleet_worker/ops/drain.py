@@ -1,7 +1,4 @@
-"""`fleet-worker drain` and `undrain`: take nodes out of service and back while their processes go on running.
-
-Nodes are asked by Celery's remote control, since an operator waits for the answer.
-"""
+"""`fleet-worker drain` and `undrain`: take nodes out of service and back while their processes go on running."""
 
 from __future__ import annotations
 
@@ -15,20 +12,10 @@ import click
 from pydantic import TypeAdapter, ValidationError
 
 from fleet_worker import exit_codes
-from fleet_worker.broker.app import create_app
-from fleet_worker.errors import InvalidRequest
-from fleet_worker.ops.broker_checks import connected
-from fleet_worker.registry.view import ALL_ANSWERS_WITHIN
-from fleet_worker.router.router import Router
-from fleet_worker.settings import REGISTRY, Settings
+from fleet_worker.ops.node_control import NodeControl
+from fleet_worker.settings import Settings
 from fleet_worker.terminal import count
 
-NODE_ANSWERS_WITHIN = 2.0
-"""Seconds that a node has to answer."""
-HOST_ANSWERS_WITHIN = 1.5
-"""Seconds that all nodes of a host have to answer: their number is unknown, so this is always waited for."""
-MOST_NODES = 10_000
-"""Answers of the nodes of hosts that are read in that time."""
 ASK_EVERY = 0.25
 """Seconds between two questions while nodes finish their work."""
 RELEASE_WITHIN = 10.0
@@ -81,45 +68,14 @@ class DrainState:
         return self.drained and self.running > 0
 
 
-class DrainControl:
-    """Drains nodes. Their names are as in `local@mini-7`, hosts as in `mini-7`.
-
-    Every method raises `BrokerUnavailable` if the broker does not answer.
-    """
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._app = create_app(settings)
-        self.silent: list[str] = []
-        """Nodes, and hosts, that did not answer."""
-
-    def find(self, names: Iterable[str]) -> list[str]:
-        """Return the nodes of these names. A host means all its inference nodes: those that answer, and those that its
-        registry node knows, since one that is starting or frozen does not answer, but may take work later.
-
-        Raises:
-            InvalidRequest: a registry node is named.
-        """
-        names = list(dict.fromkeys(names))
-        for name in names:
-            if name.startswith(f"{REGISTRY}@"):
-                raise InvalidRequest(f"{name} is a registry node, which runs no requests: name an inference node")
-        of_hosts = self._nodes_of([name for name in names if "@" not in name])
-        found: list[str] = []
-        for name in names:
-            nodes = [name] if "@" in name else [node for node in of_hosts if node.partition("@")[2] == name]
-            found += nodes
-            if not nodes:
-                self.silent.append(name)
-        return list(dict.fromkeys(found))
+class DrainControl(NodeControl):
+    """Drains nodes. Every method raises `BrokerUnavailable` if the broker does not answer."""
 
     def ask(self, command: str, nodes: Sequence[str]) -> list[DrainState]:
         """Send `drain`, `undrain`, `hand_over` or `drained` (a question), and return the states of the nodes that
         answer, in their order. A node that is ending stays drained.
         """
-        if not nodes:
-            return []
-        replies = self._broadcast(command, destination=list(nodes), limit=len(nodes), timeout=NODE_ANSWERS_WITHIN)
+        replies = self.tell(command, nodes)
         states = {name: state for name in nodes if (state := _state(name, replies.get(name)))}
         self.silent += [name for name in nodes if name not in {*states, *self.silent}]
         return list(states.values())
@@ -139,24 +95,6 @@ class DrainControl:
             self.ask("hand_over", [each.node for each in states if each.is_working and late[each] >= 0])
             time.sleep(ASK_EVERY if working else 0)
             states = self.ask("drained", [each.node for each in working])
-
-    def _nodes_of(self, hosts: Sequence[str]) -> list[str]:
-        if not hosts:
-            return []
-        all_nodes = [f"*@{host}" for host in hosts]
-        found = set(self._broadcast("ping", destination=all_nodes, limit=MOST_NODES, timeout=HOST_ANSWERS_WITHIN))
-        if any(name.startswith(f"{REGISTRY}@") for name in found):
-            with Router(self._settings) as router:
-                registry = router.registry
-                time.sleep(ALL_ANSWERS_WITHIN)  # the host in question may answer last
-                found |= {instance.node for instance in registry.instances()}
-        return sorted(name for name in found if not name.startswith(f"{REGISTRY}@"))
-
-    def _broadcast(self, command: str, **options: Any) -> dict[str, Any]:
-        """The replies by node."""
-        with connected(self._settings) as connection:
-            replies = self._app.control.broadcast(command, connection=connection, reply=True, **options)
-        return {name: reply for each in replies if isinstance(each, dict) for name, reply in each.items()}
 
 
 _DRAIN_STATE = TypeAdapter(DrainState)

@@ -13,8 +13,8 @@ from fleet_worker.mlx.health import Health
 from fleet_worker.mlx.offering import Offering, no_offerings_advice, offerings_of
 from fleet_worker.mlx.profiles import PROFILES, lacks_template
 from fleet_worker.ops.findings import Finding, at_once
-from fleet_worker.ops.tls_checks import is_loopback
 from fleet_worker.settings import Instance, Settings
+from fleet_worker.urls import is_loopback
 
 ANSWER_WITHIN = 5.0  # seconds
 WITHIN = 3 * ANSWER_WITHIN + 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import ssl
 import time
 from collections.abc import Iterator
@@ -40,10 +39,3 @@ def handshake(tls: TLS, version: str, certificate: dict[str, Any], *, now: float
     if expires - (time.time() if now is None else now) < RENEW_BEFORE * 24 * 3600:
         return Finding("warning", found, "renew it: after that day nothing connects any more")
     return Finding("ok", found)
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

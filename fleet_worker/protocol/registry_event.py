@@ -91,6 +91,8 @@ class RegistryEvent(ExtensibleModel):
             capacity["status_age"] = instance.status_age
         if live:
             runtime |= {"server": instance.server, "pid": instance.pid}
+            if instance.server_restarts is not None:
+                runtime["server_restarts"] = instance.server_restarts
             capacity["tokens_per_second"] = instance.tokens_per_second
             capacity["last_token_age"] = instance.last_token_age
             capacity |= _of_cache(instance)

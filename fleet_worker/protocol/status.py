@@ -19,7 +19,8 @@ Total = Annotated[int, Field(ge=0, le=2**53)]
 Measured = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 MOST_TROUBLES = 10
 
-Status = Literal["starting", "available", "degraded", "unavailable", "drained"]
+Status = Literal["starting", "available", "degraded", "unavailable", "drained", "away"]
+"""`away`: the owner of the machine needs it. To an older router it is, as all that it does not know, not ready."""
 STATUSES: tuple[Status, ...] = get_args(Status)
 
 
@@ -60,6 +61,8 @@ class InstanceStatus:
     """Of fleet-worker on that host."""
     pid: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     """The process id of the node; None if no node reports."""
+    server_restarts: Total | None = None
+    """How often its server was restarted, or replaced, since that process began; None from an older version."""
     slots: Count = 0
     running: Count = 0
     tokens_per_second: Measured = 0.0

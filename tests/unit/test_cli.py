@@ -25,7 +25,9 @@ def test_help_shows_every_command_and_examples():
         assert word in done.stdout
 
 
-@pytest.mark.parametrize("name", ["demo", "worker", "up", "service", "chat", "embed", "doctor", "status", "drain"])
+@pytest.mark.parametrize(
+    "name", ["demo", "worker", "up", "service", "chat", "embed", "doctor", "status", "drain", "restart"]
+)
 def test_every_command_explains_itself(name):
     done = fleet_worker(f"{name} --help")
     assert (done.returncode, done.stderr) == (0, "")
@@ -67,6 +69,9 @@ def test_bad_input_is_refused_before_anything_is_sent(line, given, monkeypatch):
         f"embed {MODEL} a --queue-timeout soon",
         f"embed {MODEL}",
         "drain local@mini --wait=nan",
+        "restart",
+        "restart --all local@mini",
+        "restart local@mini --timeout 0",
         "status --watch=nan",
         "status --watch=0",
     ],
@@ -78,7 +83,9 @@ def test_a_wrong_command_line_is_explained(line):
     assert "Error: " in done.stderr
 
 
-@pytest.mark.parametrize("line", [f"chat {MODEL} Hello", f"embed {MODEL} a", "status", "up", "reload", "drain a@b"])
+@pytest.mark.parametrize(
+    "line", [f"chat {MODEL} Hello", f"embed {MODEL} a", "status", "up", "reload", "drain a@b", "restart a@b"]
+)
 def test_a_configuration_that_is_not_there_is_one_line(line, monkeypatch, tmp_path):
     monkeypatch.setenv("FLEET_CONFIG", str(tmp_path / "nowhere.toml"))
     assert_refused(fleet_worker(line), 78, "FLEET_CONFIG", "nowhere.toml")

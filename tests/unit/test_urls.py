@@ -4,6 +4,7 @@ import pytest
 
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.settings import Settings
+from fleet_worker.urls import is_loopback
 
 
 def refused(**values):
@@ -176,3 +177,13 @@ def test_v1_elsewhere_in_a_url_stays():
 )
 def test_a_server_is_an_http_url(url):
     assert "instances.local.base_url" in refused(instances={"local": {"base_url": url}})
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.1.2.3", "::1"])
+def test_a_loopback_name_is_of_this_host(host):
+    assert is_loopback(host)
+
+
+@pytest.mark.parametrize("host", ["mini", "10.0.0.1", "0.0.0.0", "localhost.evil.example", "fe80::1"])
+def test_another_name_is_not(host):
+    assert not is_loopback(host)

@@ -106,6 +106,18 @@ def test_a_command_is_for_the_nodes_that_it_names_and_for_hosts(commands, called
     assert called == [NAME] * obeyed
 
 
+@pytest.mark.parametrize("method", ["restart", "restart_server"])
+def test_a_restart_is_only_for_the_nodes_that_it_names(called, published, method):
+    """All nodes of a host, or of the fleet, would be away at the same time."""
+    with create_app(Settings()) as app:
+        commands = ControlCommands(app, NAME, {method: lambda state: called.append(method)})
+        for destination in (None, [], ["*@mini"], ["two@mini"]):
+            send(commands, {**COMMAND, "method": method, "destination": destination})
+        assert called == []
+        send(commands, {**COMMAND, "method": method, "destination": ["two@mini", NAME]})
+        assert called == [method]
+
+
 @pytest.mark.parametrize("pattern", ["(.*)*$", ".*", NAME])
 def test_a_pattern_is_not_obeyed_since_an_expression_may_never_end(commands, called, pattern):
     command = {**COMMAND, "destination": None, "pattern": pattern, "matcher": "pcre"}

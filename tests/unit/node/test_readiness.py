@@ -498,6 +498,112 @@ def test_undrain_asks_nothing_of_a_node_that_is_not_drained(available):
     assert available.status == "available"
 
 
+# --- Paused by the host
+
+
+def test_a_paused_one_takes_nothing_whatever_is_seen_of_its_server_and_needs_a_proof_afterwards(available):
+    available.pause("away", "a user is at it")
+    assert (available.status, available.state.reason, available.state.ready) == ("away", "a user is at it", False)
+    available.after(1).connection_refused()
+    available.after(1).token()
+    available.canary_ended(None)
+    available.health_answered(True)
+    assert (available.status, available.needs_canary) == ("away", False)
+    available.after(1).resume()
+    assert (available.status, available.state.ready) == ("starting", False)
+    assert available.state.reason == "not tried since it was paused: a user is at it"
+    available.after(1).health_answered(True)
+    assert available.needs_canary
+    available.canary_ended(None)
+    assert available.status == "available"
+
+
+def test_the_last_pause_is_what_is_shown(available):
+    available.pause("starting", "its MLX server is restarted: it has died")
+    available.pause("away", "a user is at it")
+    assert available.status == "away"
+    available.resume()
+    assert available.status == "starting"
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda seen: seen.connection_refused(),
+        lambda seen: seen.health_late(seen.now - GIVE_UP_AFTER),
+        lambda seen: seen.canary_ended(ProviderError("500")),
+        sick,
+        failing,
+    ],
+)
+@pytest.mark.parametrize("is_before", [True, False])
+def test_what_a_server_did_before_it_was_restarted_is_forgotten(available, fault, is_before):
+    if is_before:
+        fault(available)
+    available.pause("starting", "its MLX server is restarted")
+    if not is_before:
+        fault(available)
+    available.after(1).resume()
+    assert (available.status, available.state.reason) == (
+        "starting",
+        "not tried since it was paused: its MLX server is restarted",
+    )
+    assert (available.needs_canary, available.in_doubt(idle=True), available.silence) == (False, False, 0)
+    available.health_answered(True)
+    assert available.needs_canary
+    failing(available.after(1), times=FAILURES - 1)
+    assert not available.in_doubt(idle=True)
+
+
+def test_no_canary_is_sent_to_a_paused_one_for_a_doubt_either(available):
+    failing(available)
+    available.pause("away", "at night")
+    assert not available.in_doubt(idle=True)
+
+
+def test_a_token_of_the_server_before_it_was_restarted_proves_nothing(available):
+    token = available.now
+    available.pause("starting", "restarted")
+    available.after(1).resume()
+    available.content_received(token)
+    assert available.status == "starting"
+
+
+def test_a_drain_and_a_pause_each_end_by_their_own_counterpart(available):
+    available.pause("away", "a user is at it")
+    available.drain()
+    assert available.status == "drained"
+    available.undrain()
+    assert (available.status, available.state.reason) == ("away", "a user is at it")
+    available.drain()
+    available.resume()
+    assert available.status == "drained"
+    available.after(1).undrain()
+    assert (available.status, available.state.ready) == ("starting", False)
+    available.after(1).token()
+    available.drain()
+    available.pause("away", "a user is at it")
+    assert available.status == "drained"
+    available.undrain()
+    assert available.status == "away"
+    available.after(1).resume()
+    assert available.status == "starting"
+
+
+def test_the_end_of_the_node_overrides_a_pause_for_good(available):
+    available.pause("away", "a user is at it")
+    available.drain(ending=True)
+    assert available.state.reason == "the node is ending"
+    available.resume()
+    available.pause("away", "again")
+    assert available.state.reason == "the node is ending"
+
+
+def test_resume_asks_nothing_of_a_node_that_is_not_paused(available):
+    available.resume()
+    assert available.status == "available"
+
+
 # --- Any order of all of it
 
 
@@ -510,7 +616,12 @@ class AnyOrder(RuleBasedStateMachine):
         self.proof = self.fault = self.newest = 0.0
         self.doubted_at = 0.0
         self.late_since = None
-        self.drained = self.ending = False
+        self.drained = self.ending = self.paused = False
+
+    @property
+    def kept(self):
+        """By an order."""
+        return self.drained or self.paused
 
     def later(self, seconds):
         self.watched.after(seconds)
@@ -532,7 +643,7 @@ class AnyOrder(RuleBasedStateMachine):
             self.newest, self.late_since = at, None
             if at > self.fault:
                 self.proof = self.watched.now
-                assert self.watched.state.ready or self.drained
+                assert self.watched.state.ready or self.kept
 
     @rule(error=st.sampled_from([None, ProviderError("500"), RequestTimeout("late")]))
     def canary(self, error):
@@ -543,7 +654,7 @@ class AnyOrder(RuleBasedStateMachine):
             assert not self.watched.state.ready
         else:
             self.proof, self.late_since = self.watched.now, None
-            assert self.watched.state.ready or self.drained
+            assert self.watched.state.ready or self.kept
 
     @rule(ready=st.booleans())
     def answer(self, ready):
@@ -562,7 +673,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.watched.connection_refused()
         self.blamed()
         self.late_since = None
-        assert self.watched.status in ("unavailable", "starting") or self.drained
+        assert self.watched.status in ("unavailable", "starting") or self.kept
 
     @rule(patience=st.sampled_from([0.5, 2.0]))
     def late(self, patience):
@@ -620,13 +731,26 @@ class AnyOrder(RuleBasedStateMachine):
             self.drained = False
             self.blamed()
 
+    @rule()
+    def pause(self):
+        self.watched.pause("away", "a user is at it")
+        self.paused = True
+
+    @rule()
+    def resume(self):
+        self.later(0.01)
+        self.watched.resume()
+        if self.paused:
+            self.paused, self.late_since = False, None
+            self.blamed()
+
     @invariant()
     def holds(self):
         state = self.watched.state
         assert state.ready == (state.status == "available") == (not state.reason)
         if state.ready:
             assert self.proof > self.doubted_at
-            assert not self.drained
+            assert not self.kept
             assert not self.watched.needs_canary
         elif state.reason != "the MLX server answers late":
             self.doubted_at = self.watched.now

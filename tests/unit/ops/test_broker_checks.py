@@ -61,13 +61,15 @@ EXPOSURES = {
 
 @pytest.mark.parametrize(("url", "expected"), EXPOSURES.items())
 def test_a_broker_on_the_network_has_a_password_and_tls(url, expected):
-    findings = list(exposure(Settings(broker_url=url).broker_url))
+    findings = list(exposure(Settings(broker_url=url)))
     assert_found(findings, expected)
     assert "hush" not in str(findings)
 
 
 def test_the_scheme_of_tls_is_that_of_the_broker():
-    (redis_finding,), (rabbitmq_finding,) = exposure("redis://:x@broker"), exposure("amqp://x:x@broker")
+    (redis_finding,), (rabbitmq_finding,) = (
+        exposure(Settings(broker_url=url)) for url in ("redis://:x@broker", "amqp://x:x@broker")
+    )
     assert "rediss://" in redis_finding.advice
     assert "amqps://" in rabbitmq_finding.advice
 

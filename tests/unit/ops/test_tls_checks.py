@@ -1,7 +1,7 @@
 import pytest
 
 from fleet_worker.certificates import TLS
-from fleet_worker.ops.tls_checks import handshake, is_loopback
+from fleet_worker.ops.tls_checks import handshake
 
 CERTIFICATE = {"notAfter": "Jan 31 00:00:00 2030 GMT"}
 DAY = 24 * 3600.0
@@ -36,13 +36,3 @@ def test_what_is_not_verified_is_a_warning(switches, what):
     finding = handshake(TLS(**switches), "TLSv1.3", {})
     assert finding.severity == "warning"
     assert f"the broker's {what} is not verified" in finding.found
-
-
-@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.1.2.3", "::1"])
-def test_this_host_needs_no_tls(host):
-    assert is_loopback(host)
-
-
-@pytest.mark.parametrize("host", ["mini", "10.0.0.1", "0.0.0.0", "localhost.evil.example", "fe80::1"])
-def test_others_do(host):
-    assert not is_loopback(host)

@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from fleet_worker import __version__
 from fleet_worker.broker.queue_depth import Waiting
 from fleet_worker.errors import BrokerUnavailable, ConfigurationError
-from fleet_worker.protocol.status import InstanceStatus, ModelStatus
+from fleet_worker.protocol.status import STATUSES, InstanceStatus, ModelStatus
 from fleet_worker.registry import prometheus as metrics
 from fleet_worker.registry.counters import BOUNDS, Counters
 from fleet_worker.registry.prometheus import HostCollector, MetricsServer
@@ -113,11 +113,11 @@ def test_a_report_becomes_gauges_of_its_node():
     assert scraped.of("fleet_reply_lag_seconds", **NODE) == 0.004
 
 
-@pytest.mark.parametrize("status", ["starting", "available", "degraded", "unavailable", "drained"])
+@pytest.mark.parametrize("status", STATUSES)
 def test_a_status_is_the_one_that_is_1(status):
     scraped = seen(report(status=status))
     samples = {sample.labels["status"]: sample.value for sample in scraped["fleet_instance_status"].samples}
-    assert samples == {each: each == status for each in ("starting", "available", "degraded", "unavailable", "drained")}
+    assert samples == {each: each == status for each in STATUSES}
     assert scraped.of("fleet_instance_ready", **NODE) == (status == "available")
 
 

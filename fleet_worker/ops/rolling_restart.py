@@ -1,0 +1,156 @@
+"""One node after the other is restarted, or its MLX server; the next one only when the last one works again.
+
+A node finishes or hands over its requests first, so none fails. What only that node serves waits for it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import click
+
+from fleet_worker import exit_codes
+from fleet_worker.ops.restart_order import RestartControl, RestartReply
+from fleet_worker.protocol.status import InstanceStatus
+from fleet_worker.registry.view import Registry
+from fleet_worker.terminal import printable
+
+LOOK_EVERY = 0.25
+"""Seconds between two looks at what the registry says."""
+REFRESH_EVERY = 5.0
+"""Seconds after which hosts are asked again: an event may have been lost."""
+STAYS = ("drained", "away")
+"""A node that has one of these states takes no work for a reason that its restart does not touch."""
+
+
+class RegistryView:
+    """What the registry nodes say about the nodes of the fleet."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self.refresh = registry.refresh
+
+    def nodes(self) -> list[str]:
+        """All inference nodes, sorted by host."""
+        return [each.node for each in self._registry.instances() if each.node]
+
+    def status(self, node: str) -> InstanceStatus | None:
+        return next((each for each in self._registry.instances() if each.node == node), None)
+
+    def served_alone(self, node: str) -> list[str]:
+        """The models that no other node can serve now."""
+        ready = self._registry.offerings(ready=True)
+        others = {each.model for each in ready if each.node != node}
+        return sorted({each.model for each in ready if each.node == node} - others)
+
+
+def is_back(seen: InstanceStatus | None, before: InstanceStatus | None, reply: RestartReply, *, server: bool) -> bool:
+    """Return whether what was restarted works again, or takes no work for the reason for which it took none before."""
+    if seen is None or seen.pid is None:
+        return False
+    pid = reply.pid or (before.pid if before else None)
+    restarts = reply.server_restarts
+    if restarts is None and before:
+        restarts = before.server_restarts
+    is_new = seen.pid != pid or (server and (seen.server_restarts or 0) > (restarts or 0))
+    return is_new and (seen.ready or (before is not None and seen.status == before.status in STAYS))
+
+
+class RollingRestart:
+    """One node after the other. The first that does not come back within `within` seconds ends it."""
+
+    def __init__(
+        self,
+        control: RestartControl,
+        view: RegistryView,
+        within: float,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._control = control
+        self._view = view
+        self._within = within
+        self._clock = clock
+        self._sleep = sleep
+        self._all_done = True
+
+    def run(self, nodes: Sequence[str], *, only_available: bool = False) -> int:
+        """Restart these nodes; with `only_available`, leave out those that take no work. Return the exit code."""
+        for number, node in enumerate(nodes, start=1):
+            before = self._view.status(node)
+            if only_available and before and not before.ready:
+                self._leave_out(before)
+            elif not self._restart(node, before):
+                self._tell_left(nodes[number:])
+                break
+        for name in self._control.silent:
+            click.echo(f"fleet-worker: {printable(name)} does not answer: {_advice(name)}", err=True)
+        return exit_codes.UNAVAILABLE if self._control.silent else 0 if self._all_done else exit_codes.FAILED
+
+    def _leave_out(self, node: InstanceStatus) -> None:
+        if node.status in STAYS:
+            why = f"it is {node.status}, and stays so"
+        else:
+            self._all_done = False
+            why = f"it is {node.status}{f' ({node.reason})' if node.reason else ''}; name it to restart it"
+        click.echo(printable(f"{node.node} is left out: {why}"))
+
+    def _restart(self, node: str, before: InstanceStatus | None) -> bool:
+        """Return whether the next node may be restarted: nothing was lost by this one."""
+        if alone := self._view.served_alone(node):
+            click.echo(printable(f"{node} alone serves {', '.join(alone)}: requests wait until it is back"))
+        reply = self._order(node)
+        if reply is None:
+            return True
+        if reply.error:
+            self._all_done = False
+            click.echo(printable(f"{node} is not restarted: {reply.error}"))
+            return True
+        began = self._clock()
+        seen = self._wait(node, before, reply)
+        seconds = self._clock() - began
+        if is_back(seen, before, reply, server=self._control.server):
+            what = "has a restarted MLX server" if self._control.server else "was restarted"
+            click.echo(printable(f"{node} {what}, {seen.status if seen else ''} after {seconds:.1f} s"))
+            return True
+        self._all_done = False
+        click.echo(printable(f"{node} is not back after {seconds:.0f} s: {_now(seen)}"))
+        return False
+
+    def _order(self, node: str) -> RestartReply | None:
+        """A node that was restarted just now is told once more when it obeys again."""
+        reply = self._control.order(node)
+        if reply and reply.error and 0 < reply.again_in <= self._within:
+            self._sleep(reply.again_in)
+            reply = self._control.order(node)
+        return reply
+
+    def _wait(self, node: str, before: InstanceStatus | None, reply: RestartReply) -> InstanceStatus | None:
+        ends = self._clock() + reply.grace + self._within
+        refresh_at = self._clock() + REFRESH_EVERY
+        while True:
+            seen, now = self._view.status(node), self._clock()
+            if is_back(seen, before, reply, server=self._control.server) or now >= ends:
+                return seen
+            if now >= refresh_at:
+                self._view.refresh()
+                refresh_at = now + REFRESH_EVERY
+            self._sleep(LOOK_EVERY)
+
+    def _tell_left(self, nodes: Sequence[str]) -> None:
+        if nodes:
+            click.echo(printable(f"Not restarted: {', '.join(nodes)}"))
+
+
+def _now(seen: InstanceStatus | None) -> str:
+    if seen is None:
+        return "no registry node reports it"
+    return f"{seen.status}{f' ({seen.reason})' if seen.reason else ''}"
+
+
+def _advice(name: str) -> str:
+    if "@" not in name:
+        return f"no host of this name does. A node is named {printable(name)}@HOST. fleet-worker status shows all nodes"
+    return "check its name; one that is frozen or cut off cannot be restarted from here. fleet-worker status shows all"

