@@ -10,6 +10,7 @@ from fleet_worker.router.in_flight import InFlightRequest
 from fleet_worker.router.route import Route
 from fleet_worker.simulator import Fault, reply_tokens
 from fleet_worker.testing import SimulatedMLX, running_node
+from tests.brokers import any_broker
 from tests.envelopes import request_of
 from tests.flow.conftest import CHAT, work
 
@@ -46,6 +47,7 @@ def test_what_has_expired_does_not_start_though_its_router_may_say_nothing(slow,
     assert work(slow) == []
 
 
+@any_broker
 def test_running_work_is_stopped_at_its_deadline(slow, router):
     started = time.monotonic()
     with pytest.raises(RequestTimeout):
@@ -55,6 +57,7 @@ def test_running_work_is_stopped_at_its_deadline(slow, router):
     assert work(slow)[0].generated < 100
 
 
+@any_broker
 def test_a_server_that_falls_silent_is_left_at_the_deadline_too(slow, router):
     slow.fail(Fault("freeze", at_token=3))
     stream = router.stream_chat(CHAT, HELLO, timeout=1)
