@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from fleet_worker import Router, Settings
-from tests.benchmarks.conversations import DIGESTS_WITHIN, later, minis, routers, talk, words
+from tests.benchmarks.conversations import DIGESTS_WITHIN, PREFILL_RATE, later, minis, routers, talk, words
 from tests.brokers import any_broker
 
 
@@ -77,10 +77,10 @@ def test_a_session_key_finds_its_server_again_though_the_whole_prompt_has_change
 @any_broker
 def test_later_turns_begin_in_half_the_time_that_they_need_without_affinity(broker):
     ttft = {}
-    with minis(broker.url, 4) as fleet:
+    with minis(broker.url, 4, prefill_rate=2 * PREFILL_RATE) as fleet:
         for affinity in (False, True):
             with routers(fleet, 2, affinity=affinity) as made:
-                turns = later(talk(fleet, made, 8, 4, 1.5))
+                turns = later(talk(fleet, made, 8, 4, 0.75))
                 ttft[affinity] = statistics.fmean(turn.ttft for turn in turns)
     assert statistics.fmean(turn.cached_share > 0.5 for turn in turns) >= 0.95
     assert ttft[True] <= ttft[False] / 2
