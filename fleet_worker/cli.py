@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -100,13 +99,10 @@ def up() -> None:
     SIGTERM and Ctrl-C let running requests end. A second one kills the nodes. SIGHUP reads the configuration again.
     """
     from fleet_worker.host.file_lock import Held
-    from fleet_worker.host.supervisor import Supervisor
+    from fleet_worker.setup.foreground import run_up
 
-    supervisor = Supervisor(_settings())
-    form = "[%(asctime)s: %(levelname)s/up] %(message)s"  # like the lines of the nodes, in the same output
-    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format=form)
     try:
-        sys.exit(supervisor.run())
+        sys.exit(run_up(_settings()))
     except Held as error:
         running = f"fleet-worker: fleet-worker up runs already on this host, pid {error.pid or 'unknown'}"
         click.echo(f"{running}: fleet-worker reload makes it read the configuration again", err=True)
@@ -115,13 +111,21 @@ def up() -> None:
 
 @cli.command(short_help="Read the configuration again.")
 def reload() -> None:
-    """Make the `fleet-worker up` of this host read its configuration again."""
-    from fleet_worker.host.supervisor import reload_running
+    """Make the `fleet-worker up` of this host read its configuration again, and tell what that changed.
 
-    if not (pid := reload_running(_settings())):  # which refuses a wrong configuration before up reads it
-        click.echo("fleet-worker: no fleet-worker up runs on this host", err=True)
+    The exit code is 69 if no `up` runs on this host, and 78 if the configuration is wrong: then it stays as it was.
+    """
+    from fleet_worker.host.up_socket import NoUp, ask
+    from fleet_worker.protocol.host_messages import Reload
+
+    try:
+        done = ask(_settings(), Reload(), within=30.0)  # which refuses a wrong configuration before up reads it
+    except NoUp as error:
+        click.echo(f"fleet-worker: {error}", err=True)
         sys.exit(exit_codes.UNAVAILABLE)
-    click.echo(f"fleet-worker up, pid {pid}, reads its configuration again; the result is in its log")
+    if done.error:
+        raise ConfigurationError(done.error)
+    click.echo(f"The configuration was read again: {done.text or 'nothing has changed'}")
 
 
 @cli.command()

@@ -45,6 +45,29 @@ def uses_tls(url: str) -> bool:
     return urlsplit(url).scheme in _TLS_SCHEMES
 
 
+def with_account(broker_url: str, account: str) -> str:
+    """Return the URL with this account, as in USER:PASSWORD, instead of its own; without any if it is empty."""
+    scheme, authority, rest = _parts(broker_url)
+    return f"{scheme}://{account and account + '@'}{authority.rpartition('@')[2]}{rest}"
+
+
+def with_host(broker_url: str, host: str) -> str:
+    """Return the URL with the name or address of another host; its port stays."""
+    scheme, authority, rest = _parts(broker_url)
+    account, at, _ = authority.rpartition("@")
+    port = urlsplit(broker_url).port
+    host = f"[{host}]" if ":" in host else host
+    return f"{scheme}://{account}{at}{host}{f':{port}' if port else ''}{rest}"
+
+
+def _parts(url: str) -> tuple[str, str, str]:
+    """Return the scheme, the account with the host, and what follows."""
+    found = re.fullmatch(r"([^:]*)://([^/?#]*)(.*)", url, re.DOTALL)
+    if not found:
+        raise ValueError("is not a URL")
+    return found[1], found[2], found[3]
+
+
 def is_loopback(host: str) -> bool:
     """Tell whether a name or an address can be reached from its own host only."""
     try:

@@ -10,8 +10,9 @@ from pathlib import Path
 from rich.console import Console
 
 from fleet_worker.demo.children import Children
+from fleet_worker.demo.lines_to_paste import lines_to_paste
 from fleet_worker.host.child_process import free_port, python
-from fleet_worker.host.supervisor import node_command
+from fleet_worker.host.programs import node_command
 
 USUAL_PORT = 4000
 READY_WITHIN = 30.0
@@ -43,14 +44,8 @@ def start(children: Children, broker_url: str, folder: Path, state_dir: Path) ->
 
 def serve_until_interrupted(console: Console, url: str, model: str) -> None:
     """Print what can be pasted into another terminal, and wait for a signal, which `Children` raises."""
-    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
-    python_line = (
-        f'import openai; print(openai.OpenAI(base_url="{url}/v1", api_key="none").chat.completions.create('
-        f'model="{model}", messages=[{{"role": "user", "content": "Hello"}}]).choices[0].message.content)'
-    )
-    agent = f"ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN=none ANTHROPIC_MODEL={model} claude"
     console.print(f"\n[bold]The gateway[/] serves OpenAI and Anthropic clients at {url}. In another terminal:\n")
-    for line in (f"curl {url}/v1/chat/completions -d '{body}'", f"python -c '{python_line}'", agent):
+    for line in lines_to_paste(url, model):
         console.print(f"{line}\n", markup=False)
     console.print("Ctrl-C stops everything.")
     while True:

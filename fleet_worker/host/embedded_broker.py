@@ -65,7 +65,7 @@ def folder(settings: Settings) -> Path:
 def port_problem(settings: Settings) -> str:
     """Return what prevents the server from listening on its port, and what to do; empty if nothing does."""
     port = _port(settings)
-    if not _is_taken(port, every_address=bool(settings.up.address)):
+    if not is_taken(port, every_address=bool(settings.up.address)):
         return ""
     return (
         f"port {port} of the embedded broker is taken by {_listener(port)}: end that, or give broker_url another port; "
@@ -135,7 +135,7 @@ def _write_private(file: Path, text: str) -> None:
     draft.replace(file)
 
 
-def _is_taken(port: int, *, every_address: bool) -> bool:
+def is_taken(port: int, *, every_address: bool) -> bool:
     """Tell whether somebody listens there. On macOS the port can be bound nevertheless, at another address."""
     with socket.socket() as probe:
         probe.settimeout(LONGEST_WAIT)

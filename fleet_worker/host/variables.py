@@ -9,6 +9,7 @@ from fleet_worker import config_file
 from fleet_worker.host.parent_pipe import NODE_LOCK, PARENT_PIPE
 from fleet_worker.settings import Settings
 
+PREFIX = "FLEET_"
 READ_ELSEWHERE = {
     "FLEET_CONFIG",
     PARENT_PIPE,
@@ -26,15 +27,16 @@ def mistyped(settings: Settings) -> Iterator[str]:
     An instance needs more than a key or a limit. If variables name one that is not in the configuration file and has
     not opted in, the name of another was meant.
     """
-    known = [f"FLEET_{field.upper()}" for field in type(settings).model_fields]
+    known = [f"{PREFIX}{field.upper()}" for field in type(settings).model_fields]
     in_file = list(config_file.read().get("instances", {}))
     for name in sorted(os.environ):
         group, _, rest = name.upper().partition("__")
         instance = rest.partition("__")[0].lower()
-        if not group.startswith("FLEET_") or group in READ_ELSEWHERE:
+        if not group.startswith(PREFIX) or group in READ_ELSEWHERE:
             continue
         if group not in known:
-            yield f"the variable {name} is not read{config_file.nearest(name.upper(), known)}"
+            like = config_file.nearest(group.removeprefix(PREFIX), [each.removeprefix(PREFIX) for each in known])
+            yield f"the variable {name} is not read{like.replace('is ', f'is {PREFIX}', 1)}"
         elif group == "FLEET_INSTANCES" and instance and instance not in in_file:
             made = settings.instances.get(instance)
             if made and not made.opted_in:

@@ -15,12 +15,23 @@ from celery.worker import state as celery_state
 
 from fleet_worker.broker.app import door_of
 from fleet_worker.broker.topology import direct_lane, lane, old_lane, transport_of
-from fleet_worker.errors import FleetError, InstanceUnavailable, ModelNotServed, Overloaded, ProviderError
+from fleet_worker.errors import (
+    ConfigurationError,
+    ConnectionFailure,
+    FleetError,
+    InstanceUnavailable,
+    ModelNotServed,
+    Overloaded,
+    ProviderError,
+)
+from fleet_worker.host.up_socket import NoUp, ask
+from fleet_worker.host.up_socket import socket_path as up_socket_path
 from fleet_worker.mlx.offering import Offering
 from fleet_worker.mlx.profiles import PROFILES
 from fleet_worker.mlx.timeouts import CancelToken
 from fleet_worker.node.confirmations import Confirmations
 from fleet_worker.node.health_monitor import HealthMonitor
+from fleet_worker.node.host_link import HostLink
 from fleet_worker.node.lane_consumer import LaneConsumer
 from fleet_worker.node.offered_models import OfferedModels
 from fleet_worker.node.prompt_cache.prompt_cache import PromptCache
@@ -30,6 +41,7 @@ from fleet_worker.node.router_clocks import RouterClocks
 from fleet_worker.node.router_presence import RouterPresence
 from fleet_worker.node.running_attempts import RunningAttempts
 from fleet_worker.node.server_discovery import Server
+from fleet_worker.protocol.host_messages import Restart
 from fleet_worker.protocol.status import InstanceStatus, Status
 from fleet_worker.registry.counters import Counters
 from fleet_worker.registry.status_socket import NodeReport, StatusClient, model_status, socket_path
@@ -38,6 +50,8 @@ from fleet_worker.version import VERSION
 
 log = logging.getLogger(__name__)
 
+ANSWERED_WITHIN = 5.0
+"""Seconds in which `up` answers that it restarts a server."""
 LANES_LEFT_WITHIN = 2.0
 """Seconds to wait for lanes to be left before the node counts as idle: the broker may be away."""
 
@@ -99,6 +113,8 @@ class Node:
             restarted=self.server_restarted,
         )
         self._status_client = StatusClient(socket_path(settings.state_dir, self._host), self._report)
+        self._host_link = HostLink(self, up_socket_path(settings.state_dir, self._host))
+        self.running.changed = self._host_link.changed
         self._tokens_reported = (time.monotonic(), 0)
 
     @property
@@ -115,6 +131,11 @@ class Node:
         return self.state.status == "drained"
 
     @property
+    def fault(self) -> str:
+        """Why its server has to be restarted; empty if it need not."""
+        return ""
+
+    @property
     def held(self) -> int:
         """The number of messages that were taken and are not done, whether or not their tasks have begun."""
         return len(celery_state.reserved_requests)
@@ -124,6 +145,7 @@ class Node:
         self.presence.start()
         self._monitor.start()
         self._status_client.start()
+        self._host_link.start()
 
     def reload(self, settings: Settings) -> bool:
         """Follow new settings of what is offered; return False if others changed, which need a new process.
@@ -163,19 +185,25 @@ class Node:
 
     def resume(self) -> None:
         """End a pause: take work again as soon as the server has proved that it works."""
+        self.running.refusal = None
         self._readiness.resume()
         self._monitor.canary_now()
         self._update_lanes()
 
     def restart_server(self) -> str:
-        """Ask `fleet-worker up` to restart the MLX server of this node; return why it does not, or "".
+        """Ask the `up` of this host to restart the MLX server of this node; return why it does not, or "".
 
         Before it does, it pauses this node, so that no request fails.
         """
-        return f"{self.name}: no fleet-worker up manages its MLX server"
+        try:
+            return ask(self.settings, Restart(self.instance, server=True), within=ANSWERED_WITHIN).error
+        except (NoUp, ConfigurationError) as error:
+            return str(error)
 
     def hand_over(self, reason: str = "the node is being drained") -> None:
-        """Stop what is running, so that other nodes go on with it."""
+        """Stop what is running, so that other nodes go on with it; during a pause, what begins later as well."""
+        if self._readiness.paused:
+            self.running.refusal = lambda: InstanceUnavailable(reason, handed_over=True)
         if stopped := self.running.stop(lambda: InstanceUnavailable(reason, handed_over=True)):
             self.handed_over += stopped
             log.warning("%s hands over what is still running: %d", self.name, stopped)
@@ -195,6 +223,7 @@ class Node:
     def close(self, timeout: float = 10.0) -> None:
         """Publish the last frames within `timeout` seconds, then close all connections."""
         self.presence.close()
+        self._host_link.close()
         self._monitor.close()
         self._status_client.close()
         self.publisher.close(timeout)
@@ -207,12 +236,14 @@ class Node:
     @contextmanager
     def counting_failures(self, model: str, request_id: str, cancel_token: CancelToken) -> Iterator[None]:
         """Count an error within this block against the server, unless the request was cancelled, or had to share the
-        only slot: that is told as `disturbed`."""
+        only slot: that is told as `disturbed`. A server that is away during a pause was stopped on purpose."""
         try:
             yield
         except FleetError as error:
             if cancel_token.error is None:
-                if self.slots == 1 and type(error) in (ProviderError, Overloaded) and self.mlx.may_be_occupied:
+                if self._readiness.paused and isinstance(error, InstanceUnavailable | ConnectionFailure):
+                    error.metadata["handed_over"] = True
+                elif self.slots == 1 and type(error) in (ProviderError, Overloaded) and self.mlx.may_be_occupied:
                     error.metadata["disturbed"] = True
                 elif isinstance(error, ModelNotServed):
                     self._monitor.check_model(model)

@@ -26,6 +26,10 @@ class RunningAttempts:
         self._delivered: OrderedDict[tuple[str, int], None] = OrderedDict()
         self._cancelled: OrderedDict[str, int] = OrderedDict()
         """The last cancelled attempt of each request."""
+        self.refusal: Callable[[], FleetError] | None = None
+        """Makes the error that each attempt gets which begins now; None while they may begin."""
+        self.changed: Callable[[], None] = lambda: None
+        """Is called when the first attempt has begun, and when the last has ended. It must not wait."""
         self.busy_since: float | None = None
         """The time since which at least one attempt has been running without a break; None while none runs."""
 
@@ -53,20 +57,28 @@ class RunningAttempts:
 
         Raises:
             Cancelled: the request was cancelled before this attempt began.
+            FleetError: none may begin now.
         """
         key, cancel_token = (request_id, attempt), CancelToken()
         with self._lock:
             if attempt <= self._cancelled.get(request_id, 0):
                 raise Cancelled("the request was cancelled before it began")
+            if self.refusal:
+                raise self.refusal()
             self._running[key] = cancel_token, reply_to
             self.busy_since = self.busy_since or self._clock()
+            is_first = len(self._running) == 1
+        if is_first:
+            self.changed()
         try:
             yield cancel_token
         finally:
             with self._lock:
                 del self._running[key]
-                if not self._running:
+                if is_last := not self._running:
                     self.busy_since = None
+            if is_last:
+                self.changed()
 
     def cancel(self, request_id: str, attempt: int) -> None:
         """Cancel all attempts at this request up to the given one, those that have not begun as well."""

@@ -213,7 +213,8 @@ def _accepted(node: Node, envelope: Any, operation: str) -> Iterator[Work | None
                     yield work
         except Exception as error:
             failure = error if isinstance(error, FleetError) else _unexpected(error)
-            if isinstance(failure, ConnectionFailure) and node.mlx.has_died():
+            is_lost = isinstance(failure, ConnectionFailure) and not failure.metadata.get("handed_over")
+            if is_lost and node.mlx.has_died():
                 failure.metadata["instance_died"] = True
             node.counters.error(failure.code)
             reply.fail(failure)

@@ -17,6 +17,7 @@ from fleet_worker.broker.app import create_app
 from fleet_worker.config_file import config_path
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.host.variables import mistyped
+from fleet_worker.ops.availability_checks import availability
 from fleet_worker.ops.broker_checks import broker, clock, connected
 from fleet_worker.ops.cache_checks import prompt_caches
 from fleet_worker.ops.clocks import ADVICE, clocks_of, described, wrong_clocks
@@ -149,7 +150,7 @@ def compare_nodes(answers: Sequence[str], expected: Sequence[str] = ()) -> list[
 
 
 Check = Callable[[Settings], Iterable[Finding]]
-CHECKS: tuple[Check, ...] = (configuration, broker, clock, instances, versions, open_files, sleep, fleet)
+CHECKS: tuple[Check, ...] = (configuration, broker, clock, instances, availability, versions, open_files, sleep, fleet)
 """In the order of the report. They run in parallel."""
 ALWAYS = (versions, open_files, sleep)
 """The checks that need no configuration."""

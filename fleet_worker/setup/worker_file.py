@@ -40,6 +40,8 @@ class WorkerFile:
     broker_url: str
     host: str | None = None
     broker_ca: Path | None = None
+    broker_cert: Path | None = None
+    broker_key: Path | None = None
     max_body_bytes: int | None = None
     instances: Mapping[str, WorkerInstance] = field(default_factory=dict)
     more: str = ""
@@ -56,6 +58,10 @@ class WorkerFile:
         if self.broker_ca:
             file["broker_ca"] = _text(str(self.broker_ca))
             file["broker_ca"].comment("the CA that issued the broker's certificate")
+        if self.broker_cert:
+            file["broker_cert"] = _text(str(self.broker_cert))
+        if self.broker_key:
+            file["broker_key"] = _text(str(self.broker_key))
         if self.host:
             file["host"] = self.host
             file["host"].comment("name of this host in the fleet, as in local@mini-7")
@@ -105,6 +111,17 @@ def _text(value: str) -> Item:
     """Return a text as a person would quote it: 'serve "a model"', without a backslash before each quote."""
     as_it_is = re.search(r'["\\]', value) and value.isprintable() and "'" not in value
     return tomlkit.string(value, literal=bool(as_it_is))
+
+
+def add_instances(path: Path, instances: Mapping[str, WorkerInstance]) -> None:
+    """Write these at the end of a file that has none. Raises `ConfigurationError` if that cannot be."""
+    try:
+        text = path.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path} cannot be read: {getattr(error, 'strerror', error)}") from None
+    section = tomlkit.document()
+    section["instances"] = _instances(instances)
+    write(path, f"{text.rstrip()}\n\n{tomlkit.dumps(section)}", force=True)
 
 
 def place(output: str | None) -> Path:

@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 from fleet_worker.broker.app import create_app
+from fleet_worker.errors import ConnectionFailure, InstanceUnavailable
+from fleet_worker.mlx.timeouts import CancelToken
 from fleet_worker.node.node import Node
 from fleet_worker.node.server_discovery import Server
 from fleet_worker.settings import Settings
@@ -56,3 +58,42 @@ def test_a_paused_node_leaves_its_lanes_until_its_server_has_proved_itself_again
     node._readiness.canary_ended(None)
     node._update_lanes()
     assert node._lane_consumer.wanted == wanted != frozenset()
+
+
+@pytest.mark.parametrize("error", [InstanceUnavailable("refused"), ConnectionFailure("it broke")])
+def test_a_server_that_was_stopped_on_purpose_fails_no_request_and_is_not_blamed(node, error):
+    node._readiness.canary_ended(None)
+    node.pause("starting", "its MLX server is restarted")
+    for number in range(5):
+        with pytest.raises(type(error)) as raised, node.counting_failures("a", f"r{number}", CancelToken()):
+            raise error
+        assert raised.value.metadata["handed_over"] is True
+    node.resume()
+    assert node.state.status == "starting"
+    assert not node._readiness.in_doubt(idle=True)
+
+
+def test_what_begins_after_a_paused_node_has_handed_over_is_handed_over_too(node):
+    node.pause("away", "a user is at it")
+    with node.running.attempt("before", 1, "q") as token:
+        node.hand_over("the node takes no work: a user is at it")
+        assert token.error.metadata == {"handed_over": True}
+    with pytest.raises(InstanceUnavailable) as raised, node.running.attempt("after", 1, "q"):
+        pass
+    assert raised.value.metadata == {"handed_over": True}
+    node.resume()
+    with node.running.attempt("later", 1, "q") as token:
+        assert token.error is None
+
+
+def test_a_drained_node_still_serves_what_it_takes_after_it_has_handed_over(node):
+    """Its process may be asked to take work again at any time, and its server works."""
+    node.drain()
+    node.hand_over()
+    with node.running.attempt("later", 1, "q") as token:
+        assert token.error is None
+
+
+def test_without_an_up_nobody_restarts_a_server(node, tmp_path):
+    node.settings = node.settings.model_copy(update={"state_dir": tmp_path})
+    assert node.restart_server() == "no fleet-worker up runs on this host"

@@ -1,0 +1,76 @@
+"""The command line of a managed server: its words, its port, its variables."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from fleet_worker.errors import ConfigurationError
+from fleet_worker.instance_settings import PORT, Instance
+
+MARK = "FLEET_SERVER"
+"""The variable that tells, in a server and all its children, whose they are."""
+PROGRAMS = ("~/.local/bin", "/opt/homebrew/bin", "/usr/local/bin")
+"""Folders behind the PATH of `up`: launchd gives it a short one."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerCommand:
+    """How to start a server. Nothing of it may be shown but `program`: a word may be a key."""
+
+    words: tuple[str, ...] = field(repr=False)
+    variables: Mapping[str, str] = field(repr=False)
+    """Those of the setting `environment`."""
+    host: str
+    port: int
+
+    @classmethod
+    def of(cls, instance: Instance) -> ServerCommand:
+        """Return that of an instance with `serve`, whose `base_url` `Settings` has completed."""
+        url = urlsplit(instance.base_url or "")
+        port = url.port or (443 if url.scheme == "https" else 80)
+        words = tuple(os.path.expanduser(word.replace(PORT, str(port))) for word in instance.serve or ())
+        secrets = {name: os.path.expanduser(text.get_secret_value()) for name, text in instance.environment.items()}
+        return cls(words, secrets, url.hostname or "127.0.0.1", port)
+
+    @property
+    def program(self) -> str:
+        return self.words[0]
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all of it, to compare it with that of a server that runs."""
+        whole = json.dumps([self.words, sorted(self.variables.items()), self.host, self.port])
+        return hashlib.sha256(whole.encode()).hexdigest()
+
+    def environment(self, mark: str) -> dict[str, str]:
+        """Return all variables of the server: those of this process without our own settings, and its own."""
+        inherited = {name: text for name, text in os.environ.items() if not name.upper().startswith("FLEET_")}
+        return {**inherited, **self.variables, "PATH": self._path(), MARK: mark}
+
+    def located(self) -> list[str]:
+        """Return the words, the first one as the path of the program.
+
+        Raises:
+            ConfigurationError: there is no such program.
+        """
+        path = self._path()
+        found = shutil.which(self.program, path=path)
+        if not found:
+            where = "" if os.sep in self.program else f" in {path}: install it, or give its whole path"
+            raise ConfigurationError(f"serve: there is no program {self.program}{where}")
+        return [found, *self.words[1:]]
+
+    def _path(self) -> str:
+        """Return the PATH: the folder of this interpreter comes first, where `pip` puts the programs of packages."""
+        given = self.variables.get("PATH", os.environ.get("PATH", os.defpath))
+        ours = str(Path(sys.executable).parent)
+        folders = [ours, *given.split(os.pathsep), *map(os.path.expanduser, PROGRAMS)]
+        return os.pathsep.join(dict.fromkeys(filter(None, folders)))

@@ -1,0 +1,22 @@
+"""`fleet-worker up` in this terminal, for `up` itself and for the commands that end with it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from fleet_worker.host.supervisor import Supervisor
+from fleet_worker.settings import Settings
+
+
+def run_up(settings: Settings) -> int:
+    """Run until a signal ends it; return the exit code. For the main thread only.
+
+    Raises:
+        ConfigurationError: no instance has opted in.
+        Held: an `up` of this host runs already.
+    """
+    supervisor = Supervisor(settings)
+    form = "[%(asctime)s: %(levelname)s/up] %(message)s"  # like the lines of the nodes, in the same output
+    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format=form)
+    return supervisor.run()

@@ -1,0 +1,93 @@
+"""`fleet-worker join`: makes this host a part of the fleet that has invited it."""
+
+from __future__ import annotations
+
+import socket
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import tomlkit
+
+from fleet_worker.broker.faults import unavailable
+from fleet_worker.errors import ConfigurationError
+from fleet_worker.setup import worker_file
+from fleet_worker.setup.invitation import Invitation, Membership, decode
+from fleet_worker.setup.single_use import redeem
+from fleet_worker.setup.worker_file import WorkerFile
+from fleet_worker.urls import with_host
+
+CONNECTS_WITHIN = 3.0
+"""Seconds for a connection to one address of the broker."""
+_PORTS = {"redis": 6379, "rediss": 6379, "amqp": 5672, "amqps": 5671}
+
+
+def join(line: str, path: Path, known: WorkerFile, *, force: bool = False) -> Membership:
+    """Use an invitation, and write what it gives into the file at `path` at once, so that it cannot be lost. The file
+    has no instances yet. `known` is what this host brings: its name, a client certificate.
+
+    Raises:
+        ConfigurationError: the line is no invitation, or not valid any more; or the file exists, or cannot be written.
+        BrokerUnavailable: the broker cannot be reached. The invitation can still be used.
+    """
+    invitation = decode(line)
+    _check_place(path, force=force)
+    host = _address_that_answers(invitation)
+    at_host = invitation.model_copy(update={"broker_url": with_host(invitation.broker_url, host)})
+    membership = redeem(at_host, known.broker_cert, known.broker_key)
+    if host == invitation.other_address:
+        url = with_host(membership.broker_url, host)
+        membership = membership.model_copy(update={"broker_url": url})
+    _write(membership, path, known, force=force)
+    return membership
+
+
+def _check_place(path: Path, *, force: bool) -> None:
+    """Raise `ConfigurationError` if the file cannot be written later: the invitation is used up by then."""
+    worker_file.check_free(path, force=force)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def _address_that_answers(invitation: Invitation) -> str:
+    """Return the name of the broker, or its other address if only that answers here."""
+    url = urlsplit(invitation.broker_url)
+    name = url.hostname or "localhost"
+    port = url.port or _PORTS.get(url.scheme, 5672)
+    failed: OSError | None = None
+    for host in filter(None, (name, invitation.other_address)):
+        try:
+            socket.create_connection((host, port), CONNECTS_WITHIN).close()
+        except OSError as error:
+            failed = failed or error
+        else:
+            return host
+    raise unavailable(invitation.broker_url, "cannot be reached", failed or OSError())
+
+
+def _write(membership: Membership, path: Path, known: WorkerFile, *, force: bool) -> None:
+    ca = path.with_name("broker-ca.pem") if membership.broker_ca else None
+    if ca and membership.broker_ca:
+        worker_file.write(ca, membership.broker_ca, force=True)
+    file = replace(
+        known,
+        broker_url=membership.broker_url,
+        broker_ca=ca,
+        max_body_bytes=membership.max_body_bytes,
+        more=_for_routers(membership),
+        made_by="fleet-worker join",
+    )
+    worker_file.write(path, file.text(), force=force)
+
+
+def _for_routers(membership: Membership) -> str:
+    if membership.role == "mini":
+        return ""
+    router: dict[str, object] = {} if membership.affinity else {"affinity": False}
+    if membership.affinity_secret:
+        router["affinity_secret"] = membership.affinity_secret
+    return tomlkit.dumps({"router": router}) if router else ""

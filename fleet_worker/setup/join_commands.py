@@ -1,0 +1,172 @@
+"""The commands `quickstart`, `invite` and `join`. What is slow to import waits until one runs."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fleet_worker import config_file
+from fleet_worker.errors import ConfigurationError
+from fleet_worker.setup.service_commands import install_service
+
+_PEM = click.Path(path_type=Path, dir_okay=False, exists=True, resolve_path=True)
+
+
+@click.command(short_help="Run a whole fleet on this Mac, for more to join.")
+@click.option("--model", default="", metavar="NAME", help="The model of the MLX server that is started, or runs.")
+@click.option("--simulated", is_flag=True, help="Try it with a simulated MLX server.")
+@click.option("--broker", default="", metavar="URL", help="Use this broker; - reads the URL from standard input.")
+@click.option("--address", default="", metavar="NAME", help="Name or address of this Mac for others, as mini-1.local.")
+@click.option("--local", is_flag=True, help="Only for this Mac: everything listens on loopback.")
+def quickstart(broker: str, address: str, local: bool, **options: Any) -> None:
+    """Run a broker, a gateway and a node for each MLX server of this Mac, and print how to use it.
+
+    The first time it writes ~/fleet/worker.toml (or --config FILE) and a first key; the options are for this. Later it
+    goes on with these files. Ctrl-C ends all of it. It is `fleet-worker up` with what it prints at first, so
+    `fleet-worker service install` makes it start by itself.
+    """
+    from fleet_worker.setup import worker_file
+    from fleet_worker.setup.quickstart import Choices, quickstart
+
+    if local and (address or broker):
+        raise click.UsageError("--local has neither an address nor a broker of its own")
+    choices = Choices(_read(broker), address, local, **options)
+    sys.exit(quickstart(worker_file.place(None), choices))
+
+
+@click.command(short_help="Print a line with which another Mac joins.")
+@click.option("--role", type=click.Choice(["mini", "router"]), default="mini", show_default=True)
+@click.option("--address", default="", metavar="NAME", help="Name or address of the broker for the other host.")
+@click.option("--account", is_flag=True, help="Read the broker's account for it, USER:PASSWORD, from standard input.")
+def invite(role: Any, address: str, account: bool) -> None:
+    """Print one line for a Mac that is to join this fleet. It can be used once, within ten minutes.
+
+    It has the address of the broker, its CA, and a secret for which the broker gives its account. A broker that cannot
+    do that (RabbitMQ, or one where this host may not make accounts) leaves the account in the line itself.
+    """
+    from fleet_worker.settings import Settings
+    from fleet_worker.setup.invite import invite
+    from fleet_worker.setup.welcome import join_line, validity
+
+    given = _read("-") if account else ""
+    if account and ":" not in given:
+        raise click.UsageError("--account reads USER:PASSWORD from standard input")
+    made = invite(Settings(), role, address=address, account=given)
+    click.echo(join_line(made, role))
+    click.echo(f"fleet-worker: for the other host, where fleet-worker is installed {validity(made)}", err=True)
+
+
+@click.command(short_help="Make this Mac a part of a fleet.")
+@click.argument("line", nargs=-1)
+@click.option("--up", "run_it", is_flag=True, help="Then run `fleet-worker up` in this terminal.")
+@click.option("--service", "install_it", is_flag=True, help="Then run `fleet-worker service install`.")
+@click.option("--yes", is_flag=True, help="Ask nothing.")
+@click.option("--output", metavar="FILE", help="The file to write. Default: --config, or ~/fleet/worker.toml.")
+@click.option("--force", is_flag=True, help="Replace the file if it exists.")
+@click.option("--name", default="", metavar="NAME", help="Name of this Mac in the fleet. Default: its host name.")
+@click.option("--model", metavar="NAME", help="The model of the MLX server that is started, or runs.")
+@click.option("--broker-cert", type=_PEM, help="PEM file of a client certificate, if the broker asks for one.")
+@click.option("--broker-key", type=_PEM, help="PEM file of its private key.")
+@click.pass_context
+def join(
+    ctx: click.Context,
+    /,
+    line: tuple[str, ...],
+    run_it: bool,
+    install_it: bool,
+    yes: bool,
+    output: str | None,
+    model: str | None,
+    **options: Any,
+) -> None:
+    """Join the fleet that printed LINE by `fleet-worker invite`. `-` reads the line from standard input.
+
+    Writes worker.toml, which only you can read, with the MLX servers that run here, or else with a model of the local
+    Hugging Face cache that fits. Then checks everything, as `fleet-worker doctor` does. Without LINE it goes on with
+    the file of an earlier try that has found no server.
+    """
+    from fleet_worker.setup import worker_file
+
+    path = worker_file.place(output)
+    if line:
+        _use_invitation(_read(" ".join(line)), path, **options)
+    config_file.use(str(path))
+    _find_instances(path, model)
+    _check()
+    asks = sys.stdin.isatty() and not (run_it or yes)
+    if install_it or (asks and click.confirm("Install it as a service of this user?")):
+        ctx.invoke(install_service)
+    elif run_it:
+        sys.exit(_run_up())
+    else:
+        click.echo("Now: fleet-worker up, in this terminal, or fleet-worker service install, for good.")
+
+
+def _use_invitation(
+    line: str, path: Path, *, force: bool, name: str, broker_cert: Path | None, broker_key: Path | None
+) -> None:
+    from fleet_worker.broker.faults import place_of
+    from fleet_worker.settings import as_host
+    from fleet_worker.setup.join import join
+    from fleet_worker.setup.worker_file import WorkerFile
+
+    host = as_host(name or socket.gethostname().split(".")[0])
+    membership = join(line, path, WorkerFile("", host, broker_cert=broker_cert, broker_key=broker_key), force=force)
+    click.echo(f"{host} belongs to the fleet at {place_of(membership.broker_url)}: {path} was written.")
+    if membership.role == "router":
+        click.echo("A router of this host reads that file. Try: fleet-worker status, or fleet-worker gateway")
+        sys.exit(0)
+
+
+def _find_instances(path: Path, model: str | None) -> None:
+    """Write the instances of this host into the file that has none yet."""
+    from fleet_worker.settings import Settings
+    from fleet_worker.setup.local_instances import described, local_instances
+    from fleet_worker.setup.worker_file import add_instances
+
+    if Settings().instances:
+        raise ConfigurationError(f"{path} has its instances already: fleet-worker init writes a new file")
+    try:
+        found = local_instances(model)
+    except ConfigurationError as error:
+        again = f"fleet-worker join{'' if path == config_file.DEFAULT.expanduser() else f' --output {path}'}"
+        text = f"{error.message}\n\nThe account of the fleet is kept in {path}; then go on by: {again}"
+        raise ConfigurationError(text) from None
+    add_instances(path, found)
+    for name, instance in found.items():
+        click.echo(f"{name}: {described(instance)}")
+
+
+def _check() -> None:
+    """Print what `doctor` finds wrong."""
+    from fleet_worker.ops.doctor import examine
+    from fleet_worker.ops.findings import show
+
+    findings = [found for found in examine() if found.severity != "ok"]
+    if findings:
+        show(findings)
+    else:
+        click.echo("fleet-worker doctor has found nothing wrong.")
+
+
+def _run_up() -> int:
+    from fleet_worker.settings import Settings
+    from fleet_worker.setup.foreground import run_up
+
+    return run_up(Settings())
+
+
+def _read(text: str) -> str:
+    """Return the text, or for `-` the lines of standard input, without showing what is typed there."""
+    if text != "-":
+        return text
+    if sys.stdin.isatty():
+        return str(click.prompt("Paste it", hide_input=True, err=True)).strip()
+    return sys.stdin.read(100_000).strip()
+
+
+COMMANDS = (quickstart, invite, join)

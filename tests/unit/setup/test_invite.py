@@ -1,0 +1,145 @@
+"""Inviting another host: what the broker keeps, and for whom."""
+
+import re
+from contextlib import closing
+
+import pytest
+import redis
+
+from fleet_worker.errors import BrokerUnavailable, ConfigurationError
+from fleet_worker.host.child_process import child, free_port
+from fleet_worker.host.embedded_broker import READY, broker_command
+from fleet_worker.settings import Settings
+from fleet_worker.setup import single_use
+from fleet_worker.setup.invite import invite, own_address
+from fleet_worker.setup.single_use import redeem
+
+PASSWORD = "hush-hush"
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory):
+    """The settings of the host that runs the broker."""
+    up = {"broker": True, "address": "127.0.0.1"}
+    url = f"redis://:{PASSWORD}@127.0.0.1:{free_port()}/0"
+    settings = Settings(broker_url=url, up=up, state_dir=tmp_path_factory.mktemp("state"), max_body_bytes=4096)
+    with child("broker", broker_command(settings)) as process:
+        process.wait_for(READY, 20)
+        yield settings
+
+
+@pytest.fixture
+def client(fleet):
+    with closing(redis.Redis.from_url(fleet.broker_url)) as client:
+        yield client
+
+
+def accounts(client):
+    return [name for name in client.acl_users() if name.startswith("fleet-invitation")]
+
+
+def refused(invitation):
+    with pytest.raises(ConfigurationError) as caught:
+        redeem(invitation)
+    return caught.value.message
+
+
+def test_it_gives_what_the_other_host_needs_once(fleet):
+    invitation = invite(fleet)
+    assert PASSWORD not in str(invitation.model_dump())
+    membership = redeem(invitation)
+    assert (membership.broker_url, membership.max_body_bytes) == (fleet.broker_url, 4096)
+    assert "it was used, or is older than 10 minutes" in refused(invitation)
+
+
+def test_a_router_gets_the_secret_of_affinity_too(fleet):
+    settings = fleet.model_copy(update={"router": Settings(router={"affinity_secret": "for-routers"}).router})
+    assert redeem(invite(settings, "router")).affinity_secret == "for-routers"
+    assert redeem(invite(settings, "mini")).affinity_secret is None
+
+
+def test_an_account_of_its_own_may_be_given(fleet):
+    membership = redeem(invite(fleet, account="mini:own"))
+    assert membership.broker_url.startswith("redis://mini:own@127.0.0.1:")
+
+
+def test_its_account_may_do_nothing_else(fleet, client):
+    invitation = invite(fleet)
+    client.set("llm.fleet.chat.qwen3-14b", "a request")
+    (name,) = [name for name in accounts(client) if invitation.id in name]
+    port = client.connection_pool.connection_kwargs["port"]
+    with closing(redis.Redis(port=port, username=name, password=invitation.secret, protocol=2)) as guest:
+        for command in (
+            ("GET", name),
+            ("GETDEL", "llm.fleet.chat.qwen3-14b"),
+            ("KEYS", "*"),
+            ("ACL", "LIST"),
+            ("INFO",),
+        ):
+            with pytest.raises(redis.exceptions.NoPermissionError):
+                guest.execute_command(*command)
+        assert PASSWORD in guest.getdel(name).decode()
+
+
+def test_it_expires_and_its_account_is_removed_by_the_next_one(fleet, client, monkeypatch):
+    monkeypatch.setattr(single_use, "VALID", 0.02)
+    expired = invite(fleet)
+    monkeypatch.undo()
+    while client.exists(f"fleet-invitation:{expired.id}"):
+        pass
+    assert "older than 10 minutes" in refused(expired)
+    valid = invite(fleet)
+    assert [name for name in accounts(client) if expired.id in name or valid.id in name] == [
+        f"fleet-invitation:{valid.id}"
+    ]
+    assert redeem(valid)
+
+
+def test_a_wrong_secret_is_as_one_that_was_used(fleet):
+    invitation = invite(fleet)
+    assert "is not valid any more" in refused(invitation.model_copy(update={"secret": "wrong"}))
+    assert redeem(invitation)
+
+
+def test_a_broker_that_is_away_uses_nothing_up(fleet):
+    invitation = invite(fleet)
+    away = invitation.model_copy(update={"broker_url": f"redis://127.0.0.1:{free_port()}/0"})
+    with pytest.raises(BrokerUnavailable, match="does not run") as caught:
+        redeem(away)
+    assert invitation.secret not in str(caught.value)
+    assert redeem(invitation)
+
+
+def test_an_account_that_may_make_no_accounts_is_in_the_line_itself(fleet, client):
+    client.execute_command(
+        "ACL", "SETUSER", "fleet", "on", ">limited", "~*llm.*", "&*", "+@all", "-@admin", "-@dangerous"
+    )
+    url = re.sub(":[^:]*@", "fleet:limited@", fleet.broker_url)
+    limited = Settings(broker_url=url)
+    invitation = invite(limited, address="127.0.0.1")
+    assert invitation.secret == ""
+    assert redeem(invitation).broker_url == url
+
+
+def test_rabbitmq_is_too_and_need_not_even_be_asked():
+    invitation = invite(Settings(broker_url="amqp://fleet:x@broker//"))
+    assert invitation.membership.broker_url == "amqp://fleet:x@broker//"
+    assert invitation.broker_url == "amqp://broker//"
+
+
+@pytest.mark.parametrize("up", [{"broker": True}, {}])
+def test_a_broker_for_this_host_only_has_no_guests(up):
+    with pytest.raises(ConfigurationError, match="this host only"):
+        invite(Settings(broker_url="redis://:x@127.0.0.1:1/0", up=up))
+
+
+def test_the_name_for_others_is_told_with_an_address_beside_it(fleet, monkeypatch):
+    monkeypatch.setattr("fleet_worker.setup.invite.lan_address", lambda: "10.0.0.7")
+    invitation = invite(fleet, address="mini-1.local")
+    port = fleet.broker_url.rpartition(":")[2]
+    assert (invitation.broker_url, invitation.other_address) == (f"redis://mini-1.local:{port}", "10.0.0.7")
+    assert invite(fleet, address="10.0.0.9").other_address is None
+
+
+def test_this_host_has_some_address():
+    assert own_address()
