@@ -14,7 +14,7 @@ LOST_AFTER = 2.0
 pytestmark = [pytest.mark.rest, pytest.mark.timeout(150), pytest.mark.parametrize("broker", ["valkey"], indirect=True)]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def hosts(broker):
     """Three, of one model."""
     with ExitStack() as stack:
@@ -49,11 +49,15 @@ class Asked:
 
     def strike(self, strike):
         """All processes of the host that has it, which is one that has not been struck."""
-        until(lambda: self._stream.progress.node not in (None, *self.struck), 30)
-        self.struck.append(self._stream.progress.node)
+        until(lambda: self._node not in (None, *self.struck), 30)
+        self.struck.append(self._node)
         for part in (host := self._hosts[self.struck[-1]]).parts:
             strike(part)
         return host
+
+    @property
+    def _node(self):
+        return self._stream.progress and self._stream.progress.node
 
     def text(self):
         return self._text.result(60)
