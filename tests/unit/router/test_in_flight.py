@@ -24,7 +24,7 @@ from fleet_worker.router.attempts import Attempts
 from fleet_worker.router.deaths import Deaths
 from fleet_worker.router.effects import AskAgain, CancelOrphan, Confirm
 from fleet_worker.router.idempotency import IdempotencyCache
-from fleet_worker.router.in_flight import InFlightRequest
+from fleet_worker.router.in_flight import TRY_EVERY, InFlightRequest
 from fleet_worker.router.route import Route
 from fleet_worker.router.wakeups import Wakeups
 from fleet_worker.settings import RouterSettings
@@ -208,6 +208,8 @@ def test_a_running_attempt_ends_when_two_hosts_turn_out_to_have_died(fleet, sile
     monkeypatch.setattr(Deaths, "must_wait", lambda *_: False)
     fleet.later.now()
     silent.receive("c", accepted(attempt=3))
+    fleet.later.now()
+    assert fleet.later.moments[-1] <= time.monotonic() + TRY_EVERY
     for node in ("a", "b"):
         host_says(fleet, node, pid=8)
     fleet.later.now()
