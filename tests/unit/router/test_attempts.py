@@ -784,7 +784,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     @invariant()
     def whoever_may_still_work_on_an_attempt_that_is_over_is_told(self):
-        silent = {NodeLost.code, ReplyLost.code, Cancelled.code}
+        silent = {NodeLost.code, ReplyLost.code, Cancelled.code, PoisonSuspected.code}
         assert {each.attempt for each in self.attempts.history if each.error in silent} == self.cancelled
 
 
