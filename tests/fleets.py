@@ -400,6 +400,8 @@ class Load:
         self._over = threading.Event()
         self._pool = ThreadPoolExecutor(128)
         self._asked: list[Future[bool]] = []
+        self.seconds: list[float] = []
+        """How long each took that was answered."""
         self._clock = threading.Thread(target=self._go_on)
 
     def __enter__(self) -> Self:
@@ -429,6 +431,7 @@ class Load:
             self._asked.append(self._pool.submit(self._ask, self.asked))
 
     def _ask(self, number: int) -> bool:
-        messages = conversation(f"load {number}")
+        messages, began = conversation(f"load {number}"), time.monotonic()
         reply = self._router.chat(self._fleet.model, messages, max_tokens=3, temperature=0, timeout=60)
+        self.seconds.append(time.monotonic() - began)
         return reply.content == self._fleet.expected(messages, 3)

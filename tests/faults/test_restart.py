@@ -1,0 +1,39 @@
+"""An operator restarts the whole fleet, first its nodes, then its MLX servers, and no request fails.
+
+`python -m tests.benchmarks.restart` does the same to more hosts, under more requests.
+"""
+
+import re
+
+import pytest
+
+from fleet_worker import Router, Settings
+from tests.fleets import Load
+from tests.hosts import Hosts
+
+pytestmark = [pytest.mark.rest, pytest.mark.timeout(150), pytest.mark.parametrize("broker", ["valkey"], indirect=True)]
+RATE = 10
+
+
+@pytest.fixture(scope="module")
+def hosts(broker):
+    with Hosts(broker.url, 2, token_interval=0.02) as hosts:
+        yield hosts
+
+
+@pytest.fixture
+def router(broker, hosts):
+    with Router(Settings(broker_url=broker.url)) as router:
+        hosts.wait_until_ready(router)
+        yield router
+
+
+@pytest.mark.parametrize(("options", "what"), [((), "was restarted"), (("--server",), "has a restarted MLX server")])
+def test_no_request_fails_while_the_whole_fleet_restarts(hosts, router, options, what):
+    with Load(router, hosts, RATE) as load:
+        done = hosts.run("restart", "--all", *options)
+    assert (done.returncode, done.stderr) == (0, "")
+    for line, name in zip(done.stdout.splitlines(), hosts.names, strict=True):
+        assert re.fullmatch(rf"local@{name} {what}, available after [\d.]+ s", line)
+    assert load.failed == []
+    assert load.asked > 2 * RATE
