@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from fleet_worker import FleetError, Router
 from fleet_worker.host.child_process import ChildProcess, python
@@ -301,6 +301,15 @@ class Told:
         return len(self.attempts) > 1
 
 
+class Served(Protocol):
+    """What callers need of a fleet."""
+
+    model: str
+    natural: int
+
+    def expected(self, messages: Sequence[Mapping[str, Any]], max_tokens: int) -> str: ...
+
+
 class Crowd:
     """Many streams of one router, `at_once` of them at a time, each reader a thread; leaving the block waits for all.
 
@@ -308,7 +317,7 @@ class Crowd:
     cut by max_tokens, the others come to their natural end.
     """
 
-    def __init__(self, router: Router, fleet: Fleet, *, at_once: int, streams: int | None = None) -> None:
+    def __init__(self, router: Router, fleet: Served, *, at_once: int, streams: int | None = None) -> None:
         self._router, self._fleet, self._streams = router, fleet, streams
         self._lock = threading.Condition()
         self._begun = self.pieces = 0
@@ -357,7 +366,7 @@ class Crowd:
             self._lock.notify_all()
 
 
-def read(router: Router, fleet: Fleet, of: object, cut: bool, piece: Callable[[], object], **options: Any) -> Told:
+def read(router: Router, fleet: Served, of: object, cut: bool, piece: Callable[[], object], **options: Any) -> Told:
     """Ask for a stream and read it to its end; `piece` is called at every piece."""
     messages, max_tokens = conversation(of), fleet.natural * 3 // 4 if cut else fleet.natural * 2
     told, last = Told(of, fleet.expected(messages, max_tokens)), time.monotonic()
@@ -395,7 +404,7 @@ def report(what: str, told: Sequence[Told]) -> str:
 class Load:
     """So many short answers a second, for the time of the block; leaving it waits for all."""
 
-    def __init__(self, router: Router, fleet: Fleet, rate: float) -> None:
+    def __init__(self, router: Router, fleet: Served, rate: float) -> None:
         self._router, self._fleet, self._rate = router, fleet, rate
         self._over = threading.Event()
         self._pool = ThreadPoolExecutor(128)

@@ -25,13 +25,17 @@ from tests.ups import running_up
 class Hosts:
     """So many hosts, `mini-0`, `mini-1` ..., with an instance `local` each. `server` are options of its MLX server.
 
-    All serve one model, of a name that no other fleet has. `Load` of `tests.fleets` takes it for a fleet.
+    All serve one model, of a name that no other fleet has. `Load` and `Crowd` of `tests.fleets` take it for a fleet.
+    Running requests have `grace` seconds.
     """
 
-    def __init__(self, broker_url: str, number: int, *, slots: int = 4, natural: int = 20, **server: Any) -> None:
+    def __init__(
+        self, broker_url: str, number: int, *, slots: int = 4, natural: int = 20, grace: float = 30.0, **server: Any
+    ) -> None:
         self.model = f"sim-{uuid.uuid4().hex[:8]}"
         self.names = [f"mini-{each}" for each in range(number)]
-        self._broker_url, self._slots, self._natural = broker_url, slots, natural
+        self.natural = natural
+        self._broker_url, self._slots, self._grace = broker_url, slots, grace
         options = {"model": self.model, "tokens": natural, **server}
         flags = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
         self._serve = shlex.join([*python("-m", "fleet_worker.simulator"), *flags]) + " --port {port}"
@@ -59,7 +63,7 @@ class Hosts:
         return subprocess.run(line, env=env, capture_output=True, text=True, timeout=within, check=False)
 
     def expected(self, messages: Sequence[Mapping[str, Any]], max_tokens: int) -> str:
-        return "".join(reply_tokens(messages, max_tokens, tokens=self._natural))
+        return "".join(reply_tokens(messages, max_tokens, tokens=self.natural))
 
     def _up(self, name: str) -> Any:
         folder = self._folder / name
@@ -73,6 +77,7 @@ class Hosts:
         config = folder / "worker.toml"
         head = {"host": name, "state_dir": str(folder), "broker_url": self._broker_url}
         lines = [f"{key} = {json.dumps(value)}" for key, value in head.items()]
-        config.write_text("\n".join([*lines, worker_toml("local", instance)]), "utf-8")
+        worker = ["[worker]", f"drain_grace = {self._grace}"]
+        config.write_text("\n".join([*lines, *worker, worker_toml("local", instance)]), "utf-8")
         config.chmod(0o600)
         return running_up(python("-m", "fleet_worker", "--config", str(config), "up"))
