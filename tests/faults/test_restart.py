@@ -1,4 +1,4 @@
-"""An operator restarts the whole fleet, first its nodes, then its MLX servers, and no request fails: also none that is
+"""An operator restarts the whole fleet, first its MLX servers, then its nodes, and no request fails: also none that is
 longer than the grace of a node, which others continue.
 
 `python -m tests.benchmarks.restart` does the same to more hosts, under more requests.
@@ -18,7 +18,7 @@ RATE = 10
 
 @pytest.fixture(scope="module")
 def hosts(broker):
-    with Hosts(broker.url, 2, natural=100, grace=1.0, token_interval=0.04) as hosts:
+    with Hosts(broker.url, 2, natural=60, grace=1.0, token_interval=0.04) as hosts:
         yield hosts
 
 
@@ -29,7 +29,8 @@ def router(broker, hosts):
         yield router
 
 
-@pytest.mark.parametrize(("options", "what"), [((), "was restarted"), (("--server",), "has a restarted MLX server")])
+# The servers first: a node that has just begun is not restarted yet.
+@pytest.mark.parametrize(("options", "what"), [(("--server",), "has a restarted MLX server"), ((), "was restarted")])
 def test_no_request_fails_while_the_whole_fleet_restarts(hosts, router, options, what):
     with Load(router, hosts, RATE) as load, Crowd(router, hosts, at_once=2) as crowd:
         crowd.wait_for_pieces(20)
