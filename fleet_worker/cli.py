@@ -111,13 +111,21 @@ def up() -> None:
 
 @cli.command(short_help="Read the configuration again.")
 def reload() -> None:
-    """Make the `fleet-worker up` of this host read its configuration again."""
-    from fleet_worker.host.supervisor import reload_running
+    """Make the `fleet-worker up` of this host read its configuration again, and tell what that changed.
 
-    if not (pid := reload_running(_settings())):  # which refuses a wrong configuration before up reads it
-        click.echo("fleet-worker: no fleet-worker up runs on this host", err=True)
+    The exit code is 69 if no `up` runs on this host, and 78 if the configuration is wrong: then it stays as it was.
+    """
+    from fleet_worker.host.up_socket import NoUp, ask
+    from fleet_worker.protocol.host_messages import Reload
+
+    try:
+        done = ask(_settings(), Reload(), within=30.0)  # which refuses a wrong configuration before up reads it
+    except NoUp as error:
+        click.echo(f"fleet-worker: {error}", err=True)
         sys.exit(exit_codes.UNAVAILABLE)
-    click.echo(f"fleet-worker up, pid {pid}, reads its configuration again; the result is in its log")
+    if done.error:
+        raise ConfigurationError(done.error)
+    click.echo(f"The configuration was read again: {done.text or 'nothing has changed'}")
 
 
 @cli.command()

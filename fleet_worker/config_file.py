@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -87,13 +87,16 @@ def explain(error: ValidationError, settings: type[BaseModel]) -> str:
 
 def faults(error: ValidationError, settings: type[BaseModel]) -> str:
     """Return the place and the reason of every fault in `settings`, without the values: one may be a key."""
-    found = []
+    return "; ".join(text for _, text in each_fault(error, settings))
+
+
+def each_fault(error: ValidationError, settings: type[BaseModel]) -> Iterator[tuple[tuple[int | str, ...], str]]:
+    """Yield the place of each fault, as ("router", "timeout"), and its text, which begins with the place."""
     for fault in error.errors(include_url=False, include_context=False):
         place = fault["loc"]
         unknown = fault["type"] == "extra_forbidden"
         reason = _unknown_key(place, settings, fault["input"]) if unknown else _reason(fault["type"], fault["msg"])
-        found.append(": ".join(filter(None, [".".join(map(str, place)), reason])))
-    return "; ".join(found)
+        yield place, ": ".join(filter(None, [".".join(map(str, place)), reason]))
 
 
 _NEEDED = {

@@ -224,7 +224,7 @@ class Instance(Group):
             raise ValueError("serve is set, so base_url must be of this host, as http://127.0.0.1:8080")
         if self.serve and not self.base_url and not any(PORT in word for word in self.serve):
             raise ValueError(f"serve must contain {PORT}, or base_url must name the port that the server listens on")
-        if not self.serve and (unused := [name for name in _ONLY_MANAGED if name in self.model_fields_set]):
+        if not self.serve and (unused := [name for name in ONLY_MANAGED if name in self.model_fields_set]):
             raise ValueError(f"{unused[0]} is set, but serve is not, and it is for the server that serve starts")
         return self
 
@@ -246,7 +246,7 @@ class Instance(Group):
         return not any(part.lower() in name for part in self.model_blacklist)
 
 
-_ONLY_MANAGED = ("environment", "serve_timeout", "max_memory")
+ONLY_MANAGED = ("environment", "serve_timeout", "max_memory")
 
 
 def with_ports(instances: Mapping[str, Instance]) -> dict[str, Instance]:

@@ -20,6 +20,7 @@ from fleet_worker.gateway.app import Gateway
 from fleet_worker.gateway.http.http_protocol import BoundedProtocol
 from fleet_worker.gateway.listener import BACKLOG, address, allow_connections, listening
 from fleet_worker.gateway.records import Records
+from fleet_worker.host.parent_pipe import attach_to_parent
 from fleet_worker.router.router import Router
 from fleet_worker.settings import Settings
 
@@ -35,6 +36,7 @@ def serve(settings: Settings) -> None:
     Raises:
         ConfigurationError: the address cannot be used, or a file cannot.
     """
+    attach_to_parent("the gateway", grace=settings.gateway.drain_grace + ANSWERS_LEAVE_WITHIN)
     keys = Keys.load(settings.gateway.keys)
     with (
         Router(settings, patient=False) as router,

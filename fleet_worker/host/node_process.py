@@ -1,4 +1,4 @@
-"""The process of one node of `fleet-worker up`: when it starts, how it ends, when it starts again."""
+"""The process of a node of `fleet-worker up`, or of its gateway: when it starts, how it ends, when it starts again."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ class Backoff:
 
 
 class NodeProcess:
-    """One node of this host, whether its process runs or not. No method waits: call `act` at the time `due`."""
+    """One node of this host, or its gateway, whether its process runs or not. No method waits: call `act` at the time
+    `due`.
+    """
 
     def __init__(self, instance: str, start: Callable[[str], subprocess.Popen[bytes]], backoff: Backoff) -> None:
         self.instance = instance
@@ -61,6 +63,15 @@ class NodeProcess:
         if self._process:
             return self._killed_at
         return self._starts_at if self.wanted else NEVER
+
+    @property
+    def runs(self) -> bool:
+        """True if there is a process of it, as far as `reap` has seen."""
+        return self._process is not None
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
 
     @property
     def gone(self) -> bool:

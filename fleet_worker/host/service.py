@@ -11,6 +11,7 @@ from typing import Any
 from fleet_worker.config_file import config_path
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.host.launchd import Launchd
+from fleet_worker.host.programs import ends_within
 from fleet_worker.host.service_files import ENDS_WITHIN
 from fleet_worker.host.systemd import Systemd
 from fleet_worker.settings import Settings
@@ -18,7 +19,7 @@ from fleet_worker.settings import Settings
 
 def configuration() -> tuple[Path, list[str], float]:
     """Return the absolute path that FLEET_CONFIG names, the names of the FLEET_* variables that the service will not
-    get, and the seconds that its nodes may take to end.
+    get, and the seconds that all of it may take to end.
 
     Raises:
         ConfigurationError: FLEET_CONFIG is not set, or its file alone is not a valid configuration.
@@ -28,7 +29,7 @@ def configuration() -> tuple[Path, list[str], float]:
         raise ConfigurationError("FLEET_CONFIG is not set: a service needs a file, as FLEET_CONFIG=worker.toml")
     settings = _SettingsOfFile()
     left_out = [name for name in os.environ if name.upper().startswith("FLEET_") and name != "FLEET_CONFIG"]
-    return path.absolute(), sorted(left_out), settings.worker.killed_after
+    return path.absolute(), sorted(left_out), ends_within(settings)
 
 
 class _SettingsOfFile(Settings):

@@ -85,36 +85,47 @@ class Client:
 
 
 class UpServer:
-    """Listens at a path, and calls `received` with each message, `gone` with each client that has disconnected.
+    """Calls `received` with each message, and `gone` with each client that has disconnected.
 
-    The owner calls `key.data(events)` for what its selector has found ready. An earlier socket at the path is removed:
-    the owner holds the lock of `up`, so nobody listens there.
-
-    Raises:
-        ConfigurationError: the socket cannot be created.
+    The owner calls `key.data(events)` for what its selector has found ready.
     """
 
     def __init__(
         self,
-        path: Path,
         selector: selectors.BaseSelector,
         received: Callable[[Client, ToUp], None],
         gone: Callable[[Client], None],
     ) -> None:
         self.received = received
-        self._path = path
         self._selector = selector
         self._gone = gone
         self._clients: set[Client] = set()
-        self._socket = _listen(path)
-        selector.register(self._socket, selectors.EVENT_READ, self._accept)
+        self._path: Path | None = None
+        self._socket: socket.socket | None = None
+
+    def listen(self, path: Path) -> None:
+        """Listen here, and nowhere else any more; who is connected stays so. An earlier socket at the path is removed:
+        the owner holds the lock of `up`, so nobody listens there.
+
+        Raises:
+            ConfigurationError: the socket cannot be created.
+        """
+        new = _listen(path)
+        self._stop_listening()
+        self._path, self._socket = path, new
+        self._selector.register(new, selectors.EVENT_READ, lambda _events: self._accept(new))
 
     def close(self) -> None:
-        self._path.unlink(missing_ok=True)
+        self._stop_listening()
         for client in list(self._clients):
             client.disconnect()
-        self._selector.unregister(self._socket)
-        self._socket.close()
+
+    def _stop_listening(self) -> None:
+        if self._socket and self._path:
+            self._path.unlink(missing_ok=True)
+            self._selector.unregister(self._socket)
+            self._socket.close()
+            self._socket = None
 
     def watch(self, client: Client, connection: socket.socket, *, writes: bool) -> None:
         events = selectors.EVENT_READ | (selectors.EVENT_WRITE if writes else 0)
@@ -126,10 +137,10 @@ class UpServer:
         self._selector.unregister(connection)
         self._gone(client)
 
-    def _accept(self, _events: int) -> None:
+    def _accept(self, listening: socket.socket) -> None:
         for _ in range(READ_AT_ONCE):
             try:
-                connection, _ = self._socket.accept()
+                connection, _ = listening.accept()
             except BlockingIOError:
                 return
             except OSError:  # too many open files; or the client has disconnected already, on macOS

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
 from typing import Annotated, Literal, get_args
 
 from pydantic import Field, TypeAdapter
@@ -39,6 +40,8 @@ class NodeNews:
     """Why its server must be restarted, or empty. A node forgets its fault when it takes an order."""
     order: Count = 0
     """The number of the last order that it has taken; 0 before the first one."""
+    pid: Annotated[int, Field(ge=0, lt=2**31)] = field(default_factory=os.getpid, compare=False)
+    """Of the node: one that an earlier `up` has started may still be ending."""
     kind: Literal["news"] = "news"
 
 

@@ -63,6 +63,12 @@ def test_the_wheel_holds_the_whole_package_and_its_types(wheel):
     assert held > {"fleet_worker/py.typed", "fleet_worker/simulator/server.py"}
 
 
+@pytest.mark.parametrize("name", ["worker", "router"])
+def test_the_examples_are_in_it(installed, name):
+    done = run(installed / "fleet-worker", "config", "example", name)
+    assert done.stdout == (ROOT / "config" / f"{name}.toml").read_text("utf-8")
+
+
 def test_the_core_is_small(installed):
     listed = run(installed / "pip", "list", "--format", "freeze").stdout.lower().splitlines()
     names = {line.partition("==")[0] for line in listed}

@@ -58,7 +58,8 @@ class FakeUp:
         self._selector = selectors.DefaultSelector()
         self._wakeup, self._wake = socket.socketpair()
         self._selector.register(self._wakeup, selectors.EVENT_READ, lambda _: None)
-        self.server = UpServer(path, self._selector, self._receive, self._forget)
+        self.server = UpServer(self._selector, self._receive, self._forget)
+        self.server.listen(path)
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
@@ -146,6 +147,20 @@ def test_a_socket_that_was_left_behind_is_replaced(path):
     with closing(FakeUp(path, Resume(1))), link(path) as (node, orders):
         node.send(NEWS)
         until(lambda: orders == [Resume(1)])
+
+
+def test_an_up_that_moves_keeps_its_clients(path):
+    """As after `host` was changed: who asked for that gets his answer."""
+    with closing(FakeUp(path, Resume(1))) as up, link(path) as (node, orders):
+        node.send(NEWS)
+        until(lambda: orders == [Resume(1)])
+        up.server.listen(path.with_name("up-other.sock"))
+        assert not path.exists()
+        node.send(NodeNews("local@mini"))
+        until(lambda: orders == [Resume(1), Resume(1)])
+        with link(path.with_name("up-other.sock")) as (other, its_orders):
+            other.send(NEWS)
+            until(lambda: its_orders == [Resume(1)])
 
 
 def test_a_watcher_gets_every_status(path):

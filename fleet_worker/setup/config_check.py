@@ -1,0 +1,70 @@
+"""`fleet-worker config check`: all faults of a configuration, or what would run with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from pydantic import ValidationError
+
+from fleet_worker import config_file
+from fleet_worker.errors import ConfigurationError
+from fleet_worker.host.unserved import unserved
+from fleet_worker.host.variables import mistyped
+from fleet_worker.settings import Instance, Settings
+from fleet_worker.setup.config_sources import variable_of, variables
+from fleet_worker.setup.secrets import hidden_command, hidden_url
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What was found: what has to be corrected, what is odd, and what would run. Without secrets."""
+
+    faults: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    would_run: list[tuple[str, str]] = field(default_factory=list)
+    """Names and descriptions."""
+
+
+def check() -> Checked:
+    """Check the configuration that this process has. Nothing is asked over the network: `doctor` does that."""
+    try:
+        settings = Settings()
+    except ConfigurationError as error:
+        return Checked(faults=list(_faults(error)))
+    return Checked([], [*mistyped(settings), *unserved(settings)], list(_would_run(settings)))
+
+
+def _faults(error: ConfigurationError) -> Iterator[str]:
+    """Yield each fault, with the variable that it is in; all others are in the file."""
+    cause = error.__context__
+    if not isinstance(cause, ValidationError):
+        yield error.message.removeprefix("configuration: ")
+        return
+    for place, text in config_file.each_fault(cause, Settings):
+        variable = variable_of(place)
+        yield f"{text} (in the variable {variable})" if variable else text
+
+
+def _would_run(settings: Settings) -> Iterator[tuple[str, str]]:
+    path = config_file.config_path()
+    yield "file", str(path.absolute()) if path else "none: --config or FLEET_CONFIG names one"
+    if names := variables():
+        yield "variables", ", ".join(names)
+    yield "broker", hidden_url(settings.broker_url) + (", run by fleet-worker up" if settings.up.broker else "")
+    yield "host", settings.host
+    serving = {name: each for name, each in settings.instances.items() if each.opted_in}
+    for name, instance in serving.items():
+        yield f"node {name}@{settings.host}", _described(instance)
+    if not serving:
+        yield "nodes", "none: fine for a router"
+    if settings.up.gateway:
+        yield "gateway", f"port {settings.gateway.port} of {settings.gateway.host}, run by fleet-worker up"
+
+
+def _described(instance: Instance) -> str:
+    url = instance.base_url or "the server on port 8000 or 8080"
+    server = f"{hidden_command(instance.serve)} at {url}" if instance.serve else url
+    models = ", ".join(instance.models) or "the models that it lists"
+    slots = instance.limits.concurrency
+    return f"{server}; {models}; {', '.join(instance.capabilities) or 'nothing'}; {slots} at the same time"

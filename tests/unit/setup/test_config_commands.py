@@ -1,0 +1,230 @@
+"""`fleet-worker config`: the example, the check, and what is in force."""
+
+import json
+import tomllib
+
+import pytest
+
+from fleet_worker.settings import Settings
+from fleet_worker.setup import config_show
+from tests.commands import fleet_worker
+from tests.documents import ROOT
+from tests.unit.test_cli import assert_refused
+
+SECRETS = ("hush-1", "hush-2", "hush-3", "hush-4", "hush-5", "hush-6")
+FULL = """
+broker_url = "redis://me:hush-1@broker:6379/0"
+host = "mini-7"
+
+[router]
+affinity_secret = "hush-2-and-more"
+
+[instances.local]
+serve = "mlx_lm.server --model org/qwen --api-key hush-3 --port {port}"
+environment = { HF_TOKEN = "hush-4" }
+api_key = "hush-5"
+limits = { concurrency = 4 }
+fleet = { enabled = true, respond_to_requests = true, capabilities = ["chat"] }
+
+[instances.local.models."qwen2.5-7b"]
+backend = "default_model"
+
+[instances.other]
+mlx_api_base = "http://127.0.0.1:9000"
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(text, encoding="utf-8"):
+        path = tmp_path / "mine.toml"
+        path.write_text(text, encoding)
+        return path
+
+    return write
+
+
+# --- example
+
+
+@pytest.mark.parametrize(("line", "name"), [("", "worker"), ("worker", "worker"), ("router", "router")])
+def test_the_examples_are_those_of_the_folder_config(line, name):
+    done = fleet_worker(f"config example {line}")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == (ROOT / "config" / f"{name}.toml").read_text("utf-8")
+
+
+def test_another_example_is_a_wrong_command_line():
+    assert fleet_worker("config example mini").returncode == 2
+
+
+# --- check
+
+
+def test_a_configuration_that_can_be_used_is_told_with_what_would_run(file):
+    path = file(FULL)
+    done = fleet_worker(f"config check {path}")
+    assert done.returncode == 0
+    assert done.stdout.splitlines() == [
+        "ok",
+        f"file: {path}",
+        "broker: redis://me:(set)@broker:6379/0",
+        "host: mini-7",
+        "node local@mini-7: mlx_lm.server --model org/qwen --api-key (set) --port {port} at http://127.0.0.1:8080; "
+        "qwen2.5-7b; chat; 4 at the same time",
+    ]
+    assert done.stderr.splitlines() == [
+        "warning  the instance 'other' is not served: its fleet needs enabled = true and respond_to_requests = true"
+    ]
+
+
+def test_without_a_file_the_configuration_of_commands_is_checked(file, monkeypatch):
+    assert "file: none: --config or FLEET_CONFIG names one\n" in fleet_worker("config check").stdout
+    assert "nodes: none: fine for a router\n" in fleet_worker("config check").stdout
+    monkeypatch.setenv("FLEET_CONFIG", str(file("host = 'mini-8'")))
+    monkeypatch.setenv("FLEET_ROUTER__TIMEOUT", "7")
+    assert "host: mini-8\n" in fleet_worker("config check").stdout
+    assert "variables: FLEET_ROUTER__TIMEOUT\n" in fleet_worker("config check").stdout
+
+
+def test_all_faults_are_told_each_with_its_place(file, monkeypatch):
+    text = """
+    hots = "mini"
+    [router]
+    timeout = "soon"
+    [instances.local.limits]
+    concurrency = 0
+    [instances.local.models.qwen2.5-7b]
+    """
+    monkeypatch.setenv("FLEET_REGISTRY__METRICS_PORT", "high-port")
+    done = fleet_worker(f"config check {file(text)}")
+    assert (done.returncode, done.stdout) == (78, "")
+    assert done.stderr.splitlines() == [
+        "fault    router.timeout: must be a number",
+        "fault    registry.metrics_port: must be a whole number (in the variable FLEET_REGISTRY__METRICS_PORT)",
+        "fault    instances.local.limits.concurrency: must be greater than or equal to 1",
+        "fault    instances.local.models.qwen2.5-7b: unknown key; a name with a dot needs quotes: "
+        '[instances.local.models."qwen2.5-7b"]',
+        "fault    hots: unknown key, the nearest that exists is host",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a = ", "which is not valid TOML: Invalid value (at end of document)"),
+        ("[a]\nb = 1\n[a]", "(at line 3, column 3)"),
+    ],
+)
+def test_what_is_no_toml_is_a_fault(text, said, file):
+    done = fleet_worker(f"config check {file(text)}")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (78, "", 1)
+    assert done.stderr.startswith("fault    --config names ")
+    assert said in done.stderr
+
+
+def test_a_variable_that_is_not_json_is_a_fault(monkeypatch):
+    monkeypatch.setenv("FLEET_ROUTER", "{")
+    done = fleet_worker("config check")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (78, "", 1)
+    assert done.stderr.startswith("fault    a FLEET_ variable is not JSON")
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path):
+    assert_refused(fleet_worker(f"config check {tmp_path / 'no.toml'}"), 78, "no.toml, which cannot be read")
+
+
+def test_a_file_with_a_byte_order_mark_is_read(file):
+    path = file("host = 'mini-7'", "utf-8-sig")
+    assert "host: mini-7\n" in fleet_worker(f"config check {path}").stdout
+
+
+def test_a_mistyped_variable_is_a_warning(monkeypatch):
+    monkeypatch.setenv("FLEET_BROKER", "redis://:hush-1@h/0")
+    done = fleet_worker("config check")
+    assert (done.returncode, done.stdout.splitlines()[0]) == (0, "ok")
+    assert done.stderr.startswith("warning  the variable FLEET_BROKER is not read, the nearest that exists is FLEET_")
+
+
+# --- show
+
+
+def shown(line=""):
+    return json.loads(fleet_worker(f"config show --json {line}").stdout)["settings"]
+
+
+def test_each_value_is_shown_with_its_source(file, monkeypatch):
+    monkeypatch.setenv("FLEET_ROUTER__TIMEOUT", "7")
+    monkeypatch.setenv("fleet_worker__canary", "false")
+    monkeypatch.setenv("FLEET_REGISTRY", '{"metrics_port": 9808}')
+    monkeypatch.setenv("FLEET_INSTANCES__LOCAL__PROMPT_CACHE_SIZE", "3")
+    found = shown(f"--config {file(FULL)}")
+    assert {
+        name: tuple(found[name].values())
+        for name in (
+            "host",
+            "router.timeout",
+            "worker.canary",
+            "registry.metrics_port",
+            "registry.models_interval",
+            "router.max_wait",
+            "instances.local.prompt_cache_size",
+            "instances.local.limits.concurrency",
+            "instances.local.limits.embed_batch",
+            'instances.local.models."qwen2.5-7b".backend',
+            "instances.other.base_url",
+        )
+    } == {
+        "host": ("mini-7", "mine.toml"),
+        "router.timeout": (7.0, "FLEET_ROUTER__TIMEOUT"),
+        "worker.canary": (False, "fleet_worker__canary"),
+        "registry.metrics_port": (9808, "FLEET_REGISTRY"),
+        "registry.models_interval": (60.0, "default"),
+        "router.max_wait": (None, "default"),
+        "instances.local.prompt_cache_size": (3, "FLEET_INSTANCES__LOCAL__PROMPT_CACHE_SIZE"),
+        "instances.local.limits.concurrency": (4, "mine.toml"),
+        "instances.local.limits.embed_batch": (64, "default"),
+        'instances.local.models."qwen2.5-7b".backend': ("default_model", "mine.toml"),
+        "instances.other.base_url": ("http://127.0.0.1:9000", "mine.toml"),
+    }
+
+
+def test_an_argument_is_the_strongest_source(monkeypatch):
+    monkeypatch.setenv("FLEET_HOST", "mini-8")
+    arguments = {"host": "mini-9", "router": {"timeout": 5.0}}
+    found = {entry.place: entry.source for entry in config_show.entries(Settings(**arguments), arguments)}
+    assert found["host",] == found["router", "timeout"] == "argument"
+    assert found["router", "max_timeout"] == "default"
+
+
+@pytest.mark.parametrize("form", ["", "--json"])
+def test_no_secret_is_shown(form, file, monkeypatch):
+    monkeypatch.setenv("FLEET_INSTANCES__OTHER__API_KEY", "hush-6")
+    done = fleet_worker(f"config show {form} --config {file(FULL)}")
+    assert done.returncode == 0
+    for secret in SECRETS:
+        assert secret not in done.stdout + done.stderr
+    assert done.stdout.count("(set)") == 6
+
+
+def test_what_is_shown_is_a_file_with_the_same_settings(file, monkeypatch, tmp_path):
+    """What is secret apart."""
+    harmless = FULL.replace(":hush-1", "").replace('\napi_key = "hush-5"', "").replace(" --api-key hush-3", "")
+    harmless = harmless.replace('environment = { HF_TOKEN = "hush-4" }', "max_memory = '12 GB'")
+    monkeypatch.setenv("FLEET_CONFIG", str(file(harmless.replace('affinity_secret = "hush-2-and-more"', ""))))
+    monkeypatch.setenv("FLEET_FEATURES", '{"a b": true}')
+    before = Settings()
+    pasted = tmp_path / "pasted.toml"
+    pasted.write_text(fleet_worker("config show").stdout)
+    monkeypatch.delenv("FLEET_FEATURES")
+    monkeypatch.setenv("FLEET_CONFIG", str(pasted))
+    assert Settings() == before
+    assert tomllib.loads(pasted.read_text())["features"] == {"a b": True}
+
+
+def test_the_line_of_a_setting_ends_with_its_source(file):
+    lines = fleet_worker(f"config show --config {file(FULL)}").stdout.splitlines()
+    assert 'host = "mini-7"  # mine.toml' in lines
+    assert "timeout = 300.0  # default" in lines
+    assert "# max_wait is not set" in lines
+    assert '[instances.local.models."qwen2.5-7b"]' in lines

@@ -1,0 +1,33 @@
+"""What is secret in a configuration is not shown."""
+
+import pytest
+
+from fleet_worker.setup.secrets import hidden_command, hidden_url
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://broker:6379/0", "redis://broker:6379/0"),
+        ("redis://:hush@broker:6379/0", "redis://:(set)@broker:6379/0"),
+        ("amqps://me:hu%2Fsh@broker/v?ssl_cert_reqs=none", "amqps://me:(set)@broker/v?ssl_cert_reqs=none"),
+        ("redis://me@broker/0", "redis://me@broker/0"),
+        ("redis://:a:b@[::1]:6379/0", "redis://:(set)@[::1]:6379/0"),
+    ],
+)
+def test_the_password_of_a_url(url, shown):
+    assert hidden_url(url) == shown
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("mlx_lm.server --port {port}", "mlx_lm.server --port {port}"),
+        ("vllm-mlx serve a --api-key hush --port 1", "vllm-mlx serve a --api-key (set) --port 1"),
+        ("x --api_key=hush --HF-TOKEN hush", "x --api_key=(set) --HF-TOKEN (set)"),
+        ("x --auth --port 1", "x --auth --port 1"),
+        (["x", "--model", "/a b/c", "--password", "hu sh"], "x --model '/a b/c' --password (set)"),
+    ],
+)
+def test_the_options_of_a_command_line(line, shown):
+    assert hidden_command(line) == shown
