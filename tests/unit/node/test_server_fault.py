@@ -111,7 +111,8 @@ class Monitored:
         for thread in self.threads:
             thread.join(5)
         self.monitor.close()
-        self.mlx.kill()  # ends a canary that would wait for minutes
+        self.client.unreachable.set()
+        self.mlx.kill()  # both end a canary that would wait
         self.monitor._thread.join(5)
 
 
