@@ -22,8 +22,8 @@ def availability(settings: Settings, probes: Probes | None = None) -> Iterator[F
     if hours := wanted.open_hours:
         now = datetime.now()
         is_open = hours.contain(now)
-        until = opening(hours, now) if hours.minutes_to_change(now) else "for ever"
-        yield Finding("ok", f"{'within' if is_open else 'outside of'} its hours, until {until}")
+        until = f", until {opening(hours, now)}" if hours.minutes_to_change(now) else ""
+        yield Finding("ok", f"{'within' if is_open else 'outside of'} its hours{until}")
     for name, probe in asked_for(wanted, probes or probes_of_this_host()).items():
         try:
             answer = probe()
