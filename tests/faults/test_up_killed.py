@@ -1,4 +1,4 @@
-"""`fleet-worker up` killed by SIGKILL, again and again, with a managed server: nothing is left of it, nothing doubled."""
+"""`fleet-worker up` killed by SIGKILL, again and again, with a managed server: nothing is left, nothing is doubled."""
 
 import re
 import signal
