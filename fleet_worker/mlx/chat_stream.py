@@ -119,6 +119,8 @@ class ServerStream:
     def _no_progress(self, size: int) -> None:
         """Take so many bytes of comments and other heartbeats, or of a part of an event."""
         self._timer.check()
+        if self._profile.tells_progress:
+            self._timer.progressed()
         self._idle_bytes += size
         if self._idle_bytes > _MOST_IDLE_BYTES:
             raise MalformedOutput("the MLX server sends heartbeats without end")

@@ -36,6 +36,7 @@ from fleet_worker.errors import (
     RequestTimeout,
     Unauthorized,
 )
+from fleet_worker.mlx.activity import ServerActivity
 from fleet_worker.mlx.body import read_body
 from fleet_worker.mlx.chat_stream import ChatAnswer, ServerStream
 from fleet_worker.mlx.chunks import parse_usage
@@ -78,7 +79,7 @@ class MLXClient:
         self, instance: Instance, base_url: str, *, server: str = "openai", transport: httpx.BaseTransport | None = None
     ) -> None:
         self._instance = instance
-        self._profile = PROFILES[server]
+        self.profile = PROFILES[server]
         url = _checked_url(base_url)
         self._http = httpx.Client(
             base_url=url,
@@ -88,6 +89,7 @@ class MLXClient:
             cookies=CookieJar(policy=DefaultCookiePolicy(allowed_domains=())),  # a server could send them without end
         )
         self._timeouts = TimeoutThread()
+        self.activity = ServerActivity(self._timeouts, self.profile)
         self._canary_runs = False
         self.url = base_url
         self.unreachable = threading.Event()
@@ -109,7 +111,7 @@ class MLXClient:
         """Return the complete answer. The server streams it nevertheless: only a stream can be cancelled.
 
         `first_content` is called when the server has read the prompt."""
-        body = chat_body(params, offering, self._profile)
+        body = chat_body(params, offering, self.profile)
         with self._open_stream(body, self._timer(deadline, cancel_token, first_content), splitter=None) as stream:
             inside = offering.settings.starts_in_reasoning
             return read_whole(stream, Rules.of(params), starts_in_reasoning=inside)
@@ -143,11 +145,11 @@ class MLXClient:
             return self._open_stream(body, timer, splitter, from_start=from_start)
 
         if resume and (resume.content or resume.reasoning):
-            strategies = resume_strategies(params, offering, self._profile, resume)
+            strategies = resume_strategies(params, offering, self.profile, resume)
             with closing(ResumedStream(strategies, resume, open_stream, self.has_died)) as resumed:
                 yield EnforcedStream(resumed, rules, delivered=resume.content) if rules else resumed
         else:
-            with open_stream(chat_body(params, offering, self._profile), True) as stream:
+            with open_stream(chat_body(params, offering, self.profile), True) as stream:
                 yield EnforcedStream(stream, rules) if rules else stream
 
     @contextmanager
@@ -156,14 +158,14 @@ class MLXClient:
     ) -> Iterator[ServerStream]:
         with self._response("POST", "/v1/chat/completions", timer, body) as response:
             limits = {"max_tokens": body["max_tokens"], "may_be_empty": not from_start or "stop" in body}
-            yield ServerStream(response, timer, self._profile, splitter, **limits)
+            yield ServerStream(response, timer, self.profile, splitter, **limits)
 
     def embed(
         self, texts: Sequence[str], offering: Offering, *, deadline: float, cancel_token: CancelToken | None = None
     ) -> Embeddings:
         """Return one vector for each text. The server is asked in batches of `limits.embed_batch` texts."""
         size = self._instance.limits.embed_batch
-        encoding = {"encoding_format": "base64"} if self._profile.base64_vectors else {}
+        encoding = {"encoding_format": "base64"} if self.profile.base64_vectors else {}
         vectors: list[str] = []
         tokens: list[int | None] = []
         dimensions = offering.settings.dimensions
@@ -202,11 +204,6 @@ class MLXClient:
     def last_content(self) -> float:
         """When this server last delivered content (time.monotonic() seconds), or 0."""
         return self._timeouts.last_content
-
-    @property
-    def may_be_blocked(self) -> bool:
-        """Return whether a healthy server of this kind may be silent now, `/health` included."""
-        return not self._profile.health_waits_for.isdisjoint(self._timeouts.awaited)
 
     def models(self) -> list[str]:
         """Return the ids that `GET /v1/models` lists: only a hint (a disk cache, nothing, or one absolute path)."""
@@ -289,6 +286,8 @@ class MLXClient:
         headers = {"content-type": "application/json"} if body else None
         request = self._http.build_request(method, path, content=content, headers=headers)
         timer.guard.awaits = path
+        if body:
+            timer.guard.model, timer.guard.size = body["model"], len(content or b"")
         with timer.running():
             try:
                 response = self._send(request, timer)

@@ -39,6 +39,14 @@ class ServerProfile:
     """The requests of which one blocks `/health`, and all streams, until it has its first content."""
     forgets_on_swap: bool = False
     """Its prompt cache belongs to the model that it has loaded. (mlx_lm.server keeps that of each model.)"""
+    keeps_models: bool = False
+    """It may have several models in its memory. All others load one in place of the other."""
+    tells_progress: bool = False
+    """A comment in a stream means that it has read more of a prompt, not only that it lives."""
+    unready_is_dead: bool = False
+    """`/health` answers 503 only when its generation thread has died."""
+    fails_when_busy: bool = False
+    """With a single slot, a stream that finds it busy gets an error 500."""
 
     @property
     def fields(self) -> frozenset[str]:
@@ -49,15 +57,24 @@ class ServerProfile:
 PROFILES: dict[str, ServerProfile] = {
     profile.kind: profile
     for profile in (
-        ServerProfile(kind="mlx_lm", continues_by="template", health_waits_for=frozenset()),
+        ServerProfile(
+            kind="mlx_lm",
+            continues_by="template",
+            health_waits_for=frozenset(),
+            tells_progress=True,
+            unready_is_dead=True,
+        ),
         ServerProfile(
             kind="vllm_mlx",
+            keeps_models=True,
+            fails_when_busy=True,
             lists_models=True,
             continues_by="flags",
             health_waits_for=frozenset({"/v1/embeddings"}),
         ),
         ServerProfile(
             kind="mlx_openai",
+            keeps_models=True,
             length_shortfall=0,
             base64_vectors=True,
             lists_models=True,

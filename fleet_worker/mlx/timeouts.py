@@ -63,6 +63,10 @@ class ConnectionGuard:
         """Is called with each new limit."""
         self.awaits: str | None = None
         """The path of a request without any content yet: the server may be reading its prompt. None after that."""
+        self.model: str | None = None
+        """What the server calls the model that the request is for, if it is for one."""
+        self.size = 0
+        """Bytes of the request."""
         self.was_cut = threading.Event()
         self._lock = threading.Lock()
         self._connection: socket.socket | None = None
@@ -122,6 +126,10 @@ class TimeoutThread:
         self._closed = False
         self.last_content = 0.0
         """When content last arrived for any request: time.monotonic() seconds."""
+        self.last_progress = 0.0
+        """When the server last told how much of a prompt it has read, or 0. Only some do."""
+        self.delivered: dict[str, float] = {}
+        """When the first content of a request for this model last arrived, by model."""
         self.last_leftover = -math.inf
         """When a request was last cut: the server may work on it for a moment longer."""
         self._thread = threading.Thread(target=self._run, name="fleet-timeouts", daemon=True)
@@ -144,10 +152,10 @@ class TimeoutThread:
             guard.close()
 
     @property
-    def awaited(self) -> set[str | None]:
-        """The paths of the requests that wait for their first content."""
+    def awaited(self) -> list[ConnectionGuard]:
+        """The requests that wait for their first content."""
         with self._changed:
-            return {guard.awaits for guard in self._guards}
+            return [guard for guard in self._guards if guard.awaits]
 
     def close(self) -> None:
         with self._changed:
@@ -219,10 +227,16 @@ class RequestTimer:
         now = self._thread.last_content = time.monotonic()
         if not self._has_content:
             self._has_content = True
+            if self.guard.model is not None:
+                self._thread.delivered[self.guard.model] = now
             self._first_content()
         self.guard.awaits = None
         self.guard.limit = self._deadline
         return now
+
+    def progressed(self) -> None:
+        """Note that the server has read more of a prompt."""
+        self._thread.last_progress = time.monotonic()
 
     def restart_gap(self) -> None:
         """Restart the inter-token timeout, once the reader has consumed a chunk. Before the first content, the

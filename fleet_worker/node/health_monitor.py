@@ -8,19 +8,23 @@ import time
 from collections.abc import Callable
 
 from fleet_worker.errors import FleetError, InstanceUnavailable, ModelNotServed, Overloaded, RequestTimeout
+from fleet_worker.mlx.activity import LOADS_WITHIN
 from fleet_worker.mlx.client import MLXClient
 from fleet_worker.mlx.offering import Offering
 from fleet_worker.node.offered_models import OfferedModels
 from fleet_worker.node.readiness import Readiness
 from fleet_worker.node.running_attempts import RunningAttempts
+from fleet_worker.node.server_fault import ServerFault
 from fleet_worker.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
 
-CANARY_DEADLINE = 240.0
+CANARY_DEADLINE = LOADS_WITHIN
 """Seconds that a canary may take: the server may have to load the model for it."""
 DOUBT_DEADLINE = 3.0
 """Seconds within which a canary has to work that is sent because of a doubt."""
+SILENCE_DEADLINE = 5.0
+"""The same if the server may have to be restarted: that ends all that it does."""
 SILENT_FOR = 1.5
 """Seconds without an answer and without content after which a server with work may be frozen."""
 LAST_CHANCE = 2.5
@@ -43,8 +47,11 @@ class HealthMonitor:
         settings: WorkerSettings,
         changed: Callable[[], None],
         restarted: Callable[[], None] = lambda: None,
+        prefill_speed: Callable[[], float | None] = lambda: None,
+        fault_changed: Callable[[], None] = lambda: None,
     ) -> None:
-        """`restarted` is called when a server has come back that was away: what it had in memory is gone."""
+        """`restarted` is called when a server has come back that was away: what it had in memory is gone.
+        `prefill_speed` is what was measured, in tokens per second. `fault_changed` is called when `fault.text` has."""
         self._mlx = mlx
         self._readiness = readiness
         self._models = models
@@ -52,6 +59,14 @@ class HealthMonitor:
         self._settings = settings
         self._changed = changed
         self._restarted = restarted
+        self.fault = ServerFault(
+            mlx,
+            readiness,
+            running,
+            stall_after=settings.stall_after,
+            prefill_speed=prefill_speed,
+            changed=fault_changed,
+        )
         self._next_canary = 0.0
         self._had_canary = False
         self._doubted_models: set[str] = set()
@@ -69,6 +84,17 @@ class HealthMonitor:
     def check_now(self) -> None:
         """Do not wait for the next check: a request failed, or the node was changed."""
         self._wake.set()
+
+    def request_failed(self, error: FleetError, request_id: str) -> None:
+        """An attempt at this request ended with this error of the server."""
+        self._readiness.failed(error, request_id)
+        self.fault.request_failed(error)
+        self._wake.set()
+
+    def server_is_replaced(self) -> None:
+        """What answers next is a new process of the server, even if nobody has seen the old one end."""
+        self.fault.forget()
+        self._refused_at = time.monotonic()
 
     def check_model(self, model: str) -> None:
         """Find out whether the server still has this model: it told a request that it has not."""
@@ -101,7 +127,8 @@ class HealthMonitor:
         self._changed()
         if self._is_frozen():
             self._release_work()
-        if self._readiness.in_doubt(idle=self._running.busy_since is None):
+        is_in_doubt = self._readiness.in_doubt(idle=self._running.busy_since is None)
+        if is_in_doubt or (self._settings.canary and self.fault.canary_is_due()):
             self._settle_doubt()
             self._changed()
         elif self._canary_is_due():
@@ -127,11 +154,13 @@ class HealthMonitor:
         else:
             self._mlx.unreachable.clear()
             self._readiness.health_answered(ready)
+            self.fault.health_answered(ready)
             if ready and not self._settings.canary:
                 self._readiness.canary_ended(None)
             if self._refused_at is not None:
                 self._expect_a_new_server(self._refused_at)
         self._readiness.content_received(self._mlx.last_content)
+        self.fault.content_received(self._mlx.last_content)
         self._readiness.busy_since(self._running.busy_since)
 
     def _ask_health(self) -> bool:
@@ -149,15 +178,18 @@ class HealthMonitor:
         only too busy for new connections."""
         self._refused_at, self._next_models = None, 0.0
         self._models.forget_missing()
+        self.fault.forget()
         if self._mlx.last_content < refused_at:
+            self._mlx.activity.forget()
             self._restarted()
 
     def _settle_doubt(self) -> None:
         """Let a canary decide, while requests go on. If the server is too busy for it, the next check sends another."""
         now = time.monotonic()
         since = self._in_doubt_since = self._in_doubt_since or now
-        offering = self._models.for_canary() if self._settings.canary else None
-        failure = self._canary(offering, now + DOUBT_DEADLINE) if offering else None
+        offering = self._models.for_canary(self._mlx.activity.loaded) if self._settings.canary else None
+        patience = SILENCE_DEADLINE if self.fault.silence() else DOUBT_DEADLINE
+        failure = self._canary(offering, now + patience) if offering else None
         too_busy = isinstance(failure, Overloaded) and self._running.busy_since is not None
         if too_busy and time.monotonic() - since < DOUBT_DEADLINE:
             return
@@ -182,7 +214,7 @@ class HealthMonitor:
 
     def _send_canary(self) -> None:
         """Ask for one token. Only a canary that failed delays the next one, and not if it was the first of all."""
-        offering = self._models.for_canary()
+        offering = self._models.for_canary(self._mlx.activity.loaded)
         if offering is None:
             return
         started = time.monotonic()
@@ -193,12 +225,15 @@ class HealthMonitor:
 
     def _canary(self, offering: Offering, deadline: float) -> FleetError | None:
         """Ask for one token; return why there was none."""
+        silence, was_patient = self.fault.silence(), deadline - time.monotonic() > SILENCE_DEADLINE
+        failure: FleetError | None = None
         try:
             self._mlx.canary(offering, deadline=deadline)
         except FleetError as error:
             log.warning("a canary failed: %s", error.message)
-            return error
-        return None
+            failure = error
+        self.fault.canary_ended(failure, silence, was_patient=was_patient)
+        return failure
 
     def _is_frozen(self) -> bool:
         """Return whether neither the server nor any of its streams shows life, though a healthy one would.
@@ -206,7 +241,8 @@ class HealthMonitor:
         A server that is only slow answers a last question with more time. Where `/health` is blocked while a prompt is
         read, silence means nothing as long as one may be read.
         """
-        if self._readiness.silence < SILENT_FOR or self._running.busy_since is None or self._mlx.may_be_blocked:
+        has_work = self._running.busy_since is not None and not self._mlx.activity.may_be_blocked
+        if not has_work or self._readiness.silence < SILENT_FOR:
             return False
         asked = time.monotonic()
         try:

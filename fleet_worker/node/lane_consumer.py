@@ -13,7 +13,9 @@ from celery import Celery, bootsteps
 
 from fleet_worker.broker.faults import describe
 from fleet_worker.broker.rehearsal import confirm_lane, rehearse_replies
-from fleet_worker.broker.topology import Transport, lane_queue
+from fleet_worker.broker.topology import Transport, direct_lane, lane, lane_queue, old_lane
+from fleet_worker.mlx.offering import Offering
+from fleet_worker.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -201,3 +203,10 @@ class LaneConsumer:
         self._refused = refused
         if before != (joined, refused):
             self.changed()
+
+
+def lanes_of(node_name: str, offerings: dict[str, Offering], settings: Settings) -> list[str]:
+    """Return the lanes of a node: one for each capability and model, and its direct lane."""
+    names = (lane, old_lane) if settings.worker.old_lanes else (lane,)
+    work = [(each, offering.model) for offering in offerings.values() for each in offering.capabilities]
+    return [*sorted({name(*each) for name in names for each in work}), direct_lane(node_name)]

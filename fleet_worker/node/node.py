@@ -8,13 +8,12 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from celery import Celery
 from celery.worker import state as celery_state
 
 from fleet_worker.broker.app import door_of
-from fleet_worker.broker.topology import direct_lane, lane, old_lane, transport_of
+from fleet_worker.broker.topology import transport_of
 from fleet_worker.errors import (
     ConfigurationError,
     ConnectionFailure,
@@ -26,13 +25,13 @@ from fleet_worker.errors import (
 )
 from fleet_worker.host.up_socket import NoUp, ask
 from fleet_worker.host.up_socket import socket_path as up_socket_path
-from fleet_worker.mlx.offering import Offering
 from fleet_worker.mlx.profiles import PROFILES
 from fleet_worker.mlx.timeouts import CancelToken
 from fleet_worker.node.confirmations import Confirmations
 from fleet_worker.node.health_monitor import HealthMonitor
 from fleet_worker.node.host_link import HostLink
-from fleet_worker.node.lane_consumer import LaneConsumer
+from fleet_worker.node.lane_consumer import LaneConsumer, lanes_of
+from fleet_worker.node.new_settings import can_follow
 from fleet_worker.node.offered_models import OfferedModels
 from fleet_worker.node.prompt_cache.prompt_cache import PromptCache
 from fleet_worker.node.readiness import Readiness, State
@@ -95,6 +94,8 @@ class Node:
         """Requests that were handed over to other nodes since this one was drained."""
         self.server_restarts = 0
         """How often its server was restarted, or replaced, since this process began."""
+        self._restarts_before = 0
+        """What that was at the beginning of a pause."""
         self._lane_consumer = LaneConsumer(app, transport)
         self._lane_consumer.changed = self._on_lanes_changed
         self.publisher.on_refused(self._lane_consumer.reply_refused)
@@ -102,6 +103,8 @@ class Node:
         """The lanes that the log calls served."""
         self._updating = threading.Lock()
         """Held while the lanes follow, so that the last of two updates sees the newest facts."""
+        self._host_link = HostLink(self, up_socket_path(settings.state_dir, self._host))
+        self.running.changed = self._host_link.changed
         self._readiness = Readiness(stall_after=settings.worker.stall_after)
         self._monitor = HealthMonitor(
             self.mlx,
@@ -111,10 +114,10 @@ class Node:
             settings.worker,
             self._update_lanes,
             restarted=self.server_restarted,
+            prefill_speed=lambda: self.prompt_cache.prefill_speed,
+            fault_changed=self._host_link.changed,
         )
         self._status_client = StatusClient(socket_path(settings.state_dir, self._host), self._report)
-        self._host_link = HostLink(self, up_socket_path(settings.state_dir, self._host))
-        self.running.changed = self._host_link.changed
         self._tokens_reported = (time.monotonic(), 0)
 
     @property
@@ -133,7 +136,7 @@ class Node:
     @property
     def fault(self) -> str:
         """Why its server has to be restarted; empty if it need not."""
-        return ""
+        return self._monitor.fault.text
 
     @property
     def held(self) -> int:
@@ -181,11 +184,16 @@ class Node:
     def pause(self, status: Status, reason: str) -> None:
         """Take no work until `resume`, as a drained node does; an operator's drain stays in force beside it."""
         self._readiness.pause(status, reason)
+        self._restarts_before = self.server_restarts
+        self._monitor.fault.forget()
         self._update_lanes()
 
     def resume(self) -> None:
         """End a pause: take work again as soon as the server has proved that it works."""
         self.running.refusal = None
+        paused, is_unseen = self._readiness.paused, self.server_restarts == self._restarts_before
+        if paused and paused.status == "starting" and is_unseen:
+            self._monitor.server_is_replaced()
         self._readiness.resume()
         self._monitor.canary_now()
         self._update_lanes()
@@ -248,8 +256,7 @@ class Node:
                 elif isinstance(error, ModelNotServed):
                     self._monitor.check_model(model)
                 else:
-                    self._readiness.failed(error, request_id)
-                    self._monitor.check_now()
+                    self._monitor.request_failed(error, request_id)
             raise
 
     def _update_lanes(self) -> None:
@@ -326,26 +333,3 @@ class Node:
         """Since the last report."""
         (before, tokens), self._tokens_reported = self._tokens_reported, (time.monotonic(), self.counters.tokens)
         return round((self._tokens_reported[1] - tokens) / max(self._tokens_reported[0] - before, 0.001), 1)
-
-
-def can_follow(settings: Settings, old: Settings, name: str) -> bool:
-    """Return whether a running node of this instance can follow these settings without a new process."""
-    instance = settings.instances.get(name)
-    return instance is not None and instance.opted_in and _fixed(settings, name) == _fixed(old, name)
-
-
-def _fixed(settings: Settings, name: str) -> dict[str, Any]:
-    """The settings that a running node cannot change."""
-    offered = {"models", "model_whitelist", "model_blacklist", "features", "fleet", "usage"}
-    of_the_server = {"serve", "environment", "serve_timeout", "max_memory"}  # `fleet-worker up` reads them
-    return {
-        "instance": settings.instances[name].model_dump(exclude=offered | of_the_server),
-        "settings": settings.model_dump(exclude={"instances", "features", "router", "registry"}),
-    }
-
-
-def lanes_of(node_name: str, offerings: dict[str, Offering], settings: Settings) -> list[str]:
-    """Return the lanes of a node: one for each capability and model, and its direct lane."""
-    names = (lane, old_lane) if settings.worker.old_lanes else (lane,)
-    work = [(each, offering.model) for offering in offerings.values() for each in offering.capabilities]
-    return [*sorted({name(*each) for name in names for each in work}), direct_lane(node_name)]

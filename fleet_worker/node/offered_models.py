@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.mlx.offering import Offering, no_offerings_advice, offerings_of
@@ -76,9 +76,11 @@ class OfferedModels:
         with self._lock:
             self._missing = frozenset()
 
-    def for_canary(self) -> Offering | None:
-        """Return the first available offering: with any other, the server might have to swap models."""
-        return next(iter(self.available.values()), None)
+    def for_canary(self, loaded: Container[str] = ()) -> Offering | None:
+        """Return an available offering whose backend is in `loaded`, else the first one: with any other, the server
+        might have to swap models."""
+        available = self.available.values()
+        return next((each for each in available if each.backend in loaded), next(iter(available), None))
 
     def _replace(self, offerings: dict[str, Offering]) -> None:
         """Warn once of each model without a chat template, and again if it was found and is missing again."""

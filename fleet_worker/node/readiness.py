@@ -69,6 +69,8 @@ class Readiness:
         self._late_since: float | None = None
         self._silent_since: float | None = None
         """Since when neither `/health` has answered nor content has come."""
+        self.began_late = False
+        """Whether the server took connections, and gave no answer, when that began: its process has not ended."""
         self._health_ready = False
         self._last_content = 0.0
         self._last_fault = 0.0
@@ -119,7 +121,8 @@ class Readiness:
             if self._last_content >= asked:
                 return
             self._late_since = self._late_since or asked
-            self._silent_since = self._silent_since or asked
+            if self._silent_since is None:
+                self._silent_since, self.began_late = asked, True
             if self._clock() - self._late_since >= GIVE_UP_AFTER:
                 self._require_proof("unavailable", "the MLX server does not answer")
 
@@ -127,7 +130,8 @@ class Readiness:
         """Nothing listens at the server's address, or it closes the connection. (A frozen server refuses too, once its
         backlog is full.)"""
         with self._lock:
-            self._silent_since = self._silent_since or self._clock()
+            if self._silent_since is None:
+                self._silent_since, self.began_late = self._clock(), False
             self._late_since, self._health_ready = None, False
             self._require_proof("unavailable", "the MLX server does not accept connections")
 

@@ -17,12 +17,13 @@ from fleet_worker.broker.topology import is_node_name, lane_queue, transport_of
 from fleet_worker.errors import ConfigurationError, FleetError, where
 from fleet_worker.exit_codes import CONFIGURATION, INTERRUPTED, RESTART, SOFTWARE, UNAVAILABLE
 from fleet_worker.host.parent_pipe import attach_to_parent
-from fleet_worker.node import node as inference_node
+from fleet_worker.node import new_settings
 from fleet_worker.node.consumer import Consumer
+from fleet_worker.node.lane_consumer import lanes_of
 from fleet_worker.node.lifecycle import Lifecycle, Startup
 from fleet_worker.node.log_privacy import begin_log, drop_beats, protect_logs
 from fleet_worker.node.name_claim import NameClaim
-from fleet_worker.node.node import Node, lanes_of
+from fleet_worker.node.node import Node
 from fleet_worker.node.remote_control import commands_of, subscription_of
 from fleet_worker.node.restart_commands import restart_commands
 from fleet_worker.node.server_discovery import find_server
@@ -143,7 +144,7 @@ def _node_name(settings: Settings, worker_name: str) -> str:
 
 def _can_follow(new: Settings, old: Settings, node_name: str) -> bool:
     name = node_name.partition("@")[0]
-    return registry_node.can_follow(new, old) if name == REGISTRY else inference_node.can_follow(new, old, name)
+    return registry_node.can_follow(new, old) if name == REGISTRY else new_settings.can_follow(new, old, name)
 
 
 def _check_name_is_free(app: Celery, node_name: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 
+from fleet_worker.mlx.model_folder import folder_of
 from fleet_worker.mlx.offering import embeds
 from fleet_worker.settings import Capability
 from fleet_worker.setup.local_models import LocalModel, that_fits
@@ -77,8 +78,8 @@ def of_server(
     mlx_lm.server has one model, which it calls `default_model`; what it lists it would have to load first.
     """
     if server.kind == "mlx_lm":
-        loaded = server.started_with or model or (server.models[0] if len(server.models) == 1 else "")
-        models = _started_with(loaded) if loaded else {}
+        known = server.started_with or model
+        models = _started_with(known) if known else _only_one(server.models)
     else:
         listed = [model] if model else server.models if len(server.models) <= _MOST_MODELS else ()
         models = {public_name(each): {"backend": each} for each in listed}
@@ -96,6 +97,14 @@ def serving(model: str, *, concurrency: int | None = None) -> WorkerInstance:
 
 def _started_with(model: str) -> Mapping[str, Mapping[str, Any]]:
     return {public_name(model): {"backend": "default_model", "chat_template": model}}
+
+
+def _only_one(listed: Sequence[str]) -> Mapping[str, Mapping[str, Any]]:
+    """Return the only model of a cache, which is most probably the one that was loaded."""
+    if len(listed) != 1:
+        return {}
+    is_here = folder_of(listed[0]).is_dir()
+    return _started_with(listed[0]) if is_here else {public_name(listed[0]): {"backend": "default_model"}}
 
 
 def _capabilities(models: Mapping[str, Any]) -> tuple[Capability, ...]:

@@ -11,6 +11,7 @@ import click
 
 from fleet_worker import config_file
 from fleet_worker.errors import ConfigurationError
+from fleet_worker.setup.next_steps import check_all
 from fleet_worker.setup.service_commands import install_service
 
 _PEM = click.Path(path_type=Path, dir_okay=False, exists=True, resolve_path=True)
@@ -96,7 +97,7 @@ def join(
         _use_invitation(_read(" ".join(line)), path, **options)
     config_file.use(str(path))
     _find_instances(path, model)
-    _check()
+    check_all()
     asks = sys.stdin.isatty() and not (run_it or yes)
     if install_it or (asks and click.confirm("Install it as a service of this user?")):
         ctx.invoke(install_service)
@@ -139,18 +140,6 @@ def _find_instances(path: Path, model: str | None) -> None:
     add_instances(path, found)
     for name, instance in found.items():
         click.echo(f"{name}: {described(instance)}")
-
-
-def _check() -> None:
-    """Print what `doctor` finds wrong."""
-    from fleet_worker.ops.doctor import examine
-    from fleet_worker.ops.findings import show
-
-    findings = [found for found in examine() if found.severity != "ok"]
-    if findings:
-        show(findings)
-    else:
-        click.echo("fleet-worker doctor has found nothing wrong.")
 
 
 def _run_up() -> int:

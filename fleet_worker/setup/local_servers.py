@@ -12,6 +12,7 @@ import psutil
 from fleet_worker.errors import FleetError, RequestTimeout, Unauthorized
 from fleet_worker.mlx.client import MLXClient
 from fleet_worker.settings import Instance, ServerTimeouts
+from fleet_worker.setup.command_words import option_of
 
 PORTS = (8000, 8080, 8081, 8082, 8083, 1234, 10240, 11434)
 """mlx_lm.server 8080 and the next ones, LM Studio 1234, mlx-omni-server 10240, Ollama 11434, others 8000."""
@@ -76,16 +77,6 @@ def _model_of(url: str) -> str:
     port = url.rpartition(":")[2]
     for process in psutil.process_iter(["cmdline"]):  # without those of other users, on macOS
         words = process.info["cmdline"] or []
-        if any("mlx_lm" in word for word in words) and _option("--port", words, "8080") == port:
-            return _option("--model", words)
+        if any("mlx_lm" in word for word in words) and option_of("--port", words, "8080") == port:
+            return option_of("--model", words)
     return ""
-
-
-def _option(name: str, words: list[str], default: str = "") -> str:
-    """Return the value of an option, as in `--port 8080` or `--port=8080`."""
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        if word == name:
-            return following
-        if word.startswith(f"{name}="):
-            return word.partition("=")[2]
-    return default

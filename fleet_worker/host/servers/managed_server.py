@@ -1,17 +1,15 @@
 """One MLX server that `fleet-worker up` runs: when it starts, how it ends, when it starts again.
 
-off -> starting -> serving -> stopping -> off
-          ^  |        |          |
-          |  v        v          v
-          +- waiting, quarantined, blocked
+off -> starting -> serving -> stopping -> off or starting
+        ^      |      |
+        |      v      v
+      blocked, waiting, quarantined
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
-import secrets
 import time
 from pathlib import Path
 
@@ -20,14 +18,13 @@ import psutil
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.host.file_lock import file_name
 from fleet_worker.host.node_process import NEVER
-from fleet_worker.host.servers import port_owner, server_record
-from fleet_worker.host.servers.guard import Guard, end_guard
-from fleet_worker.host.servers.process_family import is_marked, kill_all, marked
-from fleet_worker.host.servers.restart_policy import Pace, RestartPolicy
+from fleet_worker.host.servers import port_owner
+from fleet_worker.host.servers.custody import Custody
+from fleet_worker.host.servers.restart_policy import PACE, Pace, RestartPolicy
 from fleet_worker.host.servers.server_command import ServerCommand
 from fleet_worker.host.servers.server_output import ServerOutput
+from fleet_worker.host.servers.server_port import ServerPort
 from fleet_worker.host.servers.server_process import ServerProcess
-from fleet_worker.host.servers.server_record import Identity, ServerRecord
 from fleet_worker.protocol.host_messages import ServerStatus, Stage
 from fleet_worker.settings import Settings
 
@@ -37,18 +34,12 @@ GRACE = 10.0
 """Seconds that a server has to end after SIGTERM."""
 UNKILLABLE_AFTER = 10.0
 """Seconds after SIGKILL; what has not ended then hangs in the system, and only a restart of the host ends it."""
-POLL_START = 0.1
-"""Seconds between two looks whether a server that starts accepts connections."""
+POLL_START, POLL_LONG_START = 0.1, 0.5
+"""Seconds between two looks whether a server accepts connections, at first and when its start takes longer."""
 POLL_SERVING = 5.0
 """Seconds between two looks at the memory of a server."""
 POLL_ADOPTED = 0.5
 """Seconds between two looks whether a server that is no child of this process still runs."""
-POLL_BLOCKED = 3.0
-"""Seconds between two looks whether a port is free again."""
-PATIENT_LOOKS = 3
-"""Looks at a port that is taken before that is told: a process that is ending frees it within a second."""
-SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")
-"""The value of a variable that has one of these in its name is hidden where the server prints it."""
 
 
 class ManagedServer:
@@ -56,30 +47,17 @@ class ManagedServer:
     `reap` whenever a child process has ended, and before `act`.
     """
 
-    def __init__(
-        self,
-        instance: str,
-        command: ServerCommand,
-        *,
-        folder: Path,
-        host: str,
-        serve_timeout: float = 900.0,
-        max_memory: int | None = None,
-        pace: Pace = Pace(),  # noqa: B008 - it is frozen
-    ) -> None:
+    def __init__(self, instance: str, command: ServerCommand, *, folder: Path, host: str, pace: Pace = PACE) -> None:
         self.instance = instance
         self._command = command
-        self._serve_timeout = serve_timeout
-        self._max_memory = max_memory
+        self._serve_timeout = 900.0
+        self._max_memory: int | None = None
         name = file_name(f"{instance}@{host}")
-        self._record_path = folder / f"server-{name}.json"
         self._output_path = folder / f"server-{name}.out"
-        self._owner = hashlib.sha256(f"{folder.resolve()} {name}".encode()).hexdigest()[:16]
-        """What begins the mark of all servers of this instance, whichever `up` has started them."""
-        self._mark = f"{self._owner}/{secrets.token_hex(8)}"
+        self._custody = Custody(name, folder)
+        self._port = ServerPort(self._custody)
         self._policy = RestartPolicy(pace)
         self._process: ServerProcess | None = None
-        self._guard: Guard | None = None
         self._output: ServerOutput | None = None
         self._wanted = False
         self._stage: Stage = "off"
@@ -93,25 +71,17 @@ class ManagedServer:
         self._overdue = ""
         """Why it was killed while it started; empty if it was not."""
         self._starts = self._deaths = 0
-        self._looks = 0
-        """The number of looks at its port since that was taken by another process."""
+        self._has_served = False
+        """Its process has accepted connections."""
         self._memory: int | None = None
 
     @classmethod
-    def of(cls, settings: Settings, instance: str, pace: Pace = Pace()) -> ManagedServer:  # noqa: B008 - it is frozen
+    def of(cls, settings: Settings, instance: str, pace: Pace = PACE) -> ManagedServer:
         """Return that of an instance with `serve`."""
-        its = settings.instances[instance]
-        command, folder = ServerCommand.of(its), settings.state_dir
-        timeout, memory = its.serve_timeout, its.max_memory
-        return cls(
-            instance,
-            command,
-            folder=folder,
-            host=settings.host,
-            serve_timeout=timeout,
-            max_memory=memory,
-            pace=pace,
-        )
+        command = ServerCommand.of(settings.instances[instance])
+        server = cls(instance, command, folder=settings.state_dir, host=settings.host, pace=pace)
+        server.configure(settings)
+        return server
 
     # --- What it is
 
@@ -133,17 +103,15 @@ class ManagedServer:
 
     @property
     def status(self) -> ServerStatus:
-        pid = self._process.pid if self._process else None
-        return ServerStatus(
-            self.instance, self._stage, self._reason, pid, max(0, self._starts - 1), self._memory, self._deaths
-        )
+        pid, restarts = self._process.pid if self._process else None, max(0, self._starts - 1)
+        return ServerStatus(self.instance, self._stage, self._reason, pid, restarts, self._memory, self._deaths)
 
     @property
     def guard_fd(self) -> int:
         """A file descriptor for the node of this instance to inherit: while it holds that, the server lives on, even
         if this process is killed. Raises `OSError` if no process can be started.
         """
-        return self._guarded().descriptor
+        return self._custody.guard().descriptor
 
     @property
     def restarts_from(self) -> float:
@@ -174,7 +142,7 @@ class ManagedServer:
         if self._process:
             self._end("it is stopped", grace)
         else:
-            self._stage, self._reason, self._act_at = "off", "", NEVER
+            self._rest()
 
     def restart(self, reason: str, *, by_operator: bool = False, grace: float = GRACE) -> None:
         """Stop it and start it again. That is no death, but `restarts_from` grows, unless an operator asks for it."""
@@ -195,19 +163,20 @@ class ManagedServer:
         return self._process is not None and self._process.fingerprint != self._command.fingerprint
 
     def kill(self) -> None:
-        """Kill it with all that it has started."""
+        """Kill it with all that it has started. It does not start again."""
+        self._wanted = False
         if self._process:
-            self._killed = True
-            self._act_at = time.monotonic() + UNKILLABLE_AFTER
-            self._process.kill()
+            self._stopping = self._stopping or "it is killed"
+            self._kill()
+        else:
+            self._rest()
 
     def close(self) -> None:
         """Forget what belongs to it. Only if it is `gone`."""
-        if self._guard:
-            self._guard.close()
         if self._output:
             self._output.close()
-        self._guard = self._output = None
+        self._output = None
+        self._custody.close()
 
     # --- What happens
 
@@ -220,28 +189,25 @@ class ManagedServer:
             self._give_up()
         elif self._stopping:
             log.warning("the server of %s did not end in time and is killed", self.instance)
-            self.kill()
+            self._kill()
         elif self.serves:
-            self._measure(now)
+            self._memory = self._process.memory()
+            self._act_at = now + POLL_SERVING
         else:
             self._look_whether_it_serves(now)
 
     def reap(self) -> None:
         """If its process has ended, kill what that has left behind, and decide when it starts again."""
-        if self._guard and self._guard.ended:
-            log.warning("somebody has killed the guard of the server of %s, another one starts", self.instance)
-            self._guard.close()
-            self._guard = None
-            if self._process:
-                self._watch(self._process)
+        self._custody.check()
         if not self._process or (how := self._process.how_ended()) is None:
             return
         self._process.kill()  # child processes that it has left running
+        reason = self._overdue or how + self._told()
         self._forget_process()
         if self._stopping:
             self._stopped(how)
         else:
-            self._fail(self._overdue or how + self._told())
+            self._fail(reason)
 
     # --- Its start
 
@@ -250,109 +216,65 @@ class ManagedServer:
             self._former_is_known = True
             if self._take_over():
                 return
-        if port_owner.is_taken(self._command.host, self._command.port):
-            self._block()
+        if taken := self._port.taken_by(self._command):
+            self._wait_for_port(taken)
             return
         self._started_at = now
         self._policy.started(now)
-        self._looks = 0
+        self._has_served = False
         try:
-            self._guarded()
+            self._custody.guard()
             output = self._printed()
-            self._process = ServerProcess.start(self._command, self._mark, output.writer)
+            self._process = ServerProcess.start(self._command, self._custody.mark, output.writer)
         except (OSError, ConfigurationError, psutil.Error) as error:
             self._fail(f"could not start: {error}")
             return
-        self._watch(self._process)
+        self._custody.keep(self._process)
         self._starts += 1
         log.info("the server of %s starts, pid %d, on port %d", self.instance, self._process.pid, self._command.port)
         self._plan("starting", "it does not accept connections yet", POLL_START)
 
     def _take_over(self) -> bool:
-        """Take over the server of an `up` that was killed, and end what is left of one that has no leader any more;
-        return whether there is a server now.
-        """
-        record = server_record.read(self._record_path)
-        former = record.server.process() if record else None
-        if record and (guard := record.guard.process()):
-            end_guard(guard)  # it would end the server with the node of that `up`
-        if not record or not former:
-            kill_all(marked(self._owner))
+        """Take over the server of an `up` that was killed; return whether there is one."""
+        self._process = process = self._custody.take_over()
+        if not process:
             return False
-        self._mark = record.mark
         self._started_at = time.monotonic()
-        self._process = ServerProcess.adopt(former, record.mark, record.fingerprint)
-        with contextlib.suppress(OSError):
+        self._policy.started(self._started_at)
+        self._has_served = True
+        with contextlib.suppress(OSError):  # then nobody reads what it prints
             self._printed()
-        self._watch(self._process)
-        log.info("the server of %s runs already, pid %d, and is taken over", self.instance, former.pid)
+        log.info("the server of %s runs already, pid %d, and is taken over", self.instance, process.pid)
         self._plan("starting", "it was started by an earlier fleet-worker up", 0.0)
-        if record.fingerprint != self._command.fingerprint:
+        if process.fingerprint != self._command.fingerprint:
             self._end("its command line has changed", GRACE)
         return True
 
-    def _watch(self, process: ServerProcess) -> None:
-        """Have it end with this process, and let the next `up` know of it."""
-        try:
-            guard = self._guarded()
-            guard.watch(process.pid, process.mark)
-            identity, of_guard = Identity.of(process.pid), Identity.of(guard.pid)
-            record = ServerRecord(identity, of_guard, process.fingerprint, process.mark)
-            server_record.write(self._record_path, record)
-        except (OSError, psutil.Error) as error:
-            problem = f"its state cannot be written to {self._record_path}: {error}"
-            log.warning("the server of %s cannot be taken over by another fleet-worker up: %s", self.instance, problem)
-
-    def _block(self) -> None:
-        """Another process has its port. If that is one of ours, which may be ending just now, kill it; wait for the end
-        of any other one.
-        """
-        owner = port_owner.owner(self._command.port)
-        reason = f"port {self._command.port} is in use by {port_owner.described(owner)}"
-        if owner and self._is_ours(owner):
-            kill_all([owner])
-            reason += ", which an earlier server has left behind"
-        self._looks += 1
-        if self._looks <= PATIENT_LOOKS:
-            self._plan("starting", reason, POLL_START * 2**self._looks)
+    def _wait_for_port(self, taken: str) -> None:
+        if not self._port.blocks:
+            self._plan("starting", taken, self._port.pause)
             return
-        if (self._stage, self._reason) != ("blocked", reason):
-            log.error("the server of %s cannot start: %s; end that, or set another base_url", self.instance, reason)
-        self._plan("blocked", reason, POLL_BLOCKED)
-
-    def _is_strange(self, owner: psutil.Process | None) -> bool:
-        return owner is not None and not self._is_ours(owner)
-
-    def _is_ours(self, process: psutil.Process) -> bool:
-        try:
-            return is_marked(process, self._owner)
-        except (psutil.Error, OSError):
-            return False
+        if (self._stage, self._reason) != ("blocked", taken):
+            log.error("the server of %s cannot start: %s; end that, or set another base_url", self.instance, taken)
+        self._plan("blocked", taken, self._port.pause)
 
     def _look_whether_it_serves(self, now: float) -> None:
         process, command = self._process, self._command
         if process and port_owner.accepts(command.host, command.port):
-            if process.holds(command.port) is False and self._is_strange(owner := port_owner.owner(command.port)):
-                self._end(f"port {command.port} is in use by {port_owner.described(owner)}", GRACE)
+            if stranger := self._port.stranger(command, process):
+                self._end(stranger, GRACE)
                 return
-            log.info(
-                "the server of %s accepts connections, %.1f s after its start", self.instance, now - self._started_at
-            )
+            seconds = now - self._started_at
+            log.info("the server of %s accepts connections, %.1f s after its start", self.instance, seconds)
+            self._has_served = True
             self._policy.served(now)
             self._plan("serving", "", 0.0)
         elif now - self._started_at >= self._serve_timeout:
             self._overdue = f"accepted no connection within {self._serve_timeout:g} s"
             log.warning("the server of %s %s and is killed", self.instance, self._overdue)
-            self.kill()
+            self._kill()
         else:
-            self._act_at = now + POLL_START
-
-    # --- While it serves
-
-    def _measure(self, now: float) -> None:
-        if self._process:
-            self._memory = self._process.memory()
-            self._act_at = now + POLL_SERVING
+            self._act_at = now + min(POLL_LONG_START, max(POLL_START, (now - self._started_at) / 20))
 
     # --- Its end
 
@@ -371,7 +293,7 @@ class ManagedServer:
         if self._wanted:
             self._plan("starting", reason, 0.0)
         else:
-            self._stage, self._reason, self._act_at = "off", "", NEVER
+            self._rest()
 
     def _fail(self, how: str) -> None:
         """Count a death, and plan the next start."""
@@ -379,7 +301,7 @@ class ManagedServer:
         self._overdue = ""
         self._deaths += 1
         if not self._wanted:
-            self._stage, self._reason, self._act_at = "off", "", NEVER
+            self._rest()
             return
         when = f"starts again in {pause:g} s" if pause else "starts again at once"
         log.warning("the server of %s %s; %s", self.instance, how, when)
@@ -387,14 +309,11 @@ class ManagedServer:
             log.error("the server of %s has died too often: it is tried every %g s only", self.instance, pause)
         self._plan("quarantined" if self._policy.quarantined else "waiting", how, pause)
 
-    def _told(self) -> str:
-        """Return the last lines that it printed before it served anybody. Later ones could hold a part of a prompt: the
-        log of this host has them, and nobody else gets them.
-        """
-        lines = self._output.last_lines() if self._output else []
-        if self.serves or not lines:
-            return ""
-        return ": " + " | ".join(lines[-3:])[-300:]
+    def _kill(self) -> None:
+        if self._process:
+            self._killed = True
+            self._plan("stopping", self._overdue or self._stopping, UNKILLABLE_AFTER)
+            self._process.kill()
 
     def _give_up(self) -> None:
         """SIGKILL did not end it."""
@@ -405,24 +324,23 @@ class ManagedServer:
 
     def _forget_process(self) -> None:
         self._process, self._killed, self._memory = None, False, None
-        if self._guard:
-            self._guard.release()
-        with contextlib.suppress(OSError):
-            self._record_path.unlink()
-
-    # --- What belongs to it
-
-    def _guarded(self) -> Guard:
-        self._guard = self._guard or Guard()
-        return self._guard
+        self._custody.release()
 
     def _printed(self) -> ServerOutput:
+        """Return where it prints to, as for a server that has printed nothing yet."""
         self._output = self._output or ServerOutput(self.instance, self._output_path)
-        variables = self._command.variables.items()
-        hidden = [text for name, text in variables if any(word in name.upper() for word in SECRET) and len(text) > 5]
-        self._output.secrets = tuple(hidden)
-        self._output.forget()
+        self._output.begin(self._command.secrets)
         return self._output
+
+    def _told(self) -> str:
+        """Return the last lines that it printed before it served anybody. Later ones could hold a part of a prompt: the
+        log of this host has them, and nobody else gets them.
+        """
+        lines = self._output.last_lines() if self._output else []
+        return ": " + " | ".join(lines[-3:])[-300:] if lines and not self._has_served else ""
+
+    def _rest(self) -> None:
+        self._stage, self._reason, self._act_at = "off", "", NEVER
 
     def _plan(self, stage: Stage, reason: str, pause: float) -> None:
         self._stage, self._reason, self._act_at = stage, reason, time.monotonic() + pause

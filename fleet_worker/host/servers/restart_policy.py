@@ -23,6 +23,9 @@ class Pace:
     """The pause after a restart that was asked for, until the next is allowed. Each further one doubles it."""
 
 
+PACE = Pace()
+
+
 class RestartPolicy:
     """Counts the deaths of one server, and the restarts for a fault of it or its memory.
 

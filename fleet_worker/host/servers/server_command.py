@@ -17,6 +17,9 @@ from fleet_worker.instance_settings import PORT, Instance
 
 MARK = "FLEET_SERVER"
 """The variable that tells, in a server and all its children, whose they are."""
+SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")
+"""What the name of a variable has in it, if its value is a secret."""
+SHORTEST_SECRET = 6
 PROGRAMS = ("~/.local/bin", "/opt/homebrew/bin", "/usr/local/bin")
 """Folders behind the PATH of `up`: launchd gives it a short one."""
 
@@ -49,6 +52,12 @@ class ServerCommand:
         """A hash of all of it, to compare it with that of a server that runs."""
         whole = json.dumps([self.words, sorted(self.variables.items()), self.host, self.port])
         return hashlib.sha256(whole.encode()).hexdigest()
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """The values of its variables that are to be hidden where the server prints them."""
+        named = (text for name, text in self.variables.items() if any(word in name.upper() for word in SECRET))
+        return tuple(text for text in named if len(text) >= SHORTEST_SECRET)
 
     def environment(self, mark: str) -> dict[str, str]:
         """Return all variables of the server: those of this process without our own settings, and its own."""

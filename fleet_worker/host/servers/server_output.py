@@ -103,11 +103,10 @@ class ServerOutput:
     so that it never gets SIGPIPE.
     """
 
-    def __init__(self, instance: str, path: Path, secrets: tuple[str, ...] = ()) -> None:
+    def __init__(self, instance: str, path: Path) -> None:
         self._instance = instance
         self._path = path
-        self.secrets = secrets
-        """Texts that are hidden."""
+        self._secrets: tuple[str, ...] = ()
         self._splitter = LineSplitter()
         self._allowance = Allowance()
         self._tail = b""
@@ -118,8 +117,13 @@ class ServerOutput:
         self._thread = threading.Thread(target=self._run, name=f"output of {instance}", daemon=True)
         self._thread.start()
 
+    def begin(self, secrets: tuple[str, ...]) -> None:
+        """Forget the last lines, since another server begins to print; hide these texts from now on."""
+        with self._reading:
+            self._tail, self._secrets = b"", secrets
+
     def last_lines(self) -> list[str]:
-        """Read what is there, and return the last lines since `forget`."""
+        """Read what is there, and return the last lines since `begin`."""
         with self._reading:
             for _ in range(8):  # more than the pipe holds, if nobody prints any more
                 if not self._read():
@@ -128,11 +132,6 @@ class ServerOutput:
             self._tell_left_out(at_once=True)
             lines = [self._shown(line) for line in self._tail.split(b"\n")[-2 * LAST_LINES :]]
         return [line for line in lines if line][-LAST_LINES:]
-
-    def forget(self) -> None:
-        """Forget the last lines: they are of an earlier server."""
-        with self._reading:
-            self._tail = b""
 
     def close(self) -> None:
         os.close(self._wake)
@@ -185,7 +184,7 @@ class ServerOutput:
 
     def _shown(self, line: bytes) -> str:
         text = as_text(line)
-        for secret in self.secrets:
+        for secret in self._secrets:
             text = text.replace(secret, "***")
         return text
 

@@ -86,6 +86,11 @@ class PromptCache:
                 self._running.discard(prompt)
                 self._prefills.ended(prompt)
 
+    @property
+    def prefill_speed(self) -> float | None:
+        """Tokens per second; None until it was measured."""
+        return self._speeds.prefill
+
     def clear(self) -> None:
         """The server was restarted, or another one has taken its place."""
         with self._lock:

@@ -31,7 +31,7 @@ class Models:
         self.available = {}
         self._offering = offering
 
-    def for_canary(self):
+    def for_canary(self, loaded):
         return self._offering
 
 

@@ -16,7 +16,9 @@ from fleet_worker.errors import (
     RequestTimeout,
 )
 from fleet_worker.mlx.health import Health
+from fleet_worker.mlx.profiles import PROFILES
 from fleet_worker.node import health_monitor as module
+from fleet_worker.node import server_fault
 from fleet_worker.node.health_monitor import CANARY_DEADLINE, DOUBT_DEADLINE, LAST_CHANCE, SILENT_FOR, HealthMonitor
 from fleet_worker.node.readiness import FAILURES, Readiness
 from fleet_worker.settings import WorkerSettings
@@ -41,7 +43,8 @@ class Server:
         self.canary_begins, self.canary_ends = threading.Event(), threading.Event()
         self.canary_ends.set()
         self.last_content = 0.0
-        self.may_be_blocked = False
+        self.activity = Activity()
+        self.profile = PROFILES["mlx_lm"]
         self.unreachable = threading.Event()
 
     def health(self, timeout):
@@ -69,6 +72,22 @@ class Server:
         return ["m"]
 
 
+class Activity:
+    """What its requests tell of it."""
+
+    def __init__(self):
+        self.last_progress = 0.0
+        self.may_be_blocked = False
+        self.longest_silence = 0.0
+        self.loaded = {"m"}
+
+    def may_be_silent(self, seconds, prefill_speed):
+        return seconds < self.longest_silence
+
+    def forget(self):
+        self.loaded = set()
+
+
 class Models:
     """The models of such a node, as far as a monitor knows them."""
 
@@ -85,7 +104,7 @@ class Models:
     def lacks(self, model):
         self.lost.append(model)
 
-    def for_canary(self):
+    def for_canary(self, loaded):
         return self.offering
 
     def follow_server(self, reported):
@@ -167,6 +186,7 @@ def watched(monkeypatch):
     watched = Watched()
     clock = SimpleNamespace(monotonic=lambda: watched.now, sleep=lambda seconds: None)
     monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(server_fault, "time", clock)
     return watched
 
 
@@ -446,9 +466,10 @@ def test_a_stream_that_moves_keeps_all(silent):
 
 
 def test_a_server_that_may_be_blocked_by_a_prompt_keeps_its_work(silent):
-    silent.server.may_be_blocked = True
+    silent.server.activity.may_be_blocked = True
+    silent.server.activity.longest_silence = 120.0
     assert silent.checked(60).running.stopped == []
-    silent.server.may_be_blocked = False
+    silent.server.activity.may_be_blocked = False
     assert len(silent.checked().running.stopped) == 1
 
 

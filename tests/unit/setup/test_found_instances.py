@@ -37,7 +37,7 @@ def test_without_its_command_line_the_model_of_mlx_lm_has_to_be_named():
     (found,) = found_instances([server], [], MEMORY, model=QWEN).values()
     assert found.models == LOADED
     (found,) = found_instances([LocalServer(URL, "mlx_lm", (QWEN,))], [], MEMORY).values()
-    assert found.models == LOADED
+    assert found.models == {"qwen3-14b-4bit": {"backend": "default_model"}}
 
 
 def test_another_server_serves_what_it_lists():

@@ -1,0 +1,210 @@
+"""`fleet-worker init`: asks what it cannot find out, and writes worker.toml."""
+
+from __future__ import annotations
+
+import socket
+import sys
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from fleet_worker import config_file, urls
+from fleet_worker.errors import ConfigurationError
+from fleet_worker.setup.next_steps import check_all, command
+from fleet_worker.setup.service_commands import install_service
+
+if TYPE_CHECKING:
+    from fleet_worker.setup.local_models import LocalModel
+    from fleet_worker.setup.worker_file import WorkerInstance
+
+_PEM = click.Path(path_type=Path, dir_okay=False, exists=True, resolve_path=True)
+_NO_TERMINAL = (
+    "there is no terminal to ask at: add --yes, and --broker URL; --server URL, --model NAME or --serve COMMAND "
+    "if what runs here is not meant"
+)
+
+
+def _broker_url(ctx: click.Context, param: click.Parameter, url: str | None) -> str | None:
+    from fleet_worker.terminal import standard_input
+
+    url = standard_input().strip() if url == "-" else url
+    try:
+        return urls.broker_url(url) if url is not None else None
+    except ValueError as error:  # its text does not show the URL
+        raise click.BadParameter(f"it {error}", ctx, param) from None
+
+
+@click.command(short_help="Write worker.toml for this Mac.")
+@click.option("--broker", metavar="URL", callback=_broker_url, help="The broker; - reads the URL from standard input.")
+@click.option("--broker-ca", type=_PEM, help="PEM file of the CA that issued its certificate.")
+@click.option("--host", metavar="NAME", help="Name of this Mac in the fleet. Default: its host name.")
+@click.option("--server", metavar="URL", help="An MLX server that runs. Default: all that are found here.")
+@click.option("--serve", metavar="COMMAND", help="The command line of a server for fleet-worker up to run.")
+@click.option("--model", metavar="NAME", help="The model of the server.")
+@click.option("--name", metavar="NAME", help="Name of the instance. Default: local.")
+@click.option("--concurrency", type=click.IntRange(1, 256), help="Requests at the same time.")
+@click.option("--output", metavar="FILE", help="The file to write. Default: --config, or ~/fleet/worker.toml.")
+@click.option("--force", is_flag=True, help="Replace the file if it exists.")
+@click.option("--yes", is_flag=True, help="Ask nothing; take what is found here.")
+@click.option("--service/--no-service", "service", default=None, help="Then run fleet-worker service install, or not.")
+@click.pass_context
+def init(
+    ctx: click.Context,
+    /,
+    broker: str | None,
+    broker_ca: Path | None,
+    host: str | None,
+    server: str | None,
+    serve: str | None,
+    model: str | None,
+    name: str | None,
+    concurrency: int | None,
+    output: str | None,
+    force: bool,
+    yes: bool,
+    service: bool | None,
+) -> None:
+    """Write the configuration of this Mac, which only you can read, and check it as fleet-worker doctor does.
+
+    Finds the MLX servers that run here. Without any, it proposes a command line for one, with the largest model of the
+    local Hugging Face cache that fits into memory: fleet-worker up then runs it. On a terminal it asks; each answer is
+    an option, too.
+
+    \b
+        fleet-worker init --broker redis://broker:6379/0 --yes
+    """
+    from fleet_worker.setup import worker_file
+
+    if server and serve:
+        raise click.UsageError("--server is one that runs, --serve starts one: give one of them")
+    path = worker_file.place(output)
+    worker_file.check_free(path, force=force)
+    if not yes and not _is_terminal():
+        raise click.UsageError(_NO_TERMINAL)
+    if not broker and yes:
+        raise click.UsageError("--broker URL is needed: --yes cannot find it out")
+    broker = broker or _ask_broker()
+    host = host or _host(asks=not yes)
+    instances = _instances(server, serve, model, asks=not yes)
+    instances = _adjusted(instances, name, concurrency)
+    text = worker_file.WorkerFile(broker, host, broker_ca, instances=instances).text()
+    _check_text(text)
+    worker_file.write(path, text, force=force)
+    click.echo(f"{path} was written.")
+    config_file.use(str(path))
+    check_all()
+    if service or (service is None and not yes and click.confirm("Run it as a service, from now on?")):
+        ctx.invoke(install_service)
+    else:
+        lines = {"doctor": "what is wrong here", "up": "run it in this terminal", "service install": "or for good"}
+        commands = {command(each, path): why for each, why in lines.items()}
+        width = max(map(len, commands))
+        click.echo("\n".join(["Next:", *(f"  {each:{width}}  # {why}" for each, why in commands.items())]))
+
+
+def _is_terminal() -> bool:
+    return sys.stdin.isatty()
+
+
+def _ask_broker() -> str:
+    def checked(url: str) -> str:
+        try:
+            return urls.broker_url(url)
+        except ValueError as error:
+            raise click.UsageError(f"it {error}") from None
+
+    return str(click.prompt("URL of the broker, as redis://:PASSWORD@mini-1:6379/0", value_proc=checked))
+
+
+def _host(*, asks: bool) -> str:
+    from fleet_worker.settings import as_host
+
+    own = as_host(socket.gethostname().split(".")[0])
+    return as_host(str(click.prompt("Name of this Mac in the fleet", default=own))) if asks else own
+
+
+def _instances(server: str | None, serve: str | None, model: str | None, *, asks: bool) -> dict[str, WorkerInstance]:
+    from fleet_worker.setup.chosen_instances import of_command, of_url
+    from fleet_worker.setup.found_instances import named
+
+    if serve:
+        return named([of_command(serve, model)])
+    if server:
+        try:
+            server = urls.server_url(server)
+        except ValueError as error:
+            raise click.BadParameter(f"it {error}", param_hint="'--server'") from None
+        return named([of_url(server, model)])
+    return _ask_instances(model) if asks else _found(model)
+
+
+def _found(model: str | None) -> dict[str, WorkerInstance]:
+    from fleet_worker.setup.local_instances import described, local_instances
+    from fleet_worker.terminal import printable
+
+    try:
+        found = local_instances(model)
+    except ConfigurationError as error:
+        advice = "Or name another one: --server URL, --serve COMMAND"
+        raise ConfigurationError(f"{error.message}\n\n{advice}") from None
+    for name, instance in found.items():
+        click.echo(f"{name}: {printable(described(instance))}")
+    return found
+
+
+def _ask_instances(model: str | None) -> dict[str, WorkerInstance]:
+    from fleet_worker.setup.found_instances import has_program, named, of_server, serving
+    from fleet_worker.setup.local_models import local_models
+    from fleet_worker.setup.local_servers import local_servers
+    from fleet_worker.terminal import printable
+
+    chosen: list[WorkerInstance] = []
+    servers = local_servers()
+    for server in servers:
+        listed = printable(server.started_with or ", ".join(server.models[:5]) or "it does not say which models")
+        if click.confirm(f"An MLX server ({server.kind}) runs at {server.url}: {listed}. Serve it?", default=True):
+            given = model or ("" if of_server(server) else str(click.prompt("The model that it was started with")))
+            chosen += filter(None, [of_server(server, given or None)])
+    if chosen or servers:
+        return named(chosen)
+    if not has_program() and not model:
+        return _found(model)
+    return named([serving(model or _ask_model(local_models()))])
+
+
+def _ask_model(models: list[LocalModel]) -> str:
+    from fleet_worker.setup.found_instances import memory
+    from fleet_worker.setup.local_models import that_fits
+    from fleet_worker.terminal import printable
+
+    click.echo("No MLX server runs here. fleet-worker up can run one; chat models in the Hugging Face cache:")
+    for each in models:
+        if each.kind == "chat":
+            click.echo(f"  {printable(each.name)}    {each.size / 1e9:.1f} GB")
+    proposed = that_fits(models, memory())
+    return str(click.prompt("Model to serve", default=proposed.name if proposed else None))
+
+
+def _adjusted(
+    instances: dict[str, WorkerInstance], name: str | None, concurrency: int | None
+) -> dict[str, WorkerInstance]:
+    if concurrency:
+        instances = {each: replace(instance, concurrency=concurrency) for each, instance in instances.items()}
+    if name and len(instances) != 1:
+        raise click.UsageError(f"--name is for one instance, and there are {len(instances)}: choose it by --server URL")
+    return {name: next(iter(instances.values()))} if name else instances
+
+
+def _check_text(text: str) -> None:
+    """Raise `ConfigurationError` if what would be written is no configuration, as by a `--host` with a space."""
+    from fleet_worker.settings import Settings
+
+    class Written(Settings):
+        @classmethod
+        def settings_customise_sources(cls, *_: object, **sources: object) -> tuple[object, ...]:  # type: ignore[override]
+            return (sources["init_settings"],)
+
+    Written(**tomllib.loads(text))
