@@ -3,8 +3,12 @@
 `pytest` runs what touches every promise once, `pytest --rest` all that this leaves out, `pytest FILE` all of a file.
 """
 
+import contextlib
+import gc
+import importlib
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +19,10 @@ from tests.brokers import BROKERS
 
 TIERS = ("faults", "integration", "flow", "unit")
 """The slowest first."""
+
+# Hundreds of processes begin here. Each would compile the package again where an image says that nothing is kept.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # No deadline for an example: the machines that run this are busy.
 settings.register_profile("short", deadline=None, max_examples=25)
@@ -33,6 +41,27 @@ def pytest_configure(config):
 
 WHOLE = pytest.StashKey[bool]()
 """Whether files were named, and so everything in them runs."""
+
+
+def pytest_sessionstart(session):
+    """Each process of pytest-xdist collects all files. Compile a part of them before that, for the others, too."""
+    if hasattr(session.config, "workerinput"):
+        number, count = (session.config.workerinput[name] for name in ("workerid", "workercount"))
+        root = Path(__file__).parent
+        for file in sorted(root.rglob("test_*.py"))[int(number.removeprefix("gw")) :: count]:
+            with contextlib.suppress(Exception, pytest.skip.Exception):  # told when it is collected
+                importlib.import_module(".".join(file.with_suffix("").relative_to(root.parent).parts))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Keep the garbage collector from what all tests are made of, now and later: it stays."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(config, items):

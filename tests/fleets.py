@@ -159,9 +159,9 @@ def _asked(request: Mapping[str, Any]) -> bool:
 class Fleet:
     """A simulated MLX server and a node for each of `flavours`, and the registry node of their one host.
 
-    Each server serves one model, of a name that no other fleet has, and is started with `server` as its options; its
-    node is called like it. `natural` is how many tokens an answer has that no `max_tokens` cuts. The one that `embeds`
-    names serves a second model, for embeddings.
+    Each server serves one model, of a name that no other fleet has if none is given, and is started with `server` as
+    its options; its node is called like it. `natural` is how many tokens an answer has that no `max_tokens` cuts. The
+    one that `embeds` names serves a second model, for embeddings.
     """
 
     def __init__(
@@ -173,9 +173,10 @@ class Fleet:
         natural: int = 100,
         env: Mapping[str, str] | None = None,
         embeds: str | None = None,
+        model: str | None = None,
         **server: Any,
     ) -> None:
-        self.model = f"sim-{uuid.uuid4().hex[:8]}"
+        self.model = model or f"sim-{uuid.uuid4().hex[:8]}"
         self.embedder = f"{self.model}-embed"
         self.host = f"host-{uuid.uuid4().hex[:8]}"
         self.natural = natural

@@ -56,6 +56,8 @@ class Quotas:
         self._local = LocalCounts(spent, lambda: self._clock() + self._ahead)
         self._shared: SharedCounts | None = None
         self._renewals: asyncio.Task[None] | None = None
+        self._undecided: set[str] = set()
+        """The leases of requests that wait for the broker's answer. Renewed, one that it refuses would hold a place."""
         if settings and transport_of(settings.broker_url) == "redis":
             connect = partial(connection_to, settings)
             self._shared = SharedCounts(gateway or uuid.uuid4().hex, connect, opened=self._report)
@@ -95,11 +97,14 @@ class Quotas:
             return
         reserved = reservation.taken = self._local.take(key, wanted, checks=False)  # for what asks at the same time
         own, late = partial(self._own, key, reserving=True), partial(self._correct, reservation)
+        self._undecided.add(wanted.lease)
         try:
             taken = await self._shared.take(key, wanted, own, late)
         except asyncio.CancelledError:
             reservation.release()
             raise
+        finally:
+            self._undecided.discard(wanted.lease)
         if taken:
             self._ahead = taken.now - self._clock()
             reservation.taken, reservation.is_shared = taken, True
@@ -154,7 +159,7 @@ class Quotas:
 
     def _renew_leases(self) -> None:
         for key in self._local.budgets():
-            if self._shared and (leases := self._local.running(key)):
+            if self._shared and (leases := self._local.running(key).keys() - self._undecided):
                 self._shared.renew(key, leases)
 
 
