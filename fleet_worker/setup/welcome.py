@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import sys
 import threading
@@ -19,7 +20,7 @@ from fleet_worker.settings import Settings
 from fleet_worker.setup.invitation import Invitation, Role
 from fleet_worker.setup.invite import invite
 
-POLL = 0.2
+POLL = 0.5
 """Seconds between two looks at a gateway that is not ready yet."""
 PATIENCE = 30.0
 """Seconds after which it is said what is missing."""
@@ -83,6 +84,7 @@ class Welcome:
 
 def ready_models(settings: Settings) -> list[str]:
     """Return the models that the gateway of this host has ready; none if it does not answer, or has none."""
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request
     try:
         answer = httpx.get(f"{local_url(settings)}/health/readiness", timeout=2, verify=False, trust_env=False)  # noqa: S501
         found = answer.json().get("models", []) if answer.status_code == httpx.codes.OK else []
