@@ -8,7 +8,10 @@ import socket
 import subprocess
 import sys
 from contextlib import closing, suppress
+from typing import Any
 from urllib.parse import urlsplit
+
+import psutil
 
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.settings import Settings
@@ -60,9 +63,18 @@ def lan_address() -> str | None:
     """Return the address of this host in its network; None without a network."""
     with suppress(OSError), closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
         probe.connect(("192.0.2.1", 9))  # sends nothing: it only chooses the address from which it would be sent
-        found = str(probe.getsockname()[0])
-        return None if is_loopback(found) else found
-    return None
+        return str(probe.getsockname()[0])
+    found = [each.address for name in _interfaces() for each in psutil.net_if_addrs().get(name, ()) if _is_usable(each)]
+    return found[0] if found else None
+
+
+def _interfaces() -> list[str]:
+    """Return the names of all that are up: a network need not lead anywhere else."""
+    return [name for name, state in psutil.net_if_stats().items() if state.isup]
+
+
+def _is_usable(found: Any) -> bool:
+    return found.family == socket.AF_INET and not is_loopback(found.address)
 
 
 def _reachable(settings: Settings, address: str) -> str:
