@@ -86,7 +86,7 @@ def ups(tmp_path):
     yield start
     for up in reversed(found):
         up.close()
-    assert not list(marked(Custody("local@mini", tmp_path)._owner))
+    assert not list(marked(Custody("local", folder=tmp_path, host="mini")._owner))
 
 
 def processes_of(up):
@@ -166,6 +166,7 @@ def test_a_restart_is_no_death(ups):
     assert up.managed.restarts_from < time.monotonic()
 
 
+@pytest.mark.rest
 def test_another_command_line_counts_from_the_next_start(ups):
     up = ups()
     up.serve()
@@ -205,6 +206,7 @@ def test_one_that_dies_at_once_is_quarantined_after_five_deaths_and_says_why(ups
     assert up.until(lambda: up.managed.serves, within=2).reason == ""
 
 
+@pytest.mark.rest
 def test_what_it_printed_after_it_served_is_in_no_reason(ups):
     """It may hold a part of a prompt."""
     up = ups("abandons", pace=Pace(first=30.0))
@@ -272,6 +274,7 @@ def test_one_that_is_frozen_ends_too(ups):
     up.until(lambda: up.managed.gone, within=5)
 
 
+@pytest.mark.rest
 def test_kill_ends_it_at_once_and_for_good(ups):
     up = ups("deaf")
     up.serve()
@@ -358,10 +361,6 @@ def test_the_next_up_takes_the_server_over(ups, tmp_path, caplog):
     assert status.pid == pid
     assert (status.restarts, status.deaths) == (0, 0)
     assert guard.wait(WITHIN) == -signal.SIGKILL
-    with socket.create_connection(("127.0.0.1", up.port)) as client:  # it prints, and gets no SIGPIPE
-        client.sendall(b"print hello\n")
-        client.recv(10)
-    assert up.managed._output.last_lines() == ["hello"]
     killed.managed._custody.close()  # nothing guards it there any more
     os.kill(pid, signal.SIGKILL)
     killed.managed._process._child.wait()  # the kernel tells its parent; here that is this process still
@@ -430,26 +429,54 @@ while True:
 """
 
 
-@pytest.mark.rest
-def test_if_up_is_killed_the_server_lives_as_long_as_its_node_and_nothing_is_left_then(tmp_path):
-    port = free_port()
-    command = [sys.executable, "-c", UP, str(Path(SERVER).parents[1]), str(tmp_path), str(port)]
+@contextlib.contextmanager
+def killed_up(folder, port):
+    """An `up` in another process, killed by SIGKILL while a node of it lives on. Yields the node's id."""
+    command = [sys.executable, "-c", UP, str(Path(SERVER).parents[1]), str(folder), str(port)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as up:
         try:
             node = int(up.stdout.readline())
-            left = list(marked(Custody("local@mini", tmp_path)._owner))
-            assert len(left) == 3
         finally:
             up.kill()
-    time.sleep(0.3)
-    assert all(process.is_running() for process in left)
-    assert not refuses(port)
-    os.kill(node, signal.SIGKILL)
-    for process in left:
-        ends(process.pid)
-    assert refuses(port)
+    try:
+        yield node
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(node, signal.SIGKILL)
 
 
+@pytest.mark.rest
+def test_if_up_is_killed_the_server_lives_as_long_as_its_node_and_nothing_is_left_then(tmp_path):
+    port = free_port()
+    with killed_up(tmp_path, port) as node:
+        left = list(marked(Custody("local", folder=tmp_path, host="mini")._owner))
+        assert len(left) == 3
+        time.sleep(0.3)
+        assert all(process.is_running() for process in left)
+        assert not refuses(port)
+        os.kill(node, signal.SIGKILL)
+        for process in left:
+            ends(process.pid)
+        assert refuses(port)
+
+
+@pytest.mark.rest
+def test_a_server_that_was_taken_over_outlives_the_node_of_the_killed_up_and_what_it_prints_is_read(ups, tmp_path):
+    up = ups("deaf", "forks")
+    with killed_up(tmp_path, up.port) as node:
+        (server,) = (each for each in marked(up.managed._custody._owner) if each.cmdline()[-1] == "forks")
+        assert up.serve().pid == server.pid
+        os.kill(node, signal.SIGKILL)
+        time.sleep(0.3)
+        with socket.create_connection(("127.0.0.1", up.port)) as client:
+            client.sendall(b"print hello\n")
+            client.recv(10)
+        assert up.managed._output.last_lines() == ["hello"]
+        up.until(lambda: up.status.memory)
+        assert up.managed.serves
+
+
+@pytest.mark.rest
 def test_a_guard_that_somebody_kills_is_replaced(ups, caplog):
     up = ups()
     up.serve()
