@@ -22,6 +22,8 @@ from fleet_worker.ops.broker_checks import broker, clock, connected
 from fleet_worker.ops.cache_checks import prompt_caches
 from fleet_worker.ops.clocks import ADVICE, clocks_of, described, wrong_clocks
 from fleet_worker.ops.findings import Finding, at_once
+from fleet_worker.ops.host_checks import boot
+from fleet_worker.ops.quarantine_checks import unstarted_servers
 from fleet_worker.ops.server_checks import WITHIN as INSTANCES_WITHIN
 from fleet_worker.ops.server_checks import instances
 from fleet_worker.router.router import Router
@@ -128,7 +130,12 @@ def fleet(settings: Settings) -> list[Finding]:
     expected = [f"{name}@{settings.host}" for name, instance in settings.instances.items() if instance.opted_in]
     found = compare_nodes([name for reply in replies for name in reply], expected)
     wrong = described(wrong_clocks(clocks_of(known)))
-    return [*found, *(Finding("warning", each, ADVICE) for each in wrong), *prompt_caches(known)]
+    return [
+        *found,
+        *(Finding("warning", each, ADVICE) for each in wrong),
+        *unstarted_servers(known),
+        *prompt_caches(known),
+    ]
 
 
 def compare_nodes(answers: Sequence[str], expected: Sequence[str] = ()) -> list[Finding]:
@@ -153,7 +160,18 @@ def compare_nodes(answers: Sequence[str], expected: Sequence[str] = ()) -> list[
 
 
 Check = Callable[[Settings], Iterable[Finding]]
-CHECKS: tuple[Check, ...] = (configuration, broker, clock, instances, availability, versions, open_files, sleep, fleet)
+CHECKS: tuple[Check, ...] = (
+    configuration,
+    broker,
+    clock,
+    instances,
+    availability,
+    versions,
+    open_files,
+    sleep,
+    boot,
+    fleet,
+)
 """In the order of the report. They run in parallel."""
-ALWAYS = (versions, open_files, sleep)
+ALWAYS = (versions, open_files, sleep, boot)
 """The checks that need no configuration."""
