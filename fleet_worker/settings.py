@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
@@ -242,6 +243,18 @@ class Settings(Group, BaseSettings):
         if host != as_host(host):
             raise ValueError("a host is named with letters, digits, '-', '.' and '_' only")
         return host
+
+    @field_validator("instances", mode="before")
+    @classmethod
+    def _exact_variables(cls, instances: Any) -> Any:
+        """Give the names in `environment` their capitals back, which a variable of ours that sets one has lost."""
+        for name in os.environ:
+            found = re.fullmatch("FLEET_INSTANCES__(.+?)__ENVIRONMENT__(.+)", name, re.IGNORECASE)
+            with suppress(KeyError, TypeError, AttributeError):  # it is set otherwise, or wrong
+                if found:
+                    environment = instances[found[1].lower()]["environment"]
+                    environment[found[2]] = environment.pop(found[2].lower())
+        return instances
 
     @field_validator("instances")
     @classmethod

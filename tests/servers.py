@@ -20,13 +20,17 @@ def main(port, *manners):
     listen(port)
 
 
-def listen(port, answer=b"HTTP/1.0 200 OK\r\n\r\n"):
+def listen(port):
+    answer = b"HTTP/1.0 200 OK\r\n\r\n"
     with socket.create_server(("127.0.0.1", port)) as listener:
         say(f"listens on {port}")
         while True:
             connection, _ = listener.accept()
             with connection:
-                if answer and connection.recv(4096):
+                asked = connection.recv(4096)
+                if asked.startswith(b"print "):
+                    say(asked[6:].decode().strip())
+                if asked:
                     connection.sendall(answer)
 
 

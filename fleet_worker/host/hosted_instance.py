@@ -95,6 +95,7 @@ class HostedInstance:
     def _manage(self, settings: Settings) -> str:
         if not self._server:
             self._server = ManagedServer.of(settings, self.node.instance)
+            self._has_served = self.node.runs
             if not self._plan.off:
                 self._server.start()
             return "its server is managed now"

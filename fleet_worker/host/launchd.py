@@ -1,4 +1,4 @@
-"""`fleet-worker up` as an agent of launchd, on macOS."""
+"""`fleet-worker up` as an agent or a daemon of launchd, on macOS."""
 
 from __future__ import annotations
 
@@ -13,34 +13,46 @@ from pathlib import Path
 
 from fleet_worker.errors import FleetError
 from fleet_worker.host import service_files
+from fleet_worker.host.account import Account
 from fleet_worker.host.service_files import ANSWER_WITHIN, check, checked_path, run
 
 LABEL = "org.fleet-worker.up"
+DAEMONS = Path("/Library/LaunchDaemons")
+_OF_AGENT = (
+    "It starts when you log in, after a power cut too if automatic login is on (System Settings, Users).",
+    "Without a login it runs as a service of the system: fleet-worker service install --system",
+    "If the log says 'No route to host': System Settings, Privacy & Security, Local Network, allow Python.",
+)
+_OF_DAEMON = (
+    "It starts at each boot, also if nobody logs in. With FileVault on, a boot waits for a password first.",
+    "Unlike an agent it needs no permission for the local network.",
+    "Whether this Mac starts by itself after a power cut, and stays awake: fleet-worker doctor",
+)
 
 
 class Launchd:
-    """An agent of this user. All methods but `text` and `problem` raise `FleetError` with the reason."""
+    """An agent of this user, which runs while that is logged in; or a daemon of the system, which runs under an account
+    from the boot on. All methods but `text` and `problem` raise `FleetError` with the reason."""
 
-    def __init__(self, ends_within: float) -> None:
+    def __init__(self, ends_within: float, of_system: Account | None = None) -> None:
         self._ends_within = ends_within
-        library = Path.home() / "Library"
-        self.file = library / "LaunchAgents" / f"{LABEL}.plist"
-        self._log = library / "Logs" / "fleet-worker" / "up.log"
-        self._domain = f"gui/{os.getuid()}"
+        self._account = of_system
+        self.is_of_system = of_system is not None
+        home = of_system.home if of_system else Path.home()
+        self.file = (DAEMONS if of_system else home / "Library" / "LaunchAgents") / f"{LABEL}.plist"
+        self.log = home / "Library" / "Logs" / "fleet-worker" / "up.log"
+        self._domain = "system" if of_system else f"gui/{os.getuid()}"
         self._agent = f"{self._domain}/{LABEL}"
-        self.hints = [
-            "It starts when you log in, after a power cut too if automatic login is on (System Settings, Users).",
-            "If the log says 'No route to host': System Settings, Privacy & Security, Local Network, allow Python.",
-            f"Log: {self._log}",
-        ]
+        self.hints = (*(_OF_DAEMON if of_system else _OF_AGENT), f"Log: {self.log}")
 
     def text(self, config: Path) -> str:
         """Return the content of the file; raises `ConfigurationError` for a path that it cannot hold."""
         limits = {"NumberOfFiles": service_files.OPEN_FILES}
-        agent = {
+        variables = {"FLEET_CONFIG": checked_path(str(config))}
+        job = {
             "Label": LABEL,
             "ProgramArguments": [checked_path(sys.executable), *service_files.UP],
-            "EnvironmentVariables": {"FLEET_CONFIG": checked_path(str(config))},
+            "EnvironmentVariables": variables,
             "RunAtLoad": True,
             "KeepAlive": True,
             "ThrottleInterval": 10,
@@ -49,22 +61,31 @@ class Launchd:
             "ProcessType": "Interactive",
             "SoftResourceLimits": limits,
             "HardResourceLimits": limits,
-            "StandardOutPath": str(self._log),
-            "StandardErrorPath": str(self._log),
+            "StandardOutPath": str(self.log),
+            "StandardErrorPath": str(self.log),
         }
-        return plistlib.dumps(agent, sort_keys=False).decode()
+        if self._account:
+            job["UserName"] = self._account.name
+            variables["HOME"] = checked_path(str(self._account.home))
+        return plistlib.dumps(job, sort_keys=False).decode()
 
-    def problem(self) -> str | None:
-        """Return why launchd cannot be used here, or None."""
+    def problem(self, *, changes: bool = True) -> str | None:
+        """Return why launchd cannot be used here, at all or to change something; or None."""
         if not shutil.which("launchctl"):
             return "there is no launchctl on the PATH"
+        if self.is_of_system:
+            return service_files.needs_root() if changes else None
         if run("launchctl", "print", self._domain).returncode:
-            return "you are not logged in at the screen of this Mac, and only then does it run your agents"
+            return (
+                "you are not logged in at the screen of this Mac, and only then does it run your agents; "
+                "fleet-worker service install --system runs without a login"
+            )
         return None
 
     def install(self, text: str) -> None:
         """Write the file and start the agent. An agent that runs already ends first, as by SIGTERM."""
-        service_files.write(self.file, text, self._log.parent)  # launchd creates the log, but not its folder
+        service_files.write(self.file, text)
+        service_files.make_folder(self.log.parent, self._account)  # launchd creates the log, but not its folder
         was_loaded = self._unload()
         check(run("launchctl", "enable", self._agent))
         bootstrap = ("launchctl", "bootstrap", self._domain, str(self.file))

@@ -1,4 +1,5 @@
-"""`fleet-worker up` as a service of this user: an agent of launchd on macOS, a user unit of systemd on Linux."""
+"""`fleet-worker up` as a service: of this user, which is an agent of launchd on macOS and a user unit of systemd on
+Linux; or of the system, which is a daemon or a system unit, and runs under the account of a person."""
 
 from __future__ import annotations
 
@@ -8,8 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fleet_worker.config_file import config_path
+from fleet_worker.config_file import DEFAULT, config_path
 from fleet_worker.errors import ConfigurationError
+from fleet_worker.host.account import ROOT, Account, account
 from fleet_worker.host.launchd import Launchd
 from fleet_worker.host.programs import ends_within
 from fleet_worker.host.service_files import ENDS_WITHIN
@@ -41,8 +43,37 @@ class _SettingsOfFile(Settings):
         return arguments, file
 
 
-def service_manager(ends_within: float = ENDS_WITHIN) -> Launchd | Systemd:
-    """Return the manager whose command exists. Without any, return that of the platform, to show its file."""
+def service_manager(ends_within: float = ENDS_WITHIN, of_system: Account | None = None) -> Launchd | Systemd:
+    """Return the manager whose command exists. Without any, return that of the platform, to show its file.
+
+    With an account, its service is one of the whole system.
+    """
     if shutil.which("launchctl") or (sys.platform == "darwin" and not shutil.which("systemctl")):
-        return Launchd(ends_within)
-    return Systemd(ends_within)
+        return Launchd(ends_within, of_system)
+    return Systemd(ends_within, of_system)
+
+
+def installed() -> Launchd | Systemd:
+    """Return the manager of the service that is installed, of the system or of this user; without any, of this user."""
+    of_system = service_manager(of_system=account(ROOT))  # any account: no file is written
+    return of_system if of_system.file.exists() else service_manager()
+
+
+def conflict(manager: Launchd | Systemd) -> str | None:
+    """Return why this service cannot be installed beside one of the other kind, or None."""
+    other = service_manager(of_system=None if manager.is_of_system else account(ROOT))
+    if not other.file.exists():
+        return None
+    kind = "the system" if other.is_of_system else "this user"
+    return f"it is installed as a service of {kind} already, by {other.file}: fleet-worker service uninstall first"
+
+
+def act_for(person: Account) -> None:
+    """Make the home of this person the one that is meant by `~`, and the default file there the one that counts.
+
+    By sudo, HOME may be that of root.
+    """
+    os.environ["HOME"] = str(person.home)
+    default = DEFAULT.expanduser()
+    if not config_path() and default.is_file():
+        os.environ["FLEET_CONFIG"] = str(default)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
+from fleet_worker.config_file import config_path
 from fleet_worker.errors import ConfigurationError, FleetError
+from fleet_worker.host.account import Account, is_root
 from fleet_worker.settings import WorkerSettings
 
 ENDS_WITHIN = WorkerSettings().killed_after
@@ -31,11 +36,33 @@ def checked_path(path: str) -> str:
     return path
 
 
-def write(file: Path, text: str, *folders: Path) -> None:
-    """Write a service's file and create these folders; raises `FleetError`."""
+def needs_root() -> str | None:
+    """Return how to run this command again, if it is not root that runs it; else None."""
+    if is_root():
+        return None
+    words = [sys.executable, "-m", "fleet_worker", *sys.argv[1:]]
+    path = config_path()  # sudo drops FLEET_CONFIG
+    if path and not any(word.partition("=")[0] == "--config" for word in words):
+        words += ["--config", str(path.absolute())]
+    return f"a service of the system needs root: sudo {shlex.join(words)}"
+
+
+def make_folder(folder: Path, owner: Account | None) -> None:
+    """Create a folder; what is new of its path belongs to `owner`. Raises `FleetError`."""
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
-        for folder in (file.parent, *folders):
-            folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        if owner:
+            for each in new:
+                os.chown(each, owner.uid, owner.gid)
+    except OSError as error:
+        raise FleetError(f"{error.filename} cannot be written: {error.strerror}") from None
+
+
+def write(file: Path, text: str) -> None:
+    """Write a service's file and create its folder; raises `FleetError`."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text, "utf-8")
         file.chmod(0o644)  # launchd loads no file that others may write, as they may after `umask 002`
     except OSError as error:

@@ -20,8 +20,10 @@ STAYS_LOADED = 60.0
 """Seconds for which a server that keeps several models has each at least, after its last use."""
 PATIENCE = 4.0
 """Times that prompts may take longer than was measured: other requests run, and a long prompt is read more slowly."""
-BLIND_PATIENCE = 16.0
-"""The same, compared with the usual speed, until something was measured: 25 tokens per second."""
+BLIND_PATIENCE = 8.0
+"""The same, compared with the usual speed, until something was measured: 50 tokens per second."""
+ENVELOPE = 200
+"""Bytes of a request that are no prompt."""
 STEP = 2048
 """Tokens of each prompt that a server reads before it tells how far it is."""
 READ_TOGETHER = 8
@@ -89,7 +91,7 @@ def longest_silence(
     of_models = [each for each in awaited if each.model is not None]
     if not of_models:
         return 0.0
-    tokens = USUAL_TOKENS_PER_BYTE * sum(each.size for each in of_models)
+    tokens = USUAL_TOKENS_PER_BYTE * sum(max(0, each.size - ENVELOPE) for each in of_models)
     if tells_progress:
         tokens = min(tokens, STEP * min(len(of_models), READ_TOGETHER))
     reading = PATIENCE * tokens / prefill_speed if prefill_speed else BLIND_PATIENCE * tokens / USUAL_PREFILL_SPEED

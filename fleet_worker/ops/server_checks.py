@@ -13,6 +13,7 @@ from fleet_worker.mlx.health import Health
 from fleet_worker.mlx.offering import Offering, no_offerings_advice, offerings_of
 from fleet_worker.mlx.profiles import PROFILES, lacks_template
 from fleet_worker.ops.findings import Finding, at_once
+from fleet_worker.ops.managed_checks import silence_of, start_of
 from fleet_worker.settings import Instance, Settings
 from fleet_worker.urls import is_loopback
 
@@ -24,13 +25,13 @@ WITHIN = 3 * ANSWER_WITHIN + 2
 def instances(settings: Settings) -> list[Finding]:
     """Check all instances that have opted in, in parallel, so that a silent server does not delay the others."""
     serving = {f"instances.{name}": each for name, each in settings.instances.items() if each.opted_in}
-    return at_once(
-        {title: partial(_instance, title, each, settings.features) for title, each in serving.items()}, WITHIN
-    )
+    return at_once({title: partial(_instance, title, each, settings) for title, each in serving.items()}, WITHIN)
 
 
-def _instance(title: str, instance: Instance, provider: Mapping[str, bool]) -> Iterator[Finding]:
+def _instance(title: str, instance: Instance, settings: Settings) -> Iterator[Finding]:
     silent = []
+    name = title.partition(".")[2]
+    problems = list(start_of(settings, name)) if instance.serve else []
     for url in (instance.base_url,) if instance.base_url else DEFAULT_URLS:
         with closing(MLXClient(_with_short_timeout(instance), url)) as client:
             try:
@@ -39,8 +40,12 @@ def _instance(title: str, instance: Instance, provider: Mapping[str, bool]) -> I
                 silent.append(f"{url}: {_describe(error)}")
                 continue
             yield from _server(instance, url, health)
-            yield from _models(title, instance, provider, client, health)
+            yield from _models(title, instance, settings.features, client, health)
+            yield from problems
             return
+    if instance.serve:
+        yield from problems or silence_of(settings, name, "; ".join(silent))
+        return
     advice = "start the MLX server, restart it if it is frozen, or correct base_url"
     yield Finding("error", "; ".join(silent), advice)
 

@@ -92,6 +92,13 @@ class Registry:
             now = self._clock()
             return [each for _, each in sorted(self._instances.items()) if each.expires_at > now]
 
+    def instance(self, node: str) -> InstanceStatus | None:
+        """Return the instance of this node; None if its host has said nothing about it, or is forgotten."""
+        name, _, host = node.partition("@")
+        with self._changed:
+            known = self._instances.get((host, name))
+            return known if known and known.expires_at > self._clock() else None
+
     def subscribe(self, callback: Callable[[RegistryEvent], None]) -> Callable[[], None]:
         """Call `callback` with every event that changes something, and return a function that ends the subscription.
 

@@ -37,6 +37,7 @@ from fleet_worker.protocol.reply import (
 )
 from fleet_worker.protocol.request import FleetRequest, Resume
 from fleet_worker.router.blame import Blame
+from fleet_worker.router.deaths import Deaths, Look, Silence
 from fleet_worker.router.effects import AskAgain, CancelOrphan, Confirm, Deliver, Effect, End, RetryAfter, TellTime
 from fleet_worker.router.progress import Progress
 from fleet_worker.router.transcript import Transcript
@@ -46,8 +47,6 @@ State = Literal["waiting", "running", "pausing", "ended"]
 
 MOVED = "moved"
 """In the place of an error's code: the attempt waited in vain for the node that the router had chosen."""
-MAX_DEATHS = 2
-"""If so many instances died while they had a request, the request is taken for the cause."""
 RETRY_AFTER_MIN = 1.0
 """Seconds that a caller is told to wait at least, whatever a busy server has asked the router for."""
 GAP_CLOSES_WITHIN = 1.5
@@ -91,7 +90,7 @@ class Attempts:
         self._began = deadline - request.timeout_seconds
         self._max_attempts = max_attempts
         self._on_interrupt = on_interrupt
-        self._deaths = 0
+        self.deaths = Deaths()
         self._blame = Blame()
         self._next_seq = 0
         self._gap_since: float | None = None
@@ -120,6 +119,7 @@ class Attempts:
         if not self.wants(node, frame):
             return []
         if isinstance(frame, Accepted) and self._accepted not in (None, frame):
+            self.deaths.certain += 1
             return self.fail(NodeLost(f"{node} was restarted while it worked on the request"), now)
         if frame.seq < self._next_seq:
             return []
@@ -141,9 +141,18 @@ class Attempts:
         timings = frame.timings.model_copy(update={"queue_wait": round(self._queue_wait, 6)})
         return [self._end(frame.model_copy(update={"timings": timings}))]
 
-    def node_lost(self, now: float) -> list[Effect]:
-        """The node sent nothing for too long."""
+    def node_lost(self, now: float, silence: Silence | None = None) -> list[Effect]:
+        """The node sent nothing for too long; with its whole host, if there is a `silence`."""
+        if silence:
+            self.deaths.fell_silent(silence, now, self._deadline)
+        else:
+            self.deaths.certain += 1
         return self.fail(NodeLost(f"{self.node} fell silent while it worked on the request"), now)
+
+    def look_at_silent(self, look: Look, now: float) -> list[Effect]:
+        """Decide about nodes that fell silent with their hosts: now it may be known whether they died."""
+        self.deaths.look_at_silent(look, now)
+        return self.give_up(self._poison()) if self.deaths.are_enough else []
 
     def message_lost(self, now: float) -> list[Effect]:
         """No node accepted the request in time and it is not in the lane any more: the message was lost, its consumer
@@ -159,8 +168,8 @@ class Attempts:
 
     @property
     def blamed(self) -> bool:
-        """Return whether an instance died while it had this request."""
-        return self._deaths > 0
+        """Return whether an instance died, or may have died, while it had this request."""
+        return bool(self.deaths)
 
     @property
     def is_last(self) -> bool:
@@ -172,9 +181,7 @@ class Attempts:
     ) -> list[Effect]:
         """End this attempt. If `orphaned`, a node may still work on it. `retryable` overrules the error."""
         effects = self._close_attempt(error.code, orphaned=orphaned)
-        self._deaths += error.metadata.get("instance_died") is True or (
-            isinstance(error, NodeLost) and self.node is not None
-        )
+        self.deaths.certain += error.metadata.get("instance_died") is True
         if self.node:
             self.failed.add(self.node)
         if self._accepted:
@@ -293,10 +300,8 @@ class Attempts:
 
     def _final(self, error: FleetError, next_at: float, retryable: bool) -> FleetError | None:
         """Return the error that ends the request, or None if there is another attempt, at that time."""
-        if self._deaths >= MAX_DEATHS:
-            return PoisonSuspected(
-                f"{self._deaths} instances died, or fell silent, with this request: it is not tried on another one"
-            )
+        if self.deaths.are_enough:
+            return self._poison()
         if not retryable or self.is_last or next_at >= self._deadline:
             return error
         if self.delivered and self._on_interrupt == "fail":
@@ -304,6 +309,10 @@ class Attempts:
         if self.delivered and not self._can_be_continued():
             return StreamInterrupted(f"the stream broke off in what cannot be continued: {error.message}")
         return None
+
+    def _poison(self) -> PoisonSuspected:
+        died = f"{self.deaths.certain} instances died, or fell silent, with this request"
+        return PoisonSuspected(f"{died}: it is not tried on another one")
 
     def _can_be_continued(self) -> bool:
         """A model can continue text, but not half a tool call or half a JSON document."""

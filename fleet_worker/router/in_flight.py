@@ -19,9 +19,11 @@ from fleet_worker.errors import (
 )
 from fleet_worker.protocol.reply import Accepted, Failure, Frame, LastFrame
 from fleet_worker.protocol.request import FleetRequest
+from fleet_worker.protocol.status import InstanceStatus
 from fleet_worker.router.admission import Admission
 from fleet_worker.router.attempts import Attempts, OnInterrupt
 from fleet_worker.router.control_publisher import ControlPublisher
+from fleet_worker.router.deaths import Silence
 from fleet_worker.router.effects import Deliver, Effect, End, RetryAfter
 from fleet_worker.router.node_selection import NodeSelection
 from fleet_worker.router.progress import Progress
@@ -84,6 +86,8 @@ class InFlightRequest:
         self._queue_watch = QueueWatch(session.settings, session.admission, session.replies)
         self._heard_at = 0.0
         """When its node was last heard, on the clock of the reply consumer."""
+        self._accepted: InstanceStatus | None = None
+        """What was known of its node when that accepted it."""
         self.ended_at: float | None = None
         """time.monotonic() seconds."""
 
@@ -184,6 +188,7 @@ class InFlightRequest:
                 sent_at = self._queue_watch.sent_at
                 self._session.admission.accepted(self.lane, now - sent_at, self.request.priority, sent_at)
                 self.route.accepted(node)
+                self._accepted = self._session.nodes.seen(node)
                 if self.place:
                     self.place.accepted(now)
             self._carry_out(self._attempts.take(node, frame, now))
@@ -253,7 +258,11 @@ class InFlightRequest:
 
     def _retry(self) -> None:
         with self._lock:
+            now = time.monotonic()
             if self._attempts.state != "pausing":
+                return
+            if self._attempts.deaths.must_wait(now):
+                self._session.scheduler.at(now + TRY_EVERY, self._retry)
                 return
             request, failed = self._attempts.next_attempt(), set(self._attempts.failed)
             blamed = self._attempts.blamed
@@ -277,6 +286,7 @@ class InFlightRequest:
 
     def _check(self) -> None:
         """Find out whether the present attempt is lost, and schedule the next check."""
+        self._look_at_silent()
         now, state = time.monotonic(), self._attempts.state
         if state == "ended":
             return
@@ -290,8 +300,14 @@ class InFlightRequest:
         finally:
             self._check_at(next_at)
 
+    def _look_at_silent(self) -> None:
+        if self._attempts.deaths.are_open:
+            with self._lock:
+                self._carry_out(self._attempts.look_at_silent(self._session.nodes.seen, time.monotonic()))
+
     def _check_at(self, when: float) -> None:
-        self._session.scheduler.at(min(when, self._deadline), self._check)
+        latest = time.monotonic() + TRY_EVERY if self._attempts.deaths.are_open else math.inf
+        self._session.scheduler.at(min(when, latest, self._deadline), self._check)
 
     def _check_queued(self, now: float) -> float:
         """Find out whether an attempt that no node has accepted still waits well; return the time of the next check."""
@@ -312,7 +328,11 @@ class InFlightRequest:
         """Find out whether the node that has it is still heard; return the time of the next check."""
         lost_after = self._session.settings.lost_after
         with self._lock:
-            left = lost_after - self._session.replies.silence(self._heard_at)
-            if left <= 0 and self._attempts.state == "running":
-                self._carry_out(self._attempts.node_lost(now))
+            silent_for = self._session.replies.silence(self._heard_at)
+            left = lost_after - silent_for
+            node = self._attempts.node
+            if left <= 0 and self._attempts.state == "running" and node:
+                seen = self._session.nodes.seen(node)
+                silence = Silence.of(node, now - silent_for, accepted=self._accepted, seen=seen)
+                self._carry_out(self._attempts.node_lost(now, silence))
         return now + max(left, 0.1)

@@ -12,6 +12,7 @@ from fleet_worker.errors import QueueTimeout
 from fleet_worker.mlx.parameters import may_be_refused, refused_parameter, unsupported
 from fleet_worker.protocol.openai import ChatParams
 from fleet_worker.protocol.request import FleetRequest, Operation
+from fleet_worker.protocol.status import InstanceStatus
 from fleet_worker.registry.offered import fits
 from fleet_worker.registry.view import Registry
 
@@ -75,6 +76,10 @@ class NodeSelection:
             )
             self._ready[model, operation] = time.monotonic(), nodes
         return nodes
+
+    def seen(self, node: str) -> InstanceStatus | None:
+        """Return what its host has said last about a node."""
+        return self._registry.instance(node)
 
     def is_ready(self, request: FleetRequest, node: str) -> bool:
         """Return whether this node could take the request now; as old as that of `ready`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import sys
 import threading
@@ -18,8 +19,9 @@ from fleet_worker.mlx.offering import embeds
 from fleet_worker.settings import Settings
 from fleet_worker.setup.invitation import Invitation, Role
 from fleet_worker.setup.invite import invite
+from fleet_worker.setup.next_steps import command
 
-POLL = 0.2
+POLL = 0.5
 """Seconds between two looks at a gateway that is not ready yet."""
 PATIENCE = 30.0
 """Seconds after which it is said what is missing."""
@@ -83,6 +85,7 @@ class Welcome:
 
 def ready_models(settings: Settings) -> list[str]:
     """Return the models that the gateway of this host has ready; none if it does not answer, or has none."""
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request
     try:
         answer = httpx.get(f"{local_url(settings)}/health/readiness", timeout=2, verify=False, trust_env=False)  # noqa: S501
         found = answer.json().get("models", []) if answer.status_code == httpx.codes.OK else []
@@ -126,9 +129,7 @@ def new_key_line(settings: Settings) -> str:
 
 
 def _service_line() -> str:
-    path = config_file.config_path()
-    is_default = path is not None and path.absolute() == config_file.DEFAULT.expanduser()
-    return "fleet-worker service install" + ("" if is_default or not path else f" --config {shlex.quote(str(path))}")
+    return command("service install", config_file.config_path() or config_file.DEFAULT)
 
 
 def _print(text: str) -> None:

@@ -69,6 +69,7 @@ class Machine:
     keep_alive: float = 5.0  # seconds until an idle connection is closed
     heartbeat: float = 5.0  # seconds between comments of a silent stream
     history: int = 10_000  # requests remembered
+    leak: int = 0  # bytes of memory that every chat or embedding leaves behind
     faults: Sequence[Fault] = ()
 
     def __post_init__(self) -> None:
@@ -80,6 +81,7 @@ class Machine:
         self._counts: Counter[str] = Counter()
         self._changed = threading.Condition()
         self._watchers = 0
+        self._leaked: list[bytes] = []
 
     # --- for tests, from any thread
 
@@ -170,6 +172,8 @@ class Machine:
         """Record a request."""
         with self._changed:
             self._records.append(record)
+            if self.leak and record.method == "POST":
+                self._leaked.append(b"x" * self.leak)
         self.count(requests=1)
 
     def count(self, **changes: int) -> None:

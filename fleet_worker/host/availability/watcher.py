@@ -131,10 +131,9 @@ class AvailabilityWatcher:
         return self._policy.reason_to_be_away(time.monotonic(), local, read)
 
     def _wake_up(self) -> None:
-        """Look at everything again before this host works."""
+        """Everything is read again before this host works: `Pauses.awake` is longer than ELSE."""
         log.info("this machine has been asleep")
         self._policy.woke_up(time.monotonic())
-        self._reader.forget()
 
 
 def _local_time() -> datetime:

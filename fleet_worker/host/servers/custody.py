@@ -10,11 +10,13 @@ from pathlib import Path
 
 import psutil
 
+from fleet_worker.host.file_lock import file_name
 from fleet_worker.host.servers import server_record
 from fleet_worker.host.servers.guard import Guard, end_guard
 from fleet_worker.host.servers.process_family import is_marked, kill_all, marked
 from fleet_worker.host.servers.server_process import ServerProcess
 from fleet_worker.host.servers.server_record import Identity, ServerRecord
+from fleet_worker.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -22,8 +24,8 @@ log = logging.getLogger(__name__)
 class Custody:
     """The guard, the record and the mark of the server of one instance, which has one process at a time."""
 
-    def __init__(self, name: str, folder: Path) -> None:
-        self._name = name
+    def __init__(self, instance: str, *, folder: Path, host: str) -> None:
+        self._name = name = file_name(f"{instance}@{host}")
         self._path = folder / f"server-{name}.json"
         self._owner = hashlib.sha256(f"{folder.resolve()} {name}".encode()).hexdigest()[:16]
         self.mark = f"{self._owner}/{secrets.token_hex(8)}"
@@ -31,6 +33,15 @@ class Custody:
         of an earlier `up` kills by the whole of it, so it cannot meet a server of this one."""
         self._guard: Guard | None = None
         self._kept: ServerProcess | None = None
+
+    @classmethod
+    def of(cls, settings: Settings, instance: str) -> Custody:
+        return cls(instance, folder=settings.state_dir, host=settings.host)
+
+    @property
+    def output_path(self) -> Path:
+        """The pipe that the server prints into."""
+        return self._path.with_suffix(".out")
 
     def guard(self) -> Guard:
         """Return the guard; raises `OSError` if it cannot be started."""

@@ -16,7 +16,6 @@ from pathlib import Path
 import psutil
 
 from fleet_worker.errors import ConfigurationError
-from fleet_worker.host.file_lock import file_name
 from fleet_worker.host.node_process import NEVER
 from fleet_worker.host.servers import port_owner
 from fleet_worker.host.servers.custody import Custody
@@ -36,7 +35,7 @@ UNKILLABLE_AFTER = 10.0
 """Seconds after SIGKILL; what has not ended then hangs in the system, and only a restart of the host ends it."""
 POLL_START, POLL_LONG_START = 0.1, 0.5
 """Seconds between two looks whether a server accepts connections, at first and when its start takes longer."""
-POLL_SERVING = 5.0
+POLL_SERVING = 2.0
 """Seconds between two looks at the memory of a server."""
 POLL_ADOPTED = 0.5
 """Seconds between two looks whether a server that is no child of this process still runs."""
@@ -52,9 +51,7 @@ class ManagedServer:
         self._command = command
         self._serve_timeout = 900.0
         self._max_memory: int | None = None
-        name = file_name(f"{instance}@{host}")
-        self._output_path = folder / f"server-{name}.out"
-        self._custody = Custody(name, folder)
+        self._custody = Custody(instance, folder=folder, host=host)
         self._port = ServerPort(self._custody)
         self._policy = RestartPolicy(pace)
         self._process: ServerProcess | None = None
@@ -328,7 +325,7 @@ class ManagedServer:
 
     def _printed(self) -> ServerOutput:
         """Return where it prints to, as for a server that has printed nothing yet."""
-        self._output = self._output or ServerOutput(self.instance, self._output_path)
+        self._output = self._output or ServerOutput(self.instance, self._custody.output_path)
         self._output.begin(self._command.secrets)
         return self._output
 

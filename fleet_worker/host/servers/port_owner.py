@@ -86,7 +86,8 @@ def described(process: psutil.Process | None) -> str:
         name, words = process.name(), process.cmdline()
     except psutil.Error:
         return f"process {process.pid}"
-    module = words[words.index("-m") + 1 : words.index("-m") + 2] if "-m" in words else words[1:2]
-    runs = os.path.basename(module[0]) if name.lower().startswith("python") and module else ""
-    shown = name + (f" {runs}" if runs and not runs.startswith("-") else "")
-    return f"{''.join(filter(str.isprintable, shown))[:80]}, pid {process.pid}"
+    if "-m" in words:
+        words = words[words.index("-m") :]
+    runs = next((os.path.basename(word) for word in words[1:] if not word.startswith("-")), "")
+    shown = f"{name} {runs}" if name.lower().startswith("python") and "-c" not in words else name
+    return f"{''.join(filter(str.isprintable, shown)).rstrip()[:80]}, pid {process.pid}"

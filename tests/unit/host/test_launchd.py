@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.host.service_paths import CONFIG, FOLDERS, HOME, PYTHON, QUOTES, launchd_plist
+from fleet_worker.host.launchd import Launchd
+from tests.unit.host.service_paths import CONFIG, FOLDERS, HOME, OP, PYTHON, QUOTES, launchd_plist
 
 LOG = HOME / "Library/Logs/fleet-worker/up.log"
 
@@ -34,3 +35,12 @@ def test_launchd_is_given_every_path_as_it_is(name):
     assert agent["EnvironmentVariables"] == {"FLEET_CONFIG": str(config)}
     assert agent["ProgramArguments"][0] == interpreter
     assert agent["StandardOutPath"] == f"/{name}/Library/Logs/fleet-worker/up.log"
+
+
+def test_a_daemon_of_the_system_runs_under_an_account_with_its_home():
+    agent, daemon = plistlib.loads(launchd_plist()), plistlib.loads(launchd_plist(of_system=OP))
+    assert daemon == agent | {
+        "UserName": "op",
+        "EnvironmentVariables": {"FLEET_CONFIG": str(CONFIG), "HOME": str(HOME)},
+    }
+    assert Launchd(60.0, OP).file == Path("/Library/LaunchDaemons/org.fleet-worker.up.plist")

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from fleet_worker.errors import ConfigurationError
+from fleet_worker.host.account import Account
 from fleet_worker.host.systemd import UNIT
-from tests.unit.host.service_paths import CONFIG, FOLDERS, PYTHON, QUOTES, systemd_unit
+from tests.unit.host.service_paths import CONFIG, FOLDERS, OP, PYTHON, QUOTES, systemd_unit
 
 
 def unit(config=CONFIG, **values):
@@ -45,6 +46,21 @@ def test_the_unit_is_complete():
         },
         "Install": {"WantedBy": "default.target"},
     }
+
+
+def test_a_unit_of_the_system_runs_under_an_account_when_the_network_is_there():
+    of_user, of_system = unit(), unit(of_system=OP)
+    network = {"Wants": "network-online.target", "After": "network-online.target"}
+    assert of_system == {
+        "Unit": of_user["Unit"] | network,
+        "Service": of_user["Service"] | {"User": "op"},
+        "Install": {"WantedBy": "multi-user.target"},
+    }
+
+
+def test_systemd_itself_finds_nothing_to_complain_about_in_a_unit_of_the_system(tmp_path):
+    root = Account("root", 0, 0, Path("/root"))
+    assert verified(systemd_unit(interpreter="/bin/sh", of_system=root), tmp_path, manager="--system") == (0, "")
 
 
 @pytest.mark.parametrize("name", [*FOLDERS, *QUOTES])
@@ -86,12 +102,12 @@ def test_systemd_itself_reads_the_configuration_s_path_as_it_is(name, tmp_path):
     assert f"\tEnvironment: FLEET_CONFIG={config}\n" in printed
 
 
-def verified(text, folder, **variables):
+def verified(text, folder, *, manager="--user", **variables):
     """The exit code and the words of `systemd-analyze verify`."""
     if not shutil.which("systemd-analyze"):
         pytest.skip("there is no systemd-analyze")
     (folder / UNIT).write_text(text, "utf-8")
-    command = ["systemd-analyze", "--user", "verify", str(folder / UNIT)]
+    command = ["systemd-analyze", manager, "verify", str(folder / UNIT)]
     environ = os.environ | {"XDG_RUNTIME_DIR": str(folder), **variables}
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=10)
     return done.returncode, done.stdout + done.stderr

@@ -1,6 +1,7 @@
 """The state machine of a request: what each frame, each silence and each failure leads to, in whatever order."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import settings
@@ -35,7 +36,9 @@ from fleet_worker.protocol.reply import (
     Usage,
 )
 from fleet_worker.protocol.request import FleetRequest, Resume
+from fleet_worker.protocol.status import InstanceStatus
 from fleet_worker.router.attempts import ASK_AGAIN_EVERY, GAP_CLOSES_WITHIN, Attempts
+from fleet_worker.router.deaths import Silence
 from fleet_worker.router.effects import AskAgain, CancelOrphan, Confirm, Deliver, End, RetryAfter, TellTime
 
 WORDS = [f" word{number}" for number in range(6)]
@@ -552,6 +555,51 @@ def test_a_node_that_fell_silent_may_have_died_of_it():
     assert end.frame.code == PoisonSuspected.code
 
 
+def silence(node):
+    before = InstanceStatus(host="mini", name=node, node=node, status="available", pid=7)
+    return Silence(node, before, since=0.0)
+
+
+def hosts_say(pid, at=60.0):
+    return lambda node: replace(silence(node).before, pid=pid, heard_at=at)
+
+
+def test_nodes_that_fell_silent_with_their_hosts_may_have_slept():
+    attempts = attempts_of(max_attempts=10)
+    for attempt, node in enumerate("abc", start=1):
+        fed(attempts, accepted(attempt), node=node)
+        assert cancelled(attempts.node_lost(0.0, silence(node))) == [CancelOrphan(node, attempt)]
+        assert attempts.blamed
+        attempts.next_attempt()
+    assert attempts.look_at_silent(hosts_say(pid=7), 60.0) == []
+    assert not attempts.blamed
+    (given,) = fed(attempts, response(0, attempt=4))
+    assert given.kind == "response"
+
+
+def test_hosts_that_died_are_found_out_and_the_present_attempt_ends():
+    attempts = attempts_of(max_attempts=10)
+    for attempt, node in enumerate("ab", start=1):
+        fed(attempts, accepted(attempt), node=node)
+        attempts.node_lost(0.0, silence(node))
+        attempts.next_attempt()
+    fed(attempts, accepted(3), node="c")
+    orphan, end = attempts.look_at_silent(hosts_say(pid=8), 60.0)
+    assert orphan == CancelOrphan("c", 3)
+    assert end.frame.code == PoisonSuspected.code
+    assert attempts.look_at_silent(hosts_say(pid=9), 90.0) == []
+
+
+def test_attempts_are_bounded_however_many_hosts_are_silent():
+    attempts = attempts_of(max_attempts=2)
+    for attempt, node in enumerate("ab", start=1):
+        fed(attempts, accepted(attempt), node=node)
+        effects = attempts.node_lost(0.0, silence(node))
+        if attempts.state == "pausing":
+            attempts.next_attempt()
+    assert effects[-1].frame.code == NodeLost.code
+
+
 def test_other_failures_are_no_deaths():
     attempts = attempts_of(max_attempts=4)
     for attempt, error in enumerate([DOWN, Overloaded("busy"), ConnectionFailure("broke")], start=1):
@@ -597,7 +645,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.sent = []
         self.text = ""
         self.ends = 0
-        self.retries = self.gave_up_in_a_pause = 0
+        self.retries = self.gave_up_in_a_pause = self.silent = 0
         self.cancelled = set()
         self.now = 0.0
 
@@ -682,6 +730,18 @@ class AnyOrder(RuleBasedStateMachine):
     def the_node_is_lost(self):
         self.carry_out(self.attempts.node_lost(0.0))
 
+    @precondition(lambda self: self.attempts.state == "running")
+    @rule()
+    def its_whole_host_is_silent(self):
+        self.silent += 1
+        self.carry_out(self.attempts.node_lost(0.0, silence(self.attempts.node)))
+
+    @rule(pid=st.sampled_from([7, 8]))
+    def silent_hosts_are_heard_again(self, pid):
+        in_a_pause = self.attempts.state == "pausing"
+        self.carry_out(self.attempts.look_at_silent(hosts_say(pid), 60.0))
+        self.gave_up_in_a_pause += in_a_pause and self.attempts.state == "ended"
+
     @precondition(lambda self: self.attempts.state == "waiting")
     @rule()
     def nobody_took_it(self):
@@ -719,11 +779,12 @@ class AnyOrder(RuleBasedStateMachine):
         assert len(self.asked) <= 4
         assert [asked.attempt for asked in self.asked] == list(range(1, len(self.asked) + 1))
         died = [each for each in self.attempts.history if each.error == NodeLost.code and each.node]
-        assert len(died) <= 2
+        assert len(died) - self.silent <= 2
+        assert self.attempts.deaths.certain <= 2 or self.silent
 
     @invariant()
     def whoever_may_still_work_on_an_attempt_that_is_over_is_told(self):
-        silent = {NodeLost.code, ReplyLost.code, Cancelled.code}
+        silent = {NodeLost.code, ReplyLost.code, Cancelled.code, PoisonSuspected.code}
         assert {each.attempt for each in self.attempts.history if each.error in silent} == self.cancelled
 
 

@@ -4,16 +4,27 @@ import contextlib
 import queue
 import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
-from fleet_worker.errors import BrokerUnavailable, Cancelled, Expired, InvalidRequest, QueueTimeout, ReplyOverflow
+from fleet_worker.errors import (
+    BrokerUnavailable,
+    Cancelled,
+    Expired,
+    InvalidRequest,
+    PoisonSuspected,
+    QueueTimeout,
+    ReplyOverflow,
+)
 from fleet_worker.protocol.reply import Alive, Deltas
+from fleet_worker.protocol.status import InstanceStatus
 from fleet_worker.router.attempts import Attempts
+from fleet_worker.router.deaths import Deaths
 from fleet_worker.router.effects import AskAgain, CancelOrphan, Confirm
 from fleet_worker.router.idempotency import IdempotencyCache
-from fleet_worker.router.in_flight import InFlightRequest
+from fleet_worker.router.in_flight import TRY_EVERY, InFlightRequest
 from fleet_worker.router.route import Route
 from fleet_worker.router.wakeups import Wakeups
 from fleet_worker.settings import RouterSettings
@@ -65,6 +76,7 @@ class Fleet:
         self.first = self.target = None
         self.ready = True
         self.refusal = self.affinity = None
+        self.hosts = {}
         self.session = SimpleNamespace(
             settings=RouterSettings.model_construct(**patient),
             scheduler=self.later,
@@ -79,6 +91,7 @@ class Fleet:
                 node_for=lambda request, avoided: self.target if avoided else self.first,
                 why_waiting=lambda *_: ("nobody has served it for 7 s", 7.0),
                 waits_in_vain=lambda *_: not self.ready,
+                seen=lambda node: self.hosts.get(node),
             ),
             ended=lambda request_id, last: self.ended.append(request_id),
         )
@@ -133,6 +146,75 @@ def test_a_node_that_is_silent_for_too_long_is_lost(fleet):
     assert fleet.cancelled == [CancelOrphan("a", 1)]
     fleet.later.now()
     assert fleet.sent == [(1, None), (2, None)]
+
+
+def fall_silent(fleet, in_flight, node, attempt):
+    """A node accepts an attempt, and is not heard any more, nor is its host."""
+    in_flight.receive(node, accepted(attempt=attempt))
+    fleet.clock.clock += 5.1
+    fleet.later.now()
+
+
+def host_says(fleet, node, pid):
+    """Its host says now that it is available."""
+    facts = {"host": "mini", "name": node, "node": node, "status": "available", "pid": pid}
+    fleet.hosts[node] = InstanceStatus(**facts, heard_at=time.monotonic() + 60.0)
+
+
+@pytest.fixture
+def silent(fleet):
+    """A request under which two whole hosts fell silent."""
+    for node in ("a", "b"):
+        host_says(fleet, node, pid=7)
+        fleet.hosts[node] = replace(fleet.hosts[node], heard_at=0.0)
+    in_flight = fleet.submit()
+    fall_silent(fleet, in_flight, "a", 1)
+    fleet.later.now()
+    fall_silent(fleet, in_flight, "b", 2)
+    fleet.later.now()
+    return in_flight
+
+
+def test_two_silent_hosts_do_not_end_a_request_which_waits_for_their_word(fleet, silent):
+    fleet.later.now()
+    assert [attempt for attempt, _ in fleet.sent] == [1, 2]
+    host_says(fleet, "a", pid=7)
+    fleet.later.now()
+    fleet.later.now()
+    assert [attempt for attempt, _ in fleet.sent] == [1, 2, 3]
+    silent.receive("c", accepted(attempt=3))
+    silent.receive("c", response(1, attempt=3))
+    assert fleet.read()[-1].kind == "response"
+
+
+def test_a_request_does_not_wait_for_silent_hosts_for_ever(fleet, silent, monkeypatch):
+    monkeypatch.setattr(Deaths, "must_wait", lambda *_: False)
+    fleet.later.now()
+    assert [attempt for attempt, _ in fleet.sent] == [1, 2, 3]
+
+
+def test_a_request_under_which_two_hosts_were_restarted_is_tried_on_no_third(fleet, silent):
+    host_says(fleet, "a", pid=8)
+    fleet.later.now()
+    assert fleet.read() == []
+    host_says(fleet, "b", pid=8)
+    fleet.later.now()
+    assert fleet.read()[-1].code == PoisonSuspected.code
+    fleet.later.now()
+    assert [attempt for attempt, _ in fleet.sent] == [1, 2]
+
+
+def test_a_running_attempt_ends_when_two_hosts_turn_out_to_have_died(fleet, silent, monkeypatch):
+    monkeypatch.setattr(Deaths, "must_wait", lambda *_: False)
+    fleet.later.now()
+    silent.receive("c", accepted(attempt=3))
+    fleet.later.now()
+    assert fleet.later.moments[-1] <= time.monotonic() + TRY_EVERY
+    for node in ("a", "b"):
+        host_says(fleet, node, pid=8)
+    fleet.later.now()
+    assert fleet.read()[-1].code == PoisonSuspected.code
+    assert fleet.cancelled[-1] == CancelOrphan("c", 3)
 
 
 def test_a_node_that_is_lost_soon_after_it_accepted_is_noticed_in_time(fleet):
