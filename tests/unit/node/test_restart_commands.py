@@ -74,3 +74,4 @@ def test_a_process_that_has_just_begun_was_restarted_just_now(clock, node, monke
     monkeypatch.setenv(PARENT_PIPE, "7")
     commands = restart_commands(node, lambda: pytest.fail("it ends"))
     assert "try again in 10 s" in commands["restart"](None)["error"]
+    assert commands["restart_server"](None)["error"] == ""
