@@ -27,8 +27,8 @@ ANSWERS_FIRST = 0.2
 NOBODY_STARTS_IT = "nothing would start it again: it was not started by fleet-worker up"
 
 
-def restart_commands(node: Node, restart: Callable[[], str]) -> dict[str, Command]:
-    """Return the control commands by name. `restart` ends the process, or returns why not.
+def restart_commands(node: Node, restart: Callable[[], None]) -> dict[str, Command]:
+    """Return the control commands by name. `restart` ends the process in such a way that `up` starts it again.
 
     Each replies with an `error` (empty if it is obeyed), the seconds after which one that comes too soon can come again
     (`again_in`), the `pid` and `server_restarts` before it, and the seconds of `grace` that running requests have.

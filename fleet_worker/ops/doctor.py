@@ -35,15 +35,18 @@ OPEN_FILES = 1024  # a lower limit is a warning
 SHOWN_NODES = 20  # names; of more nodes, only the number is told
 
 
-def examine() -> list[Finding]:
-    """Return all findings in the order of `CHECKS`. If the configuration cannot be used, that is the first one."""
+def examine(*, fleet: bool = True) -> list[Finding]:
+    """Return all findings in the order of `CHECKS`. If the configuration cannot be used, that is the first one.
+
+    `fleet`: look also for the nodes that should run now.
+    """
     try:
         settings = Settings()
     except ConfigurationError as error:
         found = error.message.removeprefix("configuration: ")
         unusable = Finding("error", found, "correct it: nothing starts before", check="configuration")
         return [unusable, *_examined(ALWAYS, None)]
-    return _examined(CHECKS, settings)
+    return _examined(CHECKS if fleet else CHECKS[:-1], settings)
 
 
 def _examined(checks: Sequence[Callable[..., Iterable[Finding]]], settings: Settings | None) -> list[Finding]:

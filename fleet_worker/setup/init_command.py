@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 import tomllib
 from dataclasses import replace
@@ -128,8 +127,9 @@ def _checked(url: str) -> str:
 
 def _host(*, asks: bool) -> str:
     from fleet_worker.settings import as_host
+    from fleet_worker.setup.own_names import own_host
 
-    own = as_host(socket.gethostname().split(".")[0])
+    own = own_host()
     return as_host(str(click.prompt("Name of this Mac in the fleet", default=own))) if asks else own
 
 

@@ -37,7 +37,7 @@ def ended():
 def tell(clock, node, ended, monkeypatch):
     """Send a command to a node that `up` has started long ago."""
     monkeypatch.setenv(PARENT_PIPE, "7")
-    commands = restart_commands(node, lambda: ended.set() or "")
+    commands = restart_commands(node, ended.set)
     clock.now += RESTARTS_APART
     return lambda command: commands[command](None)
 
