@@ -14,7 +14,7 @@ from pathlib import Path
 from fleet_worker.config_file import read_toml
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.gateway.accounts.keys import MOST_BYTES, new_key
-from fleet_worker.host.embedded_broker import is_taken
+from fleet_worker.host.servers.port_owner import is_taken
 from fleet_worker.setup import worker_file
 from fleet_worker.setup.worker_file import WorkerFile, WorkerInstance
 
@@ -80,7 +80,7 @@ def free_port(usual: int, *, everywhere: bool) -> int:
     """Return the usual port, or the next one on which nobody listens."""
     ports = range(usual, usual + TRIED_PORTS)
     for port in ports:
-        if not is_taken(port, every_address=everywhere):
+        if not is_taken("0.0.0.0" if everywhere else "127.0.0.1", port):  # noqa: S104
             return port
     raise ConfigurationError(f"all ports from {ports[0]} to {ports[-1]} are taken")
 
