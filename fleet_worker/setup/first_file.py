@@ -33,17 +33,21 @@ class FirstFile:
     """Of this host for other hosts; empty: they do not reach it."""
     broker_url: str = ""
     """Of a broker of one's own; empty: the embedded one."""
+    broker_ca: Path | None = None
     instances: Mapping[str, WorkerInstance] = field(default_factory=dict)
 
     def write(self, path: Path) -> str:
         """Write both files, and return the first key, which is stored nowhere else.
 
         Raises:
-            ConfigurationError: the file exists, or cannot be written.
+            ConfigurationError: the file exists, or cannot be written, or what would stand in it is not allowed.
         """
         worker_file.check_free(path)
-        key = _add_key(path.with_name("keys.toml"))
-        worker_file.write(path, self._text(path.with_name("keys.toml")))
+        keys = path.with_name("keys.toml")
+        text = self._text(keys)
+        worker_file.check_text(text)
+        key = _add_key(keys)
+        worker_file.write(path, text)
         return key
 
     def _text(self, keys: Path) -> str:
@@ -52,6 +56,7 @@ class FirstFile:
         return WorkerFile(
             broker_url=self.broker_url or embedded,
             host=self.host,
+            broker_ca=self.broker_ca,
             instances=self.instances,
             more=self._sections(keys),
             made_by="fleet-worker quickstart",
