@@ -93,6 +93,12 @@ def processes_of(up):
     return [process.pid for process in marked(up.managed._custody.mark)]
 
 
+def has_it_print(port, text):
+    with socket.create_connection(("127.0.0.1", port)) as client:
+        client.sendall(f"print {text}\n".encode())
+        assert client.recv(10)
+
+
 def refuses(port):
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) != 0
@@ -221,6 +227,18 @@ def test_a_command_that_does_not_exist_is_named_and_tried_rarely(ups):
     status = up.until(lambda: up.status.stage == "quarantined")
     assert "there is no program no-such-server in " in status.reason
     assert (status.deaths, status.restarts) == (5, 0)
+
+
+@pytest.mark.rest
+def test_a_restart_that_a_fault_asks_for_ends_no_quarantine_but_that_of_an_operator_does(ups):
+    up = ups("dies", pace=Pace(first=0.01, longest=0.05))
+    up.managed.start()
+    up.until(lambda: up.status.stage == "quarantined")
+    up.managed.restart("its node says so")
+    assert up.status.stage == "quarantined"
+    assert up.managed.due > time.monotonic() + 500
+    up.managed.restart("an operator says so", by_operator=True)
+    up.until(lambda: up.status.deaths == 6)
 
 
 @pytest.mark.rest
@@ -465,13 +483,12 @@ def test_a_server_that_was_taken_over_outlives_the_node_of_the_killed_up_and_wha
     up = ups("deaf", "forks")
     with killed_up(tmp_path, up.port) as node:
         (server,) = (each for each in marked(up.managed._custody._owner) if each.cmdline()[-1] == "forks")
+        has_it_print(up.port, "while nobody reads")
         assert up.serve().pid == server.pid
         os.kill(node, signal.SIGKILL)
         time.sleep(0.3)
-        with socket.create_connection(("127.0.0.1", up.port)) as client:
-            client.sendall(b"print hello\n")
-            client.recv(10)
-        assert up.managed._output.last_lines() == ["hello"]
+        has_it_print(up.port, "hello")
+        assert up.managed._output.last_lines()[-2:] == ["while nobody reads", "hello"]
         up.until(lambda: up.status.memory)
         assert up.managed.serves
 
