@@ -25,6 +25,9 @@ from tests.tls import Certificates, Pair, Proxy
 
 RABBITMQ = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")  # the script of Debian's package that does not change user
 
+any_broker = pytest.mark.parametrize("broker", ["valkey"], indirect=True)
+"""The mark of a test of what does not depend on the broker: Valkey is enough, in both runs."""
+
 
 def missing(what: str) -> None:
     """Skip on a developer's machine, fail in CI: there it must not be missing."""

@@ -107,7 +107,7 @@ def pytest_xdist_make_scheduler(config, log):
         def _split_scope(self, nodeid):
             file = nodeid.partition("::")[0]
             if on_rabbitmq(nodeid):
-                return f"rabbitmq {Path(file).parent}"
+                return f"rabbitmq {Path(file).parent if config.option.rest else ''}"
             return str(Path(file).parent) if "flow/gateway/" in file else file
 
     config.option.loadscopereorder = False

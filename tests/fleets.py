@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from fleet_worker import FleetError, Router
 from fleet_worker.host.child_process import ChildProcess, python
@@ -301,6 +301,15 @@ class Told:
         return len(self.attempts) > 1
 
 
+class Served(Protocol):
+    """What callers need of a fleet."""
+
+    model: str
+    natural: int
+
+    def expected(self, messages: Sequence[Mapping[str, Any]], max_tokens: int) -> str: ...
+
+
 class Crowd:
     """Many streams of one router, `at_once` of them at a time, each reader a thread; leaving the block waits for all.
 
@@ -308,7 +317,7 @@ class Crowd:
     cut by max_tokens, the others come to their natural end.
     """
 
-    def __init__(self, router: Router, fleet: Fleet, *, at_once: int, streams: int | None = None) -> None:
+    def __init__(self, router: Router, fleet: Served, *, at_once: int, streams: int | None = None) -> None:
         self._router, self._fleet, self._streams = router, fleet, streams
         self._lock = threading.Condition()
         self._begun = self.pieces = 0
@@ -357,7 +366,7 @@ class Crowd:
             self._lock.notify_all()
 
 
-def read(router: Router, fleet: Fleet, of: object, cut: bool, piece: Callable[[], object], **options: Any) -> Told:
+def read(router: Router, fleet: Served, of: object, cut: bool, piece: Callable[[], object], **options: Any) -> Told:
     """Ask for a stream and read it to its end; `piece` is called at every piece."""
     messages, max_tokens = conversation(of), fleet.natural * 3 // 4 if cut else fleet.natural * 2
     told, last = Told(of, fleet.expected(messages, max_tokens)), time.monotonic()
@@ -395,11 +404,13 @@ def report(what: str, told: Sequence[Told]) -> str:
 class Load:
     """So many short answers a second, for the time of the block; leaving it waits for all."""
 
-    def __init__(self, router: Router, fleet: Fleet, rate: float) -> None:
+    def __init__(self, router: Router, fleet: Served, rate: float) -> None:
         self._router, self._fleet, self._rate = router, fleet, rate
         self._over = threading.Event()
         self._pool = ThreadPoolExecutor(128)
         self._asked: list[Future[bool]] = []
+        self.seconds: list[float] = []
+        """How long each took that was answered."""
         self._clock = threading.Thread(target=self._go_on)
 
     def __enter__(self) -> Self:
@@ -429,6 +440,7 @@ class Load:
             self._asked.append(self._pool.submit(self._ask, self.asked))
 
     def _ask(self, number: int) -> bool:
-        messages = conversation(f"load {number}")
+        messages, began = conversation(f"load {number}"), time.monotonic()
         reply = self._router.chat(self._fleet.model, messages, max_tokens=3, temperature=0, timeout=60)
+        self.seconds.append(time.monotonic() - began)
         return reply.content == self._fleet.expected(messages, 3)

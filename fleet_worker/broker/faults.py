@@ -43,6 +43,11 @@ _REJECTED = (AuthenticationError, AuthorizationError, NoPermissionError, AccessR
 
 _Texts = dict[tuple[type[BaseException], str], tuple[str, str]]
 """By a kind of error and a word of its text: what is wrong, and what to do. The first that fits counts."""
+_NO_ROUTE = (
+    "is on a host to which there is no route",
+    "check the network; on a Mac allow Python in System Settings, Privacy & Security, Local Network, or run "
+    "fleet-worker service install --system, which needs no permission",
+)
 _REFUSED_FOR_NOW: _Texts = {
     (OutOfMemoryError, ""): (
         "has no room for more: its maxmemory is reached",
@@ -95,6 +100,8 @@ _OTHER_CAUSES: _Texts = {
     ),
     (ConnectionRefusedError, ""): ("does not run: nothing listens there", "start it, or correct broker_url"),
     (socket.gaierror, ""): ("is on a host that cannot be found", "correct broker_url, or the DNS of this host"),
+    (OSError, "No route to host"): _NO_ROUTE,
+    (RedisConnectionError, "No route to host"): _NO_ROUTE,
     (TimeoutError, ""): (
         "does not answer in time",
         "see whether it is frozen, a firewall is between, or broker_url has the wrong scheme (with TLS: rediss, amqps)",
@@ -134,8 +141,10 @@ def needs_operator(error: BaseException) -> bool:
 
 
 def describe(error: BaseException) -> str:
-    """Return why a connection failed, for a log: "is away (ConnectionResetError)", or what somebody has to correct."""
-    if (refusal(error) or not is_away(error)) and (known := _explain(error)):
+    """Return why a connection failed, for a log: "is away (ConnectionResetError)", or what somebody may have to
+    correct."""
+    known = _explain(error)
+    if known and (known == _NO_ROUTE or refusal(error) or not is_away(error)):
         return f"{known[0]}: {known[1]}"
     return f"is away ({type(_unwrapped(error)).__name__})"
 

@@ -25,6 +25,7 @@ _OF_AGENT = (
 )
 _OF_DAEMON = (
     "It starts at each boot, also if nobody logs in. With FileVault on, a boot waits for a password first.",
+    "Unlike an agent it needs no permission for the local network.",
     "Whether this Mac starts by itself after a power cut, and stays awake: fleet-worker doctor",
 )
 
@@ -39,10 +40,10 @@ class Launchd:
         self.is_of_system = of_system is not None
         home = of_system.home if of_system else Path.home()
         self.file = (DAEMONS if of_system else home / "Library" / "LaunchAgents") / f"{LABEL}.plist"
-        self._log = home / "Library" / "Logs" / "fleet-worker" / "up.log"
+        self.log = home / "Library" / "Logs" / "fleet-worker" / "up.log"
         self._domain = "system" if of_system else f"gui/{os.getuid()}"
         self._agent = f"{self._domain}/{LABEL}"
-        self.hints = (*(_OF_DAEMON if of_system else _OF_AGENT), f"Log: {self._log}")
+        self.hints = (*(_OF_DAEMON if of_system else _OF_AGENT), f"Log: {self.log}")
 
     def text(self, config: Path) -> str:
         """Return the content of the file; raises `ConfigurationError` for a path that it cannot hold."""
@@ -60,8 +61,8 @@ class Launchd:
             "ProcessType": "Interactive",
             "SoftResourceLimits": limits,
             "HardResourceLimits": limits,
-            "StandardOutPath": str(self._log),
-            "StandardErrorPath": str(self._log),
+            "StandardOutPath": str(self.log),
+            "StandardErrorPath": str(self.log),
         }
         if self._account:
             job["UserName"] = self._account.name
@@ -84,7 +85,7 @@ class Launchd:
     def install(self, text: str) -> None:
         """Write the file and start the agent. An agent that runs already ends first, as by SIGTERM."""
         service_files.write(self.file, text)
-        service_files.make_folder(self._log.parent, self._account)  # launchd creates the log, but not its folder
+        service_files.make_folder(self.log.parent, self._account)  # launchd creates the log, but not its folder
         was_loaded = self._unload()
         check(run("launchctl", "enable", self._agent))
         bootstrap = ("launchctl", "bootstrap", self._domain, str(self.file))

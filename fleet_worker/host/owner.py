@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from functools import partial
 
@@ -12,8 +11,6 @@ from fleet_worker.host.availability.watcher import AvailabilityWatcher
 from fleet_worker.host.event_loop import EventLoop
 from fleet_worker.host.node_process import NEVER
 from fleet_worker.host.server_plan import Away
-
-log = logging.getLogger(__name__)
 
 
 class Owner:
@@ -40,8 +37,8 @@ class Owner:
         self._settings = settings
         self._keep_awake = KeepAwake(settings)
         if settings.in_use:
-            self._take(settings, "it is not known yet whether it may work", settings.grace)
             self._watcher = AvailabilityWatcher(settings, changed=partial(self._changed, settings))
+            self._take(settings, self._watcher.reason, settings.grace)
             self._watcher.start()
         else:
             self._take(settings, "", 0.0)
@@ -73,6 +70,4 @@ class Owner:
     def _take(self, settings: AvailabilitySettings, reason: str, grace: float) -> None:
         if settings is not self._settings:  # it was said by an earlier watcher
             return
-        if bool(self.away) != bool(reason):
-            log.info("this host %s", f"is away: {reason}" if reason else "works again")
         self.away = Away(reason, grace, settings.stop_servers) if reason else None

@@ -92,10 +92,9 @@ class Lifecycle:
         """End: another process has the name of this node."""
         self._end(exit_codes.CONFIGURATION)
 
-    def restart(self) -> str:
-        """End, so that `fleet-worker up` starts this node again; return why not, or an empty text."""
+    def restart(self) -> None:
+        """End, so that `fleet-worker up` starts this node again."""
         self._end(exit_codes.RESTART)
-        return "" if self._exit_code == exit_codes.RESTART else "it is ending already"
 
     def _on_ready(self, **_: Any) -> None:
         _collect_garbage_often()

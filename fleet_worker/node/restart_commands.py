@@ -1,12 +1,13 @@
 """The control commands that restart a node's process, or its MLX server.
 
 Anybody who reaches the broker can send them. So each is obeyed only if it names the node, and at most once in
-`RESTARTS_APART`: a new process counts as the first restart.
+`RESTARTS_APART`; the start of a process counts as its first restart.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
@@ -26,8 +27,8 @@ ANSWERS_FIRST = 0.2
 NOBODY_STARTS_IT = "nothing would start it again: it was not started by fleet-worker up"
 
 
-def restart_commands(node: Node, restart: Callable[[], str]) -> dict[str, Command]:
-    """Return the control commands by name. `restart` ends the process, or returns why not.
+def restart_commands(node: Node, restart: Callable[[], None]) -> dict[str, Command]:
+    """Return the control commands by name. `restart` ends the process in such a way that `up` starts it again.
 
     Each replies with an `error` (empty if it is obeyed), the seconds after which one that comes too soon can come again
     (`again_in`), the `pid` and `server_restarts` before it, and the seconds of `grace` that running requests have.
@@ -40,7 +41,7 @@ def restart_commands(node: Node, restart: Callable[[], str]) -> dict[str, Comman
         return ""
 
     return {
-        "restart": _Limited(node, "this node", restart_node),
+        "restart": _Limited(node, "this node", restart_node, last=time.monotonic()),
         "restart_server": _Limited(node, "its MLX server", node.restart_server),
     }
 
@@ -48,11 +49,11 @@ def restart_commands(node: Node, restart: Callable[[], str]) -> dict[str, Comman
 class _Limited:
     """A restart that is not obeyed again too soon."""
 
-    def __init__(self, node: Node, what: str, act: Callable[[], str]) -> None:
+    def __init__(self, node: Node, what: str, act: Callable[[], str], *, last: float = -math.inf) -> None:
         self._node = node
         self._what = what
         self._act = act
-        self._last = time.monotonic()
+        self._last = last
 
     def __call__(self, state: Any) -> dict[str, Any]:
         before = {"pid": os.getpid(), "server_restarts": self._node.server_restarts}

@@ -22,6 +22,8 @@ from fleet_worker.ops.broker_checks import broker, clock, connected
 from fleet_worker.ops.cache_checks import prompt_caches
 from fleet_worker.ops.clocks import ADVICE, clocks_of, described, wrong_clocks
 from fleet_worker.ops.findings import Finding, at_once
+from fleet_worker.ops.host_checks import boot
+from fleet_worker.ops.quarantine_checks import unstarted_servers
 from fleet_worker.ops.server_checks import WITHIN as INSTANCES_WITHIN
 from fleet_worker.ops.server_checks import instances
 from fleet_worker.router.router import Router
@@ -33,15 +35,18 @@ OPEN_FILES = 1024  # a lower limit is a warning
 SHOWN_NODES = 20  # names; of more nodes, only the number is told
 
 
-def examine() -> list[Finding]:
-    """Return all findings in the order of `CHECKS`. If the configuration cannot be used, that is the first one."""
+def examine(*, fleet: bool = True) -> list[Finding]:
+    """Return all findings in the order of `CHECKS`. If the configuration cannot be used, that is the first one.
+
+    `fleet`: look also for the nodes that should run now.
+    """
     try:
         settings = Settings()
     except ConfigurationError as error:
         found = error.message.removeprefix("configuration: ")
         unusable = Finding("error", found, "correct it: nothing starts before", check="configuration")
         return [unusable, *_examined(ALWAYS, None)]
-    return _examined(CHECKS, settings)
+    return _examined(CHECKS if fleet else CHECKS[:-1], settings)
 
 
 def _examined(checks: Sequence[Callable[..., Iterable[Finding]]], settings: Settings | None) -> list[Finding]:
@@ -125,7 +130,12 @@ def fleet(settings: Settings) -> list[Finding]:
     expected = [f"{name}@{settings.host}" for name, instance in settings.instances.items() if instance.opted_in]
     found = compare_nodes([name for reply in replies for name in reply], expected)
     wrong = described(wrong_clocks(clocks_of(known)))
-    return [*found, *(Finding("warning", each, ADVICE) for each in wrong), *prompt_caches(known)]
+    return [
+        *found,
+        *(Finding("warning", each, ADVICE) for each in wrong),
+        *unstarted_servers(known),
+        *prompt_caches(known),
+    ]
 
 
 def compare_nodes(answers: Sequence[str], expected: Sequence[str] = ()) -> list[Finding]:
@@ -150,7 +160,18 @@ def compare_nodes(answers: Sequence[str], expected: Sequence[str] = ()) -> list[
 
 
 Check = Callable[[Settings], Iterable[Finding]]
-CHECKS: tuple[Check, ...] = (configuration, broker, clock, instances, availability, versions, open_files, sleep, fleet)
+CHECKS: tuple[Check, ...] = (
+    configuration,
+    broker,
+    clock,
+    instances,
+    availability,
+    versions,
+    open_files,
+    sleep,
+    boot,
+    fleet,
+)
 """In the order of the report. They run in parallel."""
-ALWAYS = (versions, open_files, sleep)
+ALWAYS = (versions, open_files, sleep, boot)
 """The checks that need no configuration."""

@@ -123,6 +123,7 @@ class RollingRestart:
         """A node that was restarted just now is told once more when it obeys again."""
         reply = self._control.order(node)
         if reply and reply.error and 0 < reply.again_in <= self._within:
+            click.echo(printable(f"{node} was restarted just now: this waits for {reply.again_in:.0f} s"))
             self._sleep(reply.again_in)
             reply = self._control.order(node)
         return reply

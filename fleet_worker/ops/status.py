@@ -34,7 +34,7 @@ NO_LANES = (
 )
 INSTANCES_FIT = 80
 """Columns of a terminal that take the table of instances, whose columns are many."""
-COLOURS = {"available": "green", "starting": "cyan", "drained": "cyan", "degraded": "yellow"}
+COLOURS = {"available": "green", "starting": "cyan", "drained": "cyan", "away": "cyan", "degraded": "yellow"}
 
 
 def show(settings: Settings, *, as_json: bool = False, every: float | None = None) -> None:

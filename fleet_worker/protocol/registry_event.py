@@ -89,6 +89,9 @@ class RegistryEvent(ExtensibleModel):
         capacity: dict[str, Any] = {"slots": instance.slots, "running": instance.running}
         if instance.status_age is not None:
             capacity["status_age"] = instance.status_age
+        if instance.server_stage:
+            runtime |= {"server_stage": instance.server_stage, "server_deaths": instance.server_deaths}
+            capacity["server_memory"] = instance.server_memory
         if live:
             runtime |= {"server": instance.server, "pid": instance.pid}
             if instance.server_restarts is not None:

@@ -63,6 +63,12 @@ class InstanceStatus:
     """The process id of the node; None if no node reports."""
     server_restarts: Total | None = None
     """How often its server was restarted, or replaced, since that process began; None from an older version."""
+    server_stage: Name = ""
+    """One of `host_messages.STAGES`, or what a newer host may send; empty if its host does not manage the server."""
+    server_deaths: Total | None = None
+    """How often the server has ended by itself since `fleet-worker up` began; None if that does not manage it."""
+    server_memory: Total | None = None
+    """Bytes of all processes of the server; None if that is not known."""
     slots: Count = 0
     running: Count = 0
     tokens_per_second: Measured = 0.0

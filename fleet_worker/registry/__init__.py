@@ -1,5 +1,6 @@
 """The status of all instances: reported by nodes, published by registry nodes, known to routers.
 
-May import: `broker`, `mlx`, `protocol`, `settings`, `errors`. Read in this order: `status_socket`, `node`, `beat`,
-`publisher`, `digests`, `view`, `offered`, `alternatives`, `memory_bound`, `counters`, `prometheus`.
+May import: `host`, `broker`, `mlx`, `protocol`, `settings`, `errors`. Read in this order: `status_socket`, `node`,
+`host_watch`, `beat`, `publisher`, `digests`, `view`, `offered`, `alternatives`, `memory_bound`, `counters`,
+`prometheus`.
 """

@@ -21,6 +21,7 @@ from fleet_worker.broker.control_listener import Subscription
 from fleet_worker.broker.queue_depth import waiting
 from fleet_worker.broker.topology import ask_queue, direct_lane, lane_queue, transport_of
 from fleet_worker.errors import ConfigurationError
+from fleet_worker.host.up_socket import socket_path as up_socket_path
 from fleet_worker.mlx.offering import offerings_of
 from fleet_worker.protocol.cache_digest import CacheDigest
 from fleet_worker.protocol.registry_event import (
@@ -34,6 +35,7 @@ from fleet_worker.protocol.registry_event import (
 from fleet_worker.protocol.status import InstanceStatus, ModelStatus
 from fleet_worker.registry.beat import Jittered, QuietScheduler
 from fleet_worker.registry.digests import DigestPublisher
+from fleet_worker.registry.host_watch import HostWatch
 from fleet_worker.registry.publisher import RegistryPublisher
 from fleet_worker.registry.status_socket import NodeReport, StatusServer, model_status, socket_path
 from fleet_worker.settings import REGISTRY, Instance, Settings
@@ -81,6 +83,7 @@ class RegistryNode:
         self.status_server = StatusServer(
             socket_path(settings.state_dir, host), self._publish_all, self._digest_publisher.changed
         )
+        self.host_watch = HostWatch(up_socket_path(settings.state_dir, host), self._publish_all)
         self._metrics = None if settings.registry.metrics_port is None else self._serve(settings.registry.metrics_port)
         self._schedule()
 
@@ -94,6 +97,7 @@ class RegistryNode:
         beat = Service(self._app, max_interval=1, scheduler_cls=QuietScheduler)
         threading.Thread(target=beat.start, name="fleet-beat", daemon=True).start()
         self._digest_publisher.start()
+        self.host_watch.start()
         self._publish_all()
         if self._metrics:
             log.info("%s serves metrics at %s", self.name, self._metrics.url)
@@ -109,6 +113,7 @@ class RegistryNode:
     def close(self, timeout: float = 2.0) -> None:
         """Publish that this host is unavailable, if the broker takes it within `timeout` seconds."""
         self._ending = True
+        self.host_watch.close()
         self.status_server.close()
         self._publish_all()
         self._digest_publisher.close()
@@ -131,6 +136,7 @@ class RegistryNode:
                 self._reports,
                 publisher=self._publisher,
                 waiting=lambda lanes: waiting(self._app, self._transport, lanes),
+                host=lambda: self.host_watch.host,
                 dropped=lambda: {self.name: door_of(self._app).dropped},
             ),
         )
@@ -215,15 +221,17 @@ class RegistryNode:
         reports = {} if self._ending else self.status_server.reports()
         self._models |= {name: report.models for name, report in reports.items()}
         serving = self._settings.serving()
-        return [reports.get(name) or self._report_without_node(name, each) for name, each in serving.items()]
+        found = [reports.get(name) or self._report_without_node(name, each) for name, each in serving.items()]
+        return [replace(each, instance=self.host_watch.completed(each.instance)) for each in found]
 
     def _report_without_node(self, name: str, instance: Instance) -> NodeReport:
         """The models are those that its node reported last, or those of the configuration."""
         if name not in self._models:
             offerings = offerings_of(instance, self._settings.features, ())
             self._models[name] = tuple(model_status(each, "unavailable") for each in offerings.values())
-        reason = "the registry node of this host ended" if self._ending else NO_NODE
-        status = self._without_node(name, "unavailable", reason, slots=instance.limits.concurrency)
+        known = self.host_watch.without_node(name) or ("unavailable", NO_NODE)
+        shown, reason = ("unavailable", "the registry node of this host ended") if self._ending else known
+        status = self._without_node(name, shown, reason, slots=instance.limits.concurrency)
         models = tuple(replace(each, status=status.status) for each in self._models[name])
         return NodeReport(status, models, reply_lag=0.0, counters={})
 

@@ -23,6 +23,7 @@ from prometheus_client.metrics_core import Metric
 from fleet_worker.broker.queue_depth import Waiting
 from fleet_worker.broker.topology import direct_lane, lane
 from fleet_worker.errors import BrokerUnavailable, ConfigurationError, ProviderError
+from fleet_worker.protocol.host_messages import HostStatus
 from fleet_worker.protocol.status import STATUSES
 from fleet_worker.registry.counters import BOUNDS
 from fleet_worker.registry.publisher import RegistryPublisher
@@ -81,7 +82,8 @@ class MetricsServer:
 
 class HostCollector:
     """Collects the metrics of a host. `reports` returns one report per instance, `waiting` asks the broker for the
-    depths of lanes, `dropped` counts the messages that the registry node dropped: `{its name: {reason: number}}`.
+    depths of lanes, `host` returns what `fleet-worker up` tells, `dropped` counts the messages that the registry node
+    dropped: `{its name: {reason: number}}`.
 
     If a part fails, its metrics are missing, and one log line says so.
     """
@@ -92,9 +94,11 @@ class HostCollector:
         *,
         publisher: RegistryPublisher,
         waiting: Callable[[list[str]], Mapping[str, Waiting]],
+        host: Callable[[], HostStatus] = HostStatus,
         dropped: Callable[[], dict[str, Mapping[str, int]]] = dict,
     ) -> None:
         self._reports = reports
+        self._host = host
         self._dropped = dropped
         self._publisher = publisher
         self._waiting = _Cached(waiting)
@@ -108,6 +112,7 @@ class HostCollector:
         parts = {  # generators: each begins below, where it may fail
             "registry": self._registry(),
             "instances": _instances(reports),
+            "servers": _servers(self._host(), {each.instance.name: each.instance.node for each in reports}),
             "gauges": _gauges(live),
             "counts": _counts(live),
             "prompts": _prompts(live),
@@ -181,6 +186,26 @@ def _instances(reports: list[NodeReport]) -> Iterator[Metric]:
         for status in STATUSES:
             family.add_metric([instance.node, status], status == instance.status)
     yield family
+
+
+def _servers(host: HostStatus, nodes: Mapping[str, str]) -> Iterator[Metric]:
+    """Of the MLX servers that `fleet-worker up` manages; `nodes` has the names of nodes by instance."""
+    yield GaugeMetricFamily("fleet_away", "1 if the owner of this machine needs it.", bool(host.away))
+    servers = {nodes[each.instance]: each for each in host.servers if each.instance in nodes}
+    counts = {
+        "fleet_server_restarts": ("restarts", "Restarts of the MLX server, for whatever reason."),
+        "fleet_server_deaths": ("deaths", "Ends of the MLX server that nobody has asked for."),
+    }
+    for name, (count, text) in counts.items():
+        family = CounterMetricFamily(name, text, labels=["node"])
+        for node, server in servers.items():
+            family.add_metric([node], getattr(server, count))
+        yield family
+    text = "1 if the MLX server has died too often, and is only tried once in a while."
+    quarantined = {node: server.stage == "quarantined" for node, server in servers.items()}
+    yield _gauge("fleet_server_quarantined", text, "node", quarantined)
+    text = "Bytes of memory of all processes of the MLX server."
+    yield _gauge("fleet_server_memory_bytes", text, "node", {node: each.memory for node, each in servers.items()})
 
 
 def _gauges(live: list[NodeReport]) -> Iterator[Metric]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 import tomllib
 from dataclasses import replace
@@ -28,11 +27,10 @@ _NO_TERMINAL = (
 
 
 def _broker_url(ctx: click.Context, param: click.Parameter, url: str | None) -> str | None:
-    from fleet_worker.terminal import standard_input
-
-    url = standard_input().strip() if url == "-" else url
+    if url in (None, "-"):
+        return url
     try:
-        return urls.broker_url(url) if url is not None else None
+        return urls.broker_url(str(url))
     except ValueError as error:  # its text does not show the URL
         raise click.BadParameter(f"it {error}", ctx, param) from None
 
@@ -86,7 +84,7 @@ def init(
         raise click.UsageError(_NO_TERMINAL)
     if not broker and yes:
         raise click.UsageError("--broker URL is needed: --yes cannot find it out")
-    broker = broker or _ask_broker()
+    broker = _given_broker() if broker == "-" else broker or _ask_broker()
     host = host or _host(asks=not yes)
     instances = _instances(server, serve, model, asks=not yes)
     instances = _adjusted(instances, name, concurrency)
@@ -109,20 +107,29 @@ def _is_terminal() -> bool:
     return sys.stdin.isatty()
 
 
-def _ask_broker() -> str:
-    def checked(url: str) -> str:
-        try:
-            return urls.broker_url(url)
-        except ValueError as error:
-            raise click.UsageError(f"it {error}") from None
+def _given_broker() -> str:
+    """Return the URL on standard input."""
+    from fleet_worker.terminal import standard_input
 
-    return str(click.prompt("URL of the broker, as redis://:PASSWORD@mini-1:6379/0", value_proc=checked))
+    return _checked(standard_input().strip())
+
+
+def _ask_broker() -> str:
+    return str(click.prompt("URL of the broker, as redis://:PASSWORD@mini-1:6379/0", value_proc=_checked))
+
+
+def _checked(url: str) -> str:
+    try:
+        return urls.broker_url(url)
+    except ValueError as error:
+        raise click.UsageError(f"the URL of the broker {error}") from None
 
 
 def _host(*, asks: bool) -> str:
     from fleet_worker.settings import as_host
+    from fleet_worker.setup.own_names import own_host
 
-    own = as_host(socket.gethostname().split(".")[0])
+    own = own_host()
     return as_host(str(click.prompt("Name of this Mac in the fleet", default=own))) if asks else own
 
 

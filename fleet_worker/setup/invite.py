@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import ipaddress
-import shutil
-import socket
-import subprocess
-import sys
-from contextlib import closing, suppress
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.settings import Settings
 from fleet_worker.setup.invitation import Invitation, Membership, Role
+from fleet_worker.setup.own_names import lan_address
 from fleet_worker.setup.single_use import make
 from fleet_worker.urls import is_loopback, with_account, with_host
 
@@ -40,29 +37,6 @@ def invite(settings: Settings, role: Role = "mini", *, address: str = "", accoun
     if made := make(settings, membership):
         return Invitation(id=made[0], secret=made[1], **common)
     return Invitation(membership=membership, **common)
-
-
-def own_address() -> str:
-    """Return the name or address by which other hosts reach this one, as far as that can be known here.
-
-    The name that a Mac announces in its network stays, while DHCP may change its address; elsewhere names of that kind
-    may not work.
-    """
-    if scutil := shutil.which("scutil") if sys.platform == "darwin" else None:
-        command = [scutil, "--get", "LocalHostName"]
-        said = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)  # noqa: S603 - no input
-        if name := said.stdout.strip():
-            return f"{name}.local"
-    return lan_address() or socket.gethostname()
-
-
-def lan_address() -> str | None:
-    """Return the address of this host in its network; None without a network."""
-    with suppress(OSError), closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
-        probe.connect(("192.0.2.1", 9))  # sends nothing: it only chooses the address from which it would be sent
-        found = str(probe.getsockname()[0])
-        return None if is_loopback(found) else found
-    return None
 
 
 def _reachable(settings: Settings, address: str) -> str:

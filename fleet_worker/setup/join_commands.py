@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import click
 
 from fleet_worker import config_file
 from fleet_worker.errors import ConfigurationError
-from fleet_worker.setup.next_steps import check_all
+from fleet_worker.setup.next_steps import check_all, command
 from fleet_worker.setup.service_commands import install_service
 
 _PEM = click.Path(path_type=Path, dir_okay=False, exists=True, resolve_path=True)
@@ -104,7 +103,7 @@ def join(
     elif run_it:
         sys.exit(_run_up())
     else:
-        click.echo("Now: fleet-worker up, in this terminal, or fleet-worker service install, for good.")
+        click.echo(f"Now: {command('up', path)} in this terminal, or {command('service install', path)} for good.")
 
 
 def _use_invitation(
@@ -115,8 +114,8 @@ def _use_invitation(
     from fleet_worker.setup.join import join
     from fleet_worker.setup.worker_file import WorkerFile
 
-    host = as_host(name or socket.gethostname().split(".")[0])
-    membership = join(line, path, WorkerFile("", host, broker_cert=broker_cert, broker_key=broker_key), force=force)
+    file = WorkerFile("", as_host(name) if name else None, broker_cert=broker_cert, broker_key=broker_key)
+    membership, host = join(line, path, file, force=force)
     click.echo(f"{host} belongs to the fleet at {place_of(membership.broker_url)}: {path} was written.")
     if membership.role == "router":
         click.echo("A router of this host reads that file. Try: fleet-worker status, or fleet-worker gateway")
@@ -128,18 +127,19 @@ def _find_instances(path: Path, model: str | None) -> None:
     from fleet_worker.settings import Settings
     from fleet_worker.setup.local_instances import described, local_instances
     from fleet_worker.setup.worker_file import add_instances
+    from fleet_worker.terminal import printable
 
     if Settings().instances:
         raise ConfigurationError(f"{path} has its instances already: fleet-worker init writes a new file")
     try:
         found = local_instances(model)
     except ConfigurationError as error:
-        again = f"fleet-worker join{'' if path == config_file.DEFAULT.expanduser() else f' --output {path}'}"
+        again = command("join", path)
         text = f"{error.message}\n\nThe account of the fleet is kept in {path}; then go on by: {again}"
         raise ConfigurationError(text) from None
     add_instances(path, found)
     for name, instance in found.items():
-        click.echo(f"{name}: {described(instance)}")
+        click.echo(f"{name}: {printable(described(instance))}")
 
 
 def _run_up() -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,13 +12,15 @@ import click
 from fleet_worker import config_file
 from fleet_worker.demo.gateway import NEEDS
 from fleet_worker.errors import ConfigurationError
-from fleet_worker.host.file_lock import Held
-from fleet_worker.settings import Settings, as_host
+from fleet_worker.host.file_lock import holder
+from fleet_worker.host.up_socket import lock_path
+from fleet_worker.settings import Settings
 from fleet_worker.setup.first_file import FirstFile, simulated
 from fleet_worker.setup.foreground import run_up
-from fleet_worker.setup.invite import own_address
 from fleet_worker.setup.local_instances import described, local_instances
+from fleet_worker.setup.own_names import own_address, own_host
 from fleet_worker.setup.welcome import Welcome, ready_models
+from fleet_worker.terminal import printable
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,21 +65,18 @@ def _begin(path: Path, choices: Choices) -> str:
     """Write the first files; return the key."""
     instances = simulated() if choices.simulated else local_instances(choices.model or None)
     address = "" if choices.local else choices.address or own_address()
-    host = as_host(socket.gethostname().split(".")[0])
-    key = FirstFile(host, address, choices.broker_url, instances).write(path)
-    click.echo(f"Wrote {path}, for {'; '.join(map(described, instances.values()))}.")
+    key = FirstFile(own_host(), address, choices.broker_url, instances).write(path)
+    click.echo(printable(f"Wrote {path}, for {'; '.join(map(described, instances.values()))}."))
     click.echo(f"The first key, which is shown only now, and stored as a hash:\n\n{key}\n")
     return key
 
 
 def _run(settings: Settings, key: str | None) -> int:
-    try:
-        with Welcome(settings, key):
-            return run_up(settings)
-    except Held as error:
-        click.echo(f"fleet-worker: it runs already on this host, pid {error.pid or 'unknown'}")
+    if pid := holder(lock_path(settings.state_dir, settings.host)):
+        click.echo(f"fleet-worker: it runs already on this host, pid {pid}")
         models = ready_models(settings)
-        click.echo(
-            Welcome(settings, key).text(models) if models else "No model is ready: fleet-worker doctor says why."
-        )
+        text = Welcome(settings, key).text(models) if models else "No model is ready: fleet-worker doctor says why."
+        click.echo(text)
         return 0
+    with Welcome(settings, key):
+        return run_up(settings)

@@ -19,6 +19,7 @@ from fleet_worker.mlx.offering import embeds
 from fleet_worker.settings import Settings
 from fleet_worker.setup.invitation import Invitation, Role
 from fleet_worker.setup.invite import invite
+from fleet_worker.setup.next_steps import command
 
 POLL = 0.5
 """Seconds between two looks at a gateway that is not ready yet."""
@@ -128,9 +129,7 @@ def new_key_line(settings: Settings) -> str:
 
 
 def _service_line() -> str:
-    path = config_file.config_path()
-    is_default = path is not None and path.absolute() == config_file.DEFAULT.expanduser()
-    return "fleet-worker service install" + ("" if is_default or not path else f" --config {shlex.quote(str(path))}")
+    return command("service install", config_file.config_path() or config_file.DEFAULT)
 
 
 def _print(text: str) -> None:

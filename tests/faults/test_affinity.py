@@ -13,6 +13,7 @@ from fleet_worker import Router, Settings
 from fleet_worker.host.child_process import python
 from fleet_worker.testing import SimulatedMLX, running_host
 from tests.benchmarks.conversations import words
+from tests.brokers import any_broker
 from tests.mlx_clients import until
 
 LOST_AFTER, ACCEPT_TIMEOUT = 2.0, 1.0
@@ -96,6 +97,7 @@ def pair(broker):
         yield Pair(broker.url, stack, pool)
 
 
+@any_broker
 def test_a_turn_goes_to_the_warm_node_and_elsewhere_if_that_host_is_killed(pair):
     answer = pair.ask()
     assert (answer.node, answer.cache) == (pair.warm, "hit")
@@ -105,7 +107,7 @@ def test_a_turn_goes_to_the_warm_node_and_elsewhere_if_that_host_is_killed(pair)
     pair.is_answered_elsewhere()
 
 
-@pytest.mark.parametrize("broker", ["valkey"], indirect=True)
+@any_broker
 def test_what_waits_for_a_node_that_stays_full_drains_or_freezes_is_answered_elsewhere(pair):
     pair.hold()
     pair.is_answered_elsewhere(within=20.0)

@@ -17,7 +17,7 @@ from fleet_worker.demo.models import chat_model, platform_problem
 from fleet_worker.host.child_process import python
 from fleet_worker.simulator import Fault
 from fleet_worker.testing import embedded_broker, running_host
-from tests.brokers import free_port, missing
+from tests.brokers import any_broker, free_port, missing
 from tests.fleets import CANARIES, Crowd, Fleet, Load, Part, conversation, read, report, until
 from tests.flow.test_readiness import HELLO
 
@@ -85,6 +85,7 @@ def test_a_node_killed_at_a_random_token_costs_no_stream_anything_but_a_pause(fl
 
 
 @pytest.mark.rest
+@any_broker
 def test_a_server_killed_at_a_random_token_costs_no_stream_anything_but_a_pause(fleet, router, broker, draw):
     told = rounds(fleet, router, draw, lambda name: fleet.servers[name].kill())
     figures = report(f"MLX server killed {ROUNDS} times, {broker.name}", told)
@@ -112,6 +113,7 @@ def seconds_of(told):
     return delivered / len(told.expected) * NATURAL * INTERVAL
 
 
+@any_broker
 def test_each_interruption_is_told_where_it_was(fleet, router):
     """The caller sees a marker in the stream, and in the end which nodes it was that worked for him."""
     with Crowd(router, fleet, at_once=6, streams=6) as crowd:
@@ -129,6 +131,7 @@ def test_each_interruption_is_told_where_it_was(fleet, router):
     assert all(len(one.attempts) == 1 and one.resumed == 0 for one in crowd.told if not one.interrupted)
 
 
+@any_broker
 def test_a_caller_who_wants_no_resumed_answer_gets_an_error_and_what_came_before(fleet, router):
     def strike():
         for name in fleet.busy():
@@ -209,7 +212,9 @@ def test_a_rolling_restart_of_all_nodes_under_load_loses_nothing(fleet, router, 
     assert all(one.identical for one in crowd.told), figures
 
 
-@pytest.mark.parametrize("kind", ["death", pytest.param("thread_death", marks=pytest.mark.rest)])
+@pytest.mark.rest
+@any_broker
+@pytest.mark.parametrize("kind", ["death", "thread_death"])
 def test_of_five_instances_a_poison_request_kills_at_most_two(broker, router, kind):
     """Whatever `max_attempts` says; and a request that is like it in all but the poison is answered afterwards."""
     names = ("one", "two", "three", "four", "five")

@@ -8,13 +8,14 @@ import pytest
 
 from fleet_worker import FleetError, Router, Settings
 from fleet_worker.simulator import Fault
+from tests.brokers import any_broker
 from tests.fleets import Fleet, conversation
 
 FAILING, GOOD, ROUNDS = 10, 4, 8
 STRIKES_AT = 60
 """The token after which they fail, of 150."""
 
-pytestmark = [pytest.mark.rest, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.rest, pytest.mark.timeout(120), any_broker]
 
 
 class Reader(threading.Thread):

@@ -6,6 +6,7 @@ import threading
 import openai
 import pytest
 
+from tests.brokers import any_broker
 from tests.fleets import Fleet, conversation, until
 from tests.gateways import running_gateway
 
@@ -121,13 +122,14 @@ def test_nobody_notices_that_a_node_was_killed(client, fleet):
     assert_nothing_was_noticed(readers)
 
 
+@any_broker
 def test_nobody_notices_that_an_mlx_server_was_killed(client, fleet):
     readers = read(client, fleet, 6, "a server")
     fleet.servers[fleet.busy()[0]].kill()
     assert_nothing_was_noticed(readers)
 
 
-@pytest.mark.parametrize("broker", ["valkey"], indirect=True)  # no broker differs in this
+@any_broker
 def test_without_another_node_a_stream_ends_with_an_error(client, fleet, gateway):
     readers = read(client, fleet, 4, "all nodes")
     for part in (*fleet.nodes.values(), *fleet.servers.values()):

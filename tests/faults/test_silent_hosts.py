@@ -9,7 +9,8 @@ import pytest
 from fleet_worker import PoisonSuspected, Router, Settings
 from tests.fleets import Fleet, conversation, until
 
-LOST_AFTER = 2.0
+LOST_AFTER = 1.5
+TOKENS = 60
 
 pytestmark = [pytest.mark.rest, pytest.mark.timeout(150), pytest.mark.parametrize("broker", ["valkey"], indirect=True)]
 
@@ -18,10 +19,10 @@ pytestmark = [pytest.mark.rest, pytest.mark.timeout(150), pytest.mark.parametriz
 def hosts(broker):
     """Three, of one model."""
     with ExitStack() as stack:
-        first = stack.enter_context(Fleet(broker.url, {"local": "mlx_lm"}, natural=80, token_interval=0.05))
+        first = stack.enter_context(Fleet(broker.url, {"local": "mlx_lm"}, natural=TOKENS, token_interval=0.05))
         others = [
             stack.enter_context(
-                Fleet(broker.url, {"local": "mlx_lm"}, natural=80, token_interval=0.05, model=first.model)
+                Fleet(broker.url, {"local": "mlx_lm"}, natural=TOKENS, token_interval=0.05, model=first.model)
             )
             for _ in range(2)
         ]
@@ -41,8 +42,8 @@ class Asked:
     def __init__(self, router, hosts, timeout):
         self._hosts = {host.node_name("local"): host for host in hosts}
         messages = conversation("silence")
-        self.expected = hosts[0].expected(messages, 80)
-        self._stream = router.stream_chat(hosts[0].model, messages, max_tokens=80, temperature=0, timeout=timeout)
+        self.expected = hosts[0].expected(messages, TOKENS)
+        self._stream = router.stream_chat(hosts[0].model, messages, max_tokens=TOKENS, temperature=0, timeout=timeout)
         self._pool = ThreadPoolExecutor(1)
         self._text = self._pool.submit(lambda: "".join(delta.content or "" for delta in self._stream))
         self.struck = []
@@ -70,7 +71,7 @@ class Asked:
 def test_two_hosts_that_sleep_under_a_request_are_no_reason_to_refuse_it(hosts, router):
     asked = Asked(router, hosts, timeout=60)
     first, second = (asked.strike(lambda part: part.freeze()) for _ in range(2))
-    time.sleep(LOST_AFTER + 1.0)
+    time.sleep(LOST_AFTER + 0.7)
     for part in first.parts:
         part.thaw()
     assert asked.text() == asked.expected

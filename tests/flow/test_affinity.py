@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from fleet_worker import Router, Settings
-from tests.benchmarks.conversations import DIGESTS_WITHIN, later, minis, routers, talk, words
+from tests.benchmarks.conversations import DIGESTS_WITHIN, PREFILL_RATE, later, minis, routers, talk, words
+from tests.brokers import any_broker
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +31,7 @@ def test_conversations_find_their_servers_again_through_any_router(fleet, warm):
 
 
 @pytest.mark.rest
+@any_broker
 def test_a_popular_prompt_uses_all_servers(fleet, warm):
     popular = words("popular", 600)
 
@@ -43,6 +45,7 @@ def test_a_popular_prompt_uses_all_servers(fleet, warm):
 
 
 @pytest.mark.rest
+@any_broker
 def test_the_first_request_of_a_new_router_finds_the_server_of_a_long_prompt(fleet, warm):
     """A program that is started for each question, too, asks where its document is cached."""
     document = {"role": "system", "content": words("document", 1_200)}
@@ -58,6 +61,7 @@ def test_the_first_request_of_a_new_router_finds_the_server_of_a_long_prompt(fle
 
 
 @pytest.mark.rest
+@any_broker
 def test_a_session_key_finds_its_server_again_though_the_whole_prompt_has_changed(fleet, warm):
     def ask(router, number):
         question = [{"role": "user", "content": words(number, 600)}]
@@ -70,13 +74,13 @@ def test_a_session_key_finds_its_server_again_though_the_whole_prompt_has_change
 
 @pytest.mark.rest
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("broker", ["valkey"], indirect=True)
+@any_broker
 def test_later_turns_begin_in_half_the_time_that_they_need_without_affinity(broker):
     ttft = {}
-    with minis(broker.url, 4) as fleet:
+    with minis(broker.url, 4, prefill_rate=2 * PREFILL_RATE) as fleet:
         for affinity in (False, True):
             with routers(fleet, 2, affinity=affinity) as made:
-                turns = later(talk(fleet, made, 8, 4, 1.5))
+                turns = later(talk(fleet, made, 8, 4, 0.75))
                 ttft[affinity] = statistics.fmean(turn.ttft for turn in turns)
     assert statistics.fmean(turn.cached_share > 0.5 for turn in turns) >= 0.95
     assert ttft[True] <= ttft[False] / 2

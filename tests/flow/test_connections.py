@@ -5,6 +5,7 @@ import pytest
 from fleet_worker import Router, Settings
 from fleet_worker.broker.app import create_app
 from fleet_worker.testing import SimulatedMLX, running_host
+from tests.brokers import any_broker
 from tests.mlx_clients import HELLO, until
 
 AT_MOST = 4
@@ -42,7 +43,7 @@ def use(broker, model):
             assert "error" not in answer["one@idle"]
 
 
-@pytest.mark.parametrize("broker", ["valkey"], indirect=True)
+@any_broker
 def test_the_channels_of_a_node_share_a_socket_and_one_that_closes_leaves_it_to_the_others(broker):
     def socket_of(connection):
         with connection.default_channel.conn_or_acquire() as client:

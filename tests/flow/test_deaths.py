@@ -6,6 +6,7 @@ from fleet_worker import Router, Settings
 from fleet_worker.errors import ConnectionFailure, InstanceUnavailable
 from fleet_worker.simulator import Fault
 from fleet_worker.testing import SimulatedMLX, running_node
+from tests.brokers import any_broker
 from tests.flow.conftest import CHAT
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -27,6 +28,7 @@ def once(broker):
         yield router
 
 
+@any_broker
 def test_a_death_is_told_and_a_mere_break_is_none(mortal, once):
     mortal.fail(Fault("reset", at_token=3))
     with pytest.raises(ConnectionFailure) as broken:
@@ -41,6 +43,7 @@ def test_a_death_is_told_and_a_mere_break_is_none(mortal, once):
     assert killed.value.metadata["instance_died"] is True
 
 
+@any_broker
 def test_a_generation_thread_that_dies_of_a_request_is_a_death(mortal, once):
     mortal.fail(Fault("thread_death"))
     with pytest.raises(InstanceUnavailable) as dead:

@@ -13,6 +13,7 @@ from fleet_worker.errors import InvalidRequest
 from fleet_worker.ops.drain import DrainControl
 from fleet_worker.protocol.reply import ChatResponse
 from fleet_worker.testing import SimulatedMLX, running_host
+from tests.brokers import any_broker
 from tests.mlx_clients import took_less_than, until
 
 WITHIN = 20.0
@@ -142,7 +143,7 @@ def test_who_does_not_answer_is_named(run):
 
 
 @pytest.mark.rest
-@pytest.mark.parametrize("broker", ["valkey"], indirect=True)  # no broker differs in this
+@any_broker
 def test_a_frozen_node_of_a_host_is_named_since_it_takes_work_later(run, nodes):
     nodes["one"].signal(signal.SIGSTOP)
     try:
@@ -158,7 +159,7 @@ def test_a_frozen_node_of_a_host_is_named_since_it_takes_work_later(run, nodes):
 
 
 @pytest.mark.rest
-@pytest.mark.parametrize("broker", ["valkey"], indirect=True)  # no broker differs in this
+@any_broker
 def test_a_node_that_has_not_begun_yet_is_named_too(run, broker):
     opted_in = {"FLEET_INSTANCES__LATE__FLEET": '{"enabled": true, "respond_to_requests": true}'}
     with running_host(broker.url, {}, host="attic", env=opted_in):  # only its registry node

@@ -6,7 +6,10 @@ import pytest
 
 from fleet_worker.errors import UnsupportedParameter
 from fleet_worker.testing import SimulatedMLX, running_node
+from tests.brokers import any_broker
 from tests.flow.conftest import work
+
+pytestmark = any_broker
 
 QUESTION = [{"role": "user", "content": "What is the weather in Paris?"}]
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}

@@ -18,6 +18,7 @@ from fleet_worker.broker.topology import direct_lane, lane, lane_queue, transpor
 from fleet_worker.ops.snapshot import SnapshotCollector
 from fleet_worker.settings import REGISTRY
 from fleet_worker.testing import SimulatedMLX, running_host
+from tests.brokers import any_broker
 from tests.flow.test_readiness import wait_until
 
 pytestmark = pytest.mark.both_brokers
@@ -104,7 +105,7 @@ def test_what_another_make_of_router_sends_has_no_age(app, broker, ask, model):
     assert ask(name)[name].oldest_age is None
 
 
-@pytest.mark.parametrize("broker", ["valkey"], indirect=True)
+@any_broker
 def test_no_prompt_leaves_the_broker(unchecked, ask, model, broker):
     """On RabbitMQ a passive declaration brings numbers only."""
     name = lane("stream_chat", model)

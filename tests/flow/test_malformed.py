@@ -157,7 +157,6 @@ WRONG = [
 ]
 
 
-@pytest.mark.both_brokers
 def test_no_message_of_a_stranger_does_any_harm(stranger, router, nothing_happened):
     send_everything(stranger, router)
     nothing_happened()

@@ -5,6 +5,7 @@ import pytest
 from fleet_worker import Router, Settings, StreamInterrupted, UnsupportedParameter
 from fleet_worker.simulator import Fault, reply_tokens
 from fleet_worker.testing import SimulatedMLX, running_host
+from tests.brokers import any_broker
 from tests.flow.conftest import work
 from tests.mlx_clients import until
 
@@ -13,7 +14,7 @@ WHOLE = "".join(reply_tokens(HELLO, 32))
 MODEL = "of-two-kinds"
 KINDS = {"one": "mlx_lm", "two": "vllm_batched"}
 
-pytestmark = pytest.mark.rest
+pytestmark = [pytest.mark.rest, any_broker]
 
 
 @pytest.fixture(scope="module")

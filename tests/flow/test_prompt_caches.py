@@ -7,13 +7,14 @@ from fleet_worker.ops.doctor import fleet
 from fleet_worker.ops.findings import Finding
 from fleet_worker.protocol.status import CacheTrouble
 from fleet_worker.testing import SimulatedMLX, running_host
+from tests.brokers import any_broker
 from tests.flow.conftest import CHAT
 from tests.mlx_clients import until
 
 OFTEN = {"FLEET_REGISTRY__READINESS_INTERVAL": "0.5"}
 SECRET = "correct-horse-battery-staple"
 
-pytestmark = pytest.mark.rest
+pytestmark = [pytest.mark.rest, any_broker]
 
 
 @pytest.fixture(scope="module")

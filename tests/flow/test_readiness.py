@@ -8,6 +8,7 @@ import pytest
 from fleet_worker import FleetError, InvalidRequest, ModelUnavailable, Router, Settings
 from fleet_worker.simulator import Fault
 from fleet_worker.testing import SimulatedMLX, running_host
+from tests.brokers import any_broker
 from tests.flow.conftest import work
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -125,6 +126,7 @@ def test_a_dead_server_takes_no_work_and_no_request_fails(router, servers):
     }
 
 
+@any_broker
 def test_a_server_that_comes_back_is_used_again(router, servers):
     servers["one"].kill()
     wait_until(lambda: statuses(router)["one"] == "unavailable")
@@ -142,6 +144,7 @@ def test_work_waits_in_its_lane_while_the_only_server_of_it_is_away(router, serv
         assert waiting.result(20).node == "one@test"
 
 
+@any_broker
 def test_a_server_that_answers_late_is_left_alone_until_it_answers(router, servers):
     servers["one"].fail(Fault(**SLOW_HEALTH))
     wait_until(lambda: statuses(router)["one"] == "degraded")
@@ -152,6 +155,7 @@ def test_a_server_that_answers_late_is_left_alone_until_it_answers(router, serve
     assert len([request for request in servers["one"].requests if request.method == "POST"]) == asked  # no canary
 
 
+@any_broker
 def test_a_late_answer_is_no_trouble_while_tokens_flow(router, servers):
     with router.stream_chat("first", HELLO, max_tokens=400, timeout=20) as stream:
         next(stream)
@@ -160,6 +164,7 @@ def test_a_late_answer_is_no_trouble_while_tokens_flow(router, servers):
             assert statuses(router)["one"] == "available"
 
 
+@any_broker
 def test_a_healthy_server_that_fails_every_request_is_left(router, servers):
     """Or it would be the fastest to fail a thousand of them."""
     servers["one"].fail(Fault("status", status=500, times=None))
@@ -171,6 +176,7 @@ def test_a_healthy_server_that_fails_every_request_is_left(router, servers):
     assert statuses(router)["one"] == "unavailable"
 
 
+@any_broker
 def test_a_conversation_that_all_servers_refuse_costs_none_its_lanes(router, servers):
     """And its caller is told that it is the request."""
     for server in servers.values():
@@ -186,6 +192,7 @@ def test_a_conversation_that_all_servers_refuse_costs_none_its_lanes(router, ser
 
 
 @pytest.mark.rest
+@any_broker
 def test_a_server_that_falls_silent_in_the_middle_is_left(router, servers):
     servers["one"].fail(Fault("freeze", at_token=0, times=None))
     with ThreadPoolExecutor(1) as pool:
@@ -209,6 +216,7 @@ def test_only_the_lanes_of_a_model_that_is_gone_are_left(router, servers):
     assert [offered.ready for offered in router.registry.offerings("first")] == [False]
 
 
+@any_broker
 def test_the_figures_of_this_moment_can_be_asked_for(router):
     """Six times within half a second: the beat of one second alone would not do that."""
     wait_until(lambda: statuses(router) == {"one": "available", "two": "available"})

@@ -7,6 +7,7 @@ import pytest
 from fleet_worker.protocol.request import FleetRequest, Resume
 from fleet_worker.simulator import CHAT_TEMPLATE, reply_tokens
 from fleet_worker.testing import SimulatedMLX, running_node
+from tests.brokers import any_broker
 from tests.flow.conftest import CHAT, work
 from tests.mlx_clients import until
 
@@ -31,6 +32,7 @@ def resuming(monkeypatch):
 
 
 @pytest.mark.rest
+@any_broker
 def test_a_template_is_looked_up_when_the_list_of_models_is_read(broker, router, tmp_path, resuming):
     """When the node begins, and now and then; not for each answer that goes on. That it is missing is said once."""
     file = tmp_path / "chat_template.jinja"

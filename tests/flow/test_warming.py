@@ -8,13 +8,14 @@ import pytest
 
 from fleet_worker import Router, Settings
 from fleet_worker.testing import SimulatedMLX, running_host
+from tests.brokers import any_broker
 from tests.flow.conftest import work
 from tests.mlx_clients import until
 
 pytestmark = [
     pytest.mark.rest,
     pytest.mark.timeout(60),
-    pytest.mark.parametrize("broker", ["valkey"], indirect=True),  # nothing of this depends on the broker
+    any_broker,
 ]
 
 PREFILL_RATE = 1_000.0

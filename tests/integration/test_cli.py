@@ -255,7 +255,7 @@ WORKERS = ["fleet-worker worker --instance local", "celery -A fleet_worker worke
 UNNAMED = ["fleet-worker worker", "celery -A fleet_worker worker"]
 
 
-@pytest.mark.parametrize("line", [WORKERS[0], "celery -A fleet_worker inspect ping"])
+@pytest.mark.parametrize("line", [WORKERS[0], *rest("celery -A fleet_worker inspect ping")])
 def test_a_configuration_that_is_not_there_is_one_line(line, monkeypatch, tmp_path):
     monkeypatch.setenv("FLEET_CONFIG", str(tmp_path / "nowhere.toml"))
     assert_refused(run(line), 78, "FLEET_CONFIG", "nowhere.toml")
@@ -334,13 +334,19 @@ def test_a_worker_becomes_the_node_of_its_instance(line, mlx, configured):
 
 
 @pytest.mark.parametrize(
-    ("option", "said"), {"-c 9": "limits.concurrency", "-Q mine": "leave out -Q", "-P solo": "leave out -P"}.items()
+    ("option", "said"),
+    [
+        ("-c 9", "limits.concurrency"),
+        pytest.param("-Q mine", "leave out -Q", marks=pytest.mark.rest),
+        pytest.param("-P solo", "leave out -P", marks=pytest.mark.rest),
+    ],
 )
 def test_what_the_settings_say_is_refused_on_the_command_line(option, said, mlx, configured):
     configured(local={"base_url": mlx.base_url})
     assert_refused(run(f"{WORKERS[0]} {option}"), 78, said)
 
 
+@pytest.mark.rest
 def test_a_debug_log_shows_no_secret(broker_url, mlx, configured):
     configured(local={"base_url": mlx.base_url, "models": {"talkative": {"backend": CHAT}}})
     with worker(f"{WORKERS[0]} --loglevel DEBUG") as process:
@@ -360,6 +366,7 @@ def test_a_worker_without_its_broker_waits_for_it_and_shows_no_secret(mlx, confi
         assert process.wait(WITHIN) == 0
 
 
+@pytest.mark.rest
 def test_sigterm_lets_running_work_finish(mlx, configured):
     configured(local={"base_url": mlx.base_url, "models": {"mine": {"backend": CHAT}}})
     with worker(WORKERS[0]) as process:

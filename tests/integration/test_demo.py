@@ -148,8 +148,8 @@ def test_a_broker_that_is_given_and_dead_is_a_clear_failure(folder, monkeypatch)
 
 INTERRUPTIONS = [
     (signal.SIGINT, BROKER, 130),
-    (signal.SIGTERM, BROKER, 143),
-    (signal.SIGINT, PREPARING, 130),
+    pytest.param(signal.SIGTERM, BROKER, 143, marks=pytest.mark.rest),
+    pytest.param(signal.SIGINT, PREPARING, 130, marks=pytest.mark.rest),
     (signal.SIGHUP, PREPARING, 129),
     (signal.SIGTERM, CHATTING, 143),
 ]

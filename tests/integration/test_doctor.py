@@ -173,11 +173,11 @@ def test_a_frozen_broker_and_a_frozen_server_are_told_in_time(configured, valkey
 
 @pytest.mark.parametrize(
     ("text", "word"),
-    {
-        f"broker_url = '{PASSWORD}'": "broker_url",
-        f"[instances.local]\napi_keyy = '{API_KEY}'": "api_keyy",
-        "[instances.local": "not valid TOML",
-    }.items(),
+    [
+        (f"broker_url = '{PASSWORD}'", "broker_url"),
+        pytest.param(f"[instances.local]\napi_keyy = '{API_KEY}'", "api_keyy", marks=pytest.mark.rest),
+        pytest.param("[instances.local", "not valid TOML", marks=pytest.mark.rest),
+    ],
 )
 def test_a_configuration_that_cannot_be_used_is_told_first(text, word, configured, monkeypatch, pmset):
     configured(text)

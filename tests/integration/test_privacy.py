@@ -32,7 +32,7 @@ LEVELS = {"quiet@test": "INFO", "talkative@test": "DEBUG"}
 API_KEY, PASSWORD = f"key-{uuid.uuid4().hex}", f"password-{uuid.uuid4().hex}"
 HELLO = [{"role": "user", "content": "Hello"}]
 
-pytestmark = pytest.mark.parametrize("node", LEVELS)
+pytestmark = pytest.mark.parametrize("node", ["talkative@test", pytest.param("quiet@test", marks=pytest.mark.rest)])
 
 
 class Events:

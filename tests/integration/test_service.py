@@ -215,7 +215,9 @@ def test_on_linux_the_status_is_systemd_s(linux):
     assert (done.returncode, done.stdout) == (0, "Active: active (running)\n")
 
 
-@pytest.mark.parametrize(("given", "used"), {"{}/elsewhere": "elsewhere", "relative": ".config"}.items())
+@pytest.mark.parametrize(
+    ("given", "used"), [("{}/elsewhere", "elsewhere"), pytest.param("relative", ".config", marks=pytest.mark.rest)]
+)
 def test_on_linux_the_unit_is_where_systemd_looks(given, used, linux):
     linux.run("install", XDG_CONFIG_HOME=given.format(linux.home))
     assert linux.files() == [linux.home / used / "systemd/user" / UNIT]
@@ -246,7 +248,7 @@ def test_a_service_that_cannot_be_ended_is_not_called_removed(linux):
 # --- both -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("before", [None, 0o666])
+@pytest.mark.parametrize("before", [pytest.param(None, marks=pytest.mark.rest), 0o666])
 def test_only_the_owner_may_write_the_file(before, mac):
     """launchd loads no other, and this shell's umask would let the group."""
     if before:

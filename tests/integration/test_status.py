@@ -241,6 +241,7 @@ def test_without_a_registry_node_the_lanes_are_shown_all_the_same():
     assert NO_REGISTRY_NODE in in_json.stderr
 
 
+@pytest.mark.rest
 def test_a_broker_that_is_not_there_is_named_without_its_password(monkeypatch):
     monkeypatch.setenv("FLEET_ROUTER__CONNECT_TIMEOUT", "0.3")
     port = free_port()

@@ -75,10 +75,6 @@ class Reader:
         slow = self._slow
         return Readings(self._read("idle_user", float), slow.on_power, slow.memory, slow.thermal)
 
-    def forget(self) -> None:
-        """Read everything anew the next time."""
-        self._read_at = -math.inf
-
     def _read(self, setting: str, kind: Callable[..., Answer]) -> Answer | None:
         probe = self._probes.get(setting)
         if not probe:

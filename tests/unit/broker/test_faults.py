@@ -25,7 +25,7 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from fleet_worker.broker.faults import BROKER_ERRORS, is_away, needs_operator, place_of, refusal, unavailable
+from fleet_worker.broker.faults import BROKER_ERRORS, describe, is_away, needs_operator, place_of, refusal, unavailable
 
 SECRET = "hush-hush"
 
@@ -187,3 +187,21 @@ def test_a_known_cause_is_named_although_time_may_mend_it():
 )
 def test_the_place_of_a_broker_shows_no_password(url, place):
     assert place_of(url) == place
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(65, "No route to host"),
+        RedisConnectionError(f"Error 65 connecting to {SECRET}:6379. No route to host."),
+        OperationalError(SECRET),
+    ],
+)
+def test_a_host_without_a_route_is_said_in_logs_too_since_a_person_may_have_to_allow_it(error):
+    """macOS keeps an agent from the local network until somebody allows Python."""
+    if isinstance(error, OperationalError):
+        error.__cause__ = OSError(113, "No route to host")
+    assert is_away(error)
+    said = describe(error)
+    assert said.startswith("is on a host to which there is no route: check the network; on a Mac allow Python")
+    assert SECRET not in said

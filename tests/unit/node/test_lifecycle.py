@@ -82,6 +82,12 @@ def test_who_asks_a_node_to_end_says_with_which_exit_code_whatever_its_own_reaso
     assert exit_code(life, worker) == code
 
 
+def test_a_node_that_is_to_restart_ends_so_that_up_starts_it_again(worker):
+    life = Lifecycle(worker, Node(), grace=0.0)
+    life.restart()
+    assert exit_code(life, worker) == RESTART
+
+
 def test_of_two_reloads_at_once_the_one_that_has_read_the_newer_configuration_is_the_last(worker, monkeypatch):
     versions, newer_followed = iter(("older", "newer")), threading.Event()
 

@@ -37,7 +37,7 @@ def ended():
 def tell(clock, node, ended, monkeypatch):
     """Send a command to a node that `up` has started long ago."""
     monkeypatch.setenv(PARENT_PIPE, "7")
-    commands = restart_commands(node, lambda: ended.set() or "")
+    commands = restart_commands(node, ended.set)
     clock.now += RESTARTS_APART
     return lambda command: commands[command](None)
 
@@ -74,3 +74,4 @@ def test_a_process_that_has_just_begun_was_restarted_just_now(clock, node, monke
     monkeypatch.setenv(PARENT_PIPE, "7")
     commands = restart_commands(node, lambda: pytest.fail("it ends"))
     assert "try again in 10 s" in commands["restart"](None)["error"]
+    assert commands["restart_server"](None)["error"] == ""

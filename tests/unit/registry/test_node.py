@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from fleet_worker.broker.app import create_app
 from fleet_worker.protocol.cache_digest import CacheDigest
+from fleet_worker.protocol.host_messages import HostStatus, ServerStatus
 from fleet_worker.protocol.registry_event import READINESS
 from fleet_worker.protocol.status import InstanceStatus, ModelStatus
 from fleet_worker.registry import node as registry_node_module
@@ -491,3 +492,33 @@ def test_a_beat_that_does_not_reach_the_broker_is_logged_once(host, monkeypatch,
     scheduler.apply_entry(object())
     assert len(caplog.records) == 2
     assert KEY not in caplog.text
+
+
+# --- What `fleet-worker up` tells
+
+
+def test_an_instance_whose_server_is_in_quarantine_says_so_with_and_without_its_node(host):
+    host.node.host_watch._take(HostStatus((ServerStatus("talk", "quarantined", "ended with exit code 1", deaths=5),)))
+    for nodes in ([], [report(status="unavailable", reason="it does not accept connections")]):
+        host.nodes = nodes
+        _, event = host.told("readiness")["talk", READINESS]
+        assert event.status == "unavailable"
+        assert "fleet-worker restart talk --server" in event.health["error"]
+        assert event.runtime["server_deaths"] == 5
+
+
+def test_a_host_whose_owner_needs_it_is_away_and_so_are_its_models(host):
+    host.node.host_watch._take(HostStatus(away="a user is at it"))
+    _, event = host.told("readiness")["talk", READINESS]
+    assert (event.status, event.health["error"], event.event_type) == (
+        "away",
+        "a user is at it",
+        "offering_unavailable",
+    )
+    assert {event.status for _, event in host.told("models").values()} == {"away"}
+
+
+def test_what_up_tells_is_published_at_once(host):
+    del host.announced[:]
+    host.node.host_watch._take(HostStatus(away="a user is at it"))
+    assert host.announced == [("readiness", "models")]

@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from fleet_worker import __version__
 from fleet_worker.broker.queue_depth import Waiting
 from fleet_worker.errors import BrokerUnavailable, ConfigurationError
+from fleet_worker.protocol.host_messages import HostStatus, ServerStatus
 from fleet_worker.protocol.status import STATUSES, InstanceStatus, ModelStatus
 from fleet_worker.registry import prometheus as metrics
 from fleet_worker.registry.counters import BOUNDS, Counters
@@ -48,10 +49,10 @@ NO_NODE = NodeReport(
 )
 
 
-def collector(*reports, failures=0, published_at=None, waiting=lambda lanes: {}):
+def collector(*reports, failures=0, published_at=None, waiting=lambda lanes: {}, host=HostStatus):
     """Of one instance without a node, unless there are reports."""
     publisher = SimpleNamespace(failures=failures, published_at=published_at)
-    return HostCollector(lambda: list(reports) or [NO_NODE], publisher=publisher, waiting=waiting)
+    return HostCollector(lambda: list(reports) or [NO_NODE], publisher=publisher, waiting=waiting, host=host)
 
 
 class Scraped(dict):
@@ -407,3 +408,32 @@ def test_messages_that_were_dropped_are_counted_for_each_node_by_reason():
     scraped = look(found)
     assert scraped.of("fleet_dropped_messages_total", node="local@mini", reason="it is compressed") == 3
     assert scraped.of("fleet_dropped_messages_total", node="registry@mini", reason="it is no task") == 1
+
+
+# --- what `fleet-worker up` tells -------------------------------------------------------------------------------------
+
+
+def test_a_managed_server_has_metrics_of_its_own():
+    server = ServerStatus("local", "quarantined", restarts=6, deaths=5, memory=2**34)
+    stranger = ServerStatus("not served any more", "serving")
+    scraped = seen(report(), host=lambda: HostStatus((server, stranger)))
+    assert scraped.of("fleet_server_restarts_total", **NODE) == 6
+    assert scraped.of("fleet_server_deaths_total", **NODE) == 5
+    assert scraped.of("fleet_server_quarantined", **NODE) == 1
+    assert scraped.of("fleet_server_memory_bytes", **NODE) == 2**34
+    assert scraped.of("fleet_away") == 0
+
+
+def test_so_has_one_whose_node_is_gone_and_whose_memory_is_not_known():
+    scraped = seen(host=lambda: HostStatus((ServerStatus("local", "starting"),)))
+    assert scraped.of("fleet_server_quarantined", **NODE) == 0
+    assert scraped.of("fleet_server_restarts_total", **NODE) == 0
+    assert "fleet_server_memory_bytes" not in scraped
+
+
+def test_a_host_whose_owner_needs_it_is_away():
+    assert seen(host=lambda: HostStatus(away="a user is at it")).of("fleet_away") == 1
+
+
+def test_a_server_that_nobody_manages_has_none():
+    assert not [name for name in seen(report()) if name.startswith("fleet_server_")]

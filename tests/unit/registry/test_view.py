@@ -174,6 +174,16 @@ def test_two_hosts_may_have_instances_of_the_same_name(registry):
     assert [(state.host, state.ready) for state in registry.instances()] == [("a", False), ("b", True)]
 
 
+def test_the_instance_of_a_node_is_known_until_its_host_is_forgotten(registry, clock):
+    say(registry, about_instance(node="local@mini", pid=7, server_restarts=3))
+    say(registry, about_instance(node="local@other", pid=8), host="other")
+    known = registry.instance("local@mini")
+    assert (known.node, known.pid, known.server_restarts, known.heard_at) == ("local@mini", 7, 3, clock.now)
+    assert (registry.instance("embed@mini"), registry.instance("mini")) == (None, None)
+    clock.turn(45)
+    assert registry.instance("local@mini") is None
+
+
 def test_returned_offerings_do_not_change_with_later_events(registry):
     say(registry, about_instance(), about_model())
     (before,) = registry.offerings()

@@ -135,6 +135,14 @@ def test_a_broker_is_read_from_standard_input(here):
     assert written(path)["broker_url"] == BROKER
 
 
+def test_what_is_no_broker_on_standard_input_is_refused(here):
+    path = here(servers=[SERVER])
+    done = fleet_worker("init --yes --broker -", "http://h:hush@x\n")
+    assert (done.returncode, path.exists()) == (2, False)
+    assert "the URL of the broker must begin with redis://" in done.stderr
+    assert "hush" not in done.stderr
+
+
 def test_a_file_that_is_there_stays_without_force(here, tmp_path):
     path = here(servers=[SERVER])
     path.parent.mkdir()
@@ -196,7 +204,7 @@ def test_on_a_terminal_it_asks(here, terminal):
         LOADED,
         {"b": {"backend": "default_model", "chat_template": "org/B"}},
     ]
-    assert "it must begin with redis://" in done.stdout + done.stderr
+    assert "the URL of the broker must begin with redis://" in done.stdout + done.stderr
 
 
 def test_on_a_terminal_it_proposes_a_model(here, terminal):

@@ -11,7 +11,8 @@ from fleet_worker.host.child_process import child, free_port
 from fleet_worker.host.embedded_broker import READY, broker_command
 from fleet_worker.settings import Settings
 from fleet_worker.setup import single_use
-from fleet_worker.setup.invite import invite, own_address
+from fleet_worker.setup.invite import invite
+from fleet_worker.setup.own_names import own_address, own_host
 from fleet_worker.setup.single_use import redeem
 
 PASSWORD = "hush-hush"
@@ -141,5 +142,6 @@ def test_the_name_for_others_is_told_with_an_address_beside_it(fleet, monkeypatc
     assert invite(fleet, address="10.0.0.9").other_address is None
 
 
-def test_this_host_has_some_address():
+def test_this_host_has_some_name_and_address():
     assert own_address()
+    assert own_host()

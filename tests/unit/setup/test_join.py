@@ -36,6 +36,7 @@ def fleet(tmp_path_factory):
 def path(tmp_path, monkeypatch):
     path = tmp_path / "fleet" / "worker.toml"
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("fleet_worker.setup.join.ANSWERS_WITHIN", 0.05)
     return path
 
 
@@ -73,7 +74,8 @@ def test_a_folder_that_cannot_be_written_costs_no_invitation(fleet, tmp_path):
 def test_where_the_name_of_the_broker_is_not_known_its_address_is_used(fleet, path, monkeypatch):
     monkeypatch.setattr("fleet_worker.setup.invite.lan_address", lambda: "127.0.0.1")
     line = invite(fleet, address="mini-1.invalid").encode()
-    assert join(line, path, KNOWN).broker_url == fleet.broker_url
+    membership, _ = join(line, path, KNOWN)
+    assert membership.broker_url == fleet.broker_url
     assert of_file(path, monkeypatch).broker_url == fleet.broker_url
 
 
@@ -115,7 +117,7 @@ def of_fleet(fleet, tmp_path):
 @pytest.fixture
 def server(monkeypatch):
     findings = [Finding("ok", "all is well"), Finding("warning", "it sleeps at night", "wake it")]
-    monkeypatch.setattr("fleet_worker.ops.doctor.examine", lambda: findings)
+    monkeypatch.setattr("fleet_worker.ops.doctor.examine", lambda **_: findings)
     with SimulatedMLX(flavour="mlx_lm", models=["qwen3-14b"]) as mlx:
         port = int(mlx.base_url.rpartition(":")[2])
         monkeypatch.setattr("fleet_worker.setup.local_servers.local_servers.__defaults__", ((port,),))

@@ -68,10 +68,10 @@ def test_a_machine_stays_awake_while_requests_run_and_a_while_after_them(inhibit
     assert awake.due == NEVER
     awake.working(2)
     until(inhibit)
-    for running in (1, 3, 0, 1, 0):
+    for running, due in ((1, NEVER), (3, NEVER), (0, 1030.0), (0, 1030.0), (1, NEVER), (0, 1030.0)):
         awake.working(running)
         awake.act()
-    assert awake.due == 1030.0
+        assert awake.due == due
     awake.clock.now = 1029.0
     awake.act()
     (call,) = inhibit()

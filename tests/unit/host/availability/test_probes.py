@@ -327,9 +327,6 @@ def test_the_user_is_looked_for_each_time_and_all_else_now_and_then():
         assert reader.read() == Readings(9.0, True, MemoryPressure.NORMAL, Thermal.NOMINAL)
         clock.now += 1.0
     assert answers.asked == {"on_power": 2, "idle_seconds": 10, "memory_pressure": 2, "thermal": 2}
-    reader.forget()
-    reader.read()
-    assert answers.asked["thermal"] == 3
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,10 @@ def test_a_sleep_without_a_notice_is_seen_by_the_clocks(watch):
     assert told.next()[0] == ""
 
 
+def test_everything_is_read_again_before_a_host_works_after_a_sleep():
+    assert Pauses().awake > watcher.ELSE
+
+
 def test_a_notice_that_no_sleep_follows_is_forgotten(watch, monkeypatch):
     monkeypatch.setattr(watcher, "NOT_ASLEEP", 0.05)
     told = Told()
