@@ -208,11 +208,15 @@ class Node:
         except (NoUp, ConfigurationError) as error:
             return str(error)
 
-    def hand_over(self, reason: str = "the node is being drained") -> None:
-        """Stop what is running, so that other nodes go on with it; during a pause, what begins later as well."""
+    def hand_over(self, reason: str = "the node is being drained", *, after_fault: bool = False) -> None:
+        """Stop what is running, so that other nodes go on with it; during a pause, what begins later as well.
+
+        `after_fault`: what runs may be the cause of a fault of the server, so it is not free to do that to every node.
+        """
         if self._readiness.paused:
             self.running.refusal = lambda: InstanceUnavailable(reason, handed_over=True)
-        if stopped := self.running.stop(lambda: InstanceUnavailable(reason, handed_over=True)):
+        known = {"instance_frozen": True} if after_fault else {"handed_over": True}
+        if stopped := self.running.stop(lambda: InstanceUnavailable(reason, **known)):
             self.handed_over += stopped
             log.warning("%s hands over what is still running: %d", self.name, stopped)
 

@@ -41,9 +41,9 @@ class Node:
         self.shown.append(None)
         self.running.refusal = None
 
-    def hand_over(self, reason):
+    def hand_over(self, reason, *, after_fault):
         self.running.refusal = lambda: InstanceUnavailable(reason, handed_over=True)
-        self.running.stop(self.running.refusal)
+        self.running.stop(lambda: InstanceUnavailable(reason, handed_over=not after_fault))
 
     def wait_until_idle(self, timeout):
         ends = time.monotonic() + timeout
@@ -218,7 +218,9 @@ def test_work_of_a_server_with_a_fault_is_handed_over_at_once(linked):
     node.fault = "no token"
     up.pause(status="restarting", reason="no token")
     until(lambda: up.last.idle)
-    assert node.ended["a"].metadata == {"handed_over": True}
+    assert node.ended["a"].metadata == {"handed_over": False}
+    node.begin("b")
+    assert node.ended["b"].metadata == {"handed_over": True}
 
 
 def test_what_begins_during_a_pause_runs_until_the_grace_is_over_and_is_handed_over_afterwards(linked):
