@@ -271,7 +271,10 @@ class Settings(Group, BaseSettings):
         serving = {name: instance for name, instance in self.instances.items() if instance.opted_in}
         if not serving:
             path = config_file.config_path()
-            unset = "FLEET_CONFIG is not set, so no file was read: export FLEET_CONFIG=~/fleet/worker.toml"
+            unset = (
+                "FLEET_CONFIG is not set, so no file was read: export FLEET_CONFIG=~/fleet/worker.toml, "
+                "or write that file by fleet-worker init"
+            )
             raise ConfigurationError(
                 "no instance has opted in: set fleet = { enabled = true, respond_to_requests = true } for an instance "
                 + (f"in {path}" if path else f"in the configuration file; {unset}")

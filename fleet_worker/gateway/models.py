@@ -10,6 +10,8 @@ from fleet_worker.registry.alternatives import nearest
 from fleet_worker.registry.offered import Offered
 from fleet_worker.registry.view import Registry
 
+OWNER = "fleet"
+"""Of each model, as OpenAI's clients are told."""
 LONGEST_NAME = 200
 """Characters. No model of the fleet has a longer name, and each chunk of a stream repeats it."""
 MOST_LISTED = 8
@@ -88,7 +90,7 @@ def _object(name: str, offered: list[Offered]) -> dict[str, Any]:
         "id": name,
         "object": "model",
         "created": 0,
-        "owned_by": "fleet",
+        "owned_by": OWNER,
         "type": "model",
         "display_name": name,
         "created_at": "1970-01-01T00:00:00Z",

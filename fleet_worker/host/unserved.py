@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from fleet_worker import config_file
 from fleet_worker.settings import Settings
 
 
 def unserved(settings: Settings) -> Iterator[str]:
-    """Yield why each such instance is not served, and what would change that."""
+    """Yield why each such instance of the file is not served, and what would change that.
+
+    Of one that only variables name, `mistyped` tells more.
+    """
+    in_file = config_file.read().get("instances", {})
     for name, instance in settings.instances.items():
+        if name not in in_file:
+            continue
         switches = {"enabled": instance.fleet.enabled, "respond_to_requests": instance.fleet.respond_to_requests}
         off = " and ".join(f"{switch} = true" for switch, is_on in switches.items() if not is_on)
         if off:

@@ -35,7 +35,7 @@ class Obeying(Protocol):
     def fault(self) -> str: ...
     def pause(self, status: Status, reason: str) -> None: ...
     def resume(self) -> None: ...
-    def hand_over(self, reason: str) -> None: ...
+    def hand_over(self, reason: str, *, after_fault: bool) -> None: ...
     def wait_until_idle(self, timeout: float) -> bool: ...
 
 
@@ -46,6 +46,8 @@ class _Standing:
     reason: str
     ends_at: float
     """When its grace does: time.monotonic() seconds."""
+    after_fault: bool
+    """The node had found a fault of its server: what runs may be the cause."""
     is_closed: bool = False
     """What still ran was handed over, and so is what begins from now on."""
     is_complete: bool = False
@@ -94,9 +96,10 @@ class HostLink:
 
     def _pause(self, pause: Pause) -> None:
         """One that stands goes on with another status and reason, and with the shorter grace."""
-        ends_at = time.monotonic() + (0.0 if self._node.fault else pause.grace)
+        has_fault = bool(self._node.fault)
+        ends_at = time.monotonic() + (0.0 if has_fault else pause.grace)
         if self._standing is None:
-            self._standing = _Standing(pause.reason, ends_at)
+            self._standing = _Standing(pause.reason, ends_at, has_fault)
         self._standing.reason, self._standing.ends_at = pause.reason, min(ends_at, self._standing.ends_at)
         self._order = pause.order
         self._node.pause(STATUS[pause.status], pause.reason)
@@ -119,7 +122,8 @@ class HostLink:
             if standing.is_closed:
                 standing.is_complete = idle
             elif idle or time.monotonic() >= standing.ends_at:
-                self._node.hand_over(f"the node takes no work: {standing.reason}")
+                reason = f"the node takes no work: {standing.reason}"
+                self._node.hand_over(reason, after_fault=standing.after_fault)
                 standing.is_closed = True
 
     def _tell(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -92,6 +93,7 @@ class Node:
         self.state = State("starting")
         self.handed_over = 0
         """Requests that were handed over to other nodes since this one was drained."""
+        self.process = secrets.token_hex(6)
         self.server_restarts = 0
         """How often its server was restarted, or replaced, since this process began."""
         self._restarts_before = 0
@@ -208,11 +210,15 @@ class Node:
         except (NoUp, ConfigurationError) as error:
             return str(error)
 
-    def hand_over(self, reason: str = "the node is being drained") -> None:
-        """Stop what is running, so that other nodes go on with it; during a pause, what begins later as well."""
+    def hand_over(self, reason: str = "the node is being drained", *, after_fault: bool = False) -> None:
+        """Stop what is running, so that other nodes go on with it; during a pause, what begins later as well.
+
+        `after_fault`: what runs may be the cause of a fault of the server, so it is not free to do that to every node.
+        """
         if self._readiness.paused:
             self.running.refusal = lambda: InstanceUnavailable(reason, handed_over=True)
-        if stopped := self.running.stop(lambda: InstanceUnavailable(reason, handed_over=True)):
+        known = {"instance_frozen": True} if after_fault else {"handed_over": True}
+        if stopped := self.running.stop(lambda: InstanceUnavailable(reason, **known)):
             self.handed_over += stopped
             log.warning("%s hands over what is still running: %d", self.name, stopped)
 
@@ -310,6 +316,7 @@ class Node:
                 server=self.server_kind,
                 version=VERSION,
                 pid=os.getpid(),
+                process=self.process,
                 server_restarts=self.server_restarts,
                 slots=self.slots,
                 running=len(self.running),

@@ -7,9 +7,11 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass, replace
 
+import httpx
 import psutil
 
 from fleet_worker.errors import FleetError, RequestTimeout, Unauthorized
+from fleet_worker.gateway.models import OWNER
 from fleet_worker.mlx.client import MLXClient
 from fleet_worker.settings import Instance, ServerTimeouts
 from fleet_worker.setup.command_words import option_of
@@ -67,9 +69,19 @@ def server_at(url: str, *, within: float = WITHIN) -> LocalServer | None:
             return replace(found, wants_key=isinstance(error, Unauthorized)) if kind != "openai" else None
         except FleetError:
             return None
-    if kind == "openai" and not models:
+    if kind == "openai" and (not models or _is_gateway(url, within / 2)):
         return None
     return replace(found, models=tuple(models), started_with=_model_of(url) if kind == "mlx_lm" else "")
+
+
+def _is_gateway(url: str, within: float) -> bool:
+    """Tell whether a gateway of a fleet answers there, by whom it calls the owner of its models: a node that served it
+    would send requests in a circle."""
+    try:
+        listed = httpx.get(f"{url}/v1/models", timeout=within, trust_env=False).json()["data"]
+        return any(model.get("owned_by") == OWNER for model in listed)
+    except (httpx.HTTPError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def _model_of(url: str) -> str:

@@ -10,6 +10,7 @@ import queue
 import re
 import tempfile
 import threading
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -160,6 +161,11 @@ def router(broker_url):
         yield router
 
 
+def state(router, node):
+    instance = router.registry.instance(node)
+    return instance and (instance.status, instance.reason)
+
+
 class Streams:
     """Some streams at once. `begun` counts those that have a first token."""
 
@@ -197,11 +203,14 @@ def test_a_user_returns_while_streams_run_and_none_fails(minis, router):
     streams = Streams(router)
     streams.wait_until_begun()
     until(lambda: one.inhibits("idle:sleep"), WITHIN)
+    came = time.monotonic()
     one.user_comes()
     one.wait_for("this host is away: a user is at it", times=2)
+    assert time.monotonic() - came < 5.0, "2 s, and some for a busy machine"
     two.user_leaves()
     assert streams.answers() == [ANSWER] * STREAMS
     until(lambda: not one.server_runs, 10.0)
+    until(lambda: state(router, "local@mini-1") == ("away", "a user is at it"), WITHIN)
 
 
 def test_the_mini_works_again_when_its_user_has_left(minis, router):

@@ -131,6 +131,13 @@ def test_by_sudo_the_file_in_the_home_of_the_person_counts(managed, monkeypatch)
     assert str(file) in managed.file.read_text("utf-8").replace("%%", "%")
 
 
+def test_a_file_that_an_option_names_is_found_from_anywhere(managed, monkeypatch):
+    monkeypatch.delenv("FLEET_CONFIG")
+    monkeypatch.chdir(managed.config.parent)
+    assert fleet_worker(f"service install --system --config '{managed.config.name}'").returncode == 0
+    assert str(managed.config) in managed.file.read_text("utf-8")
+
+
 @pytest.mark.parametrize("first", ["", " --system"])
 def test_one_service_is_not_installed_beside_another(first, linux, monkeypatch):
     monkeypatch.setenv("HOME", str(linux.home))

@@ -71,14 +71,15 @@ def up(program=""):
 
 
 @pytest.mark.rest
-def test_a_variable_whose_name_is_mistyped_is_said_when_up_starts_and_reloads(configure, monkeypatch):
-    configure(local=1)
+def test_a_mistyped_variable_and_an_unused_instance_are_said_when_up_starts_and_reloads(configure, monkeypatch):
+    configure(local=1, idle=None)
     monkeypatch.setenv("FLEET_BROKER", "redis://:hush-hush@h/0")
     monkeypatch.setenv("FLEET_INSTANCES__LOCL__API_KEY", "hush-hush")
     lines = (
         "the variable FLEET_BROKER is not read, the nearest that exists is FLEET_BROKER_URL",
         "the variable FLEET_INSTANCES__LOCL__API_KEY is for an instance 'locl', which is not in the configuration, "
         "the nearest that exists is local",
+        "the instance 'idle' is not served: its fleet needs enabled = true and respond_to_requests = true",
     )
     with up() as process:
         for line in lines:

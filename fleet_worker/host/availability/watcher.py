@@ -31,9 +31,10 @@ SLEPT = 3.0
 NOT_ASLEEP = 60.0
 """Seconds after a notice of sleep after which a machine that is awake does not sleep."""
 
-CLOCK_WITH_SLEEP = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-"""A clock that goes on while the machine sleeps. time.monotonic() stands still: on Linux CLOCK_MONOTONIC, on macOS
-mach_absolute_time(); there CLOCK_MONOTONIC goes on."""
+CLOCK_WITH_SLEEP = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC_RAW)
+"""A clock that goes on while the machine sleeps: CLOCK_BOOTTIME of Linux, CLOCK_MONOTONIC_RAW of macOS. See
+clock_gettime(3) of each. time.monotonic() stands still on both.
+"""
 
 
 def time_asleep() -> float:

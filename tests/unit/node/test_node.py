@@ -86,6 +86,16 @@ def test_what_begins_after_a_paused_node_has_handed_over_is_handed_over_too(node
         assert token.error is None
 
 
+def test_what_may_have_broken_a_server_is_not_free_to_do_that_to_every_node(node):
+    node.pause("starting", "no token for more than 20 s")
+    with node.running.attempt("before", 1, "q") as token:
+        node.hand_over("the node takes no work", after_fault=True)
+        assert token.error.metadata == {"instance_frozen": True}
+    with pytest.raises(InstanceUnavailable) as raised, node.running.attempt("after", 1, "q"):
+        pass
+    assert raised.value.metadata == {"handed_over": True}
+
+
 def test_a_drained_node_still_serves_what_it_takes_after_it_has_handed_over(node):
     """Its process may be asked to take work again at any time, and its server works."""
     node.drain()

@@ -70,6 +70,10 @@ def test_a_server_that_wants_a_key_is_found_without_models():
 
 
 OTHERS = {
+    "the gateway of a fleet": {
+        "answers": {"/v1/models": (200, {"data": [{"id": "qwen3-14b", "object": "model", "owned_by": "fleet"}]})},
+        "other": (200, {"status": "ready"}),
+    },
     "a web page": {},
     "a page for each path": {"other": (200, b"<html>")},
     "an API in JSON": {"other": (404, {"detail": "Not Found"})},

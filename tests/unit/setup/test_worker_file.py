@@ -1,6 +1,7 @@
 """worker.toml as `init`, `join` and `quickstart` write it."""
 
 import stat
+import tempfile
 import tomllib
 
 import pytest
@@ -79,6 +80,19 @@ def test_a_file_that_is_there_stays_unless_it_may_be_replaced(tmp_path):
     assert path.read_text() == "mine"
     worker_file.write(path, FULL.text(), force=True)
     assert (path.read_text(), stat.S_IMODE(path.stat().st_mode)) == (FULL.text(), 0o600)
+
+
+def test_what_another_has_just_put_there_stays(tmp_path, monkeypatch):
+    path, make = tmp_path / "worker.toml", tempfile.mkstemp
+
+    def slowly(**options):
+        path.write_text("mine")
+        return make(**options)
+
+    monkeypatch.setattr(tempfile, "mkstemp", slowly)
+    with pytest.raises(ConfigurationError, match="exists already"):
+        worker_file.write(path, FULL.text())
+    assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [("worker.toml", "mine")]
 
 
 def test_a_link_that_leads_nowhere_is_a_file_that_is_there(tmp_path):
