@@ -247,7 +247,7 @@ def test_one_that_is_never_ready_is_ended_and_counts_as_dead(ups):
     up = ups("never_ready", serve_timeout=0.15)
     up.managed.start()
     status = up.until(lambda: up.status.stage == "quarantined")
-    assert status.reason == "accepted no connection within 0.15 s"
+    assert status.reason == f"accepted no connection on port {up.port} within 0.15 s"
     assert status.deaths == 5
 
 
