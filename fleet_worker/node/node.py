@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -92,6 +93,7 @@ class Node:
         self.state = State("starting")
         self.handed_over = 0
         """Requests that were handed over to other nodes since this one was drained."""
+        self.process = secrets.token_hex(6)
         self.server_restarts = 0
         """How often its server was restarted, or replaced, since this process began."""
         self._restarts_before = 0
@@ -314,6 +316,7 @@ class Node:
                 server=self.server_kind,
                 version=VERSION,
                 pid=os.getpid(),
+                process=self.process,
                 server_restarts=self.server_restarts,
                 slots=self.slots,
                 running=len(self.running),

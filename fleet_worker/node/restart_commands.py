@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -31,7 +30,7 @@ def restart_commands(node: Node, restart: Callable[[], None]) -> dict[str, Comma
     """Return the control commands by name. `restart` ends the process in such a way that `up` starts it again.
 
     Each replies with an `error` (empty if it is obeyed), the seconds after which one that comes too soon can come again
-    (`again_in`), the `pid` and `server_restarts` before it, and the seconds of `grace` that running requests have.
+    (`again_in`), the `process` and `server_restarts` before it, and the seconds of `grace` that running requests have.
     """
 
     def restart_node() -> str:
@@ -56,7 +55,7 @@ class _Limited:
         self._last = last
 
     def __call__(self, state: Any) -> dict[str, Any]:
-        before = {"pid": os.getpid(), "server_restarts": self._node.server_restarts}
+        before = {"process": self._node.process, "server_restarts": self._node.server_restarts}
         again_in = max(0.0, self._last + RESTARTS_APART - time.monotonic())
         error = f"it was restarted just now: try again in {again_in:.0f} s" if again_in else self._act()
         if not error:

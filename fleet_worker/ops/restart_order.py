@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from fleet_worker.host.up_socket import NoUp, ask
 from fleet_worker.ops.node_control import NodeControl
 from fleet_worker.protocol.host_messages import Restart
-from fleet_worker.protocol.status import Measured, Reason, Total
+from fleet_worker.protocol.status import Measured, Name, Reason, Total
 from fleet_worker.settings import Settings
 
 UP_ANSWERS_WITHIN = 5.0
@@ -18,14 +18,15 @@ UP_ANSWERS_WITHIN = 5.0
 
 @dataclass(frozen=True, slots=True)
 class RestartReply:
-    """The answer of a node, or of its `up`; `pid` and `server_restarts` are those before the restart."""
+    """The answer of a node, or of its `up`; `process` and `server_restarts` are those before the
+    restart, as in `InstanceStatus`."""
 
     node: str
     error: Reason = ""
     """Why it is not restarted; empty if it is."""
     again_in: Measured = 0.0
     """It was restarted just now, and can be again in so many seconds."""
-    pid: int | None = None
+    process: Name = ""
     server_restarts: Total | None = None
     grace: Measured = 0.0
     """Seconds that its running requests have."""

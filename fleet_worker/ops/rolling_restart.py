@@ -49,11 +49,10 @@ def is_back(seen: InstanceStatus | None, before: InstanceStatus | None, reply: R
     """Return whether what was restarted works again, or takes no work for the reason for which it took none before."""
     if seen is None or seen.pid is None:
         return False
-    pid = reply.pid or (before.pid if before else None)
-    restarts = reply.server_restarts
-    if restarts is None and before:
-        restarts = before.server_restarts
-    is_new = seen.pid != pid or (server and (seen.server_restarts or 0) > (restarts or 0))
+    process, restarts = reply.process, reply.server_restarts
+    if before and not process:  # `up` has replied, which does not know them
+        process, restarts = before.process, before.server_restarts
+    is_new = seen.process != process or (server and (seen.server_restarts or 0) > (restarts or 0))
     return is_new and (seen.ready or (before is not None and seen.status == before.status in STAYS))
 
 

@@ -94,6 +94,8 @@ class RegistryEvent(ExtensibleModel):
             capacity["server_memory"] = instance.server_memory
         if live:
             runtime |= {"server": instance.server, "pid": instance.pid}
+            if instance.process:
+                runtime["process"] = instance.process
             if instance.server_restarts is not None:
                 runtime["server_restarts"] = instance.server_restarts
             capacity["tokens_per_second"] = instance.tokens_per_second

@@ -61,6 +61,9 @@ class InstanceStatus:
     """Of fleet-worker on that host."""
     pid: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     """The process id of the node; None if no node reports."""
+    process: Name = ""
+    """A random name of that process: after a restart of its host, or of a container, the process id may be the same.
+    Empty from an older version."""
     server_restarts: Total | None = None
     """How often its server was restarted, or replaced, since that process began; None from an older version."""
     server_stage: Name = ""

@@ -70,7 +70,8 @@ class Silence:
     def _is_another(self, seen: InstanceStatus) -> bool:
         """Return whether another process is the node, or its server, than before."""
         is_restarted = (seen.server_restarts or 0) > (self.before.server_restarts or 0)
-        return seen.pid is not None and (seen.pid != self.before.pid or is_restarted)
+        is_other_process = (seen.pid, seen.process) != (self.before.pid, self.before.process)
+        return seen.pid is not None and (is_other_process or is_restarted)
 
     def _lives(self, seen: InstanceStatus) -> bool:
         return seen.pid is not None and not self._is_another(seen) and seen.status in LIVES

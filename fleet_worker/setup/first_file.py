@@ -14,7 +14,7 @@ from pathlib import Path
 from fleet_worker.config_file import read_toml
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.gateway.accounts.keys import MOST_BYTES, new_key
-from fleet_worker.host.embedded_broker import is_taken
+from fleet_worker.host.servers.port_owner import is_taken
 from fleet_worker.setup import worker_file
 from fleet_worker.setup.worker_file import WorkerFile, WorkerInstance
 
@@ -33,17 +33,21 @@ class FirstFile:
     """Of this host for other hosts; empty: they do not reach it."""
     broker_url: str = ""
     """Of a broker of one's own; empty: the embedded one."""
+    broker_ca: Path | None = None
     instances: Mapping[str, WorkerInstance] = field(default_factory=dict)
 
     def write(self, path: Path) -> str:
         """Write both files, and return the first key, which is stored nowhere else.
 
         Raises:
-            ConfigurationError: the file exists, or cannot be written.
+            ConfigurationError: the file exists, or cannot be written, or what would stand in it is not allowed.
         """
         worker_file.check_free(path)
-        key = _add_key(path.with_name("keys.toml"))
-        worker_file.write(path, self._text(path.with_name("keys.toml")))
+        keys = path.with_name("keys.toml")
+        text = self._text(keys)
+        worker_file.check_text(text)
+        key = _add_key(keys)
+        worker_file.write(path, text)
         return key
 
     def _text(self, keys: Path) -> str:
@@ -52,6 +56,7 @@ class FirstFile:
         return WorkerFile(
             broker_url=self.broker_url or embedded,
             host=self.host,
+            broker_ca=self.broker_ca,
             instances=self.instances,
             more=self._sections(keys),
             made_by="fleet-worker quickstart",
@@ -80,7 +85,7 @@ def free_port(usual: int, *, everywhere: bool) -> int:
     """Return the usual port, or the next one on which nobody listens."""
     ports = range(usual, usual + TRIED_PORTS)
     for port in ports:
-        if not is_taken(port, every_address=everywhere):
+        if not is_taken("0.0.0.0" if everywhere else "127.0.0.1", port):  # noqa: S104
             return port
     raise ConfigurationError(f"all ports from {ports[0]} to {ports[-1]} are taken")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -89,7 +88,7 @@ def init(
     instances = _instances(server, serve, model, asks=not yes)
     instances = _adjusted(instances, name, concurrency)
     text = worker_file.WorkerFile(broker, host, broker_ca, instances=instances).text()
-    _check_text(text)
+    worker_file.check_text(text)
     worker_file.write(path, text, force=force)
     click.echo(f"{path} was written.")
     config_file.use(str(path))
@@ -203,15 +202,3 @@ def _adjusted(
     if name and len(instances) != 1:
         raise click.UsageError(f"--name is for one instance, and there are {len(instances)}: choose it by --server URL")
     return {name: next(iter(instances.values()))} if name else instances
-
-
-def _check_text(text: str) -> None:
-    """Raise `ConfigurationError` if what would be written is no configuration, as by a `--host` with a space."""
-    from fleet_worker.settings import Settings
-
-    class Written(Settings):
-        @classmethod
-        def settings_customise_sources(cls, *_: object, **sources: object) -> tuple[object, ...]:  # type: ignore[override]
-            return (sources["init_settings"],)
-
-    Written(**tomllib.loads(text))

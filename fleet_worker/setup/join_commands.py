@@ -20,9 +20,10 @@ _PEM = click.Path(path_type=Path, dir_okay=False, exists=True, resolve_path=True
 @click.option("--model", default="", metavar="NAME", help="The model of the MLX server that is started, or runs.")
 @click.option("--simulated", is_flag=True, help="Try it with a simulated MLX server.")
 @click.option("--broker", default="", metavar="URL", help="Use this broker; - reads the URL from standard input.")
+@click.option("--broker-ca", type=_PEM, help="PEM file of the CA that issued its certificate.")
 @click.option("--address", default="", metavar="NAME", help="Name or address of this Mac for others, as mini-1.local.")
 @click.option("--local", is_flag=True, help="Only for this Mac: everything listens on loopback.")
-def quickstart(broker: str, address: str, local: bool, **options: Any) -> None:
+def quickstart(broker: str, broker_ca: Path | None, address: str, local: bool, **options: Any) -> None:
     """Run a broker, a gateway and a node for each MLX server of this Mac, and print how to use it.
 
     The first time it writes ~/fleet/worker.toml (or --config FILE) and a first key; the options are for this. Later it
@@ -34,7 +35,7 @@ def quickstart(broker: str, address: str, local: bool, **options: Any) -> None:
 
     if local and (address or broker):
         raise click.UsageError("--local has neither an address nor a broker of its own")
-    choices = Choices(_read(broker), address, local, **options)
+    choices = Choices(_read(broker), broker_ca, address, local, **options)
     sys.exit(quickstart(worker_file.place(None), choices))
 
 

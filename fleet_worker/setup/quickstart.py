@@ -28,6 +28,7 @@ class Choices:
     """The options of the first start. Later ones go on with the files that are there."""
 
     broker_url: str = ""
+    broker_ca: Path | None = None
     address: str = ""
     local: bool = False
     simulated: bool = False
@@ -65,7 +66,7 @@ def _begin(path: Path, choices: Choices) -> str:
     """Write the first files; return the key."""
     instances = simulated() if choices.simulated else local_instances(choices.model or None)
     address = "" if choices.local else choices.address or own_address()
-    key = FirstFile(own_host(), address, choices.broker_url, instances).write(path)
+    key = FirstFile(own_host(), address, choices.broker_url, choices.broker_ca, instances).write(path)
     click.echo(printable(f"Wrote {path}, for {'; '.join(map(described, instances.values()))}."))
     click.echo(f"The first key, which is shown only now, and stored as a hash:\n\n{key}\n")
     return key

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import tempfile
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from tomlkit.items import Item, Table
 
 from fleet_worker.config_file import DEFAULT, config_path
 from fleet_worker.errors import ConfigurationError
-from fleet_worker.settings import Capability
+from fleet_worker.settings import Capability, Settings
 
 _OPTED_IN = "{{ enabled = true, respond_to_requests = true, capabilities = {} }}"
 
@@ -134,6 +135,19 @@ def check_free(path: Path, *, force: bool = False) -> None:
     """Raise `ConfigurationError` if a file is there already, unless it may be replaced."""
     if os.path.lexists(path) and not force:
         raise ConfigurationError(f"{path} exists already: --force replaces it, --output FILE writes another one")
+
+
+def check_text(text: str) -> None:
+    """Raise `ConfigurationError` if what would be written is no configuration, as by a name with a space."""
+    OnlySettings(**tomllib.loads(text))
+
+
+class OnlySettings(Settings):
+    """Settings without the variables of this shell, and without the configuration file that counts now."""
+
+    @classmethod
+    def settings_customise_sources(cls, *_: Any, **sources: Any) -> Any:
+        return (sources["init_settings"],)
 
 
 def write(path: Path, text: str, *, force: bool = False) -> None:

@@ -9,7 +9,7 @@ import pytest
 from fleet_worker import PoisonSuspected, Router, Settings
 from tests.fleets import Fleet, conversation, until
 
-LOST_AFTER = 1.5
+LOST_AFTER = 2.0
 TOKENS = 60
 
 pytestmark = [pytest.mark.rest, pytest.mark.timeout(150), pytest.mark.parametrize("broker", ["valkey"], indirect=True)]

@@ -252,7 +252,7 @@ class ManagedServer:
             self._plan("starting", taken, self._port.pause)
             return
         if (self._stage, self._reason) != ("blocked", taken):
-            log.error("the server of %s cannot start: %s; end that, or set another base_url", self.instance, taken)
+            log.error("the server of %s cannot start: %s; end that, or set another port", self.instance, taken)
         self._plan("blocked", taken, self._port.pause)
 
     def _look_whether_it_serves(self, now: float) -> None:
@@ -267,7 +267,7 @@ class ManagedServer:
             self._policy.served(now)
             self._plan("serving", "", 0.0)
         elif now - self._started_at >= self._serve_timeout:
-            self._overdue = f"accepted no connection within {self._serve_timeout:g} s"
+            self._overdue = f"accepted no connection on port {command.port} within {self._serve_timeout:g} s"
             log.warning("the server of %s %s and is killed", self.instance, self._overdue)
             self._kill()
         else:

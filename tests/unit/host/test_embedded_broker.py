@@ -1,8 +1,6 @@
 """The embedded broker of `fleet-worker up`."""
 
-import socket
 import stat
-import subprocess
 import sys
 import time
 from contextlib import closing, contextmanager
@@ -13,7 +11,7 @@ import redis
 
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.host.child_process import child, free_port
-from fleet_worker.host.embedded_broker import READY, broker_command, folder, port_problem
+from fleet_worker.host.embedded_broker import READY, broker_command, folder
 from fleet_worker.settings import Settings
 
 PASSWORD = 'pässwörd "x\\'
@@ -111,23 +109,3 @@ def test_without_its_package_the_line_for_pip_is_told(tmp_path, monkeypatch):
 def test_an_address_is_no_url(text):
     with pytest.raises(ConfigurationError, match="without a scheme"):
         Settings(up={"address": text})
-
-
-def test_a_port_that_is_taken_is_told_with_the_process_that_has_it(tmp_path):
-    mine = settings(tmp_path)
-    assert port_problem(mine) == ""
-    port = int(mine.broker_url.rpartition(":")[2].partition("/")[0])
-    listen = f"import socket; s = socket.create_server(('127.0.0.1', {port})); print('ready', flush=True); input()"
-    other = subprocess.Popen([sys.executable, "-c", listen], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    with other:
-        other.stdout.readline()
-        assert f"port {port} of the embedded broker is taken by process {other.pid} (python" in port_problem(mine)
-        other.stdin.close()
-
-
-def test_a_port_that_is_taken_at_one_address_only_is_taken_for_all(tmp_path):
-    with socket.create_server(("127.0.0.2", 0)) as other:
-        port = other.getsockname()[1]
-        url = f"redis://:x@127.0.0.1:{port}/0"
-        assert port_problem(settings(tmp_path, url, address="mini-1.local"))
-        assert not port_problem(settings(tmp_path, url))

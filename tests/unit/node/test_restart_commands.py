@@ -1,6 +1,5 @@
 """What a node answers an operator who restarts it, or its server."""
 
-import os
 import threading
 from types import SimpleNamespace
 
@@ -24,7 +23,7 @@ def clock(monkeypatch):
 def node():
     worker = SimpleNamespace(drain_grace=30.0)
     server = {"restart_server": lambda: node.answer, "server_restarts": 3}
-    node = SimpleNamespace(name="one@test", settings=SimpleNamespace(worker=worker), answer="", **server)
+    node = SimpleNamespace(name="one@test", process="p", settings=SimpleNamespace(worker=worker), answer="", **server)
     return node
 
 
@@ -43,7 +42,7 @@ def tell(clock, node, ended, monkeypatch):
 
 
 def test_a_node_answers_and_ends(tell, ended):
-    assert tell("restart") == {"error": "", "again_in": 0.0, "pid": os.getpid(), "server_restarts": 3, "grace": 30.0}
+    assert tell("restart") == {"error": "", "again_in": 0.0, "process": "p", "server_restarts": 3, "grace": 30.0}
     assert ended.wait(5)
 
 

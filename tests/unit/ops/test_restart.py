@@ -18,9 +18,9 @@ from tests.clock import Clock
 ONE, TWO, THREE = "one@mini", "two@mini", "three@other"
 
 
-def status(node, status="available", pid=1, server_restarts=0, reason=""):
+def status(node, status="available", process="old", server_restarts=0, reason=""):
     name, _, host = node.partition("@")
-    facts = {"pid": pid, "server_restarts": server_restarts, "reason": reason}
+    facts = {"pid": process and 7, "process": process or "", "server_restarts": server_restarts, "reason": reason}
     return InstanceStatus(host=host, name=name, node=node, status=status, **facts)
 
 
@@ -52,12 +52,12 @@ class Fleet:
         before = self._nodes[node]
         if node not in self._lost:
             self._back_at[node] = self.clock.now + self._takes
-        self._nodes[node] = status(node, "starting", pid=before.pid, reason="it restarts")
-        return RestartReply(node, pid=before.pid, server_restarts=before.server_restarts, grace=30.0)
+        self._nodes[node] = status(node, "starting", process=before.process, reason="it restarts")
+        return RestartReply(node, process=before.process, server_restarts=before.server_restarts, grace=30.0)
 
     def status(self, node):
         if self.clock.now >= self._back_at.get(node, float("inf")):
-            return status(node, pid=1 if self.server else 2, server_restarts=int(self.server))
+            return status(node, process="old" if self.server else "new", server_restarts=int(self.server))
         return self._nodes.get(node)
 
     def served_alone(self, node):
@@ -146,28 +146,28 @@ def test_what_a_host_says_cannot_move_the_cursor(capsys):
     [
         (None, False, False),
         (status(ONE), False, False),
-        (status(ONE, pid=None), False, False),
-        (status(ONE, pid=2), False, True),
-        (status(ONE, "starting", pid=2), False, False),
-        (status(ONE, "unavailable", pid=2), False, False),
+        (status(ONE, process=None), False, False),
+        (status(ONE, process="new"), False, True),
+        (status(ONE, "starting", process="new"), False, False),
+        (status(ONE, "unavailable", process="new"), False, False),
         (status(ONE, server_restarts=1), False, False),
         (status(ONE), True, False),
         (status(ONE, server_restarts=1), True, True),
         (status(ONE, "starting", server_restarts=1), True, False),
-        (status(ONE, pid=2), True, True),
-        (status(ONE, pid=2, server_restarts=None), True, True),
+        (status(ONE, process="new"), True, True),
+        (status(ONE, process="new", server_restarts=None), True, True),
     ],
 )
 def test_back_is_what_is_new_and_works(seen, server, back):
-    assert is_back(seen, status(ONE), RestartReply(ONE, pid=1, server_restarts=0), server=server) is back
+    assert is_back(seen, status(ONE), RestartReply(ONE, process="old", server_restarts=0), server=server) is back
     assert is_back(seen, status(ONE), RestartReply(ONE), server=server) is back  # `up` answered, which knows neither
 
 
 @pytest.mark.parametrize("state", ["drained", "away"])
 def test_a_node_that_took_no_work_before_is_back_when_it_takes_none_again(state):
-    reply = RestartReply(ONE, pid=1, server_restarts=0)
-    assert is_back(status(ONE, state, pid=2), status(ONE, state), reply, server=False)
-    assert not is_back(status(ONE, state, pid=2), status(ONE), reply, server=False)
+    reply = RestartReply(ONE, process="old", server_restarts=0)
+    assert is_back(status(ONE, state, process="new"), status(ONE, state), reply, server=False)
+    assert not is_back(status(ONE, state, process="new"), status(ONE), reply, server=False)
 
 
 # --- Who is told ---
@@ -208,13 +208,13 @@ def test_a_name_is_that_of_an_instance_here_of_a_host_or_of_a_node(settings, nam
     assert module._resolved(name, settings) == nodes
 
 
-@pytest.mark.parametrize("reply", [None, [], {"error": "a node does not obey this"}, {"error": "", "pid": 7}])
+@pytest.mark.parametrize("reply", [None, [], {"error": "a node does not obey this"}, {"error": "", "process": "p"}])
 def test_a_node_that_answers_is_asked_alone(settings, up, monkeypatch, reply):
     control = RestartControl(settings, server=True)
     monkeypatch.setattr(control, "tell", lambda command, nodes: {ONE: reply} if command == "restart_server" else {})
     answer = control.order(ONE)
     if isinstance(reply, dict):
-        assert (answer.error, answer.pid, up.asked) == (reply["error"], reply.get("pid"), [])
+        assert (answer.error, answer.process, up.asked) == (reply["error"], reply.get("process", ""), [])
     else:
         assert (answer.error, up.asked) == ("", [("one", True)])
 

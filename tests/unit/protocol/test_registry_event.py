@@ -222,6 +222,7 @@ instances = st.builds(
     tokens_per_second=st.floats(0, 1e6),
     last_token_age=st.none() | st.floats(0, 1e6),
     lanes=st.lists(texts, max_size=3).map(tuple),
+    process=texts,
     server_restarts=st.none() | st.integers(0, 2**53),
     prompt_tokens=st.none() | st.integers(0, 2**53),
     cached_tokens=st.none() | st.integers(0, 2**53),

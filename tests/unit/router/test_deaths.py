@@ -16,9 +16,9 @@ BACK = SINCE + 60.0
 """When its host is heard again."""
 
 
-def said(status="available", at=SINCE - 3.0, pid=7, server_restarts=0):
+def said(status="available", at=SINCE - 3.0, pid=7, server_restarts=0, process="p"):
     """What the host says about the node, and when it is heard."""
-    facts = {"pid": pid, "server_restarts": server_restarts, "heard_at": at}
+    facts = {"pid": pid, "process": process, "server_restarts": server_restarts, "heard_at": at}
     return InstanceStatus(host="mini", name="local", node=NODE, status=status, **facts)
 
 
@@ -77,6 +77,7 @@ def test_what_the_host_said_before_it_knew_the_node_counts_for_nothing():
         (said("away", at=BACK), "lived"),
         (said(at=BACK, pid=8), "died"),
         (said("starting", at=BACK, pid=8), "died"),
+        (said(at=BACK, process="q"), "died"),
         (said(at=BACK, server_restarts=1), "died"),
         (said("unavailable", at=BACK), "open"),
         (said("unavailable", at=BACK, pid=None), "open"),

@@ -18,7 +18,7 @@ from fleet_worker.setup.first_file import FirstFile, simulated
 @pytest.fixture
 def path(tmp_path, monkeypatch):
     """Of a file in a folder that is not there yet, and has a name that needs quotes."""
-    monkeypatch.setattr(first_file, "is_taken", lambda port, every_address: False)
+    monkeypatch.setattr(first_file, "is_taken", lambda host, port: False)
     path = tmp_path / 'my "fleet" folder' / "worker.toml"
     monkeypatch.setenv("FLEET_CONFIG", str(path))
     return path
@@ -73,13 +73,14 @@ def test_keys_that_are_there_already_stay(path):
     assert len(tomllib.loads(settings.gateway.keys.read_text("utf-8"))["keys"]) == 2
 
 
-def test_a_port_that_is_taken_is_replaced_by_the_next_free_one():
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_a_port_that_is_taken_is_replaced_by_the_next_free_one(everywhere):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert port < first_file.free_port(port, everywhere=False) < port + first_file.TRIED_PORTS
+        assert port < first_file.free_port(port, everywhere=everywhere) < port + first_file.TRIED_PORTS
 
 
 def test_without_any_free_port_it_says_so(monkeypatch):
-    monkeypatch.setattr(first_file, "is_taken", lambda port, every_address: True)
+    monkeypatch.setattr(first_file, "is_taken", lambda host, port: True)
     with pytest.raises(ConfigurationError, match="from 4000 to 4099 are taken"):
         first_file.free_port(4000, everywhere=True)
