@@ -25,13 +25,15 @@ if TYPE_CHECKING:
 _EXAMPLES = """\b
 Examples:
   fleet-worker demo                         a whole fleet on this machine
-  fleet-worker up --config worker.toml      all nodes of this host
+  fleet-worker quickstart                   a fleet on this Mac, to be joined
+  fleet-worker init                         write ~/fleet/worker.toml
+  fleet-worker up                           all nodes of this host
   fleet-worker worker --config worker.toml --instance local
-  fleet-worker service install --config worker.toml
+  fleet-worker service install              the same, whenever you log in
   fleet-worker chat qwen3-14b "Why is the sky blue?"
   git diff | fleet-worker chat qwen3-14b --system "Review this diff." -
   fleet-worker embed all-minilm-l6-v2 "a text" "another"
-  fleet-worker doctor --config worker.toml  what is wrong here
+  fleet-worker doctor                       what is wrong, and what to do
   fleet-worker status --watch               instances, models, waiting work
   fleet-worker drain local@mini-7 --wait    no new work there, until undrain
 """

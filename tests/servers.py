@@ -65,6 +65,16 @@ def forks(*_):
     subprocess.Popen([sys.executable, "-S", "-c", CHILD], start_new_session=True)
 
 
+def detaches(*_):
+    """Start a process that is nobody's child, in a session of its own."""
+    if not os.fork():
+        os.setsid()
+        if os.fork():
+            os._exit(0)
+        os.execv(sys.executable, [sys.executable, "-S", "-c", CHILD])
+    os.wait()
+
+
 def abandons(port, _):
     """Have a child hold the port in a session of its own, and die a moment later."""
     subprocess.Popen([sys.executable, "-S", __file__, str(port), "deaf"], start_new_session=True)
@@ -95,7 +105,8 @@ def shows(_, name):
 
 
 MANNERS = {
-    each.__name__: each for each in (dies, never_ready, loads, deaf, forks, abandons, floods, holds, says, shows)
+    each.__name__: each
+    for each in (dies, never_ready, loads, deaf, forks, detaches, abandons, floods, holds, says, shows)
 }
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ def gateway() -> None:
     The address and all else are settings, in the section [gateway] of the configuration file; by default
     http://127.0.0.1:4000. SIGTERM and Ctrl-C let running requests end. SIGHUP reads the file of keys again.
     """
+    from fleet_worker.host.lossy_output import lose_what_cannot_be_written
     from fleet_worker.settings import Settings
 
     try:
@@ -26,6 +27,7 @@ def gateway() -> None:
     except ModuleNotFoundError as error:
         text = f"the gateway needs {error.name}: in a checkout, pip install '.[gateway]'"
         raise ConfigurationError(text) from None
+    lose_what_cannot_be_written()
     form = "[%(asctime)s: %(levelname)s/gateway] %(message)s"
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format=form)
     serve(Settings())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
@@ -41,8 +42,8 @@ def hold(path: Path) -> IO[str]:
         with file:
             raise Held(path, _pid(file)) from None
     file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
+    with contextlib.suppress(OSError):  # on a full disk nobody can know who holds it
+        os.write(file.fileno(), str(os.getpid()).encode())
     return file
 
 

@@ -117,6 +117,7 @@ class HostedInstance:
         """End all of it at once. Only after `leave`."""
         self.node.kill()
         if self._server:
+            self._server.stop()  # or it would start again
             self._server.kill()
 
     def make_way(self, away: Away | None) -> None:
@@ -162,10 +163,11 @@ class HostedInstance:
 
     def act(self, node_name: str) -> None:
         """Do all that is due; the node is started under this name."""
-        now = time.monotonic()
         self.node.reap()
         if self._server:
             self._server.reap()
+        now = time.monotonic()
+        if self._server:
             if self._server.due <= now:
                 self._server.act()
             self._has_served = self._has_served or self._server.serves

@@ -102,8 +102,9 @@ class ServerFault:
             self.content_received(time.monotonic())
         elif _thread_died(failure):
             self._report(failure.message)
-        elif silence and _is_no_answer(failure):
-            self._report(f"{silence}, and a canary failed: {failure.message}")
+        elif silence and self._is_no_answer(failure):
+            told = "had no answer in time" if isinstance(failure, RequestTimeout) else f"failed: {failure.message}"
+            self._report(f"{silence}, and a canary {told}")
         elif isinstance(failure, RequestTimeout) and not was_patient:
             pass
         elif self._blames(failure):
@@ -145,6 +146,14 @@ class ServerFault:
         if self._failed >= CANARIES:
             self._report(f"{self._failed} canaries in a row failed, the last: {failure.message}")
 
+    def _is_no_answer(self, failure: FleetError) -> bool:
+        """Return False if the server told that it is busy, refused what it was asked for, or takes no connections: a
+        frozen one takes none either, once its backlog is full."""
+        if isinstance(failure, InstanceUnavailable) and "status" not in failure.metadata:
+            return self._readiness.began_late and self._readiness.silence > 0
+        is_answer = isinstance(failure, Overloaded) or type(failure) is ProviderError
+        return isinstance(failure, ProviderError) and not is_answer
+
     def _blames(self, failure: FleetError) -> bool:
         """Return whether a restart may help."""
         if type(failure) is ProviderError:
@@ -166,10 +175,3 @@ class ServerFault:
 
 def _thread_died(error: FleetError) -> bool:
     return isinstance(error, InstanceUnavailable) and error.metadata.get("instance_died") is True
-
-
-def _is_no_answer(failure: FleetError) -> bool:
-    """Return True unless the server told that it is busy, or refused what it was asked for."""
-    if isinstance(failure, Overloaded) or type(failure) is ProviderError:
-        return False
-    return isinstance(failure, ProviderError)

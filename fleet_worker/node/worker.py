@@ -16,6 +16,7 @@ from fleet_worker.broker.control_listener import ControlListener
 from fleet_worker.broker.topology import is_node_name, lane_queue, transport_of
 from fleet_worker.errors import ConfigurationError, FleetError, where
 from fleet_worker.exit_codes import CONFIGURATION, INTERRUPTED, RESTART, SOFTWARE, UNAVAILABLE
+from fleet_worker.host.lossy_output import lose_what_cannot_be_written
 from fleet_worker.host.parent_pipe import attach_to_parent
 from fleet_worker.node import new_settings
 from fleet_worker.node.consumer import Consumer
@@ -44,6 +45,7 @@ def serve_with(app: Celery, settings: Settings) -> None:
 
 def refuse(error: ConfigurationError) -> NoReturn:
     """End this process with one line that says why, before logging is set up."""
+    lose_what_cannot_be_written()
     print(f"fleet-worker: {error.message}", file=sys.stderr, flush=True)  # noqa: T201
     raise SystemExit(CONFIGURATION)
 
@@ -60,6 +62,7 @@ class Worker(celery_worker.Worker):  # type: ignore[misc]
         Raises:
             SystemExit: it cannot be that node.
         """
+        lose_what_cannot_be_written()
         try:
             _check_options(options)
             protect_logs()

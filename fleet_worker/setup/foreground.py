@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 
+from fleet_worker.host.lossy_output import lose_what_cannot_be_written
 from fleet_worker.host.supervisor import Supervisor
 from fleet_worker.settings import Settings
 
@@ -17,6 +18,7 @@ def run_up(settings: Settings) -> int:
         Held: an `up` of this host runs already.
     """
     supervisor = Supervisor(settings)
+    lose_what_cannot_be_written()
     form = "[%(asctime)s: %(levelname)s/up] %(message)s"  # like the lines of the nodes, in the same output
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format=form)
     return supervisor.run()

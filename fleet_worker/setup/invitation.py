@@ -68,8 +68,7 @@ class Invitation(_Part):
     def encode(self) -> str:
         """Return it as one word."""
         text = self.model_dump_json(exclude_defaults=True).encode()
-        packed = zlib.compress(text, 9) + zlib.crc32(text).to_bytes(4)
-        return VERSION + base64.b32encode(packed).decode().rstrip("=")
+        return VERSION + base64.b32encode(zlib.compress(text, 9)).decode().rstrip("=")
 
 
 def decode(line: str) -> Invitation:
@@ -79,6 +78,7 @@ def decode(line: str) -> Invitation:
         ConfigurationError: it is none, is damaged, or is of another version.
     """
     line = re.sub(r"^\s*\S*fleet-worker\s+join\b", "", line.strip()[:MOST_CHARACTERS])
+    line = re.sub(r"\s[-–—]+\w+", "", line)  # its options, with what chat programs make of hyphens
     word = re.sub(r"\s", "", line).strip("'\"`")
     version = re.match(r"(fleet\d{1,4})P", word, re.IGNORECASE)  # P: the first letter of all that is packed
     if not version:
@@ -96,7 +96,7 @@ def _unpacked(code: str) -> bytes:
     """Raises `ValueError` or `zlib.error`."""
     packed = base64.b32decode(code + "=" * (-len(code) % 8))
     unpacking = zlib.decompressobj()
-    text = unpacking.decompress(packed[:-4], 100_000)
-    if not unpacking.eof or zlib.crc32(text).to_bytes(4) != packed[-4:]:
-        raise ValueError("it is cut off, or changed")
+    text = unpacking.decompress(packed, 100_000)  # it has a checksum
+    if not unpacking.eof:
+        raise ValueError("it is cut off")
     return text

@@ -17,12 +17,12 @@ from fleet_worker.errors import BrokerUnavailable, ConfigurationError
 from fleet_worker.host.file_lock import holder
 from fleet_worker.host.up_socket import lock_path
 from fleet_worker.ops.broker_checks import connected
-from fleet_worker.settings import REGISTRY, Settings
+from fleet_worker.settings import REGISTRY
 from fleet_worker.setup import worker_file
 from fleet_worker.setup.invitation import Invitation, Membership, decode
 from fleet_worker.setup.own_names import own_host
 from fleet_worker.setup.single_use import redeem
-from fleet_worker.setup.worker_file import WorkerFile
+from fleet_worker.setup.worker_file import OnlySettings, WorkerFile
 from fleet_worker.urls import with_host
 
 CONNECTS_WITHIN = 3.0
@@ -110,8 +110,12 @@ def _written(membership: Membership, path: Path, known: WorkerFile, *, force: bo
 
 def _free_name(file: WorkerFile, name: str) -> str:
     """Return the name, or the first of NAME-2, NAME-3 ... that no other host has whose registry node answers."""
-    tls = {"broker_ca": file.broker_ca, "broker_cert": file.broker_cert, "broker_key": file.broker_key}
-    settings = Settings(broker_url=file.broker_url, **tls)
+    settings = OnlySettings(
+        broker_url=file.broker_url,
+        broker_ca=file.broker_ca,
+        broker_cert=file.broker_cert,
+        broker_key=file.broker_key,
+    )
     if holder(lock_path(settings.state_dir, name)):
         return name  # that other host is this one
     app = create_app(settings)

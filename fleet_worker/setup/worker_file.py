@@ -139,11 +139,11 @@ def check_free(path: Path, *, force: bool = False) -> None:
 
 def check_text(text: str) -> None:
     """Raise `ConfigurationError` if what would be written is no configuration, as by a name with a space."""
-    _Written(**tomllib.loads(text))
+    OnlySettings(**tomllib.loads(text))
 
 
-class _Written(Settings):
-    """Settings without the variables of this shell, and without the file that counts now."""
+class OnlySettings(Settings):
+    """Settings without the variables of this shell, and without the configuration file that counts now."""
 
     @classmethod
     def settings_customise_sources(cls, *_: Any, **sources: Any) -> Any:

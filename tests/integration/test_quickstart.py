@@ -90,7 +90,6 @@ def test_a_fleet_of_two_macs_takes_two_lines_and_goes_on_where_it_was(macs):
             joined.wait_for("is ready, 4 slots", WITHIN)
             hosts = {each["node"].partition("@")[2] for each in json.loads(first.run("status", "--json"))["instances"]}
             assert hosts == {node.partition("@")[2], f"{node.partition('@')[2]}-2"}  # two names, on one machine
-            assert json.loads(second.run("status", "--json"))["instances"]
     with first.running("quickstart") as process:
         again = greeted(process)
         assert "sk-fleet" not in again

@@ -267,7 +267,7 @@ class ManagedServer:
             self._policy.served(now)
             self._plan("serving", "", 0.0)
         elif now - self._started_at >= self._serve_timeout:
-            self._overdue = f"accepted no connection within {self._serve_timeout:g} s"
+            self._overdue = f"accepted no connection on port {command.port} within {self._serve_timeout:g} s"
             log.warning("the server of %s %s and is killed", self.instance, self._overdue)
             self._kill()
         else:

@@ -35,9 +35,10 @@ def _connects(family: socket.AddressFamily, address: str, port: int) -> bool:
         with socket.socket(family) as probe:
             probe.settimeout(LONGEST_CONNECT)
             probe.connect((address, port))
+            # Nobody listens, and the system has chosen this very port for our own end: it is connected to itself.
+            return bool(probe.getsockname() != probe.getpeername())
     except OSError:
         return False
-    return True
 
 
 def _is_bound(family: socket.AddressFamily, address: str, port: int) -> bool:

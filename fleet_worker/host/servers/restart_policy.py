@@ -78,7 +78,7 @@ class RestartPolicy:
         if self._quarantined:
             return self._pace.quarantine
         failures = len(self._deaths)
-        return 0.0 if failures == 1 else min(self._pace.longest, self._pace.first * 2.0 ** (failures - 2))
+        return 0.0 if failures == 1 else min(self._pace.longest, self._pace.first * 2.0 ** min(failures - 2, 60))
 
     def stopped(self, now: float) -> None:
         """It has ended because it was told to."""

@@ -154,6 +154,9 @@ class ServerOutput:
                 with self._reading:
                     self._read()
                     self._tell_left_out()
+                    is_flood = self._allowance.exhausted
+                if is_flood:
+                    time.sleep(PAUSE_IN_FLOOD)
 
     def _read(self) -> bool:
         try:
@@ -161,15 +164,7 @@ class ServerOutput:
         except BlockingIOError:
             return False
         self._tail = (self._tail + data)[-KEPT_BYTES:]
-        if self._allowance.exhausted:  # a flood must not take a processor: its lines are only counted
-            whole, _, rest = data.rpartition(b"\n")
-            if whole:
-                self._allowance.leave_out(data.count(b"\n"))
-                self._splitter.take_rest()
-            self._splitter.split(rest)
-            time.sleep(PAUSE_IN_FLOOD)
-        else:
-            self._log(self._splitter.split(data))
+        self._log(self._splitter.split(data))
         return bool(data)
 
     def _log(self, lines: list[bytes]) -> None:

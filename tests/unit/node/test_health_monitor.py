@@ -8,12 +8,16 @@ from types import SimpleNamespace
 import pytest
 
 from fleet_worker.errors import (
+    ConfigurationError,
     ConnectionFailure,
     InstanceUnavailable,
+    InvalidRequest,
+    MalformedOutput,
     ModelNotServed,
     Overloaded,
     ProviderError,
     RequestTimeout,
+    Unauthorized,
 )
 from fleet_worker.mlx.health import Health
 from fleet_worker.mlx.profiles import PROFILES
@@ -136,6 +140,7 @@ class Watched:
         self.readiness = Readiness(stall_after=20.0, clock=lambda: self.now)
         self.models, self.running = Models(), Running()
         self.changes = []
+        self.faults = []
         self.restarts = []
         self.on_change = lambda: None
         self.settings = WorkerSettings(**{"probe_interval": 0.002, "stall_after": 20, **settings})
@@ -149,6 +154,7 @@ class Watched:
             self.settings,
             self._changed,
             lambda: self.restarts.append(self.now),
+            fault_changed=lambda: self.faults.append(self.fault),
         )
         self.monitor.start()
         return self
@@ -166,6 +172,10 @@ class Watched:
     @property
     def status(self):
         return self.readiness.state.status
+
+    @property
+    def fault(self):
+        return self.monitor.fault.text
 
     @property
     def canaries(self):
@@ -478,6 +488,155 @@ def test_a_frozen_server_without_work_is_asked_no_last_question(available):
     available.checked(60)
     assert LAST_CHANCE not in available.server.patience
     assert available.running.stopped == []
+
+
+# --- Faults, which a restart mends
+
+
+def failing_canaries(watched, error, times):
+    """An idle server fails so many of them in a row, and answers `/health`."""
+    watched.server.canary_fails = error
+    watched.readiness.failed(DOWN, "r")
+    watched.checked()
+    while watched.canaries < times + 1:
+        watched.checked(60)
+    return watched
+
+
+FAULTS = [ProviderError("500"), ConnectionFailure("it broke"), MalformedOutput("nonsense"), RequestTimeout("late")]
+NO_FAULTS = [
+    Overloaded("busy"),
+    Unauthorized("401"),
+    ModelNotServed("no"),
+    InvalidRequest("400"),
+    ConfigurationError(""),
+]
+
+
+@pytest.mark.parametrize("error", FAULTS)
+def test_three_canaries_that_fail_in_a_row_are_a_fault(available, error):
+    failing_canaries(available, error, 2)
+    assert available.fault == ""
+    failing_canaries(available, error, 3)
+    assert available.fault == f"3 canaries in a row failed, the last: {error.message}"
+
+
+@pytest.mark.parametrize("error", NO_FAULTS)
+def test_what_a_restart_does_not_mend_is_none(available, error):
+    assert failing_canaries(available, error, 9).fault == ""
+
+
+def test_three_that_are_not_in_a_row_are_none(available):
+    for _ in range(4):
+        failing_canaries(available, ProviderError("500"), available.canaries + 1)
+        available.server.canary_fails = None
+        assert available.checked(60).status == "available"
+    assert available.fault == ""
+
+
+def test_one_of_a_server_that_is_busy_in_between_begins_the_count_anew(available):
+    failing_canaries(available, ProviderError("500"), 2)
+    failing_canaries(available, Overloaded("busy"), 3)
+    failing_canaries(available, ProviderError("500"), 5)
+    assert available.fault == ""
+
+
+def test_a_server_that_has_never_worked_is_set_up_wrongly_and_not_restarted_for_what_it_answers(watched):
+    watched.server.canary_fails = ProviderError("500: it only embeds")
+    with watched:
+        for _ in range(9):
+            watched.checked(60)
+        assert (watched.status, watched.fault) == ("unavailable", "")
+        assert watched.canaries >= 9
+
+
+def test_but_for_answering_nothing_for_three_times_the_time_of_a_start(watched):
+    watched.server.canary_fails = RequestTimeout("late")
+    with watched:
+        for _ in range(3):
+            watched.checked(60)
+        assert watched.fault.startswith("3 canaries in a row failed")
+
+
+def test_an_error_of_a_server_with_one_slot_may_mean_that_it_is_busy(available):
+    available.server.profile = PROFILES["vllm_mlx"]
+    assert failing_canaries(available, ProviderError("500"), 9).fault == ""
+
+
+def stalled(watched, *, excused=0.0):
+    watched.server.activity.longest_silence = excused
+    watched.running.busy_since = watched.now
+    watched.server.canary_fails = RequestTimeout("late")
+    return watched.checked(20.1)
+
+
+def test_a_stall_that_a_canary_confirms_is_a_fault_and_leaves_no_doubt(available):
+    assert stalled(available).fault == (
+        "no token for more than 20 s while work is in progress, and a canary had no answer in time"
+    )
+    canaries = available.canaries
+    assert available.checked(60).canaries == canaries
+    assert available.faults == [available.fault]
+
+
+def test_a_stall_of_a_server_that_may_load_or_read_is_none_until_that_takes_too_long(available):
+    assert stalled(available, excused=200.0).fault == ""
+    assert available.status == "degraded"
+    assert available.checked(170).fault == ""
+    assert available.checked(15).fault != ""
+
+
+@pytest.mark.parametrize("answer", [None, Overloaded("busy")])
+def test_a_stall_of_a_server_that_answers_a_canary_is_none(available, answer):
+    stalled(available, excused=60.0)
+    available.server.canary_fails = answer
+    for _ in range(9):
+        available.checked(20)
+        available.running.busy_since = available.running.busy_since or available.now
+    assert available.fault == ""
+
+
+def test_a_token_ends_a_fault(available):
+    stalled(available)
+    available.server.last_content = available.now = available.now + 1
+    assert available.checked().fault == ""
+    assert available.faults[-1] == ""
+
+
+def test_progress_with_a_prompt_is_no_silence(available):
+    available.server.activity.last_progress = available.now + 15
+    assert stalled(available).fault == ""
+    available.server.activity.last_progress = available.now
+    assert available.checked(19).fault == ""
+    assert available.checked(2).fault != ""
+
+
+@pytest.mark.parametrize("times", [1, 9])
+def test_a_server_that_was_killed_and_is_refused_has_none(available, times):
+    """Its process has ended, which others see."""
+    available.running.busy_since = available.now
+    available.server.failing = available.server.canary_fails = DOWN
+    for _ in range(times):
+        available.checked(30)
+    assert available.fault == ""
+
+
+def test_a_paused_one_has_none(available):
+    available.readiness.pause("away", "a user is at it")
+    assert stalled(available).fault == ""
+    available.server.ready = False
+    assert available.checked(60).fault == ""
+
+
+def test_a_server_that_was_replaced_is_a_new_one_even_if_nobody_saw_the_old_one_end(available):
+    stalled(available)
+    available.running.busy_since = None
+    available.server.canary_fails = None
+    available.now += 1
+    available.monitor.server_is_replaced()
+    assert available.fault == ""
+    available.checked(1)
+    assert len(available.restarts) == 1
 
 
 # --- The list of models

@@ -171,6 +171,7 @@ def test_a_fault_is_told_until_an_order_was_taken(linked):
     assert up.last.fault == ""
 
 
+@pytest.mark.rest
 def test_however_often_something_changes_it_is_told_ten_times_a_second_at_most():
     with both() as (node, _, up):
         before = len(up.news)
@@ -263,10 +264,10 @@ def test_a_second_pause_leaves_an_idle_node_idle(linked):
 def test_a_pause_that_ends_before_its_grace_hands_nothing_over(linked):
     node, _, up = linked
     node.begin("a")
-    up.pause(grace=0.3)
+    up.pause(grace=0.1)
     up.resume()
     assert node.shown[-1] is None
-    time.sleep(0.4)
+    time.sleep(0.15)
     assert "a" in node.work
     assert not up.last.idle
     node.begin("b")

@@ -147,7 +147,7 @@ def test_a_server_that_delivers_nothing_more_has_a_fault_soon_after_the_time_to_
             server.begin(number)
         until(lambda: server.fault, SOON)
         assert time.monotonic() - begun > STALL_AFTER
-        assert server.fault.startswith("no token for more than 0.3 s while work is in progress, and a canary failed: ")
+        assert server.fault.startswith("no token for more than 0.3 s while work is in progress, and a canary had no ")
         assert len(server.watched(0.3)) == 1
 
 
@@ -191,6 +191,7 @@ def test_a_server_that_works_again_by_itself_has_no_fault_any_more():
         until(lambda: not server.fault)
 
 
+@pytest.mark.rest
 def test_a_restarted_server_has_none():
     with monitored(old_health=True) as server:
         server.mlx.engine.die()
@@ -211,10 +212,10 @@ def test_a_server_that_only_embeds_is_asked_for_embeddings_and_never_for_chats()
     with monitored("vllm_batched", client={"model": model}, models=["sim-embed"]) as server:
         server.mlx.ttft = 1.0
         server.mlx.fail(Fault("status", path="/v1/chat/completions", status=500, times=None))
-        for number in range(4):
+        for number in range(2):
             server.begin(number, lambda token: server.client.vectors("text " * 400, token=token))
             assert server.watched(0.5) == []
-        until(lambda: len(server.ended) == 4)
+        until(lambda: len(server.ended) == 2)
         assert set(server.ended.values()) == {None}
         assert {request.path for request in server.mlx.requests} <= {"/v1/embeddings", "/health"}
 
@@ -225,16 +226,15 @@ def test_a_server_that_loads_its_model_for_the_first_request_is_only_cold(flavou
     options = {"models": ["other", "sim-chat"], "load_delay": LONG}
     with monitored(flavour, proved=False, **options) as server:
         server.begin("cold")
-        assert server.watched(LONG + 0.5) == []
+        assert server.watched(LONG + 0.2) == []
         until(lambda: server.ended == {"cold": None})
         until(lambda: server.readiness.state.ready)
 
 
 @pytest.mark.rest
-@pytest.mark.parametrize("flavour", ["mlx_lm", "omni"])
-def test_a_server_that_swaps_its_model_for_a_request_is_only_cold(flavour):
+def test_a_server_that_swaps_its_model_for_a_request_is_only_cold():
     """The canaries ask for the model that it has."""
-    with monitored(flavour, models=["sim-chat", "other"], load_delay=0.0) as server:
+    with monitored(models=["sim-chat", "other"], load_delay=0.0) as server:
         other = offerings_of(Instance(models={"o": Model(backend="other")}), {}, ())["o"]
         server.models._offerings = [server.client.offering, other]
         server.mlx.load_delay = LONG
@@ -243,12 +243,12 @@ def test_a_server_that_swaps_its_model_for_a_request_is_only_cold(flavour):
             server.client.chat(chat_params(), other, deadline=time.monotonic() + 30, cancel_token=token)
 
         server.begin("swap", ask_the_other)
-        assert server.watched(LONG + 0.5) == []
+        assert server.watched(LONG + 0.2) == []
         until(lambda: server.ended == {"swap": None})
 
 
 @pytest.mark.rest
-@pytest.mark.parametrize("flavour", ["mlx_lm", "vllm_simple", "vllm_batched", "omni"])
+@pytest.mark.parametrize("flavour", ["mlx_lm", "vllm_simple"])
 def test_a_server_whose_slots_are_full_is_only_saturated(flavour):
     with monitored(flavour, slots=1, token_interval=0.02) as server:
         for number in range(4):
@@ -283,10 +283,10 @@ def test_a_server_that_reads_a_long_prompt_is_only_slow(flavour, words):
 
 @pytest.mark.rest
 def test_a_server_whose_health_is_late_is_only_late():
-    with monitored(token_interval=0.02) as server:
+    with monitored(token_interval=0.02, tokens=40) as server:
         server.mlx.fail(Fault(**{**SILENT, "path": "/health"}))
         for number in range(2):
             server.begin(number)
             assert server.watched(0.5) == []
         until(lambda: len(server.ended) == 2)
-        assert server.watched() == []
+        assert server.watched(0.6) == []

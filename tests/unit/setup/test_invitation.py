@@ -33,12 +33,14 @@ def test_it_is_one_word_of_letters_and_digits_which_is_read_back():
     "line",
     [
         f"fleet-worker join {WORD}",
+        f"fleet-worker join {WORD} --up",
+        f"fleet-worker join {WORD} —up",
         f"  /opt/venv/bin/fleet-worker join {WORD}\n",
         f"'{WORD}'",
         WORD.lower(),
         f"{WORD[:70]}\n  {WORD[70:]}",
     ],
-    ids=["whole line", "with a path", "quotes", "lower case", "broken into two lines"],
+    ids=["whole line", "with an option", "with a dash", "with a path", "quotes", "lower case", "broken into two lines"],
 )
 def test_what_copying_does_to_it_changes_nothing(line):
     assert decode(line) == INVITATION
@@ -69,8 +71,7 @@ def test_another_version_is_told():
 
 
 def word(content):
-    packed = zlib.compress(content) + zlib.crc32(content).to_bytes(4)
-    return "fleet1" + base64.b32encode(packed).decode().rstrip("=")
+    return "fleet1" + base64.b32encode(zlib.compress(content)).decode().rstrip("=")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import shlex
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,7 @@ from fleet_worker.setup.invite import invite
 from fleet_worker.setup.join import join
 from fleet_worker.setup.worker_file import WorkerFile
 from fleet_worker.simulator import SimulatedMLX
+from tests.brokers import Valkey
 from tests.commands import fleet_worker
 
 PASSWORD = "hush-hush"
@@ -156,8 +158,9 @@ def test_a_host_without_a_server_keeps_the_account_and_goes_on_later(of_fleet, p
 
 
 def test_the_host_of_a_router_needs_no_server(of_fleet, path):
+    """The file may be named as that of any other command."""
     line = fleet_worker(f"invite --role router {of_fleet}").stdout.strip().removeprefix("fleet-worker join ")
-    joined = fleet_worker(f"join {line} --output {path}")
+    joined = fleet_worker(f"join {line} --config {path}")
     assert joined.returncode == 0, joined
     assert "A router of this host reads that file" in joined.stdout
 
@@ -176,3 +179,17 @@ def test_what_is_no_invitation_is_refused(line, path):
     refused = fleet_worker(f"join {line or '-'} --output {path}")
     assert refused.returncode == 78
     assert "copy the whole line" in refused.stderr
+
+
+def test_over_tls_the_line_has_the_ca_and_a_client_certificate_is_given_by_hand(path, monkeypatch):
+    with Valkey() as valkey, valkey.secured() as secured:
+        settings = Settings(broker_url=secured.url, **secured.files)
+        line = invite(settings, address="localhost").encode()
+        cert, key = (Path(secured.files[name]) for name in ("broker_cert", "broker_key"))
+        with pytest.raises(BrokerUnavailable, match="certificate"):
+            join(line, path, KNOWN)
+        join(line, path, WorkerFile("", "mini-2", broker_cert=cert, broker_key=key))
+        joined = of_file(path, monkeypatch)
+        assert joined.broker_ca == path.with_name("broker-ca.pem")
+        assert joined.broker_ca.read_bytes() == Path(secured.files["broker_ca"]).read_bytes()
+        assert joined.broker_cert == cert

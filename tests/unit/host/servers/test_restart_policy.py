@@ -41,6 +41,11 @@ def test_pauses_have_a_limit():
     assert [life.run() for _ in range(6)] == [0, 1, 2, 3, 3, 3]
 
 
+def test_the_pause_is_a_number_after_any_number_of_deaths():
+    life = Life(Pace(first=0.0, most_deaths=1_000_000))
+    assert {life.run() for _ in range(3000)} == {0.0}
+
+
 def test_a_server_that_never_gets_ready_comes_into_quarantine_however_long_that_takes():
     """Each start takes fifteen minutes, so that never two deaths are within ten minutes of the wall."""
     life = Life()
