@@ -1,7 +1,8 @@
 """Both ends of an invitation on Valkey or Redis: an account of single use, which may take one key and nothing else.
 
-The key holds the `Membership` and expires; the account knows no other command and no other key. Accounts whose key is
-gone are removed when the next one is made. They are in the memory of the broker only: a restart ends all invitations.
+The key holds the `Membership`, which only the secret makes readable, and expires; the account knows no other command
+and no other key. Accounts whose key is gone are removed when the next one is made. They are in the memory of the broker
+only: a restart ends all invitations.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def make(settings: Settings, membership: Membership) -> tuple[str, str] | None:
             client.execute_command("ACL", "SETUSER", name, *rules)
         except ResponseError:  # this user may not, a provider has disabled it, or it is older than Redis 6
             return None
-        client.set(name, membership.model_dump_json(exclude_defaults=True), px=round(VALID * 1000))
+        text = membership.model_dump_json(exclude_defaults=True).encode()
+        client.set(name, _padded(text, secret), px=round(VALID * 1000))
     return id_, secret
 
 
@@ -85,10 +87,16 @@ def redeem(invitation: Invitation, cert: Path | None = None, key: Path | None = 
     if not kept:
         raise ConfigurationError(f"{_GONE}: {ANOTHER}")
     try:
-        return Membership.model_validate_json(kept)
+        return Membership.model_validate_json(_padded(kept, invitation.secret))
     except ValidationError:
         text = "the host of the router has another version of fleet-worker: install the same on both hosts"
         raise ConfigurationError(text) from None
+
+
+def _padded(text: bytes, secret: str) -> bytes:
+    """Hide or show a text by a pad that is used for this one only: the file of a broker keeps what has expired, too."""
+    pad = hashlib.shake_256(f"membership {secret}".encode()).digest(len(text))
+    return bytes(one ^ other for one, other in zip(text, pad, strict=True))
 
 
 def _take(client: Redis, name: str, broker_url: str) -> Any:

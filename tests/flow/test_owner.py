@@ -197,6 +197,7 @@ def test_a_user_returns_while_streams_run_and_none_fails(minis, router):
     one, two = minis
     assert not one.server_runs
     assert not two.server_runs, "while a user is there, no server starts"
+    until(lambda: state(router, "local@mini-1") == ("away", "a user is at it"), WITHIN)
     one.user_leaves()
     one.wait_for("local@mini-1 is ready")
     one.hold(HELD_AT)

@@ -8,7 +8,7 @@ import redis
 
 from fleet_worker.errors import BrokerUnavailable, ConfigurationError
 from fleet_worker.host.child_process import child, free_port
-from fleet_worker.host.embedded_broker import READY, broker_command
+from fleet_worker.host.embedded_broker import READY, broker_command, folder
 from fleet_worker.settings import Settings
 from fleet_worker.setup import single_use
 from fleet_worker.setup.invite import invite
@@ -53,6 +53,14 @@ def test_it_gives_what_the_other_host_needs_once(fleet):
     assert "it was used, or is older than 10 minutes" in refused(invitation)
 
 
+def test_the_broker_keeps_nothing_that_shows_the_account(fleet, client):
+    invitation = invite(fleet)
+    assert PASSWORD.encode() not in client.get(f"fleet-invitation:{invitation.id}")
+    client.execute_command("CONFIG", "SET", "appendfsync", "always")
+    redeem(invitation)
+    assert not [file for file in folder(fleet).rglob("*") if file.is_file() and PASSWORD.encode() in file.read_bytes()]
+
+
 def test_a_router_gets_the_secret_of_affinity_too(fleet):
     settings = fleet.model_copy(update={"router": Settings(router={"affinity_secret": "for-routers"}).router})
     assert redeem(invite(settings, "router")).affinity_secret == "for-routers"
@@ -79,7 +87,7 @@ def test_its_account_may_do_nothing_else(fleet, client):
         ):
             with pytest.raises(redis.exceptions.NoPermissionError):
                 guest.execute_command(*command)
-        assert PASSWORD in guest.getdel(name).decode()
+        assert guest.getdel(name)
 
 
 def test_it_expires_and_its_account_is_removed_by_the_next_one(fleet, client, monkeypatch):

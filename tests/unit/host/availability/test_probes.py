@@ -193,7 +193,6 @@ def terminal(root, name, seconds):
     [
         (DESKTOP, 0.0),
         (DESKTOP | {"LockedHint": "yes"}, math.inf),
-        (DESKTOP | idle_for(500), 500.0),
         (DESKTOP | {"State": "closing"}, math.inf),
         (DESKTOP | {"Class": "background"}, math.inf),
     ],
@@ -201,6 +200,11 @@ def terminal(root, name, seconds):
 def test_a_desktop_tells_logind_since_when_it_is_idle(desktop, idle, system, users, tmp_path):
     system(loginctl=logind(desktop, GREETER))
     assert linux.LinuxProbes(tmp_path).idle_seconds() == pytest.approx(idle, abs=30)
+
+
+def test_a_desktop_that_nobody_uses_tells_logind_since_when(system, users, tmp_path):
+    system(loginctl=logind(DESKTOP | idle_for(500), GREETER))
+    assert linux.LinuxProbes(tmp_path).idle_seconds() == pytest.approx(500, abs=30)
 
 
 def test_a_terminal_is_idle_since_somebody_has_typed_there(system, users, tmp_path):
