@@ -103,7 +103,8 @@ class ServerFault:
         elif _thread_died(failure):
             self._report(failure.message)
         elif silence and self._is_no_answer(failure):
-            self._report(f"{silence}, and a canary failed: {failure.message}")
+            told = "had no answer in time" if isinstance(failure, RequestTimeout) else f"failed: {failure.message}"
+            self._report(f"{silence}, and a canary {told}")
         elif isinstance(failure, RequestTimeout) and not was_patient:
             pass
         elif self._blames(failure):

@@ -20,7 +20,7 @@ def start_of(settings: Settings, name: str) -> Iterator[Finding]:
     try:
         command.located()
     except ConfigurationError as error:
-        yield Finding("error", error.message, "correct serve, or install the program")
+        yield Finding("error", error.message, "correct serve, then reload")
     if port_owner.is_taken(command.host, command.port):
         owner = port_owner.owner(command.port)
         if not owner or not Custody.of(settings, name).owns(owner):

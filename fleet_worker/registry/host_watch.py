@@ -21,8 +21,9 @@ class HostWatch:
     """Calls `changed`, in a thread of its own, for another stage or reason of a server, and if the owner comes or
     leaves; not for a figure."""
 
-    def __init__(self, path: Path, changed: Callable[[], None]) -> None:
+    def __init__(self, path: Path, host_name: str, changed: Callable[[], None]) -> None:
         self._path = path
+        self._host_name = host_name
         self._changed = changed
         self._link: UpLink | None = None
         self.host = HostStatus()
@@ -70,8 +71,8 @@ class HostWatch:
                 return f"its MLX server has been starting for {time.monotonic() - since:.0f} s{told}"
             case "quarantined":
                 return (
-                    f"its MLX server has died too often, and is only tried once in a while; the last one {reason}; "
-                    f"fleet-worker restart {name} --server tries it now"
+                    f"its MLX server is quarantined after {server.deaths} deaths, the last one {reason}; "
+                    f"fleet-worker restart {name}@{self._host_name} --server tries it now"
                 )
             case "blocked":
                 return f"its MLX server cannot start: {reason}; end that program, or set another base_url"

@@ -83,7 +83,7 @@ class RegistryNode:
         self.status_server = StatusServer(
             socket_path(settings.state_dir, host), self._publish_all, self._digest_publisher.changed
         )
-        self.host_watch = HostWatch(up_socket_path(settings.state_dir, host), self._publish_all)
+        self.host_watch = HostWatch(up_socket_path(settings.state_dir, host), host, self._publish_all)
         self._metrics = None if settings.registry.metrics_port is None else self._serve(settings.registry.metrics_port)
         self._schedule()
 

@@ -73,8 +73,10 @@ class ServerCommand:
         path = self._path()
         found = shutil.which(self.program, path=path)
         if not found:
-            where = "" if os.sep in self.program else f" in {path}: install it, or give its whole path"
-            raise ConfigurationError(f"serve: there is no program {self.program}{where}")
+            where = (
+                "" if os.sep in self.program else f", which serve names, in {path}; install it, or give its whole path"
+            )
+            raise ConfigurationError(f"there is no program {self.program}{where}")
         return [found, *self.words[1:]]
 
     def _path(self) -> str:

@@ -572,7 +572,7 @@ def stalled(watched, *, excused=0.0):
 
 def test_a_stall_that_a_canary_confirms_is_a_fault_and_leaves_no_doubt(available):
     assert stalled(available).fault == (
-        "no token for more than 20 s while work is in progress, and a canary failed: late"
+        "no token for more than 20 s while work is in progress, and a canary had no answer in time"
     )
     canaries = available.canaries
     assert available.checked(60).canaries == canaries

@@ -15,8 +15,8 @@ REASONS = {
     "starting": "its MLX server has been starting for 40 s",
     "waiting": "its MLX server ended with exit code 1: out of memory; it is started again soon",
     "quarantined": (
-        "its MLX server has died too often, and is only tried once in a while; the last one ended with exit code 1: "
-        "out of memory; fleet-worker restart local --server tries it now"
+        "its MLX server is quarantined after 2 deaths, the last one ended with exit code 1: out of memory; "
+        "fleet-worker restart local@mini --server tries it now"
     ),
     "blocked": (
         "its MLX server cannot start: port 8080 is in use by python3.11, pid 123; end that program, or set another "
@@ -36,7 +36,7 @@ TOLD = {
 @pytest.fixture
 def watch(monkeypatch, tmp_path):
     """Time stands still unless the test says otherwise."""
-    watch = HostWatch(tmp_path / "up.sock", lambda: watch.changes.append(watch.host))
+    watch = HostWatch(tmp_path / "up.sock", "mini", lambda: watch.changes.append(watch.host))
     watch.changes, watch.now = [], 1000.0
     monkeypatch.setattr(module, "time", type("Clock", (), {"monotonic": lambda: watch.now}))
     return watch

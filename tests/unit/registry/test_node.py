@@ -503,7 +503,7 @@ def test_an_instance_whose_server_is_in_quarantine_says_so_with_and_without_its_
         host.nodes = nodes
         _, event = host.told("readiness")["talk", READINESS]
         assert event.status == "unavailable"
-        assert "fleet-worker restart talk --server" in event.health["error"]
+        assert "fleet-worker restart talk@mini --server" in event.health["error"]
         assert event.runtime["server_deaths"] == 5
 
 

@@ -16,7 +16,7 @@ import pytest
 from fleet_worker import Settings
 from fleet_worker.host.child_process import free_port
 from fleet_worker.host.node_process import NEVER
-from fleet_worker.host.servers import server_record
+from fleet_worker.host.servers import server_port, server_record
 from fleet_worker.host.servers.custody import Custody
 from fleet_worker.host.servers.managed_server import ManagedServer
 from fleet_worker.host.servers.process_family import is_alive, marked
@@ -25,7 +25,7 @@ from tests import servers
 
 WITHIN = 10.0
 SERVER = servers.__file__
-QUICK = Pace(first=0.01, longest=0.05, quarantine=0.3)
+QUICK = Pace(first=0.01, longest=0.05, quarantine=0.15)
 
 
 class Up:
@@ -75,8 +75,10 @@ class Up:
 
 
 @pytest.fixture
-def ups(tmp_path):
+def ups(tmp_path, monkeypatch):
     """Starts `Up`s on one state folder and one free port; all of them and their servers are gone in the end."""
+    monkeypatch.setattr(server_port, "FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(server_port, "PAUSE", 0.1)
     found = []
     port = free_port()
 
@@ -206,7 +208,7 @@ def test_one_that_dies_at_once_is_quarantined_after_five_deaths_and_says_why(ups
     assert status.pid is None
     in_quarantine = time.monotonic()
     up.until(lambda: up.status.deaths == 7)
-    assert time.monotonic() - in_quarantine > 0.55
+    assert time.monotonic() - in_quarantine > 0.28
     assert caplog.text.count("died too often") == 3
     up.managed.configure(up.settings())
     up.managed.start()
@@ -226,7 +228,7 @@ def test_a_command_that_does_not_exist_is_named_and_tried_rarely(ups):
     up = ups(serve="no-such-server --port {port}")
     up.managed.start()
     status = up.until(lambda: up.status.stage == "quarantined")
-    assert "there is no program no-such-server in " in status.reason
+    assert "there is no program no-such-server, which serve names, in " in status.reason
     assert (status.deaths, status.restarts) == (5, 0)
 
 
@@ -253,7 +255,7 @@ def test_one_that_is_never_ready_is_ended_and_counts_as_dead(ups):
 
 @pytest.mark.rest
 def test_one_that_loads_for_a_while_is_left_alone(ups):
-    up = ups("loads=1.5")
+    up = ups("loads=0.7")
     up.managed.start()
     status = up.until(lambda: up.managed.serves)
     assert (status.restarts, status.deaths) == (0, 0)

@@ -44,7 +44,9 @@ def test_programs_of_this_environment_are_found_first_and_others_with_the_short_
 
 
 def test_a_program_that_does_not_exist_is_named_with_the_path():
-    with pytest.raises(ConfigurationError, match=r"there is no program mlx_lm.sevrer in .*bin.*: install it"):
+    with pytest.raises(
+        ConfigurationError, match=r"there is no program mlx_lm.sevrer, which serve names, in .*bin.*; install it"
+    ):
         command(serve=f"mlx_lm.sevrer --api-key {SECRET} {{port}}").located()
     with pytest.raises(ConfigurationError, match=r"there is no program /opt/none$"):
         command(serve="/opt/none {port}").located()

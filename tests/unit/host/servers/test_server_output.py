@@ -144,7 +144,7 @@ def test_what_is_no_pipe_is_replaced(tmp_path):
 @pytest.mark.rest
 @pytest.mark.parametrize("data", [b"0123456789 line\n" * 4096, b"x" * 65536, bytes(range(256)) * 256])
 def test_a_flood_of_100_mb_a_second_takes_little_time_and_fills_no_log(output, data, caplog):
-    ends = time.monotonic() + 1
+    ends = time.monotonic() + 0.4
 
     def flood():
         while time.monotonic() < ends:
@@ -155,5 +155,5 @@ def test_a_flood_of_100_mb_a_second_takes_little_time_and_fills_no_log(output, d
     before = time.process_time()
     thread.start()
     thread.join()
-    assert time.process_time() - before < 0.7
+    assert time.process_time() - before < 0.35
     assert sum(len(record.getMessage()) for record in caplog.records) < BURST + 5 * RATE
