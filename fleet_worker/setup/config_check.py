@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from pydantic import ValidationError
-
 from fleet_worker import config_file
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.host.unserved import unserved
@@ -37,11 +35,8 @@ def check() -> Checked:
 
 def _faults(error: ConfigurationError) -> Iterator[str]:
     """Yield each fault, with the variable that it is in; all others are in the file."""
-    cause = error.__context__
-    if not isinstance(cause, ValidationError):
-        yield error.message.removeprefix("configuration: ")
-        return
-    for place, text in config_file.each_fault(cause, Settings):
+    message = error.message.removeprefix("configuration: ")
+    for place, text in error.metadata.get("faults", [((), message)]):
         variable = variable_of(place)
         yield f"{text} (in the variable {variable})" if variable else text
 

@@ -9,13 +9,12 @@ from typing import Any
 from pydantic_settings import EnvSettingsSource
 
 from fleet_worker import config_file
+from fleet_worker.config_file import Place
 from fleet_worker.settings import Settings
 
 PREFIX = "FLEET_"
 DEFAULT = "default"
 ARGUMENT = "argument"
-Place = tuple[int | str, ...]
-"""Of a setting, as ("router", "timeout") or ("instances", "local", "base_url")."""
 
 
 class Sources:

@@ -112,14 +112,14 @@ def test_all_faults_are_told_each_with_its_place(file, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("a = ", "which is not valid TOML: Invalid value (at end of document)"),
+        ("a = ", "is not valid TOML: Invalid value (at end of document)"),
         ("[a]\nb = 1\n[a]", "(at line 3, column 3)"),
     ],
 )
 def test_what_is_no_toml_is_a_fault(text, said, file):
     done = fleet_worker(f"config check {file(text)}")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (78, "", 1)
-    assert done.stderr.startswith("fault    --config names ")
+    assert done.stderr.startswith("fault    the configuration file ")
     assert said in done.stderr
 
 
@@ -131,7 +131,7 @@ def test_a_variable_that_is_not_json_is_a_fault(monkeypatch):
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path):
-    assert_refused(fleet_worker(f"config check {tmp_path / 'no.toml'}"), 78, "no.toml, which cannot be read")
+    assert_refused(fleet_worker(f"config check {tmp_path / 'no.toml'}"), 78, "no.toml cannot be read")
 
 
 def test_a_file_with_a_byte_order_mark_is_read(file):
