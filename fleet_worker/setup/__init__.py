@@ -2,7 +2,6 @@
 
 May import: everything except `cli`. Read in this order: `commands`, `config_option`, `config_commands`,
 `config_example`, `config_check`, `config_show`, `config_sources`, `secrets`, `service_commands`, `init_command`,
-`chosen_instances`, `join_commands`, `next_steps`, `quickstart`, `foreground`, `welcome`, `first_file`, `invite`,
-`own_names`, `single_use`, `invitation`, `join`, `local_instances`, `found_instances`, `local_servers`, `command_words`,
-`local_models`, `worker_file`.
+`join_commands`, `next_steps`, `quickstart`, `foreground`, `welcome`, `first_file`, `invite`, `own_names`, `single_use`,
+`invitation`, `join`, `instances`, `local_servers`, `local_models`, `worker_file`.
 """

@@ -17,7 +17,7 @@ from fleet_worker.host.up_socket import lock_path
 from fleet_worker.settings import Settings
 from fleet_worker.setup.first_file import FirstFile, simulated
 from fleet_worker.setup.foreground import run_up
-from fleet_worker.setup.local_instances import described, local_instances
+from fleet_worker.setup.instances import described, local_instances
 from fleet_worker.setup.own_names import own_address, own_host
 from fleet_worker.setup.welcome import Welcome, ready_models
 from fleet_worker.terminal import printable
