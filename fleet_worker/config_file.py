@@ -20,6 +20,8 @@ MOST_BYTES = 1_000_000
 """Bytes of the file; a larger one is no configuration."""
 DEFAULT = Path("~/fleet/worker.toml")
 """The file that `init`, `join` and `quickstart` write, and that all commands read, if no other is named."""
+NAMED_BY = "--config or FLEET_CONFIG"
+"""What names the file, for texts of errors."""
 
 Place = tuple[int | str, ...]
 """Of a setting, as ("router", "timeout") or ("instances", "local", "base_url")."""
@@ -44,7 +46,7 @@ def use(name: str, *, exists: bool = True) -> None:
             path.open("rb").close()
     except (OSError, ValueError) as error:  # ValueError: a NUL in it
         reason = getattr(error, "strerror", None) or "that is no path"
-        raise ConfigurationError(f"the configuration file {path} cannot be read: {reason}") from None
+        raise ConfigurationError(f"the file {path} of {NAMED_BY} cannot be read: {reason}") from None
 
 
 def use_default() -> None:
@@ -56,21 +58,21 @@ def use_default() -> None:
 def read() -> dict[str, Any]:
     """Return the content of the configuration file, empty if there is none; raises `ConfigurationError`."""
     path = config_path()
-    return read_toml(path, MOST_BYTES, what="the configuration file") if path else {}
+    return read_toml(path, MOST_BYTES, of=NAMED_BY) if path else {}
 
 
-def read_toml(path: Path, most_bytes: int, *, what: str) -> dict[str, Any]:
-    """Return the content of a TOML file; raises `ConfigurationError`, which calls the file `what`."""
+def read_toml(path: Path, most_bytes: int, *, of: str) -> dict[str, Any]:
+    """Return the content of a TOML file; which the setting `of` names; raises `ConfigurationError`."""
     try:
         with path.open("rb") as file:
             text = file.read(most_bytes + 1)
         if len(text) > most_bytes:
-            raise ConfigurationError(f"{what} {path} is larger than {most_bytes:,} bytes")
+            raise ConfigurationError(f"the file {path} of {of} is larger than {most_bytes:,} bytes")
         return tomllib.loads(text.decode("utf-8-sig"))  # some editors of Windows begin a file with U+FEFF
     except OSError as error:
-        raise ConfigurationError(f"{what} {path} cannot be read: {error.strerror}") from None
+        raise ConfigurationError(f"the file {path} of {of} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigurationError(f"{what} {path} is not valid TOML: {error}") from None
+        raise ConfigurationError(f"the file {path} of {of} is not valid TOML: {error}") from None
 
 
 def explain(error: ValidationError, settings: type[BaseModel]) -> str:

@@ -11,7 +11,7 @@ from fleet_worker.host.unserved import unserved
 from fleet_worker.host.variables import mistyped
 from fleet_worker.settings import Instance, Settings
 from fleet_worker.setup.config_sources import variable_of, variables
-from fleet_worker.setup.secrets import hidden_command, hidden_url
+from fleet_worker.setup.redaction import redacted_command, redacted_url
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ def _would_run(settings: Settings) -> Iterator[tuple[str, str]]:
     yield "file", str(path.absolute()) if path else "none: --config or FLEET_CONFIG names one"
     if names := variables():
         yield "variables", ", ".join(names)
-    yield "broker", hidden_url(settings.broker_url) + (", run by fleet-worker up" if settings.up.broker else "")
+    yield "broker", redacted_url(settings.broker_url) + (", run by fleet-worker up" if settings.up.broker else "")
     yield "host", settings.host
     serving = {name: each for name, each in settings.instances.items() if each.opted_in}
     for name, instance in serving.items():
@@ -59,7 +59,7 @@ def _would_run(settings: Settings) -> Iterator[tuple[str, str]]:
 
 def _described(instance: Instance) -> str:
     url = instance.base_url or "the server on port 8000 or 8080"
-    server = f"{hidden_command(instance.serve)} at {url}" if instance.serve else url
+    server = f"{redacted_command(instance.serve)} at {url}" if instance.serve else url
     models = ", ".join(instance.models) or "the models that it lists"
     slots = instance.limits.concurrency
     return f"{server}; {models}; {', '.join(instance.capabilities) or 'nothing'}; {slots} at the same time"

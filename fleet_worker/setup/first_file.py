@@ -94,7 +94,7 @@ def _add_key(path: Path) -> str:
     """Add a key to the file of keys, which only this user may read, and return it."""
     known: Mapping[str, object] = {}
     if path.exists():
-        known = read_toml(path, MOST_BYTES, what="the file of keys").get("keys", {})
+        known = read_toml(path, MOST_BYTES, of="gateway.keys").get("keys", {})
     names = ("first", *(f"first-{number}" for number in range(2, len(known) + 3)))
     made = new_key(next(name for name in names if name not in known))
     try:

@@ -141,7 +141,7 @@ def _read(path: Path) -> dict[str, tuple[bytes, Key]]:
 
 def _checked(path: Path) -> dict[str, tuple[bytes, Key]]:
     try:
-        keys = _File.model_validate(config_file.read_toml(path, MOST_BYTES, what="the file of gateway.keys")).keys
+        keys = _File.model_validate(config_file.read_toml(path, MOST_BYTES, of="gateway.keys")).keys
     except ValidationError as error:
         raise ConfigurationError(f"{path}: {config_file.explain(error, _File)}") from None
     by_id: dict[str, tuple[bytes, Key]] = {}
