@@ -76,8 +76,9 @@ class FirstFile:
 
 def simulated() -> dict[str, WorkerInstance]:
     """Return an instance with a simulated MLX server, which `fleet-worker up` runs."""
-    words = [sys.executable, "-P", "-m", "fleet_worker.simulator", "--model", SIMULATED, "--token-interval", "0.03"]
-    line = f"{shlex.join(words)} --port {{port}}"
+    program = [sys.executable, "-P", "-m", "fleet_worker.simulator"]
+    options = ["--flavour", "vllm_batched", "--model", SIMULATED, "--token-interval", "0.03"]
+    line = f"{shlex.join([*program, *options])} --port {{port}}"
     return {"local": WorkerInstance(serve=line, models={SIMULATED: {"backend": SIMULATED}})}
 
 

@@ -42,10 +42,15 @@ def quickstart(path: Path, choices: Choices) -> int:
     Raises:
         ConfigurationError: a package is missing, or there is no MLX server and no model.
     """
-    _check_packages(embedded=not choices.broker_url)
-    key = None if os.path.lexists(path) else _begin(path, choices)
+    key = None
+    if not os.path.lexists(path):
+        _check_packages(embedded=not choices.broker_url)
+        key = _begin(path, choices)
+    elif choices != Choices():
+        click.echo(f"fleet-worker: {path} exists, and counts: these options are for the first start", err=True)
     config_file.use(str(path))
     settings = Settings()
+    _check_packages(embedded=settings.up.broker)
     if not settings.up.gateway:
         raise ConfigurationError(
             f"{path} belongs to a host that runs no gateway: fleet-worker up runs it; for a fleet of its own, name "

@@ -32,8 +32,15 @@ def hosts(broker):
 @pytest.fixture
 def router(broker, hosts):
     with Router(Settings(broker_url=broker.url, router={"lost_after": LOST_AFTER})) as router:
-        until(lambda: len(router.registry.offerings(hosts[0].model, ready=True)) == len(hosts), 30)
+        until(lambda: all_are_ready(router, hosts), 30)
         yield router
+
+
+def all_are_ready(router, hosts):
+    """A host that has just thawed may not have heard the question of a new router."""
+    router.registry.refresh()
+    time.sleep(0.5)
+    return len(router.registry.offerings(hosts[0].model, ready=True)) == len(hosts)
 
 
 class Asked:

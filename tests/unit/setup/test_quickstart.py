@@ -73,6 +73,7 @@ def test_the_file_of_a_host_without_a_gateway_is_not_taken_for_a_fleet(home):
     (home / "fleet").mkdir()
     (home / "fleet" / "worker.toml").write_text('broker_url = "redis://mini-1/0"\n', "utf-8")
     assert "belongs to a host that runs no gateway: fleet-worker up runs it" in refused()
+    assert "exists, and counts: these options are for the first start" in refused("quickstart --simulated")
 
 
 def test_local_goes_with_no_address():
