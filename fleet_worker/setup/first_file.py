@@ -31,8 +31,8 @@ class FirstFile:
     host: str
     address: str = ""
     """Of this host for other hosts; empty: they do not reach it."""
-    broker_url: str = ""
-    """Of a broker of one's own; empty: the embedded one."""
+    broker_url: str | None = field(default=None, repr=False)
+    """Of a broker of one's own; None: the embedded one."""
     broker_ca: Path | None = None
     instances: Mapping[str, WorkerInstance] = field(default_factory=dict)
 

@@ -27,7 +27,7 @@ class WorkerInstance:
     """One instance: `base_url` of a server that runs, or `serve`, the command line of one that `up` runs."""
 
     base_url: str | None = None
-    serve: str | None = None
+    serve: str | None = field(default=None, repr=False)
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """The settings of each model by public name, as in {"qwen3-14b": {"backend": "default_model"}}."""
     concurrency: int = 4
@@ -38,14 +38,14 @@ class WorkerInstance:
 class WorkerFile:
     """What stands in the file. `more` is the text of other sections, for its end."""
 
-    broker_url: str
+    broker_url: str = field(repr=False)
     host: str | None = None
     broker_ca: Path | None = None
     broker_cert: Path | None = None
     broker_key: Path | None = None
     max_body_bytes: int | None = None
     instances: Mapping[str, WorkerInstance] = field(default_factory=dict)
-    more: str = ""
+    more: str = field(default="", repr=False)
     made_by: str = "fleet-worker init"
 
     def text(self) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fleet_worker.setup import init_command, instances, local_models, local_servers
+from fleet_worker.setup import init_command, instances, local_models, local_servers, next_steps
 from fleet_worker.setup.local_models import LocalModel
 from fleet_worker.setup.local_servers import LocalServer
 from fleet_worker.testing import SimulatedMLX
@@ -37,7 +37,7 @@ def here(tmp_path, monkeypatch):
 
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("FLEET_CONFIG", raising=False)
-    monkeypatch.setattr(init_command, "check_all", lambda: None)
+    monkeypatch.setattr(next_steps, "check_all", lambda: None)
     monkeypatch.chdir(tmp_path)
     found()
     return found
