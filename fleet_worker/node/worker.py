@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NoReturn
 
@@ -90,11 +91,11 @@ class Worker(celery_worker.Worker):  # type: ignore[misc]
         claim = NameClaim(self.app, node.name, lifecycle.name_is_taken)
         commands: dict[str, Command] = {"process": claim.process}
         if isinstance(node, RegistryNode):
-            subscription, connected = node.subscription, claim.connected
+            subscription, connected = node.subscription, partial(_connected, node.connected, claim)
         else:
             subscription = subscription_of(node)
             commands |= {**commands_of(node), **restart_commands(node, lifecycle.restart)}
-            connected = partial(_connected, node, claim)
+            connected = partial(_connected, node.confirmations.connected, claim)
         ControlListener(self.app, node.name, subscription, commands, connected)
         lifecycle.begin(startup)
 
@@ -161,8 +162,8 @@ def _check_name_is_free(app: Celery, node_name: str) -> None:
         raise ConfigurationError(f"another node is named {node_name}: give the instance, or the host, another name")
 
 
-def _connected(node: Node, claim: NameClaim, connected: bool, has_commands: bool) -> None:
-    node.confirmations.connected(connected)
+def _connected(node: Callable[[bool], None], claim: NameClaim, connected: bool, has_commands: bool) -> None:
+    node(connected)
     claim.connected(connected, has_commands)
 
 

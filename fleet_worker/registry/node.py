@@ -76,6 +76,8 @@ class RegistryNode:
         self._published: dict[tuple[str, str], str] = {}
         """The status that routers know, by instance and model."""
         self._ending = False
+        self._was_cut_off = False
+        """It has been without the questions of routers since everything was published."""
         self._publisher = RegistryPublisher(
             app.connection_for_write, self._transport, self._announcements, self._on_first_round
         )
@@ -101,6 +103,12 @@ class RegistryNode:
         self._publish_all()
         if self._metrics:
             log.info("%s serves metrics at %s", self.name, self._metrics.url)
+
+    def connected(self, connected: bool) -> None:
+        """Publish everything after a lost connection: a router may have asked meanwhile."""
+        if connected and self._was_cut_off:
+            self._publish_all()
+        self._was_cut_off = not connected
 
     def reload(self, settings: Settings) -> bool:
         """Publish the instances of new settings; False if anything else changed, which needs a new process."""

@@ -76,8 +76,9 @@ class FirstFile:
 
 def simulated() -> dict[str, WorkerInstance]:
     """Return an instance with a simulated MLX server, which `fleet-worker up` runs."""
-    words = [sys.executable, "-P", "-m", "fleet_worker.simulator", "--model", SIMULATED, "--token-interval", "0.03"]
-    line = f"{shlex.join(words)} --port {{port}}"
+    program = [sys.executable, "-P", "-m", "fleet_worker.simulator"]
+    options = ["--flavour", "vllm_batched", "--model", SIMULATED, "--token-interval", "0.03"]
+    line = f"{shlex.join([*program, *options])} --port {{port}}"
     return {"local": WorkerInstance(serve=line, models={SIMULATED: {"backend": SIMULATED}})}
 
 
@@ -94,7 +95,7 @@ def _add_key(path: Path) -> str:
     """Add a key to the file of keys, which only this user may read, and return it."""
     known: Mapping[str, object] = {}
     if path.exists():
-        known = read_toml(path, MOST_BYTES, named="quickstart").get("keys", {})
+        known = read_toml(path, MOST_BYTES, of="gateway.keys").get("keys", {})
     names = ("first", *(f"first-{number}" for number in range(2, len(known) + 3)))
     made = new_key(next(name for name in names if name not in known))
     try:

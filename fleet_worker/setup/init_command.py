@@ -133,8 +133,7 @@ def _host(*, asks: bool) -> str:
 
 
 def _instances(server: str | None, serve: str | None, model: str | None, *, asks: bool) -> dict[str, WorkerInstance]:
-    from fleet_worker.setup.chosen_instances import of_command, of_url
-    from fleet_worker.setup.found_instances import named
+    from fleet_worker.setup.instances import named, of_command, of_url
 
     if serve:
         return named([of_command(serve, model)])
@@ -148,7 +147,7 @@ def _instances(server: str | None, serve: str | None, model: str | None, *, asks
 
 
 def _found(model: str | None) -> dict[str, WorkerInstance]:
-    from fleet_worker.setup.local_instances import described, local_instances
+    from fleet_worker.setup.instances import described, local_instances
     from fleet_worker.terminal import printable
 
     try:
@@ -162,7 +161,7 @@ def _found(model: str | None) -> dict[str, WorkerInstance]:
 
 
 def _ask_instances(model: str | None) -> dict[str, WorkerInstance]:
-    from fleet_worker.setup.found_instances import has_program, named, of_server, serving
+    from fleet_worker.setup.instances import has_program, named, of_server, serving
     from fleet_worker.setup.local_models import local_models
     from fleet_worker.setup.local_servers import local_servers
     from fleet_worker.terminal import printable
@@ -182,7 +181,7 @@ def _ask_instances(model: str | None) -> dict[str, WorkerInstance]:
 
 
 def _ask_model(models: list[LocalModel]) -> str:
-    from fleet_worker.setup.found_instances import memory
+    from fleet_worker.setup.instances import memory
     from fleet_worker.setup.local_models import that_fits
     from fleet_worker.terminal import printable
 

@@ -126,7 +126,7 @@ def _use_invitation(
 def _find_instances(path: Path, model: str | None) -> None:
     """Write the instances of this host into the file that has none yet."""
     from fleet_worker.settings import Settings
-    from fleet_worker.setup.local_instances import described, local_instances
+    from fleet_worker.setup.instances import described, local_instances
     from fleet_worker.setup.worker_file import add_instances
     from fleet_worker.terminal import printable
 

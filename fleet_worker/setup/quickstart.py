@@ -17,7 +17,7 @@ from fleet_worker.host.up_socket import lock_path
 from fleet_worker.settings import Settings
 from fleet_worker.setup.first_file import FirstFile, simulated
 from fleet_worker.setup.foreground import run_up
-from fleet_worker.setup.local_instances import described, local_instances
+from fleet_worker.setup.instances import described, local_instances
 from fleet_worker.setup.own_names import own_address, own_host
 from fleet_worker.setup.welcome import Welcome, ready_models
 from fleet_worker.terminal import printable
@@ -42,10 +42,15 @@ def quickstart(path: Path, choices: Choices) -> int:
     Raises:
         ConfigurationError: a package is missing, or there is no MLX server and no model.
     """
-    _check_packages(embedded=not choices.broker_url)
-    key = None if os.path.lexists(path) else _begin(path, choices)
+    key = None
+    if not os.path.lexists(path):
+        _check_packages(embedded=not choices.broker_url)
+        key = _begin(path, choices)
+    elif choices != Choices():
+        click.echo(f"fleet-worker: {path} exists, and counts: these options are for the first start", err=True)
     config_file.use(str(path))
     settings = Settings()
+    _check_packages(embedded=settings.up.broker)
     if not settings.up.gateway:
         raise ConfigurationError(
             f"{path} belongs to a host that runs no gateway: fleet-worker up runs it; for a fleet of its own, name "

@@ -15,6 +15,7 @@ import pytest
 from fleet_worker import Router, Settings
 from fleet_worker.host.child_process import python
 from fleet_worker.testing import SimulatedMLX, running_host
+from tests.brokers import any_broker
 from tests.faketime import wrong_clock
 from tests.flow.conftest import work
 from tests.mlx_clients import until
@@ -103,6 +104,7 @@ def test_minis_whose_clocks_are_wrong_answer_like_the_others_and_are_named(broke
         assert ahead == {**wrong, f"{model}-right": 0.0}
 
 
+@any_broker
 @pytest.mark.parametrize("skew", SKEWS)
 def test_a_router_whose_clock_is_wrong_gets_every_answer(broker, model, skew):
     environment = {"PATH": "/usr/bin:/bin", **wrong_clock(skew)}

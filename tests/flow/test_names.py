@@ -17,6 +17,7 @@ HELLO = [{"role": "user", "content": "Hello"}]
 ALIKE = ["qwen3:8b", "qwen3-8b", "Qwen3-8B", "通义千问", "文心一言"]
 
 
+@any_broker
 @pytest.mark.rest
 def test_models_whose_names_look_alike_never_get_each_others_requests(broker):
     with ExitStack() as stack:

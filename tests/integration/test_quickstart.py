@@ -30,11 +30,11 @@ class Mac:
         self.env = {"HOME": home, "XDG_STATE_HOME": f"{home}/s", "XDG_CACHE_HOME": f"{home}/c"}
         self.files = Path(home, "fleet")
 
-    def run(self, *words):
+    def run(self, *words, code=0):
         environment = {**os.environ, **self.env}
         environment.pop("FLEET_CONFIG", None)  # an empty one means: no file
         done = subprocess.run([*COMMAND, *words], env=environment, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done
+        assert done.returncode == code, done
         return done.stdout
 
     @contextmanager
@@ -85,6 +85,9 @@ def test_a_fleet_of_two_macs_takes_two_lines_and_goes_on_where_it_was(macs):
         written = first.content()
         assert key.encode() not in b"".join(written.values())
         node = ask(text, key)
+        findings = [json.loads(line) for line in first.run("doctor", "--json", code=1).splitlines()]
+        (complaint,) = (found for found in findings if found["severity"] != "ok")
+        assert "the embedded broker has no TLS" in complaint["found"]
         line = shlex.split(re.search(r"^fleet-worker (join \S+) --up$", text, re.MULTILINE)[1])
         with second.running(*line, "--up") as joined:
             joined.wait_for("is ready, 4 slots", WITHIN)

@@ -4,6 +4,7 @@ If one of these tests fails after an upgrade, its text says what of ours does no
 """
 
 import ast
+import functools
 import importlib
 import inspect
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 import fleet_worker
 
+source = functools.cache(inspect.getsource)  # which reads a whole module each time
 REDIS, VIRTUAL = "kombu.transport.redis", "kombu.transport.virtual.base"
 CONSUMER, WORKER = "celery.worker.consumer.consumer", "celery.apps.worker"
 SILENT = "a node does not notice a broker that fell silent"
@@ -197,10 +199,10 @@ def test_a_name_that_is_not_documented_is_there_and_is_used_as_before(module, ow
     there = importlib.import_module(module)
     of = getattr(there, owner) if owner else there
     defined = (f"{name} = ", f"{name}: ") if owner else (f".{name}",)
-    found = hasattr(of, name) or any(each in inspect.getsource(of) for each in defined)
+    found = hasattr(of, name) or any(each in source(of) for each in defined)
     assert found, f"{module} has no {owner or ''} {name} any more: {broken}"
     for user in users:
-        code = inspect.getsource(getattr(there, user))
+        code = source(getattr(there, user))
         assert name in code, f"{user} of {module} does not use {name} any more: {broken}"
 
 

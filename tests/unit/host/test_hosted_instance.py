@@ -197,6 +197,7 @@ def test_a_fault_of_the_server_before_is_not_one_of_this(scene):
     one.server.serves = True
     one.tell(order=1, fault="no token")
     assert one.server.heard == ["start", ("no token", False)]
+    assert one.client.orders[-1] == Resume(2)
 
 
 def test_a_server_that_has_grown_is_restarted_between_requests(scene):

@@ -364,6 +364,15 @@ def test_anything_else_takes_a_new_process(host, change):
     assert host.announced == []
 
 
+def test_everything_is_published_after_a_lost_connection_since_a_router_may_have_asked_meanwhile(host):
+    host.node.connected(True)
+    assert host.announced == []
+    host.node.connected(False)
+    host.node.connected(True)
+    host.node.connected(True)
+    assert host.announced == [("readiness", "models")]
+
+
 def test_a_router_that_asks_is_answered_with_everything(host):
     queue, receive = host.node.subscription
     assert queue("redis").exchange.name == "llm.registry.ask"

@@ -144,8 +144,8 @@ def test_the_line_that_invite_prints_makes_a_host_join_with_its_servers(of_fleet
 
 def test_a_host_without_a_server_keeps_the_account_and_goes_on_later(of_fleet, path, server, monkeypatch):
     with monkeypatch.context() as without:
-        without.setattr("fleet_worker.setup.local_instances.local_servers", list)
-        without.setattr("fleet_worker.setup.local_instances.local_models", list)
+        without.setattr("fleet_worker.setup.instances.local_servers", list)
+        without.setattr("fleet_worker.setup.instances.local_models", list)
         line = shlex.split(fleet_worker(f"invite {of_fleet}").stdout)[2]
         refused = fleet_worker(f"join {line} --yes --output {path}")
     assert refused.returncode == 78

@@ -21,8 +21,8 @@ OPENED = Invitation(
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr("fleet_worker.setup.local_instances.local_servers", list)
-    monkeypatch.setattr("fleet_worker.setup.local_instances.local_models", list)
+    monkeypatch.setattr("fleet_worker.setup.instances.local_servers", list)
+    monkeypatch.setattr("fleet_worker.setup.instances.local_models", list)
     return tmp_path
 
 
@@ -43,9 +43,8 @@ def test_without_a_server_and_a_model_it_says_what_to_do_and_writes_nothing(home
 
 def test_a_model_without_a_program_for_it_needs_one(home, monkeypatch):
     model = LocalModel("mlx-community/Qwen3-4B-4bit", "chat", 2_000_000_000, home)
-    monkeypatch.setattr("fleet_worker.setup.local_instances.local_models", lambda: [model])
-    monkeypatch.setattr("fleet_worker.setup.local_instances.has_program", lambda: False)
-    monkeypatch.setattr("fleet_worker.setup.found_instances.has_program", lambda: False)
+    monkeypatch.setattr("fleet_worker.setup.instances.local_models", lambda: [model])
+    monkeypatch.setattr("fleet_worker.setup.instances.has_program", lambda: False)
     assert "mlx_lm.server is not installed: pip install mlx-lm" in refused()
 
 
@@ -57,7 +56,7 @@ def test_a_model_without_a_program_for_it_needs_one(home, monkeypatch):
     ],
 )
 def test_a_server_that_tells_too_little_is_named(server, what, monkeypatch):
-    monkeypatch.setattr("fleet_worker.setup.local_instances.local_servers", lambda: [server])
+    monkeypatch.setattr("fleet_worker.setup.instances.local_servers", lambda: [server])
     text = refused()
     assert "http://127.0.0.1:8080" in text
     assert what in text
@@ -74,6 +73,7 @@ def test_the_file_of_a_host_without_a_gateway_is_not_taken_for_a_fleet(home):
     (home / "fleet").mkdir()
     (home / "fleet" / "worker.toml").write_text('broker_url = "redis://mini-1/0"\n', "utf-8")
     assert "belongs to a host that runs no gateway: fleet-worker up runs it" in refused()
+    assert "exists, and counts: these options are for the first start" in refused("quickstart --simulated")
 
 
 def test_local_goes_with_no_address():

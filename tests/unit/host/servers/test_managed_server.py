@@ -525,12 +525,13 @@ def test_the_guard_of_a_killed_up_does_not_end_the_server_of_the_next(ups, tmp_p
 
 @pytest.mark.rest
 def test_a_guard_that_somebody_kills_is_replaced(ups, caplog):
+    others = shells()
     up = ups()
     up.serve()
-    (guard,) = [each for each in psutil.Process().children() if each.name() == "sh"]
+    (guard,) = shells() - others
     guard.kill()
     up.until(lambda: "another one starts" in caplog.text)
-    (other,) = [each for each in psutil.Process().children() if each.name() == "sh"]
+    (other,) = shells() - others - {guard}
     assert other.pid != guard.pid
 
 
