@@ -99,7 +99,7 @@ def _add_key(path: Path) -> str:
     names = ("first", *(f"first-{number}" for number in range(2, len(known) + 3)))
     made = new_key(next(name for name in names if name not in known))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w", encoding="utf-8") as file:
             file.write("\n" * bool(known) + made.table)
     except OSError as error:

@@ -151,14 +151,15 @@ class OnlySettings(Settings):
 
 
 def write(path: Path, text: str, *, force: bool = False) -> None:
-    """Write a file that only its owner may read, all of it or nothing, and create its folder.
+    """Write a file that only its owner may read, all of it or nothing, and create its folder as one of this
+    user only: whoever could write there could put another file in its place.
 
     Raises:
         ConfigurationError: it exists, unless `force` is given, or it cannot be written.
     """
     check_free(path, force=force)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # only its owner may read it
         try:
             with open(handle, "w", encoding="utf-8") as file:
