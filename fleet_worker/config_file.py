@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -14,21 +14,23 @@ from fleet_worker.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
+    from pydantic_core import ErrorDetails
 
 MOST_BYTES = 1_000_000
 """Bytes of the file; a larger one is no configuration."""
 DEFAULT = Path("~/fleet/worker.toml")
 """The file that `init`, `join` and `quickstart` write, and that all commands read, if no other is named."""
+NAMED_BY = "--config or FLEET_CONFIG"
+"""What names the file, for texts of errors."""
+
+Place = tuple[int | str, ...]
+"""Of a setting, as ("router", "timeout") or ("instances", "local", "base_url")."""
 
 
 def config_path() -> Path | None:
     """Return the path that FLEET_CONFIG or `--config` names; None if there is none."""
     name = os.environ.get("FLEET_CONFIG")
     return Path(os.path.expanduser(name)) if name else None
-
-
-_named_by: dict[str, str] = {}
-"""What has named a file, if that was not FLEET_CONFIG."""
 
 
 def use(name: str, *, exists: bool = True) -> None:
@@ -38,65 +40,59 @@ def use(name: str, *, exists: bool = True) -> None:
         ConfigurationError: it cannot be read, unless it need not exist.
     """
     os.environ["FLEET_CONFIG"] = name
-    _named_by[name] = "--config"
     path = Path(os.path.expanduser(name))
     try:
         if exists:
             path.open("rb").close()
     except (OSError, ValueError) as error:  # ValueError: a NUL in it
         reason = getattr(error, "strerror", None) or "that is no path"
-        raise ConfigurationError(f"{named_by()} names {path}, which cannot be read: {reason}") from None
+        raise ConfigurationError(f"the file {path} of {NAMED_BY} cannot be read: {reason}") from None
 
 
 def use_default() -> None:
     """Make DEFAULT the configuration file, if it exists and FLEET_CONFIG is not set, not even to an empty text."""
     if "FLEET_CONFIG" not in os.environ and DEFAULT.expanduser().is_file():
-        os.environ["FLEET_CONFIG"] = name = str(DEFAULT.expanduser())
-        _named_by[name] = "the default"
-
-
-def named_by() -> str:
-    """Return what has named the configuration file, for texts of errors."""
-    return _named_by.get(os.environ.get("FLEET_CONFIG", ""), "FLEET_CONFIG")
+        os.environ["FLEET_CONFIG"] = str(DEFAULT.expanduser())
 
 
 def read() -> dict[str, Any]:
     """Return the content of the configuration file, empty if there is none; raises `ConfigurationError`."""
     path = config_path()
-    return read_toml(path, MOST_BYTES, named=named_by()) if path else {}
+    return read_toml(path, MOST_BYTES, of=NAMED_BY) if path else {}
 
 
-def read_toml(path: Path, most_bytes: int, *, named: str) -> dict[str, Any]:
-    """Return the content of a TOML file, which the setting `named` names; raises `ConfigurationError`."""
+def read_toml(path: Path, most_bytes: int, *, of: str) -> dict[str, Any]:
+    """Return the content of a TOML file; which the setting `of` names; raises `ConfigurationError`."""
     try:
         with path.open("rb") as file:
             text = file.read(most_bytes + 1)
         if len(text) > most_bytes:
-            raise ConfigurationError(f"{named} names {path}, which is larger than {most_bytes:,} bytes")
+            raise ConfigurationError(f"the file {path} of {of} is larger than {most_bytes:,} bytes")
         return tomllib.loads(text.decode("utf-8-sig"))  # some editors of Windows begin a file with U+FEFF
     except OSError as error:
-        raise ConfigurationError(f"{named} names {path}, which cannot be read: {error.strerror}") from None
+        raise ConfigurationError(f"the file {path} of {of} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigurationError(f"{named} names {path}, which is not valid TOML: {error}") from None
+        raise ConfigurationError(f"the file {path} of {of} is not valid TOML: {error}") from None
 
 
 def explain(error: ValidationError, settings: type[BaseModel]) -> str:
-    """Return `faults` as the text of an error."""
-    return "configuration: " + faults(error, settings)
+    """Return the texts of all faults in one line."""
+    return "; ".join(text for _, text in faults(error, settings))
 
 
-def faults(error: ValidationError, settings: type[BaseModel]) -> str:
-    """Return the place and the reason of every fault in `settings`, without the values: one may be a key."""
-    return "; ".join(text for _, text in each_fault(error, settings))
+def faults(error: ValidationError, settings: type[BaseModel]) -> list[tuple[Place, str]]:
+    """Return the place of each fault in `settings`, and its text, which begins with the place.
+
+    No text has a value: one may be a key.
+    """
+    found = error.errors(include_url=False, include_context=False)
+    return [(fault["loc"], _text(fault, settings)) for fault in found]
 
 
-def each_fault(error: ValidationError, settings: type[BaseModel]) -> Iterator[tuple[tuple[int | str, ...], str]]:
-    """Yield the place of each fault, as ("router", "timeout"), and its text, which begins with the place."""
-    for fault in error.errors(include_url=False, include_context=False):
-        place = fault["loc"]
-        unknown = fault["type"] == "extra_forbidden"
-        reason = _unknown_key(place, settings, fault["input"]) if unknown else _reason(fault["type"], fault["msg"])
-        yield place, ": ".join(filter(None, [".".join(map(str, place)), reason]))
+def _text(fault: ErrorDetails, settings: type[BaseModel]) -> str:
+    unknown = fault["type"] == "extra_forbidden"
+    reason = _unknown_key(fault["loc"], settings, fault["input"]) if unknown else _reason(fault["type"], fault["msg"])
+    return ": ".join(filter(None, [".".join(map(str, fault["loc"])), reason]))
 
 
 _NEEDED = {
@@ -122,7 +118,7 @@ def _reason(kind: str, text: str) -> str:
     return _NEEDED.get(kind) or text.removeprefix("Value error, ").replace("Input should be", "must be", 1)
 
 
-def _unknown_key(place: tuple[int | str, ...], settings: type[BaseModel], value: object) -> str:
+def _unknown_key(place: Place, settings: type[BaseModel], value: object) -> str:
     group: Any = settings
     for part in place[:-1]:
         fields = getattr(group, "model_fields", None)  # otherwise it is a dictionary of groups

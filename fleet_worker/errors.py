@@ -108,7 +108,10 @@ class FleetError(Exception):
 
 
 class ConfigurationError(FleetError):
-    """The configuration is wrong."""
+    """The configuration is wrong.
+
+    `metadata["faults"]`, if present, lists wrong settings: the place of each, as ("router", "timeout"), and a text.
+    """
 
 
 class BrokerUnavailable(FleetError):

@@ -209,7 +209,8 @@ class Settings(Group, BaseSettings):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigurationError(config_file.explain(error, type(self))) from None
+            text = f"configuration: {config_file.explain(error, type(self))}"
+            raise ConfigurationError(text, faults=config_file.faults(error, type(self))) from None
         except SettingsError as error:
             raise ConfigurationError(f"configuration: a FLEET_ variable is not JSON: {error}") from None
 

@@ -51,11 +51,11 @@ def with_account(broker_url: str, account: str) -> str:
     return f"{scheme}://{account and account + '@'}{authority.rpartition('@')[2]}{rest}"
 
 
-def with_host(broker_url: str, host: str) -> str:
+def with_host(url: str, host: str) -> str:
     """Return the URL with the name or address of another host; its port stays."""
-    scheme, authority, rest = _parts(broker_url)
+    scheme, authority, rest = _parts(url)
     account, at, _ = authority.rpartition("@")
-    port = urlsplit(broker_url).port
+    port = urlsplit(url).port
     host = f"[{host}]" if ":" in host else host
     return f"{scheme}://{account}{at}{host}{f':{port}' if port else ''}{rest}"
 

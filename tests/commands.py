@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import pytest
 
-from fleet_worker import config_file
 from fleet_worker.cli import main
 
 
@@ -31,7 +30,6 @@ def fleet_worker(line, given=b""):
         patched.setenv("FLEET_CONFIG", given_file or "")  # --config sets it, which is undone at the end
         if given_file is None:
             del os.environ["FLEET_CONFIG"]
-        patched.setattr(config_file, "_named_by", {})
         for name, value in {"argv": ["fleet-worker", *shlex.split(line)], **streams}.items():
             patched.setattr(sys, name, value)
         with pytest.raises(SystemExit) as end:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import selectors
 import socket
@@ -122,7 +123,8 @@ class UpServer:
 
     def _stop_listening(self) -> None:
         if self._socket and self._path:
-            self._path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it is gone, or nothing can be written any more
+                self._path.unlink()
             self._selector.unregister(self._socket)
             self._socket.close()
             self._socket = None

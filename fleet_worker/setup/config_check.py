@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from pydantic import ValidationError
-
 from fleet_worker import config_file
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.host.unserved import unserved
 from fleet_worker.host.variables import mistyped
 from fleet_worker.settings import Instance, Settings
 from fleet_worker.setup.config_sources import variable_of, variables
-from fleet_worker.setup.secrets import hidden_command, hidden_url
+from fleet_worker.setup.redaction import redacted_command, redacted_url
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +35,8 @@ def check() -> Checked:
 
 def _faults(error: ConfigurationError) -> Iterator[str]:
     """Yield each fault, with the variable that it is in; all others are in the file."""
-    cause = error.__context__
-    if not isinstance(cause, ValidationError):
-        yield error.message.removeprefix("configuration: ")
-        return
-    for place, text in config_file.each_fault(cause, Settings):
+    message = error.message.removeprefix("configuration: ")
+    for place, text in error.metadata.get("faults", [((), message)]):
         variable = variable_of(place)
         yield f"{text} (in the variable {variable})" if variable else text
 
@@ -51,7 +46,7 @@ def _would_run(settings: Settings) -> Iterator[tuple[str, str]]:
     yield "file", str(path.absolute()) if path else "none: --config or FLEET_CONFIG names one"
     if names := variables():
         yield "variables", ", ".join(names)
-    yield "broker", hidden_url(settings.broker_url) + (", run by fleet-worker up" if settings.up.broker else "")
+    yield "broker", redacted_url(settings.broker_url) + (", run by fleet-worker up" if settings.up.broker else "")
     yield "host", settings.host
     serving = {name: each for name, each in settings.instances.items() if each.opted_in}
     for name, instance in serving.items():
@@ -64,7 +59,7 @@ def _would_run(settings: Settings) -> Iterator[tuple[str, str]]:
 
 def _described(instance: Instance) -> str:
     url = instance.base_url or "the server on port 8000 or 8080"
-    server = f"{hidden_command(instance.serve)} at {url}" if instance.serve else url
+    server = f"{redacted_command(instance.serve)} at {url}" if instance.serve else url
     models = ", ".join(instance.models) or "the models that it lists"
     slots = instance.limits.concurrency
     return f"{server}; {models}; {', '.join(instance.capabilities) or 'nothing'}; {slots} at the same time"

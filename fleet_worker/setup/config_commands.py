@@ -22,9 +22,11 @@ def example(name: str) -> None:
     \b
         fleet-worker config example > worker.toml
     """
-    from fleet_worker.setup.config_example import example
+    from importlib.resources import files
 
-    click.echo(example(name), nl=False)
+    # Links to the folder config/ of the project; in the wheel they are files.
+    text = (files("fleet_worker.setup") / "examples" / f"{name}.toml").read_text("utf-8")
+    click.echo(text, nl=False)
 
 
 @config.command()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -17,7 +17,7 @@ from fleet_worker.config_file import config_path
 from fleet_worker.instance_settings import ONLY_MANAGED
 from fleet_worker.settings import Settings
 from fleet_worker.setup.config_sources import DEFAULT, Sources
-from fleet_worker.setup.secrets import HIDDEN, hidden_command, hidden_url
+from fleet_worker.setup.redaction import HIDDEN, redacted_command, redacted_url
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +29,9 @@ class Entry:
     source: str
 
 
-def entries(settings: Settings, arguments: Mapping[str, Any] | None = None) -> list[Entry]:
-    """Return all settings of a process, those of one table together. `arguments` are those of `Settings(...)`."""
-    found = list(_of_group((), settings, Sources(arguments)))
+def entries(settings: Settings) -> list[Entry]:
+    """Return all settings of this process, those of one table together."""
+    found = list(_of_group((), settings, Sources()))
     tables = list(dict.fromkeys(entry.place[:-1] for entry in found))
     return sorted(found, key=lambda entry: tables.index(entry.place[:-1]))
 
@@ -59,14 +59,14 @@ def _shown(name: str, value: Any) -> Any:
     if isinstance(value, SecretStr):
         return HIDDEN
     if name == "serve" and value:
-        return hidden_command(value)
+        return redacted_command(value)
     if isinstance(value, dict):
         return {key: _shown(key, each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [_shown(name, each) for each in value]
     if isinstance(value, Path):
         return str(value)
-    return hidden_url(value) if isinstance(value, str) and "://" in value else value
+    return redacted_url(value) if isinstance(value, str) and "://" in value else value
 
 
 def as_toml(found: list[Entry]) -> str:
@@ -84,8 +84,8 @@ def _line(entry: Entry) -> str:
     name = _dotted(entry.place[-1:])
     if entry.value is None:
         return f"# {name} is not set"
-    hash_ = "# " if name in ONLY_MANAGED and entry.source == DEFAULT else ""  # not allowed without `serve`
-    return f"{hash_}{name} = {_value(entry.value)}  # {entry.source}"
+    comment = "# " if name in ONLY_MANAGED and entry.source == DEFAULT else ""  # not allowed without `serve`
+    return f"{comment}{name} = {_value(entry.value)}  # {entry.source}"
 
 
 def _value(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Where the value of a setting comes from: an argument, a variable, the file, or the default."""
+"""Where the value of a setting comes from: a variable, the file, or the default."""
 
 from __future__ import annotations
 
@@ -9,35 +9,30 @@ from typing import Any
 from pydantic_settings import EnvSettingsSource
 
 from fleet_worker import config_file
+from fleet_worker.config_file import Place
+from fleet_worker.host.variables import PREFIX
 from fleet_worker.settings import Settings
 
-PREFIX = "FLEET_"
 DEFAULT = "default"
-ARGUMENT = "argument"
-Place = tuple[int | str, ...]
-"""Of a setting, as ("router", "timeout") or ("instances", "local", "base_url")."""
 
 
 class Sources:
-    """The sources of the settings that a process has. `arguments` are those of `Settings(...)`.
+    """The sources of the settings that a process has.
 
     Raises:
         ConfigurationError: the file cannot be read.
         SettingsError: a variable is not JSON.
     """
 
-    def __init__(self, arguments: Mapping[str, Any] | None = None) -> None:
-        self._arguments = arguments or {}
+    def __init__(self) -> None:
         self._variables = EnvSettingsSource(Settings)()
         self._file = config_file.read()
         path = config_file.config_path()
         self._file_name = path.name if path else ""
 
     def of(self, place: Place, aliases: Iterable[str] = ()) -> str:
-        """Return "argument", the name of a variable, the name of the file, or "default"."""
+        """Return the name of a variable, the name of the file, or "default"."""
         names = [place, *((*place[:-1], alias) for alias in aliases)]
-        if any(_has(self._arguments, each) for each in names):
-            return ARGUMENT
         if any(_has(self._variables, each) for each in names):
             return next(filter(None, map(variable_of, names)), "variable")
         return self._file_name if any(_has(self._file, each) for each in names) else DEFAULT

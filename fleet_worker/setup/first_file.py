@@ -31,8 +31,8 @@ class FirstFile:
     host: str
     address: str = ""
     """Of this host for other hosts; empty: they do not reach it."""
-    broker_url: str = ""
-    """Of a broker of one's own; empty: the embedded one."""
+    broker_url: str | None = field(default=None, repr=False)
+    """Of a broker of one's own; None: the embedded one."""
     broker_ca: Path | None = None
     instances: Mapping[str, WorkerInstance] = field(default_factory=dict)
 
@@ -95,11 +95,11 @@ def _add_key(path: Path) -> str:
     """Add a key to the file of keys, which only this user may read, and return it."""
     known: Mapping[str, object] = {}
     if path.exists():
-        known = read_toml(path, MOST_BYTES, named="quickstart").get("keys", {})
+        known = read_toml(path, MOST_BYTES, of="gateway.keys").get("keys", {})
     names = ("first", *(f"first-{number}" for number in range(2, len(known) + 3)))
     made = new_key(next(name for name in names if name not in known))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w", encoding="utf-8") as file:
             file.write("\n" * bool(known) + made.table)
     except OSError as error:

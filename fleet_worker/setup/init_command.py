@@ -11,46 +11,33 @@ import click
 
 from fleet_worker import config_file, urls
 from fleet_worker.errors import ConfigurationError
-from fleet_worker.setup.next_steps import check_all, command
-from fleet_worker.setup.service_commands import install_service
+from fleet_worker.setup import options
+from fleet_worker.setup.next_steps import finish
 
 if TYPE_CHECKING:
     from fleet_worker.setup.local_models import LocalModel
     from fleet_worker.setup.worker_file import WorkerInstance
 
-_PEM = click.Path(path_type=Path, dir_okay=False, exists=True, resolve_path=True)
 _NO_TERMINAL = (
     "there is no terminal to ask at: add --yes, and --broker URL; --server URL, --model NAME or --serve COMMAND "
     "if what runs here is not meant"
 )
 
 
-def _broker_url(ctx: click.Context, param: click.Parameter, url: str | None) -> str | None:
-    if url in (None, "-"):
-        return url
-    try:
-        return urls.broker_url(str(url))
-    except ValueError as error:  # its text does not show the URL
-        raise click.BadParameter(f"it {error}", ctx, param) from None
-
-
 @click.command(short_help="Write worker.toml for this Mac.")
-@click.option("--broker", metavar="URL", callback=_broker_url, help="The broker; - reads the URL from standard input.")
-@click.option("--broker-ca", type=_PEM, help="PEM file of the CA that issued its certificate.")
-@click.option("--host", metavar="NAME", help="Name of this Mac in the fleet. Default: its host name.")
+@options.broker
+@options.broker_ca
+@options.host
 @click.option("--server", metavar="URL", help="An MLX server that runs. Default: all that are found here.")
 @click.option("--serve", metavar="COMMAND", help="The command line of a server for fleet-worker up to run.")
-@click.option("--model", metavar="NAME", help="The model of the server.")
+@options.model
 @click.option("--name", metavar="NAME", help="Name of the instance. Default: local.")
 @click.option("--concurrency", type=click.IntRange(1, 256), help="Requests at the same time.")
-@click.option("--output", metavar="FILE", help="The file to write. Default: --config, or ~/fleet/worker.toml.")
-@click.option("--force", is_flag=True, help="Replace the file if it exists.")
-@click.option("--yes", is_flag=True, help="Ask nothing; take what is found here.")
-@click.option("--service/--no-service", "service", default=None, help="Then run fleet-worker service install, or not.")
-@click.pass_context
+@options.output
+@options.force
+@options.yes
+@options.service
 def init(
-    ctx: click.Context,
-    /,
     broker: str | None,
     broker_ca: Path | None,
     host: str | None,
@@ -83,7 +70,7 @@ def init(
         raise click.UsageError(_NO_TERMINAL)
     if not broker and yes:
         raise click.UsageError("--broker URL is needed: --yes cannot find it out")
-    broker = _given_broker() if broker == "-" else broker or _ask_broker()
+    broker = options.given_broker(broker) or _ask_broker()
     host = host or _host(asks=not yes)
     instances = _instances(server, serve, model, asks=not yes)
     instances = _adjusted(instances, name, concurrency)
@@ -92,36 +79,15 @@ def init(
     worker_file.write(path, text, force=force)
     click.echo(f"{path} was written.")
     config_file.use(str(path))
-    check_all()
-    if service or (service is None and not yes and click.confirm("Run it as a service, from now on?")):
-        ctx.invoke(install_service)
-    else:
-        lines = {"doctor": "what is wrong here", "up": "run it in this terminal", "service install": "or for good"}
-        commands = {command(each, path): why for each, why in lines.items()}
-        width = max(map(len, commands))
-        click.echo("\n".join(["Next:", *(f"  {each:{width}}  # {why}" for each, why in commands.items())]))
+    finish(path, service=service, asks=not yes)
 
 
 def _is_terminal() -> bool:
     return sys.stdin.isatty()
 
 
-def _given_broker() -> str:
-    """Return the URL on standard input."""
-    from fleet_worker.terminal import standard_input
-
-    return _checked(standard_input().strip())
-
-
 def _ask_broker() -> str:
-    return str(click.prompt("URL of the broker, as redis://:PASSWORD@mini-1:6379/0", value_proc=_checked))
-
-
-def _checked(url: str) -> str:
-    try:
-        return urls.broker_url(url)
-    except ValueError as error:
-        raise click.UsageError(f"the URL of the broker {error}") from None
+    return str(click.prompt("URL of the broker, as redis://:PASSWORD@mini-1:6379/0", value_proc=options.checked_broker))
 
 
 def _host(*, asks: bool) -> str:
@@ -133,8 +99,7 @@ def _host(*, asks: bool) -> str:
 
 
 def _instances(server: str | None, serve: str | None, model: str | None, *, asks: bool) -> dict[str, WorkerInstance]:
-    from fleet_worker.setup.chosen_instances import of_command, of_url
-    from fleet_worker.setup.found_instances import named
+    from fleet_worker.setup.instances import named, of_command, of_url
 
     if serve:
         return named([of_command(serve, model)])
@@ -148,7 +113,7 @@ def _instances(server: str | None, serve: str | None, model: str | None, *, asks
 
 
 def _found(model: str | None) -> dict[str, WorkerInstance]:
-    from fleet_worker.setup.local_instances import described, local_instances
+    from fleet_worker.setup.instances import described, local_instances
     from fleet_worker.terminal import printable
 
     try:
@@ -162,7 +127,7 @@ def _found(model: str | None) -> dict[str, WorkerInstance]:
 
 
 def _ask_instances(model: str | None) -> dict[str, WorkerInstance]:
-    from fleet_worker.setup.found_instances import has_program, named, of_server, serving
+    from fleet_worker.setup.instances import has_program, named, of_server, serving
     from fleet_worker.setup.local_models import local_models
     from fleet_worker.setup.local_servers import local_servers
     from fleet_worker.terminal import printable
@@ -182,7 +147,7 @@ def _ask_instances(model: str | None) -> dict[str, WorkerInstance]:
 
 
 def _ask_model(models: list[LocalModel]) -> str:
-    from fleet_worker.setup.found_instances import memory
+    from fleet_worker.setup.instances import memory
     from fleet_worker.setup.local_models import that_fits
     from fleet_worker.terminal import printable
 

@@ -65,3 +65,15 @@ def _is_address(host: str | None) -> bool:
     with suppress(ValueError):
         return bool(ipaddress.ip_address(host or ""))
     return False
+
+
+def join_line(invitation: Invitation, role: Role = "mini") -> str:
+    """Return the command line that the other host needs."""
+    return f"fleet-worker join {invitation.encode()}{' --up' if role == 'mini' else ''}"
+
+
+def validity(invitation: Invitation) -> str:
+    """Return how long an invitation is valid, in words."""
+    if invitation.membership:
+        return "(this line holds the account of the broker, and stays valid: keep it to yourself)"
+    return "(once, within 10 minutes; another line: fleet-worker invite)"

@@ -70,7 +70,7 @@ def _check_place(path: Path, *, force: bool) -> None:
     """Raise `ConfigurationError` if the file cannot be written later: the invitation is used up by then."""
     worker_file.check_free(path, force=force)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise ConfigurationError(f"{path} cannot be written: {error.strerror}") from None

@@ -10,20 +10,20 @@ import click
 
 from fleet_worker import config_file
 from fleet_worker.errors import ConfigurationError
-from fleet_worker.setup.next_steps import check_all, command
-from fleet_worker.setup.service_commands import install_service
-
-_PEM = click.Path(path_type=Path, dir_okay=False, exists=True, resolve_path=True)
+from fleet_worker.setup import options
+from fleet_worker.setup.next_steps import check_all, command, finish
 
 
 @click.command(short_help="Run a whole fleet on this Mac, for more to join.")
-@click.option("--model", default="", metavar="NAME", help="The model of the MLX server that is started, or runs.")
+@options.model
 @click.option("--simulated", is_flag=True, help="Try it with a simulated MLX server.")
-@click.option("--broker", default="", metavar="URL", help="Use this broker; - reads the URL from standard input.")
-@click.option("--broker-ca", type=_PEM, help="PEM file of the CA that issued its certificate.")
+@options.broker
+@options.broker_ca
 @click.option("--address", default="", metavar="NAME", help="Name or address of this Mac for others, as mini-1.local.")
 @click.option("--local", is_flag=True, help="Only for this Mac: everything listens on loopback.")
-def quickstart(broker: str, broker_ca: Path | None, address: str, local: bool, **options: Any) -> None:
+def quickstart(
+    model: str | None, simulated: bool, broker: str | None, broker_ca: Path | None, address: str, local: bool
+) -> None:
     """Run a broker, a gateway and a node for each MLX server of this Mac, and print how to use it.
 
     The first time it writes ~/fleet/worker.toml (or --config FILE) and a first key; the options are for this. Later it
@@ -35,7 +35,7 @@ def quickstart(broker: str, broker_ca: Path | None, address: str, local: bool, *
 
     if local and (address or broker):
         raise click.UsageError("--local has neither an address nor a broker of its own")
-    choices = Choices(_read(broker), broker_ca, address, local, **options)
+    choices = Choices(options.given_broker(broker), broker_ca, address, local, simulated, model)
     sys.exit(quickstart(worker_file.place(None), choices))
 
 
@@ -50,39 +50,37 @@ def invite(role: Any, address: str, account: bool) -> None:
     do that (RabbitMQ, or one where this host may not make accounts) leaves the account in the line itself.
     """
     from fleet_worker.settings import Settings
-    from fleet_worker.setup.invite import invite
-    from fleet_worker.setup.welcome import join_line, validity
+    from fleet_worker.setup.invite import invite, join_line, validity
 
-    given = _read("-") if account else ""
-    if account and ":" not in given:
+    named = options.given("-") if account else ""
+    if account and ":" not in named:
         raise click.UsageError("--account reads USER:PASSWORD from standard input")
-    made = invite(Settings(), role, address=address, account=given)
+    made = invite(Settings(), role, address=address, account=named)
     click.echo(join_line(made, role))
-    click.echo(f"fleet-worker: for the other host, where fleet-worker is installed {validity(made)}", err=True)
+    click.echo(f"fleet-worker: for the other host, once fleet-worker is installed there {validity(made)}", err=True)
 
 
 @click.command(short_help="Make this Mac a part of a fleet.")
 @click.argument("line", nargs=-1)
 @click.option("--up", "run_it", is_flag=True, help="Then run `fleet-worker up` in this terminal.")
-@click.option("--service", "install_it", is_flag=True, help="Then run `fleet-worker service install`.")
-@click.option("--yes", is_flag=True, help="Ask nothing.")
-@click.option("--output", metavar="FILE", help="The file to write. Default: --config, or ~/fleet/worker.toml.")
-@click.option("--force", is_flag=True, help="Replace the file if it exists.")
-@click.option("--name", default="", metavar="NAME", help="Name of this Mac in the fleet. Default: its host name.")
-@click.option("--model", metavar="NAME", help="The model of the MLX server that is started, or runs.")
-@click.option("--broker-cert", type=_PEM, help="PEM file of a client certificate, if the broker asks for one.")
-@click.option("--broker-key", type=_PEM, help="PEM file of its private key.")
-@click.pass_context
+@options.service
+@options.yes
+@options.output
+@options.force
+@options.host
+@options.model
+@click.option(
+    "--broker-cert", type=options.PEM_FILE, help="PEM file of a client certificate, if the broker asks for it."
+)
+@click.option("--broker-key", type=options.PEM_FILE, help="PEM file of its private key.")
 def join(
-    ctx: click.Context,
-    /,
     line: tuple[str, ...],
     run_it: bool,
-    install_it: bool,
+    service: bool | None,
     yes: bool,
     output: str | None,
     model: str | None,
-    **options: Any,
+    **known: Any,
 ) -> None:
     """Join the fleet that printed LINE by `fleet-worker invite`. `-` reads the line from standard input.
 
@@ -94,30 +92,26 @@ def join(
 
     path = worker_file.place(output)
     if line:
-        _use_invitation(_read(" ".join(line)), path, **options)
+        _use_invitation(options.given(" ".join(line)), path, **known)
     config_file.use(str(path))
     _find_instances(path, model)
-    check_all()
-    asks = sys.stdin.isatty() and not (run_it or yes)
-    if install_it or (asks and click.confirm("Install it as a service of this user?")):
-        ctx.invoke(install_service)
-    elif run_it:
+    if run_it and not service:
+        check_all()
         sys.exit(_run_up())
-    else:
-        click.echo(f"Now: {command('up', path)} in this terminal, or {command('service install', path)} for good.")
+    finish(path, service=service, asks=sys.stdin.isatty() and not yes)
 
 
 def _use_invitation(
-    line: str, path: Path, *, force: bool, name: str, broker_cert: Path | None, broker_key: Path | None
+    line: str, path: Path, *, force: bool, host: str | None, broker_cert: Path | None, broker_key: Path | None
 ) -> None:
     from fleet_worker.broker.faults import place_of
     from fleet_worker.settings import as_host
     from fleet_worker.setup.join import join
     from fleet_worker.setup.worker_file import WorkerFile
 
-    file = WorkerFile("", as_host(name) if name else None, broker_cert=broker_cert, broker_key=broker_key)
-    membership, host = join(line, path, file, force=force)
-    click.echo(f"{host} belongs to the fleet at {place_of(membership.broker_url)}: {path} was written.")
+    file = WorkerFile("", as_host(host) if host else None, broker_cert=broker_cert, broker_key=broker_key)
+    membership, name = join(line, path, file, force=force)
+    click.echo(f"{name} belongs to the fleet at {place_of(membership.broker_url)}: {path} was written.")
     if membership.role == "router":
         click.echo("A router of this host reads that file. Try: fleet-worker status, or fleet-worker gateway")
         sys.exit(0)
@@ -126,7 +120,7 @@ def _use_invitation(
 def _find_instances(path: Path, model: str | None) -> None:
     """Write the instances of this host into the file that has none yet."""
     from fleet_worker.settings import Settings
-    from fleet_worker.setup.local_instances import described, local_instances
+    from fleet_worker.setup.instances import described, local_instances
     from fleet_worker.setup.worker_file import add_instances
     from fleet_worker.terminal import printable
 
@@ -148,15 +142,6 @@ def _run_up() -> int:
     from fleet_worker.setup.foreground import run_up
 
     return run_up(Settings())
-
-
-def _read(text: str) -> str:
-    """Return the text, or for `-` the lines of standard input, without showing what is typed there."""
-    if text != "-":
-        return text
-    if sys.stdin.isatty():
-        return str(click.prompt("Paste it", hide_input=True, err=True)).strip()
-    return sys.stdin.read(100_000).strip()
 
 
 COMMANDS = (quickstart, invite, join)

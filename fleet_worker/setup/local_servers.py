@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -14,7 +14,6 @@ from fleet_worker.errors import FleetError, RequestTimeout, Unauthorized
 from fleet_worker.gateway.models import OWNER
 from fleet_worker.mlx.client import MLXClient
 from fleet_worker.settings import Instance, ServerTimeouts
-from fleet_worker.setup.command_words import option_of
 
 PORTS = (8000, 8080, 8081, 8082, 8083, 1234, 10240, 11434)
 """mlx_lm.server 8080 and the next ones, LM Studio 1234, mlx-omni-server 10240, Ollama 11434, others 8000."""
@@ -92,3 +91,13 @@ def _model_of(url: str) -> str:
         if any("mlx_lm" in word for word in words) and option_of("--port", words, "8080") == port:
             return option_of("--model", words)
     return ""
+
+
+def option_of(name: str, words: Sequence[str], default: str = "") -> str:
+    """Return the value of an option of a command line, as in `--port 8080` or `--port=8080`."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word == name:
+            return following
+        if word.startswith(f"{name}="):
+            return word.partition("=")[2]
+    return default

@@ -1,4 +1,4 @@
-"""What `init` and `join` do when the file is written: check everything, and say what comes next."""
+"""What `init` and `join` do when the file is written: check everything, and start it or say how."""
 
 from __future__ import annotations
 
@@ -8,6 +8,20 @@ from pathlib import Path
 import click
 
 from fleet_worker import config_file
+from fleet_worker.setup.service_commands import install_service
+
+
+def finish(path: Path, *, service: bool | None, asks: bool) -> None:
+    """Check everything; then install the service if that is wanted (None: not said, so ask, if `asks`), or print what
+    comes next. For a command that is running."""
+    check_all()
+    if service or (service is None and asks and click.confirm("Run it as a service, from now on?")):
+        click.get_current_context().invoke(install_service)
+        return
+    lines = {"doctor": "what is wrong here", "up": "run it in this terminal", "service install": "or for good"}
+    commands = {command(each, path): why for each, why in lines.items()}
+    width = max(map(len, commands))
+    click.echo("\n".join(["Next:", *(f"  {each:{width}}  # {why}" for each, why in commands.items())]))
 
 
 def check_all() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
@@ -17,7 +17,7 @@ from fleet_worker.host.up_socket import lock_path
 from fleet_worker.settings import Settings
 from fleet_worker.setup.first_file import FirstFile, simulated
 from fleet_worker.setup.foreground import run_up
-from fleet_worker.setup.local_instances import described, local_instances
+from fleet_worker.setup.instances import described, local_instances
 from fleet_worker.setup.own_names import own_address, own_host
 from fleet_worker.setup.welcome import Welcome, ready_models
 from fleet_worker.terminal import printable
@@ -27,12 +27,12 @@ from fleet_worker.terminal import printable
 class Choices:
     """The options of the first start. Later ones go on with the files that are there."""
 
-    broker_url: str = ""
+    broker_url: str | None = field(default=None, repr=False)
     broker_ca: Path | None = None
     address: str = ""
     local: bool = False
     simulated: bool = False
-    model: str = ""
+    model: str | None = None
 
 
 def quickstart(path: Path, choices: Choices) -> int:
@@ -69,7 +69,7 @@ def _check_packages(*, embedded: bool) -> None:
 
 def _begin(path: Path, choices: Choices) -> str:
     """Write the first files; return the key."""
-    instances = simulated() if choices.simulated else local_instances(choices.model or None)
+    instances = simulated() if choices.simulated else local_instances(choices.model)
     address = "" if choices.local else choices.address or own_address()
     key = FirstFile(own_host(), address, choices.broker_url, choices.broker_ca, instances).write(path)
     click.echo(printable(f"Wrote {path}, for {'; '.join(map(described, instances.values()))}."))

@@ -58,13 +58,14 @@ def make(settings: Settings, membership: Membership) -> tuple[str, str] | None:
     rules = ("reset", "on", f"#{hashlib.sha256(secret.encode()).hexdigest()}", f"~{name}", "+getdel")
     with connected(settings) as connection:
         client = connection.default_channel.client
+        text = membership.model_dump_json(exclude_defaults=True).encode()
         try:
             _remove_leftovers(client)
+            # The key comes first: another `invite` removes accounts without one.
+            client.set(name, _padded(text, secret), px=round(VALID * 1000))
             client.execute_command("ACL", "SETUSER", name, *rules)
         except ResponseError:  # this user may not, a provider has disabled it, or it is older than Redis 6
-            return None
-        text = membership.model_dump_json(exclude_defaults=True).encode()
-        client.set(name, _padded(text, secret), px=round(VALID * 1000))
+            return None  # the key expires
     return id_, secret
 
 

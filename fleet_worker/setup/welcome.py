@@ -7,7 +7,6 @@ import shlex
 import sys
 import threading
 from collections.abc import Sequence
-from urllib.parse import urlsplit
 
 import click
 import httpx
@@ -17,9 +16,9 @@ from fleet_worker.demo.lines_to_paste import line_to_embed, lines_to_paste
 from fleet_worker.errors import FleetError
 from fleet_worker.mlx.offering import embeds
 from fleet_worker.settings import Settings
-from fleet_worker.setup.invitation import Invitation, Role
-from fleet_worker.setup.invite import invite
+from fleet_worker.setup.invite import invite, join_line, validity
 from fleet_worker.setup.next_steps import command
+from fleet_worker.urls import with_host
 
 POLL = 0.5
 """Seconds between two looks at a gateway that is not ready yet."""
@@ -80,7 +79,7 @@ class Welcome:
             invitation = invite(self._settings)
         except FleetError as error:
             return [f"No other Mac can join now: {error.message}"]
-        return [f"On the next Mac, where fleet-worker is installed {validity(invitation)}:", join_line(invitation)]
+        return [f"On the next Mac, once fleet-worker is installed there {validity(invitation)}:", join_line(invitation)]
 
 
 def ready_models(settings: Settings) -> list[str]:
@@ -103,24 +102,13 @@ def local_url(settings: Settings) -> str:
 
 def gateway_url(settings: Settings) -> str:
     """Return the URL of the gateway for its clients, on other hosts, too, if they reach it."""
-    parts = urlsplit(local_url(settings))
-    return f"{parts.scheme}://{settings.up.address}:{parts.port}" if settings.up.address else local_url(settings)
+    url = local_url(settings)
+    return with_host(url, settings.up.address) if settings.up.address else url
 
 
 def is_reachable(settings: Settings) -> bool:
     """Tell whether other hosts can join."""
     return bool(settings.up.address) or not settings.up.broker
-
-
-def join_line(invitation: Invitation, role: Role = "mini") -> str:
-    return f"fleet-worker join {invitation.encode()}{' --up' if role == 'mini' else ''}"
-
-
-def validity(invitation: Invitation) -> str:
-    """Return how long an invitation is valid, in words."""
-    if invitation.membership:
-        return "(this line holds the account of the broker, and stays valid: keep it to yourself)"
-    return "(once, within 10 minutes; another line: fleet-worker invite)"
 
 
 def new_key_line(settings: Settings) -> str:

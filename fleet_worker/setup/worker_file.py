@@ -27,7 +27,7 @@ class WorkerInstance:
     """One instance: `base_url` of a server that runs, or `serve`, the command line of one that `up` runs."""
 
     base_url: str | None = None
-    serve: str | None = None
+    serve: str | None = field(default=None, repr=False)
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """The settings of each model by public name, as in {"qwen3-14b": {"backend": "default_model"}}."""
     concurrency: int = 4
@@ -38,14 +38,14 @@ class WorkerInstance:
 class WorkerFile:
     """What stands in the file. `more` is the text of other sections, for its end."""
 
-    broker_url: str
+    broker_url: str = field(repr=False)
     host: str | None = None
     broker_ca: Path | None = None
     broker_cert: Path | None = None
     broker_key: Path | None = None
     max_body_bytes: int | None = None
     instances: Mapping[str, WorkerInstance] = field(default_factory=dict)
-    more: str = ""
+    more: str = field(default="", repr=False)
     made_by: str = "fleet-worker init"
 
     def text(self) -> str:
@@ -151,14 +151,15 @@ class OnlySettings(Settings):
 
 
 def write(path: Path, text: str, *, force: bool = False) -> None:
-    """Write a file that only its owner may read, all of it or nothing, and create its folder.
+    """Write a file that only its owner may read, all of it or nothing, and create its folder as one of this
+    user only: whoever could write there could put another file in its place.
 
     Raises:
         ConfigurationError: it exists, unless `force` is given, or it cannot be written.
     """
     check_free(path, force=force)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # only its owner may read it
         try:
             with open(handle, "w", encoding="utf-8") as file:

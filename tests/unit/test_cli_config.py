@@ -56,7 +56,7 @@ def test_the_variable_of_a_test_stays_what_it_was(file, monkeypatch):
 )
 def test_a_file_that_is_not_there_is_one_line(line, tmp_path):
     missing = tmp_path / "nowhere.toml"
-    words = (f"--config names {missing}, which cannot be read: No such file or directory\n",)
+    words = (f"the file {missing} of --config or FLEET_CONFIG cannot be read: No such file or directory\n",)
     assert_refused(fleet_worker(line.format(missing)), 78, *words)
 
 
@@ -71,7 +71,7 @@ def test_a_file_that_is_not_there_is_one_line(line, tmp_path):
 )
 def test_what_is_no_file_is_told(name, reason, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert_refused(fleet_worker(f"up --config '{name}'"), 78, "--config names", reason)
+    assert_refused(fleet_worker(f"up --config '{name}'"), 78, "of --config or FLEET_CONFIG cannot be read", reason)
 
 
 def test_an_empty_name_is_a_wrong_command_line():
@@ -80,11 +80,13 @@ def test_an_empty_name_is_a_wrong_command_line():
     assert "Invalid value for '--config': it takes the name of a file" in done.stderr
 
 
-def test_a_wrong_file_is_told_as_it_was_named(file, monkeypatch):
+def test_a_wrong_file_is_named(file, monkeypatch):
     wrong = file("wrong.toml", "a = ")
-    assert_refused(fleet_worker(f"up --config {wrong}"), 78, f"--config names {wrong}, which is not valid TOML")
+    assert_refused(
+        fleet_worker(f"up --config {wrong}"), 78, f"the file {wrong} of --config or FLEET_CONFIG is not valid TOML"
+    )
     monkeypatch.setenv("FLEET_CONFIG", str(wrong))
-    assert_refused(fleet_worker("up"), 78, f"FLEET_CONFIG names {wrong}, which is not valid TOML")
+    assert_refused(fleet_worker("up"), 78, f"the file {wrong} of --config or FLEET_CONFIG is not valid TOML")
 
 
 def test_help_needs_no_file(file):

@@ -62,7 +62,7 @@ def test_a_file_may_begin_with_the_mark_that_some_editors_write(configure):
 
 def test_a_file_without_end_is_not_read_into_memory(monkeypatch):
     monkeypatch.setenv("FLEET_CONFIG", "/dev/zero")
-    assert refused() == "FLEET_CONFIG names /dev/zero, which is larger than 1,000,000 bytes"
+    assert refused() == "the file /dev/zero of --config or FLEET_CONFIG is larger than 1,000,000 bytes"
 
 
 def test_deeply_nested_text_is_no_traceback(configure):

@@ -141,9 +141,9 @@ def _read(path: Path) -> dict[str, tuple[bytes, Key]]:
 
 def _checked(path: Path) -> dict[str, tuple[bytes, Key]]:
     try:
-        keys = _File.model_validate(config_file.read_toml(path, MOST_BYTES, named="gateway.keys")).keys
+        keys = _File.model_validate(config_file.read_toml(path, MOST_BYTES, of="gateway.keys")).keys
     except ValidationError as error:
-        raise ConfigurationError(f"{path}: {config_file.faults(error, _File)}") from None
+        raise ConfigurationError(f"{path}: {config_file.explain(error, _File)}") from None
     by_id: dict[str, tuple[bytes, Key]] = {}
     for key in keys.values():
         for each in key.hashes:

@@ -13,7 +13,7 @@ import psutil
 from fleet_worker.host.file_lock import file_name
 from fleet_worker.host.servers import server_record
 from fleet_worker.host.servers.guard import Guard, end_guard
-from fleet_worker.host.servers.process_family import is_marked, kill_all, marked
+from fleet_worker.host.servers.process_family import is_marked, kill_all, marked, may_lead
 from fleet_worker.host.servers.server_process import ServerProcess
 from fleet_worker.host.servers.server_record import Identity, ServerRecord
 from fleet_worker.settings import Settings
@@ -81,9 +81,13 @@ class Custody:
         leader any more, or of which nothing is written.
         """
         record = server_record.read(self._path)
+        if record and not record.mark.startswith(f"{self._owner}/"):
+            record = None  # that of another folder, or damaged
         if record and (guard := record.guard.process()):
             end_guard(guard)  # it would end the server together with the node of that `up`
         leader = record.server.process() if record else None
+        if record and leader and not may_lead(leader, record.mark):
+            leader = None
         if not record or not leader:
             kill_all(marked(self._owner))
             return None

@@ -12,6 +12,9 @@ import psutil
 from fleet_worker.host.child_process import kill_group
 from fleet_worker.host.servers.process_family import is_alive
 
+LEFTOVERS = "fleet_worker.host.servers.leftovers"
+"""The program of a guard; its name is in the command line of each."""
+
 
 class Guard:
     """A shell that reads a pipe, and acts when nobody holds the other end any more. It costs 1 MB.
@@ -24,7 +27,7 @@ class Guard:
     group= mark=
     while read -r g m; do group=$g mark=$m; done
     [ -n "$mark" ] || exit 0
-    "$1" -P -m fleet_worker.host.servers.leftovers "$mark"
+    "$1" -P -m "$2" "$mark"
     kill -s KILL -- "-$group"
     """
 
@@ -32,7 +35,7 @@ class Guard:
         reader, self.descriptor = os.pipe()
         try:
             self._shell = subprocess.Popen(  # noqa: S603 - our own script
-                ["/bin/sh", "-c", self._SCRIPT, "sh", sys.executable],
+                ["/bin/sh", "-c", self._SCRIPT, "sh", sys.executable, LEFTOVERS],
                 stdin=reader,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -73,6 +76,7 @@ class Guard:
 
 
 def end_guard(guard: psutil.Process) -> None:
-    """End the guard of a former `up`, whose server is taken over."""
-    if is_alive(guard):
-        kill_group(guard.pid)
+    """End the guard of a former `up`, whose server is taken over; no process that is none, if its record is wrong."""
+    with contextlib.suppress(psutil.Error):
+        if is_alive(guard) and any(LEFTOVERS in word for word in guard.cmdline()):
+            kill_group(guard.pid)

@@ -50,6 +50,21 @@ def is_marked(process: psutil.Process, mark: str) -> bool:
     return found == mark or found.startswith(f"{mark}/")
 
 
+def may_lead(process: psutil.Process, mark: str) -> bool:
+    """Tell whether a process may be the server with this mark, by all that can be known: a wrong record must not make
+    us kill another program. A program may hide its variables, or write its title over them.
+    """
+    try:
+        ours = process.uids().real == os.getuid() and os.getpgid(process.pid) == process.pid
+        if not ours or process in [psutil.Process(), *psutil.Process().parents()]:
+            return False
+        with contextlib.suppress(psutil.AccessDenied, OSError):
+            return process.environ().get(MARK, mark) == mark
+        return True
+    except (psutil.Error, OSError):
+        return False
+
+
 def is_alive(process: psutil.Process) -> bool:
     """Return False if it has ended, also if its id is that of another process by now."""
     try:

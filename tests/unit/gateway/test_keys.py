@@ -194,7 +194,7 @@ def test_the_error_names_the_file_and_the_fault(path, text):
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(ConfigurationError, match=r"gateway\.keys names .*absent\.toml, which cannot be read"):
+    with pytest.raises(ConfigurationError, match=r"the file .*absent\.toml of gateway\.keys cannot be read"):
         Keys.load(tmp_path / "absent.toml")
 
 

@@ -1,5 +1,7 @@
+import fcntl
 import os
 import stat
+import threading
 
 import pytest
 
@@ -72,3 +74,13 @@ def test_a_folder_that_cannot_be_is_a_matter_of_configuration(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigurationError, match="state_dir"):
         hold(tmp_path / "file" / "up.lock")
+
+
+def test_one_that_only_asks_who_holds_a_name_does_not_keep_it(path):
+    path.parent.mkdir()
+    with path.open("w") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        ends = threading.Timer(0.05, fcntl.flock, (looking, fcntl.LOCK_UN))
+        ends.start()
+        hold(path).close()
+        ends.join()

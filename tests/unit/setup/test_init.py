@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fleet_worker.setup import found_instances, init_command, local_instances, local_models, local_servers
+from fleet_worker.setup import init_command, instances, local_models, local_servers, next_steps
 from fleet_worker.setup.local_models import LocalModel
 from fleet_worker.setup.local_servers import LocalServer
 from fleet_worker.testing import SimulatedMLX
@@ -27,18 +27,17 @@ def here(tmp_path, monkeypatch):
     """A host with a home of its own; `here(...)` says what there is."""
 
     def found(*, servers=(), models=(), program=True):
-        for module in (local_instances, local_servers):
+        for module in (instances, local_servers):
             monkeypatch.setattr(module, "local_servers", lambda: list(servers))
-        for module in (local_instances, local_models):
+        for module in (instances, local_models):
             monkeypatch.setattr(module, "local_models", lambda: [LocalModel(*each, Path("/")) for each in models])
-        for module in (local_instances, found_instances):
-            monkeypatch.setattr(module, "has_program", lambda: program)
-            monkeypatch.setattr(module, "memory", lambda: 16 * 10**9)
+        monkeypatch.setattr(instances, "has_program", lambda: program)
+        monkeypatch.setattr(instances, "memory", lambda: 16 * 10**9)
         return tmp_path / "fleet" / "worker.toml"
 
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("FLEET_CONFIG", raising=False)
-    monkeypatch.setattr(init_command, "check_all", lambda: None)
+    monkeypatch.setattr(next_steps, "check_all", lambda: None)
     monkeypatch.chdir(tmp_path)
     found()
     return found

@@ -153,3 +153,20 @@ def test_the_name_for_others_is_told_with_an_address_beside_it(fleet, monkeypatc
 def test_this_host_has_some_name_and_address():
     assert own_address()
     assert own_host()
+
+
+def test_another_invite_at_the_same_time_leaves_it_usable(fleet, client, monkeypatch):
+    made = []
+
+    def execute(self, *words, **options):
+        if words[:2] == ("ACL", "SETUSER") and not made:
+            made.append(words)
+            result = before(self, *words, **options)
+            invite(fleet)
+            return result
+        return before(self, *words, **options)
+
+    before = redis.Redis.execute_command
+    monkeypatch.setattr(redis.Redis, "execute_command", execute)
+    first = invite(fleet)
+    assert redeem(first).broker_url == fleet.broker_url

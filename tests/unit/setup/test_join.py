@@ -132,7 +132,7 @@ def test_the_line_that_invite_prints_makes_a_host_join_with_its_servers(of_fleet
     assert invited.stdout.endswith(" --up\n")
     assert "once, within 10 minutes" in invited.stderr
     assert PASSWORD not in invited.stdout + invited.stderr
-    joined = fleet_worker(f"join - --yes --name mini-2 --output {path}", given=invited.stdout.replace(" --up", ""))
+    joined = fleet_worker(f"join - --yes --host mini-2 --output {path}", given=invited.stdout.replace(" --up", ""))
     assert joined.returncode == 0, joined
     assert "mini-2 belongs to the fleet at 127.0.0.1:" in joined.stdout
     assert f"local: qwen3-14b at {server.base_url}" in joined.stdout
@@ -144,8 +144,8 @@ def test_the_line_that_invite_prints_makes_a_host_join_with_its_servers(of_fleet
 
 def test_a_host_without_a_server_keeps_the_account_and_goes_on_later(of_fleet, path, server, monkeypatch):
     with monkeypatch.context() as without:
-        without.setattr("fleet_worker.setup.local_instances.local_servers", list)
-        without.setattr("fleet_worker.setup.local_instances.local_models", list)
+        without.setattr("fleet_worker.setup.instances.local_servers", list)
+        without.setattr("fleet_worker.setup.instances.local_models", list)
         line = shlex.split(fleet_worker(f"invite {of_fleet}").stdout)[2]
         refused = fleet_worker(f"join {line} --yes --output {path}")
     assert refused.returncode == 78

@@ -21,8 +21,8 @@ OPENED = Invitation(
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr("fleet_worker.setup.local_instances.local_servers", list)
-    monkeypatch.setattr("fleet_worker.setup.local_instances.local_models", list)
+    monkeypatch.setattr("fleet_worker.setup.instances.local_servers", list)
+    monkeypatch.setattr("fleet_worker.setup.instances.local_models", list)
     return tmp_path
 
 
@@ -43,9 +43,8 @@ def test_without_a_server_and_a_model_it_says_what_to_do_and_writes_nothing(home
 
 def test_a_model_without_a_program_for_it_needs_one(home, monkeypatch):
     model = LocalModel("mlx-community/Qwen3-4B-4bit", "chat", 2_000_000_000, home)
-    monkeypatch.setattr("fleet_worker.setup.local_instances.local_models", lambda: [model])
-    monkeypatch.setattr("fleet_worker.setup.local_instances.has_program", lambda: False)
-    monkeypatch.setattr("fleet_worker.setup.found_instances.has_program", lambda: False)
+    monkeypatch.setattr("fleet_worker.setup.instances.local_models", lambda: [model])
+    monkeypatch.setattr("fleet_worker.setup.instances.has_program", lambda: False)
     assert "mlx_lm.server is not installed: pip install mlx-lm" in refused()
 
 
@@ -57,7 +56,7 @@ def test_a_model_without_a_program_for_it_needs_one(home, monkeypatch):
     ],
 )
 def test_a_server_that_tells_too_little_is_named(server, what, monkeypatch):
-    monkeypatch.setattr("fleet_worker.setup.local_instances.local_servers", lambda: [server])
+    monkeypatch.setattr("fleet_worker.setup.instances.local_servers", lambda: [server])
     text = refused()
     assert "http://127.0.0.1:8080" in text
     assert what in text
@@ -81,9 +80,9 @@ def test_local_goes_with_no_address():
     assert "--local has neither" in refused("quickstart --local --address mini-1.local")
 
 
-@pytest.mark.parametrize("options", ["--broker http://mini-1", "--address redis://mini-1"])
-def test_what_no_file_may_hold_is_refused_before_one_is_written(options, home):
-    assert fleet_worker(f"quickstart --simulated {options}").returncode == 78
+@pytest.mark.parametrize(("options", "code"), [("--broker http://mini-1", 2), ("--address redis://mini-1", 78)])
+def test_what_no_file_may_hold_is_refused_before_one_is_written(options, code, home):
+    assert fleet_worker(f"quickstart --simulated {options}").returncode == code
     assert not list(home.rglob("*.toml"))
 
 

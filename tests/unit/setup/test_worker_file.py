@@ -1,5 +1,6 @@
 """worker.toml as `init`, `join` and `quickstart` write it."""
 
+import os
 import stat
 import tempfile
 import tomllib
@@ -116,3 +117,12 @@ def test_it_goes_where_it_is_sent(tmp_path, monkeypatch):
     monkeypatch.setenv("FLEET_CONFIG", "~/mine.toml")
     assert worker_file.place(None) == tmp_path / "mine.toml"
     assert worker_file.place("here.toml") == tmp_path / "here.toml"
+
+
+def test_a_folder_that_it_creates_is_of_this_user_only(tmp_path):
+    before = os.umask(0)
+    try:
+        worker_file.write(tmp_path / "fleet" / "worker.toml", "")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "fleet").stat().st_mode) == 0o700

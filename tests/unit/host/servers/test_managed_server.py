@@ -534,3 +534,29 @@ def test_a_guard_that_somebody_kills_is_replaced(ups, caplog):
     up.until(lambda: "another one starts" in caplog.text)
     (other,) = shells() - others - {guard}
     assert other.pid != guard.pid
+
+
+@contextlib.contextmanager
+def bystander(**options):
+    """Another program, which leads its own group."""
+    process = subprocess.Popen(["/bin/sleep", "60"], start_new_session=True, **options)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("marked_as", ["another folder", "this instance", "this process"])
+def test_a_wrong_record_kills_no_other_program(ups, tmp_path, marked_as):
+    up = ups()
+    mark = up.managed._custody.mark if marked_as != "another folder" else "0123456789abcdef/0123456789abcdef"
+    with bystander(env={"FLEET_SERVER": "of another"}) as leader, bystander() as guard:
+        server = os.getpid() if marked_as == "this process" else leader.pid
+        record = server_record.ServerRecord(
+            server_record.Identity.of(server), server_record.Identity.of(guard.pid), "fingerprint", mark
+        )
+        server_record.write(tmp_path / "server-local@mini.json", record)
+        assert up.serve().pid not in (server, None)
+        assert leader.poll() is None
+        assert guard.poll() is None

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from fleet_worker.setup import found_instances as module
-from fleet_worker.setup.found_instances import found_instances, public_name
+from fleet_worker.setup import instances as module
+from fleet_worker.setup.instances import found_instances, public_name
 from fleet_worker.setup.local_models import LocalModel
 from fleet_worker.setup.local_servers import LocalServer
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fleet_worker.setup.secrets import hidden_command, hidden_url
+from fleet_worker.setup.redaction import redacted_command, redacted_url
 
 
 @pytest.mark.parametrize(
@@ -16,7 +16,7 @@ from fleet_worker.setup.secrets import hidden_command, hidden_url
     ],
 )
 def test_the_password_of_a_url(url, shown):
-    assert hidden_url(url) == shown
+    assert redacted_url(url) == shown
 
 
 @pytest.mark.parametrize(
@@ -26,8 +26,14 @@ def test_the_password_of_a_url(url, shown):
         ("vllm-mlx serve a --api-key hush --port 1", "vllm-mlx serve a --api-key (set) --port 1"),
         ("x --api_key=hush --HF-TOKEN hush", "x --api_key=(set) --HF-TOKEN (set)"),
         ("x --auth --port 1", "x --auth --port 1"),
+        ("x --api-key -hush", "x --api-key (set)"),
+        ("env HF_TOKEN=hush OMP_NUM_THREADS=4 x", "env HF_TOKEN=(set) OMP_NUM_THREADS=4 x"),
+        ("x -H 'Authorization: Bearer hush' --url a", "x -H 'Authorization: (set)' --url a"),
+        ("x --cache redis://me:hush@b/0 --db=amqp://:hush@b", "x --cache redis://me:(set)@b/0 --db=amqp://:(set)@b"),
+        ("""x --args '{"a": 1, "api_key": "hush"}'""", """x --args '{"a": 1, "api_key": (set)'"""),
+        ("x --max-tokens 512 --tokenizer a --api-tokens hush", "x --max-tokens 512 --tokenizer a --api-tokens (set)"),
         (["x", "--model", "/a b/c", "--password", "hu sh"], "x --model '/a b/c' --password (set)"),
     ],
 )
 def test_the_options_of_a_command_line(line, shown):
-    assert hidden_command(line) == shown
+    assert redacted_command(line) == shown

@@ -1,0 +1,42 @@
+"""Hides what is secret in a configuration that is shown: passwords in URLs, keys in the command lines of servers."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable, Iterator
+
+HIDDEN = "(set)"
+_PASSWORD = re.compile(r"(://[^/?#\s:@]*):\S*@")
+_SECRET = re.compile(r"key|token|passw|secret|credential|auth", re.IGNORECASE)
+_HARMLESS = re.compile(r"tokenizer|(?:max|min|num)[\w-]*tokens?", re.IGNORECASE)
+_ASSIGNMENT = re.compile(r"""([\w-]+)["']?\s*[=:]\s*""")
+"""As in `--api-key=...`, `HF_TOKEN=...` of `env`, `Authorization: ...`, `{"api_key": ...}`."""
+
+
+def redacted_url(url: str) -> str:
+    """Return a URL without its password."""
+    return _PASSWORD.sub(rf"\1:{HIDDEN}@", url)
+
+
+def redacted_command(command: str | Iterable[str]) -> str:
+    """Return a command line without passwords in URLs, and without the values of what is named like a secret."""
+    words = shlex.split(command) if isinstance(command, str) else command
+    return " ".join(word if re.fullmatch(r"[\w@%+=:,./{}()-]+", word) else shlex.quote(word) for word in _shown(words))
+
+
+def _shown(words: Iterable[str]) -> Iterator[str]:
+    hides_next = False
+    for word in words:
+        yield HIDDEN if hides_next and not word.startswith("--") else _without_values(redacted_url(word))
+        hides_next = word.startswith("-") and not re.search(r"[=:\s]", word) and _is_secret(word)
+
+
+def _without_values(word: str) -> str:
+    """Return a word up to the first value of a secret in it."""
+    ends = [found.end() for found in _ASSIGNMENT.finditer(word) if _is_secret(found[1])]
+    return f"{word[: ends[0]]}{HIDDEN}" if ends and word[ends[0] :] else word
+
+
+def _is_secret(name: str) -> bool:
+    return bool(_SECRET.search(_HARMLESS.sub("", name)))
