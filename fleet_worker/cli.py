@@ -28,8 +28,8 @@ Examples:
   fleet-worker quickstart                   a fleet on this Mac, to be joined
   fleet-worker init                         write ~/fleet/worker.toml
   fleet-worker up                           all nodes of this host
-  fleet-worker worker --config worker.toml --instance local
   fleet-worker service install              the same, whenever you log in
+  fleet-worker worker --config worker.toml --instance local
   fleet-worker chat qwen3-14b "Why is the sky blue?"
   git diff | fleet-worker chat qwen3-14b --system "Review this diff." -
   fleet-worker embed all-minilm-l6-v2 "a text" "another"
@@ -56,8 +56,8 @@ def _settings() -> Settings:  # imported here, so that --help loads no pydantic
 def cli() -> None:
     """Mac minis that run MLX servers, as one inference service.
 
-    All settings come from the file that --config or FLEET_CONFIG names, and from FLEET_* variables, as in
-    FLEET_BROKER_URL=redis://broker:6379/0.
+    All settings come from the file that --config or FLEET_CONFIG names, or else from ~/fleet/worker.toml, and from
+    FLEET_* variables, as in FLEET_BROKER_URL=redis://broker:6379/0.
     """
 
 

@@ -44,7 +44,6 @@ PORT = "{port}"
 FIRST_PORT = 8080
 UNKNOWN_PORTS = (8000, 8080)
 """The ports of this host that are tried for an instance without `base_url`."""
-LOOPBACK = re.compile(r"localhost|127(\.\d{1,3}){3}|::1")
 
 
 def _words(command: Any) -> Any:
@@ -220,11 +219,11 @@ class Instance(Group):
 
     @model_validator(mode="after")
     def _servable(self) -> Instance:
-        if self.serve and self.base_url and not LOOPBACK.fullmatch(urlsplit(self.base_url).hostname or ""):
+        if self.serve and self.base_url and not urls.is_loopback(urlsplit(self.base_url).hostname or ""):
             raise ValueError("serve is set, so base_url must be of this host, as http://127.0.0.1:8080")
         if self.serve and not self.base_url and not any(PORT in word for word in self.serve):
             raise ValueError(f"serve must contain {PORT}, or base_url must name the port that the server listens on")
-        if not self.serve and (unused := [name for name in ONLY_MANAGED if name in self.model_fields_set]):
+        if not self.serve and (unused := [name for name in NEED_SERVE if name in self.model_fields_set]):
             raise ValueError(f"{unused[0]} is set, but serve is not, and it is for the server that serve starts")
         return self
 
@@ -246,7 +245,8 @@ class Instance(Group):
         return not any(part.lower() in name for part in self.model_blacklist)
 
 
-ONLY_MANAGED = ("environment", "serve_timeout", "max_memory")
+NEED_SERVE = ("environment", "serve_timeout", "max_memory")
+"""Settings that are allowed only beside `serve`."""
 
 
 def with_ports(instances: Mapping[str, Instance]) -> dict[str, Instance]:
@@ -273,6 +273,6 @@ def _ports(instance: Instance) -> tuple[int, ...]:
     if not instance.base_url:
         return () if instance.serve else UNKNOWN_PORTS
     url = urlsplit(instance.base_url)
-    if not LOOPBACK.fullmatch(url.hostname or ""):
+    if not urls.is_loopback(url.hostname or ""):
         return ()
     return (url.port or (443 if url.scheme == "https" else 80),)

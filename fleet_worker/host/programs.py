@@ -54,7 +54,7 @@ def embedded_broker(settings: Settings) -> ManagedServer:
         ConfigurationError: it cannot be started with these settings.
     """
     port = urlsplit(settings.broker_url).port or 6379
-    command = ServerCommand(tuple(broker_command(settings)), {}, "127.0.0.1", port)
+    command = ServerCommand(tuple(broker_command(settings)), {}, "127.0.0.1", port, port_setting="broker_url")
     return ManagedServer(BROKER, command, folder=settings.state_dir, host=settings.host, pace=BROKER_PACE)
 
 

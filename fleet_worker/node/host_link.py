@@ -66,6 +66,8 @@ class HostLink:
         self._standing: _Standing | None = None
         self._order = 0
         self._told: NodeNews | None = None
+        self._ordered = threading.Event()
+        """Set by the first order."""
         self._changed = threading.Event()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fleet-host-link", daemon=True)
@@ -74,6 +76,10 @@ class HostLink:
         self._changed.set()
         self._link.start()
         self._thread.start()
+
+    def wait_for_order(self, timeout: float) -> None:
+        """Return when the first order was carried out, or after so many seconds."""
+        self._ordered.wait(timeout)
 
     def changed(self) -> None:
         """Tell `up` soon what the node does now: it has begun or ended work, or found a fault."""
@@ -92,6 +98,7 @@ class HostLink:
             elif isinstance(message, Resume):
                 self._standing, self._order = None, message.order
                 self._node.resume()
+        self._ordered.set()
         self._changed.set()
 
     def _pause(self, pause: Pause) -> None:

@@ -24,6 +24,7 @@ from fleet_worker.errors import (
     Overloaded,
     ProviderError,
 )
+from fleet_worker.host.parent_pipe import is_supervised
 from fleet_worker.host.up_socket import NoUp, ask
 from fleet_worker.host.up_socket import socket_path as up_socket_path
 from fleet_worker.mlx.profiles import PROFILES
@@ -52,6 +53,8 @@ log = logging.getLogger(__name__)
 
 ANSWERED_WITHIN = 5.0
 """Seconds in which `up` answers that it restarts a server."""
+FIRST_ORDER_WITHIN = 2.0
+"""Seconds that a node waits for the first order of the `up` that has started it, before it takes work."""
 LANES_LEFT_WITHIN = 2.0
 """Seconds to wait for lanes to be left before the node counts as idle: the broker may be away."""
 
@@ -148,9 +151,11 @@ class Node:
     def start(self) -> None:
         log.info("%s found a %s server at %s", self.name, self.server_kind, self.mlx.url)
         self.presence.start()
-        self._monitor.start()
         self._status_client.start()
         self._host_link.start()
+        if is_supervised():  # the owner may be using this host
+            self._host_link.wait_for_order(FIRST_ORDER_WITHIN)
+        self._monitor.start()
 
     def reload(self, settings: Settings) -> bool:
         """Follow new settings of what is offered; return False if others changed, which need a new process.

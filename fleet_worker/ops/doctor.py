@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import platform
-import re
-import resource
-import shutil
-import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -22,7 +18,7 @@ from fleet_worker.ops.broker_checks import broker, clock, connected
 from fleet_worker.ops.cache_checks import prompt_caches
 from fleet_worker.ops.clocks import ADVICE, clocks_of, described, wrong_clocks
 from fleet_worker.ops.findings import Finding, at_once
-from fleet_worker.ops.host_checks import boot
+from fleet_worker.ops.host_checks import boot, open_files, sleep
 from fleet_worker.ops.quarantine_checks import unstarted_servers
 from fleet_worker.ops.server_checks import WITHIN as INSTANCES_WITHIN
 from fleet_worker.ops.server_checks import instances
@@ -31,7 +27,6 @@ from fleet_worker.settings import Settings
 
 WITHIN = INSTANCES_WITHIN + 1
 """Seconds for everything."""
-OPEN_FILES = 1024  # a lower limit is a warning
 SHOWN_NODES = 20  # names; of more nodes, only the number is told
 
 
@@ -78,48 +73,14 @@ def configuration(settings: Settings) -> Iterator[Finding]:
 
 
 def _secrets(settings: Settings) -> list[str]:
-    keys = [instance.api_key.get_secret_value() for instance in settings.instances.values() if instance.api_key]
-    return [secret for secret in (*keys, urlsplit(settings.broker_url).password) if secret]
+    keys = [*(instance.api_key for instance in settings.instances.values()), settings.router.affinity_secret]
+    shown = [key.get_secret_value() for key in keys if key]
+    return [secret for secret in (*shown, urlsplit(settings.broker_url).password) if secret]
 
 
 def versions(_: object) -> list[Finding]:
     packages = ", ".join(f"{name} {version(name)}" for name in ("fleet-worker", "celery", "kombu", "redis", "httpx"))
     return [Finding("ok", f"Python {platform.python_version()}, {packages}")]
-
-
-def open_files(_: object) -> list[Finding]:
-    limit, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if limit == resource.RLIM_INFINITY:
-        return [Finding("ok", "no limit")]
-    found = f"limit {limit} for processes started here"
-    if limit >= OPEN_FILES:
-        return [Finding("ok", found)]
-    advice = "ulimit -n 4096 before starting a node; launchd: NumberOfFiles in SoftResourceLimits; systemd: LimitNOFILE"
-    return [Finding("warning", found, advice)]
-
-
-def sleep(_: object) -> list[Finding]:
-    """Check that this machine does not go to sleep. Only on Macs, which have `pmset`."""
-    pmset = shutil.which("pmset")
-    if not pmset:
-        return []
-    said = subprocess.run([pmset, "-g"], capture_output=True, timeout=5, check=False)  # noqa: S603 - no input in it
-    minutes = sleep_minutes(said.stdout.decode(errors="replace"))
-    if minutes == 0:
-        return [Finding("ok", "this machine does not go to sleep")]
-    found = "unknown: pmset -g does not tell" if minutes is None else f"this machine goes to sleep after {minutes} min"
-    return [Finding("warning", found, "sudo pmset -a sleep 0: a sleeping mini loses its requests")]
-
-
-def sleep_minutes(pmset: str) -> int | None:
-    """Return the idle minutes after which a Mac sleeps, from the output of `pmset -g`: 0 for never, None if unknown.
-
-    `1 (sleep prevented by caffeinate)` counts as 1: caffeinate may end.
-    """
-    if re.search(r"^\s*SleepDisabled\s+1\s*$", pmset, re.MULTILINE):
-        return 0
-    settings = re.findall(r"^\s*sleep\s+(\d+)\b", pmset, re.MULTILINE)
-    return max(map(int, settings), default=None)
 
 
 def fleet(settings: Settings) -> list[Finding]:

@@ -1,4 +1,5 @@
-"""Whether this host serves again after a reboot that nobody sees: what macOS and systemd say about themselves.
+"""Whether this machine lets its nodes work: its limits, its sleep, and whether it serves again after a reboot that
+nobody sees.
 
 The texts of commands are read by functions without side effects. A command that is missing, denied or silent is no
 finding: what it would have told is then not known.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -18,14 +20,53 @@ from fleet_worker.host.launchd import Launchd
 from fleet_worker.host.service_files import ENDS_WITHIN
 from fleet_worker.host.systemd import Systemd
 from fleet_worker.ops.findings import Finding
+from fleet_worker.settings import Settings
 
 WITHIN = 3.0
 """Seconds for one command."""
+OPEN_FILES = 1024
+"""A lower limit is a warning."""
 _END_OF_LOG = 64 * 1024
 """Bytes of it that are read."""
 _OF_SYSTEM = "fleet-worker service install --system"
 _UPDATES = "/Library/Preferences/com.apple.SoftwareUpdate"
 _LOGIN = "/Library/Preferences/com.apple.loginwindow"
+
+
+def open_files(_: object) -> list[Finding]:
+    """Check the limit of open files."""
+    limit, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return [Finding("ok", "no limit")]
+    found = f"limit {limit} for processes started here"
+    if limit >= OPEN_FILES:
+        return [Finding("ok", found)]
+    advice = "ulimit -n 4096 before starting a node; launchd: NumberOfFiles in SoftResourceLimits; systemd: LimitNOFILE"
+    return [Finding("warning", found, advice)]
+
+
+def sleep(settings: Settings | None) -> list[Finding]:
+    """Check that this machine does not go to sleep while it works. Only on Macs, which have `pmset`."""
+    if not shutil.which("pmset"):
+        return []
+    minutes = sleep_minutes(printed("pmset", "-g"))
+    if minutes == 0:
+        return [Finding("ok", "this machine does not go to sleep")]
+    if minutes and settings and settings.availability.in_use and settings.availability.keep_awake:
+        return [Finding("ok", f"this machine goes to sleep after {minutes} min, but not while a node works")]
+    found = "unknown: pmset -g does not tell" if minutes is None else f"this machine goes to sleep after {minutes} min"
+    return [Finding("warning", found, "sudo pmset -a sleep 0: a sleeping mini loses its requests")]
+
+
+def sleep_minutes(pmset: str) -> int | None:
+    """Return the idle minutes after which a Mac sleeps, from the output of `pmset -g`: 0 for never, None if unknown.
+
+    `1 (sleep prevented by caffeinate)` counts as 1: caffeinate may end.
+    """
+    if re.search(r"^\s*SleepDisabled\s+1\s*$", pmset, re.MULTILINE):
+        return 0
+    settings = re.findall(r"^\s*sleep\s+(\d+)\b", pmset, re.MULTILINE)
+    return max(map(int, settings), default=None)
 
 
 def boot(_: object) -> list[Finding]:

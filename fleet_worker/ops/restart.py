@@ -9,7 +9,7 @@ import click
 
 from fleet_worker import exit_codes
 from fleet_worker.errors import BrokerUnavailable
-from fleet_worker.ops.restart_order import RestartControl
+from fleet_worker.ops.restart_control import RestartControl
 from fleet_worker.ops.rolling_restart import RegistryView, RollingRestart
 from fleet_worker.registry.view import ALL_ANSWERS_WITHIN
 from fleet_worker.router.router import Router

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import click
 
 from fleet_worker import exit_codes
-from fleet_worker.ops.restart_order import RestartControl, RestartReply
+from fleet_worker.ops.restart_control import RestartControl, RestartReply
 from fleet_worker.protocol.status import InstanceStatus
 from fleet_worker.registry.view import Registry
 from fleet_worker.terminal import printable
@@ -100,7 +100,7 @@ class RollingRestart:
         """Return whether the next node may be restarted: nothing was lost by this one."""
         if alone := self._view.served_alone(node):
             click.echo(printable(f"{node} alone serves {', '.join(alone)}: requests wait until it is back"))
-        reply = self._order(node)
+        reply = self._tell(node)
         if reply is None:
             return True
         if reply.error:
@@ -118,13 +118,13 @@ class RollingRestart:
         click.echo(printable(f"{node} is not back after {seconds:.0f} s: {_now(seen)}"))
         return False
 
-    def _order(self, node: str) -> RestartReply | None:
+    def _tell(self, node: str) -> RestartReply | None:
         """A node that was restarted just now is told once more when it obeys again."""
-        reply = self._control.order(node)
+        reply = self._control.restart(node)
         if reply and reply.error and 0 < reply.again_in <= self._within:
             click.echo(printable(f"{node} was restarted just now: this waits for {reply.again_in:.0f} s"))
             self._sleep(reply.again_in)
-            reply = self._control.order(node)
+            reply = self._control.restart(node)
         return reply
 
     def _wait(self, node: str, before: InstanceStatus | None, reply: RestartReply) -> InstanceStatus | None:

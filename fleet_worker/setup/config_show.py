@@ -14,7 +14,7 @@ from pydantic import AliasChoices, BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
 from fleet_worker.config_file import config_path
-from fleet_worker.instance_settings import ONLY_MANAGED
+from fleet_worker.instance_settings import NEED_SERVE
 from fleet_worker.settings import Settings
 from fleet_worker.setup.config_sources import DEFAULT, Sources
 from fleet_worker.setup.redaction import HIDDEN, redacted_command, redacted_url
@@ -84,7 +84,7 @@ def _line(entry: Entry) -> str:
     name = _dotted(entry.place[-1:])
     if entry.value is None:
         return f"# {name} is not set"
-    comment = "# " if name in ONLY_MANAGED and entry.source == DEFAULT else ""  # not allowed without `serve`
+    comment = "# " if name in NEED_SERVE and entry.source == DEFAULT else ""  # not allowed without `serve`
     return f"{comment}{name} = {_value(entry.value)}  # {entry.source}"
 
 

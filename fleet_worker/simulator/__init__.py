@@ -14,6 +14,8 @@ Its prompt cache is that of mlx_lm.server 0.32: ten sequences (`prompt_cache_siz
 (or only whole ones, `trimmable=False`); `usage` tells how much of a prompt was cached, and with a `prefill_rate` only
 the rest takes time. A token is a word or a marker of the chat template. `forget()` empties the cache.
 
+With `leak` (`--leak 50000000`) every chat or embedding leaves so many bytes in its memory, for tests of `max_memory`.
+
 In reading order: server, machine, chats, scripts, texts, prompts, prompt_cache, flavours, servers, refusals, replies,
 manners, chunks, answers.
 """

@@ -69,7 +69,7 @@ class Machine:
     keep_alive: float = 5.0  # seconds until an idle connection is closed
     heartbeat: float = 5.0  # seconds between comments of a silent stream
     history: int = 10_000  # requests remembered
-    leak: int = 0  # bytes of memory that every chat or embedding leaves behind
+    leak: int = 0  # bytes that every chat or embedding leaves in memory, for good
     faults: Sequence[Fault] = ()
 
     def __post_init__(self) -> None:

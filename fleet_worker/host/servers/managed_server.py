@@ -254,7 +254,8 @@ class ManagedServer:
             self._plan("starting", taken, self._port.pause)
             return
         if (self._stage, self._reason) != ("blocked", taken):
-            log.error("the server of %s cannot start: %s; end that, or set another port", self.instance, taken)
+            text = "the server of %s cannot start: %s; end that, or set another %s"
+            log.error(text, self.instance, taken, self._command.port_setting)
         self._plan("blocked", taken, self._port.pause)
 
     def _look_whether_it_serves(self, now: float) -> None:

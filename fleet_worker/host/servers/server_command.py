@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import sys
@@ -14,6 +15,8 @@ from urllib.parse import urlsplit
 
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.instance_settings import PORT, Instance
+
+log = logging.getLogger(__name__)
 
 MARK = "FLEET_SERVER"
 """The variable that tells, in a server and all its children, whose they are."""
@@ -33,6 +36,8 @@ class ServerCommand:
     """Those of the setting `environment`."""
     host: str
     port: int
+    port_setting: str = "base_url"
+    """The setting that gives its port."""
 
     @classmethod
     def of(cls, instance: Instance) -> ServerCommand:
@@ -73,10 +78,9 @@ class ServerCommand:
         path = self._path()
         found = shutil.which(self.program, path=path)
         if not found:
-            where = (
-                "" if os.sep in self.program else f", which serve names, in {path}; install it, or give its whole path"
-            )
-            raise ConfigurationError(f"there is no program {self.program}{where}")
+            log.info("%s was looked for in %s", self.program, path)
+            correct = "correct its path" if os.sep in self.program else "give its whole path"
+            raise ConfigurationError(f"there is no program {self.program}, which serve names: install it, or {correct}")
         return [found, *self.words[1:]]
 
     def _path(self) -> str:

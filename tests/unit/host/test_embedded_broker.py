@@ -1,5 +1,6 @@
 """The embedded broker of `fleet-worker up`."""
 
+import socket
 import stat
 import sys
 import time
@@ -12,7 +13,10 @@ import redis
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.host.child_process import child, free_port
 from fleet_worker.host.embedded_broker import READY, broker_command, folder
+from fleet_worker.host.programs import embedded_broker
+from fleet_worker.host.servers import server_port
 from fleet_worker.settings import Settings
+from tests.mlx_clients import until
 
 PASSWORD = 'pässwörd "x\\'
 URL_PASSWORD = "p%C3%A4ssw%C3%B6rd%20%22x%5C"  # the same, in a URL
@@ -109,3 +113,15 @@ def test_without_its_package_the_line_for_pip_is_told(tmp_path, monkeypatch):
 def test_an_address_is_no_url(text):
     with pytest.raises(ConfigurationError, match="without a scheme"):
         Settings(up={"address": text})
+
+
+def test_a_stranger_on_its_port_is_named_with_the_setting_to_change(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(server_port, "FIRST_PAUSE", 0.001)
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        port = stranger.getsockname()[1]
+        with closing(embedded_broker(settings(tmp_path, f"redis://:{URL_PASSWORD}@127.0.0.1:{port}/0"))) as broker:
+            broker.start()
+            until(lambda: broker.act() or broker.status.stage == "blocked")
+            broker.stop()
+    assert f"port {port} is in use by " in caplog.text
+    assert "; end that, or set another broker_url" in caplog.text

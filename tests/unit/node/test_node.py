@@ -1,14 +1,20 @@
 """What keeps a node from its lanes, and what it logs of them."""
 
+import socket
+import threading
 from types import SimpleNamespace
 
 import pytest
 
 from fleet_worker.broker.app import create_app
 from fleet_worker.errors import ConnectionFailure, InstanceUnavailable
+from fleet_worker.host.parent_pipe import PARENT_PIPE
+from fleet_worker.host.up_socket import socket_path
 from fleet_worker.mlx.timeouts import CancelToken
+from fleet_worker.node import node as module
 from fleet_worker.node.node import Node
 from fleet_worker.node.server_discovery import Server
+from fleet_worker.protocol.host_messages import Pause, to_line
 from fleet_worker.settings import Settings
 
 
@@ -18,11 +24,12 @@ def settings(**instance):
 
 
 @pytest.fixture
-def node():
+def node(tmp_path):
     """It has one model, a server that nothing is asked of, and no connection to a broker."""
     app = create_app(Settings(broker_url="redis://127.0.0.1:1"))
     client = SimpleNamespace(url="http://127.0.0.1:1", close=lambda: None)
-    node = Node(app, settings(), "one@test", Server(client, "openai", ["a"]))
+    mine = settings().model_copy(update={"state_dir": tmp_path})
+    node = Node(app, mine, "one@test", Server(client, "openai", ["a"]))
     yield node
     node.close()
 
@@ -71,6 +78,42 @@ def test_a_server_that_was_stopped_on_purpose_fails_no_request_and_is_not_blamed
     node.resume()
     assert node.state.status == "starting"
     assert not node._readiness.in_doubt(idle=True)
+
+
+@pytest.fixture
+def begun(node, monkeypatch):
+    """The state of the node when its health monitor began: from then on it may take work."""
+    found = []
+    monkeypatch.setattr(node._monitor, "start", lambda: found.append(node.state.status))
+    for part in (node.presence, node._status_client):
+        monkeypatch.setattr(part, "start", lambda: None)
+    return found
+
+
+def test_a_node_that_up_has_started_waits_for_its_first_order_before_it_takes_work(node, begun, monkeypatch):
+    """The owner may have come already."""
+    monkeypatch.setenv(PARENT_PIPE, "7")
+    with socket.socket(socket.AF_UNIX) as up:
+        up.bind(str(socket_path(node.settings.state_dir, "test")))
+        up.listen()
+        starting = threading.Thread(target=node.start)
+        starting.start()
+        connection, _ = up.accept()
+        with connection:
+            assert connection.recv(1000)
+            assert begun == []
+            connection.sendall(to_line(Pause("away", "a user is at it", 5.0, order=1)))
+            starting.join(5)
+            assert begun == ["away"]
+
+
+@pytest.mark.parametrize("is_supervised", [True, False])
+def test_a_node_does_not_wait_long_for_an_up_that_is_not_there(node, begun, monkeypatch, is_supervised):
+    """One that somebody has started by hand does not wait at all."""
+    monkeypatch.setattr(module, "FIRST_ORDER_WITHIN", 0.1 if is_supervised else 60.0)
+    monkeypatch.setenv(*((PARENT_PIPE, "7") if is_supervised else ("OTHER", "7")))
+    node.start()
+    assert begun == ["starting"]
 
 
 def test_what_begins_after_a_paused_node_has_handed_over_is_handed_over_too(node):

@@ -1,57 +1,11 @@
-import resource
 import stat
 
 import pytest
 
-from fleet_worker.ops.doctor import ALWAYS, CHECKS, compare_nodes, configuration, examine, open_files, sleep_minutes
+from fleet_worker.ops.doctor import ALWAYS, CHECKS, compare_nodes, configuration, examine
 from fleet_worker.ops.findings import exit_code
 from fleet_worker.settings import Settings
 from fleet_worker.testing import worker_toml
-
-MAC_MINI = """\
-System-wide power settings:
-Currently in use:
- standby              0
- Sleep On Power Button 1
- autorestart          1
- powernap             1
- networkoversleep     0
- disksleep            10
- sleep                {sleep}
- ttyskeepawake        1
- displaysleep         10
- tcpkeepalive         1
- womp                 1
-"""
-
-
-@pytest.mark.parametrize(
-    ("said", "minutes"),
-    [
-        (MAC_MINI.format(sleep="0"), 0),
-        (MAC_MINI.format(sleep="1"), 1),
-        (MAC_MINI.format(sleep="0 (sleep prevented by powerd, coreaudiod)"), 0),
-        (MAC_MINI.format(sleep="10 (sleep prevented by caffeinate)"), 10),
-        ("System-wide power settings:\n SleepDisabled\t\t1\nCurrently in use:\n sleep 1\n", 0),
-        ("System-wide power settings:\n SleepDisabled\t\t0\nCurrently in use:\n sleep 1\n", 1),
-        ("Battery Power:\n sleep 1\nAC Power:\n sleep 0\n", 1),
-        (" disksleep 10\n displaysleep 10\n", None),
-        ("pmset: cannot\n", None),
-        ("", None),
-    ],
-)
-def test_whether_a_mac_sleeps_is_read_from_pmset(said, minutes):
-    assert sleep_minutes(said) == minutes
-
-
-@pytest.mark.parametrize(
-    ("limit", "severity"), {256: "warning", 1023: "warning", 1024: "ok", resource.RLIM_INFINITY: "ok"}.items()
-)
-def test_a_node_needs_open_files(limit, severity, monkeypatch):
-    monkeypatch.setattr("resource.getrlimit", lambda _: (limit, limit))
-    (finding,) = open_files(None)
-    assert finding.severity == severity
-    assert ("ulimit" in finding.advice) is (severity == "warning")
 
 
 @pytest.fixture

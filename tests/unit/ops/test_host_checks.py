@@ -1,5 +1,6 @@
 """What macOS and systemd print, and what is read from it. The texts are those that the commands are documented with."""
 
+import resource
 import sys
 
 import pytest
@@ -13,10 +14,14 @@ from fleet_worker.ops.host_checks import (
     linger,
     local_network,
     login,
+    open_files,
     power_cuts,
     printed,
+    sleep,
+    sleep_minutes,
     updates,
 )
+from fleet_worker.settings import Settings
 
 PMSET = """System-wide power settings:
 Currently in use:
@@ -32,6 +37,7 @@ Currently in use:
  tcpkeepalive         1
  womp                 1
 """
+AWAKE = PMSET.format(1).replace("0 (sleep prevented by powerd)", "{}")
 POWER = "Restart After Power Failure: {}\n"
 DENIED = "You need administrator access to run this tool... exiting!\n"
 UPDATES = """{{
@@ -193,3 +199,42 @@ def test_only_the_end_of_a_log_is_read(tmp_path):
     assert end_of(log) == ""
     log.write_bytes(b"x" * 100_000 + b"\xffend")
     assert (len(end_of(log)), end_of(log)[-3:]) == (64 * 1024, "end")
+
+
+@pytest.mark.parametrize(
+    ("said", "minutes"),
+    [
+        (AWAKE.format("0"), 0),
+        (AWAKE.format("1"), 1),
+        (AWAKE.format("0 (sleep prevented by powerd, coreaudiod)"), 0),
+        (AWAKE.format("10 (sleep prevented by caffeinate)"), 10),
+        ("System-wide power settings:\n SleepDisabled\t\t1\nCurrently in use:\n sleep 1\n", 0),
+        ("System-wide power settings:\n SleepDisabled\t\t0\nCurrently in use:\n sleep 1\n", 1),
+        ("Battery Power:\n sleep 1\nAC Power:\n sleep 0\n", 1),
+        (" disksleep 10\n displaysleep 10\n", None),
+        ("pmset: cannot\n", None),
+        ("", None),
+    ],
+)
+def test_whether_a_mac_sleeps_is_read_from_pmset(said, minutes):
+    assert sleep_minutes(said) == minutes
+
+
+@pytest.mark.parametrize(
+    ("limit", "severity"), {256: "warning", 1023: "warning", 1024: "ok", resource.RLIM_INFINITY: "ok"}.items()
+)
+def test_a_node_needs_open_files(limit, severity, monkeypatch):
+    monkeypatch.setattr("resource.getrlimit", lambda _: (limit, limit))
+    (finding,) = open_files(None)
+    assert finding.severity == severity
+    assert ("ulimit" in finding.advice) is (severity == "warning")
+
+
+@pytest.mark.parametrize(("availability", "severity"), [({}, "warning"), ({"idle_user": 300}, "ok")])
+def test_a_mac_of_an_owner_may_sleep_while_it_does_not_work(availability, severity, tmp_path, monkeypatch):
+    pmset = tmp_path / "pmset"
+    pmset.write_text("#!/bin/sh\necho ' sleep 10'\n")
+    pmset.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    (finding,) = sleep(Settings(availability=availability))
+    assert (finding.severity, "after 10 min" in finding.found) == (severity, True)

@@ -8,8 +8,8 @@ from fleet_worker import Settings
 from fleet_worker.errors import BrokerUnavailable
 from fleet_worker.host.up_socket import NoUp
 from fleet_worker.ops import restart as module
-from fleet_worker.ops import restart_order
-from fleet_worker.ops.restart_order import RestartControl, RestartReply
+from fleet_worker.ops import restart_control
+from fleet_worker.ops.restart_control import RestartControl, RestartReply
 from fleet_worker.ops.rolling_restart import RollingRestart, is_back
 from fleet_worker.protocol.host_messages import Done
 from fleet_worker.protocol.status import InstanceStatus
@@ -41,7 +41,7 @@ class Fleet:
         self._is_silent = silent
         self._back_at = {}
 
-    def order(self, node):
+    def restart(self, node):
         assert all(self.clock.now >= at for at in self._back_at.values()), "two at the same time"
         self.told.append((round(self.clock.now), node))
         if node in self._is_silent:
@@ -190,7 +190,7 @@ def up(monkeypatch):
         up.asked.append((message.instance, message.server))
         return up.answer
 
-    monkeypatch.setattr(restart_order, "ask", ask)
+    monkeypatch.setattr(restart_control, "ask", ask)
     return up
 
 
@@ -212,7 +212,7 @@ def test_a_name_is_that_of_an_instance_here_of_a_host_or_of_a_node(settings, nam
 def test_a_node_that_answers_is_asked_alone(settings, up, monkeypatch, reply):
     control = RestartControl(settings, server=True)
     monkeypatch.setattr(control, "tell", lambda command, nodes: {ONE: reply} if command == "restart_server" else {})
-    answer = control.order(ONE)
+    answer = control.restart(ONE)
     if isinstance(reply, dict):
         assert (answer.error, answer.process, up.asked) == (reply["error"], reply.get("process", ""), [])
     else:
@@ -224,7 +224,7 @@ def test_without_an_up_here_and_for_another_host_nobody_answers(settings, up, mo
     up.answer = answer
     control = RestartControl(settings, server=False)
     monkeypatch.setattr(control, "tell", lambda *_: {})
-    assert control.order(node) is None
+    assert control.restart(node) is None
     assert (control.silent, up.asked) == ([node], [])
 
 

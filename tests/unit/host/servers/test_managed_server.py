@@ -228,7 +228,7 @@ def test_a_command_that_does_not_exist_is_named_and_tried_rarely(ups):
     up = ups(serve="no-such-server --port {port}")
     up.managed.start()
     status = up.until(lambda: up.status.stage == "quarantined")
-    assert "there is no program no-such-server, which serve names, in " in status.reason
+    assert "there is no program no-such-server, which serve names: install it" in status.reason
     assert (status.deaths, status.restarts) == (5, 0)
 
 
@@ -333,7 +333,7 @@ def test_one_that_grows_beyond_its_limit_wants_a_restart_but_not_again_and_again
 
 
 @pytest.mark.rest
-def test_a_stranger_on_its_port_is_named_never_fought_and_waited_for(ups):
+def test_a_stranger_on_its_port_is_named_never_fought_and_waited_for(ups, caplog):
     up = ups()
     with stranger(up.port) as other:
         up.managed.start()
@@ -343,6 +343,7 @@ def test_a_stranger_on_its_port_is_named_never_fought_and_waited_for(ups):
             == f"port {up.port} is in use by {psutil.Process(other.pid).name()} servers.py, pid {other.pid}"
         )
         assert (status.deaths, status.pid) == (0, None)
+        assert "; end that, or set another base_url" in caplog.text
         assert other.poll() is None
     assert up.until(lambda: up.managed.serves).deaths == 0
 

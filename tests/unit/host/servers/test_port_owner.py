@@ -9,6 +9,7 @@ import pytest
 
 from fleet_worker.host.child_process import free_port
 from fleet_worker.host.servers import port_owner
+from tests.mlx_clients import until
 
 
 @pytest.mark.parametrize(
@@ -78,6 +79,7 @@ def test_an_interpreter_is_described_by_what_it_runs_and_never_by_its_code(argum
     process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         found = psutil.Process(process.pid)
+        until(found.cmdline)  # it has none for a moment, on a busy machine
         assert port_owner.described(found) == f"{found.name()}{shown}, pid {process.pid}"
     finally:
         process.kill()

@@ -1,4 +1,4 @@
-"""The order to restart, and who obeys it: the node itself, or else the `fleet-worker up` of this host."""
+"""Tells a node to restart: the node itself, or, if it does not answer, the `fleet-worker up` of this host."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class RestartControl(NodeControl):
         super().__init__(settings)
         self.server = server
 
-    def order(self, node: str) -> RestartReply | None:
-        """Return the answer of a node, or, if it does not answer and belongs to this host, that of `up`; None if nobody
-        answers. Raises `BrokerUnavailable`."""
+    def restart(self, node: str) -> RestartReply | None:
+        """Tell a node to restart. Return its answer, or, if it does not answer and belongs to this host, that of `up`;
+        None if nobody answers. Raises `BrokerUnavailable`."""
         command = "restart_server" if self.server else "restart"
         reply = _reply(node, self.tell(command, [node]).get(node)) or self.ask_up(node)
         if reply is None:
