@@ -192,8 +192,7 @@ def test_a_message_of_a_newer_version_is_answered_and_ends_no_connection(path):
         newer.sendall(b'{"kind": "mood", "mood": "blue"}\n{"kind": "news", "node": "local@mini", "mood": "blue"}\n')
         received = b""
         while received.count(b"\n") < 2:
-            assert (data := newer.recv(4096))
-            received += data
+            received += newer.recv(4096) or pytest.fail("it was disconnected")
         assert b"of another version" in received
         assert up.heard == [NodeNews("local@mini")]
 
