@@ -13,7 +13,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
 
 from fleet_worker.host.child_process import ChildFailed, ChildProcess, child, free_port
 from fleet_worker.host.embedded_broker import READY, valkey_binary
-from fleet_worker.host.programs import node_command
+from fleet_worker.host.up.programs import node_command
 from fleet_worker.simulator import SimulatedMLX
 
 __all__ = ["ChildFailed", "ChildProcess", "SimulatedMLX", "embedded_broker", "running_host", "running_node"]

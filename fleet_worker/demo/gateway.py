@@ -12,7 +12,7 @@ from rich.console import Console
 from fleet_worker.demo.children import Children
 from fleet_worker.demo.lines_to_paste import lines_to_paste
 from fleet_worker.host.child_process import free_port, python
-from fleet_worker.host.programs import node_command
+from fleet_worker.host.up.programs import node_command
 
 USUAL_PORT = 4000
 READY_WITHIN = 30.0

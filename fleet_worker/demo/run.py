@@ -24,7 +24,7 @@ from fleet_worker.demo import gateway
 from fleet_worker.demo.children import ChildLost, Children, Interrupted
 from fleet_worker.demo.models import chat_model, embedding_model, platform_problem
 from fleet_worker.host.child_process import ChildFailed, ChildProcess, free_port, python
-from fleet_worker.host.programs import node_command
+from fleet_worker.host.up.programs import node_command
 from fleet_worker.protocol.reply import ChatResponse, EmbedResponse
 from fleet_worker.router.router import Router
 from fleet_worker.settings import Settings

@@ -1,8 +1,11 @@
 """The processes of one host: `fleet-worker up` and its children, and the service that starts it.
 
-May import: `protocol` and what is below it. Read in this order: `supervisor`, `hosted_instance`, `server_plan`,
-`node_process`, `companions`, `programs`, `owner`, `switchboard`, `up_server`, `up_socket`, `event_loop`,
-`embedded_broker`, `child_process`, `parent_pipe`, `variables`, `unserved`, `file_lock`, `lossy_output`, `service`,
-`service_files`, `account`, `launchd`, `systemd`. The room `servers` runs MLX servers, `availability`
-watches the owner of the host.
+May import: `protocol` and what is below it. The room `up` is `fleet-worker up` itself, `servers` runs MLX servers for
+it, and `availability` watches whether the owner needs the host. Beside them, in reading order:
+
+- the processes and what they hold: `child_process`, `node_process`, `parent_pipe`, `file_lock`, `lossy_output`
+- how others talk to `up`: `up_socket`
+- the broker of a small fleet: `embedded_broker`
+- what in a configuration may be a mistake: `variables`, `unserved`
+- the service that starts `up` with the machine: `service`, `service_files`, `account`, `launchd`, `systemd`
 """

@@ -13,9 +13,9 @@ from fleet_worker.config_file import DEFAULT, config_path
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.host.account import ROOT, Account, account
 from fleet_worker.host.launchd import Launchd
-from fleet_worker.host.programs import ends_within
 from fleet_worker.host.service_files import ENDS_WITHIN
 from fleet_worker.host.systemd import Systemd
+from fleet_worker.host.up.programs import ends_within
 from fleet_worker.settings import Settings
 
 

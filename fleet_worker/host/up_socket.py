@@ -1,6 +1,7 @@
 """How the processes of a host talk to its `fleet-worker up`: lines of JSON over a Unix socket. This is their end of it.
 
-The messages are in `protocol/host_messages`, the end of `up` in `up_server`. Without an `up` all else works as usual.
+The messages are in `protocol/host_messages`, the end of `up` in `up/up_server`. Without an `up` all else works as
+usual.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ from datetime import datetime
 
 from fleet_worker.host.availability import keep_awake, sleep_notice
 from fleet_worker.host.availability.policy import opening
-from fleet_worker.host.availability.probes import Probes, find
-from fleet_worker.host.availability.readings import asked_for, probes_of_this_host, why
+from fleet_worker.host.availability.probes import Probes, find_program
+from fleet_worker.host.availability.readings import probes_of_this_host, reason_of, wanted_probes
 from fleet_worker.ops.findings import Finding
 from fleet_worker.settings import Settings
 
@@ -24,16 +24,16 @@ def availability(settings: Settings, probes: Probes | None = None) -> Iterator[F
         is_open = hours.contain(now)
         until = f", until {opening(hours, now)}" if hours.minutes_to_change(now) else ""
         yield Finding("ok", f"{'within' if is_open else 'outside of'} its hours{until}")
-    for name, probe in asked_for(wanted, probes or probes_of_this_host()).items():
+    for name, probe in wanted_probes(wanted, probes or probes_of_this_host()).items():
         try:
             answer = probe()
         except Exception as error:  # whatever a system answers
             advice = "without an answer this setting has no effect: the host works as if it were not set"
-            yield Finding("warning", f"{name}: {why(error)}", advice)
+            yield Finding("warning", f"{name}: {reason_of(error)}", advice)
         else:
             yield Finding("ok", f"{name}: {_described(answer)}")
     command = keep_awake.command()[0]
-    if wanted.keep_awake and not find(command):
+    if wanted.keep_awake and not find_program(command):
         yield Finding("warning", f"keep_awake: {command} is not there", "see to it that this machine does not sleep")
     if not sleep_notice.monitor_command():
         programs = ", ".join(program for program, *_ in sleep_notice.MONITORS)

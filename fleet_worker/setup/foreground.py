@@ -6,7 +6,7 @@ import logging
 import sys
 
 from fleet_worker.host.lossy_output import lose_what_cannot_be_written
-from fleet_worker.host.supervisor import Supervisor
+from fleet_worker.host.up.supervisor import Supervisor
 from fleet_worker.settings import Settings
 
 

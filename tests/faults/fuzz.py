@@ -30,7 +30,7 @@ from typing import Any
 from fleet_worker import Router, Settings
 from fleet_worker.broker.app import create_app
 from fleet_worker.host.child_process import ChildProcess, child, python
-from fleet_worker.host.programs import ALLOCATOR
+from fleet_worker.host.up.programs import ALLOCATOR
 from fleet_worker.testing import SimulatedMLX, running_host
 from tests.brokers import BROKERS, RabbitMQ, Valkey
 from tests.faults.fuzz_messages import MB, Message, message

@@ -7,7 +7,7 @@ import pytest
 
 from fleet_worker import Router, Settings
 from fleet_worker.host.child_process import child
-from fleet_worker.host.programs import node_command
+from fleet_worker.host.up.programs import node_command
 from fleet_worker.testing import SimulatedMLX, running_host, running_node, worker_toml
 from tests.brokers import any_broker
 from tests.flow.conftest import work

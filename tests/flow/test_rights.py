@@ -16,7 +16,7 @@ import redis
 
 from fleet_worker import BrokerUnavailable, Router, Settings
 from fleet_worker.host.child_process import child
-from fleet_worker.host.programs import node_command
+from fleet_worker.host.up.programs import node_command
 from fleet_worker.ops.broker_checks import broker as check_broker
 from fleet_worker.simulator import reply_tokens
 from fleet_worker.testing import SimulatedMLX, running_host, worker_toml

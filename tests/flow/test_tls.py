@@ -10,7 +10,7 @@ from fleet_worker.broker.app import create_app
 from fleet_worker.broker.queue_depth import waiting
 from fleet_worker.broker.topology import transport_of
 from fleet_worker.host.child_process import child
-from fleet_worker.host.programs import node_command
+from fleet_worker.host.up.programs import node_command
 from fleet_worker.ops.broker_checks import broker as check_broker
 from fleet_worker.ops.doctor import fleet
 from fleet_worker.ops.drain import drain

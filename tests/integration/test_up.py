@@ -20,7 +20,7 @@ UP = """
 import logging, sys
 from fleet_worker.host.node_process import Backoff
 from fleet_worker.settings import Settings
-from fleet_worker.host.supervisor import Supervisor
+from fleet_worker.host.up.supervisor import Supervisor
 logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
 command = lambda name: [sys.executable, "-S", "-c", sys.argv[1], name]
 sys.exit(Supervisor(Settings(), command=command, backoff=Backoff(first=0.05, longest=0.2)).run())

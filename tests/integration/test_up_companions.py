@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.rest]
 WITHIN = 20.0
 UP = """
 import logging, sys
-from fleet_worker.host.supervisor import Supervisor
+from fleet_worker.host.up.supervisor import Supervisor
 from fleet_worker.settings import Settings
 logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
 command = lambda name: [sys.executable, "-S", "-c", sys.argv[1], name]

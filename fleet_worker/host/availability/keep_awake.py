@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import logging
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 
 from fleet_worker.availability_settings import AvailabilitySettings
-from fleet_worker.host.availability.probes import find
-from fleet_worker.host.child_process import how_ended, kill_group
+from fleet_worker.host.availability.held_process import UNTIL_INPUT_ENDS, HeldProcess
+from fleet_worker.host.availability.probes import find_program
+from fleet_worker.host.child_process import how_ended
 from fleet_worker.host.node_process import NEVER
 
 log = logging.getLogger(__name__)
 
 LINGER = 30.0
 """Seconds without a request after which the machine may sleep, so that not every request starts a process."""
-WHILE_IT_READS = ["cat"]
-"""A command that ends when its input does: with `close`, and with this process, however that ends."""
 
 
 def command() -> list[str]:
@@ -41,9 +38,9 @@ class KeepAwake:
         self._wanted = settings.in_use and settings.keep_awake
         self._linger = linger
         self._clock = clock
-        self._process: subprocess.Popen[bytes] | None = None
-        self._ended: list[subprocess.Popen[bytes]] = []
-        """Those that have been told to end."""
+        self._process: HeldProcess | None = None
+        self._released: list[HeldProcess] = []
+        """Those that have not ended yet."""
         self._ends_at = NEVER
 
     @property
@@ -73,32 +70,23 @@ class KeepAwake:
     def close(self) -> None:
         """End its process, within two seconds."""
         self._release()
-        for process in self._ended:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(2.0)
-            kill_group(process.pid)
-            process.wait()
-        self._ended = []
+        for process in self._released:
+            process.end()
+        self._released = []
 
     def _start(self) -> None:
         words = command()
-        program = find(words[0])
+        program = find_program(words[0])
         if not program:
             self._give_up(f"{words[0]} is not there")
             return
         try:
-            self._process = subprocess.Popen(  # noqa: S603 - a command of the system
-                [program, *words[1:], *WHILE_IT_READS],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+            self._process = HeldProcess([program, *words[1:], *UNTIL_INPUT_ENDS])
         except OSError as error:
             self._give_up(str(error.strerror))
 
     def _reap(self) -> None:
-        self._ended = [process for process in self._ended if process.poll() is None]
+        self._released = [process for process in self._released if process.poll() is None]
         if self._process and (code := self._process.poll()) is not None:
             self._release()
             self._give_up(f"{command()[0]} {how_ended(code)}")
@@ -106,9 +94,8 @@ class KeepAwake:
     def _release(self) -> None:
         self._ends_at = NEVER
         if self._process:
-            if self._process.stdin:
-                self._process.stdin.close()
-            self._ended.append(self._process)
+            self._process.release()
+            self._released.append(self._process)
             self._process = None
 
     def _give_up(self, why: str) -> None:

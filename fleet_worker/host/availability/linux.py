@@ -18,7 +18,7 @@ STALLED = 10.0
 """Per cent of the last ten seconds in which a process waited for memory: a warning. In which all did: critical."""
 FREE = {MemoryPressure.CRITICAL: 0.05, MemoryPressure.WARNING: 0.10}
 """The share of the memory that is available at most, where the kernel does not measure pressure."""
-CLOSE = 10.0
+NEAR = 10.0
 """Degrees below the first limit of a sensor from which on it counts as MODERATE."""
 
 _PROPERTIES = ("Class", "Type", "TTY", "State", "IdleHint", "IdleSinceHintMonotonic", "LockedHint")
@@ -55,7 +55,7 @@ class LinuxProbes:
 
     def memory_pressure(self) -> MemoryPressure:
         try:
-            return stalled((self._root / "proc/pressure/memory").read_text("ascii"))
+            return pressure_of((self._root / "proc/pressure/memory").read_text("ascii"))
         except OSError:  # a kernel without CONFIG_PSI
             memory = psutil.virtual_memory()
             return next(
@@ -92,7 +92,7 @@ def idle_desktop(session: dict[str, str], now: float) -> float:
     return max(0.0, now - int(session.get("IdleSinceHintMonotonic") or 0) / 1e6)
 
 
-def stalled(pressure: str) -> MemoryPressure:
+def pressure_of(pressure: str) -> MemoryPressure:
     """Return the level of the text of /proc/pressure/memory."""
     averages = {kind: float(value) for kind, value in re.findall(r"^(\w+) avg10=([\d.]+)", pressure, re.MULTILINE)}
     if "some" not in averages:
@@ -114,15 +114,16 @@ def _zone(folder: Path) -> Iterator[Thermal]:
             if name in ("passive", "hot", "critical") and limit > 0:
                 limits[name] = min(limit, limits.get(name, limit))
         if limits:
-            yield level(temperature, limits)
+            yield thermal_of(temperature, limits)
 
 
-def level(temperature: float, limits: dict[str, float]) -> Thermal:
+def thermal_of(temperature: float, limits: dict[str, float]) -> Thermal:
+    """Return the level of a temperature, by the limits of its sensor, in degrees."""
     if any(temperature >= limit for name, limit in limits.items() if name != "passive"):
         return Thermal.TRAPPING
     if temperature >= limits.get("passive", math.inf):
         return Thermal.HEAVY
-    return Thermal.MODERATE if temperature >= min(limits.values()) - CLOSE else Thermal.NOMINAL
+    return Thermal.MODERATE if temperature >= min(limits.values()) - NEAR else Thermal.NOMINAL
 
 
 def _degrees(file: Path) -> float:

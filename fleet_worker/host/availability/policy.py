@@ -62,15 +62,15 @@ class Condition:
         """When `_good` became what it is."""
         self._returned_at = -math.inf
 
-    def allows(self, now: float, read: bool | None) -> bool:
+    def allows(self, now: float, reading: bool | None) -> bool:
         """Return whether work is allowed at this time, after a reading that was good or not, or failed."""
-        good = read is not False
+        good = reading is not False
         if self._allows is None:
             self._allows = good
         if good != self._good:
             self._good, self._since = good, now
         held = now - self._since
-        returns_after = self._returns_after if read else max(self._returns_after, UNKNOWN)
+        returns_after = self._returns_after if reading else max(self._returns_after, UNKNOWN)
         if self._allows and not good and held >= self._leaves_after:
             self._allows = False
             again = now - self._returned_at < self._soon
@@ -81,6 +81,8 @@ class Condition:
 
 
 class Policy:
+    """The conditions of all settings, and the hours."""
+
     def __init__(self, settings: AvailabilitySettings, pauses: Pauses = Pauses()) -> None:
         self._settings = settings
         self._pauses = pauses
@@ -105,15 +107,15 @@ class Policy:
         hours = self._settings.open_hours
         return hours is None or hours.contain(local)
 
-    def reason_to_be_away(self, now: float, local: datetime, read: Readings) -> str:
+    def reason_to_be_away(self, now: float, local: datetime, readings: Readings) -> str:
         """Return why this host must not work at `now`, in seconds of a monotonic clock; "" if it may."""
         idle_user = self._settings.idle_user
         allowed = {
             WOKEN: now >= self._works_from,
-            USER: self._user.allows(now, None if read.idle is None else read.idle >= (idle_user or 0.0)),
-            BATTERY: self._power.allows(now, read.on_power),
-            MEMORY: self._memory.allows(now, None if read.memory is None else read.memory <= self._most_memory),
-            HEAT: self._heat.allows(now, None if read.thermal is None else read.thermal <= self._most_heat),
+            USER: self._user.allows(now, None if readings.idle is None else readings.idle >= (idle_user or 0.0)),
+            BATTERY: self._power.allows(now, readings.on_power),
+            MEMORY: self._memory.allows(now, None if readings.memory is None else readings.memory <= self._most_memory),
+            HEAT: self._heat.allows(now, None if readings.thermal is None else readings.thermal <= self._most_heat),
         }
         hours = self._settings.open_hours
         if hours and not hours.contain(local):

@@ -67,7 +67,7 @@ def on_power() -> bool:
 
 def output_of(*command: str) -> str:
     """Return what a command of the system prints; raises `ProbeFailed`."""
-    program = find(command[0])
+    program = find_program(command[0])
     if not program:
         raise ProbeFailed(f"{command[0]} is not there")
     try:
@@ -86,6 +86,6 @@ def output_of(*command: str) -> str:
     return done.stdout.decode(errors="replace")
 
 
-def find(program: str) -> str | None:
+def find_program(program: str) -> str | None:
     """Return the path of a command of the system; None if it is not there."""
     return shutil.which(program, path=os.pathsep.join(filter(None, [os.environ.get("PATH"), FOLDERS])))

@@ -34,7 +34,7 @@ def probes_of_this_host() -> Probes:
     return MacProbes() if sys.platform == "darwin" else LinuxProbes()
 
 
-def asked_for(settings: AvailabilitySettings, probes: Probes) -> dict[str, Callable[[], object]]:
+def wanted_probes(settings: AvailabilitySettings, probes: Probes) -> dict[str, Callable[[], object]]:
     """Return the probes that the settings need, each by the name of its setting."""
     wanted: dict[str, tuple[bool, Callable[[], object]]] = {
         "idle_user": (settings.idle_user is not None, probes.idle_seconds),
@@ -56,7 +56,7 @@ class Reader:
         period: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._probes = asked_for(settings, probes)
+        self._probes = wanted_probes(settings, probes)
         self._period = period
         self._clock = clock
         self._failed: set[str] = set()
@@ -84,9 +84,10 @@ class Reader:
         except Exception as error:  # whatever a system answers: no mini leaves for that
             if setting not in self._failed:
                 self._failed.add(setting)
-                log.warning("availability.%s has no effect while this fails: %s", setting, why(error))
+                log.warning("availability.%s has no effect while this fails: %s", setting, reason_of(error))
             return None
 
 
-def why(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """Return why a probe failed, in a short text."""
     return str(error) if isinstance(error, ProbeFailed) else f"{type(error).__name__}: {str(error)[:200]}"

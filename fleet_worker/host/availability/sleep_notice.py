@@ -15,13 +15,13 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 
-from fleet_worker.host.availability.keep_awake import WHILE_IT_READS
-from fleet_worker.host.availability.probes import find
-from fleet_worker.host.child_process import kill_group, python
+from fleet_worker.host.availability.held_process import UNTIL_INPUT_ENDS, HeldProcess
+from fleet_worker.host.availability.probes import find_program
+from fleet_worker.host.child_process import python
 
 log = logging.getLogger(__name__)
 
-AGAIN = 60.0
+RESTART_AFTER = 60.0
 """Seconds after which a monitor that has ended is started again."""
 SIGNAL = "PrepareForSleep"
 
@@ -33,7 +33,7 @@ MONITORS = (
     ("busctl", "--system", "--match", _MATCH, "monitor"),  # for root only
 )
 DELAY = ("systemd-inhibit", "--what=sleep", "--who=fleet-worker", "--why=it hands over its requests", "--mode=delay")
-_WITH_US = '"$@" & exec >&-; read -r end; kill $!'
+_UNTIL_INPUT_ENDS = '"$@" & exec >&-; read -r end; kill $!'
 """Runs a monitor until its own input ends. Its output ends with the monitor."""
 
 
@@ -44,8 +44,8 @@ class SleepNotice:
         self._heard = heard
         self._closed = threading.Event()
         self._lock = threading.Lock()
-        self._monitor: subprocess.Popen[bytes] | None = None
-        self._delay: subprocess.Popen[bytes] | None = None
+        self._monitor: HeldProcess | None = None
+        self._delay: HeldProcess | None = None
         self._thread = threading.Thread(target=self._run, name="sleep notice", daemon=True)
 
     def start(self) -> None:
@@ -54,16 +54,17 @@ class SleepNotice:
     def allow(self) -> None:
         """Let the machine sleep now."""
         with self._lock:
-            if sys.platform == "darwin":
-                _tell(self._monitor)
-            else:
-                _close_input(self._delay)
+            if sys.platform == "darwin" and self._monitor:
+                self._monitor.write_line()
+            elif self._delay:
+                self._delay.release()
 
     def close(self) -> None:
         """End its thread and its processes, within a second."""
         with self._lock:
             self._closed.set()
-            _close_input(self._monitor)
+            if self._monitor:
+                self._monitor.release()
         if self._thread.is_alive():
             self._thread.join(1.0)
 
@@ -79,13 +80,13 @@ class SleepNotice:
             if not self._closed.is_set() and not said:
                 said = True
                 log.info("nothing tells here that this machine goes to sleep: a sleep is noticed afterwards")
-            self._closed.wait(AGAIN)
+            self._closed.wait(RESTART_AFTER)
 
     def _start(self) -> None:
         command = monitor_command()
         with self._lock, suppress(OSError):
             if command and not self._closed.is_set():
-                self._monitor = _process(command, stdout=subprocess.PIPE)
+                self._monitor = HeldProcess(command, stdout=subprocess.PIPE)
                 self._delay = _delay()
 
     def _lines(self) -> Iterator[str]:
@@ -95,13 +96,14 @@ class SleepNotice:
                     yield line.decode(errors="replace")
 
     def _renew_delay(self) -> None:
-        _end(self._delay)
+        if self._delay:
+            self._delay.end()
         with self._lock, suppress(OSError):
             self._delay = None if self._closed.is_set() else _delay()
 
     def _end(self) -> None:
-        _end(self._delay)
-        _end(self._monitor)
+        for process in filter(None, (self._delay, self._monitor)):
+            process.end()
         self._delay = self._monitor = None
 
 
@@ -110,8 +112,8 @@ def monitor_command() -> list[str] | None:
     if sys.platform == "darwin":
         return python("-P", "-m", "fleet_worker.host.availability.mac_sleep")
     for program, *arguments in MONITORS:
-        if path := find(program):
-            return ["/bin/sh", "-c", _WITH_US, "sh", path, *arguments]
+        if path := find_program(program):
+            return ["/bin/sh", "-c", _UNTIL_INPUT_ENDS, "sh", path, *arguments]
     return None
 
 
@@ -128,35 +130,6 @@ def notices(lines: Iterable[str]) -> Iterator[bool]:
             yield argument[1] == "true"
 
 
-def _delay() -> subprocess.Popen[bytes] | None:
-    program = None if sys.platform == "darwin" else find(DELAY[0])
-    return _process([program, *DELAY[1:], *WHILE_IT_READS]) if program else None
-
-
-def _process(command: list[str], *, stdout: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(  # noqa: S603 - commands of the system
-        command, stdin=subprocess.PIPE, stdout=stdout, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-
-
-def _tell(process: subprocess.Popen[bytes] | None) -> None:
-    if process and process.stdin:
-        with suppress(OSError):
-            process.stdin.write(b"\n")
-            process.stdin.flush()
-
-
-def _close_input(process: subprocess.Popen[bytes] | None) -> None:
-    if process and process.stdin:
-        with suppress(OSError):
-            process.stdin.close()
-
-
-def _end(process: subprocess.Popen[bytes] | None) -> None:
-    """End a process by ending its input; kill its group if it has not ended within two seconds."""
-    if process:
-        _close_input(process)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(2.0)
-        kill_group(process.pid)
-        process.wait()
+def _delay() -> HeldProcess | None:
+    program = None if sys.platform == "darwin" else find_program(DELAY[0])
+    return HeldProcess([program, *DELAY[1:], *UNTIL_INPUT_ENDS]) if program else None

@@ -22,13 +22,13 @@ It is called in the thread of the watcher, and must not wait."""
 
 UNKNOWN = "it is not known yet whether it may work"
 GOES_TO_SLEEP = "it goes to sleep"
-AT_WORK = 1.0
-"""Seconds between two looks while a user may return."""
-ELSE = 5.0
-"""Seconds between two looks at all else, and at the clocks."""
-SLEPT = 3.0
+USER_INTERVAL = 1.0
+"""Seconds between two checks while a user may return."""
+INTERVAL = 5.0
+"""Seconds between two checks of all else, and of the clocks."""
+LEAST_SLEEP = 3.0
 """Seconds that the clocks of this machine must differ before it has slept."""
-NOT_ASLEEP = 60.0
+NOTICE_EXPIRES = 60.0
 """Seconds after a notice of sleep after which a machine that is awake does not sleep."""
 
 CLOCK_WITH_SLEEP = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC_RAW)
@@ -55,11 +55,11 @@ class AvailabilityWatcher:
         asleep: Callable[[], float] = time_asleep,
     ) -> None:
         self.reason = UNKNOWN if settings.in_use else ""
-        """Why this host must not work; "" if it may. Until the first look that is not known, and it must not."""
+        """Why this host must not work; "" if it may. Until the first check that is not known, and it must not."""
         self._settings = settings
         self._changed = changed
         self._policy = Policy(settings, pauses)
-        self._reader = Reader(settings, probes or probes_of_this_host(), period=ELSE)
+        self._reader = Reader(settings, probes or probes_of_this_host(), period=INTERVAL)
         self._asleep = asleep
         self._slept = asleep()
         self._goes_to_sleep_at: float | None = None
@@ -67,12 +67,12 @@ class AvailabilityWatcher:
         self._stopped = False
         self._lock = threading.Lock()
         """Held while `changed` is called."""
-        self._look_now = threading.Event()
-        self._notice = SleepNotice(self._heard)
+        self._check_now = threading.Event()
+        self._notice = SleepNotice(self._on_sleep_notice)
         self._thread = threading.Thread(target=self._run, name="availability", daemon=True)
 
     def start(self) -> None:
-        """Look for the first time, in its thread; `changed` is called for what is found, also if that is ""."""
+        """Check for the first time, in its thread; `changed` is called for what is found, also if that is ""."""
         if self._settings.in_use:
             self._notice.start()
             self._thread.start()
@@ -83,7 +83,7 @@ class AvailabilityWatcher:
         """
         with self._lock:
             self._stopped = True
-        self._look_now.set()
+        self._check_now.set()
         self._notice.close()
         if self._thread.is_alive():
             self._thread.join(1.0)
@@ -94,23 +94,23 @@ class AvailabilityWatcher:
         if self.reason == GOES_TO_SLEEP:
             self._notice.allow()
 
-    def _heard(self, asleep: bool) -> None:
+    def _on_sleep_notice(self, asleep: bool) -> None:
         self._goes_to_sleep_at = time.monotonic() if asleep else None
         if not asleep:
-            self._wake_up()
-        self._look_now.set()
+            self._on_wake_up()
+        self._check_now.set()
 
     def _run(self) -> None:
         while not self._stopped:
-            self._look_now.clear()
-            self._look()
-            at_work = not self.reason and self._settings.idle_user is not None
-            self._look_now.wait(AT_WORK if at_work else ELSE)
+            self._check_now.clear()
+            self._check()
+            may_return = not self.reason and self._settings.idle_user is not None
+            self._check_now.wait(USER_INTERVAL if may_return else INTERVAL)
 
-    def _look(self) -> None:
-        if self._asleep() - self._slept > SLEPT:
+    def _check(self) -> None:
+        if self._asleep() - self._slept > LEAST_SLEEP:
             self._goes_to_sleep_at = None
-            self._wake_up()
+            self._on_wake_up()
         self._slept = self._asleep()
         reason = self._reason()
         with self._lock:
@@ -125,14 +125,14 @@ class AvailabilityWatcher:
 
     def _reason(self) -> str:
         announced = self._goes_to_sleep_at
-        if announced is not None and time.monotonic() - announced < NOT_ASLEEP:
+        if announced is not None and time.monotonic() - announced < NOTICE_EXPIRES:
             return GOES_TO_SLEEP
         local = _local_time()
         read = self._reader.read() if self._policy.is_open(local) else Readings()
         return self._policy.reason_to_be_away(time.monotonic(), local, read)
 
-    def _wake_up(self) -> None:
-        """Everything is read again before this host works: `Pauses.awake` is longer than ELSE."""
+    def _on_wake_up(self) -> None:
+        """Everything is read again before this host works: `Pauses.awake` is longer than INTERVAL."""
         log.info("this machine has been asleep")
         self._policy.woke_up(time.monotonic())
 

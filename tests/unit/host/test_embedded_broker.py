@@ -13,8 +13,8 @@ import redis
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.host.child_process import child, free_port
 from fleet_worker.host.embedded_broker import READY, broker_command, folder
-from fleet_worker.host.programs import embedded_broker
 from fleet_worker.host.servers import server_port
+from fleet_worker.host.up.programs import embedded_broker
 from fleet_worker.settings import Settings
 from tests.mlx_clients import until
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from fleet_worker.errors import ConfigurationError
-from fleet_worker.host import up_server as module
 from fleet_worker.host.file_lock import hold
-from fleet_worker.host.up_server import UpServer
+from fleet_worker.host.up import up_server as module
+from fleet_worker.host.up.up_server import UpServer
 from fleet_worker.host.up_socket import NoUp, UpLink, ask, lock_path, socket_path
 from fleet_worker.protocol.host_messages import (
     Done,

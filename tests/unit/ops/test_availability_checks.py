@@ -25,7 +25,7 @@ class Mac:
 @pytest.fixture(autouse=True)
 def complete(monkeypatch):
     """A system on which every command is there."""
-    monkeypatch.setattr(availability_checks, "find", lambda command: f"/usr/bin/{command}")
+    monkeypatch.setattr(availability_checks, "find_program", lambda command: f"/usr/bin/{command}")
     monkeypatch.setattr(availability_checks.sleep_notice, "monitor_command", lambda: ["gdbus"])
 
 
@@ -68,7 +68,7 @@ def test_nobody_logged_in_is_said():
 
 
 def test_commands_that_are_missing_are_named(monkeypatch):
-    monkeypatch.setattr(availability_checks, "find", lambda _: None)
+    monkeypatch.setattr(availability_checks, "find_program", lambda _: None)
     monkeypatch.setattr(availability_checks.sleep_notice, "monitor_command", lambda: None)
     (awake, notice) = findings(keep_awake=True)
     assert awake[0] == notice[0] == "warning"

@@ -113,7 +113,7 @@ def test_a_system_that_refuses_it_is_asked_once(inhibit, awake, tmp_path, caplog
 
 def test_a_system_without_the_command_is_told_once(inhibit, awake, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO")
-    monkeypatch.setattr(keep_awake, "find", lambda _: None)
+    monkeypatch.setattr(keep_awake, "find_program", lambda _: None)
     awake.working(1)
     awake.working(1)
     assert [record.getMessage() for record in caplog.records] == [

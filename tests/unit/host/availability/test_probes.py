@@ -12,7 +12,14 @@ import pytest
 
 from fleet_worker.availability_settings import AvailabilitySettings
 from fleet_worker.host.availability import linux, macos, probes
-from fleet_worker.host.availability.probes import MemoryPressure, ProbeFailed, Thermal, find, on_power, output_of
+from fleet_worker.host.availability.probes import (
+    MemoryPressure,
+    ProbeFailed,
+    Thermal,
+    find_program,
+    on_power,
+    output_of,
+)
 from fleet_worker.host.availability.readings import Reader, Readings
 from tests.clock import Clock
 
@@ -97,7 +104,7 @@ def test_a_command_that_is_not_there_fails_or_hangs_is_a_failed_probe(system, mo
 
 def test_commands_of_the_system_are_found_with_the_short_path_of_launchd(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
-    assert find("cat") in ("/usr/bin/cat", "/bin/cat")
+    assert find_program("cat") in ("/usr/bin/cat", "/bin/cat")
 
 
 # --- macOS

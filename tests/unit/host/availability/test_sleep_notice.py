@@ -116,7 +116,7 @@ def test_logind_waits_until_it_is_allowed_to_sleep(logind):
 
 def test_a_monitor_that_ends_is_started_again_and_that_is_said_once(logind, monkeypatch, caplog):
     caplog.set_level("INFO")
-    monkeypatch.setattr(sleep_notice, "AGAIN", 0.01)
+    monkeypatch.setattr(sleep_notice, "RESTART_AFTER", 0.01)
     monkeypatch.setattr(sleep_notice, "monitor_command", lambda: ["/bin/echo", f"{sleep_notice.SIGNAL} true"])
     heard = queue.Queue()
     notice = SleepNotice(heard.put)
@@ -128,7 +128,7 @@ def test_a_monitor_that_ends_is_started_again_and_that_is_said_once(logind, monk
 
 def test_a_system_without_a_monitor_is_said_once(monkeypatch, caplog):
     caplog.set_level("INFO")
-    monkeypatch.setattr(sleep_notice, "find", lambda _: None)
+    monkeypatch.setattr(sleep_notice, "find_program", lambda _: None)
     monkeypatch.setattr(sys, "platform", "linux")
     notice = SleepNotice(lambda _: None)
     notice.start()

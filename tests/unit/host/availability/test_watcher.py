@@ -46,8 +46,8 @@ class Told:
 
 @pytest.fixture
 def looks_often(monkeypatch):
-    monkeypatch.setattr(watcher, "AT_WORK", 0.01)
-    monkeypatch.setattr(watcher, "ELSE", 0.01)
+    monkeypatch.setattr(watcher, "USER_INTERVAL", 0.01)
+    monkeypatch.setattr(watcher, "INTERVAL", 0.01)
     monkeypatch.setattr(sleep_notice, "monitor_command", lambda: None)
 
 
@@ -106,12 +106,12 @@ def test_before_a_sleep_requests_have_no_time_and_after_it_the_host_is_looked_at
     found._notice.allow = lambda: allowed.append(found.reason)
     assert told.next() == ("", 5.0)
     found.drained()  # of a host that works: means nothing
-    found._heard(True)
+    found._on_sleep_notice(True)
     assert told.next() == (GOES_TO_SLEEP, 0.0)
     assert not allowed, "it waits until the requests have been handed over"
     found.drained()
     assert allowed == [GOES_TO_SLEEP]
-    found._heard(False)
+    found._on_sleep_notice(False)
     assert told.next()[0] == WOKEN
     assert told.next()[0] == ""
 
@@ -124,7 +124,7 @@ def test_a_host_that_had_nothing_to_do_lets_the_machine_sleep_at_once(watch):
     assert told.next()[0] == USER
     found.drained()
     assert not allowed.is_set()
-    found._heard(True)
+    found._on_sleep_notice(True)
     assert told.next()[0] == GOES_TO_SLEEP
     assert allowed.wait(WITHIN)
 
@@ -140,15 +140,15 @@ def test_a_sleep_without_a_notice_is_seen_by_the_clocks(watch):
 
 
 def test_everything_is_read_again_before_a_host_works_after_a_sleep():
-    assert Pauses().awake > watcher.ELSE
+    assert Pauses().awake > watcher.INTERVAL
 
 
 def test_a_notice_that_no_sleep_follows_is_forgotten(watch, monkeypatch):
-    monkeypatch.setattr(watcher, "NOT_ASLEEP", 0.05)
+    monkeypatch.setattr(watcher, "NOTICE_EXPIRES", 0.05)
     told = Told()
     found = watch(AvailabilitySettings(idle_user=300), told, probes=User())
     assert told.next()[0] == ""
-    found._heard(True)
+    found._on_sleep_notice(True)
     assert [told.next()[0], told.next()[0]] == [GOES_TO_SLEEP, ""]
 
 

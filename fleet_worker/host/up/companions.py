@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.host.node_process import NEVER, Backoff, NodeProcess
-from fleet_worker.host.programs import GATEWAY, Launcher, embedded_broker, gateway_grace
+from fleet_worker.host.up.programs import GATEWAY, Launcher, embedded_broker, gateway_grace
 from fleet_worker.settings import Settings
 
 

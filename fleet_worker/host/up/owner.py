@@ -8,9 +8,9 @@ from functools import partial
 from fleet_worker.availability_settings import AvailabilitySettings
 from fleet_worker.host.availability.keep_awake import KeepAwake
 from fleet_worker.host.availability.watcher import AvailabilityWatcher
-from fleet_worker.host.event_loop import EventLoop
 from fleet_worker.host.node_process import NEVER
-from fleet_worker.host.server_plan import Away
+from fleet_worker.host.up.event_loop import EventLoop
+from fleet_worker.host.up.server_plan import Away
 
 
 class Owner:

@@ -6,7 +6,7 @@ import selectors
 from collections.abc import Callable
 from pathlib import Path
 
-from fleet_worker.host.up_server import Client, UpServer
+from fleet_worker.host.up.up_server import Client, UpServer
 from fleet_worker.protocol.host_messages import Done, HostStatus, NodeNews, Reload, Restart, ToUp, Watch
 
 

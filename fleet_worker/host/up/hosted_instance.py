@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable
 
 from fleet_worker.host.node_process import Backoff, NodeProcess
-from fleet_worker.host.server_plan import Away, Seen, ServerPlan, Wish
 from fleet_worker.host.servers.managed_server import ManagedServer
-from fleet_worker.host.up_server import Client
+from fleet_worker.host.up.server_plan import Away, Seen, ServerPlan, Wish
+from fleet_worker.host.up.up_server import Client
 from fleet_worker.protocol.host_messages import NodeNews, Order, Resume, ServerStatus
 from fleet_worker.settings import Settings
 

@@ -17,17 +17,17 @@ from typing import Any
 
 from fleet_worker import exit_codes
 from fleet_worker.errors import ConfigurationError
-from fleet_worker.host.companions import Companions, check_broker
-from fleet_worker.host.event_loop import EventLoop
 from fleet_worker.host.file_lock import Held, hold
-from fleet_worker.host.hosted_instance import HostedInstance
 from fleet_worker.host.node_process import Backoff
-from fleet_worker.host.owner import Owner
 from fleet_worker.host.parent_pipe import parent_pipe
-from fleet_worker.host.programs import Launcher, node_command
-from fleet_worker.host.switchboard import Switchboard
 from fleet_worker.host.unserved import unserved
-from fleet_worker.host.up_server import Client
+from fleet_worker.host.up.companions import Companions, check_broker
+from fleet_worker.host.up.event_loop import EventLoop
+from fleet_worker.host.up.hosted_instance import HostedInstance
+from fleet_worker.host.up.owner import Owner
+from fleet_worker.host.up.programs import Launcher, node_command
+from fleet_worker.host.up.switchboard import Switchboard
+from fleet_worker.host.up.up_server import Client
 from fleet_worker.host.up_socket import lock_path, socket_path
 from fleet_worker.host.variables import mistyped
 from fleet_worker.protocol.host_messages import Done, HostStatus, NodeNews, Restart

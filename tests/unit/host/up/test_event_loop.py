@@ -9,7 +9,7 @@ from fleet_worker.host.child_process import python
 WITHIN = 20.0
 BEGIN = """
 import os, signal, threading, time
-from fleet_worker.host.event_loop import EventLoop
+from fleet_worker.host.up.event_loop import EventLoop
 from fleet_worker.host.node_process import NEVER
 heard = []
 began = time.monotonic()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from fleet_worker.host.node_process import NEVER
-from fleet_worker.host.server_plan import LATE, Away, Seen, ServerPlan, Wish
+from fleet_worker.host.up.server_plan import LATE, Away, Seen, ServerPlan, Wish
 from fleet_worker.protocol.host_messages import Pause, Resume
 
 GRACE = 30.0

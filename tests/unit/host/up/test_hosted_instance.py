@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from fleet_worker.host import hosted_instance as module
-from fleet_worker.host.hosted_instance import HostedInstance
 from fleet_worker.host.node_process import NEVER, Backoff
-from fleet_worker.host.server_plan import Away
+from fleet_worker.host.up import hosted_instance as module
+from fleet_worker.host.up.hosted_instance import HostedInstance
+from fleet_worker.host.up.server_plan import Away
 from fleet_worker.protocol.host_messages import NodeNews, Pause, Resume
 from fleet_worker.settings import Settings
 

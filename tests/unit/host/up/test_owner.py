@@ -8,7 +8,7 @@ import pytest
 from fleet_worker.availability_settings import AvailabilitySettings
 from fleet_worker.host.availability import sleep_notice
 from fleet_worker.host.availability.watcher import UNKNOWN
-from fleet_worker.host.owner import Owner
+from fleet_worker.host.up.owner import Owner
 from fleet_worker.hours import DAYS
 
 ALWAYS = AvailabilitySettings(hours="mon-sun", keep_awake=False)
