@@ -217,5 +217,5 @@ def _hint(error: FleetError) -> str:
     if not isinstance(error, BrokerUnavailable):
         return ""
     advice = str(error.metadata.get("advice", "is it running? If it is, correct broker_url"))
-    file = config_path() or "the file that FLEET_CONFIG names, which is not set"
+    file = config_path() or "the file that --config or FLEET_CONFIG names, which is not set"
     return f": {advice.replace('broker_url', f'broker_url (FLEET_BROKER_URL, or in {file})')}"

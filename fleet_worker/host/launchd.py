@@ -42,7 +42,7 @@ class Launchd:
         self.file = (DAEMONS if of_system else home / "Library" / "LaunchAgents") / f"{LABEL}.plist"
         self.log = home / "Library" / "Logs" / "fleet-worker" / "up.log"
         self._domain = "system" if of_system else f"gui/{os.getuid()}"
-        self._agent = f"{self._domain}/{LABEL}"
+        self._target = f"{self._domain}/{LABEL}"
         self.hints = (*(_OF_DAEMON if of_system else _OF_AGENT), f"Log: {self.log}")
 
     def text(self, config: Path) -> str:
@@ -83,35 +83,35 @@ class Launchd:
         return None
 
     def install(self, text: str) -> None:
-        """Write the file and start the agent. An agent that runs already ends first, as by SIGTERM."""
+        """Write the file and start the job. One that runs already ends first, as by SIGTERM."""
         service_files.write(self.file, text)
         service_files.make_folder(self.log.parent, self._account)  # launchd creates the log, but not its folder
         was_loaded = self._unload()
-        check(run("launchctl", "enable", self._agent))
+        check(run("launchctl", "enable", self._target))
         bootstrap = ("launchctl", "bootstrap", self._domain, str(self.file))
-        # Shortly after the end of an agent, launchd refuses the next one with "5: Input/output error".
+        # Shortly after the end of a job, launchd refuses the next one with "5: Input/output error".
         check(_repeat(bootstrap, until_failure=False, within=5.0 if was_loaded else 0.0))
 
     def uninstall(self) -> bool:
-        """End the agent and remove the file; return False if there was neither."""
+        """End the job and remove the file; return False if there was neither."""
         installed = self._unload() or self.file.exists()
         self.file.unlink(missing_ok=True)
         return installed
 
     def _unload(self) -> bool:
         """Return whether it was loaded. `bootout` may fail, or return before the agent has ended."""
-        is_loaded = ("launchctl", "print", self._agent)
+        is_loaded = ("launchctl", "print", self._target)
         if run(*is_loaded).returncode:
             return False
         within = service_files.stop_timeout(self._ends_within) + ANSWER_WITHIN
-        run("launchctl", "bootout", self._agent, within=within)
+        run("launchctl", "bootout", self._target, within=within)
         if not _repeat(is_loaded, until_failure=True, within=within).returncode:
             raise FleetError(f"{LABEL} did not end within {within:g} s")
         return True
 
     def status(self) -> tuple[bool, str]:
         """Return whether it runs, and a description: what launchd prints includes the environment."""
-        done = run("launchctl", "print", self._agent)
+        done = run("launchctl", "print", self._target)
         if done.returncode:
             return False, f"{LABEL} is {'not loaded' if self.file.exists() else 'not installed'}"
         state = _printed_value("state", done.stdout)

@@ -28,7 +28,9 @@ def configuration() -> tuple[Path, list[str], float]:
     """
     path = config_path()
     if not path:
-        raise ConfigurationError("FLEET_CONFIG is not set: a service needs a file: --config worker.toml")
+        raise ConfigurationError(
+            f"FLEET_CONFIG is not set, and there is no {DEFAULT}: a service needs a file: --config FILE"
+        )
     settings = _SettingsOfFile()
     left_out = [name for name in os.environ if name.upper().startswith("FLEET_") and name != "FLEET_CONFIG"]
     return path.absolute(), sorted(left_out), ends_within(settings)

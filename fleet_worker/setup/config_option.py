@@ -10,9 +10,9 @@ import click
 
 from fleet_worker import config_file
 
-WRITE_IT = {"init", "join", "quickstart"}
+WRITES_FILE = {"init", "join", "quickstart"}
 """The commands that make the file: for them it need not exist."""
-HAVE_NONE = {"demo"}
+READS_NONE = {"demo"}
 """The commands that read no file unless one is named."""
 _GIVEN = "fleet_worker.config"
 
@@ -25,7 +25,7 @@ def add_to(command: click.Command) -> None:
         for each in command.commands.values():
             add_to(each)
     elif command.callback:
-        exists, default = command.name not in WRITE_IT, command.name not in HAVE_NONE
+        exists, default = command.name not in WRITES_FILE, command.name not in READS_NONE
         command.callback = _with_file(command.callback, exists=exists, default=default)
 
 

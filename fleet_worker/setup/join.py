@@ -22,7 +22,7 @@ from fleet_worker.setup import worker_file
 from fleet_worker.setup.invitation import Invitation, Membership, decode
 from fleet_worker.setup.own_names import own_host
 from fleet_worker.setup.single_use import redeem
-from fleet_worker.setup.worker_file import OnlySettings, WorkerFile
+from fleet_worker.setup.worker_file import ExplicitSettings, WorkerFile
 from fleet_worker.urls import with_host
 
 CONNECTS_WITHIN = 3.0
@@ -110,7 +110,7 @@ def _written(membership: Membership, path: Path, known: WorkerFile, *, force: bo
 
 def _free_name(file: WorkerFile, name: str) -> str:
     """Return the name, or the first of NAME-2, NAME-3 ... that no other host has whose registry node answers."""
-    settings = OnlySettings(
+    settings = ExplicitSettings(
         broker_url=file.broker_url,
         broker_ca=file.broker_ca,
         broker_cert=file.broker_cert,

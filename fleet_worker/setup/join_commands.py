@@ -57,7 +57,7 @@ def invite(role: Any, address: str, account: bool) -> None:
         raise click.UsageError("--account reads USER:PASSWORD from standard input")
     made = invite(Settings(), role, address=address, account=named)
     click.echo(join_line(made, role))
-    click.echo(f"fleet-worker: for the other host, once fleet-worker is installed there {validity(made)}", err=True)
+    click.echo(f"fleet-worker: for the other host, after fleet-worker is installed there {validity(made)}", err=True)
 
 
 @click.command(short_help="Make this Mac a part of a fleet.")

@@ -29,7 +29,7 @@ from fleet_worker.errors import ConfigurationError
 from fleet_worker.ops.broker_checks import connected
 from fleet_worker.settings import Settings
 from fleet_worker.setup.invitation import ANOTHER, Invitation, Membership
-from fleet_worker.setup.worker_file import OnlySettings
+from fleet_worker.setup.worker_file import ExplicitSettings
 from fleet_worker.urls import with_account
 
 VALID = 600.0
@@ -82,7 +82,7 @@ def redeem(invitation: Invitation, cert: Path | None = None, key: Path | None = 
     name = _NAME + invitation.id
     url = with_account(invitation.broker_url, f"{quote(name, safe='')}:{invitation.secret}")
     with _ca_file(invitation.broker_ca) as ca:
-        settings = OnlySettings(broker_url=url, broker_ca=ca, broker_cert=cert, broker_key=key)
+        settings = ExplicitSettings(broker_url=url, broker_ca=ca, broker_cert=cert, broker_key=key)
         with _client(settings) as client:
             kept = _take(client, name, invitation.broker_url)
     if not kept:

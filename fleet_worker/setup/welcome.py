@@ -67,8 +67,8 @@ class Welcome:
             parts += [f"Key   {self._key}", "In another terminal, try one of these:", *lines]
             parts.append(f"The key is shown only now. Another one: {new_key_line(self._settings)}")
         else:
-            parts.append(f"Key   only its owner has it. Another one: {new_key_line(self._settings)}")
-        parts += [*self._next_host(), f"After a reboot it starts by itself once you have run: {_service_line()}"]
+            parts.append(f"Key   each is shown only when it is made. Another one: {new_key_line(self._settings)}")
+        parts += [*self._next_host(), _service_line()]
         return "\n" + "".join(f"{part}\n\n" for part in parts)
 
     def _next_host(self) -> list[str]:
@@ -79,7 +79,10 @@ class Welcome:
             invitation = invite(self._settings)
         except FleetError as error:
             return [f"No other Mac can join now: {error.message}"]
-        return [f"On the next Mac, once fleet-worker is installed there {validity(invitation)}:", join_line(invitation)]
+        return [
+            f"On the next Mac, after fleet-worker is installed there {validity(invitation)}:",
+            join_line(invitation),
+        ]
 
 
 def ready_models(settings: Settings) -> list[str]:
@@ -117,7 +120,8 @@ def new_key_line(settings: Settings) -> str:
 
 
 def _service_line() -> str:
-    return command("service install", config_file.config_path() or config_file.DEFAULT)
+    install = command("service install", config_file.config_path() or config_file.DEFAULT)
+    return f"To have it start by itself when you log in: {install}; at each boot: sudo, and --system"
 
 
 def _print(text: str) -> None:

@@ -139,11 +139,11 @@ def check_free(path: Path, *, force: bool = False) -> None:
 
 def check_text(text: str) -> None:
     """Raise `ConfigurationError` if what would be written is no configuration, as by a name with a space."""
-    OnlySettings(**tomllib.loads(text))
+    ExplicitSettings(**tomllib.loads(text))
 
 
-class OnlySettings(Settings):
-    """Settings without the variables of this shell, and without the configuration file that counts now."""
+class ExplicitSettings(Settings):
+    """Settings from arguments alone: neither the variables of this shell nor its configuration file count."""
 
     @classmethod
     def settings_customise_sources(cls, *_: Any, **sources: Any) -> Any:

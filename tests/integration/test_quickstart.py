@@ -19,7 +19,7 @@ from tests.ups import is_gone
 
 COMMAND = [sys.executable, "-m", "fleet_worker"]
 WITHIN = 40.0
-GREETING = "After a reboot it starts by itself"
+GREETING = "To have it start by itself"
 pytestmark = [pytest.mark.rest, pytest.mark.timeout(120)]
 
 

@@ -37,6 +37,8 @@ POLL_START, POLL_LONG_START = 0.1, 0.5
 """Seconds between two looks whether a server accepts connections, at first and when its start takes longer."""
 POLL_SERVING = 2.0
 """Seconds between two looks at the memory of a server."""
+LOOK_SHARE = 30.0
+"""A look at the memory of thousands of processes takes long: the next one comes after so many times as long."""
 POLL_ADOPTED = 0.5
 """Seconds between two looks whether a server that is no child of this process still runs."""
 
@@ -189,7 +191,7 @@ class ManagedServer:
             self._kill()
         elif self.serves:
             self._memory = self._process.memory()
-            self._act_at = now + POLL_SERVING
+            self._act_at = now + max(POLL_SERVING, LOOK_SHARE * (time.monotonic() - now))
         else:
             self._look_whether_it_serves(now)
 

@@ -8,17 +8,24 @@ import selectors
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import fields
+from itertools import groupby
 from pathlib import Path
+from typing import get_args
+
+from pydantic import ValidationError
 
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.host.up_socket import LineBuffer
-from fleet_worker.protocol.host_messages import LONGEST_LINE, TO_UP, FromUp, ToUp, to_line
+from fleet_worker.protocol.host_messages import LONGEST_LINE, TO_UP, Done, FromUp, ToUp, to_line
 
 log = logging.getLogger(__name__)
 
 MOST_CLIENTS = 128
 MOST_UNSENT = 4 * LONGEST_LINE
 """Bytes that may wait for a client that does not read. Beyond it the client is disconnected."""
+OWN = frozenset(each.default for kind in get_args(FromUp) for each in fields(kind) if each.name == "kind")
+"""The kinds of what `up` sends: nobody sends them to it."""
 READ_AT_ONCE = 16
 """Connections that are accepted in one go, so that nobody can keep `up` from its other work."""
 
@@ -29,6 +36,8 @@ class Client:
     def __init__(self, connection: socket.socket, server: UpServer) -> None:
         connection.setblocking(False)
         self.connected = True
+        self.is_silent = True
+        """It has said nothing yet."""
         self._socket = connection
         self._server = server
         self._lines = LineBuffer()
@@ -71,7 +80,7 @@ class Client:
         try:
             if not (data := self._socket.recv(65536)):
                 raise ConnectionResetError
-            messages = [TO_UP.validate_json(line) for line in self._lines.feed(data)]
+            messages = [_read(line) for line in self._lines.feed(data)]
         except BlockingIOError:
             return
         except OSError:
@@ -81,8 +90,12 @@ class Client:
             log.warning("a process sent fleet-worker up what is no message, and is disconnected")
             self.disconnect()
             return
-        for message in messages:
-            self._server.received(self, message)
+        self.is_silent = self.is_silent and not messages
+        for message, _ in groupby(messages):  # the same one again and again counts once
+            if message:
+                self._server.received(self, message)
+            else:
+                self.send(Done("this fleet-worker up is of another version and does not know that: restart it"))
 
 
 class UpServer:
@@ -100,7 +113,7 @@ class UpServer:
         self.received = received
         self._selector = selector
         self._gone = gone
-        self._clients: set[Client] = set()
+        self._clients: dict[Client, None] = {}  # the oldest first
         self._path: Path | None = None
         self._socket: socket.socket | None = None
 
@@ -135,7 +148,7 @@ class UpServer:
             self._selector.modify(connection, events, client.serve)
 
     def forget(self, client: Client, connection: socket.socket) -> None:
-        self._clients.discard(client)
+        self._clients.pop(client, None)
         self._selector.unregister(connection)
         self._gone(client)
 
@@ -148,13 +161,26 @@ class UpServer:
             except OSError:  # too many open files; or the client has disconnected already, on macOS
                 time.sleep(0.05)  # it is tried again at once, as the client still waits
                 return
+            if len(self._clients) >= MOST_CLIENTS and (silent := next((c for c in self._clients if c.is_silent), None)):
+                silent.disconnect()
             if len(self._clients) >= MOST_CLIENTS:
                 log.warning("more than %d processes are connected to fleet-worker up: one is refused", MOST_CLIENTS)
                 connection.close()
                 continue
             client = Client(connection, self)
-            self._clients.add(client)
+            self._clients[client] = None
             self._selector.register(connection, selectors.EVENT_READ, client.serve)
+
+
+def _read(line: bytes) -> ToUp | None:
+    """Return the message of a line; None for one of a kind that only another version knows. Raises `ValueError`."""
+    try:
+        return TO_UP.validate_json(line)
+    except ValidationError as error:
+        fault = error.errors(include_input=False, include_url=False)[0]
+        if fault["type"] == "union_tag_invalid" and fault["ctx"]["tag"] not in OWN:
+            return None
+        raise
 
 
 def _listen(path: Path) -> socket.socket:

@@ -186,6 +186,38 @@ def test_a_client_that_sends_no_message_is_disconnected(path, sent):
         assert up.gone == 1
 
 
+def test_a_message_of_a_newer_version_is_answered_and_ends_no_connection(path):
+    """The node of a newer fleet-worker, whose `up` has not been restarted yet."""
+    with closing(FakeUp(path, Resume(1))) as up, connected(path) as newer:
+        newer.sendall(b'{"kind": "mood", "mood": "blue"}\n{"kind": "news", "node": "local@mini", "mood": "blue"}\n')
+        received = b""
+        while received.count(b"\n") < 2:
+            received += newer.recv(4096) or pytest.fail("it was disconnected")
+        assert b"of another version" in received
+        assert up.heard == [NodeNews("local@mini")]
+
+
+def test_the_same_message_again_and_again_counts_once(path):
+    with closing(FakeUp(path, Done())) as up, connected(path) as eager:
+        eager.sendall(to_line(Reload()) * 3000)
+        eager.sendall(to_line(NEWS))
+        until(lambda: up.heard and up.heard[-1] == NEWS)
+        assert len(up.heard) < 30
+
+
+def test_silent_clients_keep_nobody_away(path, monkeypatch):
+    monkeypatch.setattr(module, "MOST_CLIENTS", 2)
+    with closing(FakeUp(path, Resume(1))) as up, connected(path) as talks, connected(path) as silent:
+        talks.sendall(to_line(NEWS))
+        assert talks.recv(9)
+        with connected(path) as third:
+            third.sendall(to_line(NEWS))
+            assert third.recv(9)
+        assert silent.recv(1) == b""
+        talks.sendall(to_line(NEWS))
+        until(lambda: len(up.heard) == 3)
+
+
 def test_a_client_that_reads_nothing_is_disconnected(path):
     """What waits for it is bounded, and up waits for nobody."""
     with closing(FakeUp(path)) as up, connected(path) as stuck:

@@ -74,3 +74,16 @@ def test_a_process_that_has_just_begun_was_restarted_just_now(clock, node, monke
     commands = restart_commands(node, lambda: pytest.fail("it ends"))
     assert "try again in 10 s" in commands["restart"](None)["error"]
     assert commands["restart_server"](None)["error"] == ""
+
+
+def test_a_stranger_who_restarts_a_server_all_the_time_does_not_keep_it_down(tell, clock):
+    times = []
+    for _ in range(24 * 360):
+        if not tell("restart_server")["error"]:
+            times.append(clock.now)
+        clock.now += 10
+    assert len(times) < 35, "one an hour in the end"
+    clock.now += 2 * module.LONGEST_APART
+    assert tell("restart_server")["error"] == ""
+    clock.now += RESTARTS_APART
+    assert tell("restart_server")["error"] == "", "he has gone, and it is as it was"

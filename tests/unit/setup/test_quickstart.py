@@ -126,7 +126,7 @@ def test_a_fleet_that_only_embeds_is_asked_for_an_embedding(monkeypatch):
 def test_later_there_is_no_key(monkeypatch):
     text = greeting(monkeypatch, ["qwen3-14b"], address="mini-1.local")
     assert "curl" not in text
-    assert "only its owner has it" in text
+    assert "each is shown only when it is made" in text
 
 
 def test_a_fleet_for_this_mac_only_has_no_line_for_another(monkeypatch):
