@@ -16,6 +16,7 @@ from tests.ups import running_up
 CHAT = "sim-chat"
 HELLO = [{"role": "user", "content": "Hello"}]
 SLOTS = 4
+UP = python("-m", "fleet_worker", "up")
 
 
 class Mini:
@@ -50,12 +51,12 @@ class Mini:
         (self.folder / "worker.toml").write_text(f'host = "{self.name}"\n{self._configuration}{text}')
 
     @contextmanager
-    def up(self):
+    def up(self, command=UP):
         """Run its `up` as `process`."""
         link = UpLink(socket_path(self.settings.state_dir, self.name), self._take)
         link.start()
         link.send(Watch())
-        with running_up(python("-m", "fleet_worker", "up"), self.environment) as self.process:
+        with running_up(command, self.environment) as self.process:
             try:
                 yield self
             finally:
