@@ -247,6 +247,8 @@ class Instance(Group):
 
 NEED_SERVE = ("environment", "serve_timeout", "max_memory")
 """Settings that are allowed only beside `serve`."""
+OF_MANAGED_SERVER = frozenset({"serve", *NEED_SERVE})
+"""Settings that `fleet-worker up` reads, to run the server, and its node does not."""
 
 
 def with_ports(instances: Mapping[str, Instance]) -> dict[str, Instance]:

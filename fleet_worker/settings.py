@@ -63,6 +63,8 @@ __all__ = [
 
 REGISTRY = "registry"
 """The name of the registry node of every host, as in `registry@mini-7`; no instance may have it."""
+NOT_OF_NODES = frozenset({"router", "gateway", "up", "availability"})
+"""Tables that no node reads."""
 
 
 class RouterSettings(Group):

@@ -1,10 +1,8 @@
-"""Several hosts on this one: each a `fleet-worker up` that manages one simulated MLX server."""
+"""Several minis of one model, which is of a name that no other fleet has."""
 
 from __future__ import annotations
 
-import json
 import os
-import shlex
 import subprocess
 import tempfile
 import uuid
@@ -16,36 +14,32 @@ from typing import Any, Self
 from fleet_worker import Router
 from fleet_worker.host.child_process import python
 from fleet_worker.simulator import reply_tokens
-from fleet_worker.testing import worker_toml
-from tests.brokers import free_port
 from tests.fleets import READY_WITHIN, until
-from tests.ups import running_up
+from tests.minis import SLOTS, Mini
 
 
 class Hosts:
-    """So many hosts, `mini-0`, `mini-1` ..., with an instance `local` each. `server` are options of its MLX server.
+    """So many, `mini-0`, `mini-1` ... `server` are options of their MLX servers.
 
-    All serve one model, of a name that no other fleet has. `Load` and `Crowd` of `tests.fleets` take it for a fleet.
-    Running requests have `grace` seconds.
+    `Load` and `Crowd` of `tests.fleets` take it for a fleet. Running requests have `grace` seconds.
     """
 
     def __init__(
-        self, broker_url: str, number: int, *, slots: int = 4, natural: int = 20, grace: float = 30.0, **server: Any
+        self, broker_url: str, number: int, *, slots: int = SLOTS, natural: int = 20, grace: float = 30.0, **server: Any
     ) -> None:
         self.model = f"sim-{uuid.uuid4().hex[:8]}"
         self.names = [f"mini-{each}" for each in range(number)]
         self.natural = natural
         self._broker_url, self._slots, self._grace = broker_url, slots, grace
-        options = {"model": self.model, "tokens": natural, **server}
-        flags = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-        self._serve = shlex.join([*python("-m", "fleet_worker.simulator"), *flags]) + " --port {port}"
+        options = {"tokens": natural, **server}.items()
+        self._options = [word for name, value in options for word in (f"--{name.replace('_', '-')}", str(value))]
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hosts-")))
-            self.ups = {name: stack.enter_context(self._up(name)) for name in self.names}
-            for name, up in self.ups.items():
-                up.wait_for(f"local@{name} is ready", READY_WITHIN)
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hosts-", dir="/tmp")))
+            minis = [stack.enter_context(self._mini(folder / name, name).up()) for name in self.names]
+            for mini in minis:
+                mini.process.wait_for(f"local@{mini.name} is ready", READY_WITHIN)
             self._stack = stack.pop_all()
         return self
 
@@ -65,19 +59,9 @@ class Hosts:
     def expected(self, messages: Sequence[Mapping[str, Any]], max_tokens: int) -> str:
         return "".join(reply_tokens(messages, max_tokens, tokens=self.natural))
 
-    def _up(self, name: str) -> Any:
-        folder = self._folder / name
+    def _mini(self, folder: Path, name: str) -> Mini:
         folder.mkdir()
-        instance = {
-            "serve": self._serve,
-            "base_url": f"http://127.0.0.1:{free_port()}",
-            "models": {self.model: {}},
-            "limits": {"concurrency": self._slots},
-        }
-        config = folder / "worker.toml"
-        head = {"host": name, "state_dir": str(folder), "broker_url": self._broker_url}
-        lines = [f"{key} = {json.dumps(value)}" for key, value in head.items()]
-        worker = ["[worker]", f"drain_grace = {self._grace}"]
-        config.write_text("\n".join([*lines, *worker, worker_toml("local", instance)]), "utf-8")
-        config.chmod(0o600)
-        return running_up(python("-m", "fleet_worker", "--config", str(config), "up"))
+        worker = f"[worker]\ndrain_grace = {self._grace}\n"
+        mini = Mini(folder, name, self._broker_url, worker, model=self.model, slots=self._slots)
+        mini.configure(*self._options)
+        return mini

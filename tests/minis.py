@@ -16,18 +16,19 @@ from tests.ups import running_up
 CHAT = "sim-chat"
 HELLO = [{"role": "user", "content": "Hello"}]
 SLOTS = 4
+UP = python("-m", "fleet_worker", "up")
 
 
 class Mini:
     """One host, with a folder of its own.
 
     `configuration` is what its worker.toml has besides its name and its instance, `programs` are scripts that it finds
-    in place of those of the system.
+    in place of those of the system. Its server serves `model`, `slots` requests at a time.
     """
 
-    def __init__(self, folder, name, broker_url, configuration="", programs=None):
+    def __init__(self, folder, name, broker_url, configuration="", *, programs=None, model=CHAT, slots=SLOTS):
         self.name, self.folder, self.port = name, Path(folder), free_port()
-        self._configuration = configuration
+        self._configuration, self._model, self._slots = configuration, model, slots
         for program, script in (programs or {}).items():
             (self.folder / program).write_text(script)
             (self.folder / program).chmod(0o755)
@@ -44,18 +45,18 @@ class Mini:
 
     def configure(self, *options, **settings):
         """Write its worker.toml: its simulator gets these options, its instance these settings."""
-        serve = [*python("-P", "-m", "fleet_worker.simulator"), "--port", "{port}", "--model", CHAT, *options]
-        instance = {"serve": serve, "base_url": f"http://127.0.0.1:{self.port}", "models": {CHAT: {}}, **settings}
-        text = worker_toml("local", {**instance, "limits": {"concurrency": SLOTS}})
+        serve = [*python("-P", "-m", "fleet_worker.simulator"), "--port", "{port}", "--model", self._model, *options]
+        instance = {"serve": serve, "base_url": f"http://127.0.0.1:{self.port}", "models": {self._model: {}}}
+        text = worker_toml("local", {**instance, "limits": {"concurrency": self._slots}, **settings})
         (self.folder / "worker.toml").write_text(f'host = "{self.name}"\n{self._configuration}{text}')
 
     @contextmanager
-    def up(self):
+    def up(self, command=UP):
         """Run its `up` as `process`."""
         link = UpLink(socket_path(self.settings.state_dir, self.name), self._take)
         link.start()
         link.send(Watch())
-        with running_up(python("-m", "fleet_worker", "up"), self.environment) as self.process:
+        with running_up(command, self.environment) as self.process:
             try:
                 yield self
             finally:

@@ -10,7 +10,22 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from fleet_worker.host.child_process import ChildProcess
+from fleet_worker.host.child_process import ChildProcess, python
+
+_WITH_NODES = """
+import logging, sys
+from fleet_worker.host.node_process import Backoff
+from fleet_worker.host.up.supervisor import Supervisor
+from fleet_worker.settings import Settings
+logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
+command = lambda name: [sys.executable, "-S", "-c", sys.argv[1], name]
+sys.exit(Supervisor(Settings(), command=command, backoff=Backoff(first=0.05, longest=0.2)).run())
+"""
+
+
+def up_with(node: str) -> list[str]:
+    """Return the command of an `up` whose nodes are this program: a real one takes seconds to start."""
+    return python("-c", _WITH_NODES, node)
 
 
 @contextmanager

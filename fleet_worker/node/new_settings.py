@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fleet_worker.settings import Settings
+from fleet_worker.instance_settings import OF_MANAGED_SERVER
+from fleet_worker.settings import NOT_OF_NODES, Settings
 
 
 def can_follow(settings: Settings, old: Settings, name: str) -> bool:
@@ -16,8 +17,7 @@ def can_follow(settings: Settings, old: Settings, name: str) -> bool:
 def _fixed(settings: Settings, name: str) -> dict[str, Any]:
     """The settings that a running node cannot change."""
     offered = {"models", "model_whitelist", "model_blacklist", "features", "fleet", "usage"}
-    of_the_server = {"serve", "environment", "serve_timeout", "max_memory"}  # `fleet-worker up` reads them
     return {
-        "instance": settings.instances[name].model_dump(exclude=offered | of_the_server),
-        "settings": settings.model_dump(exclude={"instances", "features", "router", "registry"}),
+        "instance": settings.instances[name].model_dump(exclude=offered | OF_MANAGED_SERVER),
+        "settings": settings.model_dump(exclude={"instances", "features", "registry", *NOT_OF_NODES}),
     }

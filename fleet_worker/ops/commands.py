@@ -62,14 +62,14 @@ def restart(nodes: tuple[str, ...], everything: bool, server: bool, timeout: flo
     in local. The first node that does not come back ends the command, which tells what was not restarted.
     The exit code is 69 if a node does not answer, and 1 if one was not restarted, or is not back in time.
     """
-    from fleet_worker.ops import restart as module
+    from fleet_worker.ops.restart import restart, restart_all
     from fleet_worker.settings import Settings
 
     if everything == bool(nodes):
         raise click.UsageError("name the nodes to restart, or give --all")
     if everything:
-        sys.exit(module.restart_all(Settings(), server=server, timeout=timeout))
-    sys.exit(module.restart(Settings(), nodes, server=server, timeout=timeout))
+        sys.exit(restart_all(Settings(), server=server, timeout=timeout))
+    sys.exit(restart(Settings(), nodes, server=server, timeout=timeout))
 
 
 @click.command()

@@ -14,7 +14,7 @@ from fleet_worker.ops.findings import Finding
 from fleet_worker.settings import Settings
 
 
-def start_of(settings: Settings, name: str) -> Iterator[Finding]:
+def start_problems(settings: Settings, name: str) -> Iterator[Finding]:
     """Tell what keeps the server of an instance with `serve` from starting."""
     command = ServerCommand.of(settings.instances[name])
     try:
@@ -30,7 +30,7 @@ def start_of(settings: Settings, name: str) -> Iterator[Finding]:
             yield Finding("error", found, "end that, set another base_url, or remove serve: it is never fought")
 
 
-def silence_of(settings: Settings, name: str, silent: str) -> Iterator[Finding]:
+def silent_server(settings: Settings, name: str, silent: str) -> Iterator[Finding]:
     """Tell whether a server that can start will; `silent` is how it does not answer."""
     command = ServerCommand.of(settings.instances[name])
     if up := holder(lock_path(settings.state_dir, settings.host)):

@@ -13,7 +13,7 @@ from fleet_worker.mlx.health import Health
 from fleet_worker.mlx.offering import Offering, no_offerings_advice, offerings_of
 from fleet_worker.mlx.profiles import PROFILES, lacks_template
 from fleet_worker.ops.findings import Finding, at_once
-from fleet_worker.ops.managed_checks import silence_of, start_of
+from fleet_worker.ops.managed_checks import silent_server, start_problems
 from fleet_worker.settings import Instance, Settings
 from fleet_worker.urls import is_loopback
 
@@ -31,7 +31,7 @@ def instances(settings: Settings) -> list[Finding]:
 def _instance(title: str, instance: Instance, settings: Settings) -> Iterator[Finding]:
     silent = []
     name = title.partition(".")[2]
-    problems = list(start_of(settings, name)) if instance.serve else []
+    problems = list(start_problems(settings, name)) if instance.serve else []
     for url in (instance.base_url,) if instance.base_url else DEFAULT_URLS:
         with closing(MLXClient(_with_short_timeout(instance), url)) as client:
             try:
@@ -44,7 +44,7 @@ def _instance(title: str, instance: Instance, settings: Settings) -> Iterator[Fi
             yield from problems
             return
     if instance.serve:
-        yield from problems or silence_of(settings, name, "; ".join(silent))
+        yield from problems or silent_server(settings, name, "; ".join(silent))
         return
     advice = "start the MLX server, restart it if it is frozen, or correct base_url"
     yield Finding("error", "; ".join(silent), advice)

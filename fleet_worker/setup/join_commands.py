@@ -107,11 +107,10 @@ def _use_invitation(
     line: str, path: Path, *, force: bool, host: str | None, broker_cert: Path | None, broker_key: Path | None
 ) -> None:
     from fleet_worker.broker.faults import place_of
-    from fleet_worker.settings import as_host
     from fleet_worker.setup.join import join
     from fleet_worker.setup.worker_file import WorkerFile
 
-    file = WorkerFile("", as_host(host) if host else None, broker_cert=broker_cert, broker_key=broker_key)
+    file = WorkerFile("", host, broker_cert=broker_cert, broker_key=broker_key)
     membership, name = join(line, path, file, force=force)
     click.echo(f"{name} belongs to the fleet at {place_of(membership.broker_url)}: {path} was written.")
     if membership.role == "router":

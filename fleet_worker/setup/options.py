@@ -46,11 +46,21 @@ def _check_broker(ctx: click.Context, param: click.Parameter, url: str | None) -
         raise click.BadParameter(f"it {error}", ctx, param) from None
 
 
+def _check_host(ctx: click.Context, param: click.Parameter, name: str | None) -> str | None:
+    from fleet_worker.settings import as_host
+
+    if name is not None and name != as_host(name):
+        raise click.BadParameter("it has other characters than letters, digits, '-', '.' and '_'", ctx, param)
+    return name
+
+
 broker = click.option(
     "--broker", metavar="URL", callback=_check_broker, help="The broker; - reads the URL from standard input."
 )
 broker_ca = click.option("--broker-ca", type=PEM_FILE, help="PEM file of the CA that issued its certificate.")
-host = click.option("--host", metavar="NAME", help="Name of this Mac in the fleet. Default: its host name.")
+host = click.option(
+    "--host", metavar="NAME", callback=_check_host, help="Name of this Mac in the fleet. Default: its host name."
+)
 model = click.option("--model", metavar="NAME", help="The model of the MLX server that runs, or that is started.")
 output = click.option("--output", metavar="FILE", help="The file to write. Default: --config, or ~/fleet/worker.toml.")
 force = click.option("--force", is_flag=True, help="Replace the file if it exists.")

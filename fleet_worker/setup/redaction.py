@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 HIDDEN = "(set)"
 _PASSWORD = re.compile(r"(://[^/?#\s:@]*):\S*@")
 _SECRET = re.compile(r"key|token|passw|secret|credential|auth", re.IGNORECASE)
-_HARMLESS = re.compile(r"tokenizer|(?:max|min|num)[\w-]*tokens?", re.IGNORECASE)
+_HARMLESS = re.compile(r"tokenizer|token-interval|(?:max|min|num)[\w-]*tokens?", re.IGNORECASE)
 _ASSIGNMENT = re.compile(r"""([\w-]+)["']?\s*[=:]\s*""")
 """As in `--api-key=...`, `HF_TOKEN=...` of `env`, `Authorization: ...`, `{"api_key": ...}`."""
 

@@ -64,12 +64,9 @@ class Welcome:
         if self._key:
             chats = [model for model in models if not embeds(model)]
             lines = lines_to_paste(url, chats[0], self._key) if chats else [line_to_embed(url, models[0], self._key)]
-            parts += [
-                f"Key   {self._key}",
-                "In another terminal, try one of these (Python: pip install openai):",
-                *lines,
-            ]
-            parts.append(f"The key is shown only now. Another one: {new_key_line(self._settings)}")
+            tried = "In another terminal, try one of these (Python: pip install openai):"
+            parts += [f"Key   {self._key}", tried, *lines]
+            parts.append(f"Another key: {new_key_line(self._settings)}")
         else:
             parts.append(f"Key   each is shown only when it is made. Another one: {new_key_line(self._settings)}")
         parts += [*self._next_host(), _service_line()]
@@ -125,7 +122,7 @@ def new_key_line(settings: Settings) -> str:
 
 def _service_line() -> str:
     install = command("service install", config_file.config_path() or config_file.DEFAULT)
-    return f"To have it start by itself when you log in: {install}; at each boot: sudo, and --system"
+    return f"To have it start by itself when you log in: {install}; at each boot, also without a login: with --system"
 
 
 def _print(text: str) -> None:

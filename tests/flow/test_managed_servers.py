@@ -22,6 +22,8 @@ pytestmark = [pytest.mark.flow, pytest.mark.rest, pytest.mark.timeout(120)]
 TOKENS = 40
 TOKEN_INTERVAL = 0.02
 STALL_AFTER = 1.5
+LEAK = str(50 * 2**20)
+"""Bytes that each request leaves behind."""
 ANSWER = "".join(reply_tokens(HELLO, TOKENS, tokens=TOKENS))
 WITHIN = 30.0
 QUICK = f"""
@@ -135,11 +137,11 @@ def test_a_server_that_grows_is_restarted_between_requests(minis, router):
     one, _ = minis
     restarts = one.server.restarts
     with load(router):
-        configure(one, "--leak", str(20 * 2**20))
+        configure(one, "--leak", LEAK)
         assert ask(one.settings, Reload(), WITHIN).text.startswith("local: its server is restarted")
         until(lambda: one.serves(restarts + 1), WITHIN)
         pid = one.server.pid
-        configure(one, "--leak", str(20 * 2**20), max_memory="500 MB")
+        configure(one, "--leak", LEAK, max_memory="500 MB")
         assert ask(one.settings, Reload(), WITHIN).error == ""
         assert one.server.pid == pid
         until(lambda: one.serves(restarts + 2), WITHIN)

@@ -62,7 +62,7 @@ class Owned(Mini):
     """A mini whose user sits at it if the file `user` is there."""
 
     def __init__(self, folder, name, broker_url):
-        super().__init__(folder, name, broker_url, CONFIGURATION, PROGRAMS)
+        super().__init__(folder, name, broker_url, CONFIGURATION, programs=PROGRAMS)
         os.mkfifo(self.folder / "announced")
         self.configure("--flavour", "vllm_batched", "--token-interval", "0.01", "--tokens", str(TOKENS))
 

@@ -9,22 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from fleet_worker.host.child_process import python
 from fleet_worker.host.file_lock import holder
 from fleet_worker.testing import worker_toml
-from tests.ups import is_gone, running_up
+from tests.ups import is_gone, running_up, up_with
 
 WITHIN = 15.0
 BIN = Path(sys.executable).parent
-UP = """
-import logging, sys
-from fleet_worker.host.node_process import Backoff
-from fleet_worker.settings import Settings
-from fleet_worker.host.up.supervisor import Supervisor
-logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
-command = lambda name: [sys.executable, "-S", "-c", sys.argv[1], name]
-sys.exit(Supervisor(Settings(), command=command, backoff=Backoff(first=0.05, longest=0.2)).run())
-"""
 LIVES = """
 import os, signal, sys
 name = sys.argv[1]
@@ -65,7 +55,7 @@ def configure(tmp_path):
 @contextmanager
 def up(program=""):
     """An up whose nodes are this program. It has to be gone at the end of the block."""
-    with running_up(python("-c", UP, f"{LIVES}\n{program or 'lives()'}")) as process:
+    with running_up(up_with(f"{LIVES}\n{program or 'lives()'}")) as process:
         yield process
         assert is_gone(process)
 

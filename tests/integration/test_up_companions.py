@@ -9,25 +9,17 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fleet_worker.host.child_process import free_port, python
+from fleet_worker.host.child_process import free_port
 from fleet_worker.host.up_socket import ask
 from fleet_worker.protocol.host_messages import Reload
 from fleet_worker.settings import Settings
 from fleet_worker.testing import worker_toml
 from tests.mlx_clients import until
-from tests.ups import is_gone, running_up
+from tests.ups import is_gone, running_up, up_with
 
 pytestmark = [pytest.mark.integration, pytest.mark.rest]
 
 WITHIN = 20.0
-UP = """
-import logging, sys
-from fleet_worker.host.up.supervisor import Supervisor
-from fleet_worker.settings import Settings
-logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
-command = lambda name: [sys.executable, "-S", "-c", sys.argv[1], name]
-sys.exit(Supervisor(Settings(), command=command).run())
-"""
 NODE = "import os; os.read(int(os.environ['FLEET_PARENT_PIPE']), 1)"
 
 
@@ -55,7 +47,7 @@ class Host:
 
     @contextmanager
     def up(self):
-        with running_up(python("-c", UP, NODE), self.environment) as process:
+        with running_up(up_with(NODE), self.environment) as process:
             yield process
 
     def broker(self):

@@ -146,3 +146,11 @@ def test_a_running_node_follows_a_change_that_only_its_server_needs_to_know():
     changed = settings(environment={"A": "1"}, max_memory="9 GB", serve_timeout=5)
     assert can_follow(changed, settings(), "local")
     assert not can_follow(settings(base_url="http://127.0.0.1:9"), settings(), "local")
+
+
+def test_a_running_node_follows_a_change_that_no_node_needs_to_know():
+    fleet = {"enabled": True, "respond_to_requests": True}
+    old = Settings(instances={"local": {"fleet": fleet}})
+    changes = {"gateway": {"drain_grace": 7}, "up": {"gateway": True}, "availability": {"idle_user": 300}}
+    for group, change in changes.items():
+        assert can_follow(Settings(instances={"local": {"fleet": fleet}}, **{group: change}), old, "local"), group

@@ -33,7 +33,7 @@ class Wish:
     grace: float
     """Seconds that running requests have to end. Then other nodes continue them."""
 
-    def and_(self, other: Wish) -> Wish:
+    def combined_with(self, other: Wish) -> Wish:
         """Return one wish for two: that of more weight, as urgent as the other."""
         heavier = max(self, other, key=lambda wish: _BY_WEIGHT.index(wish.cause))  # the first of two equal ones
         return Wish(heavier.cause, heavier.reason, min(self.grace, other.grace))
@@ -61,8 +61,8 @@ class Seen:
     now: float
     node_runs: bool
     """A process of it does."""
-    idle: int
-    """The number of the pause that is complete, as the node has told; 0 for none."""
+    completed_pause: int
+    """Its number, as the node has told; 0 if none is complete."""
     serves: bool
     """The server accepts connections."""
 
@@ -86,7 +86,7 @@ class ServerPlan:
         """When the node has had its time, since the pause began."""
 
     def wish(self, wish: Wish) -> None:
-        self._wish = self._wish.and_(wish) if self._wish else wish
+        self._wish = self._wish.combined_with(wish) if self._wish else wish
 
     def step(self, seen: Seen) -> Literal["", "start", "stop"] | Wish:
         """Return what has to be done with the server now, if anything, and call `step` again after it. The server must
@@ -99,8 +99,9 @@ class ServerPlan:
         if not self.wanted:
             self._wish = None
         self._give_order(seen.now)
-        had_its_time = isinstance(self.order, Pause) and (seen.idle == self.order.order or seen.now >= self._deadline)
-        return self._act(quiet=not seen.node_runs or had_its_time, seen=seen)
+        is_over = seen.completed_pause == self.order.order or seen.now >= self._deadline
+        is_quiet = not seen.node_runs or (isinstance(self.order, Pause) and is_over)
+        return self._act(quiet=is_quiet, seen=seen)
 
     def _give_order(self, now: float) -> None:
         pause = self._pause()

@@ -30,8 +30,9 @@ from fleet_worker.host.up.switchboard import Switchboard
 from fleet_worker.host.up.up_server import Client
 from fleet_worker.host.up_socket import lock_path, socket_path
 from fleet_worker.host.variables import mistyped
+from fleet_worker.instance_settings import OF_MANAGED_SERVER
 from fleet_worker.protocol.host_messages import Done, HostStatus, NodeNews, Restart
-from fleet_worker.settings import REGISTRY, Settings
+from fleet_worker.settings import NOT_OF_NODES, REGISTRY, Settings
 
 log = logging.getLogger(__name__)
 
@@ -253,7 +254,6 @@ def _place(settings: Settings) -> tuple[Any, ...]:
 
 def _settings_of(instance: str, settings: Settings) -> Any:
     """Return the part of the settings that a node reads; the registry node reads all instances."""
-    common = settings.model_dump(exclude={"router", "instances", "gateway", "up", "availability"})
+    common = settings.model_dump(exclude={"instances", *NOT_OF_NODES})
     names = settings.instances if instance == REGISTRY else {instance} & set(settings.instances)
-    of_server = {"serve", "environment", "serve_timeout", "max_memory"}
-    return common, {name: settings.instances[name].model_dump(exclude=of_server) for name in names}
+    return common, {name: settings.instances[name].model_dump(exclude={*OF_MANAGED_SERVER}) for name in names}

@@ -161,6 +161,7 @@ WRONG = {
     ),
     "two kinds of server": ("--yes --broker {broker} --server http://h --serve x", "give one of them"),
     "a server that is no URL": ("--yes --broker {broker} --server 8080", "it must be an http:// or https:// URL"),
+    "a host with a space": ("--yes --broker {broker} --host 'a b'", "Invalid value for '--host'"),
     "a name for two": ("--yes --broker {broker} --name a", "--name is for one instance, and there are 2"),
 }
 
@@ -180,7 +181,6 @@ REFUSED = {
     "a command line without a model": ("--serve 'x --port {{port}}'", "--serve names no model: add --model NAME"),
     "half a command line": ("--serve 'x \"' --model m", "--serve has a quote that is not closed"),
     "a command line without a port": ("--serve x --model m", "serve must contain {port}"),
-    "a host with a space": ("--model m --host 'a b'", "host: a host is named with letters"),
     "an instance with a space": ("--model m --name 'a b'", "an instance is named with letters"),
 }
 

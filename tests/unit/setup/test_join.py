@@ -142,6 +142,12 @@ def test_the_line_that_invite_prints_makes_a_host_join_with_its_servers(of_fleet
     assert list(of_file(path, monkeypatch).serving()) == ["local"]
 
 
+def test_a_host_with_a_space_is_refused_before_the_invitation_is_used(path):
+    refused = fleet_worker(f"join fleet1PABC --host 'a b' --output {path}")
+    assert (refused.returncode, path.exists()) == (2, False)
+    assert "Invalid value for '--host'" in refused.stderr
+
+
 def test_a_host_without_a_server_keeps_the_account_and_goes_on_later(of_fleet, path, server, monkeypatch):
     with monkeypatch.context() as without:
         without.setattr("fleet_worker.setup.instances.local_servers", list)
