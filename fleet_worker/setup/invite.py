@@ -10,7 +10,7 @@ from fleet_worker.errors import ConfigurationError
 from fleet_worker.settings import Settings
 from fleet_worker.setup.invitation import Invitation, Membership, Role
 from fleet_worker.setup.own_names import lan_address
-from fleet_worker.setup.single_use import make
+from fleet_worker.setup.single_use import deposit
 from fleet_worker.urls import is_loopback, with_account, with_host
 
 
@@ -34,8 +34,8 @@ def invite(settings: Settings, role: Role = "mini", *, address: str = "", accoun
     )
     other = lan_address() if url != settings.broker_url and not _is_address(urlsplit(url).hostname) else None
     common = {"broker_url": with_account(url, ""), "other_address": other, "broker_ca": ca}
-    if made := make(settings, membership):
-        return Invitation(id=made[0], secret=made[1], **common)
+    if deposited := deposit(settings, membership):
+        return Invitation(id=deposited[0], secret=deposited[1], **common)
     return Invitation(membership=membership, **common)
 
 

@@ -16,7 +16,7 @@ from fleet_worker.host.file_lock import holder
 from fleet_worker.host.up_socket import lock_path
 from fleet_worker.ops.broker_checks import connected
 from fleet_worker.settings import Settings
-from fleet_worker.setup.first_file import FirstFile, simulated
+from fleet_worker.setup.first_host import FirstHost, simulated
 from fleet_worker.setup.foreground import run_up
 from fleet_worker.setup.instances import described, local_instances, with_free_port
 from fleet_worker.setup.own_names import own_address, own_host
@@ -77,7 +77,7 @@ def _begin(path: Path, choices: Choices) -> str:
     simulation = {name: with_free_port(each) for name, each in simulated().items()}
     instances = simulation if choices.simulated else local_instances(choices.model)
     address = "" if choices.local else choices.address or own_address()
-    key = FirstFile(own_host(), address, choices.broker_url, choices.broker_ca, instances).write(path)
+    key = FirstHost(own_host(), address, choices.broker_url, choices.broker_ca, instances).write(path)
     click.echo(printable(f"Wrote {path}, for {'; '.join(map(described, instances.values()))}."))
     click.echo(f"The first key, which is shown only now, and stored as a hash:\n\n{key}\n")
     return key

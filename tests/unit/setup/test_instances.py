@@ -1,7 +1,5 @@
 """What is proposed for a host, from its servers and its models."""
 
-from pathlib import Path
-
 import pytest
 
 from fleet_worker.setup import instances as module
@@ -18,7 +16,7 @@ CHATS = ("chat", "stream_chat")
 
 
 def model(name, size, kind="chat"):
-    return LocalModel(name, kind, size, Path("/nowhere"))
+    return LocalModel(name, kind, size)
 
 
 @pytest.fixture(autouse=True)

@@ -42,7 +42,7 @@ def test_without_a_server_and_a_model_it_says_what_to_do_and_writes_nothing(home
 
 
 def test_a_model_without_a_program_for_it_needs_one(home, monkeypatch):
-    model = LocalModel("mlx-community/Qwen3-4B-4bit", "chat", 2_000_000_000, home)
+    model = LocalModel("mlx-community/Qwen3-4B-4bit", "chat", 2_000_000_000)
     monkeypatch.setattr("fleet_worker.setup.instances.local_models", lambda: [model])
     monkeypatch.setattr("fleet_worker.setup.instances.has_program", lambda: False)
     assert "mlx_lm.server is not installed: pip install mlx-lm" in refused()
