@@ -18,7 +18,7 @@ from fleet_worker.errors import ConfigurationError
 from fleet_worker.mlx.model_folder import folder_of
 from fleet_worker.mlx.offering import embeds
 from fleet_worker.settings import Capability
-from fleet_worker.setup.first_file import free_port
+from fleet_worker.setup.first_host import free_port
 from fleet_worker.setup.local_models import LocalModel, local_models, that_fits
 from fleet_worker.setup.local_servers import LocalServer, local_servers, option_of, server_at
 from fleet_worker.setup.worker_file import WorkerInstance

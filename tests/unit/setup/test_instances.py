@@ -32,7 +32,7 @@ def test_mlx_lm_serves_what_it_was_started_with_not_what_it_lists():
 
 @pytest.mark.parametrize(("taken", "url"), [(False, None), (True, "http://127.0.0.1:8081")])
 def test_a_managed_server_gets_another_port_if_its_own_is_taken(taken, url, monkeypatch):
-    monkeypatch.setattr("fleet_worker.setup.first_file.is_taken", lambda host, port: taken and port == 8080)
+    monkeypatch.setattr("fleet_worker.setup.first_host.is_taken", lambda host, port: taken and port == 8080)
     made = module.with_free_port(module.serving(QWEN))
     assert made.base_url == url
     assert "whose server fleet-worker up starts" in module.described(made)
