@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from contextlib import suppress
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.settings import Settings
@@ -16,7 +16,7 @@ from fleet_worker.urls import is_loopback, with_account, with_host
 
 def invite(settings: Settings, role: Role = "mini", *, address: str = "", account: str = "") -> Invitation:
     """Return an invitation to the fleet of this host. `address`: that of the broker for other hosts, instead of the one
-    in the settings; `account`: what they get instead of the account of this host, as USER:PASSWORD.
+    in the settings; `account`: what they get instead of the account of this host, as USER:PASSWORD, not escaped.
 
     Raises:
         ConfigurationError: other hosts cannot reach the broker.
@@ -26,7 +26,7 @@ def invite(settings: Settings, role: Role = "mini", *, address: str = "", accoun
     ca = settings.broker_ca.read_text("utf-8") if settings.broker_ca else None
     membership = Membership(
         role=role,
-        broker_url=with_account(url, account) if account else url,
+        broker_url=with_account(url, _escaped(account)) if account else url,
         broker_ca=ca,
         max_body_bytes=settings.max_body_bytes,
         affinity=settings.router.affinity,
@@ -37,6 +37,11 @@ def invite(settings: Settings, role: Role = "mini", *, address: str = "", accoun
     if deposited := deposit(settings, membership):
         return Invitation(id=deposited[0], secret=deposited[1], **common)
     return Invitation(membership=membership, **common)
+
+
+def _escaped(account: str) -> str:
+    user, _, password = account.partition(":")
+    return f"{quote(user, safe='')}:{quote(password, safe='')}"
 
 
 def _reachable(settings: Settings, address: str) -> str:

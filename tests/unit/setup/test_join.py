@@ -177,7 +177,22 @@ def test_an_account_is_read_from_standard_input_and_shown_nowhere(of_fleet, path
     line = invited.stdout.strip().removeprefix("fleet-worker join ").removesuffix(" --up")
     fleet_worker(f"join {line} --yes --output {path}")
     assert "redis://mini:of-its-own@127.0.0.1" in path.read_text("utf-8")
-    assert fleet_worker(f"invite --account {of_fleet}", given="no-colon").returncode == 2
+    for given in ("no-colon", "no-password:"):
+        assert fleet_worker(f"invite --account {of_fleet}", given=given).returncode == 2
+
+
+def test_a_password_may_have_any_character(of_fleet, path):
+    invited = fleet_worker(f"invite --account {of_fleet}", given="mini:a/b@c%20:#d")
+    line = invited.stdout.strip().removeprefix("fleet-worker join ").removesuffix(" --up")
+    fleet_worker(f"join {line} --yes --output {path}")
+    assert "redis://mini:a%2Fb%40c%2520%3A%23d@127.0.0.1" in path.read_text("utf-8")
+
+
+@pytest.mark.parametrize("address", ["a b", "mini-1/0", "mini-1:6379", "me@mini-1", "redis://mini-1"])
+def test_an_address_is_that_of_a_host(address, of_fleet):
+    refused = fleet_worker(f"invite --address '{address}' {of_fleet}")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "without a scheme and without a port" in refused.stderr
 
 
 def test_without_a_line_and_a_file_the_line_is_asked_for(path):
