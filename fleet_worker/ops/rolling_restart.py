@@ -129,11 +129,16 @@ class RollingRestart:
         return reply
 
     def _wait(self, node: str, before: InstanceStatus | None, reply: RestartReply) -> InstanceStatus | None:
+        """Return its last status: it is back, its time is over, or its server dies again and again."""
         ends = self._clock() + reply.grace + self._within
         refresh_at = self._clock() + REFRESH_EVERY
+        has_left = False  # the quarantine in which its server was before
         while True:
             seen, now = self._view.status(node), self._clock()
-            if is_back(seen, before, reply, server=self._control.server) or now >= ends:
+            quarantined = seen is not None and seen.server_stage == "quarantined"
+            has_left = has_left or not quarantined
+            given_up = has_left and quarantined
+            if is_back(seen, before, reply, server=self._control.server) or given_up or now >= ends:
                 return seen
             if now >= refresh_at:
                 self._view.refresh()
