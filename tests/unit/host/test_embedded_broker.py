@@ -29,7 +29,7 @@ def settings(tmp_path, url=None, **up):
 
 @contextmanager
 def running(mine):
-    with child("broker", broker_command(mine)) as process:
+    with child("broker", [*broker_command(mine), "--loglevel", "notice"]) as process:
         process.wait_for(READY, 20)
         with closing(redis.Redis.from_url(mine.broker_url)) as client:
             yield process, client

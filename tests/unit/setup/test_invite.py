@@ -24,7 +24,7 @@ def fleet(tmp_path_factory):
     up = {"broker": True, "address": "127.0.0.1"}
     url = f"redis://:{PASSWORD}@127.0.0.1:{free_port()}/0"
     settings = Settings(broker_url=url, up=up, state_dir=tmp_path_factory.mktemp("state"), max_body_bytes=4096)
-    with child("broker", broker_command(settings)) as process:
+    with child("broker", [*broker_command(settings), "--loglevel", "notice"]) as process:
         process.wait_for(READY, 20)
         yield settings
 

@@ -29,7 +29,7 @@ def fleet(tmp_path_factory):
     up = {"broker": True, "address": "127.0.0.1"}
     url = f"redis://:{PASSWORD}@127.0.0.1:{free_port()}/0"
     settings = Settings(broker_url=url, up=up, state_dir=tmp_path_factory.mktemp("state"), max_body_bytes=4096)
-    with child("broker", broker_command(settings)) as process:
+    with child("broker", [*broker_command(settings), "--loglevel", "notice"]) as process:
         process.wait_for(READY, 20)
         yield settings
 
@@ -193,6 +193,12 @@ def test_an_address_is_that_of_a_host(address, of_fleet):
     refused = fleet_worker(f"invite --address '{address}' {of_fleet}")
     assert (refused.returncode, refused.stdout) == (2, "")
     assert "without a scheme and without a port" in refused.stderr
+
+
+def test_without_a_line_and_a_file_the_line_is_asked_for(path):
+    refused = fleet_worker(f"join --yes --output {path}")
+    assert refused.returncode == 2
+    assert "LINE is missing: fleet-worker invite prints it" in refused.stderr
 
 
 @pytest.mark.parametrize("line", ["", "hello", "fleet1PABC"])

@@ -86,6 +86,11 @@ def test_what_no_file_may_hold_is_refused_before_one_is_written(options, home):
     assert not list(home.rglob("*.toml"))
 
 
+def test_a_broker_that_does_not_answer_is_named_before_a_file_is_written(home):
+    assert "127.0.0.1:1" in refused("quickstart --simulated --broker redis://127.0.0.1:1/0")
+    assert not list(home.rglob("*.toml"))
+
+
 # --- What it prints
 
 
