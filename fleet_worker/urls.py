@@ -68,6 +68,16 @@ def _parts(url: str) -> tuple[str, str, str]:
     return found[1], found[2], found[3]
 
 
+def host_name(host: str) -> str:
+    """Return the name or the address of a host; raises `ValueError` if it is neither."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        if not re.fullmatch(r"[\w.-]+", host):
+            raise ValueError("must be a name or an address, without a scheme and without a port") from None
+    return host
+
+
 def is_loopback(host: str) -> bool:
     """Tell whether a name or an address can be reached from its own host only."""
     try:

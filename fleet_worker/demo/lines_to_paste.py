@@ -13,7 +13,7 @@ def lines_to_paste(url: str, model: str, key: str | None = None) -> list[str]:
     )
     return [
         f"curl {url}/v1/chat/completions{shown} -d '{body}'",
-        f"python -c '{python}'",
+        f"python3 -c '{python}'",
         f"ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN={key or 'none'} ANTHROPIC_MODEL={model} claude",
     ]
 

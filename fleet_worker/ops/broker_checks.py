@@ -17,6 +17,7 @@ from fleet_worker.broker.connection import ANSWER_WITHIN, connect
 from fleet_worker.broker.faults import BROKER_ERRORS, place_of, unavailable
 from fleet_worker.broker.topology import transport_of
 from fleet_worker.errors import BrokerUnavailable
+from fleet_worker.host.embedded_broker import folder
 from fleet_worker.ops.findings import Finding, Severity
 from fleet_worker.ops.rights_checks import rights
 from fleet_worker.ops.tls_checks import encryption
@@ -35,7 +36,17 @@ def broker(settings: Settings) -> list[Finding]:
             found = [*ask(connection, place_of(settings.broker_url)), *rights(connection, transport)]
             return [*found, *exposure(settings), *encryption(settings, connection)]
     except BrokerUnavailable as error:
-        return [Finding("error", error.message, error.metadata["advice"])]
+        advice = of_embedded_broker(settings) if settings.up.broker else error.metadata["advice"]
+        return [Finding("error", error.message, advice)]
+
+
+def of_embedded_broker(settings: Settings) -> str:
+    """Return what to do if the broker that `up` runs cannot be used."""
+    data = folder(settings) / "appendonlydir"
+    return (
+        "look at the log of fleet-worker up, which must run; if it says that the broker cannot read its file (a bad "
+        f"format), stop it, move {data} away, and start it: what waited is lost then, all else is not"
+    )
 
 
 @contextmanager

@@ -2,6 +2,6 @@
 
 May import: everything except `cli`. Read in this order: `commands`, `config_option`, `config_commands`,
 `config_check`, `config_show`, `config_sources`, `redaction`, `service_commands`, `init_command`, `options`,
-`join_commands`, `next_steps`, `quickstart`, `foreground`, `welcome`, `first_file`, `invite`, `own_names`,
+`join_commands`, `next_steps`, `quickstart`, `foreground`, `welcome`, `first_host`, `invite`, `own_names`,
 `single_use`, `invitation`, `join`, `instances`, `local_servers`, `local_models`, `worker_file`.
 """

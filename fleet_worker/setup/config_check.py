@@ -15,7 +15,7 @@ from fleet_worker.setup.redaction import redacted_command, redacted_url
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
+class CheckResult:
     """What was found: what has to be corrected, what is odd, and what would run. Without secrets."""
 
     faults: list[str] = field(default_factory=list)
@@ -24,13 +24,13 @@ class Checked:
     """Names and descriptions."""
 
 
-def check() -> Checked:
+def check() -> CheckResult:
     """Check the configuration that this process has. Nothing is asked over the network: `doctor` does that."""
     try:
         settings = Settings()
     except ConfigurationError as error:
-        return Checked(faults=list(_faults(error)))
-    return Checked([], [*mistyped(settings), *unserved(settings)], list(_would_run(settings)))
+        return CheckResult(faults=list(_faults(error)))
+    return CheckResult([], [*mistyped(settings), *unserved(settings)], list(_would_run(settings)))
 
 
 def _faults(error: ConfigurationError) -> Iterator[str]:

@@ -42,15 +42,15 @@ def check(file: str | None) -> None:
 
     if file:
         config_file.use(file)
-    checked = check()
-    for fault in checked.faults:
+    result = check()
+    for fault in result.faults:
         click.echo(f"fault    {printable(fault)}", err=True)
-    for warning in checked.warnings:
+    for warning in result.warnings:
         click.echo(f"warning  {printable(warning)}", err=True)
-    if checked.faults:
+    if result.faults:
         sys.exit(exit_codes.CONFIGURATION)
     click.echo("ok")
-    for name, text in checked.would_run:
+    for name, text in result.would_run:
         click.echo(f"{name}: {printable(text)}")
 
 

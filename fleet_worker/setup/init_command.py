@@ -127,7 +127,7 @@ def _found(model: str | None) -> dict[str, WorkerInstance]:
 
 
 def _ask_instances(model: str | None) -> dict[str, WorkerInstance]:
-    from fleet_worker.setup.instances import has_program, named, of_server, serving
+    from fleet_worker.setup.instances import has_program, named, of_server, serving, with_free_port
     from fleet_worker.setup.local_models import local_models
     from fleet_worker.setup.local_servers import local_servers
     from fleet_worker.terminal import printable
@@ -143,7 +143,7 @@ def _ask_instances(model: str | None) -> dict[str, WorkerInstance]:
         return named(chosen)
     if not has_program() and not model:
         return _found(model)
-    return named([serving(model or _ask_model(local_models()))])
+    return named([with_free_port(serving(model or _ask_model(local_models())))])
 
 
 def _ask_model(models: list[LocalModel]) -> str:

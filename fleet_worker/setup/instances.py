@@ -18,11 +18,14 @@ from fleet_worker.errors import ConfigurationError
 from fleet_worker.mlx.model_folder import folder_of
 from fleet_worker.mlx.offering import embeds
 from fleet_worker.settings import Capability
+from fleet_worker.setup.first_host import free_port
 from fleet_worker.setup.local_models import LocalModel, local_models, that_fits
 from fleet_worker.setup.local_servers import LocalServer, local_servers, option_of, server_at
 from fleet_worker.setup.worker_file import WorkerInstance
 
 PROGRAM = "mlx_lm.server"
+SERVER_PORT = 8080
+"""Of a managed server whose base_url is not set."""
 _EXAMPLE = "mlx-community/Qwen3-4B-Instruct-2507-4bit"
 _MOST_MODELS = 20
 """Of one server; one with more lists a catalogue, of which its owner has to choose."""
@@ -42,7 +45,7 @@ def local_instances(model: str | None = None) -> dict[str, WorkerInstance]:
     found = found_instances(servers, models, memory(), model=model)
     if not found:
         raise ConfigurationError(_unknown(servers[0]) if servers else _nothing(models, model))
-    return found
+    return {name: with_free_port(instance) for name, instance in found.items()}
 
 
 def _unknown(server: LocalServer) -> str:
@@ -142,6 +145,14 @@ def serving(model: str) -> WorkerInstance:
     return WorkerInstance(serve=line, models=_started_with(model), concurrency=_SLOTS)
 
 
+def with_free_port(instance: WorkerInstance) -> WorkerInstance:
+    """Return the instance with an address of its own if another program has the usual port of its managed server."""
+    if not instance.serve or instance.base_url:
+        return instance
+    port = free_port(SERVER_PORT, everywhere=False)
+    return instance if port == SERVER_PORT else replace(instance, base_url=f"http://127.0.0.1:{port}")
+
+
 def _started_with(model: str) -> Mapping[str, Mapping[str, Any]]:
     return {public_name(model): {"backend": "default_model", "chat_template": model}}
 
@@ -172,7 +183,7 @@ def named(instances: Sequence[WorkerInstance]) -> dict[str, WorkerInstance]:
 def described(instance: WorkerInstance) -> str:
     """Return a short description, for a terminal."""
     models = ", ".join(list(instance.models)[:5])
-    return f"{models} at {instance.base_url}" if instance.base_url else f"{models}, whose server fleet-worker up starts"
+    return f"{models}, whose server fleet-worker up starts" if instance.serve else f"{models} at {instance.base_url}"
 
 
 def public_name(backend: str) -> str:

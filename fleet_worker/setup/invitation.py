@@ -20,7 +20,7 @@ from fleet_worker.errors import ConfigurationError
 VERSION = "fleet1"
 """The beginning of an invitation; the number is that of its format."""
 MOST_CHARACTERS = 30_000
-ANOTHER = "ask for another one: fleet-worker invite, on the host of the router"
+ANOTHER = "another one: fleet-worker invite, on the first Mac of the fleet"
 
 Role = Literal["mini", "router"]
 BrokerUrl = Annotated[str, AfterValidator(urls.broker_url)]

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import ipaddress
 from contextlib import suppress
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.settings import Settings
 from fleet_worker.setup.invitation import Invitation, Membership, Role
 from fleet_worker.setup.own_names import lan_address
-from fleet_worker.setup.single_use import make
-from fleet_worker.urls import is_loopback, with_account, with_host
+from fleet_worker.setup.single_use import deposit
+from fleet_worker.urls import host_name, is_loopback, with_account, with_host
 
 
 def invite(settings: Settings, role: Role = "mini", *, address: str = "", account: str = "") -> Invitation:
     """Return an invitation to the fleet of this host. `address`: that of the broker for other hosts, instead of the one
-    in the settings; `account`: what they get instead of the account of this host, as USER:PASSWORD.
+    in the settings; `account`: what they get instead of the account of this host, as USER:PASSWORD, not escaped.
 
     Raises:
         ConfigurationError: other hosts cannot reach the broker.
@@ -26,7 +26,7 @@ def invite(settings: Settings, role: Role = "mini", *, address: str = "", accoun
     ca = settings.broker_ca.read_text("utf-8") if settings.broker_ca else None
     membership = Membership(
         role=role,
-        broker_url=with_account(url, account) if account else url,
+        broker_url=with_account(url, _escaped(account)) if account else url,
         broker_ca=ca,
         max_body_bytes=settings.max_body_bytes,
         affinity=settings.router.affinity,
@@ -34,14 +34,23 @@ def invite(settings: Settings, role: Role = "mini", *, address: str = "", accoun
     )
     other = lan_address() if url != settings.broker_url and not _is_address(urlsplit(url).hostname) else None
     common = {"broker_url": with_account(url, ""), "other_address": other, "broker_ca": ca}
-    if made := make(settings, membership):
-        return Invitation(id=made[0], secret=made[1], **common)
+    if deposited := deposit(settings, membership):
+        return Invitation(id=deposited[0], secret=deposited[1], **common)
     return Invitation(membership=membership, **common)
+
+
+def _escaped(account: str) -> str:
+    user, _, password = account.partition(":")
+    return f"{quote(user, safe='')}:{quote(password, safe='')}"
 
 
 def _reachable(settings: Settings, address: str) -> str:
     """Return broker_url as other hosts need it."""
     url = settings.broker_url
+    try:
+        address = address and host_name(address.strip("[]"))
+    except ValueError as error:
+        raise ConfigurationError(f"--address: {error}") from None
     if settings.up.broker:
         if not settings.up.address:
             raise ConfigurationError(

@@ -19,7 +19,7 @@ from fleet_worker.setup.next_steps import check_all, command, finish
 @click.option("--simulated", is_flag=True, help="Try it with a simulated MLX server.")
 @options.broker
 @options.broker_ca
-@click.option("--address", default="", metavar="NAME", help="Name or address of this Mac for others, as mini-1.local.")
+@options.address("Name or address of this Mac for others, as mini-1.local.")
 @click.option("--local", is_flag=True, help="Only for this Mac: everything listens on loopback.")
 def quickstart(
     model: str | None, simulated: bool, broker: str | None, broker_ca: Path | None, address: str, local: bool
@@ -41,7 +41,7 @@ def quickstart(
 
 @click.command(short_help="Print a line with which another Mac joins.")
 @click.option("--role", type=click.Choice(["mini", "router"]), default="mini", show_default=True)
-@click.option("--address", default="", metavar="NAME", help="Name or address of the broker for the other host.")
+@options.address("Name or address of the broker for the other host.")
 @click.option("--account", is_flag=True, help="Read the broker's account for it, USER:PASSWORD, from standard input.")
 def invite(role: Any, address: str, account: bool) -> None:
     """Print one line for a Mac that is to join this fleet. It can be used once, within ten minutes.
@@ -53,7 +53,7 @@ def invite(role: Any, address: str, account: bool) -> None:
     from fleet_worker.setup.invite import invite, join_line, validity
 
     named = options.given("-") if account else ""
-    if account and ":" not in named:
+    if account and not named.partition(":")[2]:
         raise click.UsageError("--account reads USER:PASSWORD from standard input")
     made = invite(Settings(), role, address=address, account=named)
     click.echo(join_line(made, role))
@@ -93,6 +93,8 @@ def join(
     path = worker_file.place(output)
     if line:
         _use_invitation(options.given(" ".join(line)), path, **known)
+    elif not path.exists():
+        raise click.UsageError("LINE is missing: fleet-worker invite prints it, on the first Mac of the fleet")
     config_file.use(str(path))
     _find_instances(path, model)
     if run_it and not service:

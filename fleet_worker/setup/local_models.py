@@ -32,7 +32,6 @@ class LocalModel:
     """As in mlx-community/Qwen3-14B-4bit."""
     kind: Literal["chat", "embedding"]
     size: int
-    folder: Path
 
     @property
     def memory(self) -> int:
@@ -69,7 +68,7 @@ def _model(name: str, folder: Path) -> LocalModel | None:
     if not config or not size or not _loadable(config):
         return None
     kind = _kind(name, folder, config)
-    return LocalModel(name, kind, size, folder) if kind else None
+    return LocalModel(name, kind, size) if kind else None
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 
 from fleet_worker import urls
 
+F = TypeVar("F", bound=Callable[..., Any])
 MOST_INPUT = 100_000
 """Characters of standard input that are read."""
 PEM_FILE = click.Path(path_type=Path, dir_okay=False, exists=True, resolve_path=True)
@@ -52,6 +55,18 @@ def _check_host(ctx: click.Context, param: click.Parameter, name: str | None) ->
     if name is not None and name != as_host(name):
         raise click.BadParameter("it has other characters than letters, digits, '-', '.' and '_'", ctx, param)
     return name
+
+
+def _check_address(ctx: click.Context, param: click.Parameter, host: str) -> str:
+    try:
+        return host and urls.host_name(host)
+    except ValueError as error:
+        raise click.BadParameter(f"it {error}", ctx, param) from None
+
+
+def address(help_text: str) -> Callable[[F], F]:
+    """Return the option `--address`, whose meaning differs."""
+    return click.option("--address", default="", metavar="NAME", callback=_check_address, help=help_text)
 
 
 broker = click.option(

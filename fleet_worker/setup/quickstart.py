@@ -14,12 +14,14 @@ from fleet_worker.demo.gateway import NEEDS
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.host.file_lock import holder
 from fleet_worker.host.up_socket import lock_path
+from fleet_worker.ops.broker_checks import connected
 from fleet_worker.settings import Settings
-from fleet_worker.setup.first_file import FirstFile, simulated
+from fleet_worker.setup.first_host import FirstHost, simulated
 from fleet_worker.setup.foreground import run_up
-from fleet_worker.setup.instances import described, local_instances
+from fleet_worker.setup.instances import described, local_instances, with_free_port
 from fleet_worker.setup.own_names import own_address, own_host
 from fleet_worker.setup.welcome import Welcome, ready_models
+from fleet_worker.setup.worker_file import ExplicitSettings
 from fleet_worker.terminal import printable
 
 
@@ -41,6 +43,7 @@ def quickstart(path: Path, choices: Choices) -> int:
 
     Raises:
         ConfigurationError: a package is missing, or there is no MLX server and no model.
+        BrokerUnavailable: the broker of the options cannot be used.
     """
     key = None
     if not os.path.lexists(path):
@@ -69,12 +72,21 @@ def _check_packages(*, embedded: bool) -> None:
 
 def _begin(path: Path, choices: Choices) -> str:
     """Write the first files; return the key."""
-    instances = simulated() if choices.simulated else local_instances(choices.model)
+    if choices.broker_url:
+        _check_broker(choices.broker_url, choices.broker_ca)
+    simulation = {name: with_free_port(each) for name, each in simulated().items()}
+    instances = simulation if choices.simulated else local_instances(choices.model)
     address = "" if choices.local else choices.address or own_address()
-    key = FirstFile(own_host(), address, choices.broker_url, choices.broker_ca, instances).write(path)
+    key = FirstHost(own_host(), address, choices.broker_url, choices.broker_ca, instances).write(path)
     click.echo(printable(f"Wrote {path}, for {'; '.join(map(described, instances.values()))}."))
     click.echo(f"The first key, which is shown only now, and stored as a hash:\n\n{key}\n")
     return key
+
+
+def _check_broker(url: str, ca: Path | None) -> None:
+    """Raise `BrokerUnavailable` if it cannot be used: a file with a wrong URL would count at the next start, too."""
+    with connected(ExplicitSettings(broker_url=url, broker_ca=ca)):
+        pass
 
 
 def _run(settings: Settings, key: str | None) -> int:

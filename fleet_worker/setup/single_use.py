@@ -43,7 +43,7 @@ _GONE = (
 )
 
 
-def make(settings: Settings, membership: Membership) -> tuple[str, str] | None:
+def deposit(settings: Settings, membership: Membership) -> tuple[str, str] | None:
     """Let the broker keep the membership; return the id and the secret for which it gives it away, once.
 
     None if this broker or this account cannot do that.

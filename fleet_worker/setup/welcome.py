@@ -64,7 +64,8 @@ class Welcome:
         if self._key:
             chats = [model for model in models if not embeds(model)]
             lines = lines_to_paste(url, chats[0], self._key) if chats else [line_to_embed(url, models[0], self._key)]
-            parts += [f"Key   {self._key}", "In another terminal, try one of these:", *lines]
+            tried = "In another terminal, try one of these (Python: pip install openai):"
+            parts += [f"Key   {self._key}", tried, *lines]
             parts.append(f"Another key: {new_key_line(self._settings)}")
         else:
             parts.append(f"Key   each is shown only when it is made. Another one: {new_key_line(self._settings)}")

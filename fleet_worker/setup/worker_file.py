@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from tomlkit.items import Item, Table
 
 from fleet_worker.config_file import DEFAULT, config_path
 from fleet_worker.errors import ConfigurationError
+from fleet_worker.host import private_file
 from fleet_worker.settings import Capability, Settings
 
 _OPTED_IN = "{{ enabled = true, respond_to_requests = true, capabilities = {} }}"
@@ -94,7 +94,10 @@ def _instance(instance: WorkerInstance) -> Table:
     if instance.serve:
         table.add(tomlkit.comment("The MLX server: fleet-worker up starts it, and again when it ends."))
         table["serve"] = _text(instance.serve)
-    if instance.base_url:
+    if instance.base_url and instance.serve:
+        table["base_url"] = _text(instance.base_url)
+        table["base_url"].comment("its address")
+    elif instance.base_url:
         table.add(tomlkit.comment("The MLX server, which runs already: fleet-worker up does not start it."))
         table["base_url"] = _text(instance.base_url)
     table["limits"] = tomlkit.value(f"{{ concurrency = {instance.concurrency:d} }}")
@@ -160,27 +163,20 @@ def write(path: Path, text: str, *, force: bool = False) -> None:
     check_free(path, force=force)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # only its owner may read it
-        try:
-            with open(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            _put(Path(name), path, force=force)
-        finally:
-            Path(name).unlink(missing_ok=True)
+        with private_file.draft(path, text.encode()) as written:
+            _put(written, path, force=force)
     except OSError as error:
         raise ConfigurationError(f"{path} cannot be written: {error.strerror}") from None
 
 
-def _put(made: Path, path: Path, *, force: bool) -> None:
+def _put(written: Path, path: Path, *, force: bool) -> None:
     """Give it its name: by a link, which, unlike a rename, never replaces what another has just put there."""
     if force:
-        made.replace(path)
+        written.replace(path)
         return
     try:
-        os.link(made, path)
+        os.link(written, path)
     except FileExistsError:
         check_free(path)
     except OSError:  # a file system without links
-        made.replace(path)
+        written.replace(path)

@@ -4,7 +4,7 @@ import pytest
 
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.settings import Settings
-from fleet_worker.urls import is_loopback
+from fleet_worker.urls import host_name, is_loopback
 
 
 def refused(**values):
@@ -187,3 +187,14 @@ def test_a_loopback_name_is_of_this_host(host):
 @pytest.mark.parametrize("host", ["mini", "10.0.0.1", "0.0.0.0", "localhost.evil.example", "fe80::1"])
 def test_another_name_is_not(host):
     assert not is_loopback(host)
+
+
+@pytest.mark.parametrize("host", ["mini-1", "mini-1.local", "192.0.2.7", "fe80::1%en0", "::1"])
+def test_a_host_is_a_name_or_an_address(host):
+    assert host_name(host) == host
+
+
+@pytest.mark.parametrize("host", ["", "mini-1:6379", "redis://mini-1", "me@mini-1", "a b", "mini-1/0", "[::1]"])
+def test_no_host_has_a_port_or_a_scheme(host):
+    with pytest.raises(ValueError, match="without a scheme and without a port"):
+        host_name(host)

@@ -24,6 +24,7 @@ from fleet_worker.host.servers.server_command import ServerCommand
 from fleet_worker.host.servers.server_output import ServerOutput
 from fleet_worker.host.servers.server_port import ServerPort
 from fleet_worker.host.servers.server_process import ServerProcess
+from fleet_worker.host.servers.server_run import ServerRun
 from fleet_worker.protocol.host_messages import ServerStatus, Stage
 from fleet_worker.settings import Settings
 
@@ -56,23 +57,15 @@ class ManagedServer:
         self._custody = Custody(instance, folder=folder, host=host)
         self._port = ServerPort(self._custody)
         self._policy = RestartPolicy(pace)
-        self._process: ServerProcess | None = None
+        self._run: ServerRun | None = None
+        """None while it has no process."""
         self._output: ServerOutput | None = None
         self._wanted = False
         self._stage: Stage = "off"
         self._reason = ""
         self._former_is_known = False
-        self._started_at = 0.0
         self._act_at = NEVER
-        self._killed = False
-        self._stopping = ""
-        """Why it is being stopped; empty if it is not."""
-        self._overdue = ""
-        """Why it was killed while it started; empty if it was not."""
         self._starts = self._deaths = 0
-        self._has_served = False
-        """Its process has accepted connections."""
-        self._memory: int | None = None
 
     @classmethod
     def of(cls, settings: Settings, instance: str, pace: Pace = PACE) -> ManagedServer:
@@ -87,13 +80,13 @@ class ManagedServer:
     @property
     def due(self) -> float:
         """The time.monotonic() at which `act` has something to do, unless its process ends before."""
-        adopted = self._process is not None and self._process.adopted
+        adopted = self._run is not None and self._run.process.adopted
         return min(self._act_at, time.monotonic() + POLL_ADOPTED) if adopted else self._act_at
 
     @property
     def gone(self) -> bool:
         """True if it is not wanted any more and has ended, or cannot be ended."""
-        return not self._wanted and not self._process
+        return not self._wanted and not self._run
 
     @property
     def serves(self) -> bool:
@@ -102,8 +95,12 @@ class ManagedServer:
 
     @property
     def status(self) -> ServerStatus:
-        pid, restarts = self._process.pid if self._process else None, max(0, self._starts - 1)
+        pid, restarts = self._run.process.pid if self._run else None, max(0, self._starts - 1)
         return ServerStatus(self.instance, self._stage, self._reason, pid, restarts, self._memory, self._deaths)
+
+    @property
+    def _memory(self) -> int | None:
+        return self._run.memory if self._run else None
 
     @property
     def guard_fd(self) -> int:
@@ -132,14 +129,14 @@ class ManagedServer:
         """Start it as soon as it has no process, and forget its deaths."""
         self._wanted = True
         self._policy.forgive()
-        if not self._process:
+        if not self._run:
             self._plan("starting", "", 0.0)
 
     def stop(self, grace: float = GRACE) -> None:
         """Send SIGTERM; `act` kills it if it has not ended after `grace` seconds. It does not start again."""
         self._wanted = False
-        if self._process:
-            self._end("it is stopped", grace)
+        if self._run:
+            self._end(self._run, "it is stopped", grace)
         else:
             self._rest()
 
@@ -149,8 +146,8 @@ class ManagedServer:
             self._policy.forgive()
         else:
             self._policy.wished(time.monotonic())
-        if self._process:
-            self._end(reason, grace)
+        if self._run:
+            self._end(self._run, reason, grace)
         elif self._wanted and by_operator:
             self._plan("starting", reason, 0.0)
 
@@ -159,14 +156,14 @@ class ManagedServer:
         its = settings.instances[self.instance]
         self._command = ServerCommand.of(its)
         self._serve_timeout, self._max_memory = its.serve_timeout, its.max_memory
-        return self._process is not None and self._process.fingerprint != self._command.fingerprint
+        return self._run is not None and self._run.process.fingerprint != self._command.fingerprint
 
     def kill(self) -> None:
         """Kill it with all that it has started. It does not start again."""
         self._wanted = False
-        if self._process:
-            self._stopping = self._stopping or "it is killed"
-            self._kill()
+        if run := self._run:
+            run.ask_to_end("it is killed")
+            self._kill(run)
         else:
             self._rest()
 
@@ -182,29 +179,29 @@ class ManagedServer:
     def act(self) -> None:
         """Do what is due: start it, look whether it serves, or kill it."""
         now = time.monotonic()
-        if not self._process:
+        if not (run := self._run):
             self._start(now)
-        elif self._killed:
-            self._give_up()
-        elif self._stopping:
+        elif run.killed:
+            self._give_up(run)
+        elif run.ending:
             log.warning("the server of %s did not end in time and is killed", self.instance)
-            self._kill()
+            self._kill(run)
         elif self.serves:
-            self._memory = self._process.memory()
+            run.memory = run.process.memory()
             self._act_at = now + max(POLL_SERVING, LOOK_SHARE * (time.monotonic() - now))
         else:
-            self._look_whether_it_serves(now)
+            self._look_whether_it_serves(run, now)
 
     def reap(self) -> None:
         """If its process has ended, kill what that has left behind, and decide when it starts again."""
         self._custody.check()
-        if not self._process or (how := self._process.how_ended()) is None:
+        if not (run := self._run) or (how := run.process.how_ended()) is None:
             return
-        self._process.kill()  # child processes that it has left running
-        reason = self._overdue or how + self._told()
+        run.process.kill()  # child processes that it has left running
+        reason = run.ending or how + self._told(run)
         self._forget_process()
-        if self._stopping:
-            self._stopped(how)
+        if run.is_asked:
+            self._stopped(reason, how)
         else:
             self._fail(reason)
 
@@ -218,35 +215,33 @@ class ManagedServer:
         if taken := self._port.taken_by(self._command):
             self._wait_for_port(taken)
             return
-        self._started_at = now
         self._policy.started(now)
-        self._has_served = False
         try:
             self._custody.guard()
             output = self._printed()
-            self._process = ServerProcess.start(self._command, self._custody.mark, output.writer)
+            process = ServerProcess.start(self._command, self._custody.mark, output.writer)
         except (OSError, ConfigurationError, psutil.Error) as error:
             self._fail(f"could not start: {error}")
             return
-        self._custody.keep(self._process)
+        self._run = ServerRun(process, now)
+        self._custody.keep(process)
         self._starts += 1
-        log.info("the server of %s starts, pid %d, on port %d", self.instance, self._process.pid, self._command.port)
+        log.info("the server of %s starts, pid %d, on port %d", self.instance, process.pid, self._command.port)
         self._plan("starting", "it does not accept connections yet", POLL_START)
 
     def _take_over(self) -> bool:
         """Take over the server of an `up` that was killed; return whether there is one."""
-        self._process = process = self._custody.take_over()
-        if not process:
+        if not (process := self._custody.take_over()):
             return False
-        self._started_at = time.monotonic()
-        self._policy.started(self._started_at)
-        self._has_served = True
+        now = time.monotonic()
+        self._run = run = ServerRun(process, now, has_served=True)
+        self._policy.started(now)
         with contextlib.suppress(OSError):  # then nobody reads what it prints
             self._printed()
         log.info("the server of %s runs already, pid %d, and is taken over", self.instance, process.pid)
         self._plan("starting", "it was started by an earlier fleet-worker up", 0.0)
         if process.fingerprint != self._command.fingerprint:
-            self._end("its command line has changed", GRACE)
+            self._end(run, "its command line has changed", GRACE)
         return True
 
     def _wait_for_port(self, taken: str) -> None:
@@ -258,38 +253,35 @@ class ManagedServer:
             log.error(text, self.instance, taken, self._command.port_setting)
         self._plan("blocked", taken, self._port.pause)
 
-    def _look_whether_it_serves(self, now: float) -> None:
-        process, command = self._process, self._command
-        if process and port_owner.accepts(command.host, command.port):
-            if stranger := self._port.stranger(command, process):
-                self._end(stranger, GRACE)
+    def _look_whether_it_serves(self, run: ServerRun, now: float) -> None:
+        command, seconds = self._command, now - run.started_at
+        if port_owner.accepts(command.host, command.port):
+            if stranger := self._port.stranger(command, run.process):
+                self._end(run, stranger, GRACE)
                 return
-            seconds = now - self._started_at
             log.info("the server of %s accepts connections, %.1f s after its start", self.instance, seconds)
-            self._has_served = True
+            run.has_served = True
             self._policy.served(now)
             self._plan("serving", "", 0.0)
-        elif now - self._started_at >= self._serve_timeout:
-            self._overdue = f"accepted no connection on port {command.port} within {self._serve_timeout:g} s"
-            log.warning("the server of %s %s and is killed", self.instance, self._overdue)
-            self._kill()
+        elif seconds >= self._serve_timeout:
+            run.ending = f"accepted no connection on port {command.port} within {self._serve_timeout:g} s"
+            log.warning("the server of %s %s and is killed", self.instance, run.ending)
+            self._kill(run)
         else:
-            self._act_at = now + min(POLL_LONG_START, max(POLL_START, (now - self._started_at) / 20))
+            self._act_at = now + min(POLL_LONG_START, max(POLL_START, seconds / 20))
 
     # --- Its end
 
-    def _end(self, reason: str, grace: float) -> None:
+    def _end(self, run: ServerRun, reason: str, grace: float) -> None:
         """Send SIGTERM, once."""
-        if self._process and not self._stopping:
+        if run.ask_to_end(reason):
             log.info("the server of %s is told to end within %g s: %s", self.instance, grace, reason)
-            self._stopping = reason
             self._plan("stopping", reason, grace)
-            self._process.terminate()
+            run.process.terminate()
 
-    def _stopped(self, how: str) -> None:
+    def _stopped(self, reason: str, how: str) -> None:
         log.info("the server of %s %s", self.instance, how)
         self._policy.stopped(time.monotonic())
-        reason, self._stopping, self._overdue = self._stopping, "", ""
         if self._wanted:
             self._plan("starting", reason, 0.0)
         else:
@@ -298,7 +290,6 @@ class ManagedServer:
     def _fail(self, how: str) -> None:
         """Count a death, and plan the next start."""
         pause = self._policy.died(time.monotonic())
-        self._overdue = ""
         self._deaths += 1
         if not self._wanted:
             self._rest()
@@ -309,21 +300,19 @@ class ManagedServer:
             log.error("the server of %s has died too often: it is tried every %g s only", self.instance, pause)
         self._plan("quarantined" if self._policy.quarantined else "waiting", how, pause)
 
-    def _kill(self) -> None:
-        if self._process:
-            self._killed = True
-            self._plan("stopping", self._overdue or self._stopping, UNKILLABLE_AFTER)
-            self._process.kill()
+    def _kill(self, run: ServerRun) -> None:
+        run.killed = True
+        self._plan("stopping", run.ending, UNKILLABLE_AFTER)
+        run.process.kill()
 
-    def _give_up(self) -> None:
+    def _give_up(self, run: ServerRun) -> None:
         """SIGKILL did not end it."""
-        if self._process:
-            log.error("the server of %s, pid %d, cannot be killed: restart this host", self.instance, self._process.pid)
-            self._forget_process()
-            self._fail("cannot be killed")
+        log.error("the server of %s, pid %d, cannot be killed: restart this host", self.instance, run.process.pid)
+        self._forget_process()
+        self._fail("cannot be killed")
 
     def _forget_process(self) -> None:
-        self._process, self._killed, self._memory = None, False, None
+        self._run = None
         self._custody.release()
 
     def _printed(self) -> ServerOutput:
@@ -332,12 +321,12 @@ class ManagedServer:
         self._output.begin(self._command.secrets)
         return self._output
 
-    def _told(self) -> str:
+    def _told(self, run: ServerRun) -> str:
         """Return the last lines that it printed before it served anybody. Later ones could hold a part of a prompt: the
         log of this host has them, and nobody else gets them.
         """
         lines = self._output.last_lines() if self._output else []
-        return ": " + " | ".join(lines[-3:])[-300:] if lines and not self._has_served else ""
+        return ": " + " | ".join(line.strip() for line in lines[-3:])[-300:] if lines and not run.has_served else ""
 
     def _rest(self) -> None:
         self._stage, self._reason, self._act_at = "off", "", NEVER

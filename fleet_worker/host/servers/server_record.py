@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
 from pydantic import TypeAdapter, ValidationError
 
+from fleet_worker.host import private_file
 from fleet_worker.host.servers.process_family import is_alive
 
 MOST_BYTES = 10_000
@@ -62,7 +62,4 @@ def read(path: Path) -> ServerRecord | None:
 
 def write(path: Path, record: ServerRecord) -> None:
     """Replace the file; raises `OSError`."""
-    new = path.with_suffix(".new")
-    with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-        json.dump(asdict(record), file)
-    new.replace(path)
+    private_file.replace(path, json.dumps(asdict(record)).encode())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from fleet_worker.host.child_process import python
@@ -54,7 +56,10 @@ def embedded_broker(settings: Settings) -> ManagedServer:
         ConfigurationError: it cannot be started with these settings.
     """
     port = urlsplit(settings.broker_url).port or 6379
-    command = ServerCommand(tuple(broker_command(settings)), {}, "127.0.0.1", port, port_setting="broker_url")
+    program, file = broker_command(settings)
+    # One that runs with another configuration, as an old password, is not taken over.
+    configuration = {"BROKER_CONFIGURATION": hashlib.sha256(Path(file).read_bytes()).hexdigest()}
+    command = ServerCommand((program, file), configuration, "127.0.0.1", port, port_setting="broker_url")
     return ManagedServer(BROKER, command, folder=settings.state_dir, host=settings.host, pace=BROKER_PACE)
 
 

@@ -8,7 +8,7 @@ import selectors
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import groupby
 from pathlib import Path
 from typing import get_args
@@ -17,7 +17,17 @@ from pydantic import ValidationError
 
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.host.up_socket import LineBuffer
-from fleet_worker.protocol.host_messages import LONGEST_LINE, TO_UP, Done, FromUp, ToUp, to_line
+from fleet_worker.protocol.host_messages import (
+    LONGEST_LINE,
+    MOST_SERVERS,
+    TO_UP,
+    Done,
+    FromUp,
+    HostStatus,
+    ToUp,
+    to_line,
+)
+from fleet_worker.protocol.status import SHOWN
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +36,8 @@ MOST_UNSENT = 4 * LONGEST_LINE
 """Bytes that may wait for a client that does not read. Beyond it the client is disconnected."""
 OWN = frozenset(each.default for kind in get_args(FromUp) for each in fields(kind) if each.name == "kind")
 """The kinds of what `up` sends: nobody sends them to it."""
+SHORT = 190
+"""Characters of a reason, of four bytes each, with which a line has room for MOST_SERVERS."""
 READ_AT_ONCE = 16
 """Connections that are accepted in one go, so that nobody can keep `up` from its other work."""
 
@@ -46,7 +58,7 @@ class Client:
     def send(self, message: FromUp) -> None:
         """Send it, or what fits now and the rest later. A client that has disconnected gets nothing."""
         if self.connected:
-            self._unsent += to_line(message)
+            self._unsent += _line(message)
             self._flush()
 
     def serve(self, events: int) -> None:
@@ -170,6 +182,23 @@ class UpServer:
             client = Client(connection, self)
             self._clients[client] = None
             self._selector.register(connection, selectors.EVENT_READ, client.serve)
+
+
+def _line(message: FromUp) -> bytes:
+    """Return its line, with texts that are short enough for its reader; shorter ones if it would still be too long."""
+    match message:
+        case Done():
+            return to_line(replace(message, error=message.error[:SHOWN], text=message.text[:SHOWN]))
+        case HostStatus():
+            line = to_line(_shortened(message, SHOWN))
+            fits = len(line) <= LONGEST_LINE
+            return line if fits else to_line(_shortened(message, SHORT))
+    return to_line(message)
+
+
+def _shortened(status: HostStatus, most: int) -> HostStatus:
+    servers = status.servers[:MOST_SERVERS]
+    return replace(status, servers=tuple(replace(each, reason=each.reason[:most]) for each in servers))
 
 
 def _read(line: bytes) -> ToUp | None:

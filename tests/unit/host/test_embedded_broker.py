@@ -29,7 +29,7 @@ def settings(tmp_path, url=None, **up):
 
 @contextmanager
 def running(mine):
-    with child("broker", broker_command(mine)) as process:
+    with child("broker", [*broker_command(mine), "--loglevel", "notice"]) as process:
         process.wait_for(READY, 20)
         with closing(redis.Redis.from_url(mine.broker_url)) as client:
             yield process, client
@@ -125,3 +125,32 @@ def test_a_stranger_on_its_port_is_named_with_the_setting_to_change(tmp_path, ca
             broker.stop()
     assert f"port {port} is in use by " in caplog.text
     assert "; end that, or set another broker_url" in caplog.text
+
+
+def driven(broker, wanted):
+    """Do what `up` does until this is true."""
+
+    def step():
+        broker.reap()
+        if broker.due <= time.monotonic():
+            broker.act()
+        return wanted()
+
+    until(step)
+
+
+def test_one_that_an_earlier_up_has_left_does_not_keep_its_old_password(tmp_path):
+    port = free_port()
+    brokers = [embedded_broker(settings(tmp_path, f"redis://:{word}@127.0.0.1:{port}/0")) for word in ("old", "new")]
+    try:
+        for broker, word in zip(brokers, ("old", "new"), strict=True):
+            broker_command(settings(tmp_path, f"redis://:{word}@127.0.0.1:{port}/0"))
+            broker.start()
+            driven(broker, lambda broker=broker: broker.serves)
+            with closing(redis.Redis(port=port, password=word)) as client:
+                assert client.ping()
+    finally:
+        for broker in brokers:
+            broker.stop()
+            driven(broker, lambda broker=broker: broker.gone)
+            broker.close()

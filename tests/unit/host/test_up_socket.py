@@ -197,6 +197,22 @@ def test_a_message_of_a_newer_version_is_answered_and_ends_no_connection(path):
         assert up.heard == [NodeNews("local@mini")]
 
 
+@pytest.mark.parametrize("count", [1, 64, 100])
+def test_long_reasons_of_many_servers_fit_into_a_line(path, count):
+    """As that of a program that is not in a long PATH."""
+    servers = tuple(ServerStatus(f"local{number}", "waiting", "\U0001f600" * 100_000) for number in range(count))
+    with closing(FakeUp(path, HostStatus(servers))), link(path) as (watcher, heard):
+        watcher.send(Watch())
+        until(lambda: heard)
+        assert len(heard[0].servers) == min(count, 64)
+
+
+def test_an_answer_with_a_thousand_faults_arrives(folder, path):
+    settings = Settings(state_dir=folder, host="mini")
+    with closing(FakeUp(path, Done("no such thing; " * 10_000))):
+        assert ask(settings, Reload(), WITHIN).error.startswith("no such thing; ")
+
+
 def test_the_same_message_again_and_again_counts_once(path):
     with closing(FakeUp(path, Done())) as up, connected(path) as eager:
         eager.sendall(to_line(Reload()) * 3000)

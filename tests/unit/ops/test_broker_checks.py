@@ -204,3 +204,10 @@ def assert_found(findings, expected):
     for finding, (severity, word) in zip(findings, expected, strict=True):
         assert word in finding.found
         assert bool(finding.advice) is (severity != "ok")
+
+
+def test_an_embedded_broker_that_does_not_run_is_no_matter_of_its_url(tmp_path):
+    settings = Settings(broker_url=f"redis://127.0.0.1:{free_port()}/0", up={"broker": True}, state_dir=tmp_path)
+    [found] = broker(settings)
+    assert found.severity == "error"
+    assert str(tmp_path / "broker" / "appendonlydir") in found.advice

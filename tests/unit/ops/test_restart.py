@@ -1,5 +1,6 @@
 """What `fleet-worker restart` does one after the other, prints, and its exit codes."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -92,6 +93,16 @@ def test_the_first_that_does_not_come_back_ends_it_and_the_rest_is_named(capsys)
         f"Not restarted: {THREE}",
     ]
     assert [node for _, node in fleet.told] == [ONE, TWO]
+
+
+def test_a_server_that_goes_into_quarantine_again_is_not_waited_for(capsys):
+    class Dying(Fleet):
+        def status(self, node):
+            stage = "starting" if self.told and 5 <= self.clock.now < 20 else "quarantined"
+            return dataclasses.replace(status(node, "unavailable", reason="5 deaths"), server_stage=stage)
+
+    code, out, _ = Dying(status(ONE, "unavailable"), server=True).run(capsys, within=900.0)
+    assert (code, out) == (1, f"{ONE} is not back after 20 s: unavailable (5 deaths)\n")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import stat
 import tomllib
-from pathlib import Path
 
 import pytest
 
@@ -30,7 +29,7 @@ def here(tmp_path, monkeypatch):
         for module in (instances, local_servers):
             monkeypatch.setattr(module, "local_servers", lambda: list(servers))
         for module in (instances, local_models):
-            monkeypatch.setattr(module, "local_models", lambda: [LocalModel(*each, Path("/")) for each in models])
+            monkeypatch.setattr(module, "local_models", lambda: [LocalModel(*each) for each in models])
         monkeypatch.setattr(instances, "has_program", lambda: program)
         monkeypatch.setattr(instances, "memory", lambda: 16 * 10**9)
         return tmp_path / "fleet" / "worker.toml"

@@ -1,13 +1,12 @@
 """What is proposed for a host, from its servers and its models."""
 
-from pathlib import Path
-
 import pytest
 
 from fleet_worker.setup import instances as module
 from fleet_worker.setup.instances import found_instances, public_name
 from fleet_worker.setup.local_models import LocalModel
 from fleet_worker.setup.local_servers import LocalServer
+from fleet_worker.setup.worker_file import WorkerFile
 
 URL = "http://127.0.0.1:8080"
 MEMORY = 16 * 10**9
@@ -17,7 +16,7 @@ CHATS = ("chat", "stream_chat")
 
 
 def model(name, size, kind="chat"):
-    return LocalModel(name, kind, size, Path("/nowhere"))
+    return LocalModel(name, kind, size)
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +28,16 @@ def test_mlx_lm_serves_what_it_was_started_with_not_what_it_lists():
     (found,) = found_instances([LocalServer(URL, "mlx_lm", ("a", "b"), QWEN)], [], MEMORY).values()
     assert (found.base_url, found.serve, found.models) == (URL, None, LOADED)
     assert (found.capabilities, found.concurrency) == (CHATS, 4)
+
+
+@pytest.mark.parametrize(("taken", "url"), [(False, None), (True, "http://127.0.0.1:8081")])
+def test_a_managed_server_gets_another_port_if_its_own_is_taken(taken, url, monkeypatch):
+    monkeypatch.setattr("fleet_worker.setup.first_host.is_taken", lambda host, port: taken and port == 8080)
+    made = module.with_free_port(module.serving(QWEN))
+    assert made.base_url == url
+    assert "whose server fleet-worker up starts" in module.described(made)
+    text = WorkerFile("redis://broker/0", instances={"local": made}).text()
+    assert ("runs already" in text, "8081" in text) == (False, taken)
 
 
 def test_without_its_command_line_the_model_of_mlx_lm_has_to_be_named():

@@ -29,7 +29,7 @@ def fleet(tmp_path_factory):
     up = {"broker": True, "address": "127.0.0.1"}
     url = f"redis://:{PASSWORD}@127.0.0.1:{free_port()}/0"
     settings = Settings(broker_url=url, up=up, state_dir=tmp_path_factory.mktemp("state"), max_body_bytes=4096)
-    with child("broker", broker_command(settings)) as process:
+    with child("broker", [*broker_command(settings), "--loglevel", "notice"]) as process:
         process.wait_for(READY, 20)
         yield settings
 
@@ -177,7 +177,28 @@ def test_an_account_is_read_from_standard_input_and_shown_nowhere(of_fleet, path
     line = invited.stdout.strip().removeprefix("fleet-worker join ").removesuffix(" --up")
     fleet_worker(f"join {line} --yes --output {path}")
     assert "redis://mini:of-its-own@127.0.0.1" in path.read_text("utf-8")
-    assert fleet_worker(f"invite --account {of_fleet}", given="no-colon").returncode == 2
+    for given in ("no-colon", "no-password:"):
+        assert fleet_worker(f"invite --account {of_fleet}", given=given).returncode == 2
+
+
+def test_a_password_may_have_any_character(of_fleet, path):
+    invited = fleet_worker(f"invite --account {of_fleet}", given="mini:a/b@c%20:#d")
+    line = invited.stdout.strip().removeprefix("fleet-worker join ").removesuffix(" --up")
+    fleet_worker(f"join {line} --yes --output {path}")
+    assert "redis://mini:a%2Fb%40c%2520%3A%23d@127.0.0.1" in path.read_text("utf-8")
+
+
+@pytest.mark.parametrize("address", ["a b", "mini-1/0", "mini-1:6379", "me@mini-1", "redis://mini-1"])
+def test_an_address_is_that_of_a_host(address, of_fleet):
+    refused = fleet_worker(f"invite --address '{address}' {of_fleet}")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "without a scheme and without a port" in refused.stderr
+
+
+def test_without_a_line_and_a_file_the_line_is_asked_for(path):
+    refused = fleet_worker(f"join --yes --output {path}")
+    assert refused.returncode == 2
+    assert "LINE is missing: fleet-worker invite prints it" in refused.stderr
 
 
 @pytest.mark.parametrize("line", ["", "hello", "fleet1PABC"])

@@ -42,7 +42,7 @@ def test_without_a_server_and_a_model_it_says_what_to_do_and_writes_nothing(home
 
 
 def test_a_model_without_a_program_for_it_needs_one(home, monkeypatch):
-    model = LocalModel("mlx-community/Qwen3-4B-4bit", "chat", 2_000_000_000, home)
+    model = LocalModel("mlx-community/Qwen3-4B-4bit", "chat", 2_000_000_000)
     monkeypatch.setattr("fleet_worker.setup.instances.local_models", lambda: [model])
     monkeypatch.setattr("fleet_worker.setup.instances.has_program", lambda: False)
     assert "mlx_lm.server is not installed: pip install mlx-lm" in refused()
@@ -80,9 +80,14 @@ def test_local_goes_with_no_address():
     assert "--local has neither" in refused("quickstart --local --address mini-1.local")
 
 
-@pytest.mark.parametrize(("options", "code"), [("--broker http://mini-1", 2), ("--address redis://mini-1", 78)])
-def test_what_no_file_may_hold_is_refused_before_one_is_written(options, code, home):
-    assert fleet_worker(f"quickstart --simulated {options}").returncode == code
+@pytest.mark.parametrize("options", ["--broker http://mini-1", "--address redis://mini-1", "--address mini-1:4000"])
+def test_what_no_file_may_hold_is_refused_before_one_is_written(options, home):
+    assert fleet_worker(f"quickstart --simulated {options}").returncode == 2
+    assert not list(home.rglob("*.toml"))
+
+
+def test_a_broker_that_does_not_answer_is_named_before_a_file_is_written(home):
+    assert "127.0.0.1:1" in refused("quickstart --simulated --broker redis://127.0.0.1:1/0")
     assert not list(home.rglob("*.toml"))
 
 

@@ -16,11 +16,12 @@ import pytest
 from fleet_worker import Settings
 from fleet_worker.host.child_process import free_port
 from fleet_worker.host.node_process import NEVER
-from fleet_worker.host.servers import server_port, server_record
+from fleet_worker.host.servers import managed_server, server_port, server_record
 from fleet_worker.host.servers.custody import Custody
 from fleet_worker.host.servers.managed_server import ManagedServer
 from fleet_worker.host.servers.process_family import is_alive, marked
 from fleet_worker.host.servers.restart_policy import PACE, Pace
+from fleet_worker.host.servers.server_process import ServerProcess
 from tests import servers
 
 WITHIN = 10.0
@@ -333,6 +334,21 @@ def test_one_that_grows_beyond_its_limit_wants_a_restart_but_not_again_and_again
 
 
 @pytest.mark.rest
+def test_the_server_after_one_that_could_not_be_killed_is_left_alone(ups, monkeypatch):
+    monkeypatch.setattr(managed_server, "UNKILLABLE_AFTER", 0.05)
+    up = ups("deaf")
+    up.serve()
+    child = up.managed._run.process._child
+    with monkeypatch.context() as patched:
+        patched.setattr(ServerProcess, "kill", lambda process: None)
+        up.managed.restart("an operator restarts it", by_operator=True, grace=0.0)
+        up.until(lambda: up.status.deaths)
+    status = up.until(lambda: up.managed.serves)
+    assert (status.deaths, status.restarts) == (1, 1)
+    child.wait(WITHIN)  # it had the port
+
+
+@pytest.mark.rest
 def test_a_stranger_on_its_port_is_named_never_fought_and_waited_for(ups, caplog):
     up = ups()
     with stranger(up.port) as other:
@@ -391,7 +407,7 @@ def test_the_next_up_takes_the_server_over(ups, tmp_path, caplog):
     assert guard.wait(WITHIN) == -signal.SIGKILL
     killed.managed._custody.close()  # nothing guards it there any more
     os.kill(pid, signal.SIGKILL)
-    killed.managed._process._child.wait()  # the kernel tells its parent; here that is this process still
+    killed.managed._run.process._child.wait()  # the kernel tells its parent; here that is this process still
     status = up.until(lambda: up.status.deaths == 1 and up.managed.serves)
     assert status.pid != pid
 

@@ -11,21 +11,21 @@ from fleet_worker.errors import ConfigurationError
 from fleet_worker.gateway.accounts.keys import Keys
 from fleet_worker.host import embedded_broker
 from fleet_worker.settings import Settings
-from fleet_worker.setup import first_file
-from fleet_worker.setup.first_file import FirstFile, simulated
+from fleet_worker.setup import first_host
+from fleet_worker.setup.first_host import FirstHost, simulated
 
 
 @pytest.fixture
 def path(tmp_path, monkeypatch):
     """Of a file in a folder that is not there yet, and has a name that needs quotes."""
-    monkeypatch.setattr(first_file, "is_taken", lambda host, port: False)
+    monkeypatch.setattr(first_host, "is_taken", lambda host, port: False)
     path = tmp_path / 'my "fleet" folder' / "worker.toml"
     monkeypatch.setenv("FLEET_CONFIG", str(path))
     return path
 
 
 def written(path, **values):
-    return FirstFile("mini-1", instances=simulated(), **values).write(path), Settings()
+    return FirstHost("mini-1", instances=simulated(), **values).write(path), Settings()
 
 
 def test_it_is_a_configuration_that_runs_everything(path):
@@ -60,7 +60,7 @@ def test_a_file_that_exists_stays_and_gets_no_key(path):
     written(path)
     before = {file: file.read_bytes() for file in path.parent.iterdir()}
     with pytest.raises(ConfigurationError, match="exists already"):
-        FirstFile("mini-2").write(path)
+        FirstHost("mini-2").write(path)
     assert {file: file.read_bytes() for file in path.parent.iterdir()} == before
 
 
@@ -77,10 +77,10 @@ def test_keys_that_are_there_already_stay(path):
 def test_a_port_that_is_taken_is_replaced_by_the_next_free_one(everywhere):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert port < first_file.free_port(port, everywhere=everywhere) < port + first_file.TRIED_PORTS
+        assert port < first_host.free_port(port, everywhere=everywhere) < port + first_host.TRIED_PORTS
 
 
 def test_without_any_free_port_it_says_so(monkeypatch):
-    monkeypatch.setattr(first_file, "is_taken", lambda host, port: True)
+    monkeypatch.setattr(first_host, "is_taken", lambda host, port: True)
     with pytest.raises(ConfigurationError, match="from 4000 to 4099 are taken"):
-        first_file.free_port(4000, everywhere=True)
+        first_host.free_port(4000, everywhere=True)

@@ -25,7 +25,7 @@ SIMULATED = "simulated"
 
 
 @dataclass(frozen=True, slots=True)
-class FirstFile:
+class FirstHost:
     """What the first host of a fleet runs, and who reaches it."""
 
     host: str
