@@ -12,7 +12,7 @@ import click
 from pydantic import TypeAdapter, ValidationError
 
 from fleet_worker import exit_codes
-from fleet_worker.ops.node_control import NodeControl
+from fleet_worker.ops.node_control import NodeControl, print_silent
 from fleet_worker.settings import Settings
 from fleet_worker.terminal import count
 
@@ -119,11 +119,7 @@ def _print(
     for node in states:
         click.echo(_describe(node))
         all_done = all_done and is_done(node)
-    for name in control.silent:
-        what = f"{name} does not answer: {advice}"
-        if "@" not in name:
-            what = f"{name} is no host that answers: does it run, and use this broker? A node is named {name}@HOST."
-        click.echo(f"fleet-worker: {what} fleet-worker status shows all nodes", err=True)
+    print_silent(control.silent, advice)
     return exit_codes.UNAVAILABLE if control.silent else 0 if all_done else exit_codes.FAILED
 
 

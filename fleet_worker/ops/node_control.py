@@ -6,12 +6,15 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import click
+
 from fleet_worker.broker.app import create_app
 from fleet_worker.errors import InvalidRequest
 from fleet_worker.ops.broker_checks import connected
 from fleet_worker.registry.view import ALL_ANSWERS_WITHIN
 from fleet_worker.router.router import Router
 from fleet_worker.settings import REGISTRY, Settings
+from fleet_worker.terminal import printable
 
 NODE_ANSWERS_WITHIN = 2.0
 """Seconds that a node has to answer."""
@@ -76,3 +79,12 @@ class NodeControl:
         with connected(self._settings) as connection:
             replies = self._app.control.broadcast(command, connection=connection, reply=True, **options)
         return {name: reply for each in replies if isinstance(each, dict) for name, reply in each.items()}
+
+
+def print_silent(names: Iterable[str], advice: str) -> None:
+    """Print an error for each node and each host that did not answer; `advice` is for a node."""
+    for name in map(printable, names):
+        what = f"{name} does not answer: {advice}"
+        if "@" not in name:
+            what = f"{name} is no host that answers: does it run, and use this broker? A node is named {name}@HOST."
+        click.echo(f"fleet-worker: {what} fleet-worker status shows all nodes", err=True)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import click
 
 from fleet_worker import exit_codes
+from fleet_worker.ops.node_control import print_silent
 from fleet_worker.ops.restart_control import RestartControl, RestartReply
 from fleet_worker.protocol.status import InstanceStatus
 from fleet_worker.registry.view import Registry
@@ -20,6 +21,7 @@ LOOK_EVERY = 0.25
 """Seconds between two looks at what the registry says."""
 REFRESH_EVERY = 5.0
 """Seconds after which hosts are asked again: an event may have been lost."""
+CHECK_NAME = "check its name; one that is frozen or cut off cannot be restarted from here."
 STAYS = ("drained", "away")
 """A node that has one of these states takes no work for a reason that its restart does not touch."""
 
@@ -84,8 +86,7 @@ class RollingRestart:
             elif not self._restart(node, before):
                 self._tell_left(nodes[number:])
                 break
-        for name in self._control.silent:
-            click.echo(f"fleet-worker: {printable(name)} does not answer: {_advice(name)}", err=True)
+        print_silent(self._control.silent, CHECK_NAME)
         return exit_codes.UNAVAILABLE if self._control.silent else 0 if self._all_done else exit_codes.FAILED
 
     def _leave_out(self, node: InstanceStatus) -> None:
@@ -153,9 +154,3 @@ def _now(seen: InstanceStatus | None) -> str:
     if seen is None:
         return "no registry node reports it"
     return f"{seen.status}{f' ({seen.reason})' if seen.reason else ''}"
-
-
-def _advice(name: str) -> str:
-    if "@" not in name:
-        return f"no host of this name does. A node is named {printable(name)}@HOST. fleet-worker status shows all nodes"
-    return "check its name; one that is frozen or cut off cannot be restarted from here. fleet-worker status shows all"

@@ -20,7 +20,12 @@ from tests.ups import is_gone, running_up, up_with
 pytestmark = [pytest.mark.integration, pytest.mark.rest]
 
 WITHIN = 20.0
-NODE = "import os; os.read(int(os.environ['FLEET_PARENT_PIPE']), 1)"
+NODE = """
+import os, time
+os.read(int(os.environ["FLEET_PARENT_PIPE"]), 1)
+while os.path.exists(os.environ["LINGERS"]):
+    time.sleep(0.01)
+"""
 
 
 class Host:
@@ -32,6 +37,7 @@ class Host:
         self.environment = {
             "FLEET_CONFIG": str(self.folder / "worker.toml"),
             "FLEET_STATE_DIR": str(self.folder / "state"),
+            "LINGERS": str(self.folder / "lingers"),
         }
         self.settings = Settings(state_dir=self.folder / "state", host="mini")
         self.configure()
@@ -98,10 +104,12 @@ def test_a_broker_outlives_an_up_that_is_killed_until_the_next_one_takes_it_over
     with host.up() as first:
         at(first, "gateway] serves http")
         broker = host.broker()
+        (host.folder / "lingers").touch()  # so do its nodes: they may have work
         first.signal(signal.SIGKILL)
         first.wait(WITHIN)
         with host.up() as second:
             at(second, f"the server of up.broker runs already, pid {broker[0]}")
+            (host.folder / "lingers").unlink()
             at(second, "gateway] serves http")
             assert host.broker() == broker
             second.signal(signal.SIGKILL)
