@@ -68,17 +68,23 @@ def open_lock(path: Path) -> IO[str]:
     """
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return path.open("a+", encoding="ascii")  # "w" would empty it
+        return path.open("a+", encoding="ascii", errors="replace")  # "w" would empty it
     except OSError as error:
         raise ConfigurationError(f"state_dir: {path} cannot be written: {error.strerror}") from None
 
 
 def holder(path: Path) -> int | None:
-    """Return the id of the process that holds a name; None if it is free."""
+    """Return the id of the process that holds a name; None if it is free.
+
+    Raises:
+        ConfigurationError: the file cannot be read, as one that root has created.
+    """
     try:
-        file = path.open(encoding="ascii")
+        file = path.open(encoding="ascii", errors="replace")
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise ConfigurationError(f"state_dir: {path} cannot be read: {error.strerror}") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -89,5 +95,5 @@ def holder(path: Path) -> int | None:
 
 def _pid(file: IO[str]) -> int | None:
     file.seek(0)
-    text = file.read()
+    text = file.read(20)
     return int(text) if text.isdigit() else None  # the holder writes it after it has locked the file

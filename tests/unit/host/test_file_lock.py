@@ -84,3 +84,16 @@ def test_one_that_only_asks_who_holds_a_name_does_not_keep_it(path):
         ends.start()
         hold(path).close()
         ends.join()
+
+
+def test_a_folder_that_cannot_be_read_is_told(path):
+    path.parent.write_text("a file")
+    with pytest.raises(ConfigurationError, match=r"state_dir: .* cannot be read: Not a directory"):
+        holder(path)
+
+
+def test_a_holder_whose_number_is_damaged_is_unknown(path, holding):
+    path.write_bytes(b"\xff" * 10_000)
+    assert holder(path) is None
+    with pytest.raises(Held, match="unknown"):
+        hold(path)
