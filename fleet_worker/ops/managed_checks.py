@@ -33,7 +33,12 @@ def start_problems(settings: Settings, name: str) -> Iterator[Finding]:
 def silent_server(settings: Settings, name: str, silent: str) -> Iterator[Finding]:
     """Tell whether a server that can start will; `silent` is how it does not answer."""
     command = ServerCommand.of(settings.instances[name])
-    if up := holder(lock_path(settings.state_dir, settings.host)):
+    wanted = settings.availability
+    up = holder(lock_path(settings.state_dir, settings.host))
+    if up and wanted.in_use and wanted.stop_servers:
+        advice = f"if fleet-worker status shows no `away` here, the log of fleet-worker up, pid {up}, tells why"
+        yield Finding("warning", f"{silent}: it is stopped while this host is away", advice)
+    elif up:
         yield Finding("error", silent, f"fleet-worker up, pid {up}, runs it: its log tells why, or that it loads")
     else:
         yield Finding("ok", f"fleet-worker up will start {command.program} on port {command.port}")

@@ -11,7 +11,7 @@ from fleet_worker.settings import Settings
 from fleet_worker.setup.invitation import Invitation, Membership, Role
 from fleet_worker.setup.own_names import lan_address
 from fleet_worker.setup.single_use import deposit
-from fleet_worker.urls import is_loopback, with_account, with_host
+from fleet_worker.urls import host_name, is_loopback, with_account, with_host
 
 
 def invite(settings: Settings, role: Role = "mini", *, address: str = "", account: str = "") -> Invitation:
@@ -47,6 +47,10 @@ def _escaped(account: str) -> str:
 def _reachable(settings: Settings, address: str) -> str:
     """Return broker_url as other hosts need it."""
     url = settings.broker_url
+    try:
+        address = address and host_name(address.strip("[]"))
+    except ValueError as error:
+        raise ConfigurationError(f"--address: {error}") from None
     if settings.up.broker:
         if not settings.up.address:
             raise ConfigurationError(

@@ -272,6 +272,15 @@ def test_another_host_name_or_broker_begins_everything_anew(configure, tmp_path,
         assert stop(process) == 0
 
 
+def test_reload_says_that_the_availability_has_changed(configure):
+    configure(local=1)
+    with up() as process:
+        hear(process, "local@mini lives")
+        configure('host = "mini"\navailability = { grace = 4.0 }', local=1)
+        assert fleet_worker("reload").stdout == "The configuration was read again: availability has changed\n"
+        assert stop(process) == 0
+
+
 # --- One up a host
 
 

@@ -52,31 +52,42 @@ def _is_bound(family: socket.AddressFamily, address: str, port: int) -> bool:
 
 
 def owner(port: int) -> psutil.Process | None:
-    """Return the process that listens on a port of this host; None if it is another user's. Takes milliseconds."""
+    """Return the process that listens on a port of this host, or else one with a connection from that port: the system
+    gives any port above the first thousands to a connection. None if it is another user's. Takes milliseconds.
+    """
     try:
-        pids = [each.pid for each in psutil.net_connections("tcp") if _listens(each, port)]
+        found = [each for each in psutil.net_connections("tcp") if _is_at(each, port)]
     except psutil.Error:  # macOS shows all connections to root only
         return _owner_among(psutil.process_iter(), port)
-    for pid in filter(None, pids):
+    for each in sorted(found, key=_listens, reverse=True):
         try:
-            return psutil.Process(pid)
+            if each.pid:
+                return psutil.Process(each.pid)
         except psutil.Error:
             continue
     return None
 
 
 def _owner_among(processes: Iterable[psutil.Process], port: int) -> psutil.Process | None:
+    connects = None
     for process in processes:
         try:
-            if any(_listens(each, port) for each in process.net_connections("tcp")):
-                return process
+            found = [each for each in process.net_connections("tcp") if _is_at(each, port)]
         except (psutil.Error, OSError):
             continue
-    return None
+        if any(_listens(each) for each in found):
+            return process
+        if found:
+            connects = process
+    return connects
 
 
-def _listens(connection: Any, port: int) -> bool:
-    return bool(connection.laddr) and connection.laddr.port == port and connection.status == psutil.CONN_LISTEN
+def _is_at(connection: Any, port: int) -> bool:
+    return bool(connection.laddr) and connection.laddr.port == port
+
+
+def _listens(connection: Any) -> bool:
+    return bool(connection.status == psutil.CONN_LISTEN)
 
 
 def described(process: psutil.Process | None) -> str:

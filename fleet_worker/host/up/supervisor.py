@@ -111,6 +111,8 @@ class Supervisor:
         old, self._settings, self._launcher.settings = self._settings, settings, settings
         yield from self._companions.settle(old, settings)
         self._owner.settle(settings.availability)
+        if old.availability != settings.availability:
+            yield "availability has changed"
         for instance in set(self._instances).difference(instances):
             self._instances[instance].leave(settings.worker.killed_after)
             yield f"{instance} ends"

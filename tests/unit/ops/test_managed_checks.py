@@ -6,6 +6,7 @@ import psutil
 import pytest
 
 from fleet_worker import Settings
+from fleet_worker.availability_settings import AvailabilitySettings
 from fleet_worker.host.file_lock import hold
 from fleet_worker.host.up_socket import lock_path
 from fleet_worker.ops.server_checks import instances
@@ -33,6 +34,17 @@ def test_a_server_that_up_will_start_is_no_problem_but_one_that_it_runs_in_silen
         ((severity, text),) = found()
         assert severity == "error"
         assert "fleet-worker up will start" not in text
+
+
+def test_one_that_is_stopped_while_the_host_is_away_is_no_error(tmp_path, listener):
+    port = listener.getsockname()[1]
+    listener.close()
+    settings, _ = findings(tmp_path, port, f"{sys.executable} {{port}}")
+    away = settings.model_copy(update={"availability": AvailabilitySettings(hours="mon 3:00-4:00")})
+    with hold(lock_path(settings.state_dir, settings.host)):
+        ((severity, text),) = [(each.severity, each.found) for each in instances(away)]
+    assert severity == "warning"
+    assert text.endswith("it is stopped while this host is away")
 
 
 def test_a_program_that_is_missing_is_said(tmp_path, listener):

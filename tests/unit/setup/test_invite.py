@@ -170,3 +170,18 @@ def test_another_invite_at_the_same_time_leaves_it_usable(fleet, client, monkeyp
     monkeypatch.setattr(redis.Redis, "execute_command", execute)
     first = invite(fleet)
     assert redeem(first).broker_url == fleet.broker_url
+
+
+@pytest.mark.parametrize("address", ["redis://mini-1", "a b", "me@mini-1", "mini-1:6379", "mini-1/0"])
+def test_an_address_is_no_url_and_no_account(fleet, address):
+    with pytest.raises(ConfigurationError, match=r"--address: .*without a scheme"):
+        invite(fleet, address=address)
+
+
+def test_an_address_of_ipv6_may_be_in_brackets(fleet):
+    assert "@[fd00::7]:" in redeem_locally(fleet, invite(fleet, address="[fd00::7]"))
+
+
+def redeem_locally(fleet, invitation):
+    """Redeem one whose address is not that of this host."""
+    return redeem(invitation.model_copy(update={"broker_url": invite(fleet).broker_url})).broker_url

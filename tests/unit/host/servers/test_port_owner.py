@@ -23,6 +23,21 @@ def test_a_port_with_a_listener_is_taken_and_its_owner_is_found(listens, asked):
         assert port_owner.owner(port) == psutil.Process()
 
 
+def shown_to_root_only(_kind):
+    raise psutil.AccessDenied
+
+
+@pytest.mark.parametrize("shows_all", [True, False], ids=["Linux", "macOS"])
+def test_a_port_that_the_system_gave_to_a_connection_has_an_owner_too(monkeypatch, shows_all):
+    if not shows_all:
+        monkeypatch.setattr(psutil, "net_connections", shown_to_root_only)
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as one:
+        port = one.getsockname()[1]
+        assert port_owner.is_taken("127.0.0.1", port)
+        assert port_owner.owner(port) == psutil.Process()
+        assert port_owner.owner(listener.getsockname()[1]) == psutil.Process()
+
+
 def test_a_port_that_is_bound_is_taken_before_anybody_listens():
     """A server that loads its model before it listens."""
     with socket.socket() as bound:
