@@ -179,7 +179,7 @@ class Instance(Group):
     """Bearer token for the server. Better set by a variable, as in FLEET_INSTANCES__LOCAL__API_KEY."""
     ca: PemFile | None = None
     """PEM file of the CA of an `https://` server. Without it, the CAs count that browsers trust."""
-    serve: CommandLine | None = None
+    serve: CommandLine | None = Field(None, repr=False)
     """Command line of the server, which `fleet-worker up` then runs, without a shell. `{port}`: that of `base_url`."""
     environment: Environment = Field({}, repr=False)
     """Variables for the server of `serve`, as in `{ HF_HOME = "~/models" }`. They are never shown."""

@@ -126,3 +126,10 @@ def test_a_folder_that_it_creates_is_of_this_user_only(tmp_path):
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "fleet").stat().st_mode) == 0o700
+
+
+def test_no_repr_has_a_secret():
+    instance = worker_file.WorkerInstance(serve="x --api-key hush --port {port}")
+    file = worker_file.WorkerFile("redis://:hush@mini-1/0", instances={"local": instance}, more="key = 'hush'")
+    settings = worker_file.ExplicitSettings(broker_url=file.broker_url, instances={"local": {"serve": instance.serve}})
+    assert not [text for text in map(repr, (file, instance, settings)) if "hush" in text]
