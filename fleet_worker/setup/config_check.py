@@ -11,7 +11,7 @@ from fleet_worker.host.unserved import unserved
 from fleet_worker.host.variables import mistyped
 from fleet_worker.settings import Instance, Settings
 from fleet_worker.setup.config_sources import variable_of, variables
-from fleet_worker.setup.redaction import redacted_command, redacted_url
+from fleet_worker.redaction import redacted_command, redacted_url
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.instance_settings import PORT, Instance
+from fleet_worker.redaction import secret_values
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +61,9 @@ class ServerCommand:
 
     @property
     def secrets(self) -> tuple[str, ...]:
-        """The values of its variables that are to be hidden where the server prints them."""
+        """What is to be hidden where the server prints it: values of its variables, and of its words."""
         named = (text for name, text in self.variables.items() if any(word in name.upper() for word in SECRET))
-        return tuple(text for text in named if len(text) >= SHORTEST_SECRET)
+        return tuple(text for text in (*named, *secret_values(self.words)) if len(text) >= SHORTEST_SECRET)
 
     def environment(self, mark: str) -> dict[str, str]:
         """Return all variables of the server: those of this process without our own settings, and its own."""

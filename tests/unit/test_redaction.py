@@ -1,8 +1,10 @@
 """What is secret in a configuration is not shown."""
 
+import shlex
+
 import pytest
 
-from fleet_worker.setup.redaction import redacted_command, redacted_url
+from fleet_worker.redaction import redacted_command, redacted_url, secret_values
 
 
 @pytest.mark.parametrize(
@@ -37,3 +39,17 @@ def test_the_password_of_a_url(url, shown):
 )
 def test_the_options_of_a_command_line(line, shown):
     assert redacted_command(line) == shown
+
+
+@pytest.mark.parametrize(
+    ("line", "secrets"),
+    [
+        ("x --port 1 --max-tokens 5", []),
+        ("x --api-key hush --port 1 --token=hush2", ["hush", "hush2"]),
+        ("x --cache redis://me:hush@b/0", ["hush"]),
+        ("x -H 'Authorization: Bearer hush'", ["hush"]),
+        ("""x --args '{"a": 1, "api_key": "hush"}'""", ["hush"]),
+    ],
+)
+def test_the_secrets_of_a_command_line(line, secrets):
+    assert list(secret_values(shlex.split(line))) == secrets

@@ -1,4 +1,4 @@
-"""Hides what is secret in a configuration that is shown: passwords in URLs, keys in the command lines of servers."""
+"""Hides what is secret in what is shown: passwords in URLs, keys in the command lines of servers."""
 
 from __future__ import annotations
 
@@ -25,10 +25,25 @@ def redacted_command(command: str | Iterable[str]) -> str:
     return " ".join(word if re.fullmatch(r"[\w@%+=:,./{}()-]+", word) else shlex.quote(word) for word in _shown(words))
 
 
+def secret_values(words: Iterable[str]) -> Iterator[str]:
+    """Yield what `redacted_command` hides of the words of a command line, as its program may print it."""
+    for word, shown in _pairs(words):
+        if word != shown:
+            hidden = word[len(shown.partition(HIDDEN)[0]) :]
+            password = hidden.rpartition("@")[0] if "://" in word else ""
+            yield (password or hidden).strip("\"'{}[], ").removeprefix("Bearer ")
+
+
 def _shown(words: Iterable[str]) -> Iterator[str]:
+    return (shown for _, shown in _pairs(words))
+
+
+def _pairs(words: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield each word, and what is shown of it."""
     hides_next = False
     for word in words:
-        yield HIDDEN if hides_next and not word.startswith("--") else _without_values(redacted_url(word))
+        is_value = hides_next and not word.startswith("--")
+        yield word, HIDDEN if is_value else _without_values(redacted_url(word))
         hides_next = word.startswith("-") and not re.search(r"[=:\s]", word) and _is_secret(word)
 
 
