@@ -9,9 +9,9 @@ from fleet_worker import config_file
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.host.unserved import unserved
 from fleet_worker.host.variables import mistyped
+from fleet_worker.redaction import redacted_command, redacted_url
 from fleet_worker.settings import Instance, Settings
 from fleet_worker.setup.config_sources import variable_of, variables
-from fleet_worker.redaction import redacted_command, redacted_url
 
 
 @dataclass(frozen=True, slots=True)

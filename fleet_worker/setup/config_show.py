@@ -15,9 +15,9 @@ from pydantic.fields import FieldInfo
 
 from fleet_worker.config_file import config_path
 from fleet_worker.instance_settings import NEED_SERVE
+from fleet_worker.redaction import HIDDEN, redacted_command, redacted_url
 from fleet_worker.settings import Settings
 from fleet_worker.setup.config_sources import DEFAULT, Sources
-from fleet_worker.redaction import HIDDEN, redacted_command, redacted_url
 
 
 @dataclass(frozen=True, slots=True)
