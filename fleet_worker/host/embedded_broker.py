@@ -46,10 +46,16 @@ def broker_command(settings: Settings) -> list[str]:
     try:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         file.parent.chmod(0o700)  # it has the requests that wait
-        private_file.replace(file, text.encode("latin-1"))
+        if not _is_there(file, text.encode("latin-1")):
+            private_file.replace(file, text.encode("latin-1"))
     except OSError as error:
         raise ConfigurationError(f"state_dir: {file} cannot be written: {error.strerror}") from None
     return [str(program), str(file)]
+
+
+def _is_there(file: Path, text: bytes) -> bool:
+    """Tell whether it needs not be written: the disk may be full."""
+    return file.is_file() and file.stat().st_mode & 0o077 == 0 and file.read_bytes() == text
 
 
 def folder(settings: Settings) -> Path:

@@ -1,5 +1,7 @@
 """The embedded broker of `fleet-worker up`."""
 
+import errno
+import os
 import socket
 import stat
 import sys
@@ -11,6 +13,7 @@ import pytest
 import redis
 
 from fleet_worker.errors import ConfigurationError
+from fleet_worker.host import private_file
 from fleet_worker.host.child_process import child, free_port
 from fleet_worker.host.embedded_broker import READY, broker_command, folder
 from fleet_worker.host.servers import server_port
@@ -125,6 +128,18 @@ def test_a_stranger_on_its_port_is_named_with_the_setting_to_change(tmp_path, ca
             broker.stop()
     assert f"port {port} is in use by " in caplog.text
     assert "; end that, or set another broker_url" in caplog.text
+
+
+def test_it_starts_on_a_full_disk_as_before(tmp_path, monkeypatch):
+    """Its broker takes nothing then, until there is room again."""
+    command = broker_command(settings(tmp_path, f"redis://:{URL_PASSWORD}@127.0.0.1:6399/0"))
+    monkeypatch.setattr(private_file, "replace", no_room)
+    assert broker_command(settings(tmp_path, f"redis://:{URL_PASSWORD}@127.0.0.1:6399/0")) == command
+    assert "No space left" in refused(settings(tmp_path, "redis://:another@127.0.0.1:6399/0"))
+
+
+def no_room(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def driven(broker, wanted):
