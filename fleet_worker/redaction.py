@@ -44,14 +44,15 @@ def _pairs(words: Iterable[str]) -> Iterator[tuple[str, str]]:
     for word in words:
         is_value = hides_next and not word.startswith("--")
         yield word, HIDDEN if is_value else _without_values(redacted_url(word))
-        hides_next = word.startswith("-") and not re.search(r"[=:\s]", word) and _is_secret(word)
+        hides_next = word.startswith("-") and not re.search(r"[=:\s]", word) and is_secret(word)
 
 
 def _without_values(word: str) -> str:
     """Return a word up to the first value of a secret in it."""
-    ends = [found.end() for found in _ASSIGNMENT.finditer(word) if _is_secret(found[1])]
+    ends = [found.end() for found in _ASSIGNMENT.finditer(word) if is_secret(found[1])]
     return f"{word[: ends[0]]}{HIDDEN}" if ends and word[ends[0] :] else word
 
 
-def _is_secret(name: str) -> bool:
+def is_secret(name: str) -> bool:
+    """Return whether an option or a variable of this name holds a secret."""
     return bool(_SECRET.search(_HARMLESS.sub("", name)))

@@ -58,8 +58,9 @@ def new_key(name: str) -> None:
     click.echo(f"fleet-worker: the key of {name}, which is shown only now:\n\n{made.secret}\n", err=True)
     click.echo(
         "fleet-worker: the table belongs in the file that gateway.keys names (chmod 600).\n"
-        "A gateway that runs reads it again at SIGHUP. What it may have besides: models,\n"
-        "aliases, fallbacks, rpm, tpm, max_parallel, budget_per_day, expires, cache_scope,\n"
+        "A gateway that fleet-worker up runs reads it again after fleet-worker reload,\n"
+        "any other at SIGHUP. What the table may have besides: models, aliases,\n"
+        "fallbacks, rpm, tpm, max_parallel, budget_per_day, expires, cache_scope,\n"
         "keep_warm and others, which the gateway's manual lists.",
         err=True,
     )

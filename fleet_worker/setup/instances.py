@@ -63,8 +63,7 @@ def _nothing(models: Sequence[LocalModel], model: str | None) -> str:
         )
     return (
         "no MLX server runs on this host, and its Hugging Face cache has no model for one. Start a server, or download "
-        f"a model and run this again:\n\n  pip install mlx-lm huggingface_hub\n  hf download {_EXAMPLE}\n\n"
-        "fleet-worker quickstart --simulated tries it with a simulated server"
+        f"a model and run this again:\n\n  pip install mlx-lm huggingface_hub\n  hf download {_EXAMPLE}"
     )
 
 

@@ -21,7 +21,7 @@ from fleet_worker.setup.foreground import run_up
 from fleet_worker.setup.instances import described, local_instances, with_free_port
 from fleet_worker.setup.own_names import own_address, own_host
 from fleet_worker.setup.welcome import Welcome, ready_models
-from fleet_worker.setup.worker_file import ExplicitSettings
+from fleet_worker.setup.worker_file import ExplicitSettings, WorkerInstance
 from fleet_worker.terminal import printable
 
 
@@ -74,13 +74,22 @@ def _begin(path: Path, choices: Choices) -> str:
     """Write the first files; return the key."""
     if choices.broker_url:
         _check_broker(choices.broker_url, choices.broker_ca)
-    simulation = {name: with_free_port(each) for name, each in simulated().items()}
-    instances = simulation if choices.simulated else local_instances(choices.model)
+    instances = _instances(choices)
     address = "" if choices.local else choices.address or own_address()
     key = FirstHost(own_host(), address, choices.broker_url, choices.broker_ca, instances).write(path)
     click.echo(printable(f"Wrote {path}, for {'; '.join(map(described, instances.values()))}."))
     click.echo(f"The first key, which is shown only now, and stored as a hash:\n\n{key}\n")
     return key
+
+
+def _instances(choices: Choices) -> dict[str, WorkerInstance]:
+    if choices.simulated:
+        return {name: with_free_port(each) for name, each in simulated().items()}
+    try:
+        return local_instances(choices.model)
+    except ConfigurationError as error:
+        advice = "fleet-worker quickstart --simulated tries it with a simulated server"
+        raise ConfigurationError(f"{error.message}\n\n{advice}") from None
 
 
 def _check_broker(url: str, ca: Path | None) -> None:

@@ -53,7 +53,8 @@ class Welcome:
             waited += POLL
             if PATIENCE <= waited < PATIENCE + POLL:
                 _print(
-                    "fleet-worker: no model is ready yet: the lines above may say why, or fleet-worker doctor does.\n"
+                    "fleet-worker: no model is ready yet. A large one takes minutes to load; if it does not come, the "
+                    "lines above may say why, or fleet-worker doctor does.\n"
                 )
         return models
 

@@ -15,14 +15,12 @@ from urllib.parse import urlsplit
 
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.instance_settings import PORT, Instance
-from fleet_worker.redaction import secret_values
+from fleet_worker.redaction import is_secret, secret_values
 
 log = logging.getLogger(__name__)
 
 MARK = "FLEET_SERVER"
 """The variable that tells, in a server and all its children, whose they are."""
-SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")
-"""What the name of a variable has in it, if its value is a secret."""
 SHORTEST_SECRET = 6
 PROGRAMS = ("~/.local/bin", "/opt/homebrew/bin", "/usr/local/bin")
 """Folders behind the PATH of `up`: launchd gives it a short one."""
@@ -62,8 +60,8 @@ class ServerCommand:
     @property
     def secrets(self) -> tuple[str, ...]:
         """What is to be hidden where the server prints it: values of its variables, and of its words."""
-        named = (text for name, text in self.variables.items() if any(word in name.upper() for word in SECRET))
-        return tuple(text for text in (*named, *secret_values(self.words)) if len(text) >= SHORTEST_SECRET)
+        of_variables = (text for name, text in self.variables.items() if is_secret(name))
+        return tuple(text for text in (*of_variables, *secret_values(self.words)) if len(text) >= SHORTEST_SECRET)
 
     def environment(self, mark: str) -> dict[str, str]:
         """Return all variables of the server: those of this process without our own settings, and its own."""

@@ -156,6 +156,7 @@ def test_a_host_without_a_server_keeps_the_account_and_goes_on_later(of_fleet, p
         refused = fleet_worker(f"join {line} --yes --output {path}")
     assert refused.returncode == 78
     assert "no MLX server runs on this host" in refused.stderr
+    assert "quickstart" not in refused.stderr  # which would make a fleet of its own
     assert f"The account of the fleet is kept in {path}; then go on by: fleet-worker join\n" in refused.stderr
     again = fleet_worker(f"join --yes --output {path}")
     assert again.returncode == 0, again
