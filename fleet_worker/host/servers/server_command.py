@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 MARK = "FLEET_SERVER"
 """The variable that tells, in a server and all its children, whose they are."""
 SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")
-"""What the name of a variable has in it, if its value is a secret."""
+"""What the name of a variable has in it, and how a part of an option's name ends, if its value is a secret."""
 SHORTEST_SECRET = 6
 PROGRAMS = ("~/.local/bin", "/opt/homebrew/bin", "/usr/local/bin")
 """Folders behind the PATH of `up`: launchd gives it a short one."""
@@ -60,8 +60,10 @@ class ServerCommand:
 
     @property
     def secrets(self) -> tuple[str, ...]:
-        """The values of its variables that are to be hidden where the server prints them."""
-        named = (text for name, text in self.variables.items() if any(word in name.upper() for word in SECRET))
+        """What is to be hidden where the server prints it: values of variables and options that are named like one."""
+        options = [_option(*pair) for pair in zip(self.words, (*self.words[1:], ""), strict=True)]
+        named = [text for name, text in self.variables.items() if any(word in name.upper() for word in SECRET)]
+        named += [text for name, text in options if _is_secret(name)]
         return tuple(text for text in named if len(text) >= SHORTEST_SECRET)
 
     def environment(self, mark: str) -> dict[str, str]:
@@ -89,3 +91,16 @@ class ServerCommand:
         ours = str(Path(sys.executable).parent)
         folders = [ours, *given.split(os.pathsep), *map(os.path.expanduser, PROGRAMS)]
         return os.pathsep.join(dict.fromkeys(filter(None, folders)))
+
+
+def _option(word: str, following: str) -> tuple[str, str]:
+    """Return the name and the value of `--api-key VALUE`, `--api-key=VALUE` or `HF_TOKEN=VALUE`; else empty texts."""
+    name, equals, value = word.partition("=")
+    if equals:
+        return name, value
+    return (word, following) if word.startswith("-") else ("", "")
+
+
+def _is_secret(name: str) -> bool:
+    """Tell whether an option is named like a secret: not `--max-tokens` or `--tokenizer`."""
+    return any(part.endswith(SECRET) for part in name.upper().replace("-", "_").split("_"))

@@ -91,3 +91,10 @@ def test_the_fingerprint_changes_with_everything_that_the_server_is_told():
 def test_values_that_look_like_secrets_are_known_to_be_hidden():
     named = {"HF_TOKEN": SECRET, "API_KEY": "short", "HF_HOME": "/models/hub"}
     assert command(serve="x {port}", environment=named).secrets == (SECRET,)
+
+
+@pytest.mark.parametrize("words", [f"--api-key {SECRET}", f"--api-key={SECRET}", f"--hf_token {SECRET}"])
+def test_options_that_look_like_secrets_are_known_to_be_hidden(words):
+    shown = "--max-tokens 1000000 --tokenizer-config /a/long/path"
+    assert command(serve=f"mlx_lm.server {shown} {words} --port {{port}}").secrets == (SECRET,)
+    assert command(serve=f"env HF_TOKEN={SECRET} mlx_lm.server {shown} {{port}}").secrets == (SECRET,)
