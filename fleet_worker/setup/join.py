@@ -89,7 +89,9 @@ def _address_that_answers(invitation: Invitation) -> str:
             failed = failed or error
         else:
             return host
-    raise unavailable(invitation.broker_url, "cannot be reached", failed or OSError())
+    found = unavailable(invitation.broker_url, "cannot be reached", failed or OSError())
+    advice = "start it there, or see to it that this host reaches it; the invitation is not used up"
+    raise BrokerUnavailable(found.message, advice=advice)
 
 
 def _written(membership: Membership, path: Path, known: WorkerFile, *, force: bool) -> WorkerFile:

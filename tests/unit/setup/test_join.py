@@ -83,8 +83,9 @@ def test_where_the_name_of_the_broker_is_not_known_its_address_is_used(fleet, pa
 
 def test_a_broker_that_does_not_answer_is_told_and_leaves_no_file(path):
     invitation = Invitation(broker_url=f"redis://127.0.0.1:{free_port()}/0", id="00", secret=PASSWORD)
-    with pytest.raises(BrokerUnavailable, match="does not run: nothing listens there"):
+    with pytest.raises(BrokerUnavailable, match="does not run: nothing listens there") as raised:
         join(invitation.encode(), path, KNOWN)
+    assert "broker_url" not in raised.value.metadata["advice"]
     assert not path.exists()
 
 
