@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,6 +20,7 @@ from fleet_worker.setup import config_option
 from fleet_worker.setup.commands import COMMANDS as OF_SETUP
 
 if TYPE_CHECKING:
+    from fleet_worker.ops.waiting_notice import WaitingNotice
     from fleet_worker.protocol.reply import Delta
     from fleet_worker.settings import Settings
 
@@ -141,6 +143,7 @@ def reload() -> None:
 @_QUEUE_TIMEOUT
 def chat(model: str, prompt: str, system: str | None, stream: bool, **options: Any) -> None:
     """Send PROMPT to MODEL and print the answer. `-` reads the prompt from standard input."""
+    from fleet_worker.ops.waiting_notice import WaitingNotice
     from fleet_worker.router.router import Router
     from fleet_worker.terminal import standard_input
 
@@ -148,19 +151,20 @@ def chat(model: str, prompt: str, system: str | None, stream: bool, **options: A
         raise InvalidRequest("the prompt is empty")
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": text})
-    with Router(_settings(), patient=False) as router:
+    with Router(_settings(), patient=False) as router, WaitingNotice(router, model) as notice:
         if stream:
             with router.stream_chat(model, messages, **options) as deltas:
-                _print_stream(deltas)
+                _print_stream(deltas, notice)
         else:
             click.echo(router.chat(model, messages, **options).content or "")
 
 
-def _print_stream(deltas: Iterable[Delta]) -> None:
+def _print_stream(deltas: Iterable[Delta], notice: WaitingNotice) -> None:
     """End the line also if the stream fails, so that the error begins on a new one."""
     started = False
     try:
         for delta in deltas:
+            notice.cancel()
             if delta.content:
                 click.echo(delta.content, nl=False)
                 started = True
@@ -178,11 +182,12 @@ def _print_stream(deltas: Iterable[Delta]) -> None:
 @_QUEUE_TIMEOUT
 def embed(model: str, texts: tuple[str, ...], **options: Any) -> None:
     """Embed TEXTS with MODEL: one line of JSON for each. `-` reads one text from each line of standard input."""
+    from fleet_worker.ops.waiting_notice import WaitingNotice
     from fleet_worker.router.router import Router
     from fleet_worker.terminal import lines, standard_input
 
     inputs = lines(standard_input()) if texts == ("-",) else list(texts)
-    with Router(_settings(), patient=False) as router:
+    with Router(_settings(), patient=False) as router, WaitingNotice(router, model):
         vectors = router.embed(model, inputs, **options).vectors
     for text, vector in zip(inputs, vectors, strict=True):
         click.echo(json.dumps({"input": text, "embedding": vector}, ensure_ascii=False))
@@ -216,6 +221,14 @@ _EXIT_CODES = {
 def _hint(error: FleetError) -> str:
     if not isinstance(error, BrokerUnavailable):
         return ""
+    if _up_runs_broker():
+        return ": fleet-worker up runs it on this host: start that, or look at its log"
     advice = str(error.metadata.get("advice", "is it running? If it is, correct broker_url"))
     file = config_path() or "the file that --config or FLEET_CONFIG names, which is not set"
     return f": {advice.replace('broker_url', f'broker_url (FLEET_BROKER_URL, or in {file})')}"
+
+
+def _up_runs_broker() -> bool:
+    with suppress(ConfigurationError):
+        return _settings().up.broker
+    return False

@@ -144,7 +144,10 @@ def exposure(settings: Settings) -> Iterator[Finding]:
         yield Finding("warning", found, advice)
     if not uses_tls(broker_url):
         found = "no TLS: everyone on the network can read requests and replies"
-        advice = f"set up TLS at the broker, and start broker_url with {secure(url.scheme)}://"
+        advice = (
+            f"set up TLS at the broker, and start broker_url with {secure(url.scheme)}://; the broker of quickstart "
+            "has none: keep it in a network that you trust, or move to a broker of your own (docker/README.md)"
+        )
         yield Finding("warning", found, advice)
 
 
