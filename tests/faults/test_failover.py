@@ -113,6 +113,7 @@ def seconds_of(told):
     return delivered / len(told.expected) * NATURAL * INTERVAL
 
 
+@pytest.mark.rest
 @any_broker
 def test_each_interruption_is_told_where_it_was(fleet, router):
     """The caller sees a marker in the stream, and in the end which nodes it was that worked for him."""

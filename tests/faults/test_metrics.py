@@ -44,6 +44,7 @@ def configured():
         yield {"FLEET_CONFIG": str(config), "FLEET_STATE_DIR": folder, **broker}
 
 
+@pytest.mark.rest
 def test_a_scrape_does_not_wait_for_a_frozen_broker_and_a_killed_node_is_gone():
     with SimulatedMLX(models=[CHAT]) as mlx, Valkey() as broker:
         instances = {"sim": {"base_url": mlx.base_url, "models": {CHAT: {}}}}

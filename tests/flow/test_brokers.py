@@ -158,7 +158,6 @@ def test_two_nodes_of_two_slots_hold_exactly_four_of_eight_tasks(broker):
             assert all(call.result(20).content for call in calls)
 
 
-@pytest.mark.both_brokers
 def test_what_a_node_still_owes_a_router_that_is_gone_expires(paced, broker):
     """The router dies without a word while its stream runs: the node goes on writing to its queue."""
     asking = (

@@ -74,6 +74,7 @@ def test_a_server_that_falls_silent_is_left_at_the_deadline_too(slow, connected)
     connected.chat(CHAT, HELLO, max_tokens=1, timeout=20)  # the slot is free again
 
 
+@pytest.mark.rest
 def test_work_for_a_dead_server_waits_for_it_until_its_deadline(slow, router):
     slow.kill()
     with pytest.raises((InstanceUnavailable, Expired)):  # three attempts in the moment before the node knows, or none

@@ -168,6 +168,7 @@ def test_a_node_that_has_not_begun_yet_is_named_too(run, broker):
     assert [line.split()[1] for line in error.splitlines()] == ["late@attic"]
 
 
+@pytest.mark.rest
 def test_the_name_of_a_host_is_no_pattern(run):
     patterns = ["*", "min?", "min.", "min(i)", "mini|attic", "ini"]
     code, said, error = run("drain", *patterns)

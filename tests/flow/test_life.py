@@ -25,6 +25,7 @@ def started(broker, config):
     return child("one@test", command, environment)
 
 
+@pytest.mark.rest
 def test_the_second_node_of_a_name_ends_with_a_clear_error(broker, server, tmp_path):
     instance = {"base_url": server.base_url, "models": {"m": {}}}
     config = tmp_path / "worker.toml"

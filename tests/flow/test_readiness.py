@@ -144,6 +144,7 @@ def test_work_waits_in_its_lane_while_the_only_server_of_it_is_away(router, serv
         assert waiting.result(20).node == "one@test"
 
 
+@pytest.mark.rest
 @any_broker
 def test_a_server_that_answers_late_is_left_alone_until_it_answers(router, servers):
     servers["one"].fail(Fault(**SLOW_HEALTH))

@@ -284,6 +284,7 @@ def test_a_node_that_cannot_begin_does_not_go_on_as_some_other_worker(configured
     assert_gave_up(run("celery -A fleet_worker worker -n registry@%h"), 78, "state_dir", node="registry")
 
 
+@pytest.mark.rest
 def test_a_server_that_is_down_is_waited_for_and_then_named(configured):
     url = f"http://127.0.0.1:{free_port()}"
     configured("[worker]\nstart_timeout = 1", local={"base_url": url})
@@ -294,6 +295,7 @@ def test_a_server_that_is_down_is_waited_for_and_then_named(configured):
     assert_gave_up(done, 69, url, "within 1 s")
 
 
+@pytest.mark.rest
 def test_a_server_that_serves_nothing_is_a_matter_of_configuration(configured):
     with SimulatedMLX(flavour="vllm_batched", listed=[], api_key=API_KEY) as empty:
         configured(local={"base_url": empty.base_url})
@@ -391,6 +393,7 @@ def worker(line):
         assert_discreet(process.output)
 
 
+@pytest.mark.rest
 def test_a_server_at_a_usual_port_is_found(configured):
     if in_use(8000) or in_use(8080):
         pytest.skip("something listens at port 8000 or 8080 of this machine")

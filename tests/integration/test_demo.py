@@ -151,7 +151,7 @@ INTERRUPTIONS = [
     pytest.param(signal.SIGTERM, BROKER, 143, marks=pytest.mark.rest),
     pytest.param(signal.SIGINT, PREPARING, 130, marks=pytest.mark.rest),
     (signal.SIGHUP, PREPARING, 129),
-    (signal.SIGTERM, CHATTING, 143),
+    pytest.param(signal.SIGTERM, CHATTING, 143, marks=pytest.mark.rest),
 ]
 
 

@@ -152,6 +152,7 @@ def test_nothing_can_be_changed_through_it(flower):
     assert flower.alive() == {NODE}
 
 
+@pytest.mark.rest
 def test_the_registry_node_of_a_host_is_shown_with_its_tasks(flower, broker_url, mlx):
     beats = {"FLEET_REGISTRY__READINESS_INTERVAL": "0.5", "FLEET_REGISTRY__MODELS_INTERVAL": "0.5"}
     with running_host(broker_url, {"two": {"base_url": mlx.base_url, "models": {CHAT: {}}}}, env=beats):

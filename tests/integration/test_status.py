@@ -132,6 +132,7 @@ def test_its_json_is_one_object(host, unserved, broker_url):
     assert 0 < marked["oldest_age"] < WITHIN
 
 
+@pytest.mark.rest
 def test_a_watch_goes_on_until_ctrl_c(host, broker_url):
     """In JSON it is an object per line."""
     with watched(broker_url, "--watch", "0.1") as tables, watched(broker_url, "--json", "--watch", "0.1") as in_json:
