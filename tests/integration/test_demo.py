@@ -174,7 +174,7 @@ def test_with_a_gateway_it_serves_any_client_until_ctrl_c(folder):
     with started([*SIMULATED, "--gateway"]) as (process, output):
         said = read(output, until="Ctrl-C stops everything.")
         family = descendants(process.pid)
-        commands = [line for line in said.splitlines() if line.startswith(("curl ", "python "))]
+        commands = [line for line in said.splitlines() if line.startswith(("curl ", "python3 "))]
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         for command in commands:
             ran = subprocess.run(command, shell=True, capture_output=True, text=True, env={**os.environ, "PATH": path})
