@@ -96,7 +96,7 @@ def test_a_model_may_have_another_one_for_tools(tmp_path):
 
 @pytest.mark.parametrize("variable", ["HF_HUB_CACHE", "HF_HOME", "HOME"])
 def test_it_lies_in_the_hugging_face_cache(tmp_path, monkeypatch, variable):
-    for name in ("HF_HUB_CACHE", "HF_HOME"):
+    for name in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, str(tmp_path))
     hub = tmp_path / {"HF_HUB_CACHE": "", "HF_HOME": "hub", "HOME": ".cache/huggingface/hub"}[variable]

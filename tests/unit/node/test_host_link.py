@@ -4,7 +4,7 @@ import socket
 import tempfile
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -99,8 +99,9 @@ class Up:
 
     def _read(self, connection):
         buffer = LineBuffer()
-        while data := connection.recv(65536):
-            self.news += [TO_UP.validate_json(line) for line in buffer.feed(data)]
+        with suppress(OSError):  # it was closed
+            while data := connection.recv(65536):
+                self.news += [TO_UP.validate_json(line) for line in buffer.feed(data)]
 
     def tell(self, make, *arguments):
         """Give the next order, and return when it was taken."""
