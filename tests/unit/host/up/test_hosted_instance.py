@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from fleet_worker.host import node_process
 from fleet_worker.host.node_process import NEVER, Backoff
 from fleet_worker.host.up import hosted_instance as module
 from fleet_worker.host.up.hosted_instance import HostedInstance
@@ -251,13 +252,15 @@ def test_each_connection_of_a_node_hears_the_order_that_counts(scene):
     assert one.client.orders == [Pause("away", "user", 5.0, 1)]
 
 
-def test_an_instance_that_leaves_ends_its_node_and_then_its_server(scene):
+def test_an_instance_that_leaves_ends_its_node_and_then_its_server(scene, monkeypatch):
     """And is gone when both have ended."""
     one = scene()
     one.serve()
+    monkeypatch.setattr(node_process, "terminate", lambda _: None)  # it ends when the test says so
     one.hosted.leave(30.0)
     one.act()
     assert one.server.heard == ["start"]
+    one.processes[0].kill()
     one.processes[0].wait(5)
     one.act()
     assert one.server.heard == ["start", "stop"]
