@@ -4,7 +4,7 @@ May import: `protocol` and what is below it. The room `up` is `fleet-worker up` 
 it, and `availability` watches whether the owner needs the host. Beside them, in reading order:
 
 - the processes and what they hold: `child_process`, `node_process`, `parent_pipe`, `file_lock`, `private_file`,
-  `lossy_output`
+  `lossy_output`, `state_socket`
 - how others talk to `up`: `up_socket`
 - the broker of a small fleet: `embedded_broker`
 - what in a configuration may be a mistake: `variables`, `unserved`

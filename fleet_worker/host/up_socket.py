@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import selectors
 import socket
 import threading
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from fleet_worker.errors import ConfigurationError
+from fleet_worker.host import state_socket
 from fleet_worker.host.file_lock import holder
 from fleet_worker.protocol.host_messages import (
     FROM_UP,
@@ -35,8 +34,6 @@ from fleet_worker.settings import Settings
 
 log = logging.getLogger(__name__)
 
-LONGEST_PATH = 100
-"""Bytes of a Unix socket's path: macOS allows 104, Linux 108."""
 SEND_WITHIN = 2.0  # seconds
 RECONNECT_AFTER = (0.1, 1.0)
 """Seconds between two tries to connect: the first pause, which doubles, and the longest."""
@@ -56,10 +53,7 @@ def socket_path(state_dir: Path, host: str) -> Path:
     Raises:
         ConfigurationError: the path is too long for a Unix socket.
     """
-    path = state_dir / f"up-{host}.sock"
-    if len(os.fsencode(path)) > LONGEST_PATH:
-        raise ConfigurationError("state_dir: the path is too long for a socket in it, choose a shorter one")
-    return path
+    return state_socket.path_of(state_dir, f"up-{host}")
 
 
 def ask(settings: Settings, message: Restart | Reload, within: float) -> Done:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
 import socket
 import threading
 import time
@@ -21,6 +20,7 @@ from typing import Annotated, Any
 from pydantic import TypeAdapter, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 
 from fleet_worker.errors import ConfigurationError
+from fleet_worker.host import state_socket
 from fleet_worker.mlx.offering import Offering
 from fleet_worker.protocol.cache_digest import CacheDigest
 from fleet_worker.protocol.status import InstanceStatus, ModelStatus
@@ -33,8 +33,6 @@ SOON_APART = 0.25
 SILENT_AFTER = 3.5
 """Seconds without a report after which a node counts as frozen."""
 LONGEST_LINE = 1024 * 1024  # bytes
-LONGEST_PATH = 100
-"""Bytes of a Unix socket's path: macOS allows 104, Linux 108."""
 
 
 def _none_if_invalid(value: Any, validate: ValidatorFunctionWrapHandler) -> CacheDigest | None:
@@ -82,10 +80,7 @@ def socket_path(state_dir: Path, host: str) -> Path:
     Raises:
         ConfigurationError: the path is too long for a Unix socket.
     """
-    path = state_dir / f"{host}.sock"
-    if len(os.fsencode(path)) > LONGEST_PATH:
-        raise ConfigurationError("state_dir: the path is too long for a socket in it, choose a shorter one")
-    return path
+    return state_socket.path_of(state_dir, host)
 
 
 class StatusClient:
@@ -168,7 +163,7 @@ class StatusServer:
         self._lock = threading.Lock()
         self._reports: dict[socket.socket, NodeReport] = {}
         self._closed = False
-        self._socket = _listen(path)
+        self._socket = state_socket.listen(path, make_free=_check_free, backlog=64)
         self._thread = threading.Thread(target=self._accept, name="fleet-status-server", daemon=True)
         self._thread.start()
 
@@ -224,22 +219,6 @@ class StatusServer:
 def _published_at_once(report: NodeReport) -> tuple[Any, ...]:
     """What routers must learn without delay; the figures can wait for the next beat."""
     return report.instance.status, report.instance.reason, report.instance.lanes, report.models
-
-
-def _listen(path: Path) -> socket.socket:
-    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _check_free(path)
-        listening.bind(str(path))
-        path.chmod(0o600)
-        listening.listen(64)
-    except Exception as error:
-        listening.close()
-        if isinstance(error, OSError):
-            raise ConfigurationError(f"state_dir: {path} cannot be created: {error.strerror}") from None
-        raise
-    return listening
 
 
 def _check_free(path: Path) -> None:

@@ -81,9 +81,9 @@ def decode(line: str) -> Invitation:
     line = re.sub(r"\s[-–—]+\w+", "", line)  # its options, with what chat programs make of hyphens
     word = re.sub(r"\s", "", line).strip("'\"`")
     version = re.match(r"(fleet\d{1,4})P", word, re.IGNORECASE)  # P: the first letter of all that is packed
-    if not version:
+    if not version and not word.lower().startswith(VERSION):
         raise ConfigurationError(f"this is no invitation, which begins with {VERSION}: copy the whole line")
-    if version[1].lower() != VERSION:
+    if version and version[1].lower() != VERSION:
         text = f"the invitation is of another version, {version[1]}: install the same fleet-worker on both hosts"
         raise ConfigurationError(text)
     try:

@@ -15,7 +15,7 @@ from typing import get_args
 
 from pydantic import ValidationError
 
-from fleet_worker.errors import ConfigurationError
+from fleet_worker.host import state_socket
 from fleet_worker.host.up_socket import LineBuffer
 from fleet_worker.protocol.host_messages import (
     LONGEST_LINE,
@@ -136,7 +136,8 @@ class UpServer:
         Raises:
             ConfigurationError: the socket cannot be created.
         """
-        new = _listen(path)
+        new = state_socket.listen(path, make_free=_remove, backlog=MOST_CLIENTS)
+        new.setblocking(False)
         self._stop_listening()
         self._path, self._socket = path, new
         self._selector.register(new, selectors.EVENT_READ, lambda _events: self._accept(new))
@@ -212,16 +213,5 @@ def _read(line: bytes) -> ToUp | None:
         raise
 
 
-def _listen(path: Path) -> socket.socket:
-    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        listening.bind(str(path))
-        path.chmod(0o600)
-        listening.listen(MOST_CLIENTS)
-        listening.setblocking(False)
-    except OSError as error:
-        listening.close()
-        raise ConfigurationError(f"state_dir: {path} cannot be created: {error.strerror}") from None
-    return listening
+def _remove(path: Path) -> None:
+    path.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from fleet_worker.errors import ConfigurationError
+from fleet_worker.host import state_socket
 from fleet_worker.mlx.offering import offerings_of
 from fleet_worker.protocol.cache_digest import CacheDigest
 from fleet_worker.protocol.status import InstanceStatus, ModelStatus
@@ -293,7 +294,8 @@ class Aborting:
 
 
 def test_a_node_that_disconnects_too_early_does_not_keep_the_others_out(path, monkeypatch):
-    monkeypatch.setattr(module, "_listen", lambda path, listen=module._listen: Aborting(listen(path)))
+    listen = state_socket.listen
+    monkeypatch.setattr(state_socket, "listen", lambda *given, **options: Aborting(listen(*given, **options)))
     reports = Heard(path)
     with reporting(path):
         assert list(reports.changed(1)) == ["local"]

@@ -66,6 +66,11 @@ def test_a_part_of_it_is_damaged(cut):
     assert "is damaged: copy the whole line again" in refused(WORD[:cut])
 
 
+@pytest.mark.parametrize("line", ["fleet1", "fleet1XYZ", "fleet-worker join FLEET1 --up"])
+def test_what_begins_like_one_is_damaged(line):
+    assert "is damaged: copy the whole line again" in refused(line)
+
+
 def test_another_version_is_told():
     assert "of another version, fleet2: install the same" in refused(WORD.replace("fleet1", "fleet2"))
 

@@ -7,26 +7,13 @@ import pytest
 import redis
 
 from fleet_worker.errors import BrokerUnavailable, ConfigurationError
-from fleet_worker.host.child_process import child, free_port
-from fleet_worker.host.embedded_broker import READY, broker_command, folder
+from fleet_worker.host.child_process import free_port
+from fleet_worker.host.embedded_broker import folder
 from fleet_worker.settings import Settings
 from fleet_worker.setup import single_use
 from fleet_worker.setup.invite import invite
 from fleet_worker.setup.own_names import own_address, own_host
 from fleet_worker.setup.single_use import redeem
-
-PASSWORD = "hush-hush"
-
-
-@pytest.fixture(scope="module")
-def fleet(tmp_path_factory):
-    """The settings of the host that runs the broker."""
-    up = {"broker": True, "address": "127.0.0.1"}
-    url = f"redis://:{PASSWORD}@127.0.0.1:{free_port()}/0"
-    settings = Settings(broker_url=url, up=up, state_dir=tmp_path_factory.mktemp("state"), max_body_bytes=4096)
-    with child("broker", [*broker_command(settings), "--loglevel", "notice"]) as process:
-        process.wait_for(READY, 20)
-        yield settings
 
 
 @pytest.fixture
@@ -45,20 +32,20 @@ def refused(invitation):
     return caught.value.message
 
 
-def test_it_gives_what_the_other_host_needs_once(fleet):
+def test_it_gives_what_the_other_host_needs_once(fleet, password):
     invitation = invite(fleet)
-    assert PASSWORD not in str(invitation.model_dump())
+    assert password not in str(invitation.model_dump())
     membership = redeem(invitation)
     assert (membership.broker_url, membership.max_body_bytes) == (fleet.broker_url, 4096)
     assert "it was used, or is older than 10 minutes" in refused(invitation)
 
 
-def test_the_broker_keeps_nothing_that_shows_the_account(fleet, client):
+def test_the_broker_keeps_nothing_that_shows_the_account(fleet, client, password):
     invitation = invite(fleet)
-    assert PASSWORD.encode() not in client.get(f"fleet-invitation:{invitation.id}")
+    assert password.encode() not in client.get(f"fleet-invitation:{invitation.id}")
     client.execute_command("CONFIG", "SET", "appendfsync", "always")
     redeem(invitation)
-    assert not [file for file in folder(fleet).rglob("*") if file.is_file() and PASSWORD.encode() in file.read_bytes()]
+    assert not [file for file in folder(fleet).rglob("*") if file.is_file() and password.encode() in file.read_bytes()]
 
 
 def test_a_router_gets_the_secret_of_affinity_too(fleet):

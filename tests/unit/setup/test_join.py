@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from fleet_worker.errors import BrokerUnavailable, ConfigurationError
-from fleet_worker.host.child_process import child, free_port
-from fleet_worker.host.embedded_broker import READY, broker_command
+from fleet_worker.host.child_process import free_port
 from fleet_worker.ops.findings import Finding
 from fleet_worker.settings import Settings
 from fleet_worker.setup.invitation import Invitation, Membership
@@ -19,19 +18,7 @@ from fleet_worker.simulator import SimulatedMLX
 from tests.brokers import Valkey
 from tests.commands import fleet_worker
 
-PASSWORD = "hush-hush"
 KNOWN = WorkerFile("", "mini-2")
-
-
-@pytest.fixture(scope="module")
-def fleet(tmp_path_factory):
-    """The settings of the host that runs the broker."""
-    up = {"broker": True, "address": "127.0.0.1"}
-    url = f"redis://:{PASSWORD}@127.0.0.1:{free_port()}/0"
-    settings = Settings(broker_url=url, up=up, state_dir=tmp_path_factory.mktemp("state"), max_body_bytes=4096)
-    with child("broker", [*broker_command(settings), "--loglevel", "notice"]) as process:
-        process.wait_for(READY, 20)
-        yield settings
 
 
 @pytest.fixture
@@ -82,7 +69,7 @@ def test_where_the_name_of_the_broker_is_not_known_its_address_is_used(fleet, pa
 
 
 def test_a_broker_that_does_not_answer_is_told_and_leaves_no_file(path):
-    invitation = Invitation(broker_url=f"redis://127.0.0.1:{free_port()}/0", id="00", secret=PASSWORD)
+    invitation = Invitation(broker_url=f"redis://127.0.0.1:{free_port()}/0", id="00", secret="hush-hush")
     with pytest.raises(BrokerUnavailable, match="does not run: nothing listens there") as raised:
         join(invitation.encode(), path, KNOWN)
     assert "broker_url" not in raised.value.metadata["advice"]
@@ -127,19 +114,19 @@ def server(monkeypatch):
         yield mlx
 
 
-def test_the_line_that_invite_prints_makes_a_host_join_with_its_servers(of_fleet, server, path, monkeypatch):
+def test_the_line_that_invite_prints_makes_a_host_join_with_its_servers(of_fleet, server, path, monkeypatch, password):
     invited = fleet_worker(f"invite {of_fleet}")
     assert invited.stdout.startswith("fleet-worker join fleet1")
     assert invited.stdout.endswith(" --up\n")
     assert "once, within 10 minutes" in invited.stderr
-    assert PASSWORD not in invited.stdout + invited.stderr
+    assert password not in invited.stdout + invited.stderr
     joined = fleet_worker(f"join - --yes --host mini-2 --output {path}", given=invited.stdout.replace(" --up", ""))
     assert joined.returncode == 0, joined
     assert "mini-2 belongs to the fleet at 127.0.0.1:" in joined.stdout
     assert f"local: qwen3-14b at {server.base_url}" in joined.stdout
     assert "it sleeps at night" in joined.stdout
     assert "all is well" not in joined.stdout
-    assert PASSWORD not in joined.stdout + joined.stderr
+    assert password not in joined.stdout + joined.stderr
     assert list(of_file(path, monkeypatch).serving()) == ["local"]
 
 
