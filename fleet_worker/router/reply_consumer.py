@@ -107,7 +107,7 @@ class ReplyConsumer:
         if self._decided.is_set():
             self._give_up()
             raise self._unavailable("cannot be used", retryable=False)
-        raise self._unavailable(f"did not answer within {timeout:.3g} s")
+        raise self._unavailable(f"did not answer within {round(timeout, 1):g} s")
 
     @property
     def away_for(self) -> float:

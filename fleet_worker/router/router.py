@@ -223,7 +223,7 @@ class Router:
         if session and not session.is_closed:
             began -= patience - session.require_broker(patience)
         if not self._connecting.acquire(timeout=max(0.0, began + patience - time.monotonic())):
-            said = f"did not answer within {patience:.3g} s"
+            said = f"did not answer within {round(patience, 1):g} s"
             raise unavailable(self._settings.broker_url, said, "no answer", retryable=True)
         try:
             return self._open(patience, began)

@@ -77,7 +77,7 @@ class Submitter:
         except BROKER_ERRORS as error:
             broker = self._app.conf.broker_url
             if is_away(error) or isinstance(error, LimitExceeded):
-                said = f"did not take the request within {patience:.3g} s"
+                said = f"did not take the request within {round(patience, 1):g} s"
                 raise unavailable(broker, said, error, retryable=True) from None
             raise unavailable(broker, "refused the request", error) from None
 
