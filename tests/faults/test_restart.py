@@ -18,7 +18,7 @@ RATE = 10
 
 @pytest.fixture(scope="module")
 def hosts(broker):
-    with Hosts(broker.url, 2, natural=60, grace=1.0, token_interval=0.04) as hosts:
+    with Hosts(broker.url, 2, natural=200, grace=1.0, token_interval=0.04) as hosts:
         yield hosts
 
 
@@ -32,7 +32,7 @@ def router(broker, hosts):
 # The servers first: a node that has just begun is not restarted yet.
 @pytest.mark.parametrize(("options", "what"), [(("--server",), "has a restarted MLX server"), ((), "was restarted")])
 def test_no_request_fails_while_the_whole_fleet_restarts(hosts, router, options, what):
-    with Load(router, hosts, RATE) as load, Crowd(router, hosts, at_once=2) as crowd:
+    with Load(router, hosts, RATE) as load, Crowd(router, hosts, at_once=4) as crowd:
         crowd.wait_for_pieces(20)
         done = hosts.run("restart", "--all", *options)
     assert (done.returncode, done.stderr) == (0, "")

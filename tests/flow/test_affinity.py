@@ -80,7 +80,7 @@ def test_later_turns_begin_in_half_the_time_that_they_need_without_affinity(brok
     with minis(broker.url, 4, prefill_rate=2 * PREFILL_RATE) as fleet:
         for affinity in (False, True):
             with routers(fleet, 2, affinity=affinity) as made:
-                turns = later(talk(fleet, made, 8, 4, 0.75))
+                turns = later(talk(fleet, made, 8, 4, 1.5))
                 ttft[affinity] = statistics.fmean(turn.ttft for turn in turns)
     assert statistics.fmean(turn.cached_share > 0.5 for turn in turns) >= 0.95
     assert ttft[True] <= ttft[False] / 2
