@@ -31,7 +31,8 @@ def all_faults(values: dict[str, Any]) -> list[Fault]:
     taken_out: dict[Place, set[int | str]] = {}
     """What of each table."""
     for _ in range(MOST_LOOKS):
-        seen = _look(values)
+        if not (seen := _look(values)):
+            break
         found |= {fault: None for fault in seen if not _names(fault, taken_out.get(fault[0], ()))}
         for *table, name in [place for fault in seen for place in _take_out(values, *fault)]:
             taken_out.setdefault(tuple(table), set()).add(name)
@@ -40,7 +41,7 @@ def all_faults(values: dict[str, Any]) -> list[Fault]:
 
 def _look(values: dict[str, Any]) -> list[Fault]:
     try:
-        _Given(**{"values": values})
+        _Given(values)
     except ConfigurationError as error:
         return list(error.metadata["faults"])
     return []
@@ -48,6 +49,9 @@ def _look(values: dict[str, Any]) -> list[Fault]:
 
 class _Given(Settings):
     """Settings whose values are one argument: as arguments, some names of a file would mean something else."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        super().__init__(values=values)
 
     @classmethod
     def settings_customise_sources(cls, settings_cls: type[BaseSettings], *_: Any, **sources: Any) -> Any:
