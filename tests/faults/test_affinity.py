@@ -23,7 +23,7 @@ PROMPT = 3_000
 WITHIN = LOST_AFTER + ACCEPT_TIMEOUT + 1.0
 """Seconds until a request is answered elsewhere, without what the server there needs for it."""
 
-pytestmark = [pytest.mark.rest, pytest.mark.timeout(60)]
+pytestmark = pytest.mark.rest
 
 
 class Pair:

@@ -14,7 +14,6 @@ from tests.mlx_clients import until
 
 pytestmark = [
     pytest.mark.rest,
-    pytest.mark.timeout(60),
     any_broker,
 ]
 
