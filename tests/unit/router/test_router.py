@@ -268,6 +268,11 @@ def test_every_method_takes_the_body_of_a_client(fleet, name):
     assert request.encode()["params"] == ({"messages": HELLO, "max_tokens": 5} if is_chat else {"input": ["a"]})
 
 
+def test_if_away_is_one_of_two_words(fleet, ask):
+    with pytest.raises(InvalidRequest, match='if_away: must be "wait" or "refuse"'):
+        ask(fleet, if_away="leave")
+
+
 def test_on_interrupt_is_one_of_two_words(fleet, ask):
     with pytest.raises(InvalidRequest, match="on_interrupt"):
         ask(fleet, on_interrupt="retry")
