@@ -149,7 +149,7 @@ class Registry:
     def is_settled(self) -> bool:
         """Return whether all hosts have had time to tell their status since the router connected, or reconnected: after
         a broker that was away they may do so later than it."""
-        return self.has_heard and self._clock() >= self._asked_at + SETTLED_AFTER
+        return self._clock() >= self._asked_at + SETTLED_AFTER
 
     def wait_for_answers(self) -> Registry:
         """Wait until the hosts have answered a new router, at most `ALL_ANSWERS_WITHIN` seconds after it asked."""
