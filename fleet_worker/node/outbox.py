@@ -91,11 +91,8 @@ def _is_small(frame: Deltas) -> bool:
     if len(frame.deltas) > MOST_DELTAS:
         return False
     for delta in frame.deltas:  # several times as fast as any()
-        if (
-            delta.tool_calls
-            or len(delta.content or "") > MOST_CHARACTERS
-            or len(delta.reasoning or "") > MOST_CHARACTERS
-        ):
+        characters = len(delta.content or "") + len(delta.reasoning or "")
+        if characters > MOST_CHARACTERS or delta.tool_calls:
             return False
     return True
 
