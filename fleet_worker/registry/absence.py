@@ -25,7 +25,7 @@ def are_away(offered: Sequence[Offered]) -> bool:
 
 
 def is_busy(offered: Offered) -> bool:
-    """Return whether it is not ready, and works nevertheless: some servers do not answer while they read a long prompt."""
+    """Return whether it is not ready, but works: some servers do not answer while they read a long prompt."""
     return offered.instance.status in ("degraded", "unavailable") and offered.instance.running > 0
 
 
