@@ -61,6 +61,16 @@ def read() -> dict[str, Any]:
     return read_toml(path, MOST_BYTES, of=NAMED_BY) if path else {}
 
 
+def tables(name: str) -> dict[str, Any]:
+    """Return the tables of the file that stand under a name, as `instances`; none if that is something else.
+
+    Raises:
+        ConfigurationError: the file cannot be read.
+    """
+    found = read().get(name)
+    return found if isinstance(found, dict) else {}
+
+
 def read_toml(path: Path, most_bytes: int, *, of: str) -> dict[str, Any]:
     """Return the content of a TOML file; which the setting `of` names; raises `ConfigurationError`."""
     try:

@@ -3,6 +3,7 @@ the request or the answer."""
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,8 @@ from fleet_worker.gateway.accounts.ledger_file import Row
 from fleet_worker.gateway.http.response import Header
 from fleet_worker.protocol.reply import CacheOutcome, ChatResponse, EmbedResponse, Usage
 from fleet_worker.router.progress import Progress
+
+_NOT_PRINTABLE = re.compile(r"[^ -~]")
 
 
 @dataclass(slots=True)
@@ -83,15 +86,15 @@ class Facts:
     def headers(self) -> list[Header]:
         """What was asked, what answers, and what is left."""
         fields = {
-            "x-fleet-requested-model": self.model_asked,
-            "x-fleet-model": self.model,
-            "x-fleet-node": self.node,
-            "x-fleet-attempts": self.attempts or None,
-            "x-fleet-resumed": str(self.resumed).lower() if self.attempts else None,
-            "x-fleet-cache": self.cache,
-            "server-timing": self._timing() or None,
+            b"x-fleet-requested-model": self.model_asked,
+            b"x-fleet-model": self.model,
+            b"x-fleet-node": self.node,
+            b"x-fleet-attempts": str(self.attempts) if self.attempts else None,
+            b"x-fleet-resumed": str(self.resumed).lower() if self.attempts else None,
+            b"x-fleet-cache": self.cache,
+            b"server-timing": self._timing() or None,
         }
-        own = [(name.encode(), _printable(str(value))) for name, value in fields.items() if value is not None]
+        own = [(name, _printable(value).encode("ascii")) for name, value in fields.items() if value is not None]
         return [*own, *self.limits]
 
     def line(self, request_id: str) -> str:
@@ -147,9 +150,9 @@ def _rounded(seconds: float | None) -> float | None:
 
 
 def _word(value: object) -> str:
-    return _printable(str(value)).decode("ascii").replace(" ", "_")
+    return _printable(str(value)).replace(" ", "_")
 
 
-def _printable(text: str) -> bytes:
-    """Return a header value. A model may have any name."""
-    return "".join(c if " " <= c <= "~" else "?" for c in text[:255]).encode("ascii")
+def _printable(text: str) -> str:
+    """Return what can be a header value. A model may have any name."""
+    return _NOT_PRINTABLE.sub("?", text[:255])

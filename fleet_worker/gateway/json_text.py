@@ -12,9 +12,12 @@ __all__ = ["compact", "quoted", "server_sent"]
 # some clients split a stream of events.
 
 
+_encoder = json.JSONEncoder(separators=(",", ":"))
+
+
 def compact(value: Any) -> str:
     """Return JSON without spaces."""
-    return json.dumps(value, separators=(",", ":"))
+    return _encoder.encode(value)
 
 
 def server_sent(value: Any, event: str = "") -> bytes:

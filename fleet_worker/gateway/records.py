@@ -77,4 +77,7 @@ def _metrics(dropped: Callable[[], int], are_quotas_shared: Callable[[], bool]) 
 
 def shown(path: str) -> str:
     """Return a path for a log or an error: without what looks like a key."""
-    return _KEY.sub("sk-...", "".join(c if c.isprintable() else "?" for c in path[:100]))
+    path = path[:100]
+    if not path.isprintable():
+        path = "".join(c if c.isprintable() else "?" for c in path)
+    return _KEY.sub("sk-...", path)

@@ -13,7 +13,7 @@ def unserved(settings: Settings) -> Iterator[str]:
 
     Of one that only variables name, `mistyped` tells more.
     """
-    in_file = config_file.read().get("instances", {})
+    in_file = config_file.tables("instances")
     for name, instance in settings.instances.items():
         if name not in in_file:
             continue

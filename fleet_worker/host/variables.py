@@ -28,7 +28,7 @@ def mistyped(settings: Settings) -> Iterator[str]:
     not opted in, the name of another was meant.
     """
     known = [f"{PREFIX}{field.upper()}" for field in type(settings).model_fields]
-    in_file = list(config_file.read().get("instances", {}))
+    in_file = list(config_file.tables("instances"))
     for name in sorted(os.environ):
         group, _, rest = name.upper().partition("__")
         instance = rest.partition("__")[0].lower()

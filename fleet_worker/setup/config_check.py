@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import ValidationError
 
 from fleet_worker import config_file
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.host.unserved import unserved
-from fleet_worker.host.variables import mistyped
+from fleet_worker.host.variables import PREFIX, mistyped
 from fleet_worker.redaction import redacted_command, redacted_url
 from fleet_worker.settings import Instance, Settings
-from fleet_worker.setup.config_sources import variable_of, variables
+from fleet_worker.setup.config_faults import all_faults
+from fleet_worker.setup.config_sources import names_of_variables, values, variable_of, variables
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,17 +33,40 @@ def check() -> CheckResult:
     """Check the configuration that this process has. Nothing is asked over the network: `doctor` does that."""
     try:
         settings = Settings()
-    except ConfigurationError as error:
-        return CheckResult(faults=list(_faults(error)))
-    return CheckResult([], [*mistyped(settings), *unserved(settings)], list(_would_run(settings)))
+    except ConfigurationError:
+        return _check_faulty()
+    return CheckResult([], _warnings(settings), list(_would_run(settings)))
 
 
-def _faults(error: ConfigurationError) -> Iterator[str]:
-    """Yield each fault, with the variable that it is in; all others are in the file."""
-    message = error.message.removeprefix("configuration: ")
-    for place, text in error.metadata.get("faults", [((), message)]):
-        variable = variable_of(place)
-        yield f"{text} (in the variable {variable})" if variable else text
+def _check_faulty() -> CheckResult:
+    try:
+        given, not_json = values()
+    except ConfigurationError as error:  # the file cannot be read: nothing else is known
+        return CheckResult(faults=[error.message])
+    unread = [f"{PREFIX}{name.upper()}" for name in not_json]
+    names = {name: own for name, own in names_of_variables().items() if name not in unread}
+    faults = [f"a FLEET_ variable is not JSON: {name}, or one that begins so" for name in unread]
+    faults += [_with_variable(text, variable_of(place, names)) for place, text in all_faults(given)]
+    return CheckResult(faults, _warnings(_opt_ins(given)))
+
+
+def _with_variable(text: str, variable: str | None) -> str:
+    """Return the text of a fault, with the variable that it is in; all others are in the file."""
+    return f"{text} (in the variable {variable})" if variable else text
+
+
+def _warnings(settings: Settings) -> list[str]:
+    return [*mistyped(settings), *unserved(settings)]
+
+
+def _opt_ins(given: dict[str, Any]) -> Settings:
+    """Return settings that know nothing but which instances are served; those with a fault in that are not in it."""
+    tables = given.get("instances")
+    instances: dict[str, Instance] = {}
+    for name, table in tables.items() if isinstance(tables, dict) else ():
+        with suppress(ValidationError, TypeError):  # of what is no table
+            instances[name] = Instance.model_validate({key: table[key] for key in ("fleet", "usage") if key in table})
+    return Settings.model_construct(instances=instances)
 
 
 def _would_run(settings: Settings) -> Iterator[tuple[str, str]]:

@@ -32,8 +32,8 @@ class Entry:
 def entries(settings: Settings) -> list[Entry]:
     """Return all settings of this process, those of one table together."""
     found = list(_of_group((), settings, Sources()))
-    tables = list(dict.fromkeys(entry.place[:-1] for entry in found))
-    return sorted(found, key=lambda entry: tables.index(entry.place[:-1]))
+    order = {table: number for number, table in enumerate(dict.fromkeys(entry.place[:-1] for entry in found))}
+    return sorted(found, key=lambda entry: order[entry.place[:-1]])
 
 
 def _of_group(place: tuple[str, ...], group: BaseModel, sources: Sources) -> Iterator[Entry]:

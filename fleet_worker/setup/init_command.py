@@ -55,7 +55,7 @@ def init(
 
     Finds the MLX servers that run here. Without any, it proposes a command line for one, with the largest model of the
     local Hugging Face cache that fits into memory: fleet-worker up then runs it. On a terminal it asks; each answer is
-    an option, too.
+    an option, too. The exit code is 1 if the check finds an error; the file stays.
 
     \b
         fleet-worker init --broker redis://broker:6379/0 --yes

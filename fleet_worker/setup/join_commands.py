@@ -85,8 +85,9 @@ def join(
     """Join the fleet that printed LINE by `fleet-worker invite`. `-` reads the line from standard input.
 
     Writes worker.toml, which only you can read, with the MLX servers that run here, or else with a model of the local
-    Hugging Face cache that fits. Then checks everything, as `fleet-worker doctor` does. Without LINE it goes on with
-    the file of an earlier try that has found no server.
+    Hugging Face cache that fits. Then checks everything, as `fleet-worker doctor` does; the exit code is 1 if that
+    finds an error, and the file stays. Without LINE it goes on with the file of an earlier try that has found no
+    server.
     """
     from fleet_worker.setup import worker_file
 

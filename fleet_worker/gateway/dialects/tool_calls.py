@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from pydantic_core import from_json
@@ -46,7 +47,6 @@ class ToolCalls:
     """Reads the fragments of one answer. Servers leave out ids, or number calls from 1."""
 
     def __init__(self) -> None:
-        self._ids = f"call_{uuid.uuid4().hex[:20]}"  # not of the request's id: clients may use one for a conversation
         self._calls: dict[int, _Call] = {}
 
     def __len__(self) -> int:
@@ -70,6 +70,11 @@ class ToolCalls:
     def whole(self, calls: Iterable[dict[str, Any]]) -> list[Fragment]:
         """Return the calls of an answer that is complete, each as one piece."""
         return self.read({**call, "index": index} for index, call in enumerate(calls))
+
+    @cached_property
+    def _ids(self) -> str:
+        """What the ids have in common. It is not of the request's id: clients may use one for a conversation."""
+        return f"call_{uuid.uuid4().hex[:20]}"
 
     def _call(self, fragment: dict[str, Any]) -> _Call:
         key = fragment.get("index", len(self._calls))

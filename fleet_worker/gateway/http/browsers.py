@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 from collections.abc import Mapping
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 from fleet_worker.gateway.problems import refuse
@@ -36,6 +37,7 @@ def _is_of_this_machine(url: str) -> bool:
     return name.rpartition(".")[2] in _OF_THIS_MACHINE or name == socket.gethostname().lower() or _is_address(name)
 
 
+@lru_cache(100)
 def _is_address(name: str) -> bool:
     try:
         ipaddress.ip_address(name.partition("%")[0])

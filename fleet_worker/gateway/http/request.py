@@ -167,7 +167,7 @@ def parsed(content: bytes) -> dict[str, Any]:
     if json_values.has_more_values(content, json_values.MOST_VALUES):
         raise InvalidRequest(f"the body has more than {json_values.MOST_VALUES:,} values")
     try:
-        body = json.loads(content.decode("utf-8"), parse_constant=_refuse_constant)
+        body = _decoder.decode(content.decode("utf-8"))
     except RecursionError:
         raise InvalidRequest(f"the body is nested more than {json_values.MOST_LEVELS} levels deep") from None
     except ValueError:
@@ -199,6 +199,9 @@ _DECOMPRESS = {"gzip": _from_zlib, "deflate": _from_zlib, "zstd": _from_zstd}
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError
+
+
+_decoder = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def _request_id(given: str | None) -> str:

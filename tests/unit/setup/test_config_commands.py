@@ -1,11 +1,13 @@
 """`fleet-worker config`: the example, the check, and what is in force."""
 
 import json
+import time
 import tomllib
 
 import pytest
 
 from fleet_worker.settings import Settings
+from fleet_worker.setup.config_show import entries
 from tests.commands import fleet_worker
 from tests.documents import ROOT
 from tests.unit.test_cli import assert_refused
@@ -105,6 +107,92 @@ def test_all_faults_are_told_each_with_its_place(file, monkeypatch):
         "fault    instances.local.models.qwen2.5-7b: unknown key; a name with a dot needs quotes: "
         '[instances.local.models."qwen2.5-7b"]',
         "fault    hots: unknown key, the nearest that exists is host",
+        "warning  the instance 'local' is not served: its fleet needs enabled = true and respond_to_requests = true",
+    ]
+
+
+HIDDEN = {
+    "a rule about two settings, beside a fault of another one": (
+        "[router]\ntimeout = 900\nmax_timeout = 100\nmax_attempts = 0",
+        ["router.max_attempts: must be greater", "router: router.timeout must not exceed router.max_timeout"],
+    ),
+    "a rule about a setting that is wrong by itself": (
+        "[router]\ntimeout = 900\nmax_timeout = 'soon'",
+        ["router.max_timeout: must be a number"],
+    ),
+    "a rule of one instance, beside a fault of another one": (
+        "[instances.a]\nlimits.concurrency = 0\n[instances.b]\nmax_memory = '12 GB'",
+        ["instances.a.limits.concurrency: must be", "instances.b: max_memory is set, but serve is not"],
+    ),
+    "a rule about all instances, beside a fault of one": (
+        "[instances.a]\nserve = 'x'\nbase_url = 'http://127.0.0.1:80'\nlimits = 1\n"
+        "[instances.b]\nserve = 'x'\nbase_url = 'http://127.0.0.1:80'",
+        ["instances.a.limits: must be a table", "instances: b has the port of a"],
+    ),
+    "a rule that needs what is wrong": (
+        "[instances.a]\nserve = 5\nmax_memory = '12 GB'\nca = '{pem}'\nbase_url = 'hffp://h'",
+        ["instances.a.base_url: must be an http", "instances.a.serve: must be a text"],
+    ),
+    "what is no table": (
+        "instances = 1\nrouter = 'x'\n[gateway]\nhost = '0.0.0.0'",
+        ["router: must be a table", "gateway: gateway.host 0.0.0.0 can be reached", "instances: must be a table"],
+    ),
+    "names that mean something in Python": (
+        "self = 1\n_env_file = 'x'\n[hots]\nhost = 'h'\nx = 1",
+        ["self: unknown key", "_env_file: unknown key", "hots: unknown key, the nearest that exists is host"],
+    ),
+    "more than one wrong item of a list": (
+        "[instances.a]\nfleet.capabilities = ['x', 'chat', 'y']\nmax_memory = '12 GB'",
+        ["instances.a.fleet.capabilities.0: ", "instances.a.fleet.capabilities.2: ", "instances.a: max_memory is set"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), HIDDEN.values(), ids=HIDDEN)
+def test_a_fault_is_told_beside_others_and_only_once(text, expected, file):
+    pem = file("").rename("ca.pem") if "{pem}" in text else ""
+    done = fleet_worker(f"config check {file(text.replace('{pem}', str(pem)))}")
+    faults = [line.removeprefix("fault    ") for line in done.stderr.splitlines() if line.startswith("fault")]
+    assert (done.returncode, len(faults)) == (78, len(expected)), done.stderr
+    for said in expected:
+        assert [each for each in faults if each.startswith(said)], (said, faults)
+
+
+def test_warnings_are_told_beside_faults(file, monkeypatch):
+    """Of an instance with a fault, only what that fault does not make uncertain."""
+    text = """
+    [router]
+    timeout = "soon"
+    [instances.a]
+    serve = 5
+    [instances.b.fleet]
+    enabled = "perhaps"
+    [instances.c]
+    fleet = { enabled = true, respond_to_requests = true, capabilities = [] }
+    [instances]
+    d = 1
+    """
+    monkeypatch.setenv("FLEET_BROKER", "redis://:hush-1@h/0")
+    monkeypatch.setenv("FLEET_INSTANCES__AA__BASE_URL", "http://h")
+    done = fleet_worker(f"config check {file(text)}")
+    assert [line for line in done.stderr.splitlines() if line.startswith("warning")] == [
+        "warning  the variable FLEET_BROKER is not read, the nearest that exists is FLEET_BROKER_URL",
+        "warning  the variable FLEET_INSTANCES__AA__BASE_URL is for an instance 'aa', which is not in the "
+        "configuration, the nearest that exists is a",
+        "warning  the instance 'a' is not served: its fleet needs enabled = true and respond_to_requests = true",
+        "warning  the instance 'c' is not served: its fleet.capabilities name nothing that its usage allows",
+    ]
+
+
+def test_a_variable_that_is_not_json_hides_no_other_fault(file, monkeypatch):
+    monkeypatch.setenv("FLEET_ROUTER", "{")
+    monkeypatch.setenv("FLEET_HOST", "a b")
+    path = file("[router]\ntimeout = 0\n")
+    done = fleet_worker(f"config check {path}")
+    assert done.stderr.splitlines() == [
+        "fault    a FLEET_ variable is not JSON: FLEET_ROUTER, or one that begins so",
+        "fault    host: a host is named with letters, digits, '-', '.' and '_' only (in the variable FLEET_HOST)",
+        "fault    router.timeout: must be greater than 0",
     ]
 
 
@@ -221,3 +309,17 @@ def test_the_line_of_a_setting_ends_with_its_source(file):
     assert "timeout = 300.0  # default" in lines
     assert "# max_wait is not set" in lines
     assert '[instances.local.models."qwen2.5-7b"]' in lines
+
+
+@pytest.mark.rest
+def test_the_work_grows_with_the_number_of_settings_and_not_faster(monkeypatch):
+    def seconds(number):
+        for each in range(number):
+            monkeypatch.setenv(f"FLEET_INSTANCES__I{each}__BASE_URL", f"http://127.0.0.1:{9000 + each}")
+        settings = Settings()
+        begun = time.process_time()
+        entries(settings)
+        return time.process_time() - begun
+
+    few, many = (min(seconds(number) for _ in range(3)) for number in (100, 800))
+    assert many < 24 * few  # 8 times as many; 64 if each was compared with all others

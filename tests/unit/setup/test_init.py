@@ -3,8 +3,11 @@
 import stat
 import tomllib
 
+import click
 import pytest
 
+from fleet_worker.ops import doctor
+from fleet_worker.ops.findings import Finding
 from fleet_worker.setup import init_command, instances, local_models, local_servers, next_steps
 from fleet_worker.setup.local_models import LocalModel
 from fleet_worker.setup.local_servers import LocalServer
@@ -36,7 +39,7 @@ def here(tmp_path, monkeypatch):
 
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("FLEET_CONFIG", raising=False)
-    monkeypatch.setattr(next_steps, "check_all", lambda: None)
+    monkeypatch.setattr(doctor, "examine", lambda **_: [])
     monkeypatch.chdir(tmp_path)
     found()
     return found
@@ -219,3 +222,23 @@ def test_the_service_can_be_installed_at_once(here, monkeypatch):
     done = fleet_worker(f"init --yes --broker {BROKER} --service")
     assert done.returncode == 69
     assert "nothing was installed: there is no systemctl on the PATH" in done.stderr
+
+
+@pytest.mark.parametrize(("severity", "code"), [("ok", 0), ("warning", 0), ("error", 1)])
+def test_an_error_of_the_check_is_an_exit_code_and_the_file_stays(severity, code, here, monkeypatch):
+    path = here(servers=[SERVER])
+    monkeypatch.setattr(doctor, "examine", lambda **_: [Finding("ok", "here"), Finding(severity, "the broker")])
+    done = fleet_worker(f"init --yes --broker {BROKER}")
+    assert (done.returncode, done.stderr) == (code, "")
+    assert ("the broker" in done.stdout) is (severity != "ok")
+    assert written(path)["broker_url"] == BROKER
+    assert "Next:\n" in done.stdout
+
+
+def test_a_service_is_installed_whatever_the_check_finds(here, monkeypatch):
+    here(servers=[SERVER])
+    installed = []
+    monkeypatch.setattr(next_steps, "install_service", click.Command("install", callback=lambda: installed.append(1)))
+    monkeypatch.setattr(doctor, "examine", lambda **_: [Finding("error", "the broker")])
+    done = fleet_worker(f"init --yes --broker {BROKER} --service")
+    assert (done.returncode, installed) == (1, [1])

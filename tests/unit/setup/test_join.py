@@ -130,6 +130,15 @@ def test_the_line_that_invite_prints_makes_a_host_join_with_its_servers(of_fleet
     assert list(of_file(path, monkeypatch).serving()) == ["local"]
 
 
+def test_an_error_of_the_check_is_an_exit_code_and_the_host_has_joined(of_fleet, server, path, monkeypatch):
+    monkeypatch.setattr("fleet_worker.ops.doctor.examine", lambda **_: [Finding("error", "the clock is wrong")])
+    line = shlex.split(fleet_worker(f"invite {of_fleet}").stdout)[2]
+    joined = fleet_worker(f"join {line} --yes --host mini-2 --output {path}")
+    assert (joined.returncode, joined.stderr) == (1, "")
+    assert "the clock is wrong" in joined.stdout
+    assert list(of_file(path, monkeypatch).serving()) == ["local"]
+
+
 def test_a_host_with_a_space_is_refused_before_the_invitation_is_used(path):
     refused = fleet_worker(f"join fleet1PABC --host 'a b' --output {path}")
     assert (refused.returncode, path.exists()) == (2, False)
