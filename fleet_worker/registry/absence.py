@@ -24,6 +24,11 @@ def are_away(offered: Sequence[Offered]) -> bool:
     return bool(offered) and all(each.instance.status == "away" for each in offered)
 
 
+def is_busy(offered: Offered) -> bool:
+    """Return whether it is not ready, but works: some servers do not answer while they read a long prompt."""
+    return offered.instance.status in ("degraded", "unavailable") and offered.instance.running > 0
+
+
 def counts(offered: Sequence[Offered]) -> dict[str, int]:
     """Return how many are in each state, the most frequent first."""
     return dict(Counter(map(_state, offered)).most_common())

@@ -29,6 +29,8 @@ class _Counted(NamedTuple):
     at: float
     slots: int
     context_window: int | None
+    is_there: bool
+    """One of them is ready, or works."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,10 +146,10 @@ class NodeSelection:
             raise QueueTimeout(f"no node can take the request now: {why.text}", **why.metadata)
 
     def may_be_there(self, request: FleetRequest, node: str | None) -> bool:
-        """Return whether a node that may take this request is ready, or nothing is known of any. The answer may be
-        `COUNTED_FOR` old."""
-        slots = self.slots(request.model, request.operation, request.provider_instance, node)
-        return slots > 0 or not self._registry.has_heard
+        """Return whether a node that may take this request is ready or works, or nothing is known of any. The answer
+        may be `COUNTED_FOR` old."""
+        counted = self._counted(request.model, request.operation, request.provider_instance, node)
+        return counted.is_there or not self._registry.has_heard
 
     def why_waiting(self, request: FleetRequest, node: str | None) -> WhyWaiting:
         """Return why no node takes this request, or not this `node`."""
@@ -180,8 +182,9 @@ class NodeSelection:
             slots = sum(each.instance.slots or 1 for each in fitting if each.ready)
             windows = [each.limits.get("context_window") for each in fitting]
             known = [window for window in windows if isinstance(window, int)]
-            counted = _Counted(time.monotonic(), slots, max(known) if known and len(known) == len(windows) else None)
-            self._known[key] = counted
+            window = max(known) if known and len(known) == len(windows) else None
+            is_there = any(each.ready or absence.is_busy(each) for each in fitting)
+            counted = self._known[key] = _Counted(time.monotonic(), slots, window, is_there)
         return counted
 
     def _unable(self, request: FleetRequest, *, temperature: float) -> dict[str, str]:

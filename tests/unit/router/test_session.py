@@ -346,6 +346,25 @@ def test_who_is_refused_at_once_is_told_why_and_when_to_come_back(fleet):
     assert caught.value.metadata == {"away_for": 3.0, "by_owner": True, "retry_after": 60.0}
 
 
+@pytest.mark.parametrize(
+    ("status", "running", "is_there"),
+    [
+        ("degraded", 1, True),
+        ("unavailable", 1, True),
+        ("unavailable", 0, False),
+        ("away", 1, False),
+        ("drained", 1, False),
+    ],
+)
+def test_a_server_that_is_too_busy_to_answer_is_there(fleet, status, running, is_there):
+    """As some are that read a long prompt. One that is drained takes no other work after it."""
+    registry, _ = fleet
+    about = about_instance("a", status=status, status_age=900.0, capacity={"slots": 1, "running": running})
+    say(registry, about, about_model("m", instance="a", status=status))
+    assert NodeSelection(registry).may_be_there(wish("m"), None) == is_there
+    assert bool(is_refused(registry)) != is_there
+
+
 def test_what_is_known_of_other_instances_and_nodes_does_not_count(fleet):
     registry, _ = fleet
     tell(registry, a=("away", 1.0), b=("available", 1.0))
