@@ -30,6 +30,8 @@ def listen(port):
                 asked = connection.recv(4096)
                 if asked.startswith(b"print "):
                     say(asked[6:].decode().strip())
+                if asked.startswith(b"exit"):
+                    os._exit(1)
                 if asked:
                     connection.sendall(answer)
 

@@ -16,6 +16,7 @@ from kombu import Connection, Producer
 from kombu.transport.redis import Channel as RedisChannel
 from redis.exceptions import NoPermissionError, ResponseError
 
+from fleet_worker.broker.bounded_socket import packed
 from fleet_worker.broker.connection import receive as receive_one
 from fleet_worker.broker.door import Refused
 from fleet_worker.broker.topology import expiry, is_plain, reply_queue
@@ -24,8 +25,9 @@ MOST_AT_ONCE = 200
 """Messages that are read at once: meanwhile the broker is asked nothing else, and no reader is woken."""
 MOST_BYTES_AT_ONCE = 1024 * 1024
 """Bytes after which no further message of RabbitMQ is waited for. From Redis one after the other is read and used."""
-PREFETCH = 1_000
-"""Messages that RabbitMQ sends before the first is acknowledged. Only the others count as waiting."""
+PREFETCH = 2 * MOST_AT_ONCE
+"""Messages that RabbitMQ sends before the first is acknowledged. Only the others count as waiting, so nodes see that a
+router is behind once it has these: no more than are needed to read without a pause."""
 
 Receive = Callable[[bytes], object]
 """Is called with each body, and may raise `Refused`."""
@@ -147,9 +149,10 @@ class _RedisReader:
 
     def ask(self, connection: Any, timeout: float) -> None:
         if self._has_blmpop:
-            connection.send_command("BLMPOP", timeout, 1, self._key, "RIGHT", "COUNT", MOST_AT_ONCE)
+            command = packed("BLMPOP", timeout, 1, self._key, "RIGHT", "COUNT", MOST_AT_ONCE)
         else:
-            connection.send_command("BRPOP", self._key, timeout)
+            command = packed("BRPOP", self._key, timeout)
+        connection.send_packed_command(command)
 
     def read(self, connection: Any) -> None:
         """Read the answer; use each element before the next one is read, which may be as large again."""

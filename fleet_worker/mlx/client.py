@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
-from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
 
 import httpx
@@ -49,7 +48,7 @@ from fleet_worker.mlx.profiles import PROFILES, chat_body
 from fleet_worker.mlx.reasoning import ReasoningSplitter
 from fleet_worker.mlx.resume import ResumedStream, resume_strategies
 from fleet_worker.mlx.timeouts import CancelToken, RequestTimer, TimeoutThread
-from fleet_worker.mlx.transport import Transport, tls_context
+from fleet_worker.mlx.transport import HEADERS, Transport, tls_context, url_of
 from fleet_worker.protocol.openai import ChatParams
 from fleet_worker.protocol.reply import Usage
 from fleet_worker.protocol.request import Resume
@@ -57,6 +56,7 @@ from fleet_worker.settings import Instance
 
 DEFAULT_URLS = ("http://127.0.0.1:8000", "http://127.0.0.1:8080")
 
+_PATHS = ("/v1/chat/completions", "/v1/embeddings", "/v1/models", "/health")
 _CANARY = {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0.0, "max_tokens": 1}
 _MAX_VECTOR_BYTES = 256 * 1024
 """Enough for 8,192 dimensions in JSON."""
@@ -81,13 +81,9 @@ class MLXClient:
         self._instance = instance
         self.profile = PROFILES[server]
         url = _checked_url(base_url)
-        self._http = httpx.Client(
-            base_url=url,
-            headers={"accept-encoding": "identity", "connection": "close", **_authorization(instance)},
-            transport=transport or Transport(tls_context(url, instance.ca)),
-            trust_env=False,
-            cookies=CookieJar(policy=DefaultCookiePolicy(allowed_domains=())),  # a server could send them without end
-        )
+        self._urls = {path: url_of(url, path) for path in _PATHS}
+        self._headers = {**HEADERS, **_authorization(instance)}
+        self._transport = transport or Transport(tls_context(url, instance.ca))
         self._timeouts = TimeoutThread()
         self.activity = ServerActivity(self._timeouts, self.profile)
         self._canary_runs = False
@@ -97,7 +93,7 @@ class MLXClient:
 
     def close(self) -> None:
         self._timeouts.close()
-        self._http.close()
+        self._transport.close()
 
     def chat(
         self,
@@ -283,8 +279,8 @@ class MLXClient:
             FleetError: there is no response, or (unless `any_status`) its status is not 2xx.
         """
         content = to_json(body) if body else None
-        headers = {"content-type": "application/json"} if body else None
-        request = self._http.build_request(method, path, content=content, headers=headers)
+        headers = {**self._headers, "content-type": "application/json"} if body else self._headers
+        request = httpx.Request(method, self._urls[path], headers=headers, content=content)
         timer.guard.awaits = path
         if body:
             timer.guard.model, timer.guard.size = body["model"], len(content or b"")
@@ -312,7 +308,8 @@ class MLXClient:
         ):
             with attempt:
                 request.extensions |= {"guard": timer.guard, "timeout": {"connect": timer.connect_timeout}}
-                return self._http.send(request, stream=True)
+                # Not through an httpx.Client: its cookies, redirects, logs and URLs take three times as long as this.
+                return self._transport.handle_request(request)
         raise AssertionError("tenacity returns or raises")
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from fleet_worker.hugging_face import hub_folder
 
 _MOST_FOLDERS = 100
 """Of those that a server reports."""
@@ -30,14 +31,6 @@ def folder_of(name: str) -> Path:
         if path.is_dir():
             return path
     return cached_folder_of(name)
-
-
-def hub_folder() -> Path:
-    """Return the folder of the Hugging Face cache; it may not exist. The variables are those of huggingface_hub."""
-    named = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    home = os.environ.get("HF_HOME") or f"{cache}/huggingface"
-    return Path(named or f"{home}/hub").expanduser()
 
 
 def cached_folder_of(repository: str, hub: Path | None = None) -> Path:

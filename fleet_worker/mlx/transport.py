@@ -14,6 +14,15 @@ import httpx
 from fleet_worker.certificates import TLS
 from fleet_worker.mlx.http_response import ResponseReader
 from fleet_worker.mlx.timeouts import ConnectionGuard
+from fleet_worker.version import VERSION
+
+HEADERS = {
+    "accept": "*/*",
+    "accept-encoding": "identity",
+    "connection": "close",
+    "user-agent": f"fleet-worker/{VERSION}",
+}
+"""Of every request."""
 
 
 class Transport(httpx.BaseTransport):
@@ -44,6 +53,11 @@ class Transport(httpx.BaseTransport):
             return _secured(connection, self._tls, url.host, timeout) if self._tls else connection
         except OSError as error:  # also: no such host
             raise httpx.ConnectError(str(error)) from error
+
+
+def url_of(base_url: httpx.URL, path: str) -> httpx.URL:
+    """Return the URL of a path below this one."""
+    return base_url.copy_with(raw_path=base_url.raw_path.rstrip(b"/") + path.encode())
 
 
 def tls_context(url: httpx.URL, ca: Path | None) -> ssl.SSLContext | None:

@@ -150,20 +150,26 @@ class Submitter:
         before it confirmed a message, it may have the message all the same, and have it twice when it is sent again.
         That only costs work: the router listens to one node for each attempt and cancels any other.
         """
+        # `send_task` would look for a task of this name, for its route and for a parent: a third of all this.
+        task = self._app.amqp.as_task_v2(
+            request.request_id,
+            task_name(request.operation),
+            [request.encode()],
+            root_id=request.request_id,
+            # These are shown in events and in Flower: the lane, never the arguments.
+            argsrepr=lane,
+            kwargsrepr="",
+            ignore_result=True,
+        )
         with self.producer(_left(deadline), silence=silence) as producer:
-            self._app.send_task(
+            self._app.amqp.send_task_message(
+                producer,
                 task_name(request.operation),
-                args=[request.encode()],
-                task_id=request.request_id,
+                task,
                 **route_to(lane, self._transport),
                 priority=priority(request.priority, self._transport),
                 # From this the age of a lane's oldest request is known without its body being read.
                 headers={**headers, SUBMITTED_AT: self._broker_clock.now(producer.channel)},
-                # These are shown in events and in Flower: the lane, never the arguments.
-                argsrepr=lane,
-                kwargsrepr="",
-                ignore_result=True,
-                producer=producer,
                 retry=False,
             )
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fleet_worker.mlx.model_folder import cached_folder_of, hub_folder, text_of
+from fleet_worker.hugging_face import hub_folder
+from fleet_worker.mlx.model_folder import cached_folder_of, text_of
 from fleet_worker.mlx.offering import embeds
 
 SHARE_OF_MEMORY = 2 / 3

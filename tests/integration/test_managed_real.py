@@ -33,12 +33,15 @@ def test_a_real_server_is_started_killed_started_again_and_ends_with_up(tmp_path
     config.write_text(f'host = "mini"\nstate_dir = "{tmp_path}"\n' + worker_toml("local", instance), "utf-8")
     with embedded_broker() as broker_url, Router(Settings(broker_url=broker_url)) as router:
         environment = {"FLEET_CONFIG": str(config), "FLEET_BROKER_URL": broker_url, "HF_HUB_OFFLINE": "1"}
+        environment["HF_HOME"] = str(tmp_path / "nothing-yet")  # as on a new Mac
         with running_up(python("-m", "fleet_worker", "up"), environment) as up:
             wait_until(lambda: statuses(router) == {"local": "available"}, 120)
             answer = router.chat("smollm2", QUESTION, max_tokens=8, temperature=0.0, timeout=60)
             (pid,) = set(re.findall(r"the server of local starts, pid (\d+)", up.output))
             assert "[local] " in up.output  # what it prints
             assert "France" not in up.output
+            assert "Traceback" not in up.output
+            assert "no chat template" not in up.output  # the server tells its folder
             os.kill(int(pid), signal.SIGKILL)
             again = router.chat("smollm2", QUESTION, max_tokens=8, temperature=0.0, timeout=120)
             assert again.content == answer.content

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -14,6 +15,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from fleet_worker.errors import ConfigurationError
+from fleet_worker.hugging_face import hub_folder
 from fleet_worker.instance_settings import PORT, Instance
 from fleet_worker.redaction import is_secret, secret_values
 
@@ -67,6 +69,13 @@ class ServerCommand:
         """Return all variables of the server: those of this process without our own settings, and its own."""
         inherited = {name: text for name, text in os.environ.items() if not name.upper().startswith("FLEET_")}
         return {**inherited, **self.variables, "PATH": self._path(), MARK: mark}
+
+    def make_model_cache(self) -> None:
+        """Make the folder of the Hugging Face cache for mlx_lm, which without it answers `/v1/models` with a traceback,
+        and with no model, so that its node does not find the chat template either."""
+        if any("mlx_lm" in word for word in self.words):
+            with contextlib.suppress(OSError):  # it prints the traceback then, and serves
+                hub_folder({**os.environ, **self.variables}).mkdir(parents=True, exist_ok=True)
 
     def located(self) -> list[str]:
         """Return the words, the first one as the path of the program.

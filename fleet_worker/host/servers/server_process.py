@@ -39,6 +39,7 @@ class ServerProcess:
             ConfigurationError: there is no such program.
             OSError: it cannot be started.
         """
+        command.make_model_cache()
         child = subprocess.Popen(  # noqa: S603 - the operator's command line
             command.located(),
             stdin=subprocess.DEVNULL,

@@ -6,7 +6,7 @@ import tracemalloc
 
 import pytest
 
-from fleet_worker.broker.bounded_socket import SMALL, BoundedBuffer
+from fleet_worker.broker.bounded_socket import SMALL, BoundedBuffer, packed
 
 MOST = 1_000_000
 
@@ -53,3 +53,7 @@ def test_a_string_that_is_too_large_is_empty_and_the_next_one_arrives(received):
         tracemalloc.stop()
     assert buffer.readline() == b"$2"
     assert buffer.read(2) == b"ok"
+
+
+def test_a_command_is_written_as_redis_reads_it():
+    assert packed("BRPOP", "lane-ü", 4.0) == (b"*3\r\n$5\r\nBRPOP\r\n$7\r\nlane-\xc3\xbc\r\n$3\r\n4.0\r\n",)

@@ -71,7 +71,8 @@ def test_a_server_that_is_not_there_is_not_tried_again():
     port = free_port()
     tries = []
     with closing(Client(f"http://127.0.0.1:{port}", clocks={"connect": 20})) as client, ExitStack() as opened:
-        client._http.event_hooks = {"request": [tries.append]}
+        connect = client._transport.handle_request
+        client._transport.handle_request = lambda request: (tries.append(request), connect(request))[1]
         with cancelled(client.ask, within=0.25):
             until(lambda: len(tries) == 4)  # the next try comes 0.4 s later
             time.sleep(0.05)

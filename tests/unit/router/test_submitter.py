@@ -9,7 +9,7 @@ from kombu.exceptions import LimitExceeded
 
 from fleet_worker import BrokerUnavailable, Cancelled, Expired, Router, Settings
 from fleet_worker.broker.app import create_app
-from fleet_worker.broker.topology import transport_of
+from fleet_worker.broker.topology import LANE_EXPIRES, priority, transport_of
 from fleet_worker.protocol import clock
 from fleet_worker.router import submitter as submitter_module
 from fleet_worker.router.submitter import MAX_CONNECTIONS, Submitter
@@ -92,6 +92,14 @@ def test_nothing_is_sent_after_the_deadline(monkeypatch):
 def test_no_request_waits_for_the_broker_beyond_its_deadline():
     with took_less_than(1.5), pytest.raises(BrokerUnavailable):
         submitter_of(f"redis://127.0.0.1:{free_port()}/0").submit(request(timeout=0.5), LANE, patience=20.0)
+
+
+def test_a_request_waits_in_the_list_of_its_priority_until_the_lane_expires():
+    with embedded_broker() as url, closing(submitter_of(url)) as submitter, redis.Redis.from_url(url) as client:
+        submitter.submit(request(priority="low"), LANE, patience=5.0)
+        (waiting,) = client.scan_iter(f"{LANE}*")
+        assert waiting.decode().endswith("\x16" + str(priority("low", "redis")))
+        assert LANE_EXPIRES - 60 < client.ttl(waiting) <= LANE_EXPIRES
 
 
 def test_a_connection_is_used_again_until_it_was_idle_for_a_while(monkeypatch):

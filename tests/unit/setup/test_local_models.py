@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fleet_worker.mlx.model_folder import hub_folder
+from fleet_worker.hugging_face import hub_folder
 from fleet_worker.setup.local_models import local_models, that_fits
 
 QWEN = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "quantization": {"bits": 4, "group_size": 64}}

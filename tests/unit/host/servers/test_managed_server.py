@@ -219,10 +219,15 @@ def test_one_that_dies_at_once_is_quarantined_after_five_deaths_and_says_why(ups
 @pytest.mark.rest
 def test_what_it_printed_after_it_served_is_in_no_reason(ups):
     """It may hold a part of a prompt."""
-    up = ups("abandons", pace=Pace(first=30.0))
+    up = ups(pace=Pace(first=30.0))
     up.managed.start()
-    status = up.until(lambda: up.status.stage == "waiting" and up.status.deaths == 2)
-    assert status.reason == "ended with exit code 1"
+    for deaths in (1, 2):
+        up.until(lambda: up.managed.serves)
+        has_it_print(up.port, "a prompt")
+        with socket.create_connection(("127.0.0.1", up.port)) as client:
+            client.sendall(b"exit\n")
+        status = up.until(lambda deaths=deaths: up.status.deaths == deaths)
+    assert (status.stage, status.reason) == ("waiting", "ended with exit code 1")
 
 
 def test_a_command_that_does_not_exist_is_named_and_tried_rarely(ups):

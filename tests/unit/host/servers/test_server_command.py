@@ -98,3 +98,33 @@ def test_options_that_look_like_secrets_are_known_to_be_hidden(words):
     shown = "--max-tokens 1000000 --tokenizer-config /a/long/path"
     assert command(serve=f"mlx_lm.server {shown} {words} --port {{port}}").secrets == (SECRET,)
     assert command(serve=f"env HF_TOKEN={SECRET} mlx_lm.server {shown} {{port}}").secrets == (SECRET,)
+
+
+HUBS = {
+    "that of a home": ({}, ".cache/huggingface/hub"),
+    "that of a setting": ({"HF_HOME": "{home}/models"}, "models/hub"),
+    "that of a setting, whole": ({"HF_HUB_CACHE": "~/hub", "HF_HOME": "{home}/models"}, "hub"),
+}
+
+
+@pytest.mark.parametrize("serve", ["mlx_lm.server {port}", "python3 -m mlx_lm server --port {port}"])
+@pytest.mark.parametrize(("environment", "folder"), HUBS.values(), ids=HUBS)
+def test_mlx_lm_gets_the_folder_of_its_models(serve, environment, folder, monkeypatch, tmp_path):
+    for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    made = command(serve=serve, environment={name: text.format(home=tmp_path) for name, text in environment.items()})
+    made.make_model_cache()
+    made.make_model_cache()
+    assert [each for each in tmp_path.rglob("*") if not any(each.iterdir())] == [tmp_path / folder]
+
+
+def test_a_folder_of_models_that_cannot_be_made_is_none(monkeypatch, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    command(serve="mlx_lm.server {port}", environment={"HF_HOME": str(file)}).make_model_cache()
+
+
+def test_other_servers_need_no_folder_of_models(tmp_path):
+    command(serve="a-server {port}", environment={"HF_HOME": str(tmp_path)}).make_model_cache()
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,16 @@
+"""Where the Hugging Face cache is, without the package that has it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def hub_folder(variables: Mapping[str, str] = os.environ) -> Path:
+    """Return the folder of the models for a process with these variables, which are those of huggingface_hub; it may
+    not exist."""
+    named = variables.get("HF_HUB_CACHE") or variables.get("HUGGINGFACE_HUB_CACHE")
+    cache = variables.get("XDG_CACHE_HOME") or f"{variables.get('HOME') or '~'}/.cache"
+    home = variables.get("HF_HOME") or f"{cache}/huggingface"
+    return Path(named or f"{home}/hub").expanduser()
