@@ -1,6 +1,6 @@
 """`python -m fleet_worker.node NAME`: the node that `celery -A fleet_worker worker -n NAME` is, too.
 
-It does without the command line of Celery, whose modules, a terminal among them, would take 9 MB of every node.
+It does without the command line of Celery, whose modules, a terminal among them, would take 8 MB of every node.
 """
 
 from __future__ import annotations
