@@ -7,23 +7,13 @@ from typing import Any
 
 from celery import Celery
 
-from fleet_worker.broker.app import create_app
-from fleet_worker.errors import ConfigurationError
-from fleet_worker.settings import Settings
-
 
 @functools.cache
 def _app() -> Celery:
     # Only a process that may run a worker imports all that a node needs.
-    from fleet_worker.node.worker import refuse, serve_with
+    from fleet_worker.node.worker import node_app
 
-    try:
-        settings = Settings()
-    except ConfigurationError as error:
-        refuse(error)
-    app = create_app(settings, is_node=True)
-    serve_with(app, settings)
-    return app
+    return node_app()
 
 
 def __getattr__(name: str) -> Any:

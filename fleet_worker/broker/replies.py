@@ -25,8 +25,9 @@ MOST_AT_ONCE = 200
 """Messages that are read at once: meanwhile the broker is asked nothing else, and no reader is woken."""
 MOST_BYTES_AT_ONCE = 1024 * 1024
 """Bytes after which no further message of RabbitMQ is waited for. From Redis one after the other is read and used."""
-PREFETCH = 1_000
-"""Messages that RabbitMQ sends before the first is acknowledged. Only the others count as waiting."""
+PREFETCH = 2 * MOST_AT_ONCE
+"""Messages that RabbitMQ sends before the first is acknowledged. Only the others count as waiting, so nodes see that a
+router is behind once it has these: no more than are needed to read without a pause."""
 
 Receive = Callable[[bytes], object]
 """Is called with each body, and may raise `Refused`."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from fleet_worker.errors import ModelUnavailable
 from fleet_worker.gateway.accounts.key import Key
+from fleet_worker.registry.absence import described, is_absent
 from fleet_worker.registry.alternatives import nearest
 from fleet_worker.registry.offered import Offered
 from fleet_worker.registry.view import Registry
@@ -22,7 +23,7 @@ _WORK = {"embed": "embeddings", "chat": "chats", "stream_chat": "chats"}
 
 def listing(registry: Registry, key: Key) -> list[dict[str, Any]]:
     """Return an object of OpenAI's and Anthropic's for each model and alias of this key, sorted."""
-    offered = _by_model(registry)
+    offered = by_model(registry)
     return [
         _object(name, [each for model in key.models_for(name) for each in offered.get(model, ())])
         for name in sorted(key.visible(offered))
@@ -39,7 +40,7 @@ def page(registry: Registry, key: Key) -> dict[str, Any]:
 def details(registry: Registry, key: Key, name: str) -> dict[str, Any]:
     """Return the object of one model; raises `ModelUnavailable` as `require` does."""
     require(registry, key, name)
-    offered = _by_model(registry)
+    offered = by_model(registry)
     return _object(name, [each for model in key.models_for(name) for each in offered.get(model, ())])
 
 
@@ -76,7 +77,7 @@ def _not_for(capability: str, registry: Registry, key: Key) -> ModelUnavailable:
     return ModelUnavailable(f"the model is not for {_WORK.get(capability, capability)}; {advice}", param="model")
 
 
-def _by_model(registry: Registry) -> dict[str, list[Offered]]:
+def by_model(registry: Registry) -> dict[str, list[Offered]]:
     offered: dict[str, list[Offered]] = {}
     for each in registry.offerings():
         offered.setdefault(each.model, []).append(each)
@@ -98,4 +99,5 @@ def _object(name: str, offered: list[Offered]) -> dict[str, Any]:
         "capabilities": sorted({capability for each in offered for capability in each.capabilities}),
         "features": sorted({feature for each in offered for feature in each.features}),
         "ready": any(each.ready for each in offered),
+        "not_ready_because": described(offered) if is_absent(offered) else None,
     }

@@ -62,7 +62,8 @@ class Problem:
         own = str(error.metadata.get("code", error.code))
         status, code = _STATUS_AND_CODE.get(own, (502, own))
         retry_after = _retry_after(error)
-        may_retry = own in _WORTH_ANOTHER_TRY or retry_after is not None
+        is_worth_it = own in _WORTH_ANOTHER_TRY or retry_after is not None
+        may_retry = is_worth_it and error.metadata.get("by_owner") is not True  # SDKs would try again all too soon
         return cls(
             status=status,
             code=code,

@@ -9,16 +9,18 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from celery import signals
 from celery.worker import state as celery_state
 
 from fleet_worker import exit_codes
 from fleet_worker.errors import ConfigurationError
-from fleet_worker.node.node import Node
 from fleet_worker.registry.node import RegistryNode
 from fleet_worker.settings import Settings
+
+if TYPE_CHECKING:
+    from fleet_worker.node.node import Node
 
 log = logging.getLogger(__name__)
 

@@ -168,9 +168,9 @@ class ReplyPublisher:
             if self._count >= self._max_pending // 2:
                 delay = 0.0  # or the tasks would wait, also those that reply to other routers
             self._count += 1
-            writer.appended += 1
             outbox = self._outboxes[reply_to]
-            outbox.append(frame, delay, len(self._writers))
+            if outbox.append(frame, delay, len(self._writers)):
+                writer.appended += 1
             self._due = min(self._due, outbox.due)
             if not self._is_for_the_task(reply_to, outbox):
                 self._wake_in_time()
@@ -209,8 +209,8 @@ class ReplyPublisher:
         """Return all frames for this router, with its heartbeats if they are due."""
         now, outbox = time.monotonic(), self._outboxes[reply_to]
         self._lag = max(self._lag, outbox.waits(now))
+        self._count -= len(outbox)
         frames = outbox.take(now)
-        self._count -= len(frames)
         self._due = min(outbox.due for outbox in self._outboxes.values())
         self._changed.notify_all()
         return frames + self._heartbeats(reply_to) if reply_to in self._beating else frames

@@ -40,8 +40,7 @@ class ReplyWriter:
         self.reply_to = reply_to
         self.deadline = time.monotonic() + 3600.0
         self.appended = 0
-        """Frames that the publisher has. A frame with a higher number is still on its way from the task to it."""
-        self._seq = 0
+        """Frames that the publisher has, which is the number of the next one."""
         self._cancel_token = CancelToken()
 
     @contextmanager
@@ -66,7 +65,7 @@ class ReplyWriter:
             FleetError: the attempt was cancelled.
         """
         self._wait_for_room()
-        first = self._seq <= 1
+        first = self.appended <= 1
         frame = Deltas(**self._next(), deltas=deltas, tokens=tokens)
         self._publisher.append(self, frame, delay=0.0 if first else None)
 
@@ -82,5 +81,4 @@ class ReplyWriter:
             raise self._cancel_token.error or RequestTimeout("the broker took no replies until the deadline")
 
     def _next(self) -> dict[str, Any]:
-        seq, self._seq = self._seq, self._seq + 1
-        return {"id": self.id, "attempt": self.attempt, "seq": seq}
+        return {"id": self.id, "attempt": self.attempt, "seq": self.appended}

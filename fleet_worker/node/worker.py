@@ -6,35 +6,45 @@ import logging
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import celery.apps.worker as celery_worker
 from celery import Celery
 from celery.concurrency import get_implementation
 
+from fleet_worker.broker.app import create_app
 from fleet_worker.broker.control_commands import Command
-from fleet_worker.broker.control_listener import ControlListener
-from fleet_worker.broker.topology import is_node_name, lane_queue, transport_of
+from fleet_worker.broker.control_listener import ControlListener, Subscription
+from fleet_worker.broker.topology import is_node_name
 from fleet_worker.errors import ConfigurationError, FleetError, where
 from fleet_worker.exit_codes import CONFIGURATION, INTERRUPTED, RESTART, SOFTWARE, UNAVAILABLE
 from fleet_worker.host.lossy_output import lose_what_cannot_be_written
 from fleet_worker.host.parent_pipe import attach_to_parent, is_supervised
 from fleet_worker.node import new_settings
 from fleet_worker.node.consumer import Consumer
-from fleet_worker.node.lane_consumer import lanes_of
 from fleet_worker.node.lifecycle import Lifecycle, Startup
 from fleet_worker.node.log_privacy import begin_log, drop_beats, protect_logs
 from fleet_worker.node.name_claim import NameClaim
-from fleet_worker.node.node import Node
-from fleet_worker.node.remote_control import commands_of, subscription_of
-from fleet_worker.node.restart_commands import restart_commands
-from fleet_worker.node.server_discovery import find_server
-from fleet_worker.node.tasks import Request, register_tasks
+from fleet_worker.node.task_request import Request
 from fleet_worker.registry import node as registry_node
 from fleet_worker.registry.node import RegistryNode
 from fleet_worker.settings import REGISTRY, Settings, as_host
 
+if TYPE_CHECKING:
+    from fleet_worker.node.node import Node
+
 log = logging.getLogger(__name__)
+
+
+def node_app() -> Celery:
+    """Return an application whose workers are nodes, with the settings of this process; end it if these are wrong."""
+    try:
+        settings = Settings()
+    except ConfigurationError as error:
+        refuse(error)
+    app = create_app(settings, is_node=True)
+    serve_with(app, settings)
+    return app
 
 
 def serve_with(app: Celery, settings: Settings) -> None:
@@ -86,17 +96,30 @@ class Worker(celery_worker.Worker):  # type: ignore[misc]
         super().on_before_init(quiet or is_supervised(), **options)  # the log of `up` has no banners
 
     def _become_node(self, startup: Startup) -> None:
-        node = _create_node(self.app, self.settings, self.hostname)
+        name, _, host = self.hostname.partition("@")
+        if name == REGISTRY:
+            logging.getLogger("celery.app.trace").addFilter(drop_beats)
+            registry = RegistryNode(self.app, self.settings, host)
+            self._begin(startup, registry, registry.subscription, registry.connected, commands=lambda _: {})
+        else:
+            from fleet_worker.node import inference_node as it  # here: a registry node would keep 8 MB of it
+
+            node = it.create_node(self.app, self.settings, self.hostname)
+            commands = partial(it.all_commands_of, node)
+            self._begin(startup, node, it.subscription_of(node), node.confirmations.connected, commands)
+
+    def _begin(
+        self,
+        startup: Startup,
+        node: Node | RegistryNode,
+        subscription: Subscription,
+        connected: Callable[[bool], None],
+        commands: Callable[[Callable[[], None]], dict[str, Command]],
+    ) -> None:
         lifecycle = Lifecycle(self, node, grace=self.settings.worker.drain_grace)
         claim = NameClaim(self.app, node.name, lifecycle.name_is_taken)
-        commands: dict[str, Command] = {"process": claim.process}
-        if isinstance(node, RegistryNode):
-            subscription, connected = node.subscription, partial(_connected, node.connected, claim)
-        else:
-            subscription = subscription_of(node)
-            commands |= {**commands_of(node), **restart_commands(node, lifecycle.restart)}
-            connected = partial(_connected, node.confirmations.connected, claim)
-        ControlListener(self.app, node.name, subscription, commands, connected)
+        all_commands = {"process": claim.process, **commands(lifecycle.restart)}
+        ControlListener(self.app, node.name, subscription, all_commands, partial(_connected, connected, claim))
         lifecycle.begin(startup)
 
     def prepare_args(self, **options: Any) -> dict[str, Any]:
@@ -165,24 +188,6 @@ def _check_name_is_free(app: Celery, node_name: str) -> None:
 def _connected(node: Callable[[bool], None], claim: NameClaim, connected: bool, has_commands: bool) -> None:
     node(connected)
     claim.connected(connected, has_commands)
-
-
-def _create_node(app: Celery, settings: Settings, node_name: str) -> Node | RegistryNode:
-    """Create the node, and set the worker up for it."""
-    name, _, host = node_name.partition("@")
-    if name == REGISTRY:
-        logging.getLogger("celery.app.trace").addFilter(drop_beats)
-        return RegistryNode(app, settings, host)
-    node = Node(app, settings, node_name, find_server(settings.instances[name], settings.worker.start_timeout))
-    register_tasks(app, node)
-    # With Python's 5 ms the thread that takes messages waits too long for its turn among busy slots: a fifth fewer
-    # requests a second.
-    sys.setswitchinterval(0.001)
-    app.conf.worker_concurrency = node.slots
-    lanes, transport = lanes_of(node_name, node.models.by_name, settings), transport_of(settings.broker_url)
-    app.conf.task_queues = [lane_queue(each, transport) for each in lanes]
-    app.amqp.queues.deselect(lanes)  # joined when the instance has proved that it works
-    return node
 
 
 def _give_up(reason: str, exit_code: int) -> NoReturn:

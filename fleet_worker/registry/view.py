@@ -34,6 +34,8 @@ QUIET = 0.15
 """Seconds without another answer after which `wait_for_answers` returns. A refusal waits longer."""
 ALL_ANSWERS_WITHIN = 1.0
 """Seconds after which every host has answered a router that asked."""
+SETTLED_AFTER = 5.0
+"""Seconds after which a host that was cut off from the broker, as the router was, has answered. It tries every 2 s."""
 SWEEP_EVERY = 1.0
 """Seconds between two searches for what has expired: with a thousand hosts, one costs more than a message."""
 
@@ -137,6 +139,17 @@ class Registry:
         """Note that the router has just asked all hosts for their status."""
         with self._changed:
             self._asked_at = self._clock()
+
+    @property
+    def has_heard(self) -> bool:
+        """Return whether any host was ever heard. Nodes work without registry nodes, too: then nothing is known."""
+        return self._heard_at is not None
+
+    @property
+    def is_settled(self) -> bool:
+        """Return whether all hosts have had time to tell their status since the router connected, or reconnected: after
+        a broker that was away they may do so later than it."""
+        return self._clock() >= self._asked_at + SETTLED_AFTER
 
     def wait_for_answers(self) -> Registry:
         """Wait until the hosts have answered a new router, at most `ALL_ANSWERS_WITHIN` seconds after it asked."""

@@ -22,6 +22,7 @@ from fleet_worker.protocol.request import FleetRequest
 from fleet_worker.protocol.status import InstanceStatus
 from fleet_worker.router.admission import Admission
 from fleet_worker.router.attempts import Attempts, OnInterrupt
+from fleet_worker.router.away_watch import AwayWatch
 from fleet_worker.router.control_publisher import ControlPublisher
 from fleet_worker.router.deaths import Silence
 from fleet_worker.router.effects import Deliver, Effect, End, RetryAfter
@@ -71,6 +72,7 @@ class InFlightRequest:
         *,
         on_interrupt: OnInterrupt = "resume",
         queue_timeout: float = math.inf,
+        away_timeout: float = math.inf,
     ) -> None:
         self._session = session
         self._queue_timeout = queue_timeout
@@ -83,7 +85,8 @@ class InFlightRequest:
         self._readers = Readers(session.replies.wakeups, session.settings.max_buffered)
         self.place: Place | None = None
         """Counts the present attempt in its lane; None until it is admitted."""
-        self._queue_watch = QueueWatch(session.settings, session.admission, session.replies)
+        away = AwayWatch(away_timeout, session.nodes, session.replies)
+        self._queue_watch = QueueWatch(session.settings, session.admission, session.replies, away)
         self._heard_at = 0.0
         """When its node was last heard, on the clock of the reply consumer."""
         self._accepted: InstanceStatus | None = None
@@ -146,15 +149,17 @@ class InFlightRequest:
     def timed_out(self, seconds: float) -> FleetError:
         """Return the error for a reader whose timeout of so many seconds is over."""
         with self._lock:
-            if self._attempts.node or self._attempts.delivered:
+            if self._attempts.node:
                 text = f"the answer was not complete within its timeout of {seconds:g} s"
                 return RequestTimeout(text, attempts=self._attempts.report(RequestTimeout.code))
-            return self._not_taken(Expired, f"timeout of {seconds:g} s")
+            kind = RequestTimeout if self._attempts.delivered else Expired
+            return self._not_taken(kind, f"its timeout of {seconds:g} s")
 
-    def _not_taken(self, kind: type[Expired], limit: str) -> Expired:
-        why, away_for = self._session.nodes.why_waiting(self.request, self.route.only)
-        text = f"no node took the request within its {limit}: {why}"
-        return kind(text, away_for=away_for, attempts=self._attempts.report(kind.code))
+    def _not_taken(self, kind: type[FleetError], limit: str) -> FleetError:
+        why = self._session.nodes.why_waiting(self.request, self.route.only)
+        what = "went on with the answer" if self._attempts.delivered else "took the request"
+        text = f"no node {what} within {limit}: {why.text}"
+        return kind(text, **why.metadata, attempts=self._attempts.report(kind.code))
 
     # Submission and replies
 
@@ -188,6 +193,7 @@ class InFlightRequest:
                 sent_at = self._queue_watch.sent_at
                 self._session.admission.accepted(self.lane, now - sent_at, self.request.priority, sent_at)
                 self.route.accepted(node)
+                self._queue_watch.away.accepted()
                 self._accepted = self._session.nodes.seen(node)
                 if self.place:
                     self.place.accepted(now)
@@ -239,7 +245,7 @@ class InFlightRequest:
         with self._lock:
             if self._attempts.state != "ended":  # or nothing would end it at the route again
                 self.route.sent()
-        with self._queue_watch.sending():
+        with self._queue_watch.sending(request, self.route):
             self._session.submitter.submit(request, self.lane, patience=patience, prefixes=self.route.prefixes)
 
     def _limit_wait(self) -> None:
@@ -254,7 +260,7 @@ class InFlightRequest:
         with self._lock:
             is_over = time.monotonic() >= self._attempts.waits_since + self._queue_timeout
             if is_over and self._attempts.state in ("waiting", "pausing"):
-                self.give_up(self._not_taken(QueueTimeout, f"queue_timeout of {self._queue_timeout:g} s"))
+                self.give_up(self._not_taken(QueueTimeout, f"its queue_timeout of {self._queue_timeout:g} s"))
 
     def _retry(self) -> None:
         with self._lock:
@@ -315,7 +321,10 @@ class InFlightRequest:
         verdict, next_at = self._queue_watch.check(request, self.route, now)
         with self._lock:
             if verdict != "waits" and self._is_waiting(request):
-                if verdict == "lost":
+                if verdict == "unserved":
+                    limit = f"the {self._queue_watch.away.limit:g} s of router.away_timeout"
+                    self.give_up(self._not_taken(QueueTimeout, limit))
+                elif verdict == "lost":
                     self._carry_out(self._attempts.message_lost(now))
                 elif self.route.leave():
                     self._carry_out(self._attempts.move())

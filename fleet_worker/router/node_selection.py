@@ -6,25 +6,52 @@ import math
 import random
 import time
 from collections.abc import Collection
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from fleet_worker.errors import QueueTimeout
 from fleet_worker.mlx.parameters import may_be_refused, refused_parameter, unsupported
 from fleet_worker.protocol.openai import ChatParams
 from fleet_worker.protocol.request import FleetRequest, Operation
 from fleet_worker.protocol.status import InstanceStatus
+from fleet_worker.registry import absence
 from fleet_worker.registry.offered import fits
 from fleet_worker.registry.view import Registry
 
 COUNTED_FOR = 0.25
 """Seconds for which slots are not counted again: in a fleet of a thousand nodes that takes a millisecond."""
 MOST_COUNTED = 1_000
+OWNERS_NEED = 60.0
+"""Seconds after which another try may be worth it, if the owners of all machines need them."""
 
 
 class _Counted(NamedTuple):
     at: float
     slots: int
     context_window: int | None
+    is_there: bool
+    """One of them is ready, or works."""
+
+
+@dataclass(frozen=True, slots=True)
+class WhyWaiting:
+    """Why no node takes a request now."""
+
+    text: str
+    away_for: float | None
+    """What `Registry.away_for` returns."""
+    is_known: bool = False
+    """The hosts of all that could do it tell that they are not ready."""
+    by_owner: bool = False
+    """The owners of all machines that could do it need them."""
+    is_starting: bool = False
+    """One of those that could do it is starting."""
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """For the error that ends the request."""
+        by_owner = {"by_owner": True, "retry_after": OWNERS_NEED} if self.by_owner else {}
+        return {"away_for": self.away_for, **by_owner}
 
 
 class NodeSelection:
@@ -103,20 +130,46 @@ class NodeSelection:
         """Raise `QueueTimeout` if no node has been ready for this request for more than `max_wait` seconds."""
         if max_wait is None or self.slots(request.model, request.operation, request.provider_instance, node):
             return
-        why, away_for = self.why_waiting(request, node)
-        if away_for and away_for > max_wait:
-            text = f"{why}, and the request may wait {max_wait:g} s (max_wait)"
-            raise QueueTimeout(text, away_for=away_for)
+        why = self.why_waiting(request, node)
+        if why.away_for and why.away_for > max_wait:
+            text = f"{why.text}, and the request may wait {max_wait:g} s (max_wait)"
+            raise QueueTimeout(text, **why.metadata)
 
-    def why_waiting(self, request: FleetRequest, node: str | None) -> tuple[str, float | None]:
-        """Return why no node takes this request (or not this `node`), and `Registry.away_for`."""
-        what = node or f"{request.operation} of that model"
-        away_for = self._registry.away_for(request.model, request.operation, request.provider_instance, node)
+    def require_there(self, request: FleetRequest, node: str | None, longest: float) -> None:
+        """Raise `QueueTimeout` if the owners of all machines that could do this need them; or if those that could have
+        not been ready for more than `longest` seconds, and none is starting. What is not known refuses nothing."""
+        if self.may_be_there(request, node) or not self._registry.is_settled:
+            return
+        why = self.why_waiting(request, node)
+        is_long = why.is_known and (why.away_for or 0.0) > longest
+        if why.by_owner or (is_long and not why.is_starting):
+            raise QueueTimeout(f"no node can take the request now: {why.text}", **why.metadata)
+
+    def may_be_there(self, request: FleetRequest, node: str | None) -> bool:
+        """Return whether a node that may take this request is ready or works, or nothing is known of any. The answer
+        may be `COUNTED_FOR` old."""
+        counted = self._counted(request.model, request.operation, request.provider_instance, node)
+        return counted.is_there or not self._registry.has_heard
+
+    def why_waiting(self, request: FleetRequest, node: str | None) -> WhyWaiting:
+        """Return why no node takes this request, or not this `node`."""
+        what, wanted = node or f"{request.operation} of that model", request.provider_instance
+        away_for = self._registry.away_for(request.model, request.operation, wanted, node)
+        offered = self._registry.offerings(model=request.model, capability=request.operation)
+        fitting = [each for each in offered if fits(each.instance, wanted, node)]
         if away_for is None:
-            return f"no host reports a node for {what}", None
+            return WhyWaiting(f"no host reports a node for {what}", None)
         if away_for == 0:
-            return f"{what} is served, but its nodes are busy or cut off", 0.0
-        return f"nobody has served {what} for {away_for:.0f} s", round(away_for, 3)
+            return WhyWaiting(f"{what} is served, but its nodes are busy or cut off", 0.0)
+        text = f"nobody has served {what} for {away_for:.0f} s"
+        is_known = absence.is_absent(fitting)
+        return WhyWaiting(
+            f"{text} ({absence.described(fitting)})" if is_known else text,
+            round(away_for, 3),
+            is_known,
+            by_owner=absence.are_away(fitting),
+            is_starting=any(each.instance.status == "starting" for each in fitting),
+        )
 
     def _counted(self, model: str, operation: Operation, instance: str, node: str | None) -> _Counted:
         key = model, operation, instance, node
@@ -129,8 +182,9 @@ class NodeSelection:
             slots = sum(each.instance.slots or 1 for each in fitting if each.ready)
             windows = [each.limits.get("context_window") for each in fitting]
             known = [window for window in windows if isinstance(window, int)]
-            counted = _Counted(time.monotonic(), slots, max(known) if known and len(known) == len(windows) else None)
-            self._known[key] = counted
+            window = max(known) if known and len(known) == len(windows) else None
+            is_there = any(each.ready or absence.is_busy(each) for each in fitting)
+            counted = self._known[key] = _Counted(time.monotonic(), slots, window, is_there)
         return counted
 
     def _unable(self, request: FleetRequest, *, temperature: float) -> dict[str, str]:

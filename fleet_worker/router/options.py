@@ -10,6 +10,8 @@ from typing import Any, Literal, TypedDict
 from fleet_worker.protocol.request import Priority
 from fleet_worker.router.attempts import OnInterrupt
 
+IfAway = Literal["wait", "refuse"]
+"""What becomes of a request for which nobody is there now."""
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
@@ -19,6 +21,7 @@ class RequestOptions(TypedDict, total=False):
     timeout: float | None
     queue_timeout: float | None
     max_wait: float | None
+    if_away: IfAway
     priority: Priority
     instance: str
     node: str | None

@@ -9,6 +9,7 @@ from typing import Literal
 
 from fleet_worker.protocol.request import FleetRequest
 from fleet_worker.router.admission import Admission
+from fleet_worker.router.away_watch import AwayWatch
 from fleet_worker.router.reply_consumer import ReplyConsumer
 from fleet_worker.router.route import Route
 from fleet_worker.router.scheduler import BROKER_PATIENCE
@@ -18,25 +19,27 @@ CHECK_EVERY = 1.0
 """Seconds between two checks of an attempt that is not in its lane, as its `Accepted` frame may be on its way; or that
 is in the direct lane of a node which the router has chosen, as that node may say that it is not ready."""
 
-Verdict = Literal["waits", "stranded", "lost"]
-"""Whether it waits in its lane, waits there in vain, or is not there any more."""
+Verdict = Literal["waits", "stranded", "lost", "unserved"]
+"""Whether it waits in its lane; waits for a node that does not take it; is not there any more; or waits for nobody."""
 
 
 class QueueWatch:
     """Of one request, for one attempt after the other. `check` is for the scheduler thread: it may ask the broker."""
 
-    def __init__(self, settings: RouterSettings, admission: Admission, replies: ReplyConsumer) -> None:
+    def __init__(self, settings: RouterSettings, admission: Admission, replies: ReplyConsumer, away: AwayWatch) -> None:
         self._settings = settings
         self._admission = admission
         self._replies = replies
+        self.away = away
         self.sent_at = 0.0
         """When the present attempt was sent: time.monotonic() seconds."""
         self._missing_since: float | None = None
         """Since when it is known not to be in its lane, on the clock of the reply consumer."""
 
     @contextmanager
-    def sending(self) -> Iterator[None]:
+    def sending(self, request: FleetRequest, route: Route) -> Iterator[None]:
         """Within this block an attempt is sent. A node may accept it before the block ends."""
+        self.away.is_over(request, route.only)  # the first look
         self._missing_since, self.sent_at = None, time.monotonic()
         try:
             yield
@@ -45,10 +48,16 @@ class QueueWatch:
 
     def first_check(self, route: Route) -> float:
         """Return the time of the first check after an attempt was sent."""
-        return self.sent_at + self._check_every(route)
+        return min(self.sent_at + self._check_every(route), self.away.next_look())
 
     def check(self, request: FleetRequest, route: Route, now: float) -> tuple[Verdict, float]:
         """Find out what has become of the present attempt; return that, and the time of the next check."""
+        if self.away.is_over(request, route.only):
+            return "unserved", now + CHECK_EVERY
+        verdict, next_at = self._check_message(request, route, now)
+        return verdict, min(next_at, self.away.next_look())
+
+    def _check_message(self, request: FleetRequest, route: Route, now: float) -> tuple[Verdict, float]:
         due = self.sent_at + self._settings.accept_timeout
         if route.is_stranded(request, now - self.sent_at, self._settings):
             return "stranded", now + CHECK_EVERY

@@ -1,9 +1,10 @@
 """Many simulated nodes in one process, cheap enough to be measured against: they answer streams at an even pace.
 
 Each is to the broker what a real node is. Its frames wait in an `Outbox` of the package, so they travel in messages of
-its own, as rarely as those of a real node with that load and a router that far behind, and heartbeats with them. It
-asks whether the router still listens, and its host reports its status. Only the connections of all nodes are shared:
-what many push at one moment is one write. Frames are bytes that were made before, but for their numbers.
+its own, as rarely as those of a real node with that load and a router that far behind, and heartbeats with them; what
+waits of one stream is one frame. It asks whether the router still listens, and its host reports its status. Only the
+connections of all nodes are shared: what many push at one moment is one write. Frames are bytes that were made before,
+but for their numbers.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from fleet_worker import Settings
 from fleet_worker.broker.app import create_app
 from fleet_worker.broker.connection import receive
 from fleet_worker.broker.topology import expiry, lane, lane_queue, listening_key, transport_of
-from fleet_worker.node.outbox import NEVER, Outbox
+from fleet_worker.node.outbox import MOST_JOINED, NEVER, Outbox
 from fleet_worker.node.reply_publisher import HEARTBEAT_EVERY, HEARTBEAT_WITHIN
 from fleet_worker.node.router_presence import CHECK_EVERY
 from fleet_worker.protocol.reply import Accepted, Alive, ChatResponse, Delta, Deltas, Frame, Reply, Timings, Usage
@@ -126,6 +127,8 @@ class Mini:
     def take(self, now: float) -> bytes:
         """Return its message."""
         frames = self.outbox.take(now)
+        for stream in self.running:
+            stream.waiting = bytearray()
         if self.beats:
             frames += [stream.frame(Alive, stream.frames) for stream in self.running]
             self.beats = False
@@ -140,21 +143,34 @@ class Stream:
         self.mini = mini
         self.frames = 1
         """So many it has sent."""
+        self.waiting = bytearray()
+        """Its last frame while that is in the outbox."""
+        self._joined = 0
+        """Tokens in that."""
         self._about: dict[str, Any] = {"id": request_id, "attempt": 1}
-        numbered = self.frame(Deltas, _NUMBER, deltas=[Delta(content=f"{number} ")], tokens=_NUMBER)
-        self._token = numbered.replace(b"%", b"%%").replace(b"%d" % _NUMBER, b"%d")
+        self._delta = Delta(content=f"{number} ").model_dump_json(exclude_none=True).encode()
+        numbered = self.frame(Deltas, _NUMBER, deltas=[], tokens=_NUMBER).replace(b"%d" % _NUMBER, b"%d")
+        self._begin, _, end = numbered.partition(b"]")
+        self._end = b"]" + end
 
     def frame(self, kind: type[Frame], seq: int, **fields: Any) -> bytes:
         return kind(**self._about, seq=seq, **fields).model_dump_json(exclude_none=True).encode()
 
-    def token(self, number: int) -> bytes:
-        self.frames += 1
-        return self._token % (number + 1, number + 1)
+    def generate(self, token: int, requests: int) -> None:
+        """Put a token into the outbox of its node: into the last frame of this stream, if that is still there."""
+        end = self._end % (token + 1)
+        if self.waiting and self._joined < MOST_JOINED:
+            self.waiting[self.waiting.rindex(b"]") :] = b",%b%b" % (self._delta, end)
+            self._joined += 1
+        else:
+            self.waiting, self._joined = bytearray(self._begin % self.frames + self._delta + end), 1
+            self.mini.outbox.append(self.waiting, None if token else 0.0, requests)
+            self.frames += 1
 
-    def response(self, tokens: int) -> bytes:
+    def response(self) -> bytes:
         timings = Timings(queue_wait=0.0, ttft=0.0, duration=1.0, tokens_per_second=1.0)
         made_by = {"node": self.mini.node, "instance": "local", "model": "sim-chat"}
-        return self.frame(ChatResponse, tokens + 1, usage=Usage(), timings=timings, finish_reason="stop", **made_by)
+        return self.frame(ChatResponse, self.frames, usage=Usage(), timings=timings, finish_reason="stop", **made_by)
 
 
 _NUMBER = 2**52 + 1
@@ -193,13 +209,16 @@ class _Fleet:
         self._minis = list({stream.mini.number: stream.mini for stream in streams}.values())
         self._count = len(streams) * load.tokens
         self._generated = 0
+        self._began = 0.0
+        """When the first token is due."""
         self._queue: list[tuple[float, int]] = []
         """When which node has something to push."""
         self._at = array("d", bytes(8 * self._count))
         self._late = array("d")
 
     def answer(self) -> Pushed:
-        began, cpu = time.monotonic() + 0.2, time.process_time()
+        began = self._began = time.monotonic() + 0.2
+        cpu = time.process_time()
         asks, beats = (
             [(began + every * number / len(self._minis), number) for number in range(len(self._minis))]
             for every in (CHECK_EVERY, HEARTBEAT_EVERY)
@@ -226,12 +245,16 @@ class _Fleet:
             stream = streams[position]
             mini = stream.mini
             mini.tokens.append(number)
-            mini.outbox.append(stream.token(token), None if token else 0.0, len(mini.running))
+            stream.generate(token, len(mini.running))
             if token == last:
-                mini.outbox.append(stream.response(last + 1), 0.0, len(mini.running))
+                mini.outbox.append(stream.response(), 0.0, len(mini.running))
                 mini.running.discard(stream)
             self._look_at(mini)
         self._generated = until
+
+    def _generated_at(self, mini: Mini) -> float:
+        """Return when the first of its tokens came: its gap may have been over long before."""
+        return self._began + (mini.tokens[0] if mini.tokens else 0) / (self._load.rate * len(self._streams))
 
     def _look_at(self, mini: Mini) -> None:
         if mini.outbox.due < mini.queued:
@@ -246,7 +269,7 @@ class _Fleet:
             mini = self._minis[number]
             mini.queued = NEVER
             if mini.outbox.due <= now:
-                self._late.append(now - due)
+                self._late.append(now - max(due, self._generated_at(mini)))
                 pushed.append((mini, mini.take(now)))
                 for token in mini.tokens:
                     self._at[token] = now

@@ -11,12 +11,15 @@ import threading
 import time
 from contextlib import ExitStack
 
+import httpx
 import psutil
 import pytest
 
 from fleet_worker import Router, Settings
+from fleet_worker.registry.view import SETTLED_AFTER
 from fleet_worker.simulator import reply_tokens
 from fleet_worker.testing import embedded_broker
+from tests.gateways import running_gateway
 from tests.minis import CHAT, HELLO, SLOTS, Mini
 from tests.mlx_clients import until
 
@@ -159,6 +162,44 @@ class Streams:
 
     def answers(self):
         return [self._answers.get(timeout=60.0) for _ in range(SLOTS)]
+
+
+@pytest.fixture
+def gateway(broker_url):
+    with running_gateway(broker_url) as process:
+        time.sleep(SETTLED_AFTER)  # until it believes that it knows all hosts
+        with httpx.Client(base_url=process.url, timeout=20.0) as http:
+            yield http
+
+
+REFUSALS = {
+    "/v1/chat/completions": lambda body: body["error"]["code"] == "no_capacity" and body["error"]["message"],
+    "/v1/responses": lambda body: body["error"]["code"] == "no_capacity" and body["error"]["message"],
+    "/v1/messages": lambda body: body["type"] == "error" and body["error"]["message"],
+    "/api/chat": lambda body: body["error"],
+}
+"""By path: the text of an error in the form of its API."""
+
+
+def test_a_gateway_tells_at_once_that_all_minis_are_away_and_waits_if_it_is_asked_to(minis, router, gateway):
+    for name in ("mini-1", "mini-2"):
+        until(lambda node=f"local@{name}": state(router, node) == ("away", "a user is at it"), WITHIN)
+    why = "all 2 instances of it are away (a user is at it)"
+    for path, text in REFUSALS.items():
+        asked = time.monotonic()
+        body = {"model": CHAT, "messages": HELLO, "input": "Hello", "max_tokens": 5, "stream": True}
+        reply = gateway.post(path, json=body)
+        assert time.monotonic() - asked < 10.0
+        told = [reply.headers[name] for name in ("retry-after", "x-should-retry", "x-fleet-model")]
+        assert (reply.status_code, told) == (503, ["60", "false", CHAT])
+        assert why in text(reply.json()), path
+    assert gateway.get(f"/v1/models/{CHAT}").json()["not_ready_because"] == why
+    assert gateway.get("/health/readiness").json()["not_ready"] == {CHAT: {"away": 2}}
+    asked, patient = time.monotonic(), {"x-fleet-queue-timeout": "1"}
+    reply = gateway.post("/v1/chat/completions", json={"model": CHAT, "messages": HELLO}, headers=patient)
+    assert (reply.status_code, reply.headers["x-should-retry"]) == (503, "false")
+    assert time.monotonic() - asked > 1.0
+    assert "within its queue_timeout of 1 s" in reply.json()["error"]["message"]
 
 
 def test_a_user_returns_while_streams_run_and_none_fails(minis, router):

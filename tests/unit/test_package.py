@@ -1,6 +1,8 @@
 import subprocess
 import sys
 
+import pytest
+
 import fleet_worker
 
 WATCHED = """
@@ -66,3 +68,24 @@ def test_help_loads_nothing_large():
     done = run(HELP)
     assert (done.returncode, done.stderr) == (0, "set()\n")
     assert "Usage: " in done.stdout
+
+
+OF_COMMANDS = {"prompt_toolkit", "celery.bin.celery", "fleet_worker.cli", "fleet_worker.ops", "fleet_worker.setup"}
+OF_OTHERS = OF_COMMANDS | {"tomlkit", "prometheus_client", "fleet_worker.simulator"}
+OF_GATEWAY = {"uvicorn", "fleet_worker.gateway"}
+OF_NODES = {"httpx", "rich", "fleet_worker.node.node"}
+UNUSED = {
+    "a node": ("node.__main__, fleet_worker.node.inference_node", OF_OTHERS | OF_GATEWAY | {"fleet_worker.router"}),
+    "a registry node": ("node.__main__", OF_OTHERS | OF_GATEWAY | OF_NODES | {"fleet_worker.router"}),
+    "a router": ("router.router", OF_OTHERS | OF_GATEWAY | OF_NODES | {"fleet_worker.node"}),
+    "a gateway": ("gateway.serve", OF_OTHERS | OF_NODES | {"fleet_worker.node"}),
+    "up": ("setup.foreground", {"celery", "kombu", "redis", "prompt_toolkit", "uvicorn", "fleet_worker.router"}),
+}
+"""By process that runs all the time: what it imports of us, and what it must not import, since it would keep that."""
+
+
+@pytest.mark.parametrize("process", UNUSED)
+def test_a_process_that_runs_all_the_time_imports_nothing_large_that_it_never_uses(process):
+    modules, unused = UNUSED[process]
+    done = run(f"import sys, fleet_worker.{modules}; print(sorted({unused} & set(sys.modules)))")
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr

@@ -31,7 +31,7 @@ ANSWERS_LEAVE_WITHIN = 10.0
 
 def node_command(node_name: str) -> list[str]:
     # -P: do not import a celery.py from the current folder
-    return python("-P", "-m", "celery", "-A", "fleet_worker", "worker", "-n", node_name, "--loglevel", "INFO")
+    return python("-P", "-m", "fleet_worker.node", node_name)
 
 
 def gateway_command() -> list[str]:

@@ -45,6 +45,14 @@ def test_what_may_pass_is_to_be_tried_again(status, error, seconds):
     assert 0 <= int(headers["retry-after-ms"]) <= 120_000
 
 
+def test_what_the_owners_of_all_machines_prevent_is_told_to_the_user_at_once():
+    """An SDK would sleep for a minute, twice."""
+    error = errors.QueueTimeout("all are away", away_for=1.0, by_owner=True, retry_after=60.0)
+    status, headers = told(error)
+    assert (status, headers["retry-after"], headers["x-should-retry"]) == (503, "60", "false")
+    assert Problem.of(error).code == "no_capacity"
+
+
 @pytest.mark.parametrize("wrong", [-1, True, "soon", None, float("nan"), float("inf")])
 def test_a_time_that_is_none_is_not_told(wrong):
     _, headers = told(errors.FleetSaturated("full", retry_after=wrong))

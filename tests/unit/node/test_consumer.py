@@ -15,7 +15,7 @@ from fleet_worker.broker.app import create_app
 from fleet_worker.broker.door import NOT_JSON, OpenedMessage, Refused
 from fleet_worker.broker.outage import STEADY_AFTER
 from fleet_worker.node.consumer import NO_ADDRESS, NO_TASK, UNKNOWN_TASK, Consumer
-from fleet_worker.node.tasks import Request
+from fleet_worker.node.task_request import Request
 from fleet_worker.protocol.prompt_prefixes import HEADER
 
 SECRET, TASK = "swordfish", "fleet.chat"

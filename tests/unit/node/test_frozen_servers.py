@@ -38,10 +38,10 @@ class Models:
 class Monitored:
     """A server, its client and its monitor, and streams in threads of their own."""
 
-    def __init__(self, mlx, client):
+    def __init__(self, mlx, client, probe_timeout):
         self.mlx, self.client, self.running = mlx, client, RunningAttempts()
         self.readiness = Readiness(stall_after=20.0)
-        settings = WorkerSettings(probe_interval=0.02, probe_timeout=0.1)
+        settings = WorkerSettings(probe_interval=0.02, probe_timeout=probe_timeout)
         models = Models(client.offering)
         self.monitor = HealthMonitor(client, self.readiness, models, self.running, settings, lambda: None)
         self.monitor.start()
@@ -74,9 +74,9 @@ class Monitored:
 
 
 @contextmanager
-def monitored(flavour, **options):
+def monitored(flavour, probe_timeout=0.1, **options):
     with served(flavour, tokens=100, **options) as (mlx, client):
-        monitored = Monitored(mlx, client)
+        monitored = Monitored(mlx, client, probe_timeout)
         try:
             yield monitored
         finally:
@@ -129,7 +129,7 @@ def test_a_server_that_is_only_slow_keeps_its_streams():
 
 @pytest.mark.rest
 def test_a_long_prompt_beside_an_answer_of_health_is_no_sign_at_all():
-    with monitored("mlx_lm") as server:
+    with monitored("mlx_lm", probe_timeout=2.0) as server:
         server.mlx.ttft = 1.0
         with server.stream("long"):
             until(lambda: server.mlx.counters["running"] == 1)

@@ -16,7 +16,7 @@ from fleet_worker.node.log_privacy import (
     name_lines,
     protect_logs,
 )
-from fleet_worker.node.tasks import Request
+from fleet_worker.node.task_request import Request
 
 SECRET = "swordfish"
 LOGGERS = ["celery.worker.consumer.connection", "celery.pool", "httpcore", "httpx", "kombu", "amqp"]

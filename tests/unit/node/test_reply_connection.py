@@ -13,7 +13,7 @@ from fleet_worker.broker.topology import reply_name
 from fleet_worker.node import reply_connection, reply_publisher
 from fleet_worker.node.reply_connection import ReplyConnection
 from fleet_worker.node.reply_publisher import ReplyPublisher
-from fleet_worker.protocol.reply import Alive, Delta, Reply
+from fleet_worker.protocol.reply import Alive, Delta, Deltas, Reply
 from fleet_worker.settings import Settings
 from fleet_worker.testing import embedded_broker
 from tests.mlx_clients import took_less_than, until
@@ -54,10 +54,21 @@ def bodies(valkey, reply_to):
     return valkey.lrange(reply_to, 0, -1)[::-1]
 
 
-def seqs(valkey, reply_to):
-    """The numbers of all frames that were sent, without heartbeats."""
+def sent(valkey, reply_to):
+    """All frames that were sent, without heartbeats."""
     replies = map(Reply.decode, bodies(valkey, reply_to))
-    return [frame.seq for reply in replies for frame in reply.frames if not isinstance(frame, Alive)]
+    return [frame for reply in replies for frame in reply.frames if not isinstance(frame, Alive)]
+
+
+def seqs(valkey, reply_to):
+    """Their numbers."""
+    return [frame.seq for frame in sent(valkey, reply_to)]
+
+
+def texts(valkey, reply_to):
+    """Their deltas, some of which have become one frame."""
+    frames = [frame for frame in sent(valkey, reply_to) if isinstance(frame, Deltas)]
+    return [delta.content for frame in frames for delta in frame.deltas]
 
 
 def lose_connections(valkey):
@@ -188,21 +199,23 @@ def test_it_leaves_what_has_to_be_waited_for_to_the_thread_of_the_publisher(
     threads = senders(publisher, monkeypatch)
     valkey.client_pause(300)
     with took_less_than(0.2):
-        for seq in range(1, 20):
-            reply.put([Delta(content="x")], seq)
-    until(lambda: seqs(valkey, reply_to) == list(range(20)))
+        for number in range(19):
+            reply.put([Delta(content=str(number))], number)
+    until(lambda: texts(valkey, reply_to) == [str(number) for number in range(19)])
     assert set(threads) > {publisher._thread}
-    reply.put([Delta(content="x")], 20)
-    until(lambda: seqs(valkey, reply_to) == list(range(21)))
+    reply.put([Delta(content="last")], 20)
+    until(lambda: texts(valkey, reply_to)[19:] == ["last"])
+    assert seqs(valkey, reply_to) == list(range(reply.appended))
 
 
 def test_a_connection_that_is_lost_under_a_task_loses_nothing(publisher, reply, valkey, reply_to):
     for seq in range(1, 30):
         if seq % 10 == 0:
             lose_connections(valkey)
-        reply.put([Delta(content="x")], seq)
+        reply.put([Delta(content=str(seq))], seq)
         time.sleep(0.002)
-    until(lambda: set(seqs(valkey, reply_to)) == set(range(30)))
+    until(lambda: set(texts(valkey, reply_to)) == {str(seq) for seq in range(1, 30)})
+    assert set(seqs(valkey, reply_to)) == set(range(reply.appended))
 
 
 HALF_A_CHARACTER = Delta.model_construct(content="\ud800", reasoning=None, tool_calls=None, resumed=None)

@@ -50,7 +50,12 @@ def node(node_and_tasks, monkeypatch):
     node, _ = node_and_tasks
     node.frames = []
     monkeypatch.setattr(node, "state", State("available"))
-    monkeypatch.setattr(node.publisher, "append", lambda writer, frame, delay: node.frames.append(frame))
+
+    def append(writer, frame, delay):
+        node.frames.append(frame)
+        writer.appended += 1
+
+    monkeypatch.setattr(node.publisher, "append", append)
     return node
 
 
@@ -225,6 +230,7 @@ def connected(node, monkeypatch):
 
         def append(writer, frame, delay):
             node.frames.append(frame)
+            writer.appended += 1
             if answer and frame.kind == "accepted" and frame.asks:
                 answer(node, frame)
 

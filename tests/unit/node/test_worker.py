@@ -12,7 +12,7 @@ from celery.worker.control import Panel
 
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.node.consumer import Consumer
-from fleet_worker.node.tasks import Request
+from fleet_worker.node.task_request import Request
 from fleet_worker.node.worker import _node_name, serve_with
 from fleet_worker.settings import Settings
 

@@ -17,6 +17,7 @@ from fleet_worker.errors import (
     PoisonSuspected,
     QueueTimeout,
     ReplyOverflow,
+    RequestTimeout,
 )
 from fleet_worker.protocol.reply import Alive, Deltas
 from fleet_worker.protocol.status import InstanceStatus
@@ -25,6 +26,7 @@ from fleet_worker.router.deaths import Deaths
 from fleet_worker.router.effects import AskAgain, CancelOrphan, Confirm
 from fleet_worker.router.idempotency import IdempotencyCache
 from fleet_worker.router.in_flight import TRY_EVERY, InFlightRequest
+from fleet_worker.router.node_selection import WhyWaiting
 from fleet_worker.router.route import Route
 from fleet_worker.router.wakeups import Wakeups
 from fleet_worker.settings import RouterSettings
@@ -74,7 +76,7 @@ class Fleet:
         self.sent = []
         self.told = []
         self.first = self.target = None
-        self.ready = True
+        self.ready = self.is_there = True
         self.refusal = self.affinity = None
         self.hosts = {}
         self.session = SimpleNamespace(
@@ -89,7 +91,8 @@ class Fleet:
             nodes=SimpleNamespace(
                 unable=lambda _: set(),
                 node_for=lambda request, avoided: self.target if avoided else self.first,
-                why_waiting=lambda *_: ("nobody has served it for 7 s", 7.0),
+                why_waiting=lambda *_: WhyWaiting("nobody has served it for 7 s", 7.0),
+                may_be_there=lambda *_: self.is_there,
                 waits_in_vain=lambda *_: not self.ready,
                 seen=lambda node: self.hosts.get(node),
             ),
@@ -620,6 +623,86 @@ def test_attempts_that_no_node_has_taken_do_not_prolong_the_wait(fleet):
     in_flight.receive("a", failure(0, DOWN))
     fleet.later.now()
     assert fleet.read()[-1].code == "queue_timeout"
+
+
+# --- A request for which nobody is there
+
+
+@pytest.fixture
+def alone(fleet):
+    """A stream that broke off after its first words. Nobody can go on with it."""
+    in_flight = fleet.submit(away_timeout=60.0)
+    in_flight.receive("a", accepted())
+    in_flight.receive("a", deltas(1, "half an "))
+    fleet.is_there = False
+    in_flight.receive("a", failure(2, DOWN))
+    fleet.later.now()  # the next attempt is sent
+    assert fleet.sent == [(1, None), (2, None)]
+    return in_flight
+
+
+def wait(fleet, seconds):
+    fleet.clock.clock += seconds
+    fleet.later.now()
+
+
+def test_a_stream_that_nobody_can_continue_ends_with_why(fleet, alone):
+    wait(fleet, 59.0)
+    assert said(fleet.read()) == "half an "
+    wait(fleet, 1.0)
+    (given,) = fleet.read()
+    assert given.message == (
+        "no node went on with the answer within the 60 s of router.away_timeout: nobody has served it for 7 s"
+    )
+    assert isinstance(given.error(), QueueTimeout)
+    assert [each["error"] for each in given.metadata["attempts"]] == ["instance_unavailable", "queue_timeout"]
+    assert fleet.cancelled[-1] == CancelOrphan(None, 2)
+
+
+def test_a_stream_goes_on_if_somebody_comes_back_in_time(fleet, alone):
+    wait(fleet, 59.0)
+    fleet.is_there = True
+    wait(fleet, 30.0)
+    alone.receive("a", accepted(2))
+    wait(fleet, 1.0)
+    alone.receive("a", deltas(1, "answer", attempt=2))
+    alone.receive("a", response(2, attempt=2))
+    frames = fleet.read()
+    assert said(frames) == "half an answer"
+    assert frames[-1].kind == "response"
+
+
+def test_a_request_that_was_never_taken_ends_in_the_same_way(fleet):
+    fleet.is_there = False
+    fleet.submit(away_timeout=60.0)
+    wait(fleet, 60.0)
+    assert fleet.read()[-1].message.startswith("no node took the request within the 60 s of router.away_timeout: ")
+
+
+def test_a_stream_that_waits_when_its_time_is_over_is_told_why(fleet, alone):
+    error = alone.timed_out(60.0)
+    assert isinstance(error, RequestTimeout)
+    assert error.message == ("no node went on with the answer within its timeout of 60 s: nobody has served it for 7 s")
+
+
+def test_a_node_may_accept_while_its_request_is_being_sent_though_it_was_not_ready(fleet):
+    """The time at that node does not count later."""
+    fleet.is_there = False
+
+    def accept(*_, **__):
+        fleet.session.submitter.submit = fleet._submit
+        in_flight.receive("a", accepted())
+
+    fleet.session.submitter.submit = accept
+    route = Route(request(), None, fleet.session.nodes)
+    in_flight = InFlightRequest(request().addressed_to("replies"), route, fleet.session, away_timeout=60.0)
+    fleet.reader = in_flight.join(0.0)
+    in_flight.submit()
+    fleet.clock.clock += 1000.0
+    in_flight.receive("a", failure(1, DOWN))
+    fleet.later.now()
+    fleet.later.now()
+    assert fleet.read() == []
 
 
 def test_the_wait_in_the_lane_is_measured_by_the_clock_of_the_router_alone(fleet):

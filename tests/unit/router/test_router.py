@@ -24,6 +24,7 @@ from fleet_worker.errors import (
     ModelNotServed,
     Overloaded,
     ProviderError,
+    QueueTimeout,
     ReplyLost,
     RequestTimeout,
 )
@@ -34,6 +35,7 @@ from fleet_worker.router import in_flight as in_flight_module
 from fleet_worker.router.session import Session
 from tests.brokers import free_port
 from tests.mlx_clients import HELLO, took_less_than, until
+from tests.unit.registry.test_view import about_instance, about_model, say
 from tests.unit.router.test_attempts import FACTS
 
 
@@ -266,6 +268,11 @@ def test_every_method_takes_the_body_of_a_client(fleet, name):
     (request,) = fleet.requests
     assert (request.model, request.priority) == ("m", "high")
     assert request.encode()["params"] == ({"messages": HELLO, "max_tokens": 5} if is_chat else {"input": ["a"]})
+
+
+def test_if_away_is_one_of_two_words(fleet, ask):
+    with pytest.raises(InvalidRequest, match='if_away: must be "wait" or "refuse"'):
+        ask(fleet, if_away="leave")
 
 
 def test_on_interrupt_is_one_of_two_words(fleet, ask):
@@ -656,6 +663,18 @@ def test_a_request_may_wait_in_its_queue_for_as_long_as_a_caller_likes(fleet, as
     for seconds in (float("inf"), 10**400):  # no float is as large
         fleet.answers = [[accepted(), response("the answer")]]
         assert ask(fleet, queue_timeout=seconds).finish_reason == "stop"
+
+
+def test_only_a_request_that_asks_for_it_is_refused_since_nobody_is_there(fleet):
+    """And its answer may be there already."""
+    answered = {"idempotency_key": "k", "if_away": "refuse"}
+    fleet.answers = [[accepted(), response("the answer")], [accepted(), response("waited for")]]
+    fleet.router.chat("m", HELLO, **answered)
+    say(fleet.router.registry, about_instance("i", status="away"), about_model(instance="i", status="away"))
+    with pytest.raises(QueueTimeout, match="no node can take the request now"):
+        fleet.router.chat("m", HELLO, if_away="refuse")
+    assert fleet.router.chat("m", HELLO, **answered).content == "the answer"
+    assert fleet.router.chat("m", HELLO).content == "waited for"
 
 
 def test_nothing_is_sent_before_a_stream_is_entered(fleet):

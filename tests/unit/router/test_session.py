@@ -9,7 +9,7 @@ import redis
 from fleet_worker import Router, Settings
 from fleet_worker.errors import QueueTimeout, UnsupportedParameter
 from fleet_worker.protocol.openai import ChatParams
-from fleet_worker.registry.view import Registry
+from fleet_worker.registry.view import SETTLED_AFTER, Registry
 from fleet_worker.router import node_selection
 from fleet_worker.router import session as session_module
 from fleet_worker.router import submitter as submitter_module
@@ -279,9 +279,123 @@ def test_who_may_wait_less_than_its_instances_have_been_away_is_told_at_once(awa
     with pytest.raises(QueueTimeout) as caught:
         away.require_soon(wish(model, instance), None, max_wait)
     assert caught.value.metadata == {"away_for": away_for}
+    instances = "all 2 instances of it are" if instance == "any" else "its only instance is"
     assert caught.value.message == (
-        f"nobody has served chat of that model for {away_for:.0f} s, and the request may wait {max_wait:g} s (max_wait)"
+        f"nobody has served chat of that model for {away_for:.0f} s ({instances} unavailable), "
+        f"and the request may wait {max_wait:g} s (max_wait)"
     )
+
+
+@pytest.fixture
+def fleet():
+    """A registry of a router that asked long ago, and its clock."""
+    clock = Clock()
+    registry = Registry(clock=clock)
+    clock.turn(60)
+    return registry, clock
+
+
+def tell(registry, **instances):
+    """Each instance offers the model `m`: in this state, for so many seconds."""
+    for name, (status, age) in instances.items():
+        say(
+            registry,
+            about_instance(name, status=status, status_age=age, capacity={"slots": 1}, node=f"{name}@mini"),
+            about_model("m", instance=name, status=status),
+        )
+
+
+def is_refused(registry, instance="any", node=None):
+    try:
+        NodeSelection(registry).require_there(wish("m", instance), node, 120.0)
+    except QueueTimeout as error:
+        return error.metadata.get("by_owner", "away for long")
+    return False
+
+
+@pytest.mark.parametrize(
+    ("instances", "refused"),
+    [
+        ({"a": ("away", 1.0)}, True),
+        ({"a": ("away", 1.0), "b": ("away", 900.0)}, True),
+        ({"a": ("away", 1.0), "b": ("available", 1.0)}, False),
+        ({"a": ("away", 900.0), "b": ("degraded", 1.0)}, False),
+        ({"a": ("unavailable", 119.0)}, False),
+        ({"a": ("unavailable", 121.0)}, "away for long"),
+        ({"a": ("drained", 121.0), "b": ("unavailable", 119.0)}, False),
+        ({"a": ("drained", 900.0), "b": ("starting", 900.0)}, False),
+        ({"a": ("away", 900.0), "b": ("drained", 900.0)}, "away for long"),
+        ({}, False),
+    ],
+)
+def test_only_what_nobody_can_do_soon_is_refused_at_once(fleet, instances, refused):
+    registry, _ = fleet
+    tell(registry, **instances)
+    assert is_refused(registry) == refused
+
+
+def test_who_is_refused_at_once_is_told_why_and_when_to_come_back(fleet):
+    registry, _ = fleet
+    tell(registry, a=("away", 3.0), b=("away", 7.0))
+    with pytest.raises(QueueTimeout) as caught:
+        NodeSelection(registry).require_there(wish("m"), None, 120.0)
+    assert caught.value.message == (
+        "no node can take the request now: "
+        "nobody has served chat of that model for 3 s (all 2 instances of it are away)"
+    )
+    assert caught.value.metadata == {"away_for": 3.0, "by_owner": True, "retry_after": 60.0}
+
+
+@pytest.mark.parametrize(
+    ("status", "running", "is_there"),
+    [
+        ("degraded", 1, True),
+        ("unavailable", 1, True),
+        ("unavailable", 0, False),
+        ("away", 1, False),
+        ("drained", 1, False),
+    ],
+)
+def test_a_server_that_is_too_busy_to_answer_is_there(fleet, status, running, is_there):
+    """As some are that read a long prompt. One that is drained takes no other work after it."""
+    registry, _ = fleet
+    about = about_instance("a", status=status, status_age=900.0, capacity={"slots": 1, "running": running})
+    say(registry, about, about_model("m", instance="a", status=status))
+    assert NodeSelection(registry).may_be_there(wish("m"), None) == is_there
+    assert bool(is_refused(registry)) != is_there
+
+
+def test_what_is_known_of_other_instances_and_nodes_does_not_count(fleet):
+    registry, _ = fleet
+    tell(registry, a=("away", 1.0), b=("available", 1.0))
+    assert is_refused(registry, "a")
+    assert is_refused(registry, node="a@mini")
+    assert not is_refused(registry, "b")
+    assert not is_refused(registry, node="b@mini")
+
+
+def test_no_request_is_refused_because_the_router_is_new_or_was_cut_off(fleet):
+    """The host of an instance that is ready may not have answered yet."""
+    registry, clock = fleet
+    assert NodeSelection(registry).may_be_there(wish("m"), None)
+    for _ in range(2):
+        registry.note_asked()
+        tell(registry, a=("away", 1.0))
+        assert not is_refused(registry)
+        clock.turn(SETTLED_AFTER)
+        assert is_refused(registry)
+
+
+def test_the_hosts_that_were_forgotten_are_not_there(fleet):
+    registry, clock = fleet
+    tell(registry, a=("available", 1.0))
+    assert NodeSelection(registry).may_be_there(wish("m"), None)
+    clock.turn(900)
+    nodes = NodeSelection(registry)
+    assert not nodes.may_be_there(wish("m"), None)
+    assert not is_refused(registry)
+    say(registry, about_instance("other"))
+    assert nodes.why_waiting(wish("m"), None).text == "no host reports a node for chat of that model"
 
 
 def test_the_slots_of_a_request_are_those_of_the_ready_instances_that_may_take_it(away):

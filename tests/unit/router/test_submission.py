@@ -1,4 +1,6 @@
-"""What a caller says of prompt caches is checked before anything is sent."""
+"""What a caller says of prompt caches, and of waiting, is checked before anything is sent."""
+
+import math
 
 import pytest
 
@@ -19,6 +21,11 @@ def test_what_is_no_name_is_refused(option, value):
     with pytest.raises(InvalidRequest) as refused:
         asked(**{option: value})
     assert refused.value.metadata["param"] == option
+
+
+def test_a_caller_who_says_how_long_a_request_waits_is_believed():
+    assert asked().away_timeout == SETTINGS.router.away_timeout == 120.0
+    assert asked(queue_timeout=7.0).away_timeout == math.inf
 
 
 @pytest.mark.parametrize("value", ["false", "no", 0, 1, None, []])

@@ -1,0 +1,22 @@
+"""`python -m fleet_worker.node NAME`: the node that `celery -A fleet_worker worker -n NAME` is, too.
+
+It does without the command line of Celery, whose modules, a terminal among them, would take 8 MB of every node.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from fleet_worker.node.worker import node_app
+
+
+def main(node_name: str) -> int:
+    """Run the node until it ends, and return the exit code of the process."""
+    worker = node_app().Worker(hostname=node_name, loglevel="INFO", no_color="NO_COLOR" in os.environ)
+    worker.start()
+    return int(worker.exitcode or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]) if len(sys.argv) == 2 else "usage: python -m fleet_worker.node NAME")

@@ -1,0 +1,49 @@
+"""For how long no node that could take a request has been ready, while it waits for one."""
+
+from __future__ import annotations
+
+import math
+import time
+
+from fleet_worker.protocol.request import FleetRequest
+from fleet_worker.router.node_selection import NodeSelection
+from fleet_worker.router.reply_consumer import ReplyConsumer
+
+LOOK_AGAIN_AFTER = 0.25
+"""Seconds between two looks at least: the clock of the reply consumer goes in steps."""
+
+
+class AwayWatch:
+    """Of one request, and of each time that it waits: at first, and after an interruption.
+
+    Seconds count while the broker is there: without it nothing is heard of nodes. After a break they begin anew.
+    """
+
+    def __init__(self, limit: float, nodes: NodeSelection, replies: ReplyConsumer) -> None:
+        """`limit`: seconds that it may wait while nobody is there."""
+        self.limit = limit
+        self._nodes = nodes
+        self._replies = replies
+        self._since: float | None = None
+        """Since when nobody is there, on the clock of the reply consumer; None if somebody was when it last looked."""
+
+    def accepted(self) -> None:
+        """A node has taken the request."""
+        self._since = None
+
+    def is_over(self, request: FleetRequest, only: str | None) -> bool:
+        """Look whether somebody is there; return True if nobody has been for `limit` seconds. `only` is the only node
+        that may take it."""
+        if math.isinf(self.limit) or self._nodes.may_be_there(request, only):
+            self._since = None
+            return False
+        if self._since is None:
+            self._since = self._replies.clock
+        return self._left() <= 0
+
+    def next_look(self) -> float:
+        """Return when it may be over, in time.monotonic() seconds; math.inf if somebody is there."""
+        return math.inf if self._since is None else time.monotonic() + max(self._left(), LOOK_AGAIN_AFTER)
+
+    def _left(self) -> float:
+        return self.limit - self._replies.silence(self._since or 0.0)
