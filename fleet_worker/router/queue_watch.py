@@ -20,7 +20,7 @@ CHECK_EVERY = 1.0
 is in the direct lane of a node which the router has chosen, as that node may say that it is not ready."""
 
 Verdict = Literal["waits", "stranded", "lost", "unserved"]
-"""The attempt waits in its lane; its node does not take it; it is in no lane any more; no node was there for too long."""
+"""The attempt waits in its lane; its node does not take it; it is in no lane any more; no node was there in time."""
 
 
 class QueueWatch:

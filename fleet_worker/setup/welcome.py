@@ -24,6 +24,9 @@ POLL = 0.5
 """Seconds between two looks at a gateway that is not ready yet."""
 PATIENCE = 30.0
 """Seconds after which it is said what is missing."""
+OWN_WITHIN = 5.0
+"""Seconds that the other models of this host have when one of the fleet is ready: what their nodes log would scroll the
+lines away that are to be read."""
 
 
 class Welcome:
@@ -48,10 +51,14 @@ class Welcome:
 
     def _wait_for_models(self) -> list[str]:
         """Return the models that are ready; none if this ended first."""
-        waited = 0.0
-        while not (models := ready_models(self._settings)) and not self._ended.wait(POLL):
+        own = {model for each in self._settings.instances.values() if each.opted_in for model in each.models}
+        waited = found = 0.0
+        while not (models := ready_models(self._settings)) or (own - set(models) and found < OWN_WITHIN):
+            if self._ended.wait(POLL):
+                return []
             waited += POLL
-            if PATIENCE <= waited < PATIENCE + POLL:
+            found += POLL if models else 0.0
+            if not models and PATIENCE <= waited < PATIENCE + POLL:
                 _print(
                     "fleet-worker: no model is ready yet. A large one takes minutes to load; if it does not come, the "
                     "lines above may say why, or fleet-worker doctor does.\n"
@@ -70,7 +77,7 @@ class Welcome:
             parts.append(f"Another key: {new_key_line(self._settings)}")
         else:
             parts.append(f"Key   each is shown only when it is made. Another one: {new_key_line(self._settings)}")
-        parts += [*self._next_host(), _service_line()]
+        parts += [*self._next_host(), _service_line(), _again_line()]
         return "\n" + "".join(f"{part}\n\n" for part in parts)
 
     def _next_host(self) -> list[str]:
@@ -124,6 +131,11 @@ def new_key_line(settings: Settings) -> str:
 def _service_line() -> str:
     install = command("service install", config_file.config_path() or config_file.DEFAULT)
     return f"To have it start by itself when you log in: {install}; at each boot, also without a login: with --system"
+
+
+def _again_line() -> str:
+    again = command("quickstart", config_file.config_path() or config_file.DEFAULT)
+    return f"All of this again, without the key, in another terminal: {again}"
 
 
 def _print(text: str) -> None:

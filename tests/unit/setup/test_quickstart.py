@@ -122,6 +122,31 @@ def test_the_first_time_it_has_a_key_and_three_lines_to_paste(monkeypatch):
     assert "fleet-worker service install" in text
 
 
+OPTED_IN = {"enabled": True, "respond_to_requests": True}
+
+
+@pytest.mark.parametrize(
+    ("answers", "told"),
+    [
+        ([[], ["other"], ["other", "own"]], ["other", "own"]),
+        ([[], *([["other"]] * 4), ["other", "own"]], ["other"]),  # three times 2 s
+        ([["own"]], ["own"]),
+    ],
+)
+def test_the_models_of_this_mac_have_a_moment_to_become_ready(answers, told, monkeypatch):
+    monkeypatch.setattr(welcome, "POLL", 2.0)
+    waits = iter(answers)
+    monkeypatch.setattr(welcome, "ready_models", lambda _: next(waits))
+    settings = Settings(instances={"local": {"fleet": OPTED_IN, "models": {"own": {}}}, "off": {"models": {"x": {}}}})
+    greets = welcome.Welcome(settings, None)
+    monkeypatch.setattr(greets._ended, "wait", lambda _: False)
+    assert greets._wait_for_models() == told
+
+
+def test_it_can_be_seen_again(monkeypatch):
+    assert "again, without the key, in another terminal: fleet-worker quickstart" in greeting(monkeypatch, ["m"])
+
+
 def test_a_fleet_that_only_embeds_is_asked_for_an_embedding(monkeypatch):
     text = greeting(monkeypatch, ["bge-small"], key="sk-fleet-1", address="mini-1")
     assert "/v1/embeddings" in text
