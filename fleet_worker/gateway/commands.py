@@ -88,8 +88,8 @@ def usage(ledgers: tuple[Path, ...], by: Any, since: float, key: str | None, for
     LEDGERS are other files to read, as copies of those of other hosts. All that are given are taken together.
     """
     from fleet_worker.gateway.accounts.ledger_file import files_of, path_of
-    from fleet_worker.gateway.accounts.usage import show
     from fleet_worker.gateway.accounts.usage import usage as used_by
+    from fleet_worker.gateway.accounts.usage_listing import show
     from fleet_worker.settings import Settings
 
     files = ledgers or files_of(path_of(Settings()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -28,6 +29,9 @@ log = logging.getLogger(__name__)
 
 ANSWERS_LEAVE_WITHIN = 5
 """Seconds in which the last bytes of the answers leave, after the requests have ended."""
+
+MOST_GARBAGE = 10_000
+"""Objects that are made, and not freed, from one collection to the next. A request leaves some in cycles, all small."""
 
 
 def serve(settings: Settings) -> None:
@@ -72,6 +76,7 @@ class Server(uvicorn.Server):
         self._loop.add_signal_handler(signal.SIGHUP, self._keys.reload)
         self._quotas.open()
         connecting = asyncio.create_task(self._gateway.fleet.connect())
+        connecting.add_done_callback(_spare_the_collector)
         serving = asyncio.create_task(self.serve([listener]))
         ending = asyncio.create_task(self._asked_to_end.wait())
         await asyncio.wait({serving, ending}, return_when=asyncio.FIRST_COMPLETED)
@@ -90,6 +95,15 @@ class Server(uvicorn.Server):
             self.should_exit = self.force_exit = True
             self._gateway.running.end_all()
         self._asked_to_end.set()
+
+
+def _spare_the_collector(connected: asyncio.Task[None]) -> None:
+    """Keep the garbage collector from what is there now, and will be to the end: modules, models, connections. A look
+    at all of it takes 70 ms, in which no stream gets anything, and came with every thousand requests.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(MOST_GARBAGE)
 
 
 def _whom(keys: Keys) -> str:

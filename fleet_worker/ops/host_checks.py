@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fleet_worker.host.launchd import Launchd
+from fleet_worker.host.service import installed
 from fleet_worker.host.service_files import ENDS_WITHIN
 from fleet_worker.host.systemd import Systemd
 from fleet_worker.ops.findings import Finding
@@ -69,10 +70,19 @@ def sleep_minutes(pmset: str) -> int | None:
     return max(map(int, settings), default=None)
 
 
-def boot(_: object) -> list[Finding]:
+def boot(settings: Settings | None) -> list[Finding]:
     """Check what would keep this host from serving after a reboot."""
     found = list(_of_mac() if sys.platform == "darwin" else _of_linux())
+    if settings and (settings.up.gateway or any(each.opted_in for each in settings.instances.values())):
+        found += service()
     return found or [Finding("ok", "nothing is known that would keep this host from serving after a reboot")]
+
+
+def service() -> Iterator[Finding]:
+    """Tell that no service is installed. That is no fault: another program may start `up`, or a person."""
+    if not installed().file.exists():
+        said = "no service is installed: after a reboot, fleet-worker up starts if something else starts it"
+        yield Finding("ok", said, "fleet-worker service install")
 
 
 def _of_mac() -> Iterator[Finding]:

@@ -10,13 +10,16 @@ from fleet_worker.errors import ConfigurationError
 from fleet_worker.settings import Settings
 from fleet_worker.setup.invitation import Invitation, Membership, Role
 from fleet_worker.setup.own_names import lan_address
-from fleet_worker.setup.single_use import deposit
+from fleet_worker.setup.single_use import VALID, deposit
 from fleet_worker.urls import host_name, is_loopback, with_account, with_host
 
 
-def invite(settings: Settings, role: Role = "mini", *, address: str = "", account: str = "") -> Invitation:
+def invite(
+    settings: Settings, role: Role = "mini", *, address: str = "", account: str = "", valid: float = VALID
+) -> Invitation:
     """Return an invitation to the fleet of this host. `address`: that of the broker for other hosts, instead of the one
-    in the settings; `account`: what they get instead of the account of this host, as USER:PASSWORD, not escaped.
+    in the settings; `account`: what they get instead of the account of this host, as USER:PASSWORD, not escaped;
+    `valid`: seconds for which it can be used, if the broker keeps it.
 
     Raises:
         ConfigurationError: other hosts cannot reach the broker.
@@ -34,7 +37,7 @@ def invite(settings: Settings, role: Role = "mini", *, address: str = "", accoun
     )
     other = lan_address() if url != settings.broker_url and not _is_address(urlsplit(url).hostname) else None
     common = {"broker_url": with_account(url, ""), "other_address": other, "broker_ca": ca}
-    if deposited := deposit(settings, membership):
+    if deposited := deposit(settings, membership, valid):
         return Invitation(id=deposited[0], secret=deposited[1], **common)
     return Invitation(membership=membership, **common)
 
@@ -85,4 +88,4 @@ def validity(invitation: Invitation) -> str:
     """Return how long an invitation is valid, in words."""
     if invitation.membership:
         return "(this line holds the account of the broker, and stays valid: keep it to yourself)"
-    return "(once, within 10 minutes; another line: fleet-worker invite)"
+    return f"(once, within {VALID / 60:.0f} minutes; another line: fleet-worker invite)"

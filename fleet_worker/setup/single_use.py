@@ -1,8 +1,8 @@
-"""Both ends of an invitation on Valkey or Redis: an account of single use, which may take one key and nothing else.
+"""Both ends of an invitation on Valkey or Redis: an account of single use, which may take two keys and nothing else.
 
-The key holds the `Membership`, which only the secret makes readable, and expires; the account knows no other command
-and no other key. Accounts whose key is gone are removed when the next one is made. They are in the memory of the broker
-only: a restart ends all invitations.
+The key holds the `Membership`, which only the secret makes readable, and expires. A second key is there until the
+invitation is used, or for a day, so that the account can ask why the first is gone. Accounts whose key is gone are
+removed when the next one is made. They are in the memory of the broker only: a restart ends all invitations.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -34,17 +34,21 @@ from fleet_worker.urls import with_account
 
 VALID = 600.0
 """Seconds for which an invitation can be used."""
+REMEMBERED = 86_400.0
+"""Seconds for which the broker knows that an invitation has run out without being used."""
 ANSWER_WITHIN = 5.0
 _NAME = "fleet-invitation:"
 """Begins the name of the account, and that of the key. Without `llm.`: accounts of minis may read all such keys."""
-_GONE = (
-    f"the invitation is not valid any more: it was used, or is older than {VALID / 60:.0f} minutes, or the broker was "
-    "restarted"
-)
+_UNUSED = ":unused"
+"""Ends the name of the key that stays until the invitation is used."""
+_USED = "the invitation was used already"
+_RUN_OUT = "the invitation has run out before it was used"
+_UNKNOWN = "the broker does not know the invitation any more: it was used or has run out, or the broker was restarted"
 
 
-def deposit(settings: Settings, membership: Membership) -> tuple[str, str] | None:
-    """Let the broker keep the membership; return the id and the secret for which it gives it away, once.
+def deposit(settings: Settings, membership: Membership, valid: float = VALID) -> tuple[str, str] | None:
+    """Let the broker keep the membership for so many seconds; return the id and the secret for which it gives it away,
+    once.
 
     None if this broker or this account cannot do that.
 
@@ -55,14 +59,16 @@ def deposit(settings: Settings, membership: Membership) -> tuple[str, str] | Non
         return None
     id_, secret = secrets.token_hex(8), secrets.token_hex(16)
     name = _NAME + id_
-    rules = ("reset", "on", f"#{hashlib.sha256(secret.encode()).hexdigest()}", f"~{name}", "+getdel")
+    hashed = hashlib.sha256(secret.encode()).hexdigest()
+    rules = ("reset", "on", f"#{hashed}", f"~{name}", f"~{name}{_UNUSED}", "+getdel", "+exists")
     with connected(settings) as connection:
         client = connection.default_channel.client
         text = membership.model_dump_json(exclude_defaults=True).encode()
         try:
             _remove_leftovers(client)
-            # The key comes first: another `invite` removes accounts without one.
-            client.set(name, _padded(text, secret), px=round(VALID * 1000))
+            # The keys come first: another `invite` removes accounts without one.
+            client.set(name + _UNUSED, 1, px=round((valid + REMEMBERED) * 1000))
+            client.set(name, _padded(text, secret), px=round(valid * 1000))
             client.execute_command("ACL", "SETUSER", name, *rules)
         except ResponseError:  # this user may not, a provider has disabled it, or it is older than Redis 6
             return None  # the key expires
@@ -74,7 +80,7 @@ def redeem(invitation: Invitation, cert: Path | None = None, key: Path | None = 
     files, if the broker asks for a client certificate.
 
     Raises:
-        ConfigurationError: the invitation is used or too old, or the broker does not know it.
+        ConfigurationError: the invitation was used or has run out, or the broker does not know it.
         BrokerUnavailable: the broker cannot be reached. The invitation can still be used.
     """
     if invitation.membership:
@@ -85,8 +91,6 @@ def redeem(invitation: Invitation, cert: Path | None = None, key: Path | None = 
         settings = ExplicitSettings(broker_url=url, broker_ca=ca, broker_cert=cert, broker_key=key)
         with _client(settings) as client:
             kept = _take(client, name, invitation.broker_url)
-    if not kept:
-        raise ConfigurationError(f"{_GONE}: {ANOTHER}")
     try:
         return Membership.model_validate_json(_padded(kept, invitation.secret))
     except ValidationError:
@@ -100,14 +104,21 @@ def _padded(text: bytes, secret: str) -> bytes:
     return bytes(one ^ other for one, other in zip(text, pad, strict=True))
 
 
-def _take(client: Redis, name: str, broker_url: str) -> Any:
-    """Return what the key holds, and remove it; None if the broker does not know the account, or the key is gone."""
+def _take(client: Redis, name: str, broker_url: str) -> bytes:
+    """Return what the key holds, and remove it; raises `ConfigurationError` if the broker does not know the account, or
+    the key is gone."""
     try:
-        return client.getdel(name)
+        kept: Any = client.getdel(name)
+        if kept:
+            with suppress(*BROKER_ERRORS):
+                client.getdel(name + _UNUSED)
+            return bytes(kept)
+        why = _RUN_OUT if client.exists(name + _UNUSED) else _USED
     except (AuthenticationError, NoPermissionError):
-        return None
+        why = _UNKNOWN
     except BROKER_ERRORS as error:
         raise unavailable(broker_url, "cannot be used", error) from None
+    raise ConfigurationError(f"{why}; {ANOTHER}")
 
 
 def _client(settings: Settings) -> Redis:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 
 import click
 import httpx
+import psutil
 
 from fleet_worker import config_file
 from fleet_worker.demo.lines_to_paste import line_to_embed, lines_to_paste
 from fleet_worker.errors import FleetError
+from fleet_worker.host.file_lock import holder
+from fleet_worker.host.up_socket import lock_path
 from fleet_worker.mlx.offering import embeds
 from fleet_worker.settings import Settings
 from fleet_worker.setup.invite import invite, join_line, validity
@@ -24,6 +29,9 @@ POLL = 0.5
 """Seconds between two looks at a gateway that is not ready yet."""
 PATIENCE = 30.0
 """Seconds after which it is said what is missing."""
+OWN_WITHIN = 5.0
+"""Seconds that the other models of this host have when one of the fleet is ready: what their nodes log would scroll the
+lines away that are to be read."""
 
 
 class Welcome:
@@ -48,10 +56,14 @@ class Welcome:
 
     def _wait_for_models(self) -> list[str]:
         """Return the models that are ready; none if this ended first."""
-        waited = 0.0
-        while not (models := ready_models(self._settings)) and not self._ended.wait(POLL):
+        own = {model for each in self._settings.instances.values() if each.opted_in for model in each.models}
+        waited = found = 0.0
+        while not (models := ready_models(self._settings)) or (own - set(models) and found < OWN_WITHIN):
+            if self._ended.wait(POLL):
+                return []
             waited += POLL
-            if PATIENCE <= waited < PATIENCE + POLL:
+            found += POLL if models else 0.0
+            if not models and PATIENCE <= waited < PATIENCE + POLL:
                 _print(
                     "fleet-worker: no model is ready yet. A large one takes minutes to load; if it does not come, the "
                     "lines above may say why, or fleet-worker doctor does.\n"
@@ -70,7 +82,7 @@ class Welcome:
             parts.append(f"Another key: {new_key_line(self._settings)}")
         else:
             parts.append(f"Key   each is shown only when it is made. Another one: {new_key_line(self._settings)}")
-        parts += [*self._next_host(), _service_line()]
+        parts += [*self._next_host(), _service_line(), _again_line()]
         return "\n" + "".join(f"{part}\n\n" for part in parts)
 
     def _next_host(self) -> list[str]:
@@ -95,7 +107,21 @@ def ready_models(settings: Settings) -> list[str]:
         found = answer.json().get("models", []) if answer.status_code == httpx.codes.OK else []
     except (httpx.HTTPError, ValueError, AttributeError):
         return []
-    return [str(model) for model in found]
+    return [] if not found or _is_of_another(settings) else [str(model) for model in found]
+
+
+def _is_of_another(settings: Settings) -> bool:
+    """Return whether what answers is surely not the gateway of this host's `up`: another fleet may have its port."""
+    known = False
+    with suppress(psutil.Error, FleetError):
+        up = psutil.Process(holder(lock_path(settings.state_dir, settings.host)) or os.getpid())
+        for process in (up, *up.children(recursive=True)):
+            with suppress(psutil.Error, OSError):
+                ports = {each.laddr.port for each in process.net_connections("tcp") if each.laddr}
+                if settings.gateway.port in ports:
+                    return False
+                known = True
+    return known
 
 
 def local_url(settings: Settings) -> str:
@@ -124,6 +150,11 @@ def new_key_line(settings: Settings) -> str:
 def _service_line() -> str:
     install = command("service install", config_file.config_path() or config_file.DEFAULT)
     return f"To have it start by itself when you log in: {install}; at each boot, also without a login: with --system"
+
+
+def _again_line() -> str:
+    again = command("quickstart", config_file.config_path() or config_file.DEFAULT)
+    return f"All of this again, without the key, in another terminal: {again}"
 
 
 def _print(text: str) -> None:

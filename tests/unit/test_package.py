@@ -71,12 +71,15 @@ def test_help_loads_nothing_large():
 
 
 OF_COMMANDS = {"prompt_toolkit", "celery.bin.celery", "fleet_worker.cli", "fleet_worker.ops", "fleet_worker.setup"}
-OF_OTHERS = OF_COMMANDS | {"tomlkit", "uvicorn", "prometheus_client", "fleet_worker.gateway", "fleet_worker.simulator"}
+OF_OTHERS = OF_COMMANDS | {"tomlkit", "prometheus_client", "fleet_worker.simulator"}
+OF_GATEWAY = {"uvicorn", "fleet_worker.gateway"}
 OF_NODES = {"httpx", "rich", "fleet_worker.node.node"}
 UNUSED = {
-    "a node": ("node.__main__, fleet_worker.node.inference_node", OF_OTHERS | {"fleet_worker.router"}),
-    "a registry node": ("node.__main__", OF_OTHERS | OF_NODES | {"fleet_worker.router"}),
-    "a router": ("router.router", OF_OTHERS | OF_NODES | {"psutil", "fleet_worker.node", "fleet_worker.mlx.client"}),
+    "a node": ("node.__main__, fleet_worker.node.inference_node", OF_OTHERS | OF_GATEWAY | {"fleet_worker.router"}),
+    "a registry node": ("node.__main__", OF_OTHERS | OF_GATEWAY | OF_NODES | {"fleet_worker.router"}),
+    "a router": ("router.router", OF_OTHERS | OF_GATEWAY | OF_NODES | {"fleet_worker.node"}),
+    "a gateway": ("gateway.serve", OF_OTHERS | OF_NODES | {"fleet_worker.node"}),
+    "up": ("setup.foreground", {"celery", "kombu", "redis", "prompt_toolkit", "uvicorn", "fleet_worker.router"}),
 }
 """By process that runs all the time: what it imports of us, and what it must not import, since it would keep that."""
 

@@ -1,17 +1,13 @@
 """What was used, by the ledgers of gateways: for operators by key, tag, model or node, and for a key its own.
 
 used = usage(files, "model", since)       # a list of `Used`, who used most first
-show(used, "model", since, "table")       # or "json", "csv"
 key_usage(files, "alice", since)          # a JSON object, for the holder of that key
 """
 
 from __future__ import annotations
 
-import csv
-import json
 import re
 import sqlite3
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import closing
@@ -20,14 +16,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-import click
-
 from fleet_worker.errors import ConfigurationError
 from fleet_worker.gateway.accounts.ledger_file import read_only
-from fleet_worker.terminal import Listing, cell, output
 
 By = Literal["key", "tag", "model", "node"]
-Form = Literal["table", "json", "csv"]
 
 NONE = "-"
 """The name for requests without a tag, or without a model or node because none had taken them."""
@@ -101,10 +93,10 @@ def _used(name: str, sums: Sequence[float]) -> Used:
 
 def key_usage(files: Iterable[Path], key: str, since: float) -> dict[str, Any]:
     """Return what a key has used since a time, in all and by model: a JSON object."""
-    models = [_as_json(each, "model") for each in usage(files, "model", since, key=key)]
+    models = [as_json(each, "model") for each in usage(files, "model", since, key=key)]
     counted = ("requests", "failed", "prompt_tokens", "completion_tokens", "cached_tokens")
     total = {name: sum(each[name] for each in models) for name in counted}
-    return {"object": "usage", "key": key, "since": _written(since), **total, "models": models}
+    return {"object": "usage", "key": key, "since": written(since), **total, "models": models}
 
 
 def moment(text: str) -> float:
@@ -123,56 +115,13 @@ def moment(text: str) -> float:
         raise ValueError("must be as 7d, 24h, 30m, or a date as 2026-11-30") from None
 
 
-def show(used: list[Used], by: By, since: float, form: Form) -> None:
-    """Print it. An empty table or CSV says so on standard error."""
-    if form == "json":
-        click.echo(json.dumps({"by": by, "since": _written(since), "usage": [_as_json(each, by) for each in used]}))
-        return
-    if not used:
-        click.echo(f"fleet-worker: no requests since {_written(since)}", err=True)
-    if form == "csv":
-        _write_csv(used, by)
-    elif used:
-        output().print(_table(used, by))
-
-
-def _table(used: list[Used], by: By) -> Listing:
-    figures = ("requests", "failed", "prompt", "output", "cached", "ttft", "wait")
-    listing = Listing(by, *figures, numbers=figures)
-    for each in used:
-        counts = (each.requests, each.failed, each.prompt_tokens, each.completion_tokens, each.cached_tokens)
-        averages = (each.ttft, each.queue_wait)
-        listing.add(
-            cell(each.name), *(cell(_short(count)) for count in counts), *(cell(_seconds(each)) for each in averages)
-        )
-    return listing
-
-
-def _write_csv(used: list[Used], by: By) -> None:
-    rows = [_as_json(each, by) for each in used]
-    columns = [by, *(name for name in Used.__dataclass_fields__ if name != "name")]
-    writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-
-
-def _as_json(used: Used, by: str) -> dict[str, Any]:
+def as_json(used: Used, by: str) -> dict[str, Any]:
+    """Return its fields, with the name as `by`."""
     fields = asdict(used)
     averages = {name: None if fields[name] is None else round(fields[name], 3) for name in ("ttft", "queue_wait")}
     return {by: fields.pop("name"), **fields, **averages}
 
 
-def _short(number: int) -> str:
-    """For people: `9,999`, `10k`, `12.3M`."""
-    for unit, name in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
-        if number >= max(unit, 10_000):
-            return f"{number / unit:.4g}{name}"
-    return f"{number:,}"
-
-
-def _seconds(seconds: float | None) -> str:
-    return NONE if seconds is None else f"{seconds:.1f}s"
-
-
-def _written(moment: float) -> str:
+def written(moment: float) -> str:
+    """Return the text of a time."""
     return datetime.fromtimestamp(moment, UTC).isoformat(timespec="seconds")

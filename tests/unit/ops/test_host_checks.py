@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from fleet_worker.ops import host_checks
+from fleet_worker.ops.findings import Finding
 from fleet_worker.ops.host_checks import (
     boot,
     end_of,
@@ -164,6 +165,26 @@ def test_a_command_that_is_missing_denied_or_slow_says_nothing(commands, monkeyp
 
 def test_a_host_of_which_nothing_is_known_is_well(commands):
     assert [finding.severity for finding in boot(None)] == ["ok"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({}, False),
+        ({"up": {"gateway": True}}, True),
+        ({"instances": {"local": {"fleet": {"enabled": True, "respond_to_requests": True}}}}, True),
+    ],
+)
+def test_a_host_that_serves_is_told_that_it_has_no_service(settings, told, commands, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    said = "no service is installed: after a reboot, fleet-worker up starts if something else starts it"
+    expected = Finding("ok", said, "fleet-worker service install")
+    assert (boot(Settings(**settings)) == [expected]) is told
+    unit = tmp_path / ".config/systemd/user/fleet-worker.service"
+    unit.parent.mkdir(parents=True)
+    unit.touch()
+    assert expected not in boot(Settings(**settings))
 
 
 def test_all_of_a_mac_is_told(commands, monkeypatch, tmp_path):

@@ -1,6 +1,7 @@
 """Inviting another host: what the broker keeps, and for whom."""
 
 import re
+import time
 from contextlib import closing
 
 import pytest
@@ -10,7 +11,6 @@ from fleet_worker.errors import BrokerUnavailable, ConfigurationError
 from fleet_worker.host.child_process import free_port
 from fleet_worker.host.embedded_broker import folder
 from fleet_worker.settings import Settings
-from fleet_worker.setup import single_use
 from fleet_worker.setup.invite import invite
 from fleet_worker.setup.own_names import own_address, own_host
 from fleet_worker.setup.single_use import redeem
@@ -37,7 +37,10 @@ def test_it_gives_what_the_other_host_needs_once(fleet, password):
     assert password not in str(invitation.model_dump())
     membership = redeem(invitation)
     assert (membership.broker_url, membership.max_body_bytes) == (fleet.broker_url, 4096)
-    assert "it was used, or is older than 10 minutes" in refused(invitation)
+    for _ in range(2):
+        assert refused(invitation).startswith(
+            "the invitation was used already; another one: fleet-worker invite, on the"
+        )
 
 
 def test_the_broker_keeps_nothing_that_shows_the_account(fleet, client, password):
@@ -68,6 +71,7 @@ def test_its_account_may_do_nothing_else(fleet, client):
         for command in (
             ("GET", name),
             ("GETDEL", "llm.fleet.chat.qwen3-14b"),
+            ("EXISTS", "llm.fleet.chat.qwen3-14b"),
             ("KEYS", "*"),
             ("ACL", "LIST"),
             ("INFO",),
@@ -77,23 +81,58 @@ def test_its_account_may_do_nothing_else(fleet, client):
         assert guest.getdel(name)
 
 
-def test_it_expires_and_its_account_is_removed_by_the_next_one(fleet, client, monkeypatch):
-    monkeypatch.setattr(single_use, "VALID", 0.02)
-    expired = invite(fleet)
-    monkeypatch.undo()
-    while client.exists(f"fleet-invitation:{expired.id}"):
-        pass
-    assert "older than 10 minutes" in refused(expired)
+def run_out(fleet, client):
+    """An invitation that nobody has used in time."""
+    invitation = invite(fleet, valid=0.001)
+    deadline = time.monotonic() + 10
+    while client.exists(f"fleet-invitation:{invitation.id}"):
+        assert time.monotonic() < deadline
+    return invitation
+
+
+def test_one_that_has_run_out_says_so_each_time(fleet, client):
+    invitation = run_out(fleet, client)
+    for _ in range(2):
+        said = "the invitation has run out before it was used; another one: fleet-worker invite, on the first Mac"
+        assert refused(invitation).startswith(said)
+
+
+def test_accounts_that_were_used_or_have_run_out_are_removed_by_the_next_invitation(fleet, client):
+    used = invite(fleet)
+    redeem(used)
+    ended = [used, *(run_out(fleet, client) for _ in range(3))]
     valid = invite(fleet)
-    assert [name for name in accounts(client) if expired.id in name or valid.id in name] == [
-        f"fleet-invitation:{valid.id}"
-    ]
+    ids = {name.partition(":")[2] for name in accounts(client)}
+    assert (valid.id in ids, ids & {each.id for each in ended}) == (True, set())
+    assert "does not know the invitation any more: it was used or has run out" in refused(used)
     assert redeem(valid)
+
+
+def test_all_that_is_kept_for_an_invitation_expires(fleet, client):
+    used, left = invite(fleet), run_out(fleet, client)
+    redeem(used)
+    assert not list(client.scan_iter(f"fleet-invitation:{used.id}*"))
+    (name,) = client.scan_iter(f"fleet-invitation:{left.id}*")
+    assert 0 < client.pttl(name) <= 86_401_000
+
+
+def test_a_broker_that_fails_after_it_gave_the_account_away_loses_nothing(fleet, monkeypatch):
+    def getdel(self, name):
+        if name.endswith(":unused"):
+            raise redis.exceptions.ConnectionError
+        return before(self, name)
+
+    before = redis.Redis.getdel
+    invitation = invite(fleet)
+    monkeypatch.setattr(redis.Redis, "getdel", getdel)
+    assert redeem(invitation).broker_url == fleet.broker_url
 
 
 def test_a_wrong_secret_is_as_one_that_was_used(fleet):
     invitation = invite(fleet)
-    assert "is not valid any more" in refused(invitation.model_copy(update={"secret": "wrong"}))
+    assert "the broker does not know the invitation any more" in refused(
+        invitation.model_copy(update={"secret": "wrong"})
+    )
     assert redeem(invitation)
 
 

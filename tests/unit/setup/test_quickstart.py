@@ -1,10 +1,16 @@
 """The first Mac of a fleet: what is refused, what is printed."""
 
 import importlib.util
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from fleet_worker.errors import BrokerUnavailable
+from fleet_worker.host.file_lock import hold
+from fleet_worker.host.up_socket import lock_path
 from fleet_worker.settings import Settings
 from fleet_worker.setup import welcome
 from fleet_worker.setup.invitation import Invitation, Membership
@@ -120,6 +126,72 @@ def test_the_first_time_it_has_a_key_and_three_lines_to_paste(monkeypatch):
     assert f"fleet-worker join {INVITATION.encode()} --up" in text
     assert "fleet-worker keys new NAME >> /home/me/fleet/keys.toml && fleet-worker reload" in text
     assert "fleet-worker service install" in text
+
+
+OPTED_IN = {"enabled": True, "respond_to_requests": True}
+
+
+@pytest.mark.parametrize(
+    ("answers", "told"),
+    [
+        ([[], ["other"], ["other", "own"]], ["other", "own"]),
+        ([[], *([["other"]] * 4), ["other", "own"]], ["other"]),  # three times 2 s
+        ([["own"]], ["own"]),
+    ],
+)
+def test_the_models_of_this_mac_have_a_moment_to_become_ready(answers, told, monkeypatch):
+    monkeypatch.setattr(welcome, "POLL", 2.0)
+    waits = iter(answers)
+    monkeypatch.setattr(welcome, "ready_models", lambda _: next(waits))
+    settings = Settings(instances={"local": {"fleet": OPTED_IN, "models": {"own": {}}}, "off": {"models": {"x": {}}}})
+    greets = welcome.Welcome(settings, None)
+    monkeypatch.setattr(greets._ended, "wait", lambda _: False)
+    assert greets._wait_for_models() == told
+
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from fleet_worker.host.file_lock import hold
+file = hold(Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+class Ready(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"models": ["qwen3-14b"]}')
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def gateway(tmp_path):
+    """The settings of a host on whose port a gateway answers, which is this process."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Ready) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield Settings(state_dir=tmp_path / "state", host="mini", gateway={"port": server.server_port})
+        server.shutdown()
+
+
+def test_the_gateway_of_another_fleet_on_the_port_is_not_taken_for_ours(gateway):
+    path = lock_path(gateway.state_dir, gateway.host)
+    with hold(path):
+        assert welcome.ready_models(gateway) == ["qwen3-14b"]
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout.readline() == b"held\n"
+        assert welcome.ready_models(gateway) == []
+        other.stdin.close()
+
+
+def test_it_can_be_seen_again(monkeypatch):
+    assert "again, without the key, in another terminal: fleet-worker quickstart" in greeting(monkeypatch, ["m"])
 
 
 def test_a_fleet_that_only_embeds_is_asked_for_an_embedding(monkeypatch):
