@@ -1,4 +1,4 @@
-"""Where the Hugging Face cache is, without the package that has it."""
+"""Where the cache of huggingface_hub is. That package need not be installed."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pathlib import Path
 
 
 def hub_folder(variables: Mapping[str, str] = os.environ) -> Path:
-    """Return the folder of the models for a process with these variables, which are those of huggingface_hub; it may
-    not exist."""
+    """Return the folder in which huggingface_hub keeps models, in a process with these variables; it may not exist."""
     named = variables.get("HF_HUB_CACHE") or variables.get("HUGGINGFACE_HUB_CACHE")
     cache = variables.get("XDG_CACHE_HOME") or f"{variables.get('HOME') or '~'}/.cache"
     home = variables.get("HF_HOME") or f"{cache}/huggingface"

@@ -62,7 +62,7 @@ def running_node(
     ready_within: float = READY_WITHIN,
     **instance: Any,
 ) -> Iterator[ChildProcess]:
-    """Run a `celery worker` process that serves one instance with these settings (`base_url=...`, `models=...`).
+    """Run a node that serves one instance, in a process of its own, with these settings (`base_url=...`, `models=...`).
 
     Raises:
         ChildFailed: it did not become ready; the text holds what it printed.

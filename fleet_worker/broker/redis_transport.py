@@ -75,6 +75,16 @@ class QoS(virtual.QoS):  # type: ignore[misc]
         # kombu would put them back when the interpreter exits, and until then it keeps every channel whose connection
         # broke before it was closed, with its sockets (three open files each time).
         self._on_collect.cancel()
+        self.is_full = False
+        """The event loop has found all slots taken, and reads no lane until it is woken."""
+
+    def can_consume(self) -> bool:
+        """Return whether a slot is free. A task that ends meanwhile in its own thread is either seen here, or sees
+        `is_full`."""
+        self.is_full = not super().can_consume()
+        if self.is_full:
+            self.is_full = not super().can_consume()
+        return not self.is_full
 
 
 class _SSLConnection(Bounded, tls.RedisConnection):

@@ -12,7 +12,7 @@ __all__ = ["compact", "quoted", "server_sent"]
 # some clients split a stream of events.
 
 
-_encoder = json.JSONEncoder(separators=(",", ":"))
+_encoder = json.JSONEncoder(separators=(",", ":"))  # json.dumps would make one for each value
 
 
 def compact(value: Any) -> str:

@@ -78,6 +78,7 @@ def _not_for(capability: str, registry: Registry, key: Key) -> ModelUnavailable:
 
 
 def by_model(registry: Registry) -> dict[str, list[Offered]]:
+    """Return all that is offered, by the name of the model."""
     offered: dict[str, list[Offered]] = {}
     for each in registry.offerings():
         offered.setdefault(each.model, []).append(each)

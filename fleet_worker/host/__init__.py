@@ -8,5 +8,6 @@ it, and `availability` watches whether the owner needs the host. Beside them, in
 - how others talk to `up`: `up_socket`
 - the broker of a small fleet: `embedded_broker`
 - what in a configuration may be a mistake: `variables`, `unserved`
-- the service that starts `up` with the machine: `service`, `service_files`, `account`, `launchd`, `systemd`
+- the service that starts `up` with the machine: `service`, `service_files`, `account`, `launchd`, `log_bound`,
+  `systemd`
 """

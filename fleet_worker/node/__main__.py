@@ -1,6 +1,6 @@
-"""`python -m fleet_worker.node NAME`: the node that `celery -A fleet_worker worker -n NAME` is, too.
+"""`python -m fleet_worker.node NAME` runs the same node as `celery -A fleet_worker worker -n NAME`. So `up` starts it.
 
-It does without the command line of Celery, whose modules, a terminal among them, would take 9 MB of every node.
+The modules of Celery's command line, which are not loaded here, would take 8 MB of every node.
 """
 
 from __future__ import annotations

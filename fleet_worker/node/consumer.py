@@ -15,6 +15,7 @@ from kombu import Message
 from fleet_worker.broker.door import NOT_JSON, Refused, read_json
 from fleet_worker.broker.faults import BROKER_ERRORS, place_of
 from fleet_worker.broker.outage import Outage
+from fleet_worker.broker.redis_transport import Channel as RedisChannel
 from fleet_worker.errors import InvalidRequest
 from fleet_worker.protocol.prompt_prefixes import HEADER
 from fleet_worker.protocol.request import Address
@@ -85,6 +86,18 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
     def on_decode_error(self, message: Message, exc: Exception) -> None:
         raise Refused(NOT_JSON)
 
+    def call_soon_ack(self, acknowledge: Callable[..., object], *args: Any, **options: Any) -> Any:
+        """Acknowledge a message whose task has ended, in the thread of the task.
+
+        On Redis that is a note in memory (kombu's `QoS` is made for it). The event loop is woken only if it waits for a
+        free slot: a turn of it takes 50 us or more.
+        """
+        channel = self.task_consumer.channel if self.task_consumer else None
+        if not isinstance(channel, RedisChannel):
+            return super().call_soon_ack(acknowledge, *args, **options)
+        acknowledge(*args, **options)
+        return self.call_soon(_wake_up) if channel.qos.is_full else None
+
     # Reconnecting: an outage is a few lines. Celery logs three for each try, with the user of broker_url.
 
     def connect(self) -> Any:
@@ -138,6 +151,10 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
         self._is_flush_due = False
         if self.event_dispatcher:
             self.event_dispatcher.flush()
+
+
+def _wake_up() -> None:
+    """Have the event loop look again whether a slot is free."""
 
 
 def _make_task(message: Message, ours: frozenset[str]) -> None:

@@ -11,13 +11,11 @@ from fleet_worker.broker.control_commands import Command
 from fleet_worker.broker.topology import lane_queue, transport_of
 from fleet_worker.node.lane_consumer import lanes_of
 from fleet_worker.node.node import Node
-from fleet_worker.node.remote_control import commands_of, subscription_of
+from fleet_worker.node.remote_control import commands_of
 from fleet_worker.node.restart_commands import restart_commands
 from fleet_worker.node.server_discovery import find_server
 from fleet_worker.node.tasks import register_tasks
 from fleet_worker.settings import Settings
-
-__all__ = ["all_commands_of", "create_node", "subscription_of"]
 
 
 def create_node(app: Celery, settings: Settings, node_name: str) -> Node:

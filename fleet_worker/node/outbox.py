@@ -13,8 +13,8 @@ GAP_PER_WAITING_MESSAGE, LONGEST_GAP_BEHIND = 0.0002, 1.0
 """Seconds for each message that waits for the router: about what it needs to read one. A router that cannot keep up
 makes all of its nodes gather more, until it can: then about one message of each node waits."""
 MOST_JOINED, MOST_DELTAS, MOST_CHARACTERS = 32, 4, 200
-"""Frames that become one, and how many deltas and characters in each of these they may have: one frame cannot be cut
-into two messages. A router needs a third of the time for a token that travels in a frame with others."""
+"""How many frames may become one; how many deltas each of these may have, and each delta how many characters. One
+frame cannot be cut into two messages. A router needs a third of the time for a token that shares a frame."""
 NEVER = float("inf")
 
 

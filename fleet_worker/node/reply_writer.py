@@ -40,7 +40,7 @@ class ReplyWriter:
         self.reply_to = reply_to
         self.deadline = time.monotonic() + 3600.0
         self.appended = 0
-        """Frames that the publisher has, which is the number of the next one."""
+        """How many frames the publisher has. The next one gets this number."""
         self._cancel_token = CancelToken()
 
     @contextmanager

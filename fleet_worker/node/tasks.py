@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from celery import Celery
@@ -98,7 +98,8 @@ def stream_chat(work: Work, params: ChatParams, prefixes: PromptPrefixes) -> Non
 
 def _respond(work: Work, params: ChatParams, answer: ChatAnswer) -> None:
     work.node.counters.prompt(work.offering.model, answer.usage.prompt_tokens, answer.usage.cached_tokens)
-    work.respond(ChatResponse, metadata=work.metadata(params), **asdict(answer))
+    told = {field.name: getattr(answer, field.name) for field in fields(answer)}  # `asdict` copies deeply
+    work.respond(ChatResponse, metadata=work.metadata(params), **told)
 
 
 def embed(work: Work, params: EmbedParams, _: PromptPrefixes) -> None:

@@ -102,11 +102,13 @@ class Worker(celery_worker.Worker):  # type: ignore[misc]
             registry = RegistryNode(self.app, self.settings, host)
             self._begin(startup, registry, registry.subscription, registry.connected, commands=lambda _: {})
         else:
-            from fleet_worker.node import inference_node as it  # here: a registry node would keep 8 MB of it
+            # Imported here, as a registry node would keep 8 MB of it.
+            from fleet_worker.node.inference_node import all_commands_of, create_node
+            from fleet_worker.node.remote_control import subscription_of
 
-            node = it.create_node(self.app, self.settings, self.hostname)
-            commands = partial(it.all_commands_of, node)
-            self._begin(startup, node, it.subscription_of(node), node.confirmations.connected, commands)
+            node = create_node(self.app, self.settings, self.hostname)
+            commands = partial(all_commands_of, node)
+            self._begin(startup, node, subscription_of(node), node.confirmations.connected, commands)
 
     def _begin(
         self,

@@ -99,8 +99,7 @@ class RollingRestart:
 
     def _restart(self, node: str, before: InstanceStatus | None) -> bool:
         """Return whether the next node may be restarted: nothing was lost by this one."""
-        if alone := self._view.served_alone(node):
-            click.echo(printable(f"{node} alone serves {', '.join(alone)}: requests wait until it is back"))
+        alone = self._view.served_alone(node)
         reply = self._tell(node)
         if reply is None:
             return True
@@ -108,6 +107,8 @@ class RollingRestart:
             self._all_done = False
             click.echo(printable(f"{node} is not restarted: {reply.error}"))
             return True
+        if alone:
+            click.echo(printable(f"{node} alone serves {', '.join(alone)}: requests wait until it is back"))
         began = self._clock()
         seen = self._wait(node, before, reply)
         seconds = self._clock() - began

@@ -148,7 +148,8 @@ class StatusClient:
 
 class StatusServer:
     """The registry node's end: keeps the last report of every connected node, and calls `changed` for a new node, a
-    lost one, and another status, reason, set of lanes or models; and `digest_changed` for another digest.
+    lost one, another status, reason, set of lanes or models, and when one that is not ready has ended its work; and
+    `digest_changed` for another digest.
 
     Raises:
         ConfigurationError: another registry node of this host listens already, or the socket cannot be created.
@@ -217,8 +218,11 @@ class StatusServer:
 
 
 def _published_at_once(report: NodeReport) -> tuple[Any, ...]:
-    """What routers must learn without delay; the figures can wait for the next beat."""
-    return report.instance.status, report.instance.reason, report.instance.lanes, report.models
+    """What routers must learn without delay; the figures can wait for the next beat. One that is not ready and works on
+    may come back; when its last request has ended, nobody is there."""
+    instance = report.instance
+    works_on = not instance.ready and instance.running > 0
+    return instance.status, instance.reason, instance.lanes, report.models, works_on
 
 
 def _check_free(path: Path) -> None:

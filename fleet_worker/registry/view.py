@@ -147,8 +147,10 @@ class Registry:
 
     @property
     def is_settled(self) -> bool:
-        """Return whether all hosts have had time to tell their status since the router connected, or reconnected: after
-        a broker that was away they may do so later than it."""
+        """Return whether all hosts have had time to tell their status since the router connected, or reconnected.
+
+        If the broker was away, they may reconnect later than the router.
+        """
         return self._clock() >= self._asked_at + SETTLED_AFTER
 
     def wait_for_answers(self) -> Registry:

@@ -60,6 +60,9 @@ FRAMES = {
     "embed": frozenset({*_OF_ANY, "embedding"}),
 }
 """By operation: the kinds of frames that its reply is made of."""
+_WITHOUT_BODY = {"params": ChatParams.model_construct(messages=[]), "resume": None}
+"""Of a request that has ended. An answer with an idempotency key is kept for a while; what was asked, perhaps with
+images, is not."""
 LONGEST_RETRY_AFTER = 24 * 3600.0
 """Seconds that a busy server may ask for at most: longer than any request lives."""
 
@@ -283,9 +286,7 @@ class Attempts:
             self._close_attempt(None, orphaned=False)
             frame = frame.model_copy(update={"attempts": self.history})
         self.state, self.last = "ended", frame
-        # An answer with an idempotency key is kept for a while. What was asked, perhaps with images, is not.
-        empty = {"params": ChatParams.model_construct(messages=[]), "resume": None}
-        self.request = self.request.model_copy(update=empty)
+        self.request = self.request.model_copy(update=_WITHOUT_BODY)
         return End(frame)
 
     def _failure(self, error: FleetError) -> Failure:

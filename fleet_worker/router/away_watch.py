@@ -16,24 +16,24 @@ LOOK_AGAIN_AFTER = 0.25
 class AwayWatch:
     """Of one request, and of each time that it waits: at first, and after an interruption.
 
-    Seconds count while the broker is there: without it nothing is heard of nodes. After a break they begin anew.
+    Only time with a broker counts, since without one nothing is heard of nodes. After each break it counts from 0.
     """
 
     def __init__(self, limit: float, nodes: NodeSelection, replies: ReplyConsumer) -> None:
-        """`limit`: seconds that it may wait while nobody is there."""
+        """`limit`: seconds that the request may wait while no node is there."""
         self.limit = limit
         self._nodes = nodes
         self._replies = replies
         self._since: float | None = None
-        """Since when nobody is there, on the clock of the reply consumer; None if somebody was when it last looked."""
+        """Since when no node is there, on the clock of the reply consumer; None if one was at the last look."""
 
     def accepted(self) -> None:
         """A node has taken the request."""
         self._since = None
 
-    def is_over(self, request: FleetRequest, only: str | None) -> bool:
-        """Look whether somebody is there; return True if nobody has been for `limit` seconds. `only` is the only node
-        that may take it."""
+    def look(self, request: FleetRequest, only: str | None) -> bool:
+        """Look whether a node is there for the request; return True if none was for `limit` seconds. `only` is the only
+        node that may take it."""
         if math.isinf(self.limit) or self._nodes.may_be_there(request, only):
             self._since = None
             return False
@@ -42,7 +42,7 @@ class AwayWatch:
         return self._left() <= 0
 
     def next_look(self) -> float:
-        """Return when it may be over, in time.monotonic() seconds; math.inf if somebody is there."""
+        """Return when `look` may be True, in time.monotonic() seconds; math.inf if a node was there."""
         return math.inf if self._since is None else time.monotonic() + max(self._left(), LOOK_AGAIN_AFTER)
 
     def _left(self) -> float:

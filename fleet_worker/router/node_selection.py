@@ -41,11 +41,11 @@ class WhyWaiting:
     away_for: float | None
     """What `Registry.away_for` returns."""
     is_known: bool = False
-    """The hosts of all that could do it tell that they are not ready."""
+    """The hosts of all nodes that could take it tell that these are not ready."""
     by_owner: bool = False
     """The owners of all machines that could do it need them."""
     is_starting: bool = False
-    """One of those that could do it is starting."""
+    """A node that could take it is starting."""
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -136,8 +136,8 @@ class NodeSelection:
             raise QueueTimeout(text, **why.metadata)
 
     def require_there(self, request: FleetRequest, node: str | None, longest: float) -> None:
-        """Raise `QueueTimeout` if the owners of all machines that could do this need them; or if those that could have
-        not been ready for more than `longest` seconds, and none is starting. What is not known refuses nothing."""
+        """Raise `QueueTimeout` if the owners of all machines that could do this need them; or if no instance there was
+        ready in the last `longest` seconds, and none is starting. Nothing is refused before all hosts can have told."""
         if self.may_be_there(request, node) or not self._registry.is_settled:
             return
         why = self.why_waiting(request, node)

@@ -11,7 +11,7 @@ from fleet_worker.protocol.request import Priority
 from fleet_worker.router.attempts import OnInterrupt
 
 IfAway = Literal["wait", "refuse"]
-"""What becomes of a request for which nobody is there now."""
+"""Whether a request waits, or is refused at once, while no node that could take it is ready."""
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 

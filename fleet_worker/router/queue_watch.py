@@ -20,7 +20,7 @@ CHECK_EVERY = 1.0
 is in the direct lane of a node which the router has chosen, as that node may say that it is not ready."""
 
 Verdict = Literal["waits", "stranded", "lost", "unserved"]
-"""Whether it waits in its lane; waits for a node that does not take it; is not there any more; or waits for nobody."""
+"""The attempt waits in its lane; its node does not take it; it is in no lane any more; no node was there in time."""
 
 
 class QueueWatch:
@@ -39,7 +39,7 @@ class QueueWatch:
     @contextmanager
     def sending(self, request: FleetRequest, route: Route) -> Iterator[None]:
         """Within this block an attempt is sent. A node may accept it before the block ends."""
-        self.away.is_over(request, route.only)  # the first look
+        self.away.look(request, route.only)
         self._missing_since, self.sent_at = None, time.monotonic()
         try:
             yield
@@ -52,7 +52,7 @@ class QueueWatch:
 
     def check(self, request: FleetRequest, route: Route, now: float) -> tuple[Verdict, float]:
         """Find out what has become of the present attempt; return that, and the time of the next check."""
-        if self.away.is_over(request, route.only):
+        if self.away.look(request, route.only):
             return "unserved", now + CHECK_EVERY
         verdict, next_at = self._check_message(request, route, now)
         return verdict, min(next_at, self.away.next_look())

@@ -24,16 +24,15 @@ Fault = tuple[Place, str]
 
 
 def all_faults(values: dict[str, Any]) -> list[Fault]:
-    """Return the faults of the values of all settings, each once. A rule that is broken only because another fault was
-    taken out is none."""
+    """Return the faults of the values of all settings, each once. A rule that is broken only because a faulty value was
+    taken out is no fault."""
     values = copy.deepcopy(values)
     found: dict[Fault, None] = {}
-    taken_out: dict[Place, set[int | str]] = {}
-    """What of each table."""
+    taken_out: dict[Place, set[int | str]] = {}  # names, by their table
     for _ in range(MOST_LOOKS):
         if not (seen := _look(values)):
             break
-        found |= {fault: None for fault in seen if not _names(fault, taken_out.get(fault[0], ()))}
+        found |= {fault: None for fault in seen if not _named_in(fault, taken_out.get(fault[0], ()))}
         for *table, name in [place for fault in seen for place in _take_out(values, *fault)]:
             taken_out.setdefault(tuple(table), set()).add(name)
     return list(found)
@@ -58,7 +57,7 @@ class _Given(Settings):
         return (InitSettingsSource(settings_cls, sources["init_settings"].init_kwargs["values"]),)
 
 
-def _names(fault: Fault, names: Iterable[int | str]) -> list[int | str]:
+def _named_in(fault: Fault, names: Iterable[int | str]) -> list[int | str]:
     """Return those of some names that are in the text of a fault. All rules name the settings that they are about."""
     words = set(re.findall(r"[\w-]+", fault[1]))
     return [name for name in names if name in words]
@@ -70,7 +69,7 @@ def _take_out(table: dict[Any, Any], place: Place, text: str) -> Iterator[Place]
     Yields the places of what was taken out.
     """
     if not place:
-        for name in _names(((), text), table) or list(table):
+        for name in _named_in(((), text), table) or list(table):
             del table[name]
             yield (name,)
     elif isinstance(inner := table.get(place[0]), dict):

@@ -82,7 +82,7 @@ def _merged(strong: dict[str, Any], weak: dict[str, Any]) -> dict[str, Any]:
 
 
 def names_of_variables() -> dict[str, str]:
-    """Return the names of all variables of this process by themselves in capitals."""
+    """Return the names of all variables of this process, each by the same name in capitals."""
     return {name.upper(): name for name in os.environ}
 
 

@@ -1,8 +1,8 @@
-"""Both ends of an invitation on Valkey or Redis: an account of single use, which may take one key and nothing else.
+"""Both ends of an invitation on Valkey or Redis: an account of single use, which may take two keys and nothing else.
 
-The key holds the `Membership`, which only the secret makes readable, and expires; the account may do
-nothing else, but for a second key that tells for a day that the invitation was not used. Accounts whose key is gone
-are removed when the next one is made. They are in the memory of the broker only: a restart ends all invitations.
+The key holds the `Membership`, which only the secret makes readable, and expires. A second key is there until the
+invitation is used, or for a day, so that the account can ask why the first is gone. Accounts whose key is gone are
+removed when the next one is made. They are in the memory of the broker only: a restart ends all invitations.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from fleet_worker.urls import with_account
 VALID = 600.0
 """Seconds for which an invitation can be used."""
 REMEMBERED = 86_400.0
-"""Seconds for which it is known of an invitation that has run out that it was not used."""
+"""Seconds for which the broker knows that an invitation has run out without being used."""
 ANSWER_WITHIN = 5.0
 _NAME = "fleet-invitation:"
 """Begins the name of the account, and that of the key. Without `llm.`: accounts of minis may read all such keys."""

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 
 import click
 import httpx
+import psutil
 
 from fleet_worker import config_file
 from fleet_worker.demo.lines_to_paste import line_to_embed, lines_to_paste
 from fleet_worker.errors import FleetError
+from fleet_worker.host.file_lock import holder
+from fleet_worker.host.up_socket import lock_path
 from fleet_worker.mlx.offering import embeds
 from fleet_worker.settings import Settings
 from fleet_worker.setup.invite import invite, join_line, validity
@@ -102,7 +107,21 @@ def ready_models(settings: Settings) -> list[str]:
         found = answer.json().get("models", []) if answer.status_code == httpx.codes.OK else []
     except (httpx.HTTPError, ValueError, AttributeError):
         return []
-    return [str(model) for model in found]
+    return [] if not found or _is_of_another(settings) else [str(model) for model in found]
+
+
+def _is_of_another(settings: Settings) -> bool:
+    """Return whether what answers is surely not the gateway of this host's `up`: another fleet may have its port."""
+    known = False
+    with suppress(psutil.Error, FleetError):
+        up = psutil.Process(holder(lock_path(settings.state_dir, settings.host)) or os.getpid())
+        for process in (up, *up.children(recursive=True)):
+            with suppress(psutil.Error, OSError):
+                ports = {each.laddr.port for each in process.net_connections("tcp") if each.laddr}
+                if settings.gateway.port in ports:
+                    return False
+                known = True
+    return known
 
 
 def local_url(settings: Settings) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["cpu_seconds", "descriptors", "rss_mb", "threads"]
+__all__ = ["cpu_seconds", "descriptors", "pss_mb", "rss_mb", "threads"]
 
 
 def cpu_seconds(pid: int) -> float:
@@ -16,6 +16,12 @@ def cpu_seconds(pid: int) -> float:
 
 def rss_mb(pid: int) -> float:
     return _status(pid, "VmRSS") / 1024
+
+
+def pss_mb(pid: int) -> float:
+    """Its memory, with its part of what it shares with other processes: libraries, mostly."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("Pss:")).split()[1]) / 1024
 
 
 def threads(pid: int) -> int:

@@ -57,10 +57,7 @@ def test_a_stream_whose_only_server_is_dead_ends_with_why_before_its_deadline(ho
         with mlx.held(at_token=3), router.stream_chat(model, HELLO, max_tokens=5, timeout=60) as stream:
             assert next(stream)
             mlx.kill()
-            with (
-                took_less_than(15),
-                pytest.raises(QueueTimeout, match=r"2 s of router\.away_timeout") as caught,
-            ):
+            with took_less_than(30), pytest.raises(QueueTimeout, match=r"router\.away_timeout") as caught:
                 list(stream)
         assert "its only instance is unavailable" in caught.value.message
         assert [each["node"] for each in caught.value.metadata["attempts"]] == ["one@test", None]

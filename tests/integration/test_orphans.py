@@ -26,7 +26,7 @@ def test_a_program_that_is_killed_takes_all_that_it_started_with_it():
     with child("the program", python("-c", PROGRAM)) as program:
         program.wait_for("all of it runs", WITHIN)
         started = descendants(program.pid)
-        for part in ("valkey-server", "fleet_worker.simulator", "celery -A fleet_worker worker -n sim@test"):
+        for part in ("valkey-server", "fleet_worker.simulator", "-m fleet_worker.node sim@test"):
             assert any(part in command for command in started.values())
         program.signal(signal.SIGKILL)
         program.wait(WITHIN)

@@ -73,7 +73,8 @@ class ToolCalls:
 
     @cached_property
     def _ids(self) -> str:
-        """What the ids have in common. It is not of the request's id: clients may use one for a conversation."""
+        """What the ids have in common, made when a call comes: most answers have none. It has nothing of the request's
+        id: clients may use one for a conversation."""
         return f"call_{uuid.uuid4().hex[:20]}"
 
     def _call(self, fragment: dict[str, Any]) -> _Call:

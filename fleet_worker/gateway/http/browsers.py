@@ -37,7 +37,7 @@ def _is_of_this_machine(url: str) -> bool:
     return name.rpartition(".")[2] in _OF_THIS_MACHINE or name == socket.gethostname().lower() or _is_address(name)
 
 
-@lru_cache(100)
+@lru_cache(100)  # it is asked for each request, nearly always about the same name
 def _is_address(name: str) -> bool:
     try:
         ipaddress.ip_address(name.partition("%")[0])

@@ -201,7 +201,7 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError
 
 
-_decoder = json.JSONDecoder(parse_constant=_refuse_constant)
+_decoder = json.JSONDecoder(parse_constant=_refuse_constant)  # json.loads would make one for each body
 
 
 def _request_id(given: str | None) -> str:

@@ -71,8 +71,8 @@ class ServerCommand:
         return {**inherited, **self.variables, "PATH": self._path(), MARK: mark}
 
     def make_model_cache(self) -> None:
-        """Make the folder of the Hugging Face cache for mlx_lm, which without it answers `/v1/models` with a traceback,
-        and with no model, so that its node does not find the chat template either."""
+        """Make the folder of the Hugging Face cache, if this is mlx_lm. Without the folder it answers `/v1/models` with
+        no model, and prints a traceback; then its node does not find the chat template either."""
         if any("mlx_lm" in word for word in self.words):
             with contextlib.suppress(OSError):  # it prints the traceback then, and serves
                 hub_folder({**os.environ, **self.variables}).mkdir(parents=True, exist_ok=True)

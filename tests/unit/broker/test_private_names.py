@@ -158,6 +158,8 @@ USED = [
     (CONSUMER, "Consumer", "add_task_queue", [], LANES),
     (CONSUMER, "Consumer", "cancel_task_queue", [], LANES),
     (CONSUMER, "Consumer", "call_soon", [], LANES),
+    (CONSUMER, "Consumer", "call_soon_ack", [], "a node does more for each request"),
+    (VIRTUAL, "QoS", "can_consume", ["QoS"], "a slot that becomes free is noticed half a second late"),
     (
         "kombu.messaging",
         "Consumer",

@@ -145,6 +145,8 @@ def test_a_node_that_was_restarted_just_now_is_told_again_when_it_obeys(capsys):
 def test_it_says_whose_requests_wait(capsys):
     _, out, _ = Fleet(status(ONE), alone=[ONE]).run(capsys)
     assert out.splitlines()[0] == f"{ONE} alone serves qwen3: requests wait until it is back"
+    _, out, _ = Fleet(status(ONE), alone=[ONE], refuse={ONE: {"error": "it is not managed"}}).run(capsys)
+    assert out == f"{ONE} is not restarted: it is not managed\n"
 
 
 def test_what_a_host_says_cannot_move_the_cursor(capsys):

@@ -155,6 +155,16 @@ def test_only_changes_are_passed_on(path, reports, news):
         assert reports.changed(2) == {"local": report(**news)}
 
 
+def test_the_end_of_work_is_passed_on_if_nothing_else_follows_it(path, reports):
+    with speaking(path) as connection:
+        connection.sendall(line(status="unavailable", running=2))
+        reports.changed(1)
+        connection.sendall(line(status="unavailable", running=1))
+        until(lambda: reports.reports()["local"].instance.running == 1)
+        connection.sendall(line(status="unavailable", running=0))
+        assert reports.changed(2)["local"].instance.running == 0
+
+
 def test_a_node_is_gone_when_its_connection_ends(path, reports):
     with speaking(path) as other:
         other.sendall(line(instance="other"))

@@ -38,61 +38,61 @@ def watch(around, limit=LIMIT):
 
 def test_it_is_over_when_nobody_was_there_in_all_that_time(around):
     away = watch(around)
-    assert not away.is_over("request", "local@mini")
+    assert not away.look("request", "local@mini")
     around.clock += LIMIT - 0.1
-    assert not away.is_over("request", "local@mini")
+    assert not away.look("request", "local@mini")
     around.clock += 0.1
-    assert away.is_over("request", "local@mini")
+    assert away.look("request", "local@mini")
     assert around.asked == [("request", "local@mini")] * 3
 
 
 def test_whoever_comes_back_takes_what_waits_and_then_it_begins_anew(around):
     away = watch(around)
-    away.is_over("request", None)
+    away.look("request", None)
     around.clock += LIMIT - 1
     around.is_there = True
-    assert not away.is_over("request", None)
+    assert not away.look("request", None)
     around.is_there = False
     around.clock += 1
-    assert not away.is_over("request", None)
+    assert not away.look("request", None)
     around.clock += LIMIT
-    assert away.is_over("request", None)
+    assert away.look("request", None)
 
 
 def test_the_time_at_a_node_does_not_count(around):
     away = watch(around)
-    away.is_over("request", None)
+    away.look("request", None)
     around.clock += LIMIT - 1
     away.accepted()
     around.clock += 10 * LIMIT
-    assert not away.is_over("request", None)
+    assert not away.look("request", None)
 
 
 def test_a_broker_that_was_away_leaves_its_nodes_the_whole_time_to_come_back(around):
     away = watch(around)
-    away.is_over("request", None)
+    away.look("request", None)
     around.clock += LIMIT - 1
     around.back = around.clock
     around.clock += LIMIT - 1
-    assert not away.is_over("request", None)
+    assert not away.look("request", None)
     around.clock += 1
-    assert away.is_over("request", None)
+    assert away.look("request", None)
 
 
 def test_without_a_limit_nobody_is_asked(around):
     away = watch(around, math.inf)
-    assert not away.is_over("request", None)
+    assert not away.look("request", None)
     assert around.asked == []
 
 
 def test_the_next_look_is_when_it_may_be_over(around):
     away = watch(around)
     assert away.next_look() == math.inf
-    away.is_over("request", None)
+    away.look("request", None)
     around.clock += 50
     assert away.next_look() - time.monotonic() == pytest.approx(10, abs=1)
     around.clock += 10
     assert 0 < away.next_look() - time.monotonic() <= LOOK_AGAIN_AFTER
     around.is_there = True
-    away.is_over("request", None)
+    away.look("request", None)
     assert away.next_look() == math.inf

@@ -149,9 +149,9 @@ HIDDEN = {
 
 
 @pytest.mark.parametrize(("text", "expected"), HIDDEN.values(), ids=HIDDEN)
-def test_a_fault_is_told_beside_others_and_only_once(text, expected, file):
-    pem = file("").rename("ca.pem") if "{pem}" in text else ""
-    done = fleet_worker(f"config check {file(text.replace('{pem}', str(pem)))}")
+def test_a_fault_is_told_beside_others_and_only_once(text, expected, file, tmp_path):
+    (tmp_path / "ca.pem").touch()
+    done = fleet_worker(f"config check {file(text.replace('{pem}', str(tmp_path / 'ca.pem')))}")
     faults = [line.removeprefix("fault    ") for line in done.stderr.splitlines() if line.startswith("fault")]
     assert (done.returncode, len(faults)) == (78, len(expected)), done.stderr
     for said in expected:

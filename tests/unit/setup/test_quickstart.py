@@ -1,10 +1,16 @@
 """The first Mac of a fleet: what is refused, what is printed."""
 
 import importlib.util
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from fleet_worker.errors import BrokerUnavailable
+from fleet_worker.host.file_lock import hold
+from fleet_worker.host.up_socket import lock_path
 from fleet_worker.settings import Settings
 from fleet_worker.setup import welcome
 from fleet_worker.setup.invitation import Invitation, Membership
@@ -141,6 +147,47 @@ def test_the_models_of_this_mac_have_a_moment_to_become_ready(answers, told, mon
     greets = welcome.Welcome(settings, None)
     monkeypatch.setattr(greets._ended, "wait", lambda _: False)
     assert greets._wait_for_models() == told
+
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from fleet_worker.host.file_lock import hold
+file = hold(Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+class Ready(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"models": ["qwen3-14b"]}')
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def gateway(tmp_path):
+    """The settings of a host on whose port a gateway answers, which is this process."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Ready) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield Settings(state_dir=tmp_path / "state", host="mini", gateway={"port": server.server_port})
+        server.shutdown()
+
+
+def test_the_gateway_of_another_fleet_on_the_port_is_not_taken_for_ours(gateway):
+    path = lock_path(gateway.state_dir, gateway.host)
+    with hold(path):
+        assert welcome.ready_models(gateway) == ["qwen3-14b"]
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout.readline() == b"held\n"
+        assert welcome.ready_models(gateway) == []
+        other.stdin.close()
 
 
 def test_it_can_be_seen_again(monkeypatch):
