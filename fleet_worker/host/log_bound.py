@@ -21,15 +21,14 @@ _OUTPUT = 1
 
 def bound_output(path: Path, most: int = MOST_BYTES, look_every: float = LOOK_EVERY) -> threading.Thread | None:
     """If the output of this process is appended to that file, as launchd does, keep it within bounds from now on, in a
-    thread that is returned. Any other file is nothing of ours: it is left alone, and None is returned.
-    """
+    thread that is returned. Any other output is left alone, and None is returned."""
     try:
         mine = os.fstat(_OUTPUT)
-        is_it = os.path.samestat(mine, path.stat()) and stat.S_ISREG(mine.st_mode)
+        is_ours = os.path.samestat(mine, path.stat()) and stat.S_ISREG(mine.st_mode)
         appends = fcntl.fcntl(_OUTPUT, fcntl.F_GETFL) & os.O_APPEND  # else it would begin with a hole
     except OSError:
         return None
-    if not is_it or not appends:
+    if not is_ours or not appends:
         return None
     thread = threading.Thread(target=_watch, args=(path, most, look_every), name="log bound", daemon=True)
     thread.start()
@@ -42,7 +41,7 @@ def _watch(path: Path, most: int, look_every: float) -> None:
             if path.stat().st_size > most:
                 turn_over(path)
         except OSError as error:  # as a full disk; there may be room the next time
-            log.warning("the log %s is larger than %d bytes: %s", path, most, error.strerror)
+            log.warning("the log %s has more than %d bytes, and cannot be moved: %s", path, most, error.strerror)
         time.sleep(look_every)
 
 

@@ -89,8 +89,8 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
     def call_soon_ack(self, acknowledge: Callable[..., object], *args: Any, **options: Any) -> Any:
         """Acknowledge a message whose task has ended, in the thread of the task.
 
-        On Redis that is a note in memory (kombu's `QoS` is made for it). The event loop is woken only if it waits for a
-        free slot: a turn of it takes 50 us or more.
+        On Redis that is a note in memory, which any thread may make (says kombu's `QoS`). The event loop is woken only
+        if it waits for a free slot: a turn of it takes 50 us or more.
         """
         channel = self.task_consumer.channel if self.task_consumer else None
         if not isinstance(channel, RedisChannel):

@@ -81,7 +81,7 @@ def boot(settings: Settings | None) -> list[Finding]:
 def service() -> Iterator[Finding]:
     """Tell that no service is installed. That is no fault: another program may start `up`, or a person."""
     if not installed().file.exists():
-        said = "no service is installed: after a reboot, fleet-worker up starts if something else starts it"
+        said = "no service is installed: after a reboot, something else must start fleet-worker up"
         yield Finding("ok", said, "fleet-worker service install")
 
 

@@ -218,8 +218,8 @@ class StatusServer:
 
 
 def _published_at_once(report: NodeReport) -> tuple[Any, ...]:
-    """What routers must learn without delay; the figures can wait for the next beat. One that is not ready and works on
-    may come back; when its last request has ended, nobody is there."""
+    """What routers must learn without delay; the figures can wait for the next beat. An instance that is not ready
+    counts as there while it works, so the end of its last request is such news."""
     instance = report.instance
     works_on = not instance.ready and instance.running > 0
     return instance.status, instance.reason, instance.lanes, report.models, works_on

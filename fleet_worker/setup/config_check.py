@@ -45,7 +45,7 @@ def _check_faulty() -> CheckResult:
         return CheckResult(faults=[error.message])
     unread = [f"{PREFIX}{name.upper()}" for name in not_json]
     names = {name: own for name, own in names_of_variables().items() if name not in unread}
-    faults = [f"a FLEET_ variable is not JSON: {name}, or one that begins so" for name in unread]
+    faults = [f"the variable {name}, or one whose name begins so, is not JSON" for name in unread]
     faults += [_with_variable(text, variable_of(place, names)) for place, text in all_faults(given)]
     return CheckResult(faults, _warnings(_opt_ins(given)))
 

@@ -30,8 +30,8 @@ POLL = 0.5
 PATIENCE = 30.0
 """Seconds after which it is said what is missing."""
 OWN_WITHIN = 5.0
-"""Seconds that the other models of this host have when one of the fleet is ready: what their nodes log would scroll the
-lines away that are to be read."""
+"""Seconds to wait for the other models of this host when one of the fleet is ready: what their nodes log at their start
+would push the greeting out of sight."""
 
 
 class Welcome:
@@ -57,12 +57,12 @@ class Welcome:
     def _wait_for_models(self) -> list[str]:
         """Return the models that are ready; none if this ended first."""
         own = {model for each in self._settings.instances.values() if each.opted_in for model in each.models}
-        waited = found = 0.0
-        while not (models := ready_models(self._settings)) or (own - set(models) and found < OWN_WITHIN):
+        waited = since_first = 0.0
+        while not (models := ready_models(self._settings)) or (own - set(models) and since_first < OWN_WITHIN):
             if self._ended.wait(POLL):
                 return []
             waited += POLL
-            found += POLL if models else 0.0
+            since_first += POLL if models else 0.0
             if not models and PATIENCE <= waited < PATIENCE + POLL:
                 _print(
                     "fleet-worker: no model is ready yet. A large one takes minutes to load; if it does not come, the "
@@ -154,7 +154,7 @@ def _service_line() -> str:
 
 def _again_line() -> str:
     again = command("quickstart", config_file.config_path() or config_file.DEFAULT)
-    return f"All of this again, without the key, in another terminal: {again}"
+    return f"To read this again, without the key, in another terminal: {again}"
 
 
 def _print(text: str) -> None:

@@ -148,22 +148,21 @@ class Stream:
         self._joined = 0
         """Tokens in that."""
         self._about: dict[str, Any] = {"id": request_id, "attempt": 1}
-        self._delta = Delta(content=f"{number} ").model_dump_json(exclude_none=True).encode()
-        numbered = self.frame(Deltas, _NUMBER, deltas=[], tokens=_NUMBER).replace(b"%d" % _NUMBER, b"%d")
-        self._begin, _, end = numbered.partition(b"]")
-        self._end = b"]" + end
+        delta = Delta(content=f"{number} ")
+        numbered = self.frame(Deltas, _NUMBER, deltas=[delta], tokens=_NUMBER)
+        self._first = numbered.replace(b"%d" % _NUMBER, b"%d")
+        self._next = b"," + delta.model_dump_json(exclude_none=True).encode() + self._first[self._first.index(b"]") :]
 
     def frame(self, kind: type[Frame], seq: int, **fields: Any) -> bytes:
         return kind(**self._about, seq=seq, **fields).model_dump_json(exclude_none=True).encode()
 
     def generate(self, token: int, requests: int) -> None:
         """Put a token into the outbox of its node: into the last frame of this stream, if that is still there."""
-        end = self._end % (token + 1)
         if self.waiting and self._joined < MOST_JOINED:
-            self.waiting[self.waiting.rindex(b"]") :] = b",%b%b" % (self._delta, end)
+            self.waiting[self.waiting.rindex(b"]") :] = self._next % (token + 1)
             self._joined += 1
         else:
-            self.waiting, self._joined = bytearray(self._begin % self.frames + self._delta + end), 1
+            self.waiting, self._joined = bytearray(self._first % (self.frames, token + 1)), 1
             self.mini.outbox.append(self.waiting, None if token else 0.0, requests)
             self.frames += 1
 

@@ -165,6 +165,7 @@ def test_a_heartbeat_never_runs_ahead_of_the_frames(publisher, inbox, arrived):
     assert [frame.seq for frame in frames] == list(range(len(frames)))
     assert sum(len(frame.deltas) for frame in frames[1:-1]) == 300
     assert frames[-1].message == "the end"
+    assert publisher._count == 0
 
 
 class Broker:

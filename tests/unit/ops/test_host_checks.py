@@ -178,7 +178,7 @@ def test_a_host_of_which_nothing_is_known_is_well(commands):
 def test_a_host_that_serves_is_told_that_it_has_no_service(settings, told, commands, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
-    said = "no service is installed: after a reboot, fleet-worker up starts if something else starts it"
+    said = "no service is installed: after a reboot, something else must start fleet-worker up"
     expected = Finding("ok", said, "fleet-worker service install")
     assert (boot(Settings(**settings)) == [expected]) is told
     unit = tmp_path / ".config/systemd/user/fleet-worker.service"

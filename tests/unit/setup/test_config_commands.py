@@ -190,7 +190,7 @@ def test_a_variable_that_is_not_json_hides_no_other_fault(file, monkeypatch):
     path = file("[router]\ntimeout = 0\n")
     done = fleet_worker(f"config check {path}")
     assert done.stderr.splitlines() == [
-        "fault    a FLEET_ variable is not JSON: FLEET_ROUTER, or one that begins so",
+        "fault    the variable FLEET_ROUTER, or one whose name begins so, is not JSON",
         "fault    host: a host is named with letters, digits, '-', '.' and '_' only (in the variable FLEET_HOST)",
         "fault    router.timeout: must be greater than 0",
     ]
@@ -214,7 +214,7 @@ def test_a_variable_that_is_not_json_is_a_fault(monkeypatch):
     monkeypatch.setenv("FLEET_ROUTER", "{")
     done = fleet_worker("config check")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (78, "", 1)
-    assert done.stderr.startswith("fault    a FLEET_ variable is not JSON")
+    assert done.stderr.startswith("fault    the variable FLEET_ROUTER, or one whose name begins so, is not JSON")
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path):
