@@ -23,6 +23,7 @@ from fleet_worker.testing import running_host
 from tests.benchmarks.http_load import Connection, Streamed
 from tests.benchmarks.minis import Load
 from tests.benchmarks.registry import beside, simulated_hosts
+from tests.benchmarks.slow_readers import beside_slow_readers
 from tests.benchmarks.table import Row, main
 from tests.benchmarks.usage import cpu_seconds, rss_mb
 from tests.brokers import Valkey
@@ -191,6 +192,17 @@ def overload() -> list[Row]:
     ]
 
 
+def slow() -> list[Row]:
+    alone, others = beside_slow_readers(slow=0, idle=0), beside_slow_readers(slow=500, idle=2_000)
+    name = "20 streams, 250 ms/token, beside 500 that read nothing and 2,000 idle"
+    return [
+        Row(name, "gap p99, alone", "", _p(alone.gaps, 99), "ms"),
+        Row(name, "gap p99, beside them", "as alone", _p(others.gaps, 99), "ms"),
+        Row(name, "gateway RSS, alone", "", alone.rss, "MB"),
+        Row(name, "gateway RSS, beside them", "<= 150", others.rss, "MB"),
+    ]
+
+
 SCENARIOS: dict[str, Callable[[], list[Row]]] = {
     "one": one_stream,
     "paced": paced_streams,
@@ -200,6 +212,7 @@ SCENARIOS: dict[str, Callable[[], list[Row]]] = {
     "embed": embeddings,
     "minis": minis,
     "overload": overload,
+    "slow": slow,
 }
 
 

@@ -141,7 +141,7 @@ def test_an_embedding_of_nothing_or_of_token_ids_is_refused(router, texts):
 def test_a_model_is_only_used_for_what_it_can_do(router, mlx):
     seen = len(work(mlx))
     with pytest.raises(Expired):
-        router.embed(CHAT, ["a"], timeout=0.5)
+        router.embed(CHAT, ["a"], timeout=1.5)
     with pytest.raises(UnsupportedCapability):
         router.embed(CHAT, ["a"], timeout=20, node="sim@test")
     with pytest.raises(ModelNotServed):
