@@ -6,6 +6,7 @@ import contextlib
 import math
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Iterator
 from functools import partial
@@ -75,6 +76,8 @@ class Submitter:
         try:
             attempts(send)
         except BROKER_ERRORS as error:
+            # Those of tenacity hold the error, which holds them, and with them the body of the request.
+            traceback.clear_frames(error.__traceback__)
             broker = self._app.conf.broker_url
             if is_away(error) or isinstance(error, LimitExceeded):
                 said = f"did not take the request within {round(patience, 1):g} s"

@@ -1,7 +1,9 @@
+import gc
 import socket
 import threading
 import time
-from contextlib import ExitStack, closing
+import weakref
+from contextlib import ExitStack, closing, suppress
 
 import pytest
 import redis
@@ -46,6 +48,22 @@ def test_a_broker_that_is_not_there_is_waited_for(scheme):
     assert time.monotonic() - started > 0.3
     assert error.retryable
     assert "within 0.5 s" in error.message
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_body_of_a_request_that_was_not_sent_is_freed_without_the_garbage_collector(scheme):
+    """A gateway collects seldom: hundreds of megabytes waited for that while its broker was away."""
+    asked = request()
+    kept = weakref.ref(asked)
+    with closing(submitter_of(f"{scheme}://127.0.0.1:{free_port()}//")) as submitter:
+        gc.disable()
+        try:
+            with suppress(BrokerUnavailable):
+                submitter.submit(asked, LANE, patience=0.01)
+            del asked
+            assert kept() is None
+        finally:
+            gc.enable()
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
