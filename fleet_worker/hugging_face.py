@@ -12,4 +12,5 @@ def hub_folder(variables: Mapping[str, str] = os.environ) -> Path:
     named = variables.get("HF_HUB_CACHE") or variables.get("HUGGINGFACE_HUB_CACHE")
     cache = variables.get("XDG_CACHE_HOME") or f"{variables.get('HOME') or '~'}/.cache"
     home = variables.get("HF_HOME") or f"{cache}/huggingface"
-    return Path(named or f"{home}/hub").expanduser()
+    # Path.expanduser would raise RuntimeError for the home of an unknown user, which huggingface_hub leaves as it is.
+    return Path(os.path.expanduser(named or f"{home}/hub"))

@@ -36,13 +36,20 @@ class Exchange:
         Raises:
             FleetError: none can. The stream may have begun.
         """
+        is_busy = False
         for model in models[:-1]:
             try:
                 return await self._answer(asked, model)
-            except ANOTHER_MODEL_MAY:
+            except ANOTHER_MODEL_MAY as error:
                 if self._response.status is not None:
                     raise
-        return await self._answer(asked, models[-1])
+                is_busy = is_busy or isinstance(error, FleetSaturated)
+        try:
+            return await self._answer(asked, models[-1])
+        except QueueTimeout as error:
+            if is_busy and error.metadata.pop("by_owner", False):  # a model before this one may be free soon
+                error.metadata.pop("retry_after", None)
+            raise
 
     async def _answer(self, asked: Asked, model: str) -> None:
         self._facts.model, self._facts.node = model, None

@@ -140,6 +140,12 @@ class Admission:
             known.accepted_at = time.monotonic()
             known.latest_accepted[priority] = max(sent_at, known.latest_accepted.get(priority, sent_at))
 
+    def is_served(self, lane: str) -> bool:
+        """Return whether a node works on a request of this router that came from this lane."""
+        with self._lock:
+            known = self._lanes.get(lane)
+            return known is not None and known.load.is_served
+
     def is_queued(self, lane: str, priority: Priority, sent_at: float, timeout: float) -> bool | None:
         """Return whether a request that was sent at `sent_at` may still be in its lane; None if the broker does not
         answer within `timeout` seconds.

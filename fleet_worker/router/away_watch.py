@@ -31,10 +31,10 @@ class AwayWatch:
         """A node has taken the request."""
         self._since = None
 
-    def look(self, request: FleetRequest, only: str | None) -> bool:
+    def look(self, request: FleetRequest, only: str | None, *, is_served: bool = False) -> bool:
         """Look whether a node is there for the request; return True if none was for `limit` seconds. `only` is the only
-        node that may take it."""
-        if math.isinf(self.limit) or self._nodes.may_be_there(request, only):
+        node that may take it; `is_served` tells whether a node works on other requests of its lane."""
+        if math.isinf(self.limit) or self._nodes.may_be_there(request, only, is_served=is_served):
             self._since = None
             return False
         if self._since is None:

@@ -31,6 +31,8 @@ class _Counted(NamedTuple):
     context_window: int | None
     is_there: bool
     """One of them is ready, or works."""
+    is_known: bool
+    """There is one, ready or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,11 +147,14 @@ class NodeSelection:
         if why.by_owner or (is_long and not why.is_starting):
             raise QueueTimeout(f"no node can take the request now: {why.text}", **why.metadata)
 
-    def may_be_there(self, request: FleetRequest, node: str | None) -> bool:
+    def may_be_there(self, request: FleetRequest, node: str | None, *, is_served: bool = False) -> bool:
         """Return whether a node that may take this request is ready or works, or nothing is known of any. The answer
-        may be `COUNTED_FOR` old."""
+        may be `COUNTED_FOR` old.
+
+        A node of which no host tells may have lost its registry node. It is there as long as it works on other requests
+        of that lane, which `is_served` tells."""
         counted = self._counted(request.model, request.operation, request.provider_instance, node)
-        return counted.is_there or not self._registry.has_heard
+        return counted.is_there or (is_served and not counted.is_known) or not self._registry.has_heard
 
     def why_waiting(self, request: FleetRequest, node: str | None) -> WhyWaiting:
         """Return why no node takes this request, or not this `node`."""
@@ -184,7 +189,7 @@ class NodeSelection:
             known = [window for window in windows if isinstance(window, int)]
             window = max(known) if known and len(known) == len(windows) else None
             is_there = any(each.ready or absence.is_busy(each) for each in fitting)
-            counted = self._known[key] = _Counted(time.monotonic(), slots, window, is_there)
+            counted = self._known[key] = _Counted(time.monotonic(), slots, window, is_there, bool(fitting))
         return counted
 
     def _unable(self, request: FleetRequest, *, temperature: float) -> dict[str, str]:

@@ -131,6 +131,11 @@ class LaneLoad:
         if self._is_backlogged:
             self._completed += stands_for
 
+    @property
+    def is_served(self) -> bool:
+        """Whether a node works on one of our requests."""
+        return self._running > 0
+
     def take_slot(self) -> None:
         """A slot that serves this lane works on one of our requests that came another way."""
         self._running += 1

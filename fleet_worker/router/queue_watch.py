@@ -39,7 +39,7 @@ class QueueWatch:
     @contextmanager
     def sending(self, request: FleetRequest, route: Route) -> Iterator[None]:
         """Within this block an attempt is sent. A node may accept it before the block ends."""
-        self.away.look(request, route.only)
+        self._look(request, route)
         self._missing_since, self.sent_at = None, time.monotonic()
         try:
             yield
@@ -52,10 +52,14 @@ class QueueWatch:
 
     def check(self, request: FleetRequest, route: Route, now: float) -> tuple[Verdict, float]:
         """Find out what has become of the present attempt; return that, and the time of the next check."""
-        if self.away.look(request, route.only):
+        if self._look(request, route):
             return "unserved", now + CHECK_EVERY
         verdict, next_at = self._check_message(request, route, now)
         return verdict, min(next_at, self.away.next_look())
+
+    def _look(self, request: FleetRequest, route: Route) -> bool:
+        is_served = self._admission.is_served(route.lane(request))
+        return self.away.look(request, route.only, is_served=is_served)
 
     def _check_message(self, request: FleetRequest, route: Route, now: float) -> tuple[Verdict, float]:
         due = self.sent_at + self._settings.accept_timeout

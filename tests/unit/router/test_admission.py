@@ -348,6 +348,16 @@ def test_a_slot_that_works_on_what_came_by_a_direct_lane_is_not_free(told):
     assert too_slow(told, max_wait=0.0).retryable
 
 
+def test_a_lane_is_served_while_a_node_works_on_what_came_from_it(told):
+    assert not told.is_served(LANE)
+    place = told.admit(LANE)
+    assert not told.is_served(LANE)
+    place.accepted(told.now)
+    assert told.is_served(LANE)
+    place.ended(told.now)
+    assert not told.is_served(LANE)
+
+
 def test_a_higher_priority_counts_only_what_goes_first(told):
     started(told, 4, priority="low")
     told.depths[LANE] = (0, 1, 3, 5)

@@ -22,7 +22,7 @@ class Around:
     def silence(self, since):
         return self.clock - max(since, self.back)
 
-    def may_be_there(self, request, only):
+    def may_be_there(self, request, only, *, is_served):
         self.asked.append((request, only))
         return self.is_there
 

@@ -71,6 +71,7 @@ class Fleet:
         self.clock = SimpleNamespace(name="replies", clock=0.0, back=0.0, wakeups=Wakeups())
         self.clock.silence = lambda since: self.clock.clock - max(since, self.clock.back)
         self.waits = True
+        self.is_served = False
         self.accepted = []
         self.ended = []
         self.sent = []
@@ -84,7 +85,9 @@ class Fleet:
             scheduler=self.later,
             replies=self.clock,
             admission=SimpleNamespace(
-                is_queued=lambda *_: self.waits, accepted=lambda *what: self.accepted.append(what)
+                is_queued=lambda *_: self.waits,
+                accepted=lambda *what: self.accepted.append(what),
+                is_served=lambda _: self.is_served,
             ),
             control=SimpleNamespace(tell=lambda _, effect: self.told.append(effect)),
             submitter=SimpleNamespace(submit=self._submit),
@@ -92,7 +95,7 @@ class Fleet:
                 unable=lambda _: set(),
                 node_for=lambda request, avoided: self.target if avoided else self.first,
                 why_waiting=lambda *_: WhyWaiting("nobody has served it for 7 s", 7.0),
-                may_be_there=lambda *_: self.is_there,
+                may_be_there=lambda *_, is_served: self.is_there or is_served,
                 waits_in_vain=lambda *_: not self.ready,
                 seen=lambda node: self.hosts.get(node),
             ),
@@ -677,6 +680,19 @@ def test_a_request_that_was_never_taken_ends_in_the_same_way(fleet):
     fleet.submit(away_timeout=60.0)
     wait(fleet, 60.0)
     assert fleet.read()[-1].message.startswith("no node took the request within the 60 s of router.away_timeout: ")
+
+
+def test_a_request_waits_while_a_node_works_on_others_of_its_lane(fleet):
+    """Its host may have lost its registry node, and tell nothing."""
+    fleet.is_there, fleet.is_served = False, True
+    fleet.submit(away_timeout=60.0)
+    for _ in range(3):
+        wait(fleet, 59.0)
+    assert fleet.read() == []
+    fleet.is_served = False
+    wait(fleet, 1.0)
+    wait(fleet, 60.0)
+    assert isinstance(fleet.read()[-1].error(), QueueTimeout)
 
 
 def test_a_stream_that_waits_when_its_time_is_over_is_told_why(fleet, alone):

@@ -84,6 +84,7 @@ class Fleet:
             refuse=lambda *_: None,
             accepted=lambda *_: None,
             is_queued=lambda *_: True,
+            is_served=lambda _: False,
         )
         self.session.control = SimpleNamespace(tell=lambda *what: self.cancelled.append(what))
         self.answers = []

@@ -361,7 +361,7 @@ def test_a_server_that_is_too_busy_to_answer_is_there(fleet, status, running, is
     registry, _ = fleet
     about = about_instance("a", status=status, status_age=900.0, capacity={"slots": 1, "running": running})
     say(registry, about, about_model("m", instance="a", status=status))
-    assert NodeSelection(registry).may_be_there(wish("m"), None) == is_there
+    assert NodeSelection(registry).may_be_there(wish("m"), None, is_served=True) == is_there
     assert bool(is_refused(registry)) != is_there
 
 
@@ -393,6 +393,7 @@ def test_the_hosts_that_were_forgotten_are_not_there(fleet):
     clock.turn(900)
     nodes = NodeSelection(registry)
     assert not nodes.may_be_there(wish("m"), None)
+    assert nodes.may_be_there(wish("m"), None, is_served=True)  # without a registry node, as it seems
     assert not is_refused(registry)
     say(registry, about_instance("other"))
     assert nodes.why_waiting(wish("m"), None).text == "no host reports a node for chat of that model"

@@ -125,6 +125,12 @@ def test_a_folder_of_models_that_cannot_be_made_is_none(monkeypatch, tmp_path):
     command(serve="mlx_lm.server {port}", environment={"HF_HOME": str(file)}).make_model_cache()
 
 
+def test_the_home_of_an_unknown_user_is_left_as_it_is(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    command(serve="mlx_lm.server {port}", environment={"HF_HUB_CACHE": "~no-such-user/hub"}).make_model_cache()
+    assert (tmp_path / "~no-such-user" / "hub").is_dir()
+
+
 def test_other_servers_need_no_folder_of_models(tmp_path):
     command(serve="a-server {port}", environment={"HF_HOME": str(tmp_path)}).make_model_cache()
     assert not list(tmp_path.iterdir())
