@@ -30,8 +30,9 @@ log = logging.getLogger(__name__)
 ANSWERS_LEAVE_WITHIN = 5
 """Seconds in which the last bytes of the answers leave, after the requests have ended."""
 
-MOST_GARBAGE = 10_000
-"""Objects that are made, and not freed, from one collection to the next. A request leaves some in cycles, all small."""
+MOST_GARBAGE = 2_000
+"""Objects that are made, and not freed, from one collection to the next. A request may leave some in cycles, which hold
+its body of up to `max_body_bytes`: with 10,000 a gateway whose requests fail has twice the memory."""
 
 
 def serve(settings: Settings) -> None:
