@@ -164,7 +164,7 @@ class Expired(FleetError):
 
 class QueueTimeout(Expired):
     """No node took the request, or went on with its answer, in time: within its queue_timeout, or within the time that
-    router.away_timeout or its max_wait allows while no node is ready.
+    router.absent_timeout or its max_wait allows while no node is ready.
 
     `metadata["by_owner"]` is True if the owners of all machines that could do it need them.
     """

@@ -76,7 +76,7 @@ class RouterSettings(Group):
     """Seconds that a caller may ask for at most."""
     queue_timeout: float = Field(3600.0, gt=0)
     """Seconds that a request may wait for a node, at first and after each interruption. Its `timeout` counts, too."""
-    away_timeout: float = Field(120.0, ge=1)
+    absent_timeout: float = Field(120.0, ge=1)
     """Seconds that a request may wait while no node that could take it is ready, if it names no `queue_timeout`."""
     max_wait: float | None = Field(None, ge=0)
     """Seconds: a request that would probably wait longer for a node is refused at once. Without it none is."""

@@ -42,7 +42,7 @@ def router_options(request: Request, key: Key, default_max_wait: float | None) -
                 raise refuse(403, "not_allowed", f"{name}: this key may not set its timeouts", param=name)
             options[option] = _seconds(name, text)  # type: ignore[literal-required]
     if "queue_timeout" not in options:  # its user would look at nothing; who sets a time wants to wait
-        options["if_away"] = "refuse"
+        options["if_absent"] = "refuse"
     if (max_wait := _max_wait(headers.get("x-fleet-max-wait"), key, default_max_wait)) is not None:
         options["max_wait"] = max_wait
     if idempotency_key := headers.get("idempotency-key"):

@@ -24,9 +24,11 @@ def are_away(offered: Sequence[Offered]) -> bool:
     return bool(offered) and all(each.instance.status == "away" for each in offered)
 
 
-def is_busy(offered: Offered) -> bool:
-    """Return whether it is not ready, but works: some servers do not answer while they read a long prompt."""
-    return offered.instance.status in ("degraded", "unavailable") and offered.instance.running > 0
+def takes_work_later(offered: Offered) -> bool:
+    """Return whether it is not ready, but will be by itself: it starts, which takes minutes for a large model; or it
+    works, and some servers do not answer while they read a long prompt."""
+    status = offered.instance.status
+    return status == "starting" or (status in ("degraded", "unavailable") and offered.instance.running > 0)
 
 
 def counts(offered: Sequence[Offered]) -> dict[str, int]:

@@ -20,9 +20,9 @@ from fleet_worker.errors import (
 from fleet_worker.protocol.reply import Accepted, Failure, Frame, LastFrame
 from fleet_worker.protocol.request import FleetRequest
 from fleet_worker.protocol.status import InstanceStatus
+from fleet_worker.router.absence_watch import AbsenceWatch
 from fleet_worker.router.admission import Admission
 from fleet_worker.router.attempts import Attempts, OnInterrupt
-from fleet_worker.router.away_watch import AwayWatch
 from fleet_worker.router.control_publisher import ControlPublisher
 from fleet_worker.router.deaths import Silence
 from fleet_worker.router.effects import Deliver, Effect, End, RetryAfter
@@ -72,7 +72,7 @@ class InFlightRequest:
         *,
         on_interrupt: OnInterrupt = "resume",
         queue_timeout: float = math.inf,
-        away_timeout: float = math.inf,
+        absent_timeout: float = math.inf,
     ) -> None:
         self._session = session
         self._queue_timeout = queue_timeout
@@ -85,8 +85,8 @@ class InFlightRequest:
         self._readers = Readers(session.replies.wakeups, session.settings.max_buffered)
         self.place: Place | None = None
         """Counts the present attempt in its lane; None until it is admitted."""
-        away = AwayWatch(away_timeout, session.nodes, session.replies)
-        self._queue_watch = QueueWatch(session.settings, session.admission, session.replies, away)
+        absence = AbsenceWatch(absent_timeout, session.nodes, session.replies)
+        self._queue_watch = QueueWatch(session.settings, session.admission, session.replies, absence)
         self._heard_at = 0.0
         """When its node was last heard, on the clock of the reply consumer."""
         self._accepted: InstanceStatus | None = None
@@ -193,7 +193,7 @@ class InFlightRequest:
                 sent_at = self._queue_watch.sent_at
                 self._session.admission.accepted(self.lane, now - sent_at, self.request.priority, sent_at)
                 self.route.accepted(node)
-                self._queue_watch.away.accepted()
+                self._queue_watch.absence.accepted()
                 self._accepted = self._session.nodes.seen(node)
                 if self.place:
                     self.place.accepted(now)
@@ -322,7 +322,7 @@ class InFlightRequest:
         with self._lock:
             if verdict != "waits" and self._is_waiting(request):
                 if verdict == "unserved":
-                    limit = f"the {self._queue_watch.away.limit:g} s of router.away_timeout"
+                    limit = f"the {self._queue_watch.absence.limit:g} s of router.absent_timeout"
                     self.give_up(self._not_taken(QueueTimeout, limit))
                 elif verdict == "lost":
                     self._carry_out(self._attempts.message_lost(now))

@@ -30,7 +30,7 @@ class _Counted(NamedTuple):
     slots: int
     context_window: int | None
     is_there: bool
-    """One of them is ready, or works."""
+    """One of them is ready, or takes work later by itself."""
     is_known: bool
     """There is one, ready or not."""
 
@@ -46,8 +46,6 @@ class WhyWaiting:
     """The hosts of all nodes that could take it tell that these are not ready."""
     by_owner: bool = False
     """The owners of all machines that could do it need them."""
-    is_starting: bool = False
-    """A node that could take it is starting."""
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -139,17 +137,16 @@ class NodeSelection:
 
     def require_there(self, request: FleetRequest, node: str | None, longest: float) -> None:
         """Raise `QueueTimeout` if the owners of all machines that could do this need them; or if no instance there was
-        ready in the last `longest` seconds, and none is starting. Nothing is refused before all hosts can have told."""
+        ready in the last `longest` seconds. Nothing is refused before all hosts can have told."""
         if self.may_be_there(request, node) or not self._registry.is_settled:
             return
         why = self.why_waiting(request, node)
-        is_long = why.is_known and (why.away_for or 0.0) > longest
-        if why.by_owner or (is_long and not why.is_starting):
+        if why.by_owner or (why.is_known and (why.away_for or 0.0) > longest):
             raise QueueTimeout(f"no node can take the request now: {why.text}", **why.metadata)
 
     def may_be_there(self, request: FleetRequest, node: str | None, *, is_served: bool = False) -> bool:
-        """Return whether a node that may take this request is ready or works, or nothing is known of any. The answer
-        may be `COUNTED_FOR` old.
+        """Return whether a node that may take this request is ready, starts or works, or nothing is known of any. The
+        answer may be `COUNTED_FOR` old.
 
         A node of which no host tells may have lost its registry node. It is there as long as it works on other requests
         of that lane, which `is_served` tells."""
@@ -173,7 +170,6 @@ class NodeSelection:
             round(away_for, 3),
             is_known,
             by_owner=absence.are_away(fitting),
-            is_starting=any(each.instance.status == "starting" for each in fitting),
         )
 
     def _counted(self, model: str, operation: Operation, instance: str, node: str | None) -> _Counted:
@@ -188,7 +184,7 @@ class NodeSelection:
             windows = [each.limits.get("context_window") for each in fitting]
             known = [window for window in windows if isinstance(window, int)]
             window = max(known) if known and len(known) == len(windows) else None
-            is_there = any(each.ready or absence.is_busy(each) for each in fitting)
+            is_there = any(each.ready or absence.takes_work_later(each) for each in fitting)
             counted = self._known[key] = _Counted(time.monotonic(), slots, window, is_there, bool(fitting))
         return counted
 

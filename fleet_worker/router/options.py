@@ -10,7 +10,7 @@ from typing import Any, Literal, TypedDict
 from fleet_worker.protocol.request import Priority
 from fleet_worker.router.attempts import OnInterrupt
 
-IfAway = Literal["wait", "refuse"]
+IfAbsent = Literal["wait", "refuse"]
 """Whether a request waits, or is refused at once, while no node that could take it is ready."""
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
@@ -21,7 +21,7 @@ class RequestOptions(TypedDict, total=False):
     timeout: float | None
     queue_timeout: float | None
     max_wait: float | None
-    if_away: IfAway
+    if_absent: IfAbsent
     priority: Priority
     instance: str
     node: str | None

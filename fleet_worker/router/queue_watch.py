@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from typing import Literal
 
 from fleet_worker.protocol.request import FleetRequest
+from fleet_worker.router.absence_watch import AbsenceWatch
 from fleet_worker.router.admission import Admission
-from fleet_worker.router.away_watch import AwayWatch
 from fleet_worker.router.reply_consumer import ReplyConsumer
 from fleet_worker.router.route import Route
 from fleet_worker.router.scheduler import BROKER_PATIENCE
@@ -26,11 +26,13 @@ Verdict = Literal["waits", "stranded", "lost", "unserved"]
 class QueueWatch:
     """Of one request, for one attempt after the other. `check` is for the scheduler thread: it may ask the broker."""
 
-    def __init__(self, settings: RouterSettings, admission: Admission, replies: ReplyConsumer, away: AwayWatch) -> None:
+    def __init__(
+        self, settings: RouterSettings, admission: Admission, replies: ReplyConsumer, absence: AbsenceWatch
+    ) -> None:
         self._settings = settings
         self._admission = admission
         self._replies = replies
-        self.away = away
+        self.absence = absence
         self.sent_at = 0.0
         """When the present attempt was sent: time.monotonic() seconds."""
         self._missing_since: float | None = None
@@ -48,18 +50,18 @@ class QueueWatch:
 
     def first_check(self, route: Route) -> float:
         """Return the time of the first check after an attempt was sent."""
-        return min(self.sent_at + self._check_every(route), self.away.next_look())
+        return min(self.sent_at + self._check_every(route), self.absence.next_look())
 
     def check(self, request: FleetRequest, route: Route, now: float) -> tuple[Verdict, float]:
         """Find out what has become of the present attempt; return that, and the time of the next check."""
         if self._look(request, route):
             return "unserved", now + CHECK_EVERY
         verdict, next_at = self._check_message(request, route, now)
-        return verdict, min(next_at, self.away.next_look())
+        return verdict, min(next_at, self.absence.next_look())
 
     def _look(self, request: FleetRequest, route: Route) -> bool:
         is_served = self._admission.is_served(route.lane(request))
-        return self.away.look(request, route.only, is_served=is_served)
+        return self.absence.look(request, route.only, is_served=is_served)
 
     def _check_message(self, request: FleetRequest, route: Route, now: float) -> tuple[Verdict, float]:
         due = self.sent_at + self._settings.accept_timeout

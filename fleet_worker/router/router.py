@@ -48,9 +48,10 @@ class Router:
     - `timeout`: seconds until the deadline of the whole request; default `router.timeout`.
     - `queue_timeout`: seconds that it may wait until a node takes it, at first and after each interruption; default
       `router.queue_timeout`. Then it ends with `QueueTimeout`, which tells since when nobody is there. Without this
-      option it also ends so if no node that could take it has been ready for `router.away_timeout` seconds of its wait.
-    - `if_away`: with "refuse" it is refused at once, with `QueueTimeout`, if the owners of all machines that could do
-      it need them, or if no node has been ready for `router.away_timeout` and none is starting; default "wait".
+      option it also ends so if no node that could take it is ready or starting for `router.absent_timeout` seconds
+      of its wait.
+    - `if_absent`: with "refuse" it is refused at once, with `QueueTimeout`, if the owners of all machines that could do
+      it need them, or if no node was ready for `router.absent_timeout` seconds; default "wait".
     - `max_wait`: seconds; if it would probably wait longer for a node, it is refused at once, with `FleetSaturated`; or
       with `QueueTimeout`, if no node has been ready for longer. Default `router.max_wait`: no limit.
     - `priority`: "critical", "high", "normal" (the default) or "low".

@@ -117,7 +117,7 @@ class Session:
 
         Raises:
             FleetError: it is refused (`ModelUnavailable`, `UnsupportedParameter`, `ContextLengthExceeded`,
-                `QueueTimeout` for `max_wait` and `if_away`, `FleetSaturated`, `InvalidRequest` for a key of a
+                `QueueTimeout` for `max_wait` and `if_absent`, `FleetSaturated`, `InvalidRequest` for a key of a
                 different request), or the broker did not take it.
         """
         request, node, on_interrupt = asked.request, asked.node, asked.on_interrupt
@@ -131,7 +131,7 @@ class Session:
         left = deadline - time.monotonic()
         request = request.addressed_to(self.replies.name, left)
         route = self._route(asked, request)
-        waits = {"queue_timeout": asked.queue_timeout, "away_timeout": asked.away_timeout}
+        waits = {"queue_timeout": asked.queue_timeout, "absent_timeout": asked.absent_timeout}
         started = InFlightRequest(request, route, self, on_interrupt=on_interrupt, **waits)
         started.place = self._admit(request, route, asked.max_wait)
         buffer = cast(ReplyBuffer, started.join(left))  # it cannot have failed yet
@@ -181,8 +181,8 @@ class Session:
         if context_length.characters(request) > SHORT:
             context_length.require_fits(request, self.nodes.context_window(request, node))
         self.nodes.require_soon(request, node, asked.max_wait)
-        if asked.if_away == "refuse":
-            self.nodes.require_there(request, node, asked.away_timeout)
+        if asked.if_absent == "refuse":
+            self.nodes.require_there(request, node, asked.absent_timeout)
 
     def ended(self, request_id: str, last: LastFrame) -> None:
         """Forget a request that has ended with this frame."""

@@ -17,7 +17,7 @@ from fleet_worker.protocol import clock, json_values
 from fleet_worker.protocol.request import REQUEST_ID, FleetRequest, Operation, Priority, params_of_client
 from fleet_worker.protocol.wire import field_names
 from fleet_worker.router.attempts import OnInterrupt
-from fleet_worker.router.options import IfAway, RequestOptions
+from fleet_worker.router.options import IfAbsent, RequestOptions
 from fleet_worker.settings import Settings
 
 LONGEST_OWN_ID = 128
@@ -50,9 +50,9 @@ class Submission:
     queue_timeout: float
     max_wait: float | None = None
     cache: CacheUse = CacheUse()
-    away_timeout: float = math.inf
+    absent_timeout: float = math.inf
     """Seconds that it may wait while no node that could take it is ready."""
-    if_away: IfAway = "wait"
+    if_absent: IfAbsent = "wait"
 
     @classmethod
     def of(
@@ -93,7 +93,7 @@ class Submission:
         timeout: float | None = None,
         queue_timeout: float | None = None,
         max_wait: float | None = None,
-        if_away: IfAway = "wait",
+        if_absent: IfAbsent = "wait",
         priority: Priority = "normal",
         instance: str = "any",
         node: str | None = None,
@@ -112,9 +112,9 @@ class Submission:
             raise InvalidRequest("keep_warm: must be True or False", param="keep_warm")
         if on_interrupt not in get_args(OnInterrupt):
             raise InvalidRequest('on_interrupt: must be "resume" or "fail"', param="on_interrupt")
-        if if_away not in get_args(IfAway):
-            raise InvalidRequest('if_away: must be "wait" or "refuse"', param="if_away")
-        away_timeout = limits.away_timeout if queue_timeout is None else math.inf
+        if if_absent not in get_args(IfAbsent):
+            raise InvalidRequest('if_absent: must be "wait" or "refuse"', param="if_absent")
+        absent_timeout = limits.absent_timeout if queue_timeout is None else math.inf
         queue_timeout = _seconds("queue_timeout", queue_timeout, limits.queue_timeout)
         max_wait = limits.max_wait if max_wait is None else _seconds("max_wait", max_wait, 0.0, or_none=True)
         seconds = _seconds("timeout", timeout, limits.timeout, limits.max_timeout)
@@ -136,7 +136,7 @@ class Submission:
         )
         request.check_size(settings.max_body_bytes)
         cache = CacheUse(_name("session", session), _name("cache_scope", cache_scope), keep_warm)
-        return cls(request, node, on_interrupt, queue_timeout, max_wait, cache, away_timeout, if_away)
+        return cls(request, node, on_interrupt, queue_timeout, max_wait, cache, absent_timeout, if_absent)
 
 
 def _request(*, timeout_seconds: float, **fields: Any) -> FleetRequest:

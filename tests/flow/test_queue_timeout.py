@@ -52,12 +52,12 @@ def test_a_request_for_a_model_whose_instances_are_all_away_says_since_when(host
 @any_broker
 @pytest.mark.rest
 def test_a_stream_whose_only_server_is_dead_ends_with_why_before_its_deadline(host, mlx, broker, model):
-    with Router(Settings(broker_url=broker.url, router={"away_timeout": 2.0})) as router:
+    with Router(Settings(broker_url=broker.url, router={"absent_timeout": 2.0})) as router:
         router.registry.wait_for(model, 10)
         with mlx.held(at_token=3), router.stream_chat(model, HELLO, max_tokens=5, timeout=60) as stream:
             assert next(stream)
             mlx.kill()
-            with took_less_than(30), pytest.raises(QueueTimeout, match=r"router\.away_timeout") as caught:
+            with took_less_than(30), pytest.raises(QueueTimeout, match=r"router\.absent_timeout") as caught:
                 list(stream)
         assert "its only instance is unavailable" in caught.value.message
         assert [each["node"] for each in caught.value.metadata["attempts"]] == ["one@test", None]

@@ -11,14 +11,14 @@ from fleet_worker.gateway.options import router_options
 
 def test_the_id_of_a_request_is_that_of_its_logs_at_the_nodes():
     options = router_options(SimpleNamespace(headers={}, id="my-id"), ANYONE, None)
-    expected = {"caller": {"key": "anyone"}, "request_id": "my-id", "priority": "normal", "if_away": "refuse"}
+    expected = {"caller": {"key": "anyone"}, "request_id": "my-id", "priority": "normal", "if_absent": "refuse"}
     assert options == expected
 
 
 def test_a_request_that_says_how_long_it_waits_is_not_refused_at_once():
     options = router_options(SimpleNamespace(headers={"x-fleet-queue-timeout": "7"}, id="1"), ANYONE, None)
     assert options["queue_timeout"] == 7.0
-    assert "if_away" not in options
+    assert "if_absent" not in options
 
 
 @pytest.mark.parametrize("text", ["-1", "nan", "inf", "soon", ""])

@@ -634,7 +634,7 @@ def test_attempts_that_no_node_has_taken_do_not_prolong_the_wait(fleet):
 @pytest.fixture
 def alone(fleet):
     """A stream that broke off after its first words. Nobody can go on with it."""
-    in_flight = fleet.submit(away_timeout=60.0)
+    in_flight = fleet.submit(absent_timeout=60.0)
     in_flight.receive("a", accepted())
     in_flight.receive("a", deltas(1, "half an "))
     fleet.is_there = False
@@ -655,7 +655,7 @@ def test_a_stream_that_nobody_can_continue_ends_with_why(fleet, alone):
     wait(fleet, 1.0)
     (given,) = fleet.read()
     assert given.message == (
-        "no node went on with the answer within the 60 s of router.away_timeout: nobody has served it for 7 s"
+        "no node went on with the answer within the 60 s of router.absent_timeout: nobody has served it for 7 s"
     )
     assert isinstance(given.error(), QueueTimeout)
     assert [each["error"] for each in given.metadata["attempts"]] == ["instance_unavailable", "queue_timeout"]
@@ -677,15 +677,15 @@ def test_a_stream_goes_on_if_somebody_comes_back_in_time(fleet, alone):
 
 def test_a_request_that_was_never_taken_ends_in_the_same_way(fleet):
     fleet.is_there = False
-    fleet.submit(away_timeout=60.0)
+    fleet.submit(absent_timeout=60.0)
     wait(fleet, 60.0)
-    assert fleet.read()[-1].message.startswith("no node took the request within the 60 s of router.away_timeout: ")
+    assert fleet.read()[-1].message.startswith("no node took the request within the 60 s of router.absent_timeout: ")
 
 
 def test_a_request_waits_while_a_node_works_on_others_of_its_lane(fleet):
     """Its host may have lost its registry node, and tell nothing."""
     fleet.is_there, fleet.is_served = False, True
-    fleet.submit(away_timeout=60.0)
+    fleet.submit(absent_timeout=60.0)
     for _ in range(3):
         wait(fleet, 59.0)
     assert fleet.read() == []
@@ -711,7 +711,7 @@ def test_a_node_may_accept_while_its_request_is_being_sent_though_it_was_not_rea
 
     fleet.session.submitter.submit = accept
     route = Route(request(), None, fleet.session.nodes)
-    in_flight = InFlightRequest(request().addressed_to("replies"), route, fleet.session, away_timeout=60.0)
+    in_flight = InFlightRequest(request().addressed_to("replies"), route, fleet.session, absent_timeout=60.0)
     fleet.reader = in_flight.join(0.0)
     in_flight.submit()
     fleet.clock.clock += 1000.0

@@ -271,9 +271,9 @@ def test_every_method_takes_the_body_of_a_client(fleet, name):
     assert request.encode()["params"] == ({"messages": HELLO, "max_tokens": 5} if is_chat else {"input": ["a"]})
 
 
-def test_if_away_is_one_of_two_words(fleet, ask):
-    with pytest.raises(InvalidRequest, match='if_away: must be "wait" or "refuse"'):
-        ask(fleet, if_away="leave")
+def test_if_absent_is_one_of_two_words(fleet, ask):
+    with pytest.raises(InvalidRequest, match='if_absent: must be "wait" or "refuse"'):
+        ask(fleet, if_absent="leave")
 
 
 def test_on_interrupt_is_one_of_two_words(fleet, ask):
@@ -668,12 +668,12 @@ def test_a_request_may_wait_in_its_queue_for_as_long_as_a_caller_likes(fleet, as
 
 def test_only_a_request_that_asks_for_it_is_refused_since_nobody_is_there(fleet):
     """And its answer may be there already."""
-    answered = {"idempotency_key": "k", "if_away": "refuse"}
+    answered = {"idempotency_key": "k", "if_absent": "refuse"}
     fleet.answers = [[accepted(), response("the answer")], [accepted(), response("waited for")]]
     fleet.router.chat("m", HELLO, **answered)
     say(fleet.router.registry, about_instance("i", status="away"), about_model(instance="i", status="away"))
     with pytest.raises(QueueTimeout, match="no node can take the request now"):
-        fleet.router.chat("m", HELLO, if_away="refuse")
+        fleet.router.chat("m", HELLO, if_absent="refuse")
     assert fleet.router.chat("m", HELLO, **answered).content == "the answer"
     assert fleet.router.chat("m", HELLO).content == "waited for"
 

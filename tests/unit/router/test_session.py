@@ -352,12 +352,13 @@ def test_who_is_refused_at_once_is_told_why_and_when_to_come_back(fleet):
         ("degraded", 1, True),
         ("unavailable", 1, True),
         ("unavailable", 0, False),
+        ("starting", 0, True),
         ("away", 1, False),
         ("drained", 1, False),
     ],
 )
-def test_a_server_that_is_too_busy_to_answer_is_there(fleet, status, running, is_there):
-    """As some are that read a long prompt. One that is drained takes no other work after it."""
+def test_a_server_that_starts_or_is_too_busy_to_answer_is_there(fleet, status, running, is_there):
+    """It loads a large model, or reads a long prompt. One that is drained takes no other work after it."""
     registry, _ = fleet
     about = about_instance("a", status=status, status_age=900.0, capacity={"slots": 1, "running": running})
     say(registry, about, about_model("m", instance="a", status=status))

@@ -24,8 +24,8 @@ def test_what_is_no_name_is_refused(option, value):
 
 
 def test_a_caller_who_says_how_long_a_request_waits_is_believed():
-    assert asked().away_timeout == SETTINGS.router.away_timeout == 120.0
-    assert asked(queue_timeout=7.0).away_timeout == math.inf
+    assert asked().absent_timeout == SETTINGS.router.absent_timeout == 120.0
+    assert asked(queue_timeout=7.0).absent_timeout == math.inf
 
 
 @pytest.mark.parametrize("value", ["false", "no", 0, 1, None, []])

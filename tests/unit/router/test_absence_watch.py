@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fleet_worker.router.away_watch import LOOK_AGAIN_AFTER, AwayWatch
+from fleet_worker.router.absence_watch import LOOK_AGAIN_AFTER, AbsenceWatch
 
 LIMIT = 60.0
 
@@ -33,7 +33,7 @@ def around():
 
 
 def watch(around, limit=LIMIT):
-    return AwayWatch(limit, SimpleNamespace(may_be_there=around.may_be_there), around)
+    return AbsenceWatch(limit, SimpleNamespace(may_be_there=around.may_be_there), around)
 
 
 def test_it_is_over_when_nobody_was_there_in_all_that_time(around):

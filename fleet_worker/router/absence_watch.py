@@ -13,7 +13,7 @@ LOOK_AGAIN_AFTER = 0.25
 """Seconds between two looks at least: the clock of the reply consumer goes in steps."""
 
 
-class AwayWatch:
+class AbsenceWatch:
     """Of one request, and of each time that it waits: at first, and after an interruption.
 
     Only time with a broker counts, since without one nothing is heard of nodes. After each break it counts from 0.
