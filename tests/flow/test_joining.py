@@ -2,6 +2,8 @@
 `tests/unit/setup/test_join.py` and `tests/integration/test_quickstart.py`."""
 
 import json
+import tempfile
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
@@ -32,6 +34,13 @@ def server(monkeypatch):
         yield mlx
 
 
+@pytest.fixture
+def folder():
+    """One whose path is short enough for the sockets in it."""
+    with tempfile.TemporaryDirectory(prefix="fleet-", dir="/tmp") as folder:
+        yield Path(folder)
+
+
 def invited(url, folder, options="", given=""):
     file = folder / "of-fleet.toml"
     file.write_text(f'broker_url = "{url}"\n', "utf-8")
@@ -47,20 +56,20 @@ def joined(line, path, code=0):
     return done
 
 
-def test_a_host_joins_and_serves_and_the_next_one_of_its_name_gets_a_number(broker, server, tmp_path, monkeypatch):
+def test_a_host_joins_and_serves_and_the_next_one_of_its_name_gets_a_number(broker, server, folder, monkeypatch):
     monkeypatch.setattr("fleet_worker.setup.join.own_host", lambda: HOST)
-    path, other = tmp_path / "one" / "worker.toml", tmp_path / "two" / "worker.toml"
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "one"))
-    line = invited(broker.url, tmp_path)
+    path, other = folder / "one" / "worker.toml", folder / "two" / "worker.toml"
+    monkeypatch.setenv("XDG_STATE_HOME", str(folder / "one"))
+    line = invited(broker.url, folder)
     assert "this line holds the account of the broker, and stays valid" in line.stderr
     assert f"{HOST} belongs to the fleet at localhost:" in joined(line.stdout, path).stdout
-    environment = {"FLEET_CONFIG": str(path), "XDG_STATE_HOME": str(tmp_path / "one")}
+    environment = {"FLEET_CONFIG": str(path), "XDG_STATE_HOME": str(folder / "one")}
     with running_up(UP, environment), Router(Settings(broker_url=broker.url)) as router:
         wait_until(lambda: MODEL in router.registry.models(ready=True), 60)
         assert router.chat(MODEL, HELLO, max_tokens=1, timeout=20).node == f"local@{HOST}"
-        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "two"))
+        monkeypatch.setenv("XDG_STATE_HOME", str(folder / "two"))
         monkeypatch.setattr("fleet_worker.setup.join.ANSWERS_WITHIN", 3.0)
-        again = joined(invited(broker.url, tmp_path).stdout, other)
+        again = joined(invited(broker.url, folder).stdout, other)
     assert f"{HOST}-2 belongs to the fleet" in again.stdout
 
 
